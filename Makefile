@@ -1,0 +1,46 @@
+# Two commands a newcomer needs: `make run` (a model trains while a worker is killed) and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install run test lint types unit lock clean
+
+install: $(STAMP)
+
+# torch first and alone: a CPU build at hand is taken as it is, and where none is the registry's build brings its
+# own CUDA packages. Everything else is pinned by version and hash in requirements.lock.
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+run: install
+	$(BIN)/orchestrator run examples/quickstart.yaml --fault step=20,worker=1,kind=kill
+
+test: install lint types unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/python -m pytest
+
+# Pins every dependency but torch (see above) for all platforms and Pythons from 3.11 on.
+lock:
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    --no-emit-index-url --no-emit-find-links --extra dev --no-emit-package torch --no-emit-package triton \
+	    $$($(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header pyproject.toml \
+	       | sed -n 's/^\(\(nvidia\|cuda\)-[a-z0-9-]*\)==.*/--no-emit-package \1/p') \
+	    --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
