@@ -1,0 +1,1 @@
+"""The driver of an elastic training run: what runs where, and when that changes."""

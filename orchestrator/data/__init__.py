@@ -1,0 +1,31 @@
+"""What a job trains on: sources, the tokenised store, the sampler, and the ledger that proves its use.
+
+Everything here is a function of its arguments: which tokens exist (`prepare`), which sample a step uses
+(`Sampler`), and whether a run used them as its job file says (`audit`). Nothing here knows of Ray, torch, the
+cluster or the job file, and importing it costs numpy and xxhash only.
+"""
+
+from orchestrator.data.formats import documents
+from orchestrator.data.ledger import AuditReport, audit, data_digest, step_hash, virtual_worker_hash
+from orchestrator.data.sampler import Sampler, permute
+from orchestrator.data.sources import DataError, SourceFile, resolve_files
+from orchestrator.data.store import TokenStore, prepare
+from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "AuditReport",
+    "DataError",
+    "Sampler",
+    "SourceFile",
+    "TokenStore",
+    "Tokenizer",
+    "audit",
+    "data_digest",
+    "documents",
+    "load_tokenizer",
+    "permute",
+    "prepare",
+    "resolve_files",
+    "step_hash",
+    "virtual_worker_hash",
+]

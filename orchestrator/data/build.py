@@ -1,0 +1,242 @@
+"""Building a token store: cutting the source into tasks, running them, and putting the result in place.
+
+Builders may run at once, in any number, and die at any moment: a store appears under its name whole or not at
+all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from orchestrator.data.formats import documents
+from orchestrator.data.manifest import MANIFEST_NAME, FileEntry, Manifest, ShardEntry
+from orchestrator.data.sources import DataError, SourceFile, fingerprint
+from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
+
+MAX_TASKS = 16
+
+# What renaming a directory onto something that is there already can answer.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_PUBLISH_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What one task must do: what all tasks share, and its own files. Plain data, so that it can travel."""
+
+    directory: str
+    shard: str
+    dtype: str
+    field: str | None
+    tokenizer: str
+    tokenizer_identity: str
+    files: tuple[SourceFile, ...]
+    fingerprints: tuple[str, ...]
+
+
+def build_store(
+    target: Path,
+    key: str,
+    files: Sequence[SourceFile],
+    fingerprints: Sequence[str],
+    field: str | None,
+    tokenizer: str,
+    loaded: Tokenizer,
+    run_tasks: Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]],
+    is_locked: bool,
+) -> Path:
+    """Build a store in a new directory beside its target, synced to disk, and return that directory.
+
+    tokenizer: the name by which a task loads it; loaded: the same one, loaded; is_locked: no other builder of
+    this store can be at work on this machine, so what dead ones left is removed.
+
+    Raises DataError when a source file cannot be used or changed meanwhile, OSError when the cache cannot be
+    written.
+    """
+    if is_locked:
+        for leftover in target.parent.glob(f"{_beside(target)}*"):
+            _discard(leftover)
+    build = target.with_name(_beside(target) + secrets.token_hex(8))
+    build.mkdir()
+    dtype = "uint16" if loaded.vocab_size <= 1 << 16 else "uint32"
+    groups = group([file.size_bytes for file in files], MAX_TASKS)
+    tasks = [
+        ShardTask(
+            directory=str(build),
+            shard=f"shard-{number:05d}.bin",
+            dtype=dtype,
+            field=field,
+            tokenizer=tokenizer,
+            tokenizer_identity=loaded.identity,
+            files=tuple(files[i] for i in members),
+            fingerprints=tuple(fingerprints[i] for i in members),
+        )
+        for number, members in enumerate(groups)
+    ]
+    try:
+        results: list[tuple[ShardEntry, list[FileEntry]]] = run_tasks(write_shard, [(task,) for task in tasks])
+        assert [shard.name for shard, _ in results] == [task.shard for task in tasks], "run_tasks changed the order"
+        manifest = Manifest(
+            key=key,
+            dtype=dtype,
+            vocab_size=loaded.vocab_size,
+            files=tuple(entry for _, entries in results for entry in entries),
+            shards=tuple(shard for shard, _ in results),
+        )
+        with open(build / MANIFEST_NAME, "w", encoding="utf-8") as stream:
+            stream.write(manifest.to_json())
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync_directory(build)
+    except BaseException:
+        _discard(build)
+        raise
+    return build
+
+
+def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
+    """Tokenise the files of one task, in order, into one shard, synced to disk.
+
+    Runs wherever run_tasks takes it. Raises DataError when a file cannot be used, or the files or the
+    tokenizer are not the ones the builder saw (it changed, or this is another machine), or the cache is not
+    visible here.
+    """
+    if not os.path.isdir(task.directory):
+        raise DataError(
+            f"{task.directory} does not exist on {socket.gethostname()}, where a task was run to fill it; "
+            "the cache must be on storage that every task shares"
+        )
+    tokenizer = _load(task.tokenizer, task.tokenizer_identity)
+    shard_digest = xxhash.xxh3_128()
+    entries = []
+    path = os.path.join(task.directory, task.shard)
+    with open(path, "wb") as stream:
+        for file, content in zip(task.files, task.fingerprints, strict=True):
+            num_documents = num_tokens = 0
+            file_digest = xxhash.xxh3_128()
+            for document in documents(file, task.field):
+                tokens = np.append(tokenizer.encode(document), np.uint32(tokenizer.end_of_document))
+                data = tokens.astype(np.dtype(task.dtype).newbyteorder("<")).tobytes()
+                stream.write(data)
+                file_digest.update(data)
+                shard_digest.update(data)
+                num_documents += 1
+                num_tokens += len(tokens)
+            if fingerprint(file) != content:
+                raise DataError(
+                    f"{file.url}: on {socket.gethostname()} it is not what it was when the build began; "
+                    "the source must stay as it is, and be the same wherever a task runs"
+                )
+            entries.append(FileEntry(file.name, content, num_documents, num_tokens, file_digest.hexdigest()))
+        size_bytes = stream.tell()
+        stream.flush()
+        os.fsync(stream.fileno())
+    total = sum(entry.tokens for entry in entries)
+    return ShardEntry(task.shard, total, size_bytes, shard_digest.hexdigest()), entries
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name: str, identity: str) -> Tokenizer:
+    """The tokenizer of the given identity, kept between the tasks that run in one process."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.identity != identity:
+        raise DataError(
+            f"data.tokenizer: {name} on {socket.gethostname()} is {tokenizer.identity}, but the build began "
+            f"with {identity}; give every node the same tokenizer files and library versions"
+        )
+    return tokenizer
+
+
+def group(sizes: Sequence[int], max_groups: int) -> list[list[int]]:
+    """Indices of `sizes` [n] in runs of similar total, in order: at most max_groups of them, none empty."""
+    weights = [max(size, 1) for size in sizes]  # a size that is not known counts for nothing
+    total = sum(weights)
+    groups: list[list[int]] = [[] for _ in range(max_groups)]
+    before = 0
+    for i, weight in enumerate(weights):
+        middle = before + weight // 2
+        groups[min(middle * max_groups // total, max_groups - 1)].append(i)
+        before += weight
+    return [members for members in groups if members]
+
+
+def publish(build: Path, target: Path, is_right: Callable[[], bool]) -> None:
+    """Rename a built store into place; where another builder was first and its store is right, keep that one.
+
+    is_right: whether a whole store stands at the target. Raises OSError when the cache cannot be written.
+    """
+    for _ in range(_PUBLISH_ATTEMPTS):
+        try:
+            os.rename(build, target)
+            _sync_directory(target.parent)
+            return
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                _discard(build)
+                raise
+        if is_right():
+            _discard(build)
+            return
+        # A broken store is moved away before it is removed: others may have it open, and none may see half of
+        # it.
+        broken = target.with_name(_beside(target) + secrets.token_hex(8))
+        try:
+            os.rename(target, broken)
+        except FileNotFoundError:  # another builder has just done so
+            continue
+        _discard(broken)
+    _discard(build)
+    raise OSError(f"{target} is taken by a broken store again and again")
+
+
+@contextmanager
+def building_lock(target: Path) -> Iterator[bool]:
+    """Hold the lock of a store's builders; gives False on file systems without locks.
+
+    The lock saves work and tidies up, no more: `publish` is safe without it.
+    """
+    with open(target.with_name(target.name + ".lock"), "a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # Closing would not do: a process forked meanwhile shares the lock.
+            fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _beside(target: Path) -> str:
+    """How the names of unfinished work begin. It has the machine, as locks may not reach across machines."""
+    return f"{target.name}.{socket.gethostname()}-"
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

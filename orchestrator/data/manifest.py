@@ -1,0 +1,109 @@
+"""MANIFEST.json of a token store: what the store holds, and digests enough to know whether it still does.
+
+Knows the names and sizes of files, and nothing of where text comes from or how it becomes tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.data.sources import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "MANIFEST.json"
+
+DTYPES = {"uint16": 2, "uint32": 4}
+
+
+class BrokenStoreError(DataError):
+    """A token store that is torn, altered or of another format; it can be rebuilt from its source."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One source file: name, content fingerprint, documents, tokens (ends included) and their digest."""
+
+    name: str
+    fingerprint: str
+    documents: int
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One file of tokens: its name in the store, tokens, bytes and XXH3-128 digest."""
+
+    name: str
+    tokens: int
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a store. dtype: uint16 or uint32, little-endian; files and shards are in token order."""
+
+    key: str
+    dtype: str
+    vocab_size: int
+    files: tuple[FileEntry, ...]
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens in the store, ends of documents included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """The digest ("sha256:...") of tokens, vocabulary and format; names and shards have no part."""
+        return store_digest(self.dtype, self.vocab_size, self.files)
+
+    def to_json(self) -> str:
+        """The manifest as the text of MANIFEST.json."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            **asdict(self),
+            "total_tokens": self.total_tokens,
+            "digest": self.digest,
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse MANIFEST.json; BrokenStoreError when it is torn, of another version or contradicts itself."""
+        try:
+            content: dict[str, Any] = json.loads(text)
+            if content["format_version"] != FORMAT_VERSION:
+                raise BrokenStoreError(f"format version {content['format_version']}, not {FORMAT_VERSION}")
+            manifest = cls(
+                key=content["key"],
+                dtype=content["dtype"],
+                vocab_size=int(content["vocab_size"]),
+                files=tuple(FileEntry(**entry) for entry in content["files"]),
+                shards=tuple(ShardEntry(**entry) for entry in content["shards"]),
+            )
+            width = DTYPES[manifest.dtype]
+            consistent = (
+                content["digest"] == manifest.digest
+                and content["total_tokens"] == manifest.total_tokens == sum(file.tokens for file in manifest.files)
+                and all(shard.size_bytes == shard.tokens * width > 0 for shard in manifest.shards)
+            )
+        except BrokenStoreError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BrokenStoreError(f"torn manifest: {type(error).__name__}: {error}") from error
+        if not consistent:
+            raise BrokenStoreError("manifest contradicts itself")
+        return manifest
+
+
+def store_digest(dtype: str, vocab_size: int, files: Sequence[FileEntry]) -> str:
+    """A store's digest, from the digests of each file's tokens in order: the same however it was sharded."""
+    content = [FORMAT_VERSION, dtype, vocab_size, [(file.tokens, file.digest) for file in files]]
+    return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"

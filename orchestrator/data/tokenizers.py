@@ -1,0 +1,171 @@
+"""Text to token ids, and the identity of whatever decides those ids.
+
+Two tokenizers, one protocol: raw bytes, which need no file, and Hugging Face tokenizers from local disk.
+Nothing is ever downloaded: a job must not depend on what a hub serves today.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from orchestrator.data.sources import DataError
+
+BYTES = "bytes"
+
+# A bare tokenizer.json does not say which of its tokens ends a document; these are the names in use.
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end▁of▁sentence|>")
+
+
+class Tokenizer(Protocol):
+    """What the store needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    @property
+    def end_of_document(self) -> int:
+        """The id the store writes after every document."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that decides the ids: equal identities give equal ids for equal text."""
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of a text, uint32 [tokens], with no special token added, so no end of document either."""
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `bytes`, or the one in a directory or tokenizer.json file on local disk.
+
+    A directory is loaded by transformers' AutoTokenizer, a .json file by the tokenizers library. Their end of
+    document is their end-of-sequence token. A text that spells a special token is encoded as that token, as
+    these libraries do.
+
+    Raises DataError naming the tokenizer when it is not on disk, cannot be loaded, or has no end-of-sequence
+    token.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return _from_directory(name, path)
+        if path.is_file():
+            return _from_file(name, path)
+    except DataError:
+        raise
+    except Exception as error:  # both libraries raise bare Exception for a bad file: name the tokenizer in each
+        raise DataError(
+            f"data.tokenizer: {name} cannot be loaded: {type(error).__name__}: {error}; it must be a "
+            "Hugging Face tokenizer directory or a tokenizer.json file"
+        ) from error
+    raise DataError(
+        f"data.tokenizer: {name!r} does not exist on disk (working directory {os.getcwd()}); use {BYTES!r}, "
+        "a directory saved by save_pretrained, or a tokenizer.json file; download what is on a hub"
+    )
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, and 256 for the end of a document."""
+
+    vocab_size = 257
+    end_of_document = 256
+    identity = "bytes-1"
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The UTF-8 bytes of the text, uint32 [bytes]."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
+
+
+class FastTokenizer:
+    """A `tokenizers.Tokenizer` (transformers calls these fast)."""
+
+    def __init__(self, backend: Any, end_of_document: int) -> None:
+        import tokenizers
+
+        # Both would silently change the ids: a saved tokenizer may still carry its model's truncation and
+        # padding.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.end_of_document = end_of_document
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.identity = _identity("fast", tokenizers.__version__, end_of_document, backend.to_str().encode())
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of the text, uint32 [tokens]."""
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+
+class SlowTokenizer:
+    """A transformers tokenizer that is not backed by the tokenizers library."""
+
+    def __init__(self, tokenizer: Any, directory: Path) -> None:
+        import transformers
+
+        self._tokenizer = tokenizer
+        self.end_of_document = int(tokenizer.eos_token_id)
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        # It cannot be written out as one text, so its files stand for it; model weights lie in files of other
+        # kinds.
+        kinds = (".json", ".txt", ".model", ".tiktoken")
+        files = sorted(path for path in directory.iterdir() if path.suffix in kinds)
+        content = [part for path in files for part in (path.name.encode(), path.read_bytes())]
+        self.identity = _identity("slow", transformers.__version__, self.end_of_document, *content)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of the text, uint32 [tokens]."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False, truncation=False, verbose=False)
+        return np.array(ids, dtype=np.uint32)
+
+
+def _from_directory(name: str, path: Path) -> Tokenizer:
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"data.tokenizer: {name} has no end-of-sequence token, which marks the end of a document; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return SlowTokenizer(tokenizer, path)
+    return FastTokenizer(backend, int(tokenizer.eos_token_id))
+
+
+def _from_file(name: str, path: Path) -> Tokenizer:
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    config = path.with_name("tokenizer_config.json")
+    declared = json.loads(config.read_text("utf-8")).get("eos_token") if config.is_file() else None
+    if isinstance(declared, dict):  # an added token written out with its flags
+        declared = declared.get("content")
+    candidates = [declared] if declared else list(_END_TOKENS)
+    ids = {token: backend.token_to_id(token) for token in candidates}
+    found = {token: id for token, id in ids.items() if id is not None}
+    if len(found) != 1:
+        said = f"several ({', '.join(found)})" if found else f"none (looked for {', '.join(candidates)})"
+        raise DataError(
+            f"data.tokenizer: {name} must have one end-of-sequence token, which marks the end of a document, "
+            f"but has {said}; name it as eos_token in {config}"
+        )
+    return FastTokenizer(backend, next(iter(found.values())))
+
+
+def _identity(kind: str, version: str, end_of_document: int, *content: bytes) -> str:
+    """A digest of all that decides the ids. The library's version is part of it: its fixes change ids."""
+    digest = xxhash.xxh3_128()
+    for part in (str(end_of_document).encode(), *content):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return f"{kind}-{version}-{digest.hexdigest()}"

@@ -1,0 +1,208 @@
+"""The rules of a job file that involve more than one field.
+
+Each rule asks for the values it needs and is skipped when one of them is not known, so that one mistake does
+not hide another: the loader runs them on whatever part of a broken file is valid. They import nothing of the
+schema.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Where to edit when a strategy arrives: (field, the only value there is for now).
+_NOT_YET: tuple[tuple[str, object], ...] = (
+    ("strategy.tensor", 1),
+    ("strategy.pipeline", 1),
+    ("strategy.shard", "none"),
+)
+
+Get = Callable[[str], Any]
+"""The value at a dotted path, defaults included; raises Unknown when it is missing or not valid by itself."""
+
+
+class Unknown(Exception):
+    """A value a rule needs is missing or not valid by itself, so that the rule has nothing to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A rule that does not hold. `fields`: the dotted paths involved, the most relevant first."""
+
+    fields: tuple[str, ...]
+    reason: str
+
+
+def find(get: Get) -> list[Finding]:
+    """Every rule that does not hold among those whose values are known."""
+    found: list[Finding] = []
+    for rule in _RULES:
+        try:
+            found.extend(rule(get))
+        except Unknown:
+            continue
+    return found
+
+
+def reader(data: dict[str, Any]) -> Get:
+    """`Get` over nested mappings and lists that are complete and valid."""
+
+    def get(path: str) -> Any:
+        value: Any = data
+        for part in path.split("."):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        return value
+
+    return get
+
+
+def _model(get: Get) -> Iterator[Finding]:
+    given = [key for key in ("hf", "factory") if get(f"model.{key}") is not None]
+    if len(given) != 1:
+        what = "has both" if given else "has neither"
+        yield Finding(("model",), f"must have exactly one of hf and factory, and {what}")
+    elif given == ["hf"] and get("model.args"):
+        yield Finding(("model.args",), "only goes with model.factory; settings for hf go under model.hf")
+
+
+def _hf_model_type(get: Get) -> Iterator[Finding]:
+    hf = get("model.hf")
+    if isinstance(hf, dict) and "model_type" not in hf:
+        yield Finding(("model.hf",), "must have model_type, for example model_type: llama")
+    elif isinstance(hf, dict) and not (isinstance(hf["model_type"], str) and hf["model_type"]):
+        yield Finding(("model.hf.model_type",), "must name a transformers model type, for example llama")
+
+
+def _free_form(get: Get) -> Iterator[Finding]:
+    for field in ("model.hf", "model.args"):
+        try:
+            value = get(field)
+        except Unknown:
+            continue
+        for path in _not_finite(value, field):
+            yield Finding((path,), "must be a finite number: the resolved job is kept as JSON")
+
+
+def _not_finite(value: object, path: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{path}.{index}")
+
+
+def _batch(get: Get) -> Iterator[Finding]:
+    batch, shares, micro = get("train.global_batch"), get("elastic.virtual_workers"), get("train.micro_batch")
+    unit = shares * micro
+    if batch % unit == 0:
+        return
+    below = batch // unit * unit
+    fits = f"the nearest that fit are {below} and {below + unit}" if below else f"the nearest that fits is {unit}"
+    yield Finding(
+        ("train.global_batch", "elastic.virtual_workers", "train.micro_batch"),
+        f"global_batch must be a multiple of virtual_workers * micro_batch = {shares} * {micro} = {unit}, "
+        f"got {batch}; {fits}",
+    )
+
+
+def _worker_bounds(get: Get) -> Iterator[Finding]:
+    low, high = get("elastic.workers.min"), get("elastic.workers.max")
+    if low > high:
+        yield Finding(
+            ("elastic.workers.min", "elastic.workers.max"),
+            f"workers.min = {low} is above workers.max = {high}; lower min to {high} or raise max to {low}",
+        )
+
+
+def _enough_shares(get: Get) -> Iterator[Finding]:
+    shares, high = get("elastic.virtual_workers"), get("elastic.workers.max")
+    if shares < high:
+        yield Finding(
+            ("elastic.virtual_workers", "elastic.workers.max"),
+            f"virtual_workers = {shares} cannot give each of workers.max = {high} workers a share; "
+            f"raise virtual_workers to at least {high} or lower workers.max to {shares}",
+        )
+
+
+def _warmup(get: Get) -> Iterator[Finding]:
+    warmup, steps = get("train.schedule.warmup_steps"), get("train.steps")
+    if warmup > steps:
+        yield Finding(
+            ("train.schedule.warmup_steps", "train.steps"),
+            f"warmup_steps = {warmup} is more than train.steps = {steps}; it can be at most {steps}",
+        )
+
+
+def _heartbeat(get: Get) -> Iterator[Finding]:
+    timeout, interval = get("elastic.heartbeat_timeout_s"), get("elastic.heartbeat_interval_s")
+    if timeout < 2 * interval:
+        yield Finding(
+            ("elastic.heartbeat_timeout_s", "elastic.heartbeat_interval_s"),
+            f"heartbeat_timeout_s = {timeout:g} must be at least twice heartbeat_interval_s = {interval:g}, "
+            f"so at least {2 * interval:g}: one late heartbeat is not a failure",
+        )
+
+
+def _fault_workers(get: Get) -> Iterator[Finding]:
+    for index in range(len(get("faults"))):
+        yield from _at(get, index, fault_worker)
+
+
+def _fault_steps(get: Get) -> Iterator[Finding]:
+    for index in range(len(get("faults"))):
+        yield from _at(get, index, _fault_step)
+
+
+def _at(get: Get, index: int, rule: Callable[[Get, str], list[Finding]]) -> list[Finding]:
+    # One fault that is not valid must not keep the next from being looked at.
+    try:
+        return rule(get, f"faults.{index}.")
+    except Unknown:
+        return []
+
+
+def fault_worker(get: Get, fault: str) -> list[Finding]:
+    """Whether the fault at `fault` (`faults.N.`) names a worker where its kind needs one."""
+    kind = get(f"{fault}kind")
+    if kind == "controller" or get(f"{fault}worker") is not None:
+        return []
+    return [Finding((f"{fault}worker",), f"is required for kind {kind}: which worker it happens to")]
+
+
+def _fault_step(get: Get, fault: str) -> list[Finding]:
+    step, steps = get(f"{fault}step"), get("train.steps")
+    if step < steps:
+        return []
+    reason = f"the fault's step = {step} never comes: train.steps = {steps}, so the last step is {steps - 1}"
+    return [Finding((f"{fault}step", "train.steps"), reason)]
+
+
+def _available(get: Get) -> Iterator[Finding]:
+    for field, only in _NOT_YET:
+        try:
+            value = get(field)
+        except Unknown:
+            continue
+        if value != only:
+            key = field.split(".")[-1]
+            yield Finding((field,), f"{key}: {value} is not available in this version, only {key}: {only}")
+
+
+_RULES: tuple[Callable[[Get], Iterator[Finding]], ...] = (
+    _model,
+    _hf_model_type,
+    _free_form,
+    _batch,
+    _worker_bounds,
+    _enough_shares,
+    _warmup,
+    _heartbeat,
+    _fault_workers,
+    _fault_steps,
+    _available,
+)

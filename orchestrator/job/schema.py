@@ -1,0 +1,311 @@
+"""The job file's schema: every field, its default, its unit and the values it takes on its own.
+
+Rules that involve two or more fields are in `checks.py`; turning YAML into these classes, and mistakes into
+lines with positions, is `load.py`. All classes are frozen, refuse unknown fields, and convert nothing except
+an integer where a number is wanted and a list where a pair is wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from orchestrator.job import checks
+
+# The type of pydantic error whose message is already in our own words.
+OWN_WORDS = "job"
+# The same for mistakes across fields, which the loader finds by itself, with positions.
+ACROSS_FIELDS = "job_across_fields"
+
+
+def _matches(pattern: str, reason: str) -> AfterValidator:
+    compiled = re.compile(pattern)
+
+    def check(value: str) -> str:
+        if not compiled.fullmatch(value):
+            raise PydanticCustomError(OWN_WORDS, "{reason}", {"reason": reason})
+        return value
+
+    return AfterValidator(check)
+
+
+def _pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise PydanticCustomError(OWN_WORDS, "must be a list of two numbers")
+    return tuple(value)
+
+
+def _kind(value: Any) -> str | None:
+    """The branch of a union that a value means; without it pydantic reports the mistakes of every branch."""
+    return next((kind.__name__ for kind in (str, list, dict) if isinstance(value, kind)), None)
+
+
+def _one_of(*kinds: str, reason: str) -> Discriminator:
+    def choose(value: Any) -> str | None:
+        kind = _kind(value)
+        return kind if kind in kinds else None
+
+    return Discriminator(choose, custom_error_type=OWN_WORDS, custom_error_message=reason)
+
+
+_IDENTIFIER = r"[A-Za-z_]\w*"
+Name = Annotated[
+    str,
+    _matches(
+        r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
+        "must be 1 to 63 lower-case letters, digits and inner hyphens (it names actors and directories)",
+    ),
+]
+FactoryPath = Annotated[
+    str,
+    _matches(
+        rf"{_IDENTIFIER}(\.{_IDENTIFIER})*:{_IDENTIFIER}",
+        'must read "package.module:function"',
+    ),
+]
+Text = Annotated[str, Field(min_length=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+CountInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+CountFloat = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    """What is trained: exactly one of `hf` and `factory`."""
+
+    hf: (
+        Annotated[
+            Annotated[dict[str, Any], Tag("dict")] | Annotated[Text, Tag("str")],
+            _one_of("dict", "str", reason="must be a transformers config (a mapping), or a path or hub id"),
+        ]
+        | None
+    ) = None
+    """A transformers config with its `model_type`, or the path or hub id of one."""
+    factory: FactoryPath | None = None
+    """`package.module:function`, called with `args`; returns the module to train."""
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Data(_Section):
+    """What is read, and how it becomes samples of `sequence_length` tokens."""
+
+    source: Annotated[
+        Annotated[Text, Tag("str")] | Annotated[list[Text], Field(min_length=1), Tag("list")],
+        _one_of("str", "list", reason="must be a path, glob, URL or python-stdlib, or a list of them"),
+    ]
+    """Relative paths start at the current working directory."""
+    format: Literal["text", "jsonl", "parquet"] | None = None
+    """None: told from each file's suffix."""
+    field: Text = "text"
+    """The field of a jsonl or parquet record that holds the text."""
+    tokenizer: Text = "bytes"
+    """`bytes` (257 ids; 256 ends a document), or a path or hub id."""
+    sequence_length: Annotated[int, Field(ge=2)]
+    """Tokens per sample."""
+    shuffle: bool = True
+    cache: Text | None = None
+    """The directory for token stores. None: the platform's choice."""
+
+
+class Optimizer(_Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    """The peak learning rate."""
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(_pair)] = (0.9, 0.95)
+    """adamw only."""
+    eps: PositiveFloat = 1e-8
+    """adamw only."""
+    weight_decay: CountFloat = 0.1
+    momentum: Decay = 0.0
+    """sgd only."""
+
+
+class Schedule(_Section):
+    """The learning rate over the steps: a linear warm-up, then this shape down to `min_ratio` of the peak."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: CountInt = 0
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Train(_Section):
+    steps: PositiveInt
+    global_batch: PositiveInt
+    """Samples per optimizer step, whatever the number of workers."""
+    micro_batch: PositiveInt = 1
+    """Samples per forward pass."""
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    clip_norm: PositiveFloat | None = 1.0
+    """The largest norm of the whole gradient. None: gradients are not clipped."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: CountInt = 0
+    log_every: PositiveInt = 1
+    """Steps between two log lines."""
+
+
+class Strategy(_Section):
+    """How one step is spread over ranks. What tensor and pipeline leave over is data parallel."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    shard: Literal["none", "optimizer", "gradients", "parameters"] = "none"
+    reduction: Literal["canonical", "native"] = "canonical"
+    """canonical: the same bits for any number of workers. native: the backend's own collectives."""
+    update: Literal["synchronous"] = "synchronous"
+
+
+class Workers(_Section):
+    min: PositiveInt = 1
+    max: PositiveInt = 4
+
+
+class Elastic(_Section):
+    """What may change while the job runs, and how long to wait before it does. `_s` is seconds."""
+
+    workers: Workers = Field(default_factory=Workers)
+    virtual_workers: PositiveInt = 8
+    """The fixed number of shares a step's batch is cut into; the numbers depend on it."""
+    standby: CountInt = 0
+    """Started workers kept ready beside the running ones."""
+    state_copies: PositiveInt = 2
+    """Living holders of every chunk of state, in different failure domains."""
+    heartbeat_interval_s: PositiveFloat = 0.5
+    heartbeat_timeout_s: PositiveFloat = 3.0
+    progress_timeout_s: PositiveFloat = 60.0
+    start_timeout_s: PositiveFloat = 300.0
+    wait_timeout_s: PositiveFloat | None = None
+    """How long to wait below `workers.min`. None: for ever."""
+    lease_s: PositiveFloat = 30.0
+    max_failures_per_step: PositiveInt = 3
+
+
+class Resources(_Section):
+    """What Ray reserves for each worker."""
+
+    cpu: PositiveFloat = 1.0
+    gpu: CountFloat = 0.0
+
+
+class Checkpoint(_Section):
+    storage: Text | None = None
+    """A directory or fsspec URL. None: the run directory."""
+    every_steps: PositiveInt | None = None
+    """None: only when the run ends or is asked to."""
+    keep: PositiveInt = 3
+    """How many checkpoints stay."""
+
+
+class Monitoring(_Section):
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0: any free port."""
+
+
+class Fault(_Section):
+    """One planned failure: a game day."""
+
+    step: CountInt
+    worker: CountInt | None = None
+    """Required for every kind but controller."""
+    kind: Literal["kill", "segfault", "raise", "exit", "hang", "deadlock", "slow", "nan", "drain", "node", "controller"]
+    phase: Literal["data", "compute", "reduce", "gather", "vote", "commit"] = "compute"
+    seconds: PositiveFloat | None = None
+    factor: PositiveFloat | None = None
+
+
+class Job(_Section):
+    """A training job: the one thing a user describes, and all that decides its result."""
+
+    name: Name
+    model: Model
+    data: Data
+    train: Train
+    strategy: Strategy = Field(default_factory=Strategy)
+    elastic: Elastic = Field(default_factory=Elastic)
+    resources: Resources = Field(default_factory=Resources)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    monitoring: Monitoring = Field(default_factory=Monitoring)
+    faults: list[Fault] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Job:
+        # The loader runs the same checks by itself, with positions; this is for jobs made in Python.
+        found = checks.find(checks.reader(self.model_dump()))
+        if found:
+            lines = "; ".join(f"{finding.fields[0]} {finding.reason}" for finding in found)
+            raise PydanticCustomError(ACROSS_FIELDS, "{lines}", {"lines": lines})
+        return self
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), faults: Sequence[str] = ()) -> Job:
+        """The job in a YAML file, after `overrides` (each `a.b=value`) and with `faults` (see `parse_fault`).
+
+        Raises JobError, which lists every mistake.
+        """
+        from orchestrator.job.load import load_file
+
+        return load_file(path, overrides, faults)
+
+    @classmethod
+    def loads(
+        cls,
+        text: str,
+        filename: str = "<string>",
+        overrides: Sequence[str] = (),
+        faults: Sequence[str] = (),
+    ) -> Job:
+        """The job in a YAML text; `filename` is what its problems are reported under. Raises JobError."""
+        from orchestrator.job.load import load_text
+
+        return load_text(text, filename, overrides, faults)
+
+    @property
+    def samples_per_virtual_worker(self) -> int:
+        """Samples of one step that each virtual worker computes."""
+        return self.train.global_batch // self.elastic.virtual_workers
+
+    @property
+    def micro_batches_per_virtual_worker(self) -> int:
+        """Forward passes of one step that each virtual worker runs, in order."""
+        return self.samples_per_virtual_worker // self.train.micro_batch
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole job as JSON values, every default filled in. `Job.model_validate` turns it back."""
+        return self.model_dump(mode="json")
+
+    def numerics(self) -> dict[str, Any]:
+        """The part of `resolved()` that decides the numbers: two jobs that agree here give the same bits.
+
+        Resources stay in: the number of threads decides how a sum inside an operator is split.
+        """
+        full = self.resolved()
+        full["elastic"] = {"virtual_workers": full["elastic"]["virtual_workers"]}
+        del full["data"]["cache"], full["train"]["log_every"]
+        return {part: full[part] for part in ("model", "data", "train", "strategy", "elastic", "resources")}
+
+    def digest(self) -> str:
+        """`sha256:<hex>` over the canonical JSON (sorted keys, no spaces, ASCII) of `numerics()`."""
+        canonical = json.dumps(self.numerics(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()

@@ -1,0 +1,493 @@
+"""The job file: what loads, what is refused, and what the user is told about it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.job import Job, JobError, parse_fault
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+MINIMAL = """\
+name: tiny
+model: {hf: {model_type: llama}}
+data: {source: python-stdlib, sequence_length: 16}
+train:
+  steps: 40
+  global_batch: 32
+"""
+
+
+def problems(text: str, overrides: tuple[str, ...] = (), faults: tuple[str, ...] = ()) -> list[str]:
+    """The lines a user sees, with the file called j."""
+    with pytest.raises(JobError) as caught:
+        Job.loads(text, "j", overrides, faults)
+    return str(caught.value).split("\n")
+
+
+def refused(text: str, **options: Any) -> str:
+    """The only line a user sees."""
+    lines = problems(text, **options)
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# What loads
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_loads_and_round_trips(path: Path) -> None:
+    job = Job.load(path)
+    assert job.name == path.stem
+    resolved = json.loads(json.dumps(job.resolved()))
+    assert Job.model_validate(resolved) == job
+    assert Job.loads(json.dumps(resolved)) == job
+
+
+def test_the_examples_are_there() -> None:
+    assert {path.stem for path in EXAMPLES} >= {"quickstart", "text-files", "bf16", "factory", "chaos"}
+
+
+def test_quickstart_means_what_it_says() -> None:
+    job = Job.load(ROOT / "examples/quickstart.yaml")
+    assert (job.train.steps, job.train.global_batch, job.elastic.virtual_workers) == (60, 32, 8)
+    assert (job.samples_per_virtual_worker, job.micro_batches_per_virtual_worker) == (4, 4)
+    assert job.train.optimizer.lr == 1e-3
+    assert (job.elastic.workers.min, job.elastic.workers.max, job.elastic.standby) == (1, 4, 1)
+
+
+def test_chaos_is_quickstart_with_faults() -> None:
+    chaos, quick = (Job.load(ROOT / f"examples/{name}.yaml") for name in ("chaos", "quickstart"))
+    assert chaos.digest() == quick.digest()
+    assert [(fault.step, fault.worker, fault.kind) for fault in chaos.faults] == [
+        (20, 1, "kill"),
+        (30, 2, "hang"),
+        (40, 0, "raise"),
+    ]
+
+
+def test_the_example_factory_builds_a_model() -> None:
+    torch = pytest.importorskip("torch")
+    from examples.tiny_gpt import build
+
+    job = Job.load(ROOT / "examples/factory.yaml")
+    model = build(**job.model.args)
+    ids = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(0))
+    logits = model.eval()(ids)
+    assert logits.shape == (2, 12, 257)
+    # Causal: what comes later changes nothing before it.
+    assert torch.allclose(model(ids[:, :6]), logits[:, :6], atol=1e-5)
+
+
+def test_defaults() -> None:
+    job = Job.loads(MINIMAL)
+    assert job.train.optimizer.betas == (0.9, 0.95)
+    assert job.strategy.reduction == "canonical"
+    assert job.elastic.wait_timeout_s is None
+    assert job.checkpoint.storage is None
+    assert job.faults == []
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("3e-4", 3e-4), ("1", 1.0), ("3.0e-4", 3e-4), ("1_0.5", 10.5), ("2E-3", 2e-3)]
+)
+def test_numbers_as_people_write_them(written: str, value: float) -> None:
+    job = Job.loads(MINIMAL + f"  optimizer: {{lr: {written}}}\n")
+    assert job.train.optimizer.lr == value
+    assert isinstance(job.train.optimizer.lr, float)
+
+
+def test_only_true_and_false_are_booleans() -> None:
+    assert Job.loads(MINIMAL + "  compile: true").train.compile is True
+    line = refused(MINIMAL + "  compile: on")
+    assert line == "j:7:12 train.compile: must be true or false, got the string 'on'"
+    text = MINIMAL.replace(
+        "llama", "llama, a: yes, b: 0123, c: 1:30, d: 2020-01-01, e: 0x10, f: ~, g: !!str 5"
+    )
+    assert Job.loads(text).model.hf == {
+        "model_type": "llama",
+        "a": "yes",
+        "b": 123,
+        "c": "1:30",
+        "d": "2020-01-01",
+        "e": 16,
+        "f": None,
+        "g": "5",
+    }
+
+
+def test_anchors_and_merges() -> None:
+    text = (
+        MINIMAL
+        + """\
+faults:
+  - &first {step: 1, worker: 0, kind: kill}
+  - {<<: *first, step: 2}
+  - {step: 3, <<: [{worker: 5}, *first]}
+"""
+    )
+    faults = Job.loads(text).faults
+    assert [(fault.step, fault.worker, fault.kind) for fault in faults] == [
+        (1, 0, "kill"),
+        (2, 0, "kill"),
+        (3, 5, "kill"),
+    ]
+
+
+# What is refused, and where
+
+
+def test_many_mistakes_at_once_in_order() -> None:
+    text = """\
+name: Tiny
+model: {hf: {hidden_size: 3}}
+data:
+  source: [a, 3]
+  tokeniser: bytes
+train:
+  steps: "abc"
+  global_batch: 30
+  lr: 3e-4
+  precision: bf61
+  seed: true
+monitoring:
+  prot: 0
+"""
+    assert problems(text) == [
+        "j:1:7 name: must be 1 to 63 lower-case letters, digits and inner hyphens "
+        "(it names actors and directories), got the string 'Tiny'",
+        "j:2:13 model.hf: must have model_type, for example model_type: llama",
+        "j:4:3 data.sequence_length: is required, but missing",
+        "j:4:15 data.source.1: must be a string, got the integer 3",
+        'j:5:3 data.tokeniser: unknown field, did you mean "tokenizer"?',
+        "j:7:10 train.steps: must be an integer, got the string 'abc'",
+        "j:8:17 train.global_batch: global_batch must be a multiple of virtual_workers * micro_batch = "
+        "8 * 1 = 8, got 30; the nearest that fit are 24 and 32",
+        'j:9:3 train.lr: unknown field, did you mean "train.optimizer.lr"?',
+        "j:10:14 train.precision: must be one of fp32, bf16, got the string 'bf61', did you mean \"bf16\"?",
+        "j:11:9 train.seed: must be an integer, got the boolean true",
+        'j:13:3 monitoring.prot: unknown field, did you mean "port"?',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            "elastic: {workers: {min: 5}}",
+            "j:7:26 elastic.workers.min: workers.min = 5 is above workers.max = 4;",
+        ),
+        (
+            "elastic: {workers: {max: 9}}",
+            "j:7:26 elastic.workers.max: virtual_workers = 8 cannot give each of",
+        ),
+        ("  micro_batch: 3", "j:6:17 train.global_batch: global_batch must be a multiple of"),
+        (
+            "  schedule: {warmup_steps: 41}",
+            "j:7:28 train.schedule.warmup_steps: warmup_steps = 41 is more than",
+        ),
+        (
+            "elastic: {heartbeat_interval_s: 2}",
+            "j:7:33 elastic.heartbeat_interval_s: heartbeat_timeout_s = 3 must be at least twice "
+            "heartbeat_interval_s = 2, so at least 4",
+        ),
+        ("faults: [{step: 40, worker: 0, kind: kill}]", "j:7:17 faults.0.step: the fault's step = 40 never"),
+        ("faults: [{step: 4, kind: kill}]", "j:7:10 faults.0.worker: is required for kind kill"),
+        ("strategy: {tensor: 2}", "j:7:20 strategy.tensor: tensor: 2 is not available in this version"),
+        ("strategy: {shard: gradients}", "j:7:19 strategy.shard: shard: gradients is not available in this"),
+        ("monitoring: {port: 65536}", "j:7:20 monitoring.port: must be at most 65535, got 65536"),
+        ("  clip_norm: .inf", "j:7:14 train.clip_norm: must be a finite number, got the number inf"),
+        ("  optimizer: {betas: [0.9]}", "j:7:22 train.optimizer.betas: must be a list of two numbers, got"),
+        ("  optimizer: {betas: [0.9, 1]}", "j:7:28 train.optimizer.betas.1: must be less than 1, got 1"),
+        ("  seed: '1'", "j:7:9 train.seed: must be an integer, got the string '1'"),
+        ("  seed: 1.0", "j:7:9 train.seed: must be an integer, got the number 1.0"),
+        (
+            "  seed: 99999999999999999999",
+            "j:7:9 train.seed: 99999999999999999999 is not an integer of 64 bits",
+        ),
+        ("checkpoint:", "j:7:12 checkpoint: must be a mapping of fields, got nothing (null)"),
+        (
+            "checkpoint: {storage: !!binary aGk=}",
+            "j:7:23 checkpoint.storage: the tag !!binary is not supported",
+        ),
+        ("5: x", "j:7:1: a key must be a string, got the integer 5;"),
+        ("name: again", "j:7:1 name: given twice, first given at 1:1"),
+        ("  steps: 41", "j:7:3 train.steps: given twice, first given at 5:3"),
+        ("fautls: []", 'j:7:1 fautls: unknown field, did you mean "faults"?'),
+        ("warmup_step: 1", 'j:7:1 warmup_step: unknown field, did you mean "train.schedule.warmup_steps"?'),
+        ("zzz: 1", "j:7:1 zzz: unknown field; allowed here: name, model, data, train,"),
+        (
+            "\tseed: 1",
+            "j:7:1: not valid YAML: found character '\\t' that cannot start any token; indent with",
+        ),
+        ("  seed: [1", "j:8:1: not valid YAML: expected ',' or ']'"),
+        ("---\nname: other", "j:7:1: not valid YAML: a second document starts here"),
+        ("  seed: *none", "j:7:9: not valid YAML: found undefined alias 'none'"),
+        ("  seed: \x07", "j:7:9: not valid YAML: the character '\\x07' is not allowed"),
+    ],
+)
+def test_one_mistake_one_line_at_its_place(more: str, line: str) -> None:
+    found = refused(f"{MINIMAL}{more}\n")
+    assert found.startswith(line), found
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("{}", "j:2:8 model: must have exactly one of hf and factory, and has neither"),
+        ("{hf: gpt2, factory: 'a:b'}", "j:2:8 model: must have exactly one of hf and factory, and has both"),
+        ("{hf: gpt2, args: {a: 1}}", "j:2:25 model.args: only goes with model.factory"),
+        (
+            "{hf: 3}",
+            "j:2:13 model.hf: must be a transformers config (a mapping), or a path or hub id, got the",
+        ),
+        (
+            "{factory: a.b}",
+            "j:2:18 model.factory: must read \"package.module:function\", got the string 'a.b'",
+        ),
+        ("{hf: {model_type: llama, x: [1, .nan]}}", "j:2:40 model.hf.x.1: must be a finite number"),
+        ("&loop {hf: {model_type: llama, x: *loop}}", "j:2:8 model.hf.x: an alias that contains itself"),
+    ],
+)
+def test_models(model: str, line: str) -> None:
+    found = refused(MINIMAL.replace("{hf: {model_type: llama}}", model))
+    assert found.startswith(line), found
+
+
+def test_what_is_not_a_job_at_all(tmp_path: Path) -> None:
+    assert refused("# nothing\n").startswith("j:1:1: the file is empty; a job needs at least name, model,")
+    assert refused("- a\n").startswith("j:1:1: the file must hold a mapping of fields")
+    with pytest.raises(JobError, match=r"missing\.yaml: cannot be read: No such file"):
+        Job.load(tmp_path / "missing.yaml")
+    with pytest.raises(JobError, match="cannot be read: Is a directory"):
+        Job.load(tmp_path)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("name: é\nmodel: ü".encode() + b"\xff")
+    with pytest.raises(JobError, match=r"latin.yaml:2:9: not UTF-8: the byte 0xff"):
+        Job.load(latin)
+
+
+def test_values_are_cut_and_stay_on_one_line() -> None:
+    line = refused(MINIMAL, overrides=("train.seed='" + "x" * 500 + "'",))
+    assert line.endswith("got the string '" + "x" * 56 + "...")
+    assert "\\n" in refused(MINIMAL + '"a\\nb": 1\n')
+
+
+def test_unfolding_aliases_has_an_end() -> None:
+    bomb = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+    )
+    assert any("once its aliases are unfolded" in line for line in problems(MINIMAL + bomb))
+
+
+def test_errors_survive_pickling() -> None:
+    with pytest.raises(JobError) as caught:
+        Job.loads("name: 3\n", "j")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.problems == caught.value.problems
+    assert str(again) == str(caught.value)
+    assert (again.problems[0].line, again.problems[0].column) == (1, 1)
+    assert isinstance(again, ValueError)
+
+
+def test_a_job_made_in_python_is_checked_too() -> None:
+    resolved = Job.loads(MINIMAL).resolved()
+    resolved["train"]["global_batch"] = 30
+    with pytest.raises(ValueError, match="the nearest that fit are 24 and 32"):
+        Job.model_validate(resolved)
+
+
+def test_a_job_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Job.loads(MINIMAL).name = "other"  # type: ignore[misc]
+
+
+# Options
+
+
+def test_overrides() -> None:
+    job = Job.loads(
+        MINIMAL + "faults: [{step: 1, worker: 0, kind: kill}]\n",
+        overrides=[
+            "train.steps=100",
+            "train.optimizer.lr=1e-2",
+            "train.clip_norm=null",
+            "elastic.workers={min: 2, max: 3}",
+            "model.hf.hidden_size=64",
+            "faults.0.step=3",
+            "data.source=[a, b=c]",
+            "train.steps=50",
+        ],
+    )
+    assert job.train.steps == 50
+    assert (job.train.optimizer.lr, job.train.clip_norm) == (0.01, None)
+    assert job.elastic.workers.max == 3
+    assert job.model.hf == {"model_type": "llama", "hidden_size": 64}
+    assert job.faults[0].step == 3
+    assert job.data.source == ["a", "b=c"]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train.step=5", 'train.step unknown field, did you mean "steps"?'),
+        ("trian.steps=5", 'trian unknown field, did you mean "train"?'),
+        ("train.steps=x", "train.steps must be an integer, got the string 'x'"),
+        ("train.steps=[", "train.steps not valid YAML:"),
+        ("faults.0.step=3", "faults.0.step no entry"),
+        ("name.x=3", "name.x cannot be set: name is the string 'tiny', which has no fields"),
+        ("name", "must read a.b=value"),
+        ("a..b=1", "must read a.b=value"),
+        ("elastic.virtual_workers=5", "elastic.virtual_workers global_batch must be a multiple of"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, reason: str) -> None:
+    line = refused(MINIMAL + "faults: []\n", overrides=(override,))
+    assert line.startswith(f"--set {override}: {reason}"), line
+
+
+def test_an_override_repairs_the_file() -> None:
+    assert Job.loads(MINIMAL.replace("40", "forty"), overrides=["train.steps=40"]).train.steps == 40
+
+
+def test_faults_from_the_command_line() -> None:
+    assert parse_fault("step=20,worker=1,kind=kill") == {"step": 20, "worker": 1, "kind": "kill"}
+    assert parse_fault("step=20, kind=controller, seconds=1e1")["seconds"] == 10.0
+    job = Job.loads(MINIMAL, faults=["step=20,worker=1,kind=kill", "step=3,worker=0,kind=slow,factor=2"])
+    assert [(fault.step, fault.kind, fault.factor) for fault in job.faults] == [
+        (20, "kill", None),
+        (3, "slow", 2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("step=20,worker=1,kind=kil", "kind must be one of kill, segfault, raise,"),
+        ("step=x,worker=1,kind=kill", "step must be an integer, got the string 'x'"),
+        ("worker=1,kind=kill", "step is required, but missing"),
+        ("step=1,kind=kill", "worker is required for kind kill"),
+        ("step=1,worker=1,kind=kill,phse=data", 'phse unknown field, did you mean "phase"?'),
+        ("step=1,worker=1,kind=kill,step=2", "step given twice"),
+        ("kill", "must read like step=20,worker=1,kind=kill, got 'kill'"),
+        ("", "must read like step=20,worker=1,kind=kill, got ''"),
+    ],
+)
+def test_a_wrong_fault_is_named(fault: str, reason: str) -> None:
+    with pytest.raises(JobError) as caught:
+        parse_fault(fault)
+    assert str(caught.value).startswith(f"--fault {fault}: {reason}")
+    assert refused(MINIMAL, faults=(fault,)) == str(caught.value)
+
+
+def test_a_fault_that_never_comes() -> None:
+    line = refused(MINIMAL, faults=("step=40,worker=1,kind=kill",))
+    assert line == (
+        "--fault step=40,worker=1,kind=kill: step the fault's step = 40 never comes: "
+        "train.steps = 40, so the last step is 39"
+    )
+
+
+def test_file_first_then_options_in_order() -> None:
+    lines = problems(
+        MINIMAL + "zzz: 1\n", overrides=("b=1", "train.seed=x"), faults=("step=1,worker=-1,kind=kill",)
+    )
+    assert [line.split(":")[0] for line in lines] == [
+        "j",
+        "--set b=1",
+        "--set train.seed=x",
+        "--fault step=1,worker=-1,kind=kill",
+    ]
+
+
+# The digest
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.optimizer.lr=1e-2",
+        "train.seed=1",
+        "train.micro_batch=2",
+        "elastic.virtual_workers=16",
+        "resources.cpu=2",
+        "strategy.reduction=native",
+        "data.shuffle=false",
+        "model.hf.hidden_size=8",
+    ],
+)
+def test_the_digest_changes_with_the_numbers(override: str) -> None:
+    assert Job.loads(MINIMAL, overrides=[override]).digest() != Job.loads(MINIMAL).digest()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=other",
+        "elastic.workers.max=2",
+        "elastic.standby=2",
+        "checkpoint.every_steps=5",
+        "monitoring.port=8000",
+        "data.cache=/tmp/x",
+        "train.log_every=10",
+        "faults=[{step: 1, worker: 0, kind: kill}]",
+        "train.optimizer.lr=0.0003",
+    ],
+)
+def test_the_digest_does_not_change_with_the_rest(override: str) -> None:
+    job = Job.loads(MINIMAL, overrides=[override])
+    assert job.digest() == Job.loads(MINIMAL).digest()
+    assert job.digest().startswith("sha256:")
+    assert len(job.digest()) == len("sha256:") + 64
+
+
+# Garbage
+
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+fields = st.sampled_from(
+    ["name", "model", "hf", "factory", "args", "data", "source", "train", "steps", "elastic", "max", "faults"]
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(fields | scalars, inner, max_size=5),
+    max_leaves=15,
+)
+
+
+def loads_or_job_error(text: str, **options: Any) -> None:
+    try:
+        Job.loads(text, "j", **options)
+    except JobError as error:
+        assert_shows_well(error)
+
+
+def assert_shows_well(error: JobError) -> None:
+    assert error.problems
+    assert len(str(error).splitlines()) == len(error.problems)
+    assert str(error).encode()
+
+
+@quick
+@given(st.text() | st.text(alphabet="ab:-[]{}&*!<>|?%@#'\", \n\t0\\u"))
+def test_garbage_text_raises_nothing_but_job_errors(text: str) -> None:
+    loads_or_job_error(text)
+    loads_or_job_error(MINIMAL + text)
+    loads_or_job_error(MINIMAL, overrides=[text], faults=[text])
+    loads_or_job_error(MINIMAL, overrides=[f"train.steps={text}", f"model.hf.{text}=1"])
+
+
+@quick
+@given(st.dictionaries(fields, values, max_size=6))
+def test_garbage_values_raise_nothing_but_job_errors(data: dict[str, Any]) -> None:
+    loads_or_job_error(yaml.safe_dump(data))
+    loads_or_job_error(yaml.safe_dump({**yaml.safe_load(MINIMAL), **data}))
