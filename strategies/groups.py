@@ -24,6 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+CONNECT_TIMEOUT_S = 2.0
+"""How long one attempt to reach a rendezvous store may take, in seconds."""
+
+PATIENCE = timedelta(hours=24)
+"""Collectives wait for as long as it takes: hangs are found by heartbeats and progress, which abort."""
+
 
 class PeerLost(RuntimeError):
     """A collective or rendezvous failed because of another rank, or was aborted; this rank itself is well."""
@@ -119,14 +125,14 @@ class Groups:
         self.device = device
         self._group: Any = None
         self._store: _InterruptibleStore | None = None
+        self._rendezvous: Endpoint | None = None
         self._own: set[Endpoint] = set()
         self._peers: set[Endpoint] = set()
         self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
         self._aborted = False
-        # Collectives wait for as long as it takes: hangs are found by heartbeats and progress, which abort.
         self._patience = dist.AllToAllOptions()
-        self._patience.timeout = timedelta(hours=24)
+        self._patience.timeout = PATIENCE
 
     def form(self, *, store_address: tuple[str, int], prefix: str, host: str, timeout_s: float) -> None:
         """Joins the other ranks. `host` is this machine's address for peers; `timeout_s` bounds the forming.
@@ -136,20 +142,21 @@ class Groups:
         if self.world_size == 1:
             return
         try:
+            self._find_rendezvous(store_address, timeout_s)
+            # Short, because connecting cannot be interrupted; a store that answers does so in milliseconds.
             client = dist.TCPStore(
                 store_address[0],
                 store_address[1],
                 is_master=False,
                 wait_for_workers=False,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timedelta(seconds=min(timeout_s, CONNECT_TIMEOUT_S)),
             )
+            client.set_timeout(timedelta(seconds=timeout_s))
             with self._lock:
                 self.check()
                 self._store = store = _InterruptibleStore(dist.PrefixStore(prefix, client), timeout_s)
             if self.device.type == "cuda":
-                self._group = dist.ProcessGroupNCCL(
-                    store, self.rank, self.world_size, dist.ProcessGroupNCCL.Options()
-                )
+                self._group = dist.ProcessGroupNCCL(store, self.rank, self.world_size, dist.ProcessGroupNCCL.Options())
             else:
                 self._form_gloo(store, host, timeout_s)
             with self._lock:
@@ -158,6 +165,24 @@ class Groups:
             if isinstance(error, PeerLost):
                 raise
             raise PeerLost(f"could not form the process group {prefix}: {_first_line(error)}") from error
+
+    def _find_rendezvous(self, address: Endpoint, timeout_s: float) -> None:
+        """Waits until `address` takes connections, which C10d's own client would do without ever looking up.
+
+        A refusal ends the wait: the store was there before its address was told, so its process is gone.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.check()
+            try:
+                with socket.create_connection(address, timeout=0.5) as probe:
+                    self._rendezvous = _endpoint(probe.getpeername())
+                return
+            except ConnectionRefusedError as error:
+                raise PeerLost(f"nobody serves the rendezvous store {address[0]}:{address[1]} any more") from error
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"no way to the rendezvous store {address[0]}:{address[1]}: {error}") from error
 
     def _form_gloo(self, store: _InterruptibleStore, host: str, timeout_s: float) -> None:
         before = _listening()
@@ -174,6 +199,7 @@ class Groups:
                     address, _, port = entry.partition(" ")
                     self._peers.add((address, int(port)))
         group = dist.ProcessGroupGloo(store, self.rank, self.world_size, options)  # type: ignore[call-overload]
+        group._set_default_timeout(PATIENCE)
         with self._lock:
             self._group = group
             self._connections += self._find_connections()
@@ -185,7 +211,9 @@ class Groups:
         for duplicate in _duplicate_sockets():
             try:
                 ours = duplicate.family in (socket.AF_INET, socket.AF_INET6) and (
-                    _endpoint(duplicate.getpeername()) in self._peers or duplicate.getsockname()[1] in ports
+                    _endpoint(duplicate.getpeername()) in self._peers
+                    or duplicate.getsockname()[1] in ports
+                    or (self._group is None and _endpoint(duplicate.getpeername()) == self._rendezvous)
                 )
             except OSError:
                 ours = False
@@ -231,7 +259,7 @@ class Groups:
             raise PeerLost(_first_line(error)) from error
 
     def send(self, tensor: torch.Tensor, target: int, tag: int) -> Any:
-        """Starts sending `tensor` to rank `target`; the returned work's `wait` raises RuntimeError on failure."""
+        """Starts sending `tensor` to rank `target`; `wait(PATIENCE)` on the returned work raises RuntimeError on failure."""
         return self._point_to_point("send", tensor, target, tag)
 
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Any:
@@ -253,7 +281,8 @@ class Groups:
             self._aborted = True
             if self._store is not None:
                 self._store.abort()
-            if self._group is None and self._peers:
+            if self._group is None and self._rendezvous is not None:
+                # Still forming: also out of a question to a store whose process is silent.
                 self._connections += self._find_connections()
             if self._group is not None and self.device.type == "cuda":
                 self._group.abort()

@@ -61,7 +61,8 @@ class Reducer:
         self._start = sum(self.slices[: groups.rank])
         self._device = device
         self._received = torch.empty(
-            0 if native else sum(len(nodes) for nodes in self.covers) * self.slices[groups.rank], device=device
+            0 if native else sum(len(nodes) for nodes in self.covers) * self.slices[groups.rank],
+            device=device,
         )
 
     def blocks_of(self, rank: int) -> int:
@@ -116,6 +117,4 @@ class Reducer:
         if self.native or world_size == 1:
             gradient.copy_(reduced)
             return
-        self.groups.all_to_all(
-            gradient, reduced.repeat(world_size), list(self.slices), [len(reduced)] * world_size
-        )
+        self.groups.all_to_all(gradient, reduced.repeat(world_size), list(self.slices), [len(reduced)] * world_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from strategies.groups import Groups, PeerLost
+from strategies.groups import PATIENCE, Groups, PeerLost
 
 CHUNK_BYTES = 16 << 20
 """Transfers move chunks of at most this size, so that several sources can share the work."""
@@ -112,7 +112,7 @@ def execute(plan: Iterable[Transfer], ranges: Mapping[str, torch.Tensor], groups
             incoming.append((chunk, view, digest))
     try:
         for work in works:
-            work.wait()
+            work.wait(PATIENCE)
     except RuntimeError as error:
         raise PeerLost(f"state transfer: {error}") from error
     for chunk, view, digest in incoming:

@@ -25,7 +25,8 @@ from strategies.reduction import Reducer, block_squares, norm_of
 from strategies.tree import Node, split
 
 PHASES = ("data", "compute", "reduce", "gather", "vote", "commit")
-"""The phases of a step in order; the first two are local, the next three are collectives, the last is local."""
+"""The phases of a step in order: the first two, taken in turns for every virtual worker, are local; the next three are
+collectives; the last is local."""
 
 Fetch = Callable[[int, int], tuple[np.ndarray, np.ndarray, int]]
 """(step, virtual worker) -> token ids int64 [samples, length + 1], sample ids int64 [samples], hash of the ids."""
@@ -108,9 +109,7 @@ class StepEngine:
         self.generation = generation
         self.held = layout.assignment[groups.rank]
         self.prepared_step = None
-        self.reducer = Reducer(
-            groups, layout, self.state.size, self.state.device, native=self.spec.native_reduction
-        )
+        self.reducer = Reducer(groups, layout, self.state.size, self.state.device, native=self.spec.native_reduction)
 
     def run(self, step: int) -> tuple[StepRecord, bool]:
         """Prepares, votes and commits `step`; returns its record and whether all agreed to pause after it.
@@ -155,7 +154,9 @@ class StepEngine:
         losses: list[torch.Tensor] = []
         hashes: list[int] = []
         pieces: dict[Node, torch.Tensor] = {}
-        self._enter("compute", step)
+        if not self.held:
+            self._enter("data", step)
+            self._enter("compute", step)
         for index in self.held:
             gradient, loss, digest = self._virtual_worker(step, index)
             losses.append(loss)
@@ -176,10 +177,10 @@ class StepEngine:
 
     def _virtual_worker(self, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """The gradient [size] of one virtual worker, summed in micro-batch order, its loss and its sample hash."""
-        before = time.perf_counter()
+        self._enter("data", step)
         tokens, _, digest = self.fetch(step, index)
         batch = torch.from_numpy(tokens).to(self.state.device, non_blocking=True)
-        self._times["data"] += time.perf_counter() - before
+        self._enter("compute", step)
         gradient = self._pool.pop() if self._pool else torch.empty_like(self.state.weights)
         gradient.zero_()
         self.state.accumulate_into(gradient)
@@ -197,9 +198,7 @@ class StepEngine:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16"):
             output = self.model(input_ids=rows[:, :-1])
         logits = output if isinstance(output, torch.Tensor) else output.logits
-        summed = F.cross_entropy(
-            logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-        )
+        summed = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
         return summed / self.spec.tokens_per_batch
 
     def _merge(self, pieces: dict[Node, torch.Tensor], node: Node, gradient: torch.Tensor) -> None:
@@ -226,9 +225,7 @@ class StepEngine:
         squares = block_squares(reducer.own_slice(self.state.gradient), reducer.block)
         numbers = np.array([float(self.pause_requested), *losses, *squares], dtype=np.float64)
         row = np.concatenate([numbers.view(np.int64), np.array(hashes, dtype=np.int64)])
-        sizes = [
-            1 + 2 * len(held) + reducer.blocks_of(peer) for peer, held in enumerate(layout.assignment)
-        ]
+        sizes = [1 + 2 * len(held) + reducer.blocks_of(peer) for peer, held in enumerate(layout.assignment)]
         if layout.world_size == 1:
             everyone = row
         else:

@@ -38,7 +38,7 @@ def cover(held: Iterable[int], virtual_workers: int) -> tuple[Node, ...]:
     ((0, 2), (2, 3), (5, 6))
     """
     indices = frozenset(held)
-    if indices and not (0 <= min(indices) and max(indices) < virtual_workers):
+    if indices and not (min(indices) >= 0 and max(indices) < virtual_workers):
         raise ValueError(f"virtual workers {sorted(indices)} are not all in [0, {virtual_workers})")
     nodes: list[Node] = []
 

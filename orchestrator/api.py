@@ -1,0 +1,101 @@
+"""Running a job from Python."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.job import Job
+from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to: the content of result.json (see docs/run-directory.md), and where it is."""
+
+    run: str
+    status: str
+    run_dir: str
+    reason: str = ""
+    steps: int = 0
+    tokens: int = 0
+    final_loss: float | None = None
+    wall_seconds: float = 0.0
+    goodput_ratio: float = 0.0
+    median_step_seconds: float | None = None
+    reduction: str = "canonical"
+    bit_exact: bool = True
+    state_digest: str | None = None
+    data_digest: str | None = None
+    generations: list[dict[str, Any]] = field(default_factory=list)
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    faults_not_fired: list[int] = field(default_factory=list)
+
+
+def run(
+    job: Job,
+    run_dir: str | os.PathLike[str] | None = None,
+    *,
+    job_text: str | None = None,
+    local_nodes: int = 0,
+    on_update: Callable[[dict[str, Any]], None] = lambda snapshot: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> RunResult:
+    """Trains `job` to its end, on the Ray cluster at `RAY_ADDRESS` or on one started for it on this machine.
+
+    `run_dir` defaults to a new directory under `runs/`; with the directory of an unfinished run of the same job, that
+    run goes on from its newest valid checkpoint, and with that of a finished one its result is returned.
+    `on_update` is called a few times a second with the run's state. Raises RunDirectoryError, DataError or ClusterError
+    when the run cannot start; a run that started and failed is a result with status "failed".
+    """
+    directory = RunDirectory(run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    previous = _previous(job, directory)
+    if previous is not None:
+        return _result(previous, directory)
+    directory.create(job_text if job_text is not None else yaml.safe_dump(job.resolved()), job.resolved())
+
+    from orchestrator.cluster.driver import drive
+
+    return _result(
+        drive(job, directory, local_nodes=local_nodes, on_update=on_update, on_note=on_note), directory
+    )
+
+
+def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
+    """The result of a finished run in this directory, after checking that it is one of this job."""
+    known = directory.read_json("job.resolved.json")
+    if known is None:
+        return None
+    was = Job.model_validate(known).numerics()
+    now = job.numerics()
+    differing = sorted(_differences(was, now))
+    if differing:
+        raise RunDirectoryError(
+            f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "
+            "Choose another --run-dir, or use the job file of that run"
+        )
+    with directory.probe_lock() as free:
+        if not free:
+            raise RunDirectoryError(
+                f"{directory.path} is being run right now; see `orchestrator status {directory.path}`"
+            )
+    result = directory.read_json("result.json")
+    return dict(result) if result is not None and result.get("status") == "finished" else None
+
+
+def _differences(was: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = was.keys() | now.keys()
+        return [d for key in keys for d in _differences(was.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if was == now else [f"{path} ({was!r} there, {now!r} here)"]
+
+
+def _result(content: dict[str, Any], directory: RunDirectory) -> RunResult:
+    known = {entry.name for entry in fields(RunResult)}
+    return RunResult(**{key: value for key, value in content.items() if key in known}, run_dir=str(directory.path))

@@ -1,0 +1,105 @@
+"""A checkpoint is one directory `step-00000120/`: `state.safetensors`, and `MANIFEST.json` with every tensor's digest.
+
+It is written beside its place and renamed into it after everything is on disk, so that a directory with its final
+name is complete; and what is loaded is verified against the manifest first, so that a name alone is never trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from orchestrator.checkpoint.names import directory_name, find
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; says which and why."""
+
+
+def save(
+    directory: Path, committed: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], keep: int
+) -> tuple[Path, int]:
+    """Writes the state after `committed` steps; returns its path and size in bytes.
+
+    A complete checkpoint of the same step is left as it is (states of one step are the same bits). All but the `keep`
+    newest are removed. Raises OSError.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / directory_name(committed)
+    if not final.exists():
+        draft = directory / f".draft-{final.name}-{uuid.uuid4().hex[:8]}"
+        draft.mkdir()
+        try:
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, draft / "state.safetensors")
+            manifest = {
+                "format": FORMAT,
+                "committed": committed,
+                **meta,
+                "tensors": {name: _entry(tensor) for name, tensor in whole.items()},
+            }
+            (draft / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+            for path in (draft / "state.safetensors", draft / "MANIFEST.json", draft):
+                _sync(path)
+            try:
+                os.rename(draft, final)
+            except OSError:
+                if not final.exists():
+                    raise
+            _sync(directory)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    for _, path in find(directory)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+    return final, sum(path.stat().st_size for path in final.iterdir())
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, each verified against its digest.
+
+    Raises CheckpointError when anything is missing, unreadable or different from what was saved.
+    """
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {manifest['format']} is not one this version reads ({FORMAT})")
+        tensors = load_file(path / "state.safetensors")
+        expected: dict[str, Any] = manifest["tensors"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: unreadable: {type(error).__name__}: {error}") from error
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise CheckpointError(f"{path}: the manifest and the data name different tensors: {', '.join(odd[:5])}")
+    for name, tensor in tensors.items():
+        if _entry(tensor) != expected[name]:
+            raise CheckpointError(f"{path}: {name} is not what was saved (digest, shape or dtype differs)")
+    return tensors
+
+
+def _entry(tensor: torch.Tensor) -> dict[str, Any]:
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "xxh3_128": xxhash.xxh3_128_hexdigest(raw.data),
+    }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,502 @@
+"""The Ray actor that steers one run: it feeds the state machine with events and carries out its actions.
+
+All events go through one queue into one thread, so that the machine sees them in one order. The actor may be killed
+and restarted at any time: the workers train on, and its successor finds them by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import statistics
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private.state import state as ray_state
+
+from monitoring.goodput import goodput_ratio
+from monitoring.metrics import RunMetrics
+from monitoring.records import RecordFile, read_records
+from orchestrator.checkpoint.names import find as find_checkpoints
+from orchestrator.cluster.placement import NAMESPACE, WorkerHandle, raylet_is_gone, worker_name
+from orchestrator.controller.machine import Controller
+from orchestrator.controller.protocol import (
+    Abort,
+    Action,
+    Died,
+    Event,
+    Finalize,
+    Finish,
+    Interrupt,
+    KillWorker,
+    Notice,
+    Pause,
+    Placed,
+    Record,
+    ReleaseWorker,
+    RequestWorker,
+    Resize,
+    Rollback,
+    Start,
+    StartGeneration,
+    Stop,
+    TakeOver,
+    Tick,
+)
+from orchestrator.controller.views import ControllerConfig, RunState, WorkerState
+from orchestrator.data import DataError, Sampler
+from orchestrator.data.ledger import audit
+from orchestrator.job import Job
+from orchestrator.messages import FaultFired, Heartbeat, Reply, Status, StepReport, WorkerId
+from orchestrator.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+POLL_S = 0.5
+"""How often placement, draining nodes and the control directory are looked at."""
+LINGER_S = 20.0
+"""How long a finished controller waits for its driver to fetch the result before it goes."""
+
+
+class ControllerActor:
+    """See the module. `spec` is what every incarnation of this run's controller is made from."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
+        self._directory = RunDirectory(spec["run_dir"])
+        self._lock = self._directory.lock()
+        self._epoch = self._directory.next_epoch()
+        self._job = job = Job.model_validate(spec["job"])
+        self._handles: dict[WorkerId, WorkerHandle] = {}
+        self._notices: dict[str, float] = {}
+        self._result: dict[str, Any] | None = None
+        self._farewell = threading.Event()
+        self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
+        self._me = ray.get_runtime_context().current_actor
+        self._events = RecordFile(self._directory.events)
+        self._steps_file = RecordFile(self._directory.metrics)
+        past_events = list(read_records(self._directory.events))
+        past_steps = list(read_records(self._directory.metrics))
+        self._started_at = next((e["time"] for e in past_events if e["kind"] == "run_started"), None)
+        self._generations = [_generation_entry(e) for e in past_events if e["kind"] == "generation"]
+        self._recoveries = [_recovery_entry(e) for e in past_events if e["kind"] == "recovery"]
+        self._last_step: dict[str, Any] | None = past_steps[-1] if past_steps else None
+        self._recorded = len(past_steps)
+        self._productive_s = sum(float(record["seconds"]) for record in past_steps)
+        self._incident: dict[str, Any] | None = None
+        self._metrics = RunMetrics(self._directory.run_id)
+        for event in past_events:
+            self._metrics.on_event(event["kind"], event)
+        for record in past_steps:
+            self._metrics.on_step(record)
+        self._machine = Controller(
+            ControllerConfig(
+                total_steps=job.train.steps,
+                virtual_workers=job.elastic.virtual_workers,
+                min_workers=job.elastic.workers.min,
+                max_workers=job.elastic.workers.max,
+                standby=job.elastic.standby,
+                checkpointing=job.checkpoint.every_steps is not None,
+                heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
+                progress_timeout_s=job.elastic.progress_timeout_s,
+                start_timeout_s=job.elastic.start_timeout_s,
+                wait_timeout_s=job.elastic.wait_timeout_s,
+                max_failures_per_step=job.elastic.max_failures_per_step,
+                epoch=self._epoch,
+            ),
+            checkpoints={step: str(path) for step, path in find_checkpoints(self._checkpoint_dir)},
+            committed=self._recorded,
+            generation=max((g["generation"] for g in self._generations), default=-1),
+            fired_faults=[e["fault"] for e in past_events if e["kind"] == "fault_injected"],
+        )
+        self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
+        self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
+                                    "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
+        port = self._metrics.serve(spec["metrics_host"], job.monitoring.port)
+        self._record("metrics_endpoint", {"url": f"http://{spec['metrics_host']}:{port}/metrics"})
+        threading.Thread(target=self._brain, name="brain", daemon=True).start()
+        threading.Thread(target=self._lookout, name="lookout", daemon=True).start()
+
+    @property
+    def _checkpoint_dir(self) -> Path:
+        storage = self._job.checkpoint.storage
+        return Path(storage).resolve() if storage else self._directory.checkpoints
+
+    # ------------------------------------------------------------------------------------ what others call
+
+    async def report(self, message: Any) -> Reply:
+        """A worker's message; answered at once, handled in order."""
+        self._queue.put((message, time.time()))
+        return Reply(recorded=self._recorded, epoch=self._epoch, shutdown=self._result is not None)
+
+    async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
+        """A worker could not be built; with `fatal` no other could either."""
+        self._record("start_failed", {"worker": worker.slot, "detail": detail})
+        if fatal:
+            self._queue.put((Abort(detail), time.time()))
+
+    async def stop(self, reason: str) -> None:
+        self._queue.put((Stop(reason), time.time()))
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The run at a glance, for displays."""
+        machine = self._machine
+        states = [view.state for view in list(machine.workers.values())]
+        generation = machine.generation
+        return {
+            "state": machine.state.value,
+            "status": machine.status,
+            "step": self._recorded,
+            "steps": self._job.train.steps,
+            "last_step": self._last_step,
+            "median_step_seconds": machine.progress.median_step_s(),
+            "workers": states.count(WorkerState.MEMBER),
+            "standby": states.count(WorkerState.IDLE),
+            "starting": states.count(WorkerState.STARTING) + states.count(WorkerState.REQUESTED),
+            "target": machine.target,
+            "generation": None if generation is None else generation.number,
+            "recoveries": len(self._recoveries),
+            "last_recovery": self._recoveries[-1] if self._recoveries else None,
+            "last_incident": self._incident,
+            "over": self._result is not None,
+            "epoch": self._epoch,
+        }
+
+    async def result(self) -> dict[str, Any] | None:
+        """The content of result.json once the run is over."""
+        return self._result
+
+    async def farewell(self) -> None:
+        """The driver has what it needs; a finished controller may go."""
+        self._farewell.set()
+
+    # ------------------------------------------------------------------------------------ the brain thread
+
+    def _brain(self) -> None:
+        try:
+            self._begin()
+            last_tick = 0.0
+            while self._result is None:
+                try:
+                    event, at = self._queue.get(timeout=TICK_S)
+                    self._dispatch(event, at)
+                except queue.Empty:
+                    pass
+                if (now := time.time()) - last_tick >= TICK_S:
+                    last_tick = now
+                    self._dispatch(Tick(), now)
+        except BaseException as error:
+            traceback.print_exc()
+            self._end("failed", f"the controller failed: {type(error).__name__}: {error}", None)
+        self._go()
+
+    def _begin(self) -> None:
+        if self._started_at is None:
+            self._started_at = time.time()
+            self._record("run_started", {"run": self._directory.run_id, "job": self._job.digest()})
+        elif (previous := self._directory.read_json("result.json")) is not None and self._restarted:
+            # A predecessor ended the run and died before it could say goodbye.
+            self._result = previous
+            return
+        statuses = self._find_workers()
+        now = time.time()
+        if self._restarted:
+            self._record("controller_restarted", {"epoch": self._epoch, "workers_found": len(statuses)})
+            self._dispatch(TakeOver(tuple(statuses)), now)
+        else:
+            self._dispatch(Start(), now)
+
+    def _find_workers(self) -> list[Status]:
+        """The living workers of a predecessor, by the names that the event log and Ray know."""
+        prefix = worker_name(self._directory.run_id, WorkerId(0, 0)).removesuffix("0.0")
+        found = []
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] != NAMESPACE or not entry["name"].startswith(prefix):
+                continue
+            slot, incarnation = entry["name"].removeprefix(prefix).split(".")
+            handle = WorkerHandle.find(self._directory.run_id, WorkerId(int(slot), int(incarnation)))
+            if handle is not None:
+                found.append(handle)
+        statuses = []
+        for handle, reference in [(h, h.actor.status.remote(self._epoch)) for h in found]:
+            status: Status | None = None
+            with suppress(Exception):
+                status = ray.get(reference, timeout=2.0)
+            if status is None:
+                # Still being built, or not answering: simpler to start another than to guess.
+                handle.kill()
+                continue
+            self._adopt(handle, status.ready.node, status.ready.pid)
+            statuses.append(status)
+        return statuses
+
+    def _adopt(self, handle: WorkerHandle, node: str, pid: int) -> None:
+        handle.node, handle.pid, handle.placed = node, pid, True
+        self._handles[handle.worker] = handle
+        self._watch(handle)
+
+    def _watch(self, handle: WorkerHandle) -> None:
+        def gone(detail: str) -> None:
+            node_lost = False
+            if handle.node is not None:
+                with suppress(Exception):
+                    node_lost = raylet_is_gone(handle.node)
+            self._queue.put((Died(handle.worker, detail, node_lost), time.time()))
+
+        handle.watch(gone)
+
+    def _dispatch(self, event: Event, at: float) -> None:
+        if self._result is not None:
+            return
+        reports: tuple[StepReport, ...] = getattr(event, "reports", ())
+        if isinstance(event, FaultFired):
+            self._before_fault(event)
+        for action in self._machine.handle(event, at):
+            self._carry_out(action)
+        for report in reports:
+            self._take_step(report)
+        if isinstance(event, FaultFired):
+            self._after_fault(event)
+        elif not isinstance(event, Heartbeat | Tick):
+            self._count_world()
+
+    def _take_step(self, report: StepReport) -> None:
+        """Puts a committed step on record, in order and once."""
+        if report.step != self._recorded:
+            return
+        record = asdict(report)
+        self._steps_file.append(record)
+        self._recorded += 1
+        self._productive_s += report.seconds
+        self._last_step = record
+        self._metrics.on_step(record)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Record():
+                self._record(action.kind, action.fields)
+            case RequestWorker():
+                handle = WorkerHandle.request(
+                    self._directory.run_id, action.worker, self._worker_spec(), self._me, frozenset(self._notices)
+                )
+                self._handles[action.worker] = handle
+                self._watch(handle)
+                handle.actor.hello.remote().future().add_done_callback(
+                    lambda future: self._said_hello(handle, future)
+                )
+            case ReleaseWorker():
+                if (leaving := self._handles.pop(action.worker, None)) is not None:
+                    leaving.leave()
+            case KillWorker():
+                if (condemned := self._handles.pop(action.worker, None)) is not None:
+                    condemned.kill()
+            case StartGeneration():
+                for member in action.generation.members:
+                    self._tell(member.worker, "join", action.generation)
+            case Interrupt():
+                for worker in action.workers:
+                    self._tell(worker, "interrupt", action.generation, self._epoch)
+            case Pause():
+                for worker in action.workers:
+                    self._tell(worker, "pause", action.generation, self._epoch)
+            case Finalize():
+                for index, worker in enumerate(action.workers):
+                    self._tell(worker, "finalize", action.save and index == 0, self._epoch)
+            case Rollback():
+                self._steps_file.keep(lambda record: int(record["step"]) < action.committed)
+                self._recorded = min(self._recorded, action.committed)
+                self._productive_s = sum(float(r["seconds"]) for r in read_records(self._directory.metrics))
+            case Finish():
+                self._end(action.status, action.reason, action.digest)
+
+    def _tell(self, worker: WorkerId, command: str, *arguments: Any) -> None:
+        handle = self._handles.get(worker)
+        if handle is not None:
+            # A worker that cannot be told is dead or silent, which is noticed by itself.
+            with suppress(Exception):
+                getattr(handle.actor, command).remote(*arguments)
+
+    def _worker_spec(self) -> dict[str, Any]:
+        return {
+            "run_id": self._directory.run_id,
+            "job": self._spec["job"],
+            "cwd": self._spec["cwd"],
+            "store_digest": self._spec["store_digest"],
+            "checkpoint_dir": str(self._checkpoint_dir),
+            "resources": self._job.resources.model_dump(),
+        }
+
+    def _said_hello(self, handle: WorkerHandle, future: Any) -> None:
+        with suppress(Exception):
+            worker, handle.node, handle.pid = future.result()
+            handle.placed = True
+            self._queue.put((Placed(worker, handle.node or ""), time.time()))
+
+    # ------------------------------------------------------------------------------------ faults that are ours to make
+
+    def _before_fault(self, event: FaultFired) -> None:
+        """A drain or node fault is carried out here, where the cluster can be reached."""
+        fault = self._job.faults[event.index]
+        handle = self._handles.get(event.worker) if event.worker is not None else None
+        if handle is None or handle.node is None:
+            return
+        if fault.kind == "node":
+            threading.Thread(target=_lose_node, args=(handle.node,), daemon=True).start()
+        elif fault.kind == "drain":
+            seconds = fault.seconds if fault.seconds is not None else 30.0
+            if handle.node == ray.get_runtime_context().get_node_id():
+                # The controller's own node must not go: the notice is for this worker alone.
+                self._queue.put((Notice((handle.worker,), "injected notice", time.time() + seconds), time.time()))
+            else:
+                _drain_node(handle.node, seconds)
+
+    def _after_fault(self, event: FaultFired) -> None:
+        if self._job.faults[event.index].kind == "controller":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # ------------------------------------------------------------------------------------ the lookout thread
+
+    def _lookout(self) -> None:
+        """Looks at what nobody tells us: placements, draining nodes, requests from the command line."""
+        while self._result is None:
+            time.sleep(POLL_S)
+            try:
+                self._look()
+            except Exception as error:
+                log.warning("lookout: %s: %s", type(error).__name__, error)
+
+    def _look(self) -> None:
+        now = time.time()
+        for handle in list(self._handles.values()):
+            if not handle.placed and (node := handle.where()) is not None:
+                handle.placed, handle.node = True, node
+                self._queue.put((Placed(handle.worker, node), now))
+        draining: dict[str, int] = ray_state.get_draining_nodes()
+        for node, deadline_ms in draining.items():
+            if node not in self._notices:
+                deadline = deadline_ms / 1000 if deadline_ms else now + 3600.0
+                self._notices[node] = deadline
+                affected = tuple(h.worker for h in list(self._handles.values()) if h.node == node)
+                self._queue.put((Notice(affected, f"node {node[:8]} drains", deadline), now))
+        for request in self._directory.take_requests():
+            answer = {"id": request["id"], "request": request["kind"]}
+            if request["kind"] == "resize":
+                self._queue.put((Resize(int(request["workers"])), now))
+            elif request["kind"] == "stop":
+                self._queue.put((Stop(str(request.get("reason", "stop requested"))), now))
+            else:
+                answer["error"] = f"unknown request {request['kind']!r}"
+            self._record("request_answered", answer)
+
+    # ------------------------------------------------------------------------------------ records and the end
+
+    def _record(self, kind: str, fields: dict[str, Any]) -> None:
+        if "kind" in fields:
+            # Every record has its own kind; what kind of incident it speaks of stands beside it.
+            fields = {("incident" if key == "kind" else key): value for key, value in fields.items()}
+        record = {"time": time.time(), "kind": kind, **fields}
+        self._events.append(record)
+        self._metrics.on_event(kind, fields)
+        if kind == "generation":
+            self._generations.append(_generation_entry(record))
+            self._metrics.generation.set(fields["generation"])
+        elif kind == "recovery":
+            self._recoveries.append(_recovery_entry(record))
+        elif kind == "incident":
+            self._incident = record
+
+    def _count_world(self) -> None:
+        counts = dict.fromkeys(("member", "idle", "starting", "requested"), 0)
+        for view in self._machine.workers.values():
+            if view.alive:
+                counts[view.state.name.lower()] += 1
+        self._metrics.on_world(counts)
+        if self._started_at is not None:
+            wall = time.time() - self._started_at
+            self._metrics.goodput.set(self._productive_s / wall if wall > 0 else 0.0)
+
+    def _end(self, status: str, reason: str, digest: str | None) -> None:
+        """Writes the result, then ends every worker; nothing of the run is left behind."""
+        steps = list(read_records(self._directory.metrics))
+        wall = time.time() - (self._started_at or time.time())
+        data_digest = None
+        if status != "failed" or steps:
+            try:
+                data = self._spec["data"]
+                report = audit(self._directory.metrics, **data)
+                data_digest = report.data_digest or None
+                if not report.ok:
+                    status, reason = "failed", f"the ledger does not add up: {report.problems[0]}"
+            except (DataError, OSError, ValueError) as error:
+                reason = f"{reason}; the ledger could not be audited: {error}"
+        result = {
+            "run": self._directory.run_id,
+            "status": status,
+            "reason": reason,
+            "steps": len(steps),
+            "tokens": sum(int(record["tokens"]) for record in steps),
+            "final_loss": steps[-1]["loss"] if steps else None,
+            "wall_seconds": round(wall, 3),
+            "goodput_ratio": round(goodput_ratio(steps, wall), 4),
+            "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,
+            "reduction": self._job.strategy.reduction,
+            "bit_exact": self._job.strategy.reduction == "canonical",
+            "state_digest": digest,
+            "data_digest": data_digest,
+            "generations": self._generations,
+            "recoveries": self._recoveries,
+        }
+        unfired = [
+            index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults
+        ]
+        if unfired and status == "finished":
+            result["faults_not_fired"] = unfired
+        self._record("run_finished", {"status": status, "reason": reason})
+        self._directory.write_json("result.json", result)
+        for handle in list(self._handles.values()):
+            handle.kill()
+        self._result = result
+
+    def _go(self) -> None:
+        self._farewell.wait(timeout=LINGER_S)
+        self._metrics.close()
+        self._events.close()
+        time.sleep(0.2)
+        with suppress(Exception):
+            ray.kill(self._me, no_restart=True)
+
+
+def _generation_entry(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: event[key] for key in ("generation", "start_step", "cause", "workers", "layout")}
+
+
+def _recovery_entry(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in ("time", "kind")} | {"kind": event["incident"]}
+
+
+def _drain_node(node: str, seconds: float) -> None:
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    client.drain_node(node, 2, "injected by a fault of the job", int((time.time() + seconds) * 1000))
+
+
+def _lose_node(node: str) -> None:
+    """Ends a raylet of this machine and everything that runs under it, at once, as a lost node would."""
+    name = next((n["RayletSocketName"] for n in ray.nodes() if n["NodeID"] == node), None)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        line = process.info["cmdline"] or []
+        if process.info["name"] == "raylet" and any(part.endswith(f"={name}") for part in line):
+            for victim in [process, *process.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    victim.send_signal(signal.SIGKILL)

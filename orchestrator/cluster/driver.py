@@ -1,0 +1,244 @@
+"""The driver: prepares the data, starts or finds the run's controller, follows it, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.cluster.controller_actor import ControllerActor
+from orchestrator.cluster.placement import NAMESPACE, controller_name
+from orchestrator.cluster.session import ClusterError, ray_session
+from orchestrator.data import TokenStore, prepare, resolve_files
+from orchestrator.job import Job
+from orchestrator.rundir import RunDirectory
+
+_PARALLEL_BYTES = 64 << 20
+"""Below this much text, tokenising here is faster than starting Ray workers for it."""
+
+CONTROLLER_SILENCE_S = 90.0
+
+Update = Callable[[dict[str, Any]], None]
+
+
+class Interruption:
+    """What the user's signals ask for: the first ends the run in good order, the second at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.name = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[Interruption]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: Any) -> None:
+        self.count += 1
+        self.name = signal.Signals(number).name
+
+
+def drive(
+    job: Job,
+    directory: RunDirectory,
+    *,
+    local_nodes: int = 0,
+    on_update: Update = lambda snapshot: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Runs `job` in `directory` to its end and returns the content of result.json.
+
+    `on_update` gets the controller's snapshot a few times a second. Raises ClusterError, DataError or
+    RunDirectoryError when the run cannot start.
+    """
+    with Interruption().listening() as interruption, ray_session(job, local_nodes, directory.path / "logs") as own:
+        try:
+            on_note("preparing the data")
+            store = _prepare(job)
+            data = _describe_data(job, store)
+            directory.write_json("environment.json", _environment(data, store))
+            spec = {
+                "run_dir": str(directory.path),
+                "job": job.resolved(),
+                "cwd": os.getcwd(),
+                "store_digest": store.digest,
+                "data": data,
+                "metrics_host": "127.0.0.1" if own else ray.util.get_node_ip_address(),
+                "session": uuid.uuid4().hex[:12],
+            }
+            on_note("starting workers")
+            controller = _controller(directory, spec)
+            return _follow(controller, directory, interruption, on_update)
+        finally:
+            end_run(directory.run_id)
+
+
+def _prepare(job: Job) -> TokenStore:
+    data = job.data
+    total = sum(max(0, file.size_bytes) for file in resolve_files(data.source, data.format))
+    store = prepare(
+        source=data.source,
+        format=data.format,
+        field=data.field,
+        tokenizer=data.tokenizer,
+        cache=data.cache,
+        run_tasks=_run_on_ray if total >= _PARALLEL_BYTES else None,
+    )
+    store.num_samples(data.sequence_length)
+    return store
+
+
+def _run_on_ray(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Runs tasks on Ray workers of this node, whose disk holds the store."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    task = ray.remote(function).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
+    results: dict[int, Any] = {}
+    pending: dict[Any, int] = {}
+    waiting = list(enumerate(arguments))
+    while waiting or pending:
+        while waiting and len(pending) < (os.cpu_count() or 1):
+            index, args = waiting.pop(0)
+            pending[task.remote(*args)] = index
+        done, _ = ray.wait(list(pending), num_returns=1)
+        for reference in done:
+            results[pending.pop(reference)] = ray.get(reference)
+    return [results[index] for index in range(len(arguments))]
+
+
+def _describe_data(job: Job, store: TokenStore) -> dict[str, Any]:
+    """What an audit needs to know; kept in environment.json so that the run directory is enough."""
+    return {
+        "num_samples": store.num_samples(job.data.sequence_length),
+        "global_batch": job.train.global_batch,
+        "virtual_workers": job.elastic.virtual_workers,
+        "seed": job.train.seed,
+        "shuffle": job.data.shuffle,
+    }
+
+
+def _environment(data: dict[str, Any], store: TokenStore) -> dict[str, Any]:
+    packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "data": data,
+        "store": {"directory": str(store.directory), "digest": store.digest, "tokens": store.num_tokens},
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _controller(directory: RunDirectory, spec: dict[str, Any]) -> Any:
+    """The run's controller: the living one, or a new one."""
+    name = controller_name(directory.run_id)
+    with suppress(ValueError):
+        return ray.get_actor(name, namespace=NAMESPACE)
+    return (
+        ray.remote(ControllerActor)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=1000,
+        )
+        .remote(spec)
+    )
+
+
+def _follow(
+    controller: Any, directory: RunDirectory, interruption: Interruption, on_update: Update
+) -> dict[str, Any]:
+    heard = time.monotonic()
+    stops_sent = 0
+    while True:
+        if interruption.count >= 2:
+            return _cut_short(directory, f"{interruption.name} twice")
+        try:
+            if interruption.count > stops_sent:
+                controller.stop.remote(interruption.name)
+                stops_sent = interruption.count
+            snapshot = ray.get(controller.snapshot.remote(), timeout=5.0)
+            heard = time.monotonic()
+            on_update(snapshot)
+            if snapshot["over"]:
+                result: dict[str, Any] = ray.get(controller.result.remote(), timeout=5.0)
+                controller.farewell.remote()
+                return result
+        except ray.exceptions.ActorDiedError as error:
+            finished = directory.read_json("result.json")
+            if finished is not None:
+                return dict(finished)
+            raise ClusterError(f"the controller died and could not be restarted: {error}") from error
+        except (ray.exceptions.RayError, TimeoutError):
+            # Restarting, most likely; the workers train on meanwhile.
+            if time.monotonic() - heard > CONTROLLER_SILENCE_S:
+                raise ClusterError(f"the controller has not answered for {CONTROLLER_SILENCE_S:.0f} s") from None
+        time.sleep(0.2)
+
+
+def _cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:
+    """Ends everything now; what was committed is on record, what was not checkpointed is lost."""
+    end_run(directory.run_id)
+    steps = sum(1 for _ in directory.metrics.open()) if directory.metrics.exists() else 0
+    result = {
+        "run": directory.run_id,
+        "status": "stopped",
+        "reason": reason,
+        "steps": steps,
+        "state_digest": None,
+        "data_digest": None,
+    }
+    directory.write_json("result.json", result)
+    return result
+
+
+def end_run(run_id: str) -> None:
+    """Ends whatever actors and placement groups of a run are left, controller first so that it cannot ask for more."""
+    prefix = f"{run_id}/"
+    with suppress(Exception):
+        names = [
+            entry["name"]
+            for entry in ray.util.list_named_actors(all_namespaces=True)
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)
+        ]
+        for name in sorted(names, key=lambda name: name != controller_name(run_id)):
+            with suppress(Exception):
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        for group_id, entry in ray.util.placement_group_table().items():
+            if entry["name"].startswith(prefix) and entry["state"] != "REMOVED":
+                with suppress(Exception):
+                    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

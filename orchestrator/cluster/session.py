@@ -1,0 +1,135 @@
+"""Finding a Ray cluster, or starting one on this machine for the length of a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from orchestrator.cluster.placement import NAMESPACE
+from orchestrator.job import Job
+
+_OBJECT_STORE_BYTES = 128 << 20
+"""Nothing large goes through the object store here; the smallest useful one spares shared memory."""
+
+
+class ClusterError(RuntimeError):
+    """Ray cannot be reached or started; says what to do."""
+
+
+@contextmanager
+def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
+    """Connects to Ray for the length of the block; yields whether the cluster is ours and ends with it.
+
+    With `RAY_ADDRESS` set (or Ray initialised already) that cluster is used. Otherwise one is started on this machine:
+    a single node with enough logical CPUs for the job, or, with `local_nodes`, a head without CPUs and that many
+    worker nodes as separate raylets, each with its share of the CPUs, so that losing a node can be practised.
+    The logs of a cluster of our own are kept in `logs` when it ends.
+
+    Raises ClusterError.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        if local_nodes:
+            raise ClusterError("--local-nodes starts nodes of its own and cannot be used together with RAY_ADDRESS")
+        try:
+            ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
+        try:
+            yield False
+        finally:
+            ray.shutdown()
+        return
+    home = tempfile.mkdtemp(prefix="orchestrator-", dir="/tmp")
+    try:
+        with _own_cluster(job, local_nodes, home):
+            yield True
+    finally:
+        _keep_logs(Path(home), logs)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING", "0")
+    # One place more than the job can fill: a replacement starts beside the worker it replaces.
+    places = job.elastic.workers.max + job.elastic.standby + 1
+    needed = math.ceil(places * job.resources.cpu)
+    quiet: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    cluster: Any = None
+    try:
+        if local_nodes:
+            from ray.cluster_utils import Cluster
+
+            share = math.ceil(places / local_nodes) * math.ceil(job.resources.cpu)
+            cluster = Cluster(
+                initialize_head=True,
+                shutdown_at_exit=False,
+                head_node_args={"num_cpus": 0, "temp_dir": home, **quiet},
+            )
+            for index in range(local_nodes):
+                cluster.add_node(
+                    wait=False, num_cpus=share, labels={"orchestrator-node": str(index)},
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                )  # fmt: skip
+            cluster.wait_for_nodes(timeout=60)
+            ray.init(
+                address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+            )
+        else:
+            ray.init(
+                num_cpus=needed, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
+                _temp_dir=home, **quiet,
+            )  # fmt: skip
+        yield
+    finally:
+        children = psutil.Process().children(recursive=True)
+        with suppress(Exception):
+            ray.shutdown()
+        if cluster is not None:
+            with suppress(Exception):
+                cluster.shutdown()
+        _end(children)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Makes sure that every process of our cluster is gone, also those that were stopped or left by their parents."""
+    deadline = time.monotonic() + 3.0
+    alive = [process for process in processes if _runs(process)]
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+        alive = [process for process in alive if _runs(process)]
+    for process in alive:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _runs(process: psutil.Process) -> bool:
+    # is_running compares the creation time too, so a number used again is not mistaken for ours.
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _keep_logs(home: Path, logs: Path) -> None:
+    with suppress(OSError):
+        logs.mkdir(parents=True, exist_ok=True)
+        for path in home.glob("session_*/logs/worker-*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size:
+                shutil.copy(path, logs / path.name)

@@ -1,0 +1,1 @@
+"""The brain of a run: a pure state machine. Events in, actions out; no Ray, no clock, no I/O of its own."""

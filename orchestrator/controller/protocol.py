@@ -1,0 +1,199 @@
+"""Events the state machine takes and actions it gives, beyond the workers' own messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.messages import (
+    CheckpointSaved,
+    FaultFired,
+    Finalized,
+    Generation,
+    Heartbeat,
+    Joined,
+    Left,
+    Ready,
+    Status,
+    WorkerId,
+)
+
+# ---------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run begins (or begins again after its whole cluster was lost)."""
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """A restarted controller found these living workers of its run."""
+
+    workers: tuple[Status, ...]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The cluster found room for a worker; its process is starting on `node`."""
+
+    worker: WorkerId
+    node: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker's process is gone; `node_lost` when its whole node is."""
+
+    worker: WorkerId
+    detail: str
+    node_lost: bool = False
+
+
+@dataclass(frozen=True)
+class Notice:
+    """These workers' place will go away at `deadline` (seconds since the epoch)."""
+
+    workers: tuple[WorkerId, ...]
+    reason: str
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A user asks for this many workers."""
+
+    workers: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A user asks the run to end at the next step boundary."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The run cannot go on, whatever workers there are: a model that cannot be built, for example."""
+
+    reason: str
+
+
+Event = (
+    Start
+    | Abort
+    | TakeOver
+    | Tick
+    | Placed
+    | Died
+    | Notice
+    | Resize
+    | Stop
+    | Ready
+    | Heartbeat
+    | Joined
+    | Left
+    | Finalized
+    | FaultFired
+    | CheckpointSaved
+)
+
+# ---------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True)
+class RequestWorker:
+    """Ask the cluster for one more worker."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True)
+class ReleaseWorker:
+    """A worker is no longer needed: let it end in good order and give its place back."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True)
+class KillWorker:
+    """End a worker for good, without its cooperation."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True)
+class StartGeneration:
+    """Send every member its place."""
+
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    """Tell these workers to break out of whatever collective they are in."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Tell these workers to agree on leaving the generation at a step boundary."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
+class Finalize:
+    """Ask these workers for the digest of their state; the first also saves a checkpoint when `save`."""
+
+    workers: tuple[WorkerId, ...]
+    save: bool
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Committed steps from `committed` on are lost and will be replayed: take them off the record."""
+
+    committed: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Something happened that belongs in the event log."""
+
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The run is over."""
+
+    status: str
+    reason: str
+    digest: str | None
+
+
+Action = (
+    RequestWorker
+    | ReleaseWorker
+    | KillWorker
+    | StartGeneration
+    | Interrupt
+    | Pause
+    | Finalize
+    | Rollback
+    | Record
+    | Finish
+)

@@ -1,0 +1,181 @@
+"""What workers and the controller say to each other. Plain values: no Ray, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+
+class WorkerId(NamedTuple):
+    """A worker: the slot users see ("worker 1") and which incarnation of it this process is."""
+
+    slot: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.slot}.{self.incarnation}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank of a generation. `host`:`store_port` is the rendezvous store that its process serves."""
+
+    worker: WorkerId
+    node: str
+    pid: int
+    host: str
+    store_port: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A numbered membership: everything a worker needs to take its place. Members are in rank order.
+
+    `committed` is the number of steps the state holds when the generation starts, so also the first step to run.
+    `holders` are the ranks that have that state, `roll_forward` those that hold the reduced gradient of its last step
+    but missed the news of the vote. With `restore`, rank 0 loads that checkpoint first.
+    """
+
+    number: int
+    epoch: int
+    committed: int
+    cause: str
+    members: tuple[Member, ...]
+    assignment: tuple[tuple[int, ...], ...]
+    holders: tuple[int, ...]
+    roll_forward: tuple[int, ...] = ()
+    restore: str | None = None
+    fired_faults: tuple[int, ...] = ()
+
+    def rank_of(self, worker: WorkerId) -> int | None:
+        for rank, member in enumerate(self.members):
+            if member.worker == worker:
+                return rank
+        return None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch."""
+
+    step: int
+    generation: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    samples: str
+    skipped: bool
+    committed_at: float
+    seconds: float
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------- from a worker
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker is warm: imports done, model built, data open. `initial` digests its step-0 state."""
+
+    worker: WorkerId
+    node: str
+    pid: int
+    host: str
+    store_port: int
+    initial: str
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed."""
+
+    worker: WorkerId
+    generation: int
+    phase: str
+    step: int
+    committed: int
+    reports: tuple[StepReport, ...] = ()
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The worker's groups are formed and its state is in place; it starts to train."""
+
+    worker: WorkerId
+    generation: int
+    bytes_moved: int
+
+
+LeftCause = Literal["pause", "complete", "peer", "exception", "restore"]
+
+
+@dataclass(frozen=True)
+class Left:
+    """The worker is out of its generation and waits. `prepared` says that it holds the reduced gradient of step
+    `committed`. Causes: a pause all agreed to; all steps done; a peer lost; its own exception; an unusable checkpoint."""
+
+    worker: WorkerId
+    generation: int
+    cause: LeftCause
+    committed: int
+    prepared: bool = False
+    detail: str = ""
+    reports: tuple[StepReport, ...] = ()
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finalized:
+    """The worker's digest of its final state, and the checkpoint it wrote when it was asked to."""
+
+    worker: WorkerId
+    digest: str
+    checkpoint: str | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class FaultFired:
+    """An injected fault is about to happen. `at` is its time, from which recoveries are measured."""
+
+    worker: WorkerId | None
+    index: int
+    at: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint of the state after `committed` steps is complete and durable at `path`, or failed with `error`."""
+
+    worker: WorkerId
+    committed: int
+    path: str
+    seconds: float = 0.0
+    num_bytes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A worker's whole situation, for a controller that takes over."""
+
+    ready: Ready
+    generation: Generation | None
+    left: Left | None
+    committed: int
+    prepared: bool
+    joined: bool
+    epoch: int
+    reports: tuple[StepReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The controller's answer to any report. Steps below `recorded` are on record; `finished` ends the worker."""
+
+    recorded: int
+    epoch: int
+    shutdown: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)

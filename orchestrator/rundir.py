@@ -1,0 +1,164 @@
+"""The run directory: everything a run leaves behind, and the only state a restarted controller needs.
+
+    job.yaml             the job file as given          events.jsonl    one record per thing that happened
+    job.resolved.json    with all defaults              metrics.jsonl   one record per committed step
+    environment.json     versions, machine, data        result.json     written when the run ends
+    checkpoints/         step-00000120/ ...             control/        requests of `orchestrator resize` and `stop`
+    logs/                                               .epoch-*        one per controller there ever was (fencing)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from monitoring.records import read_records
+
+
+class RunDirectoryError(RuntimeError):
+    """A run directory cannot be used as asked; says which, why and what to do."""
+
+
+class RunDirectory:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).resolve()
+
+    @property
+    def run_id(self) -> str:
+        """A name for actors: the directory's own, made unique by its full path."""
+        return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def create(self, job_text: str, resolved: dict[str, Any]) -> None:
+        """Lays the directory out, or checks that it is of the same job.
+
+        Raises RunDirectoryError when the directory is of a job with other numbers, naming the fields that differ.
+        """
+        known = self.read_json("job.resolved.json")
+        if known is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
+        for part in ("checkpoints", "logs", "control"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+        if known is None:
+            (self.path / "job.yaml").write_text(job_text)
+            self.write_json("job.resolved.json", resolved)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's content; None when it is not there."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunDirectoryError(f"{self.path / name} is not valid JSON: {error}") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file whole: readers see the old or the new content."""
+        draft = self.path / f".{name}.{uuid.uuid4().hex[:8]}"
+        draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        os.replace(draft, self.path / name)
+
+    def next_epoch(self) -> int:
+        """Claims the next controller epoch of this run; no two controllers ever get the same."""
+        epoch = 1 + max((int(p.name.removeprefix(".epoch-")) for p in self.path.glob(".epoch-*")), default=0)
+        while True:
+            try:
+                os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                epoch += 1
+            else:
+                return epoch
+
+    def lock(self) -> int:
+        """Takes the run for this process until it ends. Raises RunDirectoryError when another process has it."""
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise RunDirectoryError(
+                f"{self.path} is steered by another controller; follow it with `orchestrator status {self.path}` "
+                "or end it with `orchestrator stop`"
+            ) from error
+        return descriptor
+
+    @contextmanager
+    def probe_lock(self) -> Iterator[bool]:
+        """Whether nobody steers this run right now."""
+        try:
+            descriptor = self.lock()
+        except RunDirectoryError:
+            yield False
+        else:
+            os.close(descriptor)
+            yield True
+
+    # -------------------------------------------------------------------------------- requests from the command line
+
+    def request(self, kind: str, **fields: Any) -> str:
+        """Leaves a request for the controller; returns its id."""
+        name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
+        draft = self.path / "control" / f".{name}"
+        draft.write_text(json.dumps({"id": name, "kind": kind, **fields}))
+        os.replace(draft, self.path / "control" / f"{name}.json")
+        return name
+
+    def take_requests(self) -> list[dict[str, Any]]:
+        """The requests left since last time, oldest first; each is given once."""
+        taken = []
+        for path in sorted((self.path / "control").glob("*.json")):
+            with suppress(ValueError, OSError):
+                taken.append(json.loads(path.read_text()))
+            with suppress(OSError):
+                path.unlink()
+        return taken
+
+    def answer(self, request: str, timeout_s: float) -> dict[str, Any] | None:
+        """Waits for the controller's answer to a request; None when there is none in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for record in read_records(self.events):
+                if record.get("kind") == "request_answered" and record.get("id") == request:
+                    return record
+            time.sleep(0.1)
+        return None
+
+
+def find_run(name: str, root: Path = Path("runs")) -> RunDirectory:
+    """A run directory by its path, or the newest run of that name under `runs/`.
+
+    Raises RunDirectoryError when there is none, listing those there are.
+    """
+    path = Path(name)
+    if (path / "job.resolved.json").exists():
+        return RunDirectory(path)
+    candidates = sorted(
+        (entry for entry in root.glob("*") if (entry / "job.resolved.json").exists()),
+        key=lambda entry: entry.stat().st_mtime,
+    )
+    matching = [entry for entry in candidates if entry.name == name or entry.name.startswith(f"{name}-")]
+    if matching:
+        return RunDirectory(matching[-1])
+    known = ", ".join(entry.name for entry in candidates[-10:]) or "none"
+    raise RunDirectoryError(f"no run {name!r}: neither a run directory nor the name of one in {root}/ (there: {known})")

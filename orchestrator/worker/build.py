@@ -1,0 +1,150 @@
+"""From a job to what a rank trains with: model, optimizer state, step engine. The same on every rank, bit for bit."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.data import Sampler, TokenStore, virtual_worker_hash
+from orchestrator.job import Job
+from strategies.optimizers import OptimizerSpec, ScheduleSpec
+from strategies.randomness import seed_stream
+from strategies.step import Fetch, StepSpec
+
+
+def choose_device(job: Job) -> torch.device:
+    """`cuda` when the job gives each worker a GPU, else `cpu`.
+
+    Raises ValueError when a GPU is asked for and none can be seen.
+    """
+    if job.resources.gpu > 0:
+        if not torch.cuda.is_available():
+            raise ValueError(f"resources.gpu is {job.resources.gpu:g}, but torch sees no CUDA device in this process")
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def make_deterministic(job: Job, device: torch.device) -> None:
+    """Process-wide settings that the numbers depend on: threads from the job file, deterministic CUDA kernels."""
+    torch.set_num_threads(max(1, int(job.resources.cpu)))
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def build_model(job: Job, vocab_size: int) -> nn.Module:
+    """The job's model on the CPU in fp32, in training mode, initialised from the job's seed alone.
+
+    Raises ValueError when the configuration does not fit (unknown model type, vocabulary smaller than the
+    tokenizer's, a factory that cannot be imported or gives no module).
+    """
+    seed_stream(job.train.seed, "initialisation")
+    spec = job.model
+    if spec.factory is not None:
+        model = _from_factory(spec.factory, spec.args)
+    elif isinstance(spec.hf, str):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(spec.hf, dtype=torch.float32)
+    else:
+        model = _from_config(dict(spec.hf or {}), vocab_size)
+    rows = _vocabulary_rows(model)
+    if rows is not None and rows < vocab_size:
+        raise ValueError(
+            f"the model's vocabulary has {rows} entries, the tokenizer {job.data.tokenizer!r} needs {vocab_size}: "
+            f"set model.hf.vocab_size to {vocab_size} or more"
+        )
+    if getattr(getattr(model, "config", None), "use_cache", None):
+        model.config.use_cache = False
+    return model.float().train()
+
+
+def _from_config(config: dict[str, Any], vocab_size: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = config.pop("model_type")
+    config.setdefault("vocab_size", -(-vocab_size // 64) * 64)
+    try:
+        resolved = AutoConfig.for_model(model_type, **config)
+        model: nn.Module = AutoModelForCausalLM.from_config(resolved, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"model.hf: transformers cannot build {model_type!r} from this configuration: {error}"
+        ) from error
+    return model
+
+
+def _from_factory(path: str, args: dict[str, Any]) -> nn.Module:
+    module_name, _, function_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model.factory {path!r} cannot be imported: {error}") from error
+    model = function(**args)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model.factory {path!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _vocabulary_rows(model: nn.Module) -> int | None:
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def optimizer_spec(job: Job) -> OptimizerSpec:
+    o = job.train.optimizer
+    return OptimizerSpec(
+        name=o.name, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, momentum=o.momentum
+    )
+
+
+def step_spec(job: Job) -> StepSpec:
+    """The numbers a step is made of, from the job."""
+    train = job.train
+    return StepSpec(
+        seed=train.seed,
+        micro_batch=train.micro_batch,
+        tokens_per_batch=train.global_batch * job.data.sequence_length,
+        base_lr=train.optimizer.lr,
+        schedule=ScheduleSpec(
+            name=train.schedule.name,
+            warmup_steps=train.schedule.warmup_steps,
+            min_ratio=train.schedule.min_ratio,
+            total_steps=train.steps,
+        ),
+        clip_norm=train.clip_norm,
+        precision=train.precision,
+        native_reduction=job.strategy.reduction == "native",
+        compile=train.compile,
+    )
+
+
+def make_sampler(job: Job, num_samples: int) -> Sampler:
+    return Sampler(
+        num_samples,
+        job.train.global_batch,
+        job.elastic.virtual_workers,
+        job.train.seed,
+        shuffle=job.data.shuffle,
+    )
+
+
+def make_fetch(job: Job, store: TokenStore, sampler: Sampler) -> Fetch:
+    """How a step gets its tokens: by (step, virtual worker) alone."""
+    length = job.data.sequence_length
+
+    def fetch(step: int, virtual_worker: int) -> Any:
+        ids = sampler.sample_ids(step, virtual_worker)
+        return store.samples(ids, length), ids, virtual_worker_hash(ids)
+
+    return fetch
