@@ -113,8 +113,11 @@ LeftCause = Literal["pause", "complete", "peer", "exception", "restore"]
 
 @dataclass(frozen=True)
 class Left:
-    """The worker is out of its generation and waits. `prepared` says that it holds the reduced gradient of step
-    `committed`. Causes: a pause all agreed to; all steps done; a peer lost; its own exception; an unusable checkpoint."""
+    """The worker is out of its generation and waits.
+
+    `prepared` says that it holds the reduced gradient of step `committed`. Causes: a pause all agreed to; all steps
+    done; a peer lost; its own exception; an unusable checkpoint.
+    """
 
     worker: WorkerId
     generation: int

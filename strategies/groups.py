@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 CONNECT_TIMEOUT_S = 2.0
 """How long one attempt to reach a rendezvous store may take, in seconds."""
@@ -35,14 +36,14 @@ class PeerLost(RuntimeError):
     """A collective or rendezvous failed because of another rank, or was aborted; this rank itself is well."""
 
 
-class _InterruptibleStore(dist.Store):
+class _InterruptibleStore(Store):
     """A view of a TCPStore under a prefix whose waits end when `abort` is called.
 
     C10d's own waits cannot be interrupted, and a rank that dies while a group forms would hold the others for the
     store's whole timeout.
     """
 
-    def __init__(self, inner: dist.Store, timeout_s: float) -> None:
+    def __init__(self, inner: Store, timeout_s: float) -> None:
         super().__init__()
         self._inner = inner
         self._timeout_s = timeout_s
@@ -78,9 +79,9 @@ class _InterruptibleStore(dist.Store):
         self._timeout_s = timeout.total_seconds()
 
 
-def serve_store(host: str) -> tuple[dist.TCPStore, int]:
+def serve_store(host: str) -> tuple[TCPStore, int]:
     """Starts this process's rendezvous store on a free port of `host`; returns it and the port."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     return store, store.port
 
 
@@ -144,7 +145,7 @@ class Groups:
         try:
             self._find_rendezvous(store_address, timeout_s)
             # Short, because connecting cannot be interrupted; a store that answers does so in milliseconds.
-            client = dist.TCPStore(
+            client = TCPStore(
                 store_address[0],
                 store_address[1],
                 is_master=False,
@@ -154,7 +155,7 @@ class Groups:
             client.set_timeout(timedelta(seconds=timeout_s))
             with self._lock:
                 self.check()
-                self._store = store = _InterruptibleStore(dist.PrefixStore(prefix, client), timeout_s)
+                self._store = store = _InterruptibleStore(PrefixStore(prefix, client), timeout_s)
             if self.device.type == "cuda":
                 self._group = dist.ProcessGroupNCCL(store, self.rank, self.world_size, dist.ProcessGroupNCCL.Options())
             else:

@@ -16,6 +16,6 @@ def stream_key(*parts: int | str) -> int:
 def seed_stream(*parts: int | str) -> None:
     """Points every torch generator (CPU, and CUDA where there is one) at the start of the stream `parts`."""
     key = stream_key(*parts)
-    torch.random.default_generator.manual_seed(key)
+    torch.default_generator.manual_seed(key)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(key)

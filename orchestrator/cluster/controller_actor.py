@@ -52,8 +52,8 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RunState, WorkerState
-from orchestrator.data import DataError, Sampler
+from orchestrator.controller.views import ControllerConfig, WorkerState
+from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Heartbeat, Reply, Status, StepReport, WorkerId
@@ -485,7 +485,7 @@ def _recovery_entry(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drain_node(node: str, seconds: float) -> None:
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     client.drain_node(node, 2, "injected by a fault of the job", int((time.time() + seconds) * 1000))

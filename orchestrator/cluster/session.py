@@ -96,6 +96,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
                 num_cpus=needed, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
                 _temp_dir=home, **quiet,
             )  # fmt: skip
+        _hush()
         yield
     finally:
         children = psutil.Process().children(recursive=True)
@@ -105,6 +106,14 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             with suppress(Exception):
                 cluster.shutdown()
         _end(children)
+
+
+def _hush() -> None:
+    """Keeps Ray from printing a paragraph for every dead worker: what matters of it is in the run's own events."""
+    with suppress(Exception):
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 def _end(processes: list[psutil.Process]) -> None:

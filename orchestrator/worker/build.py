@@ -36,7 +36,7 @@ def make_deterministic(job: Job, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def build_model(job: Job, vocab_size: int) -> nn.Module:
@@ -61,8 +61,9 @@ def build_model(job: Job, vocab_size: int) -> nn.Module:
             f"the model's vocabulary has {rows} entries, the tokenizer {job.data.tokenizer!r} needs {vocab_size}: "
             f"set model.hf.vocab_size to {vocab_size} or more"
         )
-    if getattr(getattr(model, "config", None), "use_cache", None):
-        model.config.use_cache = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
     return model.float().train()
 
 

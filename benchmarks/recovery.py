@@ -1,0 +1,274 @@
+"""What a SIGKILL costs: ten of them, spread over a run of four workers, beside Ray Train under the same schedule.
+
+A kill is sent from outside to the process of a rank that is training; its cost is the time from the signal to the
+next *new* committed step, less one median step, and the steps that had to be done again.
+
+    python benchmarks/recovery.py [--kills 10] [--every 20] [--skip-ray-train]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from monitoring.records import read_records
+
+
+@contextlib.contextmanager
+def killer(
+    schedule: list[int], progress: Callable[[], int], victims: Callable[[], list[int]], kills: list[dict[str, Any]]
+) -> Iterator[None]:
+    """Kills one random victim when `progress()` (steps done) passes each step of `schedule`."""
+    over = threading.Event()
+    chance = random.Random(0)
+
+    def watch() -> None:
+        for step in schedule:
+            while progress() < step or not victims():
+                if over.wait(0.01):
+                    return
+            pid = chance.choice(victims())
+            # Anywhere in a step, not just after a commit.
+            if over.wait(chance.random() * 0.4):
+                return
+            with contextlib.suppress(ProcessLookupError):
+                at = time.time()
+                os.kill(pid, signal.SIGKILL)
+                kills.append({"at": at, "pid": pid, "step": progress()})
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def costs(kills: list[dict[str, Any]], steps: list[tuple[int, float]]) -> tuple[list[float], list[int], float]:
+    """Stall seconds and steps redone per kill, and the median step, from (step, time done) in order of time."""
+    gaps = [b[1] - a[1] for a, b in itertools.pairwise(steps) if b[0] == a[0] + 1]
+    median = statistics.median(gaps)
+    stalls, redone = [], []
+    for index, kill in enumerate(kills):
+        end = kills[index + 1]["at"] if index + 1 < len(kills) else float("inf")
+        highest = max((step for step, at in steps if at <= kill["at"]), default=-1)
+        new = next((at for step, at in steps if at > kill["at"] and step > highest), None)
+        if new is None:
+            continue
+        stalls.append(max(0.0, new - kill["at"] - median))
+        redone.append(sum(1 for step, at in steps if kill["at"] < at < min(new, end) and step <= highest))
+    return stalls, redone, median
+
+
+def ours(job_path: str, schedule: list[int]) -> dict[str, Any]:
+    from orchestrator import Job, run
+
+    job = Job.load(job_path, overrides=[f"train.steps={schedule[-1] + 20}", "checkpoint.every_steps=20"])
+    kills: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        directory = Path(home) / "run"
+
+        def generation() -> list[int]:
+            last = [
+                e for e in read_records(directory / "events.jsonl") if e["kind"] in ("generation", "generation_running")
+            ]
+            if not last or last[-1]["kind"] != "generation_running":
+                return []
+            members = [e for e in last if e["kind"] == "generation"][-1]["workers"]
+            # The full group again, so that each kill is of the same kind.
+            return [m["pid"] for m in members] if len(members) == job.elastic.workers.max else []
+
+        def progress() -> int:
+            return sum(1 for _ in read_records(directory / "metrics.jsonl"))
+
+        with killer(schedule, progress, generation, kills):
+            result = run(job, directory)
+        if result.status != "finished":
+            raise SystemExit(f"our run {result.status}: {result.reason}")
+        events = list(read_records(directory / "events.jsonl"))
+        steps = [(r["step"], r["committed_at"]) for r in read_records(directory / "metrics.jsonl")]
+    stalls, redone, median = costs(kills, steps)
+    generations = [e for e in events if e["kind"] == "generation"]
+    killed = {k["pid"] for k in kills}
+    kept = all(
+        m["pid"] in {n["pid"] for n in after["workers"]}
+        for before, after in itertools.pairwise(generations)
+        for m in before["workers"]
+        if m["pid"] not in killed
+    )
+    full = []
+    for kill in kills:
+        back = next((e["time"] for e in events if e["kind"] == "generation" and e["time"] > kill["at"]
+                     and len(e["workers"]) == job.elastic.workers.max), None)  # fmt: skip
+        if back is not None:
+            full.append(back - kill["at"])
+    growth = [e["pause_seconds"] for e in events if e["kind"] == "recovery" and e["incident"] == "grow"]
+    return {
+        "stalls": stalls, "redone": redone, "median_step": median, "survivors_kept_their_pids": kept,
+        "batch": "unchanged", "full_strength": full, "growth_pauses": growth, "kills": len(kills),
+        "wall_seconds": result.wall_seconds, "goodput": result.goodput_ratio,
+        "recorded_steps_lost": sum(r["steps_lost"] for r in result.recoveries),
+    }  # fmt: skip
+
+
+def ray_train(job_path: str, schedule: list[int]) -> dict[str, Any]:
+    """Ray Train 2.60 with elastic `num_workers=(2, 4)`, DDP, and a checkpoint every 20 steps."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    kills: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        log = Path(home) / "steps.jsonl"
+
+        def entries() -> list[dict[str, Any]]:
+            return list(read_records(log))
+
+        def victims() -> list[int]:
+            starts = [e for e in entries() if "pid" in e]
+            newest = max((e["session"] for e in starts), default=None)
+            group = [e for e in starts if e["session"] == newest]
+            stepped = any("step" in e and e["session"] == newest for e in entries())
+            return [e["pid"] for e in group] if stepped else []
+
+        def progress() -> int:
+            return max((e["step"] for e in entries() if "step" in e), default=-1) + 1
+
+        config = {"job": os.path.abspath(job_path), "log": str(log), "steps": schedule[-1] + 20, "cwd": os.getcwd()}
+        ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            trainer = TorchTrainer(
+                ray_train_loop,
+                train_loop_config=config,
+                scaling_config=ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 1}),
+                run_config=RunConfig(storage_path=home, name="baseline", failure_config=FailureConfig(max_failures=-1)),
+            )
+            started = time.time()
+            with killer(schedule, progress, victims, kills):
+                trainer.fit()
+            wall = time.time() - started
+        finally:
+            ray.shutdown()
+        steps = [(e["step"], e["at"]) for e in entries() if "step" in e]
+        worlds = sorted({e["world"] for e in entries() if "pid" in e})
+    stalls, redone, median = costs(kills, steps)
+    return {
+        "stalls": stalls, "redone": redone, "median_step": median, "survivors_kept_their_pids": False,
+        "batch": f"world sizes {worlds}", "kills": len(kills), "wall_seconds": wall,
+    }  # fmt: skip
+
+
+def ray_train_loop(config: dict[str, Any]) -> None:
+    os.chdir(config["cwd"])
+    import torch
+    import torch.nn.functional as F
+    from ray import train
+    from ray.train.torch import prepare_model
+
+    from orchestrator.data import prepare
+    from orchestrator.job import Job
+    from orchestrator.worker import build
+
+    torch.set_num_threads(1)
+    context = train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    job = Job.load(config["job"])
+    store = prepare(source=job.data.source, tokenizer=job.data.tokenizer, verify=False)
+    sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
+    model = prepare_model(build.build_model(job, store.vocab_size))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr)
+    first = 0
+    if (checkpoint := train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as path:
+            saved = torch.load(Path(path) / "state.pt")
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first = saved["step"] + 1
+    session = [time.time()]
+    if world > 1:
+        torch.distributed.broadcast_object_list(session, src=0)
+    note(config["log"], {"pid": os.getpid(), "session": session[0], "world": world})
+    for step in range(first, config["steps"]):
+        ids = sampler.step_ids(step)[rank::world]
+        rows = torch.from_numpy(store.samples(ids, job.data.sequence_length))
+        pieces = rows.split(job.train.micro_batch)
+        for index, piece in enumerate(pieces):
+            quiet = index < len(pieces) - 1 and world > 1
+            with model.no_sync() if quiet else contextlib.nullcontext():
+                logits = model(input_ids=piece[:, :-1]).logits
+                loss = F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
+                (loss / len(pieces)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0:
+            note(config["log"], {"step": step, "at": time.time(), "session": session[0]})
+        if (step + 1) % 20 == 0:
+            with tempfile.TemporaryDirectory() as path:
+                if rank == 0:
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                    torch.save(state, Path(path) / "state.pt")
+                    train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(path))
+                else:
+                    train.report({"step": step})
+
+
+def note(path: str, record: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def show(name: str, figures: dict[str, Any]) -> None:
+    stalls = sorted(figures["stalls"])
+    if not stalls:
+        print(f"{name:<14} no recovery was measured ({figures['kills']} kills)")
+        return
+    p95 = stalls[min(len(stalls) - 1, round(0.95 * (len(stalls) - 1)))]
+    print(
+        f"{name:<14}{len(stalls):>6}{statistics.median(stalls):>12.3f}{p95:>10.3f}{max(stalls):>10.3f}"
+        f"{sum(figures['redone']):>12}{statistics.median(figures['redone']):>12.0f}"
+        f"{figures['survivors_kept_their_pids']!s:>12}{figures['median_step']:>12.3f}  {figures['batch']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", default="examples/quickstart.yaml")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--every", type=int, default=20, help="steps between kills")
+    parser.add_argument("--skip-ray-train", action="store_true")
+    options = parser.parse_args()
+    schedule = [options.every * (index + 1) for index in range(options.kills)]
+    sides = {"ours": ours(options.job, schedule)}
+    if not options.skip_ray_train:
+        sides["Ray Train"] = ray_train(options.job, schedule)
+    print(
+        f"{'':<14}{'kills':>6}{'median s':>12}{'p95 s':>10}{'max s':>10}{'steps redone':>12}{'per kill':>12}"
+        f"{'same pids':>12}{'step s':>12}  batch"
+    )
+    for name, figures in sides.items():
+        show(name, figures)
+    mine = sides["ours"]
+    print(f"kill to full strength (standby): median {statistics.median(mine['full_strength']):.3f} s, "
+          f"max {max(mine['full_strength']):.3f} s")  # fmt: skip
+    if mine["growth_pauses"]:
+        print(f"pause when a worker joins: median {statistics.median(mine['growth_pauses']):.3f} s beyond a step")
+    print(json.dumps({"benchmark": "recovery", **sides}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Following a run as it is recorded: new records as they come, and the plain sentence that each stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Tail:
+    """Gives the records that were appended to a file since last asked; the file may not exist yet."""
+
+    def __init__(self, path: Path, from_end: bool = False) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if from_end and path.exists() else 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """New whole records, oldest first. A file that shrank (a rollback) is read on from its new end."""
+        if not self._path.exists():
+            return
+        size = self._path.stat().st_size
+        if size < self._offset:
+            self._offset = size
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def describe_recovery(event: dict[str, Any]) -> str:
+    """One line about one recovery, e.g. "recovered in 0.21 s, 0 steps lost"."""
+    moved = f", {megabytes(event['bytes_moved'])} from {event['source']}" if event["bytes_moved"] else ""
+    return (
+        f"recovered in {event['stall_seconds']:.2f} s (detected after {event['detect_seconds']:.2f} s), "
+        f"{event['steps_lost']} steps lost{moved}"
+    )
+
+
+def describe_event(event: dict[str, Any]) -> str | None:
+    """What an event record means, in one line; None for what only tools care about."""
+    match event["kind"]:
+        case "generation":
+            workers = ", ".join(str(worker["worker"]) for worker in event["workers"])
+            return f"generation {event['generation']} from step {event['start_step']}: workers {workers}"
+        case "incident":
+            return f"{event['incident']}: {event['cause']}"
+        case "recovery":
+            who = "" if event["worker"] is None else f" of worker {event['worker']}"
+            return f"{event['incident']}{who} at step {event['step']}: {describe_recovery(event)}"
+        case "worker_ready":
+            return f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
+        case "waiting":
+            return f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)"
+        case "checkpoint_saved":
+            return f"checkpoint of {event['committed']} steps ({megabytes(event['bytes'])}, {event['seconds']:.2f} s)"
+        case "checkpoint_failed":
+            return f"checkpoint of {event['committed']} steps failed: {event['error']}"
+        case "checkpoint_invalid":
+            return f"checkpoint {event['path']} cannot be used: {event['reason']}"
+        case "controller_restarted":
+            return f"the controller was restarted (epoch {event['epoch']}) and found {event['workers_found']} workers"
+        case "drain_notice":
+            return f"worker {event['worker']} must leave: {event['reason']}"
+        case "resize_requested":
+            return f"resize from {event['from']} to {event['to']} workers requested"
+        case "start_failed":
+            return f"worker {event['worker']} could not start: {event['detail']}"
+        case "metrics_endpoint":
+            return f"metrics at {event['url']}"
+        case "stop_requested":
+            return f"stop requested: {event['reason']}"
+    return None
+
+
+def describe_step(record: dict[str, Any], total_steps: int, workers: int) -> str:
+    """One line about one committed step."""
+    speed = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
+    loss = "  (skipped: gradient not finite)" if record["skipped"] else ""
+    return (
+        f"step {record['step'] + 1:>6}/{total_steps}  loss {_number(record['loss'])}  "
+        f"norm {_number(record['grad_norm'], 3)}  {speed:>8,.0f} tokens/s  {workers} workers{loss}"
+    )
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def summary(result: dict[str, Any], run_dir: str) -> list[str]:
+    """The closing lines of a run, from the content of result.json."""
+    loss = result.get("final_loss")
+    lines = [
+        f"{result['status']:<11}{result['steps']} steps, {result.get('tokens', 0):,} tokens"
+        + (f", loss {loss:.4f}" if loss is not None else "")
+        + f", {result.get('wall_seconds', 0.0):.1f} s, goodput {100 * result.get('goodput_ratio', 0.0):.0f} %"
+    ]
+    if result["status"] != "finished":
+        lines.append(f"{'because':<11}{result.get('reason', '')}")
+    for event in result.get("recoveries", []):
+        who = "" if event["worker"] is None else f" of worker {event['worker']}"
+        where = f"{who.strip() or 'by plan'} at step {event['step']}"
+        lines.append(f"{event['kind']:<11}{where}: {describe_recovery(event)}")
+    for index in result.get("faults_not_fired", []):
+        lines.append(f"{'note':<11}fault {index} of the job never happened: its worker was not there at that step")
+    if result.get("state_digest"):
+        lines.append(f"{'weights':<11}{result['state_digest']}")
+    if result.get("data_digest"):
+        lines.append(f"{'samples':<11}{result['data_digest']}")
+    if not result.get("bit_exact", True):
+        lines.append(f"{'note':<11}strategy.reduction is native: equal within rounding only, not bit for bit")
+    lines.append(f"{'files':<11}{run_dir}")
+    return lines

@@ -1,0 +1,276 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 3
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Elastic training on Ray: the result is a function of the job file, not of the cluster's luck.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of a run under runs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a field of the job file; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    job: JobFile,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run is kept; an unfinished run goes on.")] = None,
+    set_: Overrides = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(metavar="step=N,worker=W,kind=K", help="Inject a fault (kill, hang, raise, ...); repeatable."),
+    ] = None,
+    local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
+    json_: AsJson = False,
+) -> None:
+    """Train a job to its end."""
+    from orchestrator.api import run as run_job
+    from orchestrator.job import Job
+    from orchestrator.rundir import RunDirectory
+
+    loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
+    name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = RunDirectory(run_dir if run_dir is not None else _unused(Path("runs") / name))
+    if json_:
+        result = run_job(loaded, directory.path, job_text=job.read_text(), local_nodes=local_nodes)
+    else:
+        from monitoring.display import Display
+
+        with Display(directory.path, loaded.train.steps, loaded.train.log_every) as display:
+            display.note(f"run {directory.path}")
+            result = run_job(
+                loaded, directory.path, job_text=job.read_text(), local_nodes=local_nodes,
+                on_update=display.update, on_note=display.note,
+            )  # fmt: skip
+    content = _result_json(directory.path)
+    if json_:
+        print(json.dumps(content))
+    else:
+        from monitoring.follow import summary
+
+        print()
+        print("\n".join(summary(content, str(directory.path))))
+    raise typer.Exit({"finished": 0, "stopped": EXIT_STOPPED}.get(result.status, EXIT_FAILED))
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _result_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "result.json").read_text()))
+
+
+@app.command()
+def validate(job: JobFile, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Check a job file and show what it means with all defaults; starts nothing."""
+    from orchestrator.job import Job
+
+    loaded = Job.load(job, overrides=set_ or [])
+    if json_:
+        print(json.dumps({"job": loaded.resolved(), "digest": loaded.digest()}))
+        return
+    import yaml
+
+    print(yaml.safe_dump(loaded.resolved(), sort_keys=False).rstrip())
+    print(f"# digest of what decides the numbers: {loaded.digest()}")
+
+
+@app.command()
+def status(run: Run, json_: AsJson = False) -> None:
+    """Where a run is: step, workers, incidents, and its result when it has ended."""
+    from monitoring.follow import describe_recovery, summary
+    from monitoring.records import read_records
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    events = list(read_records(directory.events))
+    steps = list(read_records(directory.metrics))
+    result = directory.read_json("result.json")
+    with directory.probe_lock() as free:
+        alive = not free
+    generation = next((e for e in reversed(events) if e["kind"] == "generation"), None)
+    recoveries = [e for e in events if e["kind"] == "recovery"]
+    state = "running" if alive else result["status"] if result else "interrupted"
+    total = directory.read_json("job.resolved.json")["train"]["steps"]
+    if json_:
+        print(
+            json.dumps(
+                {
+                    "run": directory.run_id,
+                    "run_dir": str(directory.path),
+                    "state": state,
+                    "step": len(steps),
+                    "steps": total,
+                    "loss": steps[-1]["loss"] if steps else None,
+                    "generation": generation,
+                    "recoveries": recoveries,
+                    "result": result,
+                }
+            )
+        )
+        return
+    print(f"{'run':<11}{directory.path}")
+    print(f"{'state':<11}{state}, step {len(steps)} of {total}" + (f", loss {steps[-1]['loss']:.4f}" if steps else ""))
+    if generation:
+        print(f"{'generation':<11}{generation['generation']}, {len(generation['workers'])} workers")
+    if result is not None and not alive:
+        print("\n".join(summary(result, str(directory.path))))
+        return
+    for event in recoveries[-5:]:
+        print(f"{event['incident']:<11}at step {event['step']}: {describe_recovery(event)}")
+    if state == "interrupted":
+        print(f"{'next':<11}orchestrator run JOB --run-dir {directory.path} goes on from the newest checkpoint")
+
+
+@app.command()
+def events(
+    run: Run,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more until the run ends.")] = False,
+    kind: Annotated[str | None, typer.Option(help="Only events of this kind.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """What happened in a run, one line an event."""
+    from monitoring.follow import Tail, describe_event
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    tail = Tail(directory.events)
+    started: float | None = None
+    while True:
+        over = False
+        for event in tail.new():
+            started = started if started is not None else event["time"]
+            over = event["kind"] == "run_finished"
+            if kind is not None and event["kind"] != kind:
+                continue
+            if json_:
+                print(json.dumps(event), flush=True)
+            else:
+                text = describe_event(event) or ", ".join(
+                    f"{key}={value}" for key, value in event.items() if key not in ("time", "kind")
+                )
+                print(f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}", flush=True)
+        if over or not follow:
+            return
+        time.sleep(0.2)
+
+
+@app.command()
+def resize(run: Run, workers: Annotated[int, typer.Argument(min=1, help="How many workers to train with.")]) -> None:
+    """Change how many workers a live run trains with; it does so at a step boundary."""
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    limits = directory.read_json("job.resolved.json")["elastic"]["workers"]
+    if not limits["min"] <= workers <= limits["max"]:
+        _refuse(f"{workers} workers is outside elastic.workers of this run: {limits['min']} to {limits['max']}")
+    _ask(directory, "resize", workers=workers)
+    print(f"{directory.path.name}: {workers} workers from the next step boundary on")
+
+
+@app.command()
+def stop(run: Run) -> None:
+    """End a live run at the next step boundary, with a checkpoint if it makes any."""
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    _ask(directory, "stop", reason="orchestrator stop")
+    print(f"{directory.path.name}: stopping at the next step boundary")
+
+
+def _ask(directory: Any, kind: str, **fields: Any) -> None:
+    with directory.probe_lock() as free:
+        if free:
+            _refuse(f"{directory.path} is not running now; nothing to {kind}")
+    answer = directory.answer(directory.request(kind, **fields), timeout_s=15.0)
+    if answer is None:
+        print(f"orchestrator: the controller of {directory.path} did not answer within 15 s", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
+    if answer.get("error"):
+        _refuse(answer["error"])
+
+
+@app.command()
+def audit(run: Run, json_: AsJson = False) -> None:
+    """Prove from the run directory alone that every sample was used exactly once."""
+    from dataclasses import asdict
+
+    from orchestrator.data.ledger import audit as audit_ledger
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    environment = directory.read_json("environment.json")
+    if environment is None:
+        _refuse(f"{directory.path} has no environment.json: the run never got as far as its data")
+    report = audit_ledger(directory.metrics, **environment["data"])
+    result = directory.read_json("result.json") or {}
+    problems = list(report.problems)
+    recorded = result.get("data_digest")
+    if recorded and report.ok and recorded != report.data_digest:
+        problems.append(f"result.json says {recorded}, the ledger gives {report.data_digest}")
+    if json_:
+        print(json.dumps(asdict(report) | {"ok": not problems, "problems": problems}))
+    elif problems:
+        print("audit failed:\n  " + "\n  ".join(problems))
+    else:
+        print(
+            f"audit passed: {report.steps} steps, {report.samples:,} samples, each exactly once "
+            f"({report.epochs_complete} whole epochs, {report.partial_epoch_samples:,} samples of the next)"
+        )
+        print(report.data_digest)
+    raise typer.Exit(EXIT_FAILED if problems else 0)
+
+
+def _refuse(text: str) -> None:
+    print(f"orchestrator: {text}", file=sys.stderr)
+    raise typer.Exit(EXIT_BAD_INPUT)
+
+
+def main() -> None:
+    """Entry point: turns what a user did wrong into one clear error and exit code 2."""
+    try:
+        app()
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_FAILED)
+    except Exception as error:
+        kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _USER_ERRORS), None)
+        if kind is None:
+            raise
+        print(f"orchestrator: {error}" if kind != "JobError" else str(error), file=sys.stderr)
+        sys.exit(_USER_ERRORS[kind])
+
+
+# By name, because importing the classes would import what they come with.
+_USER_ERRORS = {
+    "JobError": EXIT_BAD_INPUT,
+    "RunDirectoryError": EXIT_BAD_INPUT,
+    "DataError": EXIT_BAD_INPUT,
+    "ClusterError": EXIT_FAILED,
+}
+
+if __name__ == "__main__":
+    main()
