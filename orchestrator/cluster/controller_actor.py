@@ -27,7 +27,7 @@ from monitoring.goodput import goodput_ratio
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
 from orchestrator.checkpoint.names import find as find_checkpoints
-from orchestrator.cluster.placement import NAMESPACE, WorkerHandle, raylet_is_gone, worker_name
+from orchestrator.cluster.placement import NAMESPACE, WorkerHandle, raylet_is_gone, refuses_connections, worker_name
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Abort,
@@ -61,8 +61,8 @@ from orchestrator.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
-POLL_S = 0.5
+TICK_S = 0.25
+POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
@@ -291,21 +291,21 @@ class ControllerActor:
                 )
                 self._handles[action.worker] = handle
                 self._watch(handle)
-                handle.actor.hello.remote().future().add_done_callback(
-                    lambda future: self._said_hello(handle, future)
-                )
+                handle.actor.hello.remote().future().add_done_callback(lambda future: self._said_hello(handle, future))
             case ReleaseWorker():
                 if (leaving := self._handles.pop(action.worker, None)) is not None:
                     leaving.leave()
             case KillWorker():
                 if (condemned := self._handles.pop(action.worker, None)) is not None:
-                    condemned.kill()
+                    # Off this thread: recovery must not wait until Ray has finished with a dead worker.
+                    threading.Thread(target=condemned.kill, daemon=True).start()
             case StartGeneration():
                 for member in action.generation.members:
                     self._tell(member.worker, "join", action.generation)
             case Interrupt():
                 for worker in action.workers:
                     self._tell(worker, "interrupt", action.generation, self._epoch)
+                self._probe(action.workers)
             case Pause():
                 for worker in action.workers:
                     self._tell(worker, "pause", action.generation, self._epoch)
@@ -325,6 +325,21 @@ class ControllerActor:
             # A worker that cannot be told is dead or silent, which is noticed by itself.
             with suppress(Exception):
                 getattr(handle.actor, command).remote(*arguments)
+
+    def _probe(self, workers: tuple[WorkerId, ...]) -> None:
+        """Somebody lost a peer: finds out which of the others is gone, without waiting for Ray to say so."""
+
+        def look(worker: WorkerId, host: str, port: int) -> None:
+            handle = self._handles.get(worker)
+            if handle is not None and refuses_connections(host, port):
+                node_lost = handle.node is not None and raylet_is_gone(handle.node)
+                self._queue.put((Died(worker, "its process is gone", node_lost), time.time()))
+
+        for worker in workers:
+            view = self._machine.workers.get(worker)
+            if view is not None and view.ready is not None:
+                arguments = (worker, view.ready.host, view.ready.store_port)
+                threading.Thread(target=look, args=arguments, daemon=True).start()
 
     def _worker_spec(self) -> dict[str, Any]:
         return {
@@ -456,9 +471,7 @@ class ControllerActor:
             "generations": self._generations,
             "recoveries": self._recoveries,
         }
-        unfired = [
-            index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults
-        ]
+        unfired = [index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults]
         if unfired and status == "finished":
             result["faults_not_fired"] = unfired
         self._record("run_finished", {"status": status, "reason": reason})

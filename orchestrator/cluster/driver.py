@@ -29,6 +29,8 @@ _PARALLEL_BYTES = 64 << 20
 """Below this much text, tokenising here is faster than starting Ray workers for it."""
 
 CONTROLLER_SILENCE_S = 90.0
+POLL_S = 0.4
+"""How often the display is brought up to date; what it shows is read from the run directory."""
 
 Update = Callable[[dict[str, Any]], None]
 
@@ -179,9 +181,7 @@ def _controller(directory: RunDirectory, spec: dict[str, Any]) -> Any:
     )
 
 
-def _follow(
-    controller: Any, directory: RunDirectory, interruption: Interruption, on_update: Update
-) -> dict[str, Any]:
+def _follow(controller: Any, directory: RunDirectory, interruption: Interruption, on_update: Update) -> dict[str, Any]:
     heard = time.monotonic()
     stops_sent = 0
     while True:
@@ -207,7 +207,7 @@ def _follow(
             # Restarting, most likely; the workers train on meanwhile.
             if time.monotonic() - heard > CONTROLLER_SILENCE_S:
                 raise ClusterError(f"the controller has not answered for {CONTROLLER_SILENCE_S:.0f} s") from None
-        time.sleep(0.2)
+        time.sleep(POLL_S)
 
 
 def _cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:

@@ -76,11 +76,14 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         if local_nodes:
             from ray.cluster_utils import Cluster
 
+            # It writes its address below the temporary directory, where another Ray of this user may have written its.
+            os.environ["RAY_TMPDIR"] = home
+            (Path(home) / "ray").mkdir()
             share = math.ceil(places / local_nodes) * math.ceil(job.resources.cpu)
             cluster = Cluster(
                 initialize_head=True,
                 shutdown_at_exit=False,
-                head_node_args={"num_cpus": 0, "temp_dir": home, **quiet},
+                head_node_args={"num_cpus": 0, **quiet},
             )
             for index in range(local_nodes):
                 cluster.add_node(
@@ -88,9 +91,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
                     object_store_memory=_OBJECT_STORE_BYTES,
                 )  # fmt: skip
             cluster.wait_for_nodes(timeout=60)
-            ray.init(
-                address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
-            )
+            ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 num_cpus=needed, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
@@ -105,15 +106,16 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         if cluster is not None:
             with suppress(Exception):
                 cluster.shutdown()
+            os.environ.pop("RAY_TMPDIR", None)
         _end(children)
 
 
 def _hush() -> None:
     """Keeps Ray from printing a paragraph for every dead worker: what matters of it is in the run's own events."""
     with suppress(Exception):
-        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+        import ray._private.worker as driver_side
 
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        driver_side.print_to_stdstream = lambda *arguments, **options: None
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -139,6 +141,6 @@ def _runs(process: psutil.Process) -> bool:
 def _keep_logs(home: Path, logs: Path) -> None:
     with suppress(OSError):
         logs.mkdir(parents=True, exist_ok=True)
-        for path in home.glob("session_*/logs/worker-*"):
+        for path in home.glob("**/session_*/logs/worker-*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_size:
                 shutil.copy(path, logs / path.name)

@@ -1,0 +1,162 @@
+"""The command line as a user has it, in a process of its own with a Ray of its own; and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import JOB, wait_for
+
+from monitoring.records import read_records
+
+
+class CommandLine:
+    """Starts `python -m orchestrator` and knows every process that came of it."""
+
+    def __init__(self, home: Path, cache: Path) -> None:
+        self.home = home
+        self.cache = cache
+        self.run_dir = home / "run"
+        self.job = home / "job.yaml"
+        self.job.write_text(JOB)
+        self.family: dict[int, psutil.Process] = {}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [
+            sys.executable, "-m", "orchestrator", "run", str(self.job), "--run-dir", str(self.run_dir),
+            "--set", f"data.cache={self.cache}", *arguments,
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        return subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def steps(self) -> int:
+        return sum(1 for _ in read_records(self.run_dir / "metrics.jsonl"))
+
+    def until_step(self, process: subprocess.Popen[str], step: int) -> None:
+        def there() -> bool:
+            assert process.poll() is None, process.communicate()[0]
+            self.remember(process.pid)
+            return self.steps() >= step
+
+        wait_for(there, timeout_s=90, what=f"step {step}")
+        self.remember(process.pid)
+
+    def remember(self, pid: int) -> None:
+        with suppress(psutil.Error):
+            for child in psutil.Process(pid).children(recursive=True):
+                self.family.setdefault(child.pid, child)
+
+    def left(self) -> list[str]:
+        alive = []
+        for process in self.family.values():
+            with suppress(psutil.Error):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(f"{process.pid} {process.name()}")
+        return alive
+
+    def nothing_left(self) -> None:
+        wait_for(lambda: not self.left(), timeout_s=20, what=f"the end of {self.left()}")
+
+
+@pytest.fixture
+def command(tmp_path: Path, cache: Path) -> CommandLine:
+    return CommandLine(tmp_path, cache)
+
+
+def orchestrator(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine) -> None:
+    process = command.start(
+        "--local-nodes", "3", "--set", "elastic.workers.max=3", "--json",
+        "--fault", "step=30,worker=1,kind=node", "--fault", "step=60,worker=2,kind=drain,seconds=20",
+    )  # fmt: skip
+    command.until_step(process, 10)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    result = json.loads(output.splitlines()[-1])
+    assert result["status"] == "finished"
+    assert all(r["steps_lost"] == 0 for r in result["recoveries"])
+    kinds = {r["kind"] for r in result["recoveries"]}
+    assert {"node", "drain"} <= kinds, result["recoveries"]
+    nodes = [{w["node"] for w in g["workers"]} for g in result["generations"]]
+    assert len(nodes[0]) > 1, "the first generation spans several nodes"
+    command.nothing_left()
+
+    audit = orchestrator("audit", str(command.run_dir))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert result["data_digest"] in audit.stdout
+    status = json.loads(orchestrator("status", str(command.run_dir), "--json").stdout)
+    assert (status["state"], status["step"]) == ("finished", 120)
+    assert '"run_finished"' in orchestrator("events", str(command.run_dir), "--json").stdout
+
+
+def test_one_signal_stops_in_good_order(command: CommandLine) -> None:
+    process = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
+    command.until_step(process, 5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    result = json.loads((command.run_dir / "result.json").read_text())
+    assert result["status"] == "stopped"
+    assert result["state_digest"].startswith("sha256:")
+    checkpoint = command.run_dir / "checkpoints" / f"step-{result['steps']:08d}"
+    assert (checkpoint / "MANIFEST.json").exists(), "stopping saves, so that nothing is lost"
+    command.nothing_left()
+
+
+def test_two_signals_stop_at_once(command: CommandLine) -> None:
+    process = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
+    command.until_step(process, 5)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 3, output
+    assert (command.run_dir / "result.json").exists()
+    command.nothing_left()
+
+
+def test_a_driver_that_is_killed_takes_its_own_cluster_with_it(command: CommandLine) -> None:
+    process = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
+    command.until_step(process, 5)
+    process.kill()
+    process.wait()
+    command.nothing_left()
+
+
+def test_a_second_driver_for_the_same_run_directory_is_refused(command: CommandLine) -> None:
+    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=100000")
+    command.until_step(first, 3)
+    second = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=100000")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "is being run right now" in output
+    stop = orchestrator("stop", str(command.run_dir))
+    assert stop.returncode == 0, stop.stderr
+    assert first.wait(timeout=60) == 3
+    command.nothing_left()
+
+
+def test_another_job_in_the_same_run_directory_is_refused(command: CommandLine) -> None:
+    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5")
+    assert first.wait(timeout=90) == 0
+    other = command.start("--set", "train.steps=5", "--set", "train.seed=8")
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "train.seed (7 there, 8 here)" in output

@@ -1,0 +1,188 @@
+"""Every kind of fault on a real Ray: the same bits as the undisturbed run, no step lost, survivors keep their pids."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import Outcome, Runner, steps_done, wait_for
+
+from monitoring.records import read_records
+from orchestrator.rundir import RunDirectory
+
+
+def assert_same_result(outcome: Outcome, undisturbed: Outcome) -> None:
+    assert outcome.result.status == "finished", outcome.result.reason
+    assert outcome.result.state_digest == undisturbed.result.state_digest
+    assert outcome.result.data_digest == undisturbed.result.data_digest
+    assert [s["step"] for s in outcome.steps] == list(range(outcome.result.steps))
+    assert [s["loss"] for s in outcome.steps] == [s["loss"] for s in undisturbed.steps]
+
+
+def assert_nothing_lost(outcome: Outcome, gone: set[int]) -> None:
+    """No step lost, everything from peers, and no process ended but those of the slots in `gone`."""
+    assert all(r["steps_lost"] == 0 and r["source"] == "peers" for r in outcome.result.recoveries)
+    pids: dict[int, set[int]] = {}
+    for generation in outcome.result.generations:
+        for worker in generation["workers"]:
+            pids.setdefault(worker["worker"], set()).add(worker["pid"])
+    for slot, seen in pids.items():
+        if slot not in gone:
+            assert len(seen) == 1, f"worker {slot} was a survivor and yet had the processes {seen}"
+    incidents = [e for e in outcome.events if e["kind"] == "incident"]
+    assert len(incidents) == len(outcome.result.recoveries), "one incident, one recovery record"
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_the_number_of_workers_does_not_change_a_bit(runner: Runner, undisturbed: Outcome, workers: int) -> None:
+    outcome = runner(f"elastic.workers.max={workers}", f"elastic.workers.min={workers}")
+    assert_same_result(outcome, undisturbed)
+    assert [len(g["workers"]) for g in outcome.result.generations] == [workers]
+
+
+def test_processes_that_die(runner: Runner, undisturbed: Outcome) -> None:
+    faults = ("step=20,worker=1,kind=kill", "step=50,worker=2,kind=segfault", "step=80,worker=0,kind=exit")
+    outcome = runner("elastic.workers.min=2", faults=faults)
+    assert_same_result(outcome, undisturbed)
+    assert_nothing_lost(outcome, gone={0, 1, 2})
+    assert [(r["kind"], r["worker"], r["step"]) for r in outcome.recoveries("kill")] == [
+        ("kill", 1, 20), ("kill", 2, 50), ("kill", 0, 80),
+    ]  # fmt: skip
+
+
+def test_exception_hang_and_deadlock(runner: Runner, undisturbed: Outcome) -> None:
+    faults = ("step=20,worker=0,kind=raise", "step=50,worker=2,kind=hang", "step=90,worker=3,kind=deadlock")
+    outcome = runner(faults=faults)
+    assert_same_result(outcome, undisturbed)
+    assert_nothing_lost(outcome, gone={0, 2, 3})
+    assert [(r["kind"], r["worker"]) for r in outcome.recoveries("crash", "hang", "stall")] == [
+        ("crash", 0), ("hang", 2), ("stall", 3),
+    ]  # fmt: skip
+
+
+def test_a_standby_takes_the_place_of_a_killed_worker(runner: Runner, undisturbed: Outcome) -> None:
+    def kill_when_standby_is_warm(directory: RunDirectory) -> None:
+        def warm() -> set[int]:
+            return {e["worker"] for e in read_records(directory.events) if e["kind"] == "worker_ready"}
+
+        wait_for(lambda: len(warm()) == 3 and steps_done(directory) >= 5, what="a warm standby")
+        generation = [e for e in read_records(directory.events) if e["kind"] == "generation"][-1]
+        os.kill(generation["workers"][1]["pid"], signal.SIGKILL)
+
+    outcome = runner(
+        "elastic.workers.max=2", "elastic.workers.min=2", "elastic.standby=1", "train.steps=300",
+        meanwhile=kill_when_standby_is_warm,
+    )  # fmt: skip
+    assert outcome.result.status == "finished", outcome.result.reason
+    assert_nothing_lost(outcome, gone={1})
+    assert [len(g["workers"]) for g in outcome.result.generations] == [2, 2]
+    assert {w["worker"] for w in outcome.result.generations[1]["workers"]} == {0, 2}
+
+
+def test_two_workers_at_once_and_one_more_during_the_recovery(runner: Runner, undisturbed: Outcome) -> None:
+    faults = (
+        "step=30,worker=1,kind=kill",
+        "step=30,worker=2,kind=kill,phase=reduce",
+        "step=30,worker=3,kind=kill,phase=gather",
+    )
+    outcome = runner(faults=faults)
+    assert_same_result(outcome, undisturbed)
+    assert_nothing_lost(outcome, gone={1, 2, 3})
+    assert {r["worker"] for r in outcome.recoveries("kill")} >= {1, 2}
+
+
+def test_the_controller_is_killed_and_then_a_worker(runner: Runner, undisturbed: Outcome) -> None:
+    outcome = runner(faults=("step=30,kind=controller", "step=70,worker=1,kind=kill"))
+    assert_same_result(outcome, undisturbed)
+    assert_nothing_lost(outcome, gone={1})
+    controllers = [e for e in outcome.events if e["kind"] == "controller"]
+    assert [c["epoch"] for c in controllers] == [1, 2]
+    assert len({c["pid"] for c in controllers}) == 2
+    # The workers trained on: the generation the controller died in is the one its successor found.
+    taken_over = next(e for e in outcome.events if e["kind"] == "controller_restarted")
+    assert taken_over["workers_found"] == 4
+    before = [e for e in outcome.events if e["kind"] == "generation" and e["time"] < taken_over["time"]]
+    assert len(before) == 1
+
+
+def test_notice_bad_gradient_and_slow_worker(runner: Runner, undisturbed: Outcome) -> None:
+    faults = (
+        "step=15,worker=2,kind=nan", "step=30,worker=0,kind=slow,factor=3,seconds=1", "step=60,worker=1,kind=drain",
+    )  # fmt: skip
+    outcome = runner(faults=faults)
+    assert_same_result(outcome, undisturbed)
+    assert_nothing_lost(outcome, gone={1})
+    assert [r["worker"] for r in outcome.recoveries("drain")] == [1]
+    assert not any(s["skipped"] for s in outcome.steps)
+
+
+def test_resizes_while_it_runs(runner: Runner, undisturbed: Outcome) -> None:
+    def resize(directory: RunDirectory) -> None:
+        for at, workers in ((15, 2), (40, 1), (60, 4)):
+            wait_for(lambda at=at: steps_done(directory) >= at, what=f"step {at}")
+            assert directory.answer(directory.request("resize", workers=workers), timeout_s=10) is not None
+
+    outcome = runner(meanwhile=resize)
+    assert_same_result(outcome, undisturbed)
+    sizes = [len(g["workers"]) for g in outcome.result.generations]
+    assert sizes[:3] == [4, 2, 1]
+    assert all(r["steps_lost"] == 0 for r in outcome.result.recoveries)
+
+
+def test_below_min_the_run_waits_and_goes_on(runner: Runner, undisturbed: Outcome) -> None:
+    outcome = runner("elastic.workers.min=2", "elastic.workers.max=2", faults=("step=40,worker=1,kind=kill",))
+    assert_same_result(outcome, undisturbed)
+    assert_nothing_lost(outcome, gone={1})
+    assert any(e["kind"] == "waiting" and e["needed"] == 2 for e in outcome.events)
+
+
+def test_all_workers_lost_replays_from_the_newest_checkpoint(runner: Runner, undisturbed: Outcome) -> None:
+    outcome = runner(
+        "elastic.workers.max=2",
+        faults=("step=70,worker=0,kind=kill", "step=70,worker=1,kind=kill"),
+    )
+    assert_same_result(outcome, undisturbed)
+    assert max(r["steps_lost"] for r in outcome.result.recoveries) == 20
+    assert {r["source"] for r in outcome.result.recoveries if r["steps_lost"]} == {"checkpoint"}
+
+
+def test_stopped_runs_go_on_where_they_were(runner: Runner, undisturbed: Outcome, tmp_path: Path) -> None:
+    def stop(directory: RunDirectory) -> None:
+        wait_for(lambda: steps_done(directory) >= 20, what="step 20")
+        directory.request("stop", reason="the test says so")
+
+    first = runner("elastic.workers.max=2", run_dir=tmp_path / "stopped", meanwhile=stop)
+    assert first.result.status == "stopped"
+    assert 20 <= first.result.steps < 120
+    second = runner("elastic.workers.max=3", run_dir=tmp_path / "stopped")
+    assert_same_result(second, undisturbed)
+    third = runner(run_dir=tmp_path / "stopped")
+    assert third.result.state_digest == undisturbed.result.state_digest
+    assert len(third.result.generations) == len(second.result.generations), "a finished run is not run again"
+
+
+def test_native_reduction_is_equal_within_rounding_and_says_so(runner: Runner, undisturbed: Outcome) -> None:
+    outcome = runner("strategy.reduction=native", "elastic.workers.max=3")
+    assert outcome.result.status == "finished", outcome.result.reason
+    assert not outcome.result.bit_exact
+    assert outcome.result.data_digest == undisturbed.result.data_digest
+    assert outcome.result.final_loss is not None
+    assert undisturbed.result.final_loss is not None
+    assert math.isclose(outcome.result.final_loss, undisturbed.result.final_loss, rel_tol=1e-3)
+
+
+def test_a_step_that_always_fails_ends_the_run_with_its_reason(runner: Runner) -> None:
+    faults = tuple(f"step=5,worker={worker},kind=raise" for worker in range(4))
+    outcome = runner(faults=faults)
+    assert outcome.result.status == "failed"
+    assert "step 5 failed" in outcome.result.reason
+    assert "injected" in outcome.result.reason
+
+
+def test_a_model_that_cannot_be_built_fails_at_once(runner: Runner) -> None:
+    outcome = runner("model.hf.vocab_size=100")
+    assert outcome.result.status == "failed"
+    assert "vocab_size" in outcome.result.reason

@@ -1,0 +1,115 @@
+"""Records, metrics and the sentences made from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.request
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from monitoring.follow import Tail, describe_event, summary
+from monitoring.goodput import goodput_ratio
+from monitoring.metrics import RunMetrics
+from monitoring.records import RecordFile, read_records
+
+
+def test_a_torn_last_line_is_passed_over_and_cut_off_before_the_next_record(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"a":1}\n{"a":2')
+    assert list(read_records(path)) == [{"a": 1}]
+    file = RecordFile(path)
+    file.append({"a": 3})
+    assert list(read_records(path)) == [{"a": 1}, {"a": 3}]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "m.jsonl")
+    file.append({"loss": math.nan, "deep": [{"norm": math.inf}]})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"loss": None, "deep": [{"norm": None}]}
+
+
+def test_keep_rewrites_and_goes_on(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "m.jsonl")
+    for step in range(5):
+        file.append({"step": step})
+    file.keep(lambda record: record["step"] < 3)
+    file.append({"step": 3, "again": True})
+    assert [r["step"] for r in read_records(tmp_path / "m.jsonl")] == [0, 1, 2, 3]
+
+
+def test_tail_gives_each_record_once_and_waits_for_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    tail = Tail(path)
+    assert list(tail.new()) == []
+    path.write_text('{"a":1}\n{"a":')
+    assert list(tail.new()) == [{"a": 1}]
+    with path.open("a") as file:
+        file.write("2}\n")
+    assert list(tail.new()) == [{"a": 2}]
+    assert list(tail.new()) == []
+
+
+def test_goodput_counts_a_replayed_step_once() -> None:
+    steps = [{"step": 0, "seconds": 1.0}, {"step": 1, "seconds": 1.0}, {"step": 1, "seconds": 2.0}]
+    assert goodput_ratio(steps, 6.0) == 0.5
+    assert goodput_ratio([], 0.0) == 0.0
+
+
+def recovery(**changes: object) -> dict[str, object]:
+    return {
+        "kind": "recovery", "incident": "kill", "worker": 1, "step": 20, "generation": 1, "detect_seconds": 0.04,
+        "stall_seconds": 0.21, "pause_seconds": 0.2, "steps_lost": 0, "source": "peers", "bytes_moved": 10_600_000,
+    } | changes  # fmt: skip
+
+
+def test_the_endpoint_serves_what_happened() -> None:
+    metrics = RunMetrics("test-run")
+    port = metrics.serve("127.0.0.1", 0)
+    try:
+        metrics.on_step({"step": 4, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "generation": 2, "tokens": 512,
+                         "seconds": 0.4, "skipped": True})  # fmt: skip
+        metrics.on_event("incident", {"incident": "kill"})
+        metrics.on_event("recovery", recovery(steps_lost=3))
+        metrics.on_world({"member": 3, "idle": 1})
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    finally:
+        metrics.close()
+    samples = {
+        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k != "run"))): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+    assert samples["orchestrator_step", ()] == 5
+    assert samples["orchestrator_loss", ()] == 2.5
+    assert samples["orchestrator_tokens_total", ()] == 512
+    assert samples["orchestrator_nonfinite_total", ()] == 1
+    assert samples["orchestrator_world_size", (("state", "member"),)] == 3
+    assert samples["orchestrator_failures_total", (("kind", "kill"),)] == 1
+    assert samples["orchestrator_steps_lost_total", ()] == 3
+    assert samples["orchestrator_recovery_seconds_sum", ()] == 0.21
+
+
+def test_the_closing_lines_say_what_happened() -> None:
+    event = recovery(kind="kill")
+    lines = summary(
+        {"status": "finished", "steps": 60, "tokens": 491520, "final_loss": 2.5, "wall_seconds": 40.0,
+         "goodput_ratio": 0.8, "recoveries": [event], "state_digest": "sha256:aa", "data_digest": "sha256:bb"},
+        "/runs/x",
+    )  # fmt: skip
+    text = "\n".join(lines)
+    assert "60 steps, 491,520 tokens, loss 2.5000" in text
+    assert "worker 1 at step 20: recovered in 0.21 s (detected after 0.04 s), 0 steps lost, 10.6 MB from peers" in text
+    assert "sha256:aa" in text
+    assert "/runs/x" in text
+    failed = "\n".join(summary({"status": "failed", "steps": 0, "reason": "no room"}, "/runs/x"))
+    assert "no room" in failed
+
+
+def test_events_have_sentences() -> None:
+    assert describe_event(recovery()) == (  # type: ignore[arg-type]
+        "kill of worker 1 at step 20: recovered in 0.21 s (detected after 0.04 s), 0 steps lost, 10.6 MB from peers"
+    )
+    assert describe_event({"kind": "waiting", "workers": 1, "needed": 2}) is not None
+    assert describe_event({"kind": "worker_released"}) is None
