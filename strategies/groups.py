@@ -17,72 +17,23 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-CONNECT_TIMEOUT_S = 2.0
-"""How long one attempt to reach a rendezvous store may take, in seconds."""
+from strategies.rendezvous import PeerLost as PeerLost
+from strategies.rendezvous import StoreClient, StoreServer
 
 PATIENCE = timedelta(hours=24)
 """Collectives wait for as long as it takes: hangs are found by heartbeats and progress, which abort."""
 
 
-class PeerLost(RuntimeError):
-    """A collective or rendezvous failed because of another rank, or was aborted; this rank itself is well."""
-
-
-class _InterruptibleStore(Store):
-    """A view of a TCPStore under a prefix whose waits end when `abort` is called.
-
-    C10d's own waits cannot be interrupted, and a rank that dies while a group forms would hold the others for the
-    store's whole timeout.
-    """
-
-    def __init__(self, inner: Store, timeout_s: float) -> None:
-        super().__init__()
-        self._inner = inner
-        self._timeout_s = timeout_s
-        self._aborted = threading.Event()
-
-    def abort(self) -> None:
-        self._aborted.set()
-
-    def set(self, key: str, value: Any) -> None:
-        self._inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self._inner.get(key)
-
-    def add(self, key: str, value: int) -> int:
-        return self._inner.add(key, value)
-
-    def check(self, keys: list[str]) -> bool:
-        return self._inner.check(keys)
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        limit_s = timeout.total_seconds() if timeout is not None else self._timeout_s
-        deadline = time.monotonic() + limit_s
-        while not self._inner.check(keys):
-            if self._aborted.is_set():
-                raise PeerLost("the forming of the process group was aborted")
-            if time.monotonic() > deadline:
-                raise PeerLost(f"no peer wrote {keys} within {limit_s:.0f} s")
-            time.sleep(0.001)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout_s = timeout.total_seconds()
-
-
-def serve_store(host: str) -> tuple[TCPStore, int]:
+def serve_store(host: str) -> tuple[StoreServer, int]:
     """Starts this process's rendezvous store on a free port of `host`; returns it and the port."""
-    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return store, store.port
+    server = StoreServer(host)
+    return server, server.port
 
 
 Endpoint = tuple[str, int]
@@ -125,8 +76,7 @@ class Groups:
         self.world_size = world_size
         self.device = device
         self._group: Any = None
-        self._store: _InterruptibleStore | None = None
-        self._rendezvous: Endpoint | None = None
+        self._store: StoreClient | None = None
         self._own: set[Endpoint] = set()
         self._peers: set[Endpoint] = set()
         self._connections: list[socket.socket] = []
@@ -143,19 +93,11 @@ class Groups:
         if self.world_size == 1:
             return
         try:
-            self._find_rendezvous(store_address, timeout_s)
-            # Short, because connecting cannot be interrupted; a store that answers does so in milliseconds.
-            client = TCPStore(
-                store_address[0],
-                store_address[1],
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=min(timeout_s, CONNECT_TIMEOUT_S)),
-            )
-            client.set_timeout(timedelta(seconds=timeout_s))
+            store = StoreClient(store_address, prefix, timeout_s)
             with self._lock:
                 self.check()
-                self._store = store = _InterruptibleStore(PrefixStore(prefix, client), timeout_s)
+                self._store = store
+            store.connect()
             if self.device.type == "cuda":
                 self._group = dist.ProcessGroupNCCL(store, self.rank, self.world_size, dist.ProcessGroupNCCL.Options())
             else:
@@ -167,25 +109,7 @@ class Groups:
                 raise
             raise PeerLost(f"could not form the process group {prefix}: {_first_line(error)}") from error
 
-    def _find_rendezvous(self, address: Endpoint, timeout_s: float) -> None:
-        """Waits until `address` takes connections, which C10d's own client would do without ever looking up.
-
-        A refusal ends the wait: the store was there before its address was told, so its process is gone.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self.check()
-            try:
-                with socket.create_connection(address, timeout=0.5) as probe:
-                    self._rendezvous = _endpoint(probe.getpeername())
-                return
-            except ConnectionRefusedError as error:
-                raise PeerLost(f"nobody serves the rendezvous store {address[0]}:{address[1]} any more") from error
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise PeerLost(f"no way to the rendezvous store {address[0]}:{address[1]}: {error}") from error
-
-    def _form_gloo(self, store: _InterruptibleStore, host: str, timeout_s: float) -> None:
+    def _form_gloo(self, store: StoreClient, host: str, timeout_s: float) -> None:
         before = _listening()
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
@@ -212,9 +136,7 @@ class Groups:
         for duplicate in _duplicate_sockets():
             try:
                 ours = duplicate.family in (socket.AF_INET, socket.AF_INET6) and (
-                    _endpoint(duplicate.getpeername()) in self._peers
-                    or duplicate.getsockname()[1] in ports
-                    or (self._group is None and _endpoint(duplicate.getpeername()) == self._rendezvous)
+                    _endpoint(duplicate.getpeername()) in self._peers or duplicate.getsockname()[1] in ports
                 )
             except OSError:
                 ours = False
@@ -260,7 +182,7 @@ class Groups:
             raise PeerLost(_first_line(error)) from error
 
     def send(self, tensor: torch.Tensor, target: int, tag: int) -> Any:
-        """Starts sending `tensor` to rank `target`; `wait(PATIENCE)` on the returned work raises RuntimeError on failure."""
+        """Starts sending `tensor` to rank `target`; `wait(PATIENCE)` on the work returned raises RuntimeError."""
         return self._point_to_point("send", tensor, target, tag)
 
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Any:
@@ -282,8 +204,7 @@ class Groups:
             self._aborted = True
             if self._store is not None:
                 self._store.abort()
-            if self._group is None and self._rendezvous is not None:
-                # Still forming: also out of a question to a store whose process is silent.
+            if self._group is None and self._peers:
                 self._connections += self._find_connections()
             if self._group is not None and self.device.type == "cuda":
                 self._group.abort()
@@ -294,6 +215,8 @@ class Groups:
         with self._lock:
             self._aborted = True
             self._shut_down()
+            if self._store is not None:
+                self._store.abort()
             group, self._group, self._store = self._group, None, None
         if group is not None and self.device.type == "cuda":
             group.abort()

@@ -31,11 +31,12 @@ def block_size(size: int) -> int:
 
 def block_squares(values: torch.Tensor, block: int) -> list[float]:
     """The sum of squares of every block of `values` [n]; one call a block, so that each depends on its block only."""
-    return [float(torch.dot(part, part)) for part in values.split(block)]
+    # (An empty tensor splits into one empty part, and a rank without a slice has no block.)
+    return [float(torch.dot(part, part)) for part in values.split(block) if part.numel()]
 
 
 def norm_of(squares: list[float]) -> float:
-    """The 2-norm from all block sums in any order; `math.fsum` is exact, hence order-free. NaN when any is not finite."""
+    """The 2-norm from all block sums, in any order as `math.fsum` is exact. NaN when any is not finite."""
     if not all(math.isfinite(value) for value in squares):
         return math.nan
     return math.sqrt(math.fsum(squares))

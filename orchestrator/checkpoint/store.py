@@ -6,6 +6,7 @@ name is complete; and what is loaded is verified against the manifest first, so 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,26 +34,18 @@ def save(
 ) -> tuple[Path, int]:
     """Writes the state after `committed` steps; returns its path and size in bytes.
 
-    A complete checkpoint of the same step is left as it is (states of one step are the same bits). All but the `keep`
-    newest are removed. Raises OSError.
+    A valid checkpoint of the same step is left as it is (states of one step are the same bits), a damaged one is
+    replaced. All but this one and the `keep` newest are removed. Raises OSError.
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / directory_name(committed)
+    if final.exists() and not _is_valid(final):
+        _remove(final)
     if not final.exists():
         draft = directory / f".draft-{final.name}-{uuid.uuid4().hex[:8]}"
         draft.mkdir()
         try:
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, draft / "state.safetensors")
-            manifest = {
-                "format": FORMAT,
-                "committed": committed,
-                **meta,
-                "tensors": {name: _entry(tensor) for name, tensor in whole.items()},
-            }
-            (draft / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
-            for path in (draft / "state.safetensors", draft / "MANIFEST.json", draft):
-                _sync(path)
+            _write(draft, committed, tensors, meta)
             try:
                 os.rename(draft, final)
             except OSError:
@@ -61,9 +54,45 @@ def save(
             _sync(directory)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+    size = sum(path.stat().st_size for path in final.iterdir())
     for _, path in find(directory)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
-    return final, sum(path.stat().st_size for path in final.iterdir())
+        if path != final:
+            _remove(path)
+    return final, size
+
+
+def _write(draft: Path, committed: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, draft / "state.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{draft / 'state.safetensors'}: {error}") from error
+    manifest = {
+        "format": FORMAT,
+        "committed": committed,
+        **meta,
+        "tensors": {name: _entry(tensor) for name, tensor in whole.items()},
+    }
+    manifest["digest"] = _digest_of(manifest)
+    (draft / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+    for path in (draft / "state.safetensors", draft / "MANIFEST.json", draft):
+        _sync(path)
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first, so that a removal cut short leaves nothing that looks like a checkpoint."""
+    doomed = path.with_name(f".removed-{path.name}-{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(OSError):
+        os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
@@ -75,6 +104,10 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         manifest = json.loads((path / "MANIFEST.json").read_text())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {manifest['format']} is not one this version reads ({FORMAT})")
+        if manifest.pop("digest") != _digest_of(manifest):
+            raise CheckpointError(f"{path}: MANIFEST.json is not what was saved (digest differs)")
+        if path.name != directory_name(manifest["committed"]):
+            raise CheckpointError(f"{path}: holds the state of step {manifest['committed']}, not what its name says")
         tensors = load_file(path / "state.safetensors")
         expected: dict[str, Any] = manifest["tensors"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -86,6 +119,11 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         if _entry(tensor) != expected[name]:
             raise CheckpointError(f"{path}: {name} is not what was saved (digest, shape or dtype differs)")
     return tensors
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    """xxh3-128 of the manifest without its own digest, as canonical JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _entry(tensor: torch.Tensor) -> dict[str, Any]:

@@ -4,14 +4,17 @@ One run goes WAITING -> FORMING -> RUNNING, and from there to SETTLING whenever 
 leave the generation (by agreement at a step boundary, or by interruption), the machine looks at who is left and at
 what state they hold, and forms the next generation or waits for workers. It ends through FINALIZING.
 
-Everything is a function of the events and their times; see `orchestrator.controller.protocol`.
+Everything is a function of the events and their times; see `orchestrator.controller.protocol`. A message costs the
+same however many workers there are; what looks at all of them happens on a tick or when a membership changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from orchestrator.controller import policy
+from orchestrator.controller.history import History
+from orchestrator.controller.incidents import Incident, IncidentBook, StepFailures
 from orchestrator.controller.protocol import (
     Abort,
     Action,
@@ -31,14 +34,13 @@ from orchestrator.controller.protocol import (
     Rollback,
     Start,
     StartGeneration,
+    StepCommitted,
     Stop,
     TakeOver,
     Tick,
 )
 from orchestrator.controller.views import (
-    VOLUNTARY,
     ControllerConfig,
-    Incident,
     Progress,
     RunState,
     WorkerState,
@@ -64,7 +66,9 @@ class Controller:
     """Decides; `handle` takes one event and returns the actions to carry out, in order.
 
     `checkpoints` maps a number of committed steps to a checkpoint of them, `committed` is what the record already
-    holds (a resumed run, a restarted controller), `generation` the last number used.
+    holds (a resumed run, a restarted controller), `generation` the last number used, `incarnations` the last
+    incarnation of each slot ever asked for. `resumed` takes all of that, and what else there is to know, from the
+    records of the run.
     """
 
     def __init__(
@@ -75,33 +79,69 @@ class Controller:
         committed: int = 0,
         generation: int = -1,
         fired_faults: Iterable[int] = (),
+        incarnations: Mapping[int, int] | None = None,
     ) -> None:
         self.config = config
         self.state = RunState.WAITING
-        self.target = config.max_workers
+        self.target = self._within_limits(config.max_workers)
         self.workers: dict[WorkerId, WorkerView] = {}
         self.generation: Generation | None = None
         self.last_number = generation
         self.progress = Progress(committed=committed)
         self.checkpoints = dict(checkpoints or {})
-        self.incidents: list[Incident] = []
         self.fired_faults = set(fired_faults)
         self.status: str | None = None
+        self._book = IncidentBook()
+        self._failures = StepFailures(config.max_failures_per_step)
         self._stop: str | None = None
-        self._incarnations: dict[int, int] = {}
+        self._drains: dict[WorkerId, float] = {}
+        self._last_members: set[WorkerId] = set()
+        self._known_gone: set[WorkerId] = set()
+        self._incarnations = dict(incarnations or {})
+        self._alive: dict[WorkerId, WorkerView] = {}
+        # The members of the current generation, until all have left it; those still in it; those not joined yet.
         self._members: dict[WorkerId, WorkerView] = {}
-        self._settling_since = 0.0
+        self._inside: set[WorkerId] = set()
+        self._unjoined: set[WorkerId] = set()
         self._interrupted_at: float | None = None
         self._waiting_since: float | None = None
         self._progress_at = 0.0
-        self._last_event_at: float | None = None
+        self._now: float | None = None
         self._digests: dict[WorkerId, str] = {}
         self._finalize_asked: tuple[WorkerId, ...] = ()
-        self._step_failures: dict[int, list[str]] = {}
+        self._finalizing_since = 0.0
         self._start_failures = 0
         self._next_request_at = 0.0
-        self._resumed_from_commit: float | None = None
         self._out: list[Action] = []
+
+    @classmethod
+    def resumed(
+        cls, config: ControllerConfig, history: History, checkpoints: dict[int, str] | None = None
+    ) -> Controller:
+        """A controller that knows what its predecessors put on record."""
+        controller = cls(
+            config,
+            checkpoints=checkpoints,
+            committed=history.committed,
+            generation=history.generation,
+            fired_faults=history.fired_faults,
+            incarnations=history.incarnations,
+        )
+        controller._book = IncidentBook(history.incidents)
+        controller._stop = history.stop
+        controller._drains = dict(history.draining)
+        controller._last_members = set(history.members)
+        controller._known_gone = set(history.gone)
+        controller.progress.step_seconds = list(history.step_seconds)
+        controller.progress.last_commit_at = history.last_commit_at
+        if history.target is not None:
+            controller.target = controller._within_limits(history.target)
+        return controller
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """Those that the run has not recovered from yet, oldest first."""
+        return self._book.open
 
     # ------------------------------------------------------------------------------------ events
 
@@ -110,15 +150,14 @@ class Controller:
         if self.state is RunState.OVER:
             return []
         self._out = []
-        gap = now - (self._last_event_at if self._last_event_at is not None else now)
-        self._last_event_at = now
+        gap = 0.0 if self._now is None else now - self._now
+        self._now = now
         if gap > self.config.heartbeat_timeout_s / 2:
-            # The controller itself slept (an overloaded or suspended machine): nobody could be heard meanwhile.
-            for view in self._living():
-                view.last_heard = max(view.last_heard, now)
-            self._progress_at = now
+            self._overslept(gap, now)
         match event:
             case Start():
+                # A run begun anew has the size of its job file and no wish to stop, whatever was asked of the last one.
+                self._stop, self.target = None, self._within_limits(self.config.max_workers)
                 self._waiting_since = now
                 self._fill(now)
             case TakeOver():
@@ -154,10 +193,23 @@ class Controller:
         out, self._out = self._out, []
         return out
 
+    def _overslept(self, gap: float, now: float) -> None:
+        """The controller itself slept (an overloaded or suspended machine): nobody could be heard meanwhile, and no
+        patience has run out."""
+        for view in self._alive.values():
+            view.last_heard = max(view.last_heard, now)
+            if view.placed_at is not None:
+                view.placed_at += gap
+        self._progress_at = now
+        self._finalizing_since += gap
+        if self._interrupted_at is not None:
+            self._interrupted_at += gap
+
     def _tick(self, now: float) -> None:
         self._find_hung(now)
         self._find_stalled(now)
         self._find_slow_starters(now)
+        self._find_slow_finishers(now)
         self._fill(now)
         if self.state is RunState.WAITING:
             self._try_form(now)
@@ -189,6 +241,7 @@ class Controller:
         if view.state not in (WorkerState.REQUESTED, WorkerState.STARTING):
             return
         view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
+        view.initial = event.initial
         self._start_failures = 0
         self._out.append(
             Record(
@@ -220,6 +273,12 @@ class Controller:
         if event.committed > view.committed:
             view.committed = event.committed
             self._progress_at = now
+        if view.fault_at is not None:
+            # Whoever commits another step has outlived its fault; a later trouble is measured from its own time.
+            if view.fault_committed is None:
+                view.fault_committed = event.committed
+            elif event.committed > view.fault_committed:
+                view.fault_at = view.fault_committed = None
 
     def _joined(self, event: Joined, now: float) -> None:
         view = self._member(event.worker, event.generation)
@@ -228,29 +287,48 @@ class Controller:
         assert self.generation is not None
         view.joined, view.last_heard = True, now
         view.committed = max(view.committed, self.generation.committed)
-        view.has_trained = True
-        for incident in self.incidents:
-            if incident.generation == event.generation:
-                incident.bytes_moved += event.bytes_moved
-        if self.state is RunState.FORMING and all(member.joined for member in self._members.values()):
-            self.state = RunState.RUNNING
-            self._progress_at = now
-            self._out.append(Record("generation_running", {"generation": event.generation}))
+        view.has_trained, view.torn = True, False
+        if self.generation.committed == 0:
+            view.initial = f"of generation {event.generation}"
+        self._unjoined.discard(event.worker)
+        self._progress_at = now
+        self._book.moved(event.generation, event.bytes_moved)
+        if self.state is RunState.FORMING and not self._unjoined:
+            self._run(now)
+
+    def _run(self, now: float) -> None:
+        """All members have joined."""
+        assert self.generation is not None
+        self.state = RunState.RUNNING
+        self._progress_at = now
+        self._out.append(Record("generation_running", {"generation": self.generation.number}))
+        if self._stop is not None:
+            self._pause()
+        else:
             self._adjust(now)
 
     def _left(self, event: Left, now: float) -> None:
         view = self._member(event.worker, event.generation)
-        if view is None or view.left is not None:
-            return
+        if view is not None and view.left is None:
+            self._take_leave(view, event, now)
+            self._conclude(now)
+
+    def _take_leave(self, view: WorkerView, event: Left, now: float) -> None:
+        assert self.generation is not None
         view.left, view.state, view.last_heard = event, WorkerState.IDLE, now
         view.committed, view.prepared = event.committed, event.prepared
-        view.has_trained = view.has_trained or event.committed > 0
+        self._inside.discard(event.worker)
         self._take_reports(event.reports, now)
-        match event.cause:
+        cause = event.cause
+        if cause == "restore" and (self.generation.restore is None or view.joined):
+            # Nothing was restored here: something else could not be read.
+            cause = "exception"
+        match cause:
             case "exception":
-                self._incident("crash", f"worker {event.worker.slot} raised: {event.detail}", view, event.at, now)
-                self._count_failure(event.committed, f"worker {event.worker.slot}: {event.detail}")
-                self._lose(view, f"its step raised: {event.detail}")
+                self._worker_lost(
+                    view, "crash", f"worker {event.worker.slot} raised: {event.detail}", event.at or None, now,
+                    weight=1.0, kill=f"its step raised: {event.detail}",
+                )  # fmt: skip
             case "restore":
                 self._bad_checkpoint(event)
                 self._settle(now, interrupt=True)
@@ -258,7 +336,6 @@ class Controller:
                 self._settle(now, interrupt=True)
             case "pause" | "complete":
                 self._settle(now, interrupt=False)
-        self._try_settled(now)
 
     def _died(self, event: Died, now: float) -> None:
         view = self.workers.get(event.worker)
@@ -266,13 +343,6 @@ class Controller:
             return
         slot = event.worker.slot
         was = view.state
-        in_generation = event.worker in self._members and self.state in (
-            RunState.RUNNING,
-            RunState.FORMING,
-            RunState.SETTLING,
-            RunState.FINALIZING,
-        )
-        view.state = WorkerState.GONE
         self._out.append(
             Record(
                 "worker_died",
@@ -280,22 +350,13 @@ class Controller:
                  "node_lost": event.node_lost, "detail": event.detail},
             )
         )  # fmt: skip
-        if in_generation and not (view.left is not None and view.left.cause == "exception"):
-            kind = "node" if event.node_lost else "drain" if view.draining else "kill"
-            what = f"the node of worker {slot} was lost" if event.node_lost else f"worker {slot} died: {event.detail}"
-            if view.left is None or view.left.cause == "peer":
-                self._incident(kind, what, view, None, now)
-                self._count_failure(self.progress.committed, what, weight=1 / 4)
-                self._settle(now, interrupt=True)
-            else:
-                # It had already left in good order; the next generation simply does without it.
-                self._incident(kind, what, view, None, now)
-        if was in (WorkerState.REQUESTED, WorkerState.STARTING):
-            self._start_failed(event.worker, event.detail, now)
+        kind = "node" if event.node_lost else "drain" if view.draining else "kill"
+        what = f"the node of worker {slot} was lost" if event.node_lost else f"worker {slot} died: {event.detail}"
+        self._worker_lost(view, kind, what, None, now, weight=0.0 if kind == "drain" else 1 / 4)
+        if was in (WorkerState.REQUESTED, WorkerState.STARTING) and kind == "kill":
+            self._start_failed(event.detail, now)
         self._fill(now)
-        self._try_settled(now)
-        if self.state is RunState.FINALIZING:
-            self._check_finalized(now)
+        self._conclude(now)
 
     def _notice(self, event: Notice, now: float) -> None:
         noticed = []
@@ -310,20 +371,21 @@ class Controller:
             self._out.append(
                 Record(
                     "drain_notice",
-                    {"worker": view.worker.slot, "node": view.node, "reason": event.reason,
-                     "deadline": event.deadline},
+                    {"worker": view.worker.slot, "incarnation": view.worker.incarnation, "node": view.node,
+                     "reason": event.reason, "deadline": event.deadline},
                 )
             )  # fmt: skip
-            if view.worker in self._members and view.left is None:
+            if view.worker in self._inside:
                 self._incident("drain", f"worker {view.worker.slot} must leave: {event.reason}", view, now, now)
-            elif view.state is not WorkerState.MEMBER:
+            elif view.state in (WorkerState.REQUESTED, WorkerState.STARTING):
                 self._release(view, "its node drains")
+            # An idle one may hold state that is needed; `_fill` knows.
         self._fill(now)
         if self.state is RunState.RUNNING:
             self._adjust(now)
 
     def _resize(self, event: Resize, now: float) -> None:
-        wanted = min(max(event.workers, self.config.min_workers), self.config.max_workers)
+        wanted = self._within_limits(event.workers)
         if wanted == self.target:
             return
         self._out.append(Record("resize_requested", {"from": self.target, "to": wanted}))
@@ -340,26 +402,33 @@ class Controller:
         self._stop = event.reason
         self._out.append(Record("stop_requested", {"reason": event.reason}))
         if self.state is RunState.RUNNING:
-            self._pause(now)
+            self._pause()
         elif self.state is RunState.WAITING:
             self._after_settled(now)
+        # While a generation forms or settles, or the run ends anyway, the stop takes its turn after that.
 
     def _finalized(self, event: Finalized, now: float) -> None:
         view = self.workers.get(event.worker)
         if view is None or self.state is not RunState.FINALIZING:
             return
         view.last_heard = now
+        if event.worker not in self._finalize_asked or not view.alive:
+            return
         if event.error:
-            self._lose(view, f"it could not finish: {event.error}")
+            self._worker_lost(
+                view, "crash", f"worker {event.worker.slot} could not finish: {event.error}", None, now,
+                kill=f"it could not finish: {event.error}",
+            )  # fmt: skip
+            self._count_failure(f"worker {event.worker.slot} could not finish: {event.error}", 1.0)
         else:
             self._digests[event.worker] = event.digest
-        self._check_finalized(now)
+        self._conclude(now)
 
     def _fault_fired(self, event: FaultFired) -> None:
         self.fired_faults.add(event.index)
         view = self.workers.get(event.worker) if event.worker is not None else None
         if view is not None:
-            view.fault_at = event.at
+            view.fault_at, view.fault_committed = event.at, None
         self._out.append(
             Record(
                 "fault_injected",
@@ -382,120 +451,165 @@ class Controller:
         for report in reports:
             if report.step != self.progress.committed:
                 continue
-            before = self.progress.last_commit_at
+            before, median = self.progress.last_commit_at, self.progress.median_step_s()
             self.progress.committed += 1
             self.progress.last_commit_at = report.committed_at
-            self._progress_at = now
-            median = self.progress.median_step_s()
-            for incident in [i for i in self.incidents if i.generation is not None]:
-                if incident.generation is not None and incident.generation <= report.generation:
-                    pause_s = 0.0 if before is None else report.committed_at - before
-                    self.incidents.remove(incident)
-                    self._out.append(Record("recovery", incident.recovery(report.committed_at, pause_s, median)))
             self.progress.step_seconds.append(report.seconds)
             del self.progress.step_seconds[:-200]
+            self._progress_at = now
+            self._failures.forget_before(self.progress.committed)
+            self._out.append(StepCommitted(report))
+            if self._book.open:
+                self._out += self._book.recovered(report, before, median)
 
     # ------------------------------------------------------------------------------------ finding trouble
 
     def _find_hung(self, now: float) -> None:
-        """A silent member, while nothing moves, is hung: it is ended for good and fenced off."""
+        """A worker that is silent for too long is ended for good and fenced off."""
         limit = self.config.heartbeat_timeout_s
-        for view in list(self._living()):
-            if view.state in (WorkerState.REQUESTED, WorkerState.STARTING):
-                continue
-            if now - view.last_heard <= limit:
-                continue
-            if view.worker in self._members and view.left is None:
-                at = view.fault_at if view.fault_at is not None else view.last_heard
-                self._incident("hang", f"worker {view.worker.slot} has been silent for {limit:.1f} s", view, at, now)
-                self._settle(now, interrupt=True)
-            self._lose(view, f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)")
-        self._try_settled(now)
+        silent = [
+            view
+            for view in self._alive.values()
+            if now - view.last_heard > limit and view.state in (WorkerState.IDLE, WorkerState.MEMBER)
+        ]
+        for view in silent:
+            self._worker_lost(
+                view, "hang", f"worker {view.worker.slot} has been silent for {limit:.1f} s", view.last_heard, now,
+                kill=f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)",
+            )  # fmt: skip
+        if silent:
+            self._conclude(now)
 
     def _find_stalled(self, now: float) -> None:
         """Everyone is heard and nothing moves: the member that is furthest behind holds the others up."""
-        members = [view for view in self._members.values() if view.alive and view.left is None]
-        if not members:
+        if not self._inside:
             return
-        limit = policy.progress_limit_s(self.config.progress_timeout_s, self.progress.step_seconds)
-        if self.state is RunState.SETTLING and self._interrupted_at is not None:
-            for view in members:
-                patience = self.config.interrupt_timeout_s if policy.is_collective(view.phase) else limit
-                if now - self._interrupted_at > patience:
-                    self._incident("stall", f"worker {view.worker.slot} did not leave its step ({view.phase})",
-                                   view, view.fault_at, now)  # fmt: skip
-                    self._lose(view, f"stuck in {view.phase} for {patience:.1f} s after it was told to leave")
-            self._try_settled(now)
-            return
-        if self.state not in (RunState.RUNNING, RunState.FORMING, RunState.SETTLING):
+        # While members join, state is moved and checkpoints are read; the pace of steps says nothing about that.
+        limit = self.config.progress_timeout_s
+        if not self._unjoined:
+            limit = policy.progress_limit_s(limit, self.progress.step_seconds)
+        if self._interrupted_at is not None:
+            self._find_stuck(limit, self._interrupted_at, now)
             return
         if now - self._progress_at <= limit:
             return
+        members = [self._members[worker] for worker in sorted(self._inside)]
         culprits = policy.furthest_behind([(view.worker, view.position, view.phase) for view in members])
-        if culprits:
-            for worker in culprits:
-                view = self.workers[worker]
-                self._incident("stall", f"worker {worker.slot} made no progress for {limit:.0f} s in {view.phase}",
-                               view, view.fault_at or self._progress_at, now)  # fmt: skip
-                self._lose(view, f"no progress for {limit:.0f} s in {view.phase} (elastic.progress_timeout_s)")
-        else:
+        for worker in culprits:
+            view = self.workers[worker]
+            self._worker_lost(
+                view, "stall", f"worker {worker.slot} made no progress for {limit:.0f} s in {view.phase}",
+                self._progress_at, now, weight=1 / 2,
+                kill=f"no progress for {limit:.0f} s in {view.phase} (elastic.progress_timeout_s)",
+            )  # fmt: skip
+        if not culprits:
             self._incident("stall", f"no member made progress for {limit:.0f} s", None, self._progress_at, now)
-        self._count_failure(self.progress.committed, f"no progress for {limit:.0f} s", weight=1 / 2)
-        self._settle(now, interrupt=True)
-        self._try_settled(now)
+            self._settle(now, interrupt=True)
+            self._count_failure(f"no progress for {limit:.0f} s", 1 / 2)
+        self._conclude(now)
+
+    def _find_stuck(self, limit: float, interrupted_at: float, now: float) -> None:
+        """Whoever is told to break out of a collective does so at once; a computation has to come to its end."""
+        for worker in sorted(self._inside):
+            view = self._members[worker]
+            patience = self.config.interrupt_timeout_s if policy.is_collective(view.phase) else limit
+            if now - interrupted_at > patience:
+                self._worker_lost(
+                    view, "stall", f"worker {worker.slot} did not leave its step ({view.phase})", interrupted_at, now,
+                    kill=f"stuck in {view.phase} for {patience:.1f} s after it was told to leave",
+                )  # fmt: skip
+        self._conclude(now)
 
     def _find_slow_starters(self, now: float) -> None:
         limit = self.config.start_timeout_s
-        for view in list(self._living()):
+        for view in list(self._alive.values()):
             if view.state is WorkerState.STARTING and view.placed_at is not None and now - view.placed_at > limit:
                 self._lose(view, f"not ready {limit:.0f} s after it was placed (elastic.start_timeout_s)")
-                self._start_failed(view.worker, "start timed out", now)
+                self._start_failed("start timed out", now)
 
-    def _start_failed(self, worker: WorkerId, detail: str, now: float) -> None:
+    def _find_slow_finishers(self, now: float) -> None:
+        limit = self.config.finalize_timeout_s
+        if self.state is not RunState.FINALIZING or now - self._finalizing_since <= limit:
+            return
+        for worker in self._finalize_asked:
+            view = self.workers[worker]
+            if view.alive and worker not in self._digests:
+                self._worker_lost(
+                    view, "stall", f"worker {worker.slot} did not give its final state", self._finalizing_since, now,
+                    kill=f"it did not give its final state within {limit:.0f} s",
+                )  # fmt: skip
+        self._count_failure(f"no final state within {limit:.0f} s", 1 / 2)
+        self._conclude(now)
+
+    def _start_failed(self, detail: str, now: float) -> None:
         self._start_failures += 1
-        self._next_request_at = now + min(30.0, 0.25 * 2**self._start_failures)
+        self._next_request_at = now + min(30.0, 0.25 * 2 ** min(self._start_failures, 10))
         if self._start_failures >= self.config.max_start_failures and not self._members:
             self._finish("failed", f"{self._start_failures} workers in a row died while starting: {detail}")
 
-    def _count_failure(self, step: int, detail: str, weight: float = 1.0) -> None:
+    def _worker_lost(
+        self,
+        view: WorkerView,
+        kind: str,
+        cause: str,
+        at: float | None,
+        now: float,
+        *,
+        weight: float = 1 / 4,
+        kill: str | None = None,
+    ) -> None:
+        """A warm worker is gone, or with `kill` is ended here; `weight` says how likely its step is to blame.
+
+        Losing a member is an incident, and so is losing the last holder of the state. Callers `_conclude` when they are
+        through with all they lost.
+        """
+        incident = view.worker in self._members or self._is_last_holder(view)
+        inside = view.worker in self._inside or (view.left is not None and view.left.cause == "exception")
+        if kill is None:
+            self._gone(view)
+        else:
+            self._lose(view, kill)
+        if incident:
+            self._incident(kind, cause, view, at, now)
+        if inside and view.worker in self._members:
+            self._settle(now, interrupt=True)
+            if weight:
+                self._count_failure(cause, weight)
+
+    def _is_last_holder(self, view: WorkerView) -> bool:
+        """Whether committed steps are lost with an idle worker."""
+        if view.state is not WorkerState.IDLE or self.state not in (RunState.WAITING, RunState.FINALIZING):
+            return False
+        idle = self._idle()
+        before = policy.state_at_hand(idle, self.progress.committed)
+        after = policy.state_at_hand([other for other in idle if other is not view], self.progress.committed)
+        return before is not None and before.committed > (0 if after is None else after.committed)
+
+    def _count_failure(self, detail: str, weight: float) -> None:
         """A step that fails again and again fails for a reason of its own: the run ends and says which."""
-        failures = self._step_failures.setdefault(step, [])
-        failures.append(detail)
-        limit = self.config.max_failures_per_step
-        if weight * len(failures) >= limit:
-            self._finish("failed", f"step {step} failed {len(failures)} times, last: {detail}")
+        step = self.progress.committed
+        times = self._failures.add(step, self.last_number, weight)
+        if times is not None:
+            self._finish("failed", f"step {step} failed {times} times, last: {detail}")
 
     def _incident(self, kind: str, cause: str, view: WorkerView | None, at: float | None, now: float) -> None:
-        """Opens an incident; one worker's trouble in one generation is one incident, however often it is seen."""
-        worker = None if view is None else view.worker
-        if worker is not None and any(i.worker == worker and i.kind not in VOLUNTARY for i in self.incidents):
-            return
-        if worker is not None and kind == "drain" and any(i.worker == worker for i in self.incidents):
-            return
-        started = now
+        """Opens an incident that began at `at`, or when the worker's injected fault was fired."""
+        started = now if at is None else at
         if view is not None and view.fault_at is not None:
             started = view.fault_at
-        elif at is not None:
-            started = at
+        worker = None if view is None else view.worker
         incident = Incident(kind, cause, worker, started, now, self.progress.committed)
-        self.incidents.append(incident)
-        self._out.append(
-            Record(
-                "incident",
-                {"incident": kind, "worker": None if worker is None else worker.slot, "cause": cause,
-                 "step": incident.step, "at": started, "detect_seconds": round(max(0.0, now - started), 4)},
-            )
-        )  # fmt: skip
+        if self._book.add(incident):
+            self._out.append(incident.opening())
 
     # ------------------------------------------------------------------------------------ leaving a generation
 
-    def _pause(self, now: float) -> None:
+    def _pause(self) -> None:
         """All members leave at the next step boundary, by agreement in the vote."""
         assert self.generation is not None
         self.state = RunState.SETTLING
-        self._settling_since, self._interrupted_at = now, None
-        staying = tuple(view.worker for view in self._members.values() if view.left is None)
-        self._out.append(Pause(staying, self.generation.number))
+        self._interrupted_at = None
+        self._out.append(Pause(tuple(sorted(self._inside)), self.generation.number))
 
     def _settle(self, now: float, *, interrupt: bool) -> None:
         """The generation is over; with `interrupt` whoever is still in it is told to break out."""
@@ -503,47 +617,63 @@ class Controller:
             return
         if self.state is not RunState.SETTLING:
             self.state = RunState.SETTLING
-            self._settling_since, self._interrupted_at = now, None
+            self._interrupted_at = None
         if interrupt and self._interrupted_at is None:
             self._interrupted_at = now
-            inside = tuple(v.worker for v in self._members.values() if v.alive and v.left is None)
-            if inside:
-                self._out.append(Interrupt(inside, self.generation.number))
+            if self._inside:
+                self._out.append(Interrupt(tuple(sorted(self._inside)), self.generation.number))
 
-    def _try_settled(self, now: float) -> None:
-        if self.state is not RunState.SETTLING:
-            return
-        if any(view.alive and view.left is None for view in self._members.values()):
-            return
-        self._after_settled(now)
+    def _conclude(self, now: float) -> None:
+        """Goes on when nobody is left to wait for."""
+        if self.state is RunState.SETTLING and not self._inside:
+            self._after_settled(now)
+        elif self.state is RunState.FINALIZING:
+            self._check_finalized(now)
 
     def _after_settled(self, now: float) -> None:
         """No member is in the generation any more: finish, stop, or form the next one."""
-        self._members = {}
-        survivors = [view for view in self._idle() if view.has_trained]
+        lefts = [view.left for view in self._members.values() if view.left is not None]
+        self._members, self._unjoined = {}, set()
+        self._refuse_unrecorded()
+        survivors = [view for view in self._idle() if not view.torn and view.has_trained]
         done = [view for view in survivors if view.committed == self.config.total_steps]
         if done:
             self._finalize(done, now)
-        elif self._stop is not None:
+            return
+        if self._stop is not None:
             newest = max((view.committed for view in survivors), default=0)
             holders = [view for view in survivors if view.committed == newest]
             if holders and newest >= self.progress.committed:
                 self._finalize(holders, now)
             else:
                 self._finish("stopped", self._stop)
-        else:
-            self.state = RunState.WAITING
-            self._waiting_since = now
-            self._fill(now)
-            self._try_form(now)
-            if self.state is RunState.WAITING:
-                self._out.append(Record("waiting", {"workers": len(self._idle()), "needed": self.config.min_workers}))
+            return
+        self._explain(lefts, now)
+        if self.state is RunState.OVER:
+            return
+        self.state = RunState.WAITING
+        self._waiting_since = now
+        self._fill(now)
+        self._try_form(now)
+        if self.state is RunState.WAITING:
+            self._out.append(Record("waiting", {"workers": len(self._idle()), "needed": self.config.min_workers}))
+
+    def _explain(self, lefts: list[Left], now: float) -> None:
+        """Members lost each other, yet all are alive and nothing else happened: the network failed them."""
+        lost = [left for left in lefts if left.cause == "peer"]
+        if not lost or self._book.unanswered() or any(left.cause == "restore" for left in lefts):
+            return
+        at = min((left.at for left in lost if left.at), default=now)
+        what = f"all workers live, but worker {lost[0].worker.slot} lost a peer: {lost[0].detail}"
+        self._incident("network", what, None, at, now)
+        self._count_failure(what, 1 / 2)
 
     def _finalize(self, views: list[WorkerView], now: float) -> None:
         self.state = RunState.FINALIZING
         self._digests = {}
         for view in views:
             view.last_heard = now
+        self._finalizing_since = now
         self._finalize_asked = tuple(view.worker for view in views)
         self._out.append(Finalize(self._finalize_asked, save=self.config.checkpointing))
 
@@ -565,6 +695,10 @@ class Controller:
     def _finish(self, status: str, reason: str, digest: str | None = None) -> None:
         if self.state is RunState.OVER:
             return
+        if status != "failed":
+            assert self._now is not None
+            last = self.progress.last_commit_at
+            self._out += self._book.close_all(self.last_number, self._now, last, self.progress.median_step_s())
         self.state, self.status = RunState.OVER, status
         self._out.append(Finish(status, reason, digest))
 
@@ -578,94 +712,118 @@ class Controller:
             self._after_settled(now)
             return
         idle = self._idle()
-        usable = [view for view in idle if not view.draining]
-        if len(usable) < self.config.min_workers:
+        able = policy.usable(idle, self.config.min_workers, now)
+        if len(able) < self.config.min_workers:
             return
         fresh_run = not any(view.has_trained for view in idle)
-        if fresh_run and len(usable) < self.target:
+        if fresh_run and len(able) < self.target:
             # Nothing waits for these workers yet; those already placed are worth the seconds they need to warm up.
             waited = now - (self._waiting_since if self._waiting_since is not None else now)
-            on_the_way = [v for v in self._living() if v.state is WorkerState.STARTING]
-            unplaced = [v for v in self._living() if v.state is WorkerState.REQUESTED]
-            if on_the_way or (unplaced and waited < self.config.placement_grace_s):
+            soon = {WorkerState.STARTING}
+            if waited < self.config.placement_grace_s:
+                soon.add(WorkerState.REQUESTED)
+            if any(view.state in soon for view in self._alive.values()):
                 return
         self._form(now)
 
     def _form(self, now: float) -> None:
-        plan = policy.choose_members(self._idle(), self.target, self.config.virtual_workers)
-        newest = max((view.committed for view in plan.members), default=0)
-        restore: str | None = None
-        source = "peers"
-        lost = 0
-        if newest < self.progress.committed:
-            usable = [step for step in self.checkpoints if step <= self.progress.committed]
-            best = max(usable, default=0)
-            if best > newest:
-                newest, restore = best, self.checkpoints[best]
-            source = "checkpoint"
-            lost = self.progress.committed - newest
-            if lost:
-                self._out.append(Rollback(newest))
-                self.progress.committed = newest
-        rolls = tuple(
-            rank for rank, v in enumerate(plan.members) if v.has_trained and v.prepared and v.committed == newest - 1
-        )
-        if restore is not None:
-            holders: tuple[int, ...] = ()
-            rolls = ()
-        elif newest == 0:
-            first = plan.members[0].ready
-            assert first is not None
-            holders = tuple(
-                rank
-                for rank, v in enumerate(plan.members)
-                if v.committed == 0 and v.ready is not None and v.ready.initial == first.initial
-            )
+        """Forms a generation from the newest state there is: that of living workers, or a newer one in storage."""
+        self._refuse_unrecorded()
+        idle = self._idle()
+        recorded = self.progress.committed
+        at_hand = policy.state_at_hand(idle, recorded)
+        stored = max((step for step in self.checkpoints if step <= recorded), default=0)
+        if stored > (0 if at_hand is None else at_hand.committed):
+            start, restore, at_hand = stored, self.checkpoints[stored], None
+        elif at_hand is not None:
+            start, restore = at_hand.committed, None
         else:
-            holders = tuple(r for r, v in enumerate(plan.members) if v.committed == newest and v.has_trained)
+            # All were torn when the last holder went, and there is no checkpoint: only new workers have a state.
+            for view in idle:
+                self._release(view, "its state is incomplete, and nobody can complete it")
+            self._fill(now)
+            return
+        self._roll_back(recorded - start, now)
+        sources = frozenset() if at_hand is None else at_hand.sources
+        plan = policy.choose_members(
+            idle, sources, self.target, self.config.virtual_workers, self.config.min_workers, now
+        )
         self.last_number += 1
-        members = []
-        for view in plan.members:
-            assert view.ready is not None
-            ready = view.ready
-            members.append(Member(view.worker, ready.node, ready.pid, ready.host, ready.store_port))
-        opened = [incident for incident in self.incidents if incident.generation is None]
+        opened = self._book.unanswered()
         cause = "; ".join(incident.cause for incident in opened) or ("start" if self.generation is None else "regroup")
+        source = "peers" if restore is None else "checkpoint"
+        ranks = range(len(plan.members))
         self.generation = Generation(
             number=self.last_number,
             epoch=self.config.epoch,
-            committed=newest,
+            committed=start,
             cause=cause,
-            members=tuple(members),
+            members=tuple(_member(view) for view in plan.members),
             assignment=plan.assignment,
-            holders=holders,
-            roll_forward=rolls,
+            holders=tuple(r for r in ranks if at_hand is not None and plan.members[r].worker in at_hand.holders),
+            roll_forward=tuple(r for r in ranks if at_hand is not None and plan.members[r].worker in at_hand.rolling),
             restore=restore,
             fired_faults=tuple(sorted(self.fired_faults)),
         )
-        for incident in self.incidents:
-            incident.generation = self.generation.number
-            incident.steps_lost += lost
-            if source == "checkpoint":
-                incident.source = source
-        self._members = {view.worker: view for view in plan.members}
-        for view in plan.members:
-            view.state, view.left, view.joined, view.last_heard = WorkerState.MEMBER, None, False, now
-            view.position, view.phase, view.prepared = (newest, -1), "form", False
-        self.state = RunState.FORMING
-        self._interrupted_at = None
-        self._progress_at = now
+        self._book.answered(self.last_number, source)
+        self._enter(plan.members, sources, now)
         self._out += [
             Record(
                 "generation",
-                {"generation": self.generation.number, "start_step": newest, "cause": cause,
-                 "workers": [{"worker": m.worker.slot, "node": m.node, "pid": m.pid} for m in members],
-                 "layout": {"data": len(members), "tensor": 1, "pipeline": 1, "shard": "none"},
-                 "restore": restore},
+                {"generation": self.last_number, "start_step": start, "cause": cause,
+                 "workers": [
+                     {"worker": m.worker.slot, "incarnation": m.worker.incarnation, "node": m.node, "pid": m.pid}
+                     for m in self.generation.members
+                 ],
+                 "layout": {"data": len(plan.members), "tensor": 1, "pipeline": 1, "shard": "none"},
+                 "restore": restore, "source": source, "steps_lost": recorded - start},
             ),
             StartGeneration(self.generation),
         ]  # fmt: skip
         self._fill(now)
+
+    def _refuse_unrecorded(self) -> None:
+        """A state of more steps than are on record is not used, or those steps would never be on it.
+
+        Workers keep the reports of steps that are not on record, so this takes a predecessor that rolled back and died
+        before it had ended this worker.
+        """
+        for view in self._idle():
+            if view.committed > self.progress.committed and not view.torn:
+                view.torn = True
+                self._out.append(
+                    Record(
+                        "state_refused",
+                        {"worker": view.worker.slot, "incarnation": view.worker.incarnation,
+                         "committed": view.committed, "recorded": self.progress.committed},
+                    )
+                )  # fmt: skip
+
+    def _roll_back(self, steps: int, now: float) -> None:
+        """Takes the last `steps` off the record and puts them on the account of an incident."""
+        if steps == 0:
+            return
+        if not self._book.charge(steps):
+            # Nobody saw the loss happen: the whole cluster went, and the controller with it.
+            self._incident(
+                "restart", f"the run began again, {steps} steps before the end of its record", None, now, now
+            )
+            self._book.charge(steps)
+        self.progress.committed -= steps
+        self._out.append(Rollback(self.progress.committed))
+
+    def _enter(self, members: Iterable[WorkerView], sources: frozenset[WorkerId], now: float) -> None:
+        """A new generation begins for these members; who is no source has no whole state until it has joined."""
+        assert self.generation is not None
+        self._members = {view.worker: view for view in members}
+        self._inside, self._unjoined = set(self._members), set(self._members)
+        for view in self._members.values():
+            view.state, view.left, view.joined, view.last_heard = WorkerState.MEMBER, None, False, now
+            view.position, view.phase, view.prepared = (self.generation.committed, -1), "form", False
+            view.torn = view.worker not in sources
+        self.state = RunState.FORMING
+        self._interrupted_at = None
+        self._progress_at = now
 
     def _adjust(self, now: float) -> None:
         """A running generation: is there a better membership to change to at the next step boundary?"""
@@ -679,7 +837,7 @@ class Controller:
         kind, cause = change
         if kind != "drain":
             self._incident(kind, cause, None, now, now)
-        self._pause(now)
+        self._pause()
 
     # ------------------------------------------------------------------------------------ workers come and go
 
@@ -688,42 +846,65 @@ class Controller:
         if self._stop is not None or self.state in (RunState.FINALIZING, RunState.OVER):
             return
         wanted = self.target + self.config.standby
-        staying = [view for view in self._living() if not view.draining]
+        staying = [view for view in self._alive.values() if not view.draining]
         missing = wanted - len(staying)
         if missing > 0 and now >= self._next_request_at:
-            taken = {view.worker.slot for view in self._living()}
-            slots = (slot for slot in range(wanted + len(self.workers) + 1) if slot not in taken)
-            for slot in [next(slots) for _ in range(missing)]:
-                incarnation = self._incarnations.get(slot, -1) + 1
-                self._incarnations[slot] = incarnation
-                worker = WorkerId(slot, incarnation)
-                self.workers[worker] = WorkerView(worker, requested_at=now)
-                self._out.append(RequestWorker(worker))
+            self._request(missing, now)
         elif missing < 0:
+            order = list(WorkerState)
             spare = [view for view in staying if view.worker not in self._members]
-            spare.sort(key=lambda view: (list(WorkerState).index(view.state), -view.worker.slot))
+            # Before a generation is formed the idle ones may hold its state: the newest goes last.
+            spare.sort(key=lambda v: (order.index(v.state), not v.torn and v.has_trained, v.committed, -v.worker.slot))
             for view in spare[:-missing]:
                 self._release(view, "more workers than the job wants")
-        if self.state is not RunState.SETTLING:
-            for view in self._living():
+        if self.state is not RunState.SETTLING and len(staying) < len(self._alive):
+            for view in list(self._alive.values()):
                 if view.draining and view.worker not in self._members and view.state is WorkerState.IDLE:
-                    needed = self.state is RunState.WAITING and view.has_trained
+                    needed = self.state is RunState.WAITING and view.has_trained and not view.torn
                     if not needed:
                         self._release(view, "its node drains")
 
-    def _release(self, view: WorkerView, reason: str) -> None:
+    def _request(self, number: int, now: float) -> None:
+        taken = {worker.slot for worker in self._alive}
+        slots = (slot for slot in range(number + len(taken)) if slot not in taken)
+        for slot in [next(slots) for _ in range(number)]:
+            worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
+            self._incarnations[slot] = worker.incarnation
+            self._add(WorkerView(worker, requested_at=now))
+            self._out += [
+                Record("worker_requested", {"worker": slot, "incarnation": worker.incarnation}),
+                RequestWorker(worker),
+            ]
+
+    def _add(self, view: WorkerView) -> None:
+        self.workers[view.worker] = self._alive[view.worker] = view
+        view.draining_until = self._drains.get(view.worker)
+
+    def _gone(self, view: WorkerView) -> None:
         view.state = WorkerState.GONE
+        self._alive.pop(view.worker, None)
+        self._inside.discard(view.worker)
+        self._unjoined.discard(view.worker)
+
+    def _release(self, view: WorkerView, reason: str) -> None:
+        self._gone(view)
         self._out += [
             ReleaseWorker(view.worker, reason),
-            Record("worker_released", {"worker": view.worker.slot, "reason": reason}),
+            Record(
+                "worker_released",
+                {"worker": view.worker.slot, "incarnation": view.worker.incarnation, "reason": reason},
+            ),
         ]
 
     def _lose(self, view: WorkerView, reason: str) -> None:
         """Ends a worker that cannot be trusted any more; what it may still say is not listened to."""
-        view.state = WorkerState.GONE
+        self._gone(view)
         self._out += [
             KillWorker(view.worker, reason),
-            Record("worker_killed", {"worker": view.worker.slot, "reason": reason}),
+            Record(
+                "worker_killed",
+                {"worker": view.worker.slot, "incarnation": view.worker.incarnation, "reason": reason},
+            ),
         ]
 
     def _bad_checkpoint(self, event: Left) -> None:
@@ -735,75 +916,96 @@ class Controller:
     def _take_over(self, event: TakeOver, now: float) -> None:
         """A restarted controller: the workers' own accounts say which generation is the current one."""
         self._waiting_since = now
-        statuses = {status.ready.worker: status for status in event.workers}
-        for worker, status in statuses.items():
-            self._incarnations[worker.slot] = max(self._incarnations.get(worker.slot, -1), worker.incarnation)
-            self.workers[worker] = WorkerView(
-                worker,
-                requested_at=now,
-                state=WorkerState.IDLE,
-                node=status.ready.node,
-                ready=status.ready,
-                committed=status.committed,
-                prepared=status.prepared,
-                has_trained=status.generation is not None,
-                last_heard=now,
-            )
-        generations = [s.generation for s in event.workers if s.generation is not None]
+        statuses = {}
         for status in event.workers:
+            worker = status.ready.worker
+            self._incarnations[worker.slot] = max(self._incarnations.get(worker.slot, -1), worker.incarnation)
+            if worker in self._known_gone:
+                self._out.append(KillWorker(worker, "an earlier controller had given it up"))
+                continue
+            statuses[worker] = status
+            self._add(_view_of(status, now))
+        for status in statuses.values():
             self._take_reports(status.reports, now)
-        current = max(generations, key=lambda g: g.number, default=None)
-        self.generation = current
-        if current is None:
+        generations = [status.generation for status in statuses.values() if status.generation is not None]
+        self.generation = current = max(generations, key=lambda g: g.number, default=None)
+        recorded = self.last_number
+        intact = current is not None and current.number >= recorded
+        if current is not None:
+            self.last_number = max(recorded, current.number)
+            self.fired_faults |= set(current.fired_faults)
+            if intact:
+                intact = self._retake(current, statuses, now)
+        for worker in sorted(self._last_members - statuses.keys() - self._members.keys()):
+            # A member of a generation of which nobody is left, or which nobody heard of.
+            self._incident("kill", _not_found(worker), WorkerView(worker, requested_at=now), None, now)
+        if not intact and statuses and self.last_number >= 0:
+            # Also those that seem to be out of it: an order of the predecessor may have reached them since they spoke.
+            self._out.append(Interrupt(tuple(sorted(statuses)), self.last_number))
+            if not self._members and not self._book.unanswered():
+                what = f"the controller was lost before anybody heard of generation {self.last_number}"
+                self._incident("controller", what, None, now, now)
+        if self._stop is not None and self.state is RunState.RUNNING:
+            self._pause()
+        if self.state is RunState.WAITING:
             self._fill(now)
             self._try_form(now)
-            return
-        self.last_number = max(self.last_number, current.number)
-        self.fired_faults |= set(current.fired_faults)
-        self.state = RunState.RUNNING
-        self._progress_at = now
-        missing = []
+        else:
+            self._conclude(now)
+            self._fill(now)
+
+    def _retake(self, current: Generation, statuses: Mapping[WorkerId, Status], now: float) -> bool:
+        """Takes the members of the newest generation for what they say they are; True when the generation may go on."""
+        self.state, self._progress_at = RunState.RUNNING, now
+        lefts: list[Left] = []
+        missing: list[WorkerView] = []
+        unaware: list[WorkerView] = []
         for member in current.members:
             found = statuses.get(member.worker)
-            if found is None:
-                missing.append(member)
-                view = WorkerView(member.worker, requested_at=now, state=WorkerState.MEMBER, node=member.node)
-                self.workers[member.worker] = view
-                self._members[member.worker] = view
-                view.last_heard = now
+            if found is None and member.worker in self._known_gone:
+                # The predecessor dealt with it.
                 continue
-            view = self.workers[member.worker]
-            self._members[member.worker] = view
-            if self._inside(found, current):
-                view.state, view.joined = WorkerState.MEMBER, found.joined
-            else:
-                # It left, or never heard of this generation: either way it is not in it.
-                view.left = found.left or Left(member.worker, current.number, "peer", found.committed, found.prepared)
-        if all(view.left is None for view in self._members.values()) and not missing:
-            self.state = RunState.RUNNING if all(v.joined for v in self._members.values()) else RunState.FORMING
-        else:
-            self._settle(now, interrupt=True)
-        for member in missing:
-            self._died(Died(member.worker, "not found by the restarted controller"), now)
-        self._try_settled(now)
-        self._fill(now)
-
-    @staticmethod
-    def _inside(status: Status, current: Generation) -> bool:
-        left = status.left
-        return (
-            status.generation is not None
-            and status.generation.number == current.number
-            and (left is None or left.generation != current.number)
-        )
+            if found is None:
+                self._add(WorkerView(member.worker, requested_at=now, node=member.node, last_heard=now))
+                missing.append(self.workers[member.worker])
+            view = self._members[member.worker] = self.workers[member.worker]
+            if found is not None and (found.generation is None or found.generation.number < current.number):
+                view.left = Left(member.worker, current.number, "peer", found.committed, found.prepared)
+                unaware.append(view)
+                continue
+            view.state, view.joined = WorkerState.MEMBER, found is not None and found.joined
+            self._inside.add(member.worker)
+            if not view.joined:
+                self._unjoined.add(member.worker)
+            if found is not None and found.left is not None:
+                lefts.append(found.left)
+        if self._unjoined:
+            self.state = RunState.FORMING
+        whole = len(self._members) == len(current.members) and not missing and not unaware
+        if not whole or any(left.cause not in ("pause", "complete") for left in lefts):
+            # The order to leave goes to everyone, see above; the time to obey it runs from here.
+            self.state, self._interrupted_at = RunState.SETTLING, now
+        for left in lefts:
+            self._take_leave(self._members[left.worker], left, now)
+        for view in missing:
+            self._worker_lost(
+                view, "kill", _not_found(view.worker), None, now, kill="it was not found by the restarted controller"
+            )
+        if unaware and not self._book.unanswered():
+            slots = ", ".join(str(view.worker.slot) for view in unaware)
+            what = f"the controller was lost before worker {slots} heard of its generation"
+            self._incident("controller", what, None, now, now)
+        return self._interrupted_at is None
 
     # ------------------------------------------------------------------------------------ small helpers
 
-    def _living(self) -> list[WorkerView]:
-        return [view for view in self.workers.values() if view.alive]
-
     def _idle(self) -> list[WorkerView]:
-        return [view for view in self._living() if view.state is WorkerState.IDLE]
+        return [view for view in self._alive.values() if view.state is WorkerState.IDLE]
+
+    def _within_limits(self, workers: int) -> int:
+        """A virtual worker is not divided, so there is never work for more workers than that."""
+        limit = min(self.config.max_workers, self.config.virtual_workers)
+        return min(max(workers, self.config.min_workers), limit)
 
     def _member(self, worker: WorkerId, generation: int) -> WorkerView | None:
         """The member's view, if the message speaks of the current generation and the member still counts."""
@@ -811,3 +1013,37 @@ class Controller:
             return None
         view = self._members.get(worker)
         return view if view is not None and view.alive else None
+
+
+def _member(view: WorkerView) -> Member:
+    ready = view.ready
+    assert ready is not None
+    return Member(view.worker, ready.node, ready.pid, ready.host, ready.store_port)
+
+
+def _not_found(worker: WorkerId) -> str:
+    return f"worker {worker.slot} was not found by the restarted controller"
+
+
+def _view_of(status: Status, now: float) -> WorkerView:
+    """A worker by its own account. Between its start in a generation and its joining, only who brought the state along
+    has a whole one."""
+    worker, generation = status.ready.worker, status.generation
+    view = WorkerView(
+        worker,
+        requested_at=now,
+        state=WorkerState.IDLE,
+        node=status.ready.node,
+        ready=status.ready,
+        committed=status.committed,
+        prepared=status.prepared,
+        has_trained=generation is not None,
+        initial=status.ready.initial,
+        last_heard=now,
+    )
+    if generation is not None and not status.joined:
+        sources = generation.holders + generation.roll_forward
+        view.torn = generation.restore is not None or generation.rank_of(worker) not in sources
+    elif generation is not None and generation.committed == 0:
+        view.initial = f"of generation {generation.number}"
+    return view

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.controller.views import WorkerState, WorkerView
+from orchestrator.controller.views import WorkerView
 from orchestrator.messages import WorkerId
 from strategies.layout import deal
 
-PHASES = ("form", "data", "compute", "reduce", "gather", "vote", "commit")
+NEAR_S = 5.0
+"""A worker whose place goes away in less is given no more work."""
+
+PHASES = ("restore", "form", "data", "compute", "reduce", "gather", "vote", "commit")
 _COLLECTIVE = frozenset({"form", "reduce", "gather", "vote"})
 
 
@@ -35,16 +38,54 @@ def progress_limit_s(configured_s: float, step_seconds: Sequence[float]) -> floa
 
 
 def furthest_behind(members: Sequence[tuple[WorkerId, tuple[int, int], str]]) -> list[WorkerId]:
-    """The members that hold the others up: behind at least one other, and in a phase of their own making.
+    """The members that hold the others up: behind at least one other (or alone), in a phase of their own making.
 
     Empty when all are equally far or those behind are themselves inside a collective (a partition, not a culprit).
     """
     if not members:
         return []
     positions = [position for _, position, _ in members]
-    if min(positions) == max(positions) and len(members) > 1:
-        return [w for w, _, phase in members if not is_collective(phase)] if len(members) == 1 else []
+    if len(members) > 1 and min(positions) == max(positions):
+        return []
     return [worker for worker, position, phase in members if position == min(positions) and not is_collective(phase)]
+
+
+@dataclass(frozen=True)
+class StateAtHand:
+    """The newest state that living workers have: of how many steps, who holds it, and who can roll forward to it
+    (holds the state of one step less, and the reduced gradient of the missing step)."""
+
+    committed: int
+    holders: frozenset[WorkerId]
+    rolling: frozenset[WorkerId]
+
+    @property
+    def sources(self) -> frozenset[WorkerId]:
+        return self.holders | self.rolling
+
+
+def state_at_hand(idle: Sequence[WorkerView], recorded: int) -> StateAtHand | None:
+    """The newest state among these workers; None when no state among them is whole.
+
+    When the last holder of a step on record is gone, those that prepared it can still roll forward: after the vote the
+    gradient they hold is the one that was applied. (What is not on record is simply run again.)
+    """
+    whole = [view for view in idle if not view.torn]
+    if not whole:
+        return None
+    newest = max(view.committed for view in whole)
+    top = [view for view in whole if view.committed == newest]
+    if newest + 1 == recorded and any(view.prepared for view in top):
+        return StateAtHand(recorded, frozenset(), frozenset(v.worker for v in top if v.prepared))
+    if newest == 0:
+        # Models built apart must agree to count as copies; one that has trained sets the standard.
+        first = min(top, key=lambda view: (not view.has_trained, view.worker))
+        return StateAtHand(0, frozenset(v.worker for v in top if v.initial == first.initial), frozenset())
+    return StateAtHand(
+        newest,
+        frozenset(view.worker for view in top),
+        frozenset(view.worker for view in whole if view.prepared and view.committed == newest - 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -55,25 +96,39 @@ class Membership:
     assignment: tuple[tuple[int, ...], ...]
 
 
-def choose_members(idle: Sequence[WorkerView], target: int, virtual_workers: int) -> Membership:
-    """Who is in the next generation.
+def usable(idle: Sequence[WorkerView], min_workers: int, now: float) -> list[WorkerView]:
+    """The workers that can be given work: those that stay, and while they are too few also those that must leave later
+    (the latest first)."""
+    staying = [view for view in idle if not view.draining]
+    leaving = [view for view in idle if view.draining_until is not None and view.draining_until - now >= NEAR_S]
+    leaving.sort(key=lambda view: (-(view.draining_until or 0.0), view.worker))
+    return staying + leaving[: max(0, min_workers - len(staying))]
 
-    Those that hold the newest state come first, then lower slots, up to `target`; draining workers only when nobody
-    else holds the newest state, and then without work, to hand it over. Ranks are ordered by node, so that neighbours
-    in the summation tree share one.
+
+def choose_members(
+    idle: Sequence[WorkerView],
+    sources: frozenset[WorkerId],
+    target: int,
+    virtual_workers: int,
+    min_workers: int,
+    now: float,
+) -> Membership:
+    """Who is in the next generation; `sources` have the state it starts from (empty: it comes from storage).
+
+    Those with the state come first, then lower slots, up to `target`. When none of the chosen has it, up to two
+    draining workers that do come along without work, to hand it over. Ranks are ordered by node, so that neighbours in
+    the summation tree share one.
     """
-    newest = max((v.committed for v in idle if v.has_trained), default=0)
-
-    def holds(view: WorkerView) -> bool:
-        return newest == 0 or (view.has_trained and view.committed == newest)
-
-    staying = sorted((v for v in idle if not v.draining), key=lambda v: (not holds(v), v.worker))
-    chosen = staying[: max(1, min(target, virtual_workers))]
+    able = usable(idle, min_workers, now)
+    able.sort(key=lambda view: (view.draining, view.worker not in sources, view.worker))
+    chosen = able[: max(1, min(target, virtual_workers))]
     donors: list[WorkerView] = []
-    if not any(holds(view) for view in chosen):
-        donors = sorted((v for v in idle if v.draining and holds(v)), key=lambda v: v.worker)[:2]
+    if sources and not any(view.worker in sources for view in chosen):
+        # Able or not, only draining workers can be left: a staying source would have been chosen.
+        donors = sorted((v for v in idle if v.draining and v.worker in sources), key=lambda v: v.worker)[:2]
     members = sorted((*chosen, *donors), key=lambda v: (v.node, v.worker))
-    speeds = [0.0 if view.draining else 1.0 for view in members]
+    idlers = {view.worker for view in donors}
+    speeds = [0.0 if view.worker in idlers else 1.0 for view in members]
     return Membership(tuple(members), deal(virtual_workers, speeds))
 
 
@@ -82,15 +137,15 @@ def wanted_change(
 ) -> tuple[str, str] | None:
     """Whether a running generation should give way to another: (kind, cause), or None.
 
-    Draining members leave at once when enough others remain or stand by; otherwise they work on until a replacement is
-    there or their deadline is near.
+    Draining members leave at once when enough others remain, or as far as others stand by; what is needed to keep
+    going works on until a replacement is there or its deadline is near.
     """
     draining = [view for view in members if view.draining]
-    spare = [view for view in idle if not view.draining and view.state is WorkerState.IDLE]
+    spare = [view for view in idle if not view.draining]
     staying = len(members) - len(draining)
     if draining:
-        near = min(view.draining_until or now for view in draining) - now < 5.0
-        if staying + len(spare) >= min_workers or near:
+        near = any((view.draining_until or now) - now < NEAR_S for view in draining)
+        if staying >= min_workers or spare or near:
             slots = ", ".join(str(view.worker.slot) for view in draining)
             return "drain", f"worker {slots} must leave"
         return None

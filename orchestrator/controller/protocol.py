@@ -15,6 +15,7 @@ from orchestrator.messages import (
     Left,
     Ready,
     Status,
+    StepReport,
     WorkerId,
 )
 
@@ -162,6 +163,14 @@ class Finalize:
 
 
 @dataclass(frozen=True)
+class StepCommitted:
+    """A step counts as committed from here on: put it on record. Given once for each step, in order; after a
+    `Rollback` the steps taken off the record are given again."""
+
+    report: StepReport
+
+
+@dataclass(frozen=True)
 class Rollback:
     """Committed steps from `committed` on are lost and will be replayed: take them off the record."""
 
@@ -193,6 +202,7 @@ Action = (
     | Interrupt
     | Pause
     | Finalize
+    | StepCommitted
     | Rollback
     | Record
     | Finish

@@ -1,10 +1,9 @@
-"""What the controller knows: its configuration, its workers, its open incidents, its results."""
+"""What the controller knows: its configuration, its workers, its progress."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from orchestrator.messages import Left, Ready, WorkerId
 
@@ -46,6 +45,7 @@ class ControllerConfig:
     wait_timeout_s: float | None = None
     placement_grace_s: float = 3.0
     interrupt_timeout_s: float = 3.0
+    finalize_timeout_s: float = 600.0
     max_failures_per_step: int = 3
     max_start_failures: int = 5
     epoch: int = 0
@@ -53,7 +53,11 @@ class ControllerConfig:
 
 @dataclass
 class WorkerView:
-    """One worker as the controller sees it."""
+    """One worker as the controller sees it.
+
+    `committed` counts the steps its state holds; with `torn` that state is part old, part new (a transfer into it was
+    cut short) and good for nothing. `initial` names the state that it holds at step 0.
+    """
 
     worker: WorkerId
     requested_at: float
@@ -64,12 +68,15 @@ class WorkerView:
     committed: int = 0
     prepared: bool = False
     has_trained: bool = False
+    torn: bool = False
+    initial: str = ""
     left: Left | None = None
     joined: bool = False
     last_heard: float = 0.0
     position: tuple[int, int] = (0, 0)
     phase: str = ""
     fault_at: float | None = None
+    fault_committed: int | None = None
     draining_until: float | None = None
 
     @property
@@ -79,42 +86,6 @@ class WorkerView:
     @property
     def draining(self) -> bool:
         return self.draining_until is not None
-
-
-@dataclass
-class Incident:
-    """Something that made a generation end, from the event to the first step committed after it."""
-
-    kind: str
-    cause: str
-    worker: WorkerId | None
-    at: float
-    detected_at: float
-    step: int
-    generation: int | None = None
-    steps_lost: int = 0
-    source: str = "peers"
-    bytes_moved: int = 0
-
-    def recovery(self, committed_at: float, pause_s: float, median_step_s: float) -> dict[str, Any]:
-        """The record for result.json; times in seconds."""
-        return {
-            "generation": self.generation,
-            "cause": self.cause,
-            "kind": self.kind,
-            "worker": None if self.worker is None else self.worker.slot,
-            "step": self.step,
-            "detect_seconds": round(max(0.0, self.detected_at - self.at), 4),
-            "stall_seconds": round(max(0.0, committed_at - self.at - median_step_s), 4),
-            "pause_seconds": round(max(0.0, pause_s - median_step_s), 4),
-            "steps_lost": self.steps_lost,
-            "source": self.source,
-            "bytes_moved": self.bytes_moved,
-        }
-
-
-VOLUNTARY = frozenset({"grow", "shrink", "drain"})
-"""Incident kinds that are no failures: everyone leaves at a step boundary, by agreement."""
 
 
 @dataclass

@@ -1,0 +1,551 @@
+"""A cluster without Ray: real workers in forked processes, and the real controller in this one.
+
+`LocalCluster` turns the controller's actions into pipe messages, signals and forks, and turns messages and deaths
+into its events. Only Ray is missing: whatever a test sees here is what the state machine, the workers and the
+collectives do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from local_ranks import HOST, context, prepare_child
+
+from orchestrator.controller.machine import Controller
+from orchestrator.controller.protocol import (
+    Action,
+    Died,
+    Event,
+    Finalize,
+    Finish,
+    Interrupt,
+    KillWorker,
+    Notice,
+    Pause,
+    Placed,
+    Record,
+    ReleaseWorker,
+    RequestWorker,
+    Rollback,
+    Start,
+    StartGeneration,
+    StepCommitted,
+    Tick,
+)
+from orchestrator.controller.views import ControllerConfig, WorkerState
+from orchestrator.data import TokenStore, prepare
+from orchestrator.job import Job
+from orchestrator.messages import FaultFired, Generation, Joined, Reply, Status, StepReport, WorkerId
+
+TICK_S = 0.05
+NODE = "local"
+
+JOB = """
+name: tiny
+model:
+  hf: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+        num_key_value_heads: 2, max_position_embeddings: 64, vocab_size: 320, attention_dropout: 0.1}}
+data: {{source: {source}, tokenizer: bytes, sequence_length: 32, cache: {cache}}}
+train:
+  steps: 8
+  global_batch: 8
+  optimizer: {{lr: 3.0e-3}}
+  schedule: {{warmup_steps: 2}}
+  seed: 5
+elastic:
+  workers: {{min: 1, max: 3}}
+  virtual_workers: 8
+  heartbeat_interval_s: 0.1
+  heartbeat_timeout_s: 1.0
+  progress_timeout_s: 5.0
+  lease_s: 20.0
+"""
+
+
+def tiny_job(directory: Path) -> str:
+    """The text of a job that trains a tiny Llama, with dropout, on a text file made in `directory`."""
+    text = directory / "data.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}, and so on. " for n in range(400)))
+    return JOB.format(source=text, cache=directory / "cache")
+
+
+Hook = Callable[[Any], None]
+"""Called in every worker's process with its `Worker` before it starts; a module-level function or a partial of one."""
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker's process is told."""
+
+    worker: WorkerId
+    job: Job
+    directory: Path
+    store: Path
+    hooks: tuple[Hook, ...]
+    held_steps: tuple[int, ...]
+
+
+@dataclass
+class Outcome:
+    """What a run was. `steps` are the committed ones, `moved` the bytes of state that each worker received
+    for a generation, `exits` the codes of those that were there at the end."""
+
+    status: str
+    reason: str
+    digest: str | None
+    steps: list[StepReport]
+    recoveries: list[dict[str, Any]]
+    generations: list[Generation]
+    pids: dict[WorkerId, int]
+    records: list[tuple[str, dict[str, Any]]]
+    rollbacks: list[int]
+    moved: dict[tuple[int, WorkerId], int]
+    exits: dict[WorkerId, int | None] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[float]:
+        return [report.loss for report in self.steps]
+
+    @property
+    def samples(self) -> list[str]:
+        return [report.samples for report in self.steps]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return [report.grad_norm for report in self.steps]
+
+    @property
+    def steps_lost(self) -> int:
+        return sum(recovery["steps_lost"] for recovery in self.recoveries)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(generation.members) for generation in self.generations]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The fields of every record of a kind."""
+        return [fields for found, fields in self.records if found == kind]
+
+    def members(self, index: int) -> dict[WorkerId, int]:
+        """The pids of the members of the generation at `index`."""
+        return {member.worker: member.pid for member in self.generations[index].members}
+
+
+class _Process:
+    """A worker's process as the parent sees it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.worker = spec.worker
+        self.reports, child_reports = context().Pipe()
+        self.commands, child_commands = context().Pipe()
+        self.process = context().Process(target=_worker_main, args=(spec, child_reports, child_commands), daemon=True)
+        self.process.start()
+        child_reports.close()
+        child_commands.close()
+        self.is_gone = False
+
+    def tell(self, *command: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.commands.send(command)
+
+    def kill(self) -> None:
+        if self.process.exitcode is None and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGKILL)
+
+
+class LocalCluster:
+    """One run of a job. `holds` keeps every rank at the start of a step until a condition on this cluster is true;
+    each pair of `script` is an action taken once, as soon as its condition is true."""
+
+    def __init__(
+        self,
+        job_text: str,
+        directory: Path,
+        *,
+        faults: Sequence[str] = (),
+        overrides: Sequence[str] = (),
+        hooks: Sequence[Hook] = (),
+        holds: Mapping[int, Callable[[LocalCluster], bool]] | None = None,
+        script: Iterable[tuple[Callable[[LocalCluster], bool], Callable[[LocalCluster], None]]] = (),
+    ) -> None:
+        self.job = Job.loads(job_text, overrides=overrides, faults=faults)
+        self.directory = directory
+        self.hooks = tuple(hooks)
+        self.holds = dict(holds or {})
+        self.script = list(script)
+        job = self.job
+        store: TokenStore = prepare(
+            source=job.data.source, tokenizer=job.data.tokenizer, cache=job.data.cache, verify=False
+        )
+        self.store_directory = Path(store.directory)
+        self.controller = Controller(
+            ControllerConfig(
+                total_steps=job.train.steps,
+                virtual_workers=job.elastic.virtual_workers,
+                min_workers=job.elastic.workers.min,
+                max_workers=job.elastic.workers.max,
+                standby=job.elastic.standby,
+                checkpointing=job.checkpoint.every_steps is not None,
+                heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
+                progress_timeout_s=job.elastic.progress_timeout_s,
+                max_failures_per_step=job.elastic.max_failures_per_step,
+            )
+        )
+        self.processes: dict[WorkerId, _Process] = {}
+        self.steps: dict[int, StepReport] = {}
+        self.records: list[tuple[str, dict[str, Any]]] = []
+        self.generations: list[Generation] = []
+        self.rollbacks: list[int] = []
+        self.moved: dict[tuple[int, WorkerId], int] = {}
+        self.pids: dict[WorkerId, int] = {}
+        self.finish: Finish | None = None
+
+    # ------------------------------------------------------------------------------------ for conditions and scripts
+
+    @property
+    def committed(self) -> int:
+        return self.controller.progress.committed
+
+    def idle(self) -> list[WorkerId]:
+        """The workers that are warm and in no generation."""
+        return [worker for worker, view in self.controller.workers.items() if view.state is WorkerState.IDLE]
+
+    def kill(self, slot: int) -> None:
+        """SIGKILL to the newest process of a worker."""
+        newest = max(worker for worker in self.processes if worker.slot == slot)
+        self.processes[newest].kill()
+
+    # ------------------------------------------------------------------------------------ the loop
+
+    def run(self, timeout_s: float = 60.0) -> Outcome:
+        """The whole run; no process is left behind. Raises AssertionError when it takes longer than `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.feed(Start())
+            next_tick = time.monotonic()
+            while self.finish is None:
+                assert time.monotonic() < deadline, f"not over after {timeout_s} s: {self.describe()}"
+                self._listen(max(0.0, next_tick - time.monotonic()))
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + TICK_S
+                    self.feed(Tick())
+                self._follow_script()
+            exits = self._end()
+        finally:
+            for process in self.processes.values():
+                process.kill()
+                process.process.join()
+        return Outcome(
+            self.finish.status,
+            self.finish.reason,
+            self.finish.digest,
+            [self.steps[step] for step in sorted(self.steps)],
+            [fields for kind, fields in self.records if kind == "recovery"],
+            self.generations,
+            self.pids,
+            self.records,
+            self.rollbacks,
+            self.moved,
+            exits,
+        )
+
+    def describe(self) -> str:
+        views = {str(w): (v.state.name, v.phase, v.committed) for w, v in self.controller.workers.items()}
+        return f"{self.controller.state}, {views}, committed {self.committed}, last records {self.records[-8:]}"
+
+    def feed(self, event: Event) -> None:
+        """Gives the controller an event and carries out what it answers."""
+        actions = self.controller.handle(event, time.time())
+        if isinstance(event, Joined):
+            self.moved[event.generation, event.worker] = event.bytes_moved
+        for action in actions:
+            self._carry_out(action)
+
+    def _listen(self, timeout_s: float) -> None:
+        living = [process for process in self.processes.values() if not process.is_gone]
+        by_pipe = {process.reports: process for process in living}
+        by_sentinel = {process.process.sentinel: process for process in living}
+        heard = wait([*by_pipe, *by_sentinel], timeout=timeout_s)
+        for source in heard:
+            if isinstance(source, Connection):
+                self._take_report(by_pipe[source])
+        for source in heard:
+            if isinstance(source, int):
+                process = by_sentinel[source]
+                while self._take_report(process):
+                    pass
+                process.is_gone = True
+                process.process.join()
+                self.feed(Died(process.worker, f"exit code {process.process.exitcode}"))
+
+    def _take_report(self, process: _Process) -> bool:
+        try:
+            if not process.reports.poll():
+                return False
+            message = process.reports.recv()
+        except (EOFError, OSError):
+            return False
+        self.feed(message)
+        if isinstance(message, FaultFired):
+            self._carry_out_fault(message)
+        with contextlib.suppress(OSError):
+            process.reports.send(Reply(recorded=self.committed, epoch=self.controller.config.epoch))
+        return True
+
+    def _carry_out_fault(self, fired: FaultFired) -> None:
+        fault = self.job.faults[fired.index]
+        if fault.kind == "drain" and fired.worker is not None:
+            self.feed(Notice((fired.worker,), "injected", time.time() + (fault.seconds or 30.0)))
+
+    def _follow_script(self) -> None:
+        for step in [step for step, condition in self.holds.items() if condition(self)]:
+            del self.holds[step]
+            _gate(self.directory, step).touch()
+        for entry in [entry for entry in self.script if entry[0](self)]:
+            self.script.remove(entry)
+            entry[1](self)
+
+    def _carry_out(self, action: Action) -> None:
+        epoch = self.controller.config.epoch
+        match action:
+            case RequestWorker():
+                spec = WorkerSpec(
+                    action.worker, self.job, self.directory, self.store_directory, self.hooks, tuple(self.holds)
+                )
+                process = self.processes[action.worker] = _Process(spec)
+                assert process.process.pid is not None
+                self.pids[action.worker] = process.process.pid
+                self.feed(Placed(action.worker, NODE))
+            case ReleaseWorker():
+                self.processes[action.worker].tell("shutdown")
+            case KillWorker():
+                self.processes[action.worker].kill()
+            case StartGeneration():
+                self.generations.append(action.generation)
+                (self.directory / "has-begun").touch()
+                for member in action.generation.members:
+                    self.processes[member.worker].tell("join", action.generation)
+            case Interrupt():
+                for worker in action.workers:
+                    self.processes[worker].tell("interrupt", action.generation, epoch)
+            case Pause():
+                for worker in action.workers:
+                    self.processes[worker].tell("pause", action.generation, epoch)
+            case Finalize():
+                for index, worker in enumerate(action.workers):
+                    self.processes[worker].tell("finalize", action.save and index == 0, epoch)
+            case Rollback():
+                self.rollbacks.append(action.committed)
+                self.steps = {step: report for step, report in self.steps.items() if step < action.committed}
+            case StepCommitted():
+                assert action.report.step not in self.steps, f"step {action.report.step} went on record twice"
+                self.steps[action.report.step] = action.report
+            case Record():
+                self.records.append((action.kind, action.fields))
+            case Finish():
+                self.finish = action
+
+    def _end(self) -> dict[WorkerId, int | None]:
+        """Lets every worker end in good order; exit codes, None for those that had to be killed."""
+        living = [process for process in self.processes.values() if not process.is_gone]
+        for process in living:
+            process.tell("shutdown")
+        exits: dict[WorkerId, int | None] = {}
+        for process in living:
+            process.process.join(2.0)
+            exits[process.worker] = process.process.exitcode
+        return exits
+
+
+def _gate(directory: Path, step: int) -> Path:
+    return directory / f"gate-{step}"
+
+
+# ---------------------------------------------------------------------------------------- in the worker's process
+
+
+def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) -> None:
+    prepare_child()
+    from orchestrator.worker.core import Worker
+
+    lock = threading.Lock()
+
+    def report(message: Any) -> Reply | None:
+        with lock:
+            reports.send(message)
+            reply: Reply = reports.recv()
+            return reply
+
+    worker = Worker(
+        spec.worker,
+        spec.job,
+        run="test",
+        node=NODE,
+        pid=os.getpid(),
+        host=HOST,
+        store=TokenStore(spec.store),
+        checkpoint_dir=spec.directory / "checkpoints",
+        report=report,
+        on_orphaned=lambda: os._exit(3),
+        on_shutdown=lambda: os._exit(0),
+    )
+    _hold(worker, spec)
+    for hook in spec.hooks:
+        hook(worker)
+    worker.start()
+    with contextlib.suppress(EOFError):
+        while True:
+            name, *arguments = commands.recv()
+            answer: Status | None = getattr(worker, name)(*arguments)
+            assert answer is None
+            if name == "shutdown":
+                break
+    os._exit(0)
+
+
+def _hold(worker: Any, spec: WorkerSpec) -> None:
+    fetch = worker.engine.fetch
+
+    def held(step: int, virtual_worker: int) -> Any:
+        while step in spec.held_steps and worker._is_joined and not _gate(spec.directory, step).exists():
+            worker.engine.groups.check()
+            time.sleep(0.005)
+        return fetch(step, virtual_worker)
+
+    worker.engine.fetch = held
+
+
+# ---------------------------------------------------------------------------------------- hooks
+
+
+def die() -> None:
+    """The end of this process, at once."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_for_good() -> None:
+    """This process falls silent but lives."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def miss_the_news(step: int, slot: int, worker: Any) -> None:
+    """Worker `slot` takes part in the vote of `step`, so that all others commit, but does not learn its result."""
+    from strategies.groups import PeerLost
+
+    vote = worker.engine.vote
+    missed: list[int] = []
+
+    def deaf(at: int, losses: list[float], hashes: list[int]) -> Any:
+        result = vote(at, losses, hashes)
+        if at == step and not missed:
+            missed.append(at)
+            raise PeerLost("injected: the news of the vote did not arrive")
+        return result
+
+    if worker.worker.slot == slot:
+        worker.engine.vote = deaf
+
+
+def vote_by_pairs(step: int, victim: int, lucky: int, worker: Any) -> None:
+    """In the vote of `step` the rank `victim` dies after its vote has reached the rank `lucky` and nobody else."""
+    import torch
+
+    from strategies.groups import PATIENCE, PeerLost
+
+    bind = worker.engine.bind
+
+    def bind_and_replace(groups: Any, layout: Any, generation: int) -> None:
+        bind(groups, layout, generation)
+        usual = groups.all_to_all
+
+        def all_to_all(
+            output: torch.Tensor, input: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
+        ) -> None:
+            if generation > 0 or worker._phase != "vote" or worker._phase_step != step:
+                usual(output, input, output_sizes, input_sizes)
+                return
+            sent, received, rank = input.split(input_sizes), output.split(output_sizes), groups.rank
+            others = [peer for peer in range(groups.world_size) if peer != rank]
+            if rank == victim:
+                groups.send(sent[lucky], lucky, 7).wait(PATIENCE)
+                time.sleep(0.05)
+                die()
+            sends = [groups.send(sent[peer], peer, 7) for peer in others if peer != victim]
+            receives = [groups.receive(received[peer], peer, 7) for peer in others]
+            received[rank].copy_(sent[rank])
+            try:
+                for work in (*sends, *receives):
+                    work.wait(PATIENCE)
+            except RuntimeError as error:
+                raise PeerLost(str(error)) from error
+
+        groups.all_to_all = all_to_all
+
+    worker.engine.bind = bind_and_replace
+
+
+def start_late(slot: int, directory: Path, worker: Any) -> None:
+    """Worker `slot` is not ready before the first generation is formed, so that it is the standby."""
+    while worker.worker.slot == slot and not (directory / "has-begun").exists():
+        time.sleep(0.005)
+
+
+def at_phase(phase: str, step: int, slot: int, action: Callable[[], None], worker: Any) -> None:
+    """Runs `action` when worker `slot`, in its first incarnation, enters `phase` of `step`."""
+    on_phase = worker.engine.on_phase
+
+    def watched(at_phase: str, at_step: int) -> None:
+        on_phase(at_phase, at_step)
+        if (at_phase, at_step, worker.worker) == (phase, step, WorkerId(slot, 0)):
+            action()
+
+    worker.engine.on_phase = watched
+
+
+def linger_and_die(seconds: float) -> None:
+    """Reacts to nothing for a while (heartbeats go on), then dies."""
+    time.sleep(seconds)
+    die()
+
+
+def when_forming(generation: int, rank: int, action: Callable[[], None], worker: Any) -> None:
+    """Runs `action` when the rank is about to join the process group of `generation`."""
+    core: Any = importlib.import_module("orchestrator.worker.core")
+    usual: Any = core.Groups
+
+    class Watched(usual):  # type: ignore[misc]
+        def form(self, **arguments: Any) -> None:
+            if worker._generation.number == generation and self.rank == rank:
+                action()
+            super().form(**arguments)
+
+    core.Groups = Watched
+
+
+def when_moving_state(generation: int, rank: int, worker: Any) -> None:
+    """The rank dies in the middle of the state transfer of `generation`: after the first of its chunks."""
+    core: Any = importlib.import_module("orchestrator.worker.core")
+    usual = core.execute
+
+    def part_of(plan: Any, ranges: Any, groups: Any) -> Any:
+        if worker._generation.number == generation and groups.rank == rank:
+            usual(plan[:1], ranges, groups)
+            die()
+        return usual(plan, ranges, groups)
+
+    core.execute = part_of
+
+
+partial = functools.partial

@@ -1,0 +1,109 @@
+"""Ranks without a cluster: forked processes on this machine, for tests.
+
+All are forked from one clean server process that has imported torch and transformers but run none of it, whatever the
+test process itself has done before (a process that has used torch's thread pools must not be forked).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import multiprocessing
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+HOST = "127.0.0.1"
+
+_PRELOAD = (
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "pytest",
+    "orchestrator.worker.core",
+)
+_PR_SET_PDEATHSIG = 1
+
+
+@functools.cache
+def context() -> ForkServerContext:
+    """The fork server's context; the server starts with the first process and ends with this one."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(list(_PRELOAD))
+    return forks
+
+
+def prepare_child() -> None:
+    """To be called first in every child: one thread, and death with the fork server, also when stopped."""
+    import torch
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)
+
+
+Endpoint = tuple[str, int]
+
+
+def run_ranks(world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """Runs `program(rank, store_address, *args)` in `world_size` processes; returns their results in rank order.
+
+    Rank 0 serves the store. Raises AssertionError with the ranks' tracebacks, or which rank died or took too long.
+    """
+    processes, pipes = [], []
+    deadline = time.monotonic() + timeout_s
+    try:
+        for rank in range(world_size):
+            ours, theirs = context().Pipe()
+            process = context().Process(target=_rank_main, args=(theirs, rank, program, args), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        port = _receive(pipes[0], 0, deadline)
+        for pipe in pipes:
+            pipe.send(port)
+        answers = [_receive(pipe, rank, deadline) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process, pipe in zip(processes, pipes, strict=True):
+            pipe.close()
+            process.join(2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    failures = [f"rank {rank}:\n{text}" for rank, (is_good, text) in enumerate(answers) if not is_good]
+    assert not failures, "\n".join(failures)
+    return [answer for _, answer in answers]
+
+
+def _receive(pipe: Connection, rank: int, deadline: float) -> Any:
+    if not wait([pipe], timeout=max(0.0, deadline - time.monotonic())):
+        raise AssertionError(f"rank {rank} took too long")
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise AssertionError(f"rank {rank} died") from None
+
+
+def _rank_main(pipe: Connection, rank: int, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    prepare_child()
+    store = None
+    if rank == 0:
+        from strategies.groups import serve_store
+
+        store, port = serve_store(HOST)
+        pipe.send(port)
+    address = (HOST, pipe.recv())
+    try:
+        pipe.send((True, program(rank, address, *args)))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+    with contextlib.suppress(EOFError):
+        pipe.recv()  # the store lives until all are done
+    del store

@@ -1,0 +1,216 @@
+"""The canonical reduction and the whole step over real gloo ranks: the same bits whoever holds what."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from local_ranks import HOST, Endpoint, run_ranks
+
+from strategies.flat import FlatState, state_digest
+from strategies.groups import Groups
+from strategies.layout import ParallelLayout, deal
+from strategies.optimizers import OptimizerSpec, ScheduleSpec
+from strategies.reduction import Reducer, block_size, block_squares, norm_of
+from strategies.state import chunks_of, execute, plan_transfers
+from strategies.step import StepEngine, StepSpec
+from strategies.tree import Node, cover, split
+
+CPU = torch.device("cpu")
+Assignment = tuple[tuple[int, ...], ...]
+
+
+def form(rank: int, world_size: int, address: Endpoint, prefix: str) -> Groups:
+    groups = Groups(rank=rank, world_size=world_size, device=CPU)
+    groups.form(store_address=address, prefix=prefix, host=HOST, timeout_s=20.0)
+    return groups
+
+
+def partitions(virtual_workers: int, rng: random.Random) -> list[Assignment]:
+    """One rank; even shares and two random dealings over 2 to 8 ranks, ranks without work among them."""
+    found: list[Assignment] = []
+    for ranks in range(1, 9):
+        found.append(deal(virtual_workers, [1.0] * ranks))
+        for _ in range(2):
+            owner = [rng.randrange(ranks) for _ in range(virtual_workers)]
+            found.append(tuple(tuple(i for i, o in enumerate(owner) if o == rank) for rank in range(ranks)))
+    idle = deal(virtual_workers, [0.0, 1.0, 0.0, 2.0])
+    return [*found, idle]
+
+
+def gradient_of(virtual_worker: int, size: int) -> torch.Tensor:
+    """Values of very different sizes, so that any other order of the sum shows."""
+    rng = np.random.default_rng((virtual_worker, size))
+    values = rng.standard_normal(size) * 10.0 ** rng.integers(-6, 7, size)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def partial_sum(node: Node, size: int) -> torch.Tensor:
+    if node[1] - node[0] == 1:
+        return gradient_of(node[0], size)
+    left, right = split(node)
+    return partial_sum(left, size) + partial_sum(right, size)
+
+
+def reduce_all(
+    rank: int, address: Endpoint, cases: list[tuple[Assignment, int]], native: bool
+) -> list[tuple[str, list[float]] | None]:
+    """For each case the digest of the reduced gradient and the squares of this rank's blocks; None where not a rank."""
+    results: list[tuple[str, list[float]] | None] = []
+    for index, (assignment, size) in enumerate(cases):
+        if rank >= len(assignment):
+            results.append(None)
+            continue
+        groups = form(rank, len(assignment), address, f"case{index}")
+        layout = ParallelLayout(data=len(assignment), assignment=assignment)
+        reducer = Reducer(groups, layout, size, CPU, native=native)
+        gradient = torch.full((size,), 7.0)
+        for _ in range(2):  # the second time with used buffers
+            pieces = {node: partial_sum(node, size) for node in cover(assignment[rank], layout.virtual_workers)}
+            reduced = reducer.reduce(pieces)
+            assert reduced is not None
+            reducer.gather(reduced, gradient)
+        squares = block_squares(reducer.own_slice(gradient), reducer.block)
+        assert len(squares) == reducer.blocks_of(rank)
+        if native:
+            expected = partial_sum((0, layout.virtual_workers), size)
+            assert torch.allclose(gradient, expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
+        results.append((hashlib.sha256(gradient.numpy().tobytes()).hexdigest(), squares))
+        # Nobody leaves while a neighbour still needs it.
+        ones = torch.ones(groups.world_size)
+        if groups.world_size > 1:
+            groups.all_to_all(torch.empty_like(ones), ones, [1] * groups.world_size, [1] * groups.world_size)
+        groups.drop()
+    return results
+
+
+@pytest.mark.parametrize(
+    ("virtual_workers", "sizes"),
+    [(8, (1, 33, 4096, 70_001)), (7, (5003,)), (33, (20_000,)), (1, (9000,))],
+)
+def test_the_sum_has_the_same_bits_for_every_partition(virtual_workers: int, sizes: tuple[int, ...]) -> None:
+    """Also for gradients smaller than a block, smaller than the number of ranks, and no multiple of anything."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    cases = [(assignment, size) for size in sizes for assignment in partitions(virtual_workers, rng)]
+    by_rank = run_ranks(8, reduce_all, cases, False)
+    for index, (assignment, size) in enumerate(cases):
+        expected = partial_sum((0, virtual_workers), size)
+        digest = hashlib.sha256(expected.numpy().tobytes()).hexdigest()
+        answers = [answers[index] for answers in by_rank[: len(assignment)]]
+        assert {found for found, _ in answers} == {digest}, f"{assignment}, {size} elements"
+        squares = [square for _, own in answers for square in own]
+        assert squares == block_squares(expected, block_size(size)), f"{assignment}, {size} elements"
+        assert norm_of(squares) == norm_of(block_squares(expected, block_size(size)))
+
+
+def test_the_backends_own_sum_is_the_same_on_all_ranks_and_within_rounding() -> None:
+    cases = [(deal(8, [1.0] * ranks), size) for ranks in (1, 2, 3, 5) for size in (33, 10_001)]
+    cases.append((((0, 3, 5), (), (1, 2, 4, 6, 7)), 10_001))
+    by_rank = run_ranks(5, reduce_all, cases, True)
+    for index, (assignment, _) in enumerate(cases):
+        assert len({answers[index][0] for answers in by_rank[: len(assignment)]}) == 1
+
+
+# ---------------------------------------------------------------------------------------- whole steps
+
+
+def llama_engine(native: bool = False) -> StepEngine:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=97, max_position_embeddings=32, attention_dropout=0.2, use_cache=False, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).train()
+    spec = StepSpec(
+        seed=3,
+        micro_batch=1,
+        tokens_per_batch=8 * 2 * 16,
+        base_lr=1e-2,
+        schedule=ScheduleSpec("cosine", warmup_steps=1, total_steps=3),
+        clip_norm=0.5,
+        native_reduction=native,
+    )
+    return StepEngine(model, FlatState(model, OptimizerSpec(), CPU), spec, fetch)
+
+
+def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
+    rng = np.random.default_rng((step, virtual_worker))
+    return rng.integers(0, 97, size=(2, 17), dtype=np.int64), np.arange(2), (virtual_worker << 50) + step
+
+
+def train(rank: int, address: Endpoint, layouts: list[Assignment], native: bool) -> list[Any]:
+    """Three steps from the start in each layout; None where not a rank."""
+    results: list[Any] = []
+    for index, assignment in enumerate(layouts):
+        if rank >= len(assignment):
+            results.append(None)
+            continue
+        engine = llama_engine(native)
+        groups = form(rank, len(assignment), address, f"layout{index}")
+        engine.bind(groups, ParallelLayout(data=len(assignment), assignment=assignment), index)
+        records = [engine.run(step)[0] for step in range(3)]
+        numbers = [(r.loss, r.grad_norm, r.lr, r.hashes, r.skipped) for r in records]
+        results.append((state_digest(engine.state), numbers, engine.state.weights.tolist() if native else None))
+        groups.drop()
+    return results
+
+
+def test_three_steps_of_a_llama_with_dropout_do_not_depend_on_the_ranks() -> None:
+    layouts = [deal(8, [1.0] * ranks) for ranks in (1, 2, 3, 4, 8)]
+    layouts += [((0, 3, 7), (1, 2, 4, 5, 6)), ((), (0, 2, 4, 6), (1, 3, 5, 7))]
+    by_rank = run_ranks(8, train, layouts, False)
+    expected = by_rank[0][0]
+    losses = [numbers[0] for numbers in expected[1]]
+    print(f"losses {losses}, digest {expected[0]}")
+    assert len(set(losses)) == 3
+    for rank, results in enumerate(by_rank):
+        for layout, result in zip(layouts, results, strict=True):
+            if rank < len(layout):
+                assert result == expected, f"rank {rank} of {layout}"
+
+
+def test_three_steps_with_the_backends_own_sum_agree_within_rounding() -> None:
+    layouts = [deal(8, [1.0]), deal(8, [1.0] * 3)]
+    by_rank = run_ranks(3, train, layouts, True)
+    canonical = run_ranks(1, train, [layouts[0]], False)[0][0]
+    assert len({by_rank[rank][1][0] for rank in range(3)}) == 1, "all ranks hold the same state"
+    alone, together = by_rank[0]
+    for (a, b), (_, c) in zip(
+        zip(alone[1], together[1], strict=True), zip(alone[1], canonical[1], strict=True), strict=True
+    ):
+        assert b[0] == pytest.approx(a[0], rel=1e-4)
+        assert c[0] == pytest.approx(a[0], rel=1e-4)
+        assert b[1] == pytest.approx(a[1], rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- moving state
+
+
+def move(rank: int, address: Endpoint, holders: tuple[int, ...], chunk_bytes: int) -> tuple[str, int]:
+    torch.manual_seed(0 if rank in holders else 100 + rank)
+    ranges = {"weights": torch.randn(10_007), "moment": torch.randn(513), "constant": torch.randn(0)}
+    groups = form(rank, 4, address, "move")
+    chunks = chunks_of(ranges, chunk_bytes)
+    needing = set(range(4)) - set(holders)
+    plan = plan_transfers(chunks, dict.fromkeys(chunks, holders), dict.fromkeys(chunks, needing))
+    moved = execute(plan, ranges, groups)
+    ones = torch.ones(4)
+    groups.all_to_all(torch.empty_like(ones), ones, [1] * 4, [1] * 4)
+    groups.drop()
+    content = b"".join(ranges[name].numpy().tobytes() for name in sorted(ranges))
+    return hashlib.sha256(content).hexdigest(), moved
+
+
+@pytest.mark.parametrize("holders", [(0,), (1, 3), (0, 1, 2), (0, 1, 2, 3)])
+def test_everyone_ends_up_with_the_holders_state(holders: tuple[int, ...]) -> None:
+    results = run_ranks(4, move, holders, 4096)
+    assert len({digest for digest, _ in results}) == 1
+    assert [moved for _, moved in results] == [0 if rank in holders else 4 * (10_007 + 513) for rank in range(4)]

@@ -1,0 +1,726 @@
+"""A simulated world around the real controller: workers, a cluster, messages and a clock, all from one seed.
+
+Workers behave as `orchestrator.worker.core` does: they refuse what is old, take part in one generation at a time, train
+by the vote, give up when a peer is lost, say what was not heard again. What they hold is checked where it matters: who
+is named a holder must have that state, whole. Nothing sleeps; an event queue moves the time on.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.controller.history import History
+from orchestrator.controller.machine import Controller
+from orchestrator.controller.protocol import (
+    Action,
+    Died,
+    Event,
+    Finalize,
+    Finish,
+    Interrupt,
+    KillWorker,
+    Notice,
+    Pause,
+    Placed,
+    Record,
+    ReleaseWorker,
+    RequestWorker,
+    Resize,
+    Rollback,
+    Start,
+    StartGeneration,
+    StepCommitted,
+    Stop,
+    TakeOver,
+    Tick,
+)
+from orchestrator.controller.views import ControllerConfig, RunState
+from orchestrator.messages import (
+    CheckpointSaved,
+    FaultFired,
+    Finalized,
+    Generation,
+    Heartbeat,
+    Joined,
+    Left,
+    LeftCause,
+    Ready,
+    Status,
+    StepReport,
+    WorkerId,
+)
+
+TICK_S = 0.25
+HEARTBEAT_S = 0.5
+FORM_TIMEOUT_S = 20.0
+COLLECTIVES = frozenset({"form", "reduce", "vote"})
+
+
+@dataclass
+class Node:
+    name: str
+    places: int
+    draining: bool = False
+    gone: bool = False
+
+
+class Room:
+    """A generation as its members live it: who has arrived, computed, prepared."""
+
+    def __init__(self, world: World, generation: Generation) -> None:
+        self.world, self.generation = world, generation
+        self.members = [world.workers[member.worker] for member in generation.members]
+        self.arrived: set[WorkerId] = set()
+        self.broken = False
+        self.computed: defaultdict[int, set[WorkerId]] = defaultdict(set)
+        self.prepared: defaultdict[int, set[WorkerId]] = defaultdict(set)
+        self.pausing: set[int] = set()
+
+    def arrive(self, worker: Worker) -> None:
+        self.arrived.add(worker.id)
+        if self.broken:
+            self.world.after(0.02, lambda: worker.lose_peer(self))
+        elif len(self.arrived) == len(self.members):
+            self.world.after(0.05, self.form)
+
+    def form(self) -> None:
+        """All have met: the state goes from those that have it to those that need it."""
+        if self.broken or any(worker.hung for worker in self.members):
+            return
+        generation = self.generation
+        if generation.restore is not None:
+            first = self.members[0]
+            first.whole = False
+            if generation.restore not in self.world.valid_checkpoints:
+                first.leave("restore", f"{generation.restore} is damaged")
+                return
+            sources = set()
+        else:
+            sources = {self.members[rank].id for rank in (*generation.holders, *generation.roll_forward)}
+            assert sources, f"{generation} has no source for its state"
+        for worker in self.members:
+            if worker.id in sources:
+                assert worker.whole, f"{worker.id} is named a holder and is torn, {generation}"
+                assert worker.committed == generation.committed, f"{worker.id} holds {worker.committed}, {generation}"
+            else:
+                worker.whole = False
+        self.world.after(self.world.transfer_s, self.joined)
+
+    def joined(self) -> None:
+        if not self.broken and not any(worker.hung for worker in self.members):
+            for worker in self.members:
+                self.world.after(self.world.jitter(), lambda worker=worker: worker.join_done(self))
+
+    def reduce(self, worker: Worker, step: int) -> None:
+        self.computed[step].add(worker.id)
+        if len(self.computed[step]) == len(self.members):
+            for member in self.members:
+                self.world.after(self.world.jitter(), lambda member=member: member.gathered(self, step))
+
+    def vote(self, worker: Worker, step: int) -> None:
+        self.prepared[step].add(worker.id)
+        if worker.pause_wanted >= self.generation.number:
+            self.pausing.add(step)
+        if len(self.prepared[step]) == len(self.members):
+            for member in self.members:
+                self.world.after(self.world.jitter(), lambda member=member: member.voted(self, step))
+
+    def breaks(self) -> None:
+        """Somebody is out: those in a collective see it soon, the others when they come to one."""
+        if self.broken:
+            return
+        self.broken = True
+        for worker in self.members:
+            if worker.room is not self or worker.phase not in COLLECTIVES:
+                continue
+            if worker.phase == "vote" and len(self.prepared[worker.committed]) == len(self.members):
+                continue  # what the dead had to say may or may not have arrived: `voted` draws
+            self.world.after(self.world.jitter(), lambda worker=worker: worker.lose_peer(self))
+
+
+class Worker:
+    """One process. See `orchestrator.worker.core.Worker`."""
+
+    def __init__(self, world: World, worker: WorkerId, node: Node) -> None:
+        self.world, self.id, self.node = world, worker, node
+        self.alive, self.hung, self.doomed, self.warm = True, False, False, False
+        self.whole, self.committed, self.prepared = True, 0, False
+        self.generation: Generation | None = None
+        self.left: Left | None = None
+        self.joined = False
+        self.room: Room | None = None
+        self.phase, self.epoch, self.interrupted, self.pause_wanted = "idle", -1, -1, -1
+        self.reports: list[StepReport] = []
+        self.outbox: list[Any] = []
+        self.sending = False
+        self.queued: list[Generation] = []
+        self.started: defaultdict[int, int] = defaultdict(int)
+        self.will_raise = self.will_deadlock = self.mute = False
+
+    @property
+    def running(self) -> bool:
+        return self.alive and not self.hung
+
+    # -------------------------------------------------------------------------------- commands
+
+    def take(self, command: Action, epoch: int) -> None:
+        """What the controller of `epoch` says."""
+        if not self.running:
+            return
+        if epoch < self.epoch:
+            self.world.refused += 1
+            return
+        match command:
+            case StartGeneration(generation):
+                assert generation.epoch == epoch
+                newest = -1 if self.generation is None else self.generation.number
+                self.started[generation.number] += 1
+                assert generation.number > newest, f"{self.id} was in {newest} and is told to start {generation}"
+                self.epoch = epoch
+                self.queued.append(generation)
+                self.next_command()
+            case Interrupt(generation=number):
+                self.epoch = epoch
+                self.interrupted = max(self.interrupted, number)
+                room = self.room
+                if room is not None and room.generation.number <= number and self.phase in COLLECTIVES:
+                    self.world.after(0.01, lambda: self.lose_peer(room))
+            case Pause(generation=number):
+                self.epoch = epoch
+                self.pause_wanted = max(self.pause_wanted, number)
+            case Finalize():
+                self.epoch = epoch
+                self.world.after(self.world.random.uniform(0.05, 0.5), lambda: self.finalize(command.save))
+
+    def status(self, epoch: int) -> Status | None:
+        if epoch < self.epoch:
+            return None
+        self.epoch = epoch
+        return Status(
+            self.ready(), self.generation, self.left, self.committed, self.prepared, self.joined, epoch,
+            tuple(self.reports),
+        )  # fmt: skip
+
+    def ready(self) -> Ready:
+        return Ready(self.id, self.node.name, 1000 + self.id.slot, "host", 1, "initial")
+
+    def finalize(self, save: bool) -> None:
+        if not self.running or self.mute:
+            return
+        assert self.whole
+        if save:
+            self.world.save_checkpoint(self, self.committed)
+        self.send(Finalized(self.id, f"sha256:{self.world.digest_of(self)}"))
+
+    # -------------------------------------------------------------------------------- a generation
+
+    def next_command(self) -> None:
+        if self.room is not None or not self.queued:
+            return
+        generation = self.queued.pop(0)
+        self.generation, self.left, self.joined = generation, None, False
+        self.room = room = self.world.room(generation)
+        self.phase = "form"
+        rank = generation.rank_of(self.id)
+        assert rank is not None, f"{self.id} is told to start a generation without it"
+        if rank in generation.roll_forward and self.committed == generation.committed - 1:
+            assert self.prepared, f"{self.id} is told to roll forward and is not prepared"
+            self.committed, self.prepared = self.committed + 1, False
+        if self.interrupted >= generation.number:
+            self.world.after(0.01, lambda: self.lose_peer(room))
+        self.world.after(FORM_TIMEOUT_S, lambda: None if self.joined else self.lose_peer(room))
+        room.arrive(self)
+
+    def join_done(self, room: Room) -> None:
+        if self.room is not room or not self.running or room.broken:
+            return
+        self.whole, self.joined, self.prepared = True, True, False
+        self.committed = room.generation.committed
+        self.send(Joined(self.id, room.generation.number, 100))
+        self.next_step(room)
+
+    def next_step(self, room: Room) -> None:
+        if self.committed >= self.world.config.total_steps:
+            self.leave("complete")
+            return
+        self.phase = "compute"
+        if self.will_deadlock:
+            self.world.note_failure(self)
+        else:
+            self.world.after(self.world.compute_s(self), lambda: self.computed(room))
+
+    def computed(self, room: Room) -> None:
+        if self.room is not room or not self.running or self.will_deadlock:
+            return
+        if self.will_raise or self.committed in self.world.cursed_steps:
+            self.will_raise = False
+            self.world.note_failure(self)
+            self.leave("exception", "RuntimeError: simulated")
+        elif room.broken or self.interrupted >= room.generation.number:
+            self.leave("peer", "a peer is gone")
+        else:
+            self.phase = "reduce"
+            room.reduce(self, self.committed)
+
+    def gathered(self, room: Room, step: int) -> None:
+        if self.room is room and self.running and self.phase == "reduce":
+            self.prepared, self.phase = True, "vote"
+            if room.broken:
+                self.world.after(self.world.jitter(), lambda: self.lose_peer(room))
+            room.vote(self, step)
+
+    def voted(self, room: Room, step: int) -> None:
+        if self.room is not room or not self.running or self.committed != step:
+            return
+        if room.broken and self.world.random.random() < 0.5:
+            self.leave("peer", "lost in the vote")
+            return
+        self.committed, self.prepared = self.committed + 1, False
+        world = self.world
+        number = room.generation.number
+        self.reports.append(
+            StepReport(step, number, 1.0, 1.0, 0.1, 10, f"samples-{step}", False, world.now, world.step_s)
+        )
+        every = world.checkpoint_every
+        if every and self.committed % every == 0 and room.members[0] is self:
+            world.save_checkpoint(self, self.committed)
+        if step in room.pausing:
+            self.leave("pause")
+        else:
+            self.next_step(room)
+
+    def lose_peer(self, room: Room | None) -> None:
+        if room is not None and self.room is room and self.running and self.phase != "compute":
+            self.leave("peer", "connection reset by peer")
+
+    def leave(self, cause: LeftCause, detail: str = "") -> None:
+        room = self.room
+        assert room is not None
+        self.room, self.phase = None, "idle"
+        self.left = Left(
+            self.id, room.generation.number, cause, self.committed, self.prepared, detail, tuple(self.reports),
+            self.world.now,
+        )  # fmt: skip
+        self.send(self.left)
+        if cause not in ("pause", "complete") or self.world.random.random() < self.world.rude:
+            room.breaks()
+        self.next_command()
+
+    # -------------------------------------------------------------------------------- reporting
+
+    def send(self, message: Any) -> None:
+        self.outbox.append(message)
+        if not self.sending:
+            self.sending = True
+            self.world.after(self.world.delay(), self.deliver)
+
+    def deliver(self) -> None:
+        if not self.running:
+            return
+        recorded = self.world.receive(self.outbox[0])
+        if recorded is None:
+            self.world.after(0.2, self.deliver)
+            return
+        self.outbox.pop(0)
+        while self.reports and self.reports[0].step < recorded:
+            self.reports.pop(0)
+        self.sending = bool(self.outbox)
+        if self.sending:
+            self.world.after(self.world.delay(), self.deliver)
+
+    def beat(self) -> None:
+        if not self.alive:
+            return
+        if self.running and not self.outbox:
+            generation = self.generation
+            first = generation is not None and generation.members[0].worker == self.id
+            self.send(
+                Heartbeat(
+                    self.id, -1 if generation is None else generation.number, self.phase, self.committed,
+                    self.committed, tuple(self.reports) if first else (),
+                )
+            )  # fmt: skip
+        self.world.after(HEARTBEAT_S, self.beat)
+
+
+@dataclass
+class Outcome:
+    """How a history ended."""
+
+    status: str
+    reason: str
+    digest: str | None
+    at: float
+
+
+@dataclass
+class World:
+    """The cluster, the clock, and one controller at a time."""
+
+    seed: int
+    config: ControllerConfig
+    nodes: list[Node]
+    checkpoint_every: int = 0
+    step_s: float = 0.5
+    transfer_s: float = 0.1
+    start_s: tuple[float, float] = (0.5, 2.0)
+    slow_news: float = 0.0
+    rude: float = 0.0
+    start_failures: float = 0.0
+    cruel_end: float = 0.0
+    quiet_from: float = 0.0
+    now: float = 0.0
+    outcome: Outcome | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[StepReport] = field(default_factory=list)
+    workers: dict[WorkerId, Worker] = field(default_factory=dict)
+    generations: dict[int, Generation] = field(default_factory=dict)
+    checkpoints: dict[int, str] = field(default_factory=dict)
+    valid_checkpoints: set[str] = field(default_factory=set)
+    cursed_steps: set[int] = field(default_factory=set)
+    rollbacks: list[int] = field(default_factory=list)
+    failures: list[tuple[WorkerId, float, int]] = field(default_factory=list)
+    dealt_with: set[WorkerId] = field(default_factory=set)
+    num_placed: int = 0
+    num_disturbances: int = 0
+    num_controllers: int = 0
+    refused: int = 0
+    trace: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._sequence = 0
+        self._rooms: dict[tuple[int, int], Room] = {}
+        self._pending: list[WorkerId] = []
+        self._watched: set[WorkerId] = set()
+        self._channel_free: defaultdict[WorkerId, float] = defaultdict(float)
+        self.controller: Controller | None = None
+        self._deaf = False
+        self._epoch = 0
+        self._sends_left: int | None = None
+        self._die_deciding = False
+        self._asleep_until = 0.0
+        self._num_faults = 0
+
+    # -------------------------------------------------------------------------------- time
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._queue, (self.now + seconds, self._sequence, call))
+
+    def run(self, until: float) -> None:
+        """Moves on until the run is over or the time is `until`."""
+        while self._queue and self.outcome is None and self._queue[0][0] <= until:
+            self.now, _, call = heapq.heappop(self._queue)
+            call()
+
+    def jitter(self) -> float:
+        return self.random.uniform(0.001, 0.03)
+
+    def delay(self) -> float:
+        if self.random.random() < self.slow_news:
+            return self.random.uniform(0.1, 0.8)
+        return 0.005
+
+    def compute_s(self, worker: Worker) -> float:
+        return self.step_s * self.random.uniform(0.8, 1.2)
+
+    # -------------------------------------------------------------------------------- the controller
+
+    def begin(self) -> None:
+        self.new_controller()
+        self.after(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self.handle(Tick())
+        self.after(TICK_S, self._tick)
+
+    def new_controller(self) -> None:
+        """Starts a controller, the first or a successor, the way the Ray adapter does."""
+        self._epoch += 1
+        self.num_controllers += 1
+        history = History.read(
+            self.records, [{"seconds": r.seconds, "committed_at": r.committed_at} for r in self.steps]
+        )
+        config = ControllerConfig(**{**self.config.__dict__, "epoch": self._epoch})
+        self.controller = Controller.resumed(config, history, dict(self.checkpoints))
+        self._deaf, self._sends_left, self._asleep_until = False, None, 0.0
+        self._watched = set()
+        if self._epoch == 1:
+            self.handle(Start())
+            return
+        self._pending.clear()
+        statuses = []
+        for worker in [w for w in self.workers.values() if w.alive]:
+            status = worker.status(self._epoch) if worker.running and worker.warm else None
+            if status is None:
+                self.end(worker, "killed by the restarted controller", quiet=True)
+            else:
+                statuses.append(status)
+                self._watched.add(worker.id)
+        self.handle(TakeOver(tuple(statuses)))
+
+    def lose_controller(self) -> None:
+        """It dies: what it was told last and had not dealt with is lost, what it was about to say may be too."""
+        if self.controller is None or self._deaf:
+            return
+        self._deaf = True
+        self.after(self.random.choice([0.0, 0.02, 0.1]), self._controller_gone)
+
+    def _controller_gone(self) -> None:
+        self.controller = None
+        self.after(self.random.uniform(0.2, 3.0), self.new_controller)
+
+    def receive(self, message: Any) -> int | None:
+        """A worker's message; the number of steps on record, or None when nobody answers."""
+        if self.controller is None:
+            return None
+        if not self._deaf:
+            self.handle(message)
+        return len(self.steps)
+
+    def handle(self, event: Event) -> None:
+        controller = self.controller
+        if controller is None or self._deaf or self.outcome is not None:
+            return
+        if self.now < self._asleep_until:
+            self.after(
+                self._asleep_until - self.now, lambda: self.handle(event) if self.controller is controller else None
+            )
+            return
+        if self.trace is not None and not isinstance(event, Tick | Heartbeat):
+            self.trace(f"{self.now:8.3f} {event}")
+        actions = controller.handle(event, self.now)
+        if self._die_deciding and any(isinstance(a, StartGeneration | Interrupt | Pause | Finalize) for a in actions):
+            self._sends_left = self.random.choice([0, 1, 2])
+        for action in actions:
+            if self.trace is not None and not isinstance(action, StepCommitted):
+                self.trace(f"         -> {action}")
+            self.carry_out(action, controller)
+        if self._sends_left is not None:
+            self._die_deciding, self._deaf = False, True
+            self._controller_gone()
+
+    def die_deciding(self) -> None:
+        """The controller dies with half of its next orders given; what it put on record stays."""
+        self._die_deciding = True
+
+    def sleep_controller(self, seconds: float) -> None:
+        """The controller is not scheduled for a while; what is said to it meanwhile it hears when it wakes."""
+        self._asleep_until = max(self._asleep_until, self.now + seconds)
+
+    def _may_send(self) -> bool:
+        if self._sends_left is None:
+            return True
+        self._sends_left -= 1
+        return self._sends_left >= 0
+
+    def carry_out(self, action: Action, controller: Controller) -> None:
+        match action:
+            case Record(kind, fields):
+                named = {("incident" if key == "kind" else key): value for key, value in fields.items()}
+                self.records.append({"time": self.now, "kind": kind, **named})
+            case StepCommitted(report):
+                assert report.step == len(self.steps), f"step {report.step} put on record after {len(self.steps)} steps"
+                self.steps.append(report)
+            case Rollback(committed):
+                self._check_rollback(committed, controller)
+                self.rollbacks.append(len(self.steps) - committed)
+                del self.steps[committed:]
+            case RequestWorker(worker):
+                assert worker not in self.workers, f"{worker} is asked for twice"
+                if not self._may_send():
+                    return
+                self._watched.add(worker)
+                self._pending.append(worker)
+                self.after(self.jitter(), self.place)
+            case ReleaseWorker(worker) | KillWorker(worker):
+                if worker in self.workers:
+                    self.workers[worker].doomed = True
+                if not self._may_send():
+                    return
+                self.dealt_with.add(worker)
+                if worker in self._pending:
+                    self._pending.remove(worker)
+                elif worker in self.workers:
+                    process = self.workers[worker]
+                    slow = isinstance(action, ReleaseWorker) and process.hung
+                    self.after(5.0 if slow else 0.05, lambda: self.end(process, "left", news_s=0.1))
+            case StartGeneration(generation):
+                known = self.generations.setdefault(generation.number, generation)
+                assert known is generation, f"generation {generation.number} is made twice"
+                for member in generation.members:
+                    self._send(member.worker, action)
+            case Interrupt(workers) | Pause(workers) | Finalize(workers):
+                if isinstance(action, Finalize) and self.random.random() < self.cruel_end:
+                    self._disturb_the_end(workers)
+                for index, worker in enumerate(workers):
+                    order = Finalize((worker,), action.save and index == 0) if isinstance(action, Finalize) else action
+                    self._send(worker, order)
+            case Finish(status, reason, digest):
+                self.outcome = Outcome(status, reason, digest, self.now)
+
+    def _send(self, worker: WorkerId, action: Action) -> None:
+        """Orders reach each worker in order, but not all workers at the same time, and also after their sender died."""
+        if not self._may_send():
+            return
+        epoch = self._epoch
+        at = max(self._channel_free[worker], self.now + self.delay())
+        self._channel_free[worker] = at
+        target = self.workers[worker]
+        self.after(at - self.now, lambda: target.take(action, epoch))
+
+    def _check_rollback(self, committed: int, controller: Controller) -> None:
+        for worker in self.workers.values():
+            if worker.running and worker.warm and not worker.doomed and worker.whole:
+                has = worker.committed + (worker.prepared and worker.committed + 1 == len(self.steps))
+                assert has <= committed, f"back to {committed}, but {worker.id} lives and has {has} (I2)"
+        for step, path in controller.checkpoints.items():
+            if step <= len(self.steps) and path in self.valid_checkpoints:
+                assert step <= committed, f"back to {committed}, but {path} is valid (I2)"
+
+    # -------------------------------------------------------------------------------- the cluster
+
+    def place(self) -> None:
+        """Gives waiting workers whatever room there is."""
+        for node in self.nodes:
+            if node.draining or node.gone:
+                continue
+            taken = sum(1 for worker in self.workers.values() if worker.alive and worker.node is node)
+            while taken < node.places and self._pending:
+                self._start(self._pending.pop(0), node)
+                taken += 1
+
+    def _start(self, worker_id: WorkerId, node: Node) -> None:
+        worker = self.workers[worker_id] = Worker(self, worker_id, node)
+        self.num_placed += 1
+        self.after(self.jitter(), lambda: self.handle(Placed(worker_id, node.name)))
+        if self.now < self.quiet_from and self.random.random() < self.start_failures:
+            self.after(self.random.uniform(0.1, 1.0), lambda: self.end(worker, "could not be built"))
+        else:
+            self.after(self.random.uniform(*self.start_s), lambda: self._warm(worker))
+
+    def _warm(self, worker: Worker) -> None:
+        if worker.alive:
+            worker.warm = True
+            worker.send(worker.ready())
+            self.after(self.random.uniform(0, HEARTBEAT_S), worker.beat)
+
+    def end(
+        self, worker: Worker, detail: str, *, node_lost: bool = False, quiet: bool = False, news_s: float | None = None
+    ) -> None:
+        """A process is gone; its controller hears of it after a while (unless `quiet`)."""
+        if not worker.alive:
+            return
+        worker.alive = False
+        room, worker.room = worker.room, None
+        if room is not None:
+            self.note_failure(worker, room)
+            room.breaks()
+        if news_s is None:
+            news_s = self.random.uniform(0.01, 0.3) if self.random.random() > self.slow_news else 4.0
+        if not quiet:
+            self.after(news_s, lambda: self._hear_of_death(Died(worker.id, detail, node_lost)))
+        self.after(0.05, self.place)
+
+    def _hear_of_death(self, event: Died) -> None:
+        if event.worker in self._watched:
+            self.handle(event)
+
+    def save_checkpoint(self, worker: Worker, committed: int) -> None:
+        path = f"step-{committed:08d}"
+
+        def saved() -> None:
+            if not worker.running:
+                return
+            if self.random.random() < 0.1:
+                worker.send(CheckpointSaved(worker.id, committed, "", error="disk full"))
+                return
+            self.checkpoints[committed] = path
+            self.valid_checkpoints.add(path)
+            worker.send(CheckpointSaved(worker.id, committed, path))
+
+        self.after(self.random.uniform(0.05, 0.5), saved)
+
+    def room(self, generation: Generation) -> Room:
+        key = (generation.epoch, generation.number)
+        if key not in self._rooms:
+            self._rooms[key] = Room(self, generation)
+        return self._rooms[key]
+
+    def digest_of(self, worker: Worker) -> str:
+        return str(worker.committed)
+
+    # -------------------------------------------------------------------------------- faults
+
+    def note_failure(self, worker: Worker, room: Room | None = None) -> None:
+        """A worker failed inside its generation: an incident is due."""
+        inside = room or worker.room
+        if inside is not None and not worker.doomed:
+            self.failures.append((worker.id, self.now, inside.generation.number))
+
+    def members(self) -> list[Worker]:
+        """Living workers inside a generation, by their own account."""
+        return [worker for worker in self.workers.values() if worker.running and worker.room is not None]
+
+    def kill(self, worker: Worker, *, node_lost: bool = False) -> None:
+        self.end(worker, "SIGKILL", node_lost=node_lost)
+
+    def hang(self, worker: Worker) -> None:
+        if worker.running:
+            self.note_failure(worker)
+            worker.hung = True
+
+    def lose_node(self, node: Node) -> None:
+        node.gone = True
+        for worker in list(self.workers.values()):
+            if worker.alive and worker.node is node:
+                self.end(worker, "the node is gone", node_lost=True)
+
+    def drain(self, node: Node, seconds: float) -> None:
+        node.draining = True
+        workers = tuple(w.id for w in self.workers.values() if w.alive and w.node is node)
+        self.handle(Notice(workers, "spot", self.now + seconds))
+        self.after(seconds, lambda: self.lose_node(node))
+
+    def restore_capacity(self, places: int) -> None:
+        """Makes sure that so many workers fit."""
+        have = sum(node.places for node in self.nodes if not node.gone and not node.draining)
+        if have < places:
+            self.nodes.append(Node(f"late-{len(self.nodes)}", places - have))
+        self.place()
+
+    def announce_fault(self, worker: Worker) -> None:
+        """An injected fault is on record before it happens."""
+        self._num_faults += 1
+        self.handle(FaultFired(worker.id, self._num_faults, self.now))
+
+    def _disturb_the_end(self, workers: tuple[WorkerId, ...]) -> None:
+        self.cruel_end /= 2
+        self.num_disturbances += 1
+        kind = self.random.choice(["all die", "one dies", "one hangs", "one is mute"])
+        for worker in workers if kind == "all die" else workers[:1]:
+            process = self.workers[worker]
+            match kind:
+                case "all die" | "one dies":
+                    self.after(self.jitter(), lambda process=process: self.kill(process))
+                case "one hangs":
+                    self.hang(process)
+                case "one is mute":
+                    process.mute = True
+
+    def resize(self, workers: int) -> None:
+        self.handle(Resize(workers))
+
+    def stop(self) -> None:
+        self.handle(Stop("stop requested"))
+
+    @property
+    def training(self) -> bool:
+        return self.controller is not None and self.controller.state is RunState.RUNNING
