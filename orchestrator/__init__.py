@@ -1,8 +1,8 @@
 """Elastic training on Ray: the result is a function of the job file, not of the cluster's luck.
 
-    from orchestrator import Job, run
+from orchestrator import Job, run
 
-    result = run(Job.load("examples/quickstart.yaml"))
+result = run(Job.load("examples/quickstart.yaml"))
 """
 
 from __future__ import annotations

@@ -62,9 +62,7 @@ def run(
 
     from orchestrator.cluster.driver import drive
 
-    return _result(
-        drive(job, directory, local_nodes=local_nodes, on_update=on_update, on_note=on_note), directory
-    )
+    return _result(drive(job, directory, local_nodes=local_nodes, on_update=on_update, on_note=on_note), directory)
 
 
 def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:

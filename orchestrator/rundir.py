@@ -1,10 +1,10 @@
 """The run directory: everything a run leaves behind, and the only state a restarted controller needs.
 
-    job.yaml             the job file as given          events.jsonl    one record per thing that happened
-    job.resolved.json    with all defaults              metrics.jsonl   one record per committed step
-    environment.json     versions, machine, data        result.json     written when the run ends
-    checkpoints/         step-00000120/ ...             control/        requests of `orchestrator resize` and `stop`
-    logs/                                               .epoch-*        one per controller there ever was (fencing)
+job.yaml             the job file as given          events.jsonl    one record per thing that happened
+job.resolved.json    with all defaults              metrics.jsonl   one record per committed step
+environment.json     versions, machine, data        result.json     written when the run ends
+checkpoints/         step-00000120/ ...             control/        requests of `orchestrator resize` and `stop`
+logs/                                               .epoch-*        one per controller there ever was (fencing)
 """
 
 from __future__ import annotations

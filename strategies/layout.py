@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,12 +61,12 @@ def deal(virtual_workers: int, speeds: Sequence[float]) -> tuple[tuple[int, ...]
     if not any(speed > 0 for speed in speeds):
         raise ValueError(f"no rank can take work: speeds {list(speeds)}")
     counts = [0] * len(speeds)
+    finish = [(1 / speed, rank) for rank, speed in enumerate(speeds) if speed > 0]
+    heapq.heapify(finish)
     for _ in range(virtual_workers):
-        rank = min(
-            (rank for rank, speed in enumerate(speeds) if speed > 0),
-            key=lambda rank: ((counts[rank] + 1) / speeds[rank], rank),
-        )
+        rank = finish[0][1]
         counts[rank] += 1
+        heapq.heapreplace(finish, ((counts[rank] + 1) / speeds[rank], rank))
     assignment: list[tuple[int, ...]] = []
     start = 0
     for count in counts:

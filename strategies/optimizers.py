@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What the job asks of the optimizer. `betas`, `eps`: Kingma & Ba 2015; `weight_decay`: Loshchilov & Hutter 2019."""
+    """What the job asks of the optimizer (AdamW: Loshchilov & Hutter 2019)."""
 
     name: str = "adamw"
     lr: float = 3e-4

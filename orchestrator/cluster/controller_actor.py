@@ -6,6 +6,7 @@ and restarted at any time: the workers train on, and its successor finds them by
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -28,6 +29,7 @@ from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
 from orchestrator.checkpoint.names import find as find_checkpoints
 from orchestrator.cluster.placement import NAMESPACE, WorkerHandle, raylet_is_gone, refuses_connections, worker_name
+from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Abort,
@@ -48,6 +50,7 @@ from orchestrator.controller.protocol import (
     Rollback,
     Start,
     StartGeneration,
+    StepCommitted,
     Stop,
     TakeOver,
     Tick,
@@ -56,7 +59,7 @@ from orchestrator.controller.views import ControllerConfig, WorkerState
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
-from orchestrator.messages import FaultFired, Heartbeat, Reply, Status, StepReport, WorkerId
+from orchestrator.messages import FaultFired, Reply, Status, StepReport, WorkerId
 from orchestrator.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -99,7 +102,7 @@ class ControllerActor:
             self._metrics.on_event(event["kind"], event)
         for record in past_steps:
             self._metrics.on_step(record)
-        self._machine = Controller(
+        self._machine = Controller.resumed(
             ControllerConfig(
                 total_steps=job.train.steps,
                 virtual_workers=job.elastic.virtual_workers,
@@ -114,10 +117,8 @@ class ControllerActor:
                 max_failures_per_step=job.elastic.max_failures_per_step,
                 epoch=self._epoch,
             ),
+            History.read(past_events, past_steps),
             checkpoints={step: str(path) for step, path in find_checkpoints(self._checkpoint_dir)},
-            committed=self._recorded,
-            generation=max((g["generation"] for g in self._generations), default=-1),
-            fired_faults=[e["fault"] for e in past_events if e["kind"] == "fault_injected"],
         )
         self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
@@ -137,6 +138,10 @@ class ControllerActor:
     async def report(self, message: Any) -> Reply:
         """A worker's message; answered at once, handled in order."""
         self._queue.put((message, time.time()))
+        if isinstance(message, FaultFired):
+            # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
+            while message.index not in self._machine.fired_faults and self._result is None:
+                await asyncio.sleep(0.001)
         return Reply(recorded=self._recorded, epoch=self._epoch, shutdown=self._result is not None)
 
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
@@ -258,22 +263,17 @@ class ControllerActor:
     def _dispatch(self, event: Event, at: float) -> None:
         if self._result is not None:
             return
-        reports: tuple[StepReport, ...] = getattr(event, "reports", ())
         if isinstance(event, FaultFired):
             self._before_fault(event)
         for action in self._machine.handle(event, at):
             self._carry_out(action)
-        for report in reports:
-            self._take_step(report)
         if isinstance(event, FaultFired):
             self._after_fault(event)
-        elif not isinstance(event, Heartbeat | Tick):
+        elif isinstance(event, Tick):
             self._count_world()
 
     def _take_step(self, report: StepReport) -> None:
-        """Puts a committed step on record, in order and once."""
-        if report.step != self._recorded:
-            return
+        """Puts a committed step on record."""
         record = asdict(report)
         self._steps_file.append(record)
         self._recorded += 1
@@ -285,6 +285,8 @@ class ControllerActor:
         match action:
             case Record():
                 self._record(action.kind, action.fields)
+            case StepCommitted():
+                self._take_step(action.report)
             case RequestWorker():
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me, frozenset(self._notices)

@@ -61,7 +61,7 @@ class History:
                 self.members = {WorkerId(w["worker"], w["incarnation"]) for w in event["workers"]}
                 book = IncidentBook(self.incidents)
                 book.charge(event["steps_lost"])
-                book.answered(event["generation"], event["source"])
+                book.answered(event["generation"], event["source"], event["start_step"])
             case "recovery":
                 key = (event["incident"], event["worker"], event["at"])
                 self.incidents = [i for i in self.incidents if (i.kind, i.worker and i.worker.slot, i.at) != key]

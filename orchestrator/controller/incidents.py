@@ -107,9 +107,12 @@ class IncidentBook:
             failures[-1].steps_lost += steps
         return bool(failures)
 
-    def answered(self, generation: int, source: str) -> None:
-        """A new generation was formed: the first step it commits is the recovery of all that is open."""
+    def answered(self, generation: int, source: str, start: int) -> None:
+        """A generation was formed that runs from step `start`: the first step it commits is the recovery of all that is
+        open. What came since the last one happened in that step, whatever of it was on record by then."""
         for incident in self.open:
+            if incident.generation is None and not incident.steps_lost:
+                incident.step = start
             incident.generation = generation
             if source == "checkpoint":
                 incident.source = source

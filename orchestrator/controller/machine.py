@@ -325,10 +325,7 @@ class Controller:
             cause = "exception"
         match cause:
             case "exception":
-                self._worker_lost(
-                    view, "crash", f"worker {event.worker.slot} raised: {event.detail}", event.at or None, now,
-                    weight=1.0, kill=f"its step raised: {event.detail}",
-                )  # fmt: skip
+                self._step_raised(view, event, now)
             case "restore":
                 self._bad_checkpoint(event)
                 self._settle(now, interrupt=True)
@@ -336,6 +333,19 @@ class Controller:
                 self._settle(now, interrupt=True)
             case "pause" | "complete":
                 self._settle(now, interrupt=False)
+
+    def _step_raised(self, view: WorkerView, event: Left, now: float) -> None:
+        """An exception changes no state: who alone holds it tries again, others are replaced."""
+        cause = f"worker {event.worker.slot} raised: {event.detail}"
+        others = [v for v in self._members.values() if v is not view and v.alive and not v.torn]
+        if others or view.torn:
+            self._worker_lost(
+                view, "crash", cause, event.at or None, now, weight=1.0, kill=f"its step raised: {event.detail}"
+            )
+            return
+        self._incident("crash", cause, view, event.at or None, now)
+        self._settle(now, interrupt=True)
+        self._count_failure(cause, 1.0)
 
     def _died(self, event: Died, now: float) -> None:
         view = self.workers.get(event.worker)
@@ -350,11 +360,29 @@ class Controller:
                  "node_lost": event.node_lost, "detail": event.detail},
             )
         )  # fmt: skip
-        kind = "node" if event.node_lost else "drain" if view.draining else "kill"
-        what = f"the node of worker {slot} was lost" if event.node_lost else f"worker {slot} died: {event.detail}"
+        if event.node_lost and view.node:
+            self._node_lost(view, now)
+            return
+        kind = "drain" if view.draining else "kill"
+        what = f"worker {slot} died: {event.detail}"
         self._worker_lost(view, kind, what, None, now, weight=0.0 if kind == "drain" else 1 / 4)
         if was in (WorkerState.REQUESTED, WorkerState.STARTING) and kind == "kill":
             self._start_failed(event.detail, now)
+        self._fill(now)
+        self._conclude(now)
+
+    def _node_lost(self, view: WorkerView, now: float) -> None:
+        """Everything on the node of `view` went at once: one incident, however many workers it took."""
+        victims = [view] + [v for v in self._alive.values() if v.node == view.node and v is not view]
+        counted = [v for v in victims if v.worker in self._members or self._is_last_holder(v)]
+        slots = ", ".join(str(v.worker.slot) for v in sorted(counted or victims, key=lambda v: v.worker))
+        # The worker whose fault it was, if one was injected, knows the true time.
+        victims.sort(key=lambda v: (v.worker not in self._members, v.fault_at is None, v.worker))
+        for number, victim in enumerate(victims):
+            self._worker_lost(
+                victim, "node", f"the node of worker {slots} was lost", None, now,
+                kill=None if victim is view else "its node was lost", quiet=number > 0,
+            )  # fmt: skip
         self._fill(now)
         self._conclude(now)
 
@@ -557,13 +585,14 @@ class Controller:
         *,
         weight: float = 1 / 4,
         kill: str | None = None,
+        quiet: bool = False,
     ) -> None:
         """A warm worker is gone, or with `kill` is ended here; `weight` says how likely its step is to blame.
 
-        Losing a member is an incident, and so is losing the last holder of the state. Callers `_conclude` when they are
-        through with all they lost.
+        Losing a member is an incident, and so is losing the last holder of the state, unless `quiet`: it is part of
+        one that is told already. Callers `_conclude` when they are through with all they lost.
         """
-        incident = view.worker in self._members or self._is_last_holder(view)
+        incident = not quiet and (view.worker in self._members or self._is_last_holder(view))
         inside = view.worker in self._inside or (view.left is not None and view.left.cause == "exception")
         if kill is None:
             self._gone(view)
@@ -765,7 +794,7 @@ class Controller:
             restore=restore,
             fired_faults=tuple(sorted(self.fired_faults)),
         )
-        self._book.answered(self.last_number, source)
+        self._book.answered(self.last_number, source, start)
         self._enter(plan.members, sources, now)
         self._out += [
             Record(
@@ -845,7 +874,9 @@ class Controller:
         """Asks for the workers that are missing and releases those that are too many."""
         if self._stop is not None or self.state in (RunState.FINALIZING, RunState.OVER):
             return
-        wanted = self.target + self.config.standby
+        # The first generation does not share its start-up with workers that would only wait.
+        standby = self.config.standby if self.generation is not None and self.state is not RunState.FORMING else 0
+        wanted = self.target + standby
         staying = [view for view in self._alive.values() if not view.draining]
         missing = wanted - len(staying)
         if missing > 0 and now >= self._next_request_at:

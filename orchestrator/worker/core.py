@@ -95,6 +95,7 @@ class Worker:
         self._interrupted = -1
         self._pause_wanted = -1
         self._epoch = -1
+        self._accepted = -1
         self._over = False
         self.committed = 0
         self._phase, self._phase_step = "idle", 0
@@ -126,10 +127,9 @@ class Worker:
     def join(self, generation: Generation) -> None:
         """Takes a place in `generation`, unless a newer one or a newer controller is known already."""
         with self._lock:
-            newest = -1 if self._generation is None else self._generation.number
-            if generation.epoch < self._epoch or generation.number <= newest:
+            if generation.epoch < self._epoch or generation.number <= self._accepted:
                 return
-            self._epoch = generation.epoch
+            self._epoch, self._accepted = generation.epoch, generation.number
         self._commands.put((self._run_generation, (generation,)))
 
     def interrupt(self, generation: int, epoch: int) -> None:

@@ -166,6 +166,18 @@ class Worker:
     def running(self) -> bool:
         return self.alive and not self.hung
 
+    @property
+    def in_doubt(self) -> bool:
+        """Told to take over another's state, and out again before it had joined: from what it says nobody can know
+        whether its own (older) state has been touched."""
+        generation = self.generation
+        if generation is None or self.joined:
+            return False
+        return generation.restore is not None or generation.rank_of(self.id) not in (
+            *generation.holders,
+            *generation.roll_forward,
+        )
+
     # -------------------------------------------------------------------------------- commands
 
     def take(self, command: Action, epoch: int) -> None:
@@ -578,7 +590,7 @@ class World:
 
     def _check_rollback(self, committed: int, controller: Controller) -> None:
         for worker in self.workers.values():
-            if worker.running and worker.warm and not worker.doomed and worker.whole:
+            if worker.running and worker.warm and not worker.doomed and worker.whole and not worker.in_doubt:
                 has = worker.committed + (worker.prepared and worker.committed + 1 == len(self.steps))
                 assert has <= committed, f"back to {committed}, but {worker.id} lives and has {has} (I2)"
         for step, path in controller.checkpoints.items():

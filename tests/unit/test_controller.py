@@ -132,10 +132,13 @@ class Stage:
 
     def running(self, *workers: WorkerId) -> Stage:
         """A run that trains with these workers."""
+        first = workers[: self.controller.target]
         self.tell(Start())
-        self.ready(*workers)
-        self.wait(5.0, *workers)
+        self.ready(*first)
+        self.wait(5.0, *first)
         self.join()
+        self.wait(0.5, *first)
+        self.ready(*workers[len(first) :])
         assert self.controller.state is RunState.RUNNING
         return self
 
@@ -665,26 +668,30 @@ def test_an_exception_ends_its_worker_only() -> None:
     assert stage.recorded("incident")[0]["incident"] == "crash"
 
 
-def test_an_exception_of_the_only_worker_does_not_end_the_run() -> None:
+def test_an_exception_of_the_only_holder_costs_no_step_it_tries_again() -> None:
     stage = Stage(max_workers=1).running(W0)
     stage.train(2)
-    stage.leave(W0, "exception", detail="RuntimeError: bad luck")
-    assert stage.controller.state is RunState.WAITING
-    the(StartGeneration, stage.wait(1.0) + stage.ready(WorkerId(0, 1)))
+    start = the(StartGeneration, stage.leave(W0, "exception", detail="RuntimeError: bad luck"))
+    assert (start.generation.committed, start.generation.holders) == (2, (0,))
+    assert stage.members == [W0]
+    assert of(KillWorker, stage.told) == []
+    stage.join()
+    stage.train(1)
+    [recovery] = stage.recorded("recovery")
+    assert (recovery["kind"], recovery["worker"], recovery["step"], recovery["steps_lost"]) == ("crash", 0, 2, 0)
 
 
 def test_a_step_that_always_raises_ends_the_run_with_its_reason() -> None:
     stage = Stage(max_workers=1, max_failures_per_step=3).running(W0)
-    for incarnation in range(1, 4):
+    for times in range(1, 4):
         decided = stage.leave(stage.members[0], "exception", detail="IndexError: token 300 of 256")
         if of(Finish, decided):
             break
-        stage.ready(WorkerId(0, incarnation))
         stage.join()
     finish = the(Finish, stage.told)
     assert finish.status == "failed"
     assert finish.reason == "step 0 failed 3 times, last: worker 0 raised: IndexError: token 300 of 256"
-    assert incarnation == 3
+    assert times == 3
 
 
 def test_deaths_do_not_make_the_next_exception_fatal() -> None:

@@ -56,9 +56,7 @@ def test_every_small_size_is_a_bijection() -> None:
 
 @settings(print_blob=True, deadline=None)
 @given(size=st.integers(2**40, 2**62 - 1), key=st.integers(0, 2**64 - 1), start=st.integers(0, 2**40 - 2000))
-def test_permutation_of_a_large_range_stays_in_range_and_collides_never(
-    size: int, key: int, start: int
-) -> None:
+def test_permutation_of_a_large_range_stays_in_range_and_collides_never(size: int, key: int, start: int) -> None:
     ids = permute(np.arange(start, start + 1000), size, key)
     assert ids.min() >= 0
     assert ids.max() < size
@@ -576,9 +574,7 @@ def test_cache_that_cannot_be_written_is_named(corpus: Path, tmp_path: Path) -> 
         prepare(source=str(corpus), tokenizer="bytes", cache=str(tmp_path / "cache"))
 
 
-def test_default_cache_follows_the_environment(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_cache_follows_the_environment(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     store = prepare(source=str(corpus), tokenizer="bytes")
     assert store.directory.parent == tmp_path / "xdg" / "elastic-orchestrator"
@@ -775,9 +771,7 @@ def test_audit_rejects_another_jobs_run_and_a_broken_line(tmp_path: Path) -> Non
         audit(tmp_path / "none.jsonl", **JOB)
 
 
-def test_audit_counts_ids_rather_than_trusting_the_sampler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_audit_counts_ids_rather_than_trusting_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the permutation not one, ledger and sampler would still agree; the count of ids must not."""
     honest = Sampler._epoch_ids
 

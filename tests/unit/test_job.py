@@ -110,9 +110,7 @@ def test_only_true_and_false_are_booleans() -> None:
     assert Job.loads(MINIMAL + "  compile: true").train.compile is True
     line = refused(MINIMAL + "  compile: on")
     assert line == "j:7:12 train.compile: must be true or false, got the string 'on'"
-    text = MINIMAL.replace(
-        "llama", "llama, a: yes, b: 0123, c: 1:30, d: 2020-01-01, e: 0x10, f: ~, g: !!str 5"
-    )
+    text = MINIMAL.replace("llama", "llama, a: yes, b: 0123, c: 1:30, d: 2020-01-01, e: 0x10, f: ~, g: !!str 5")
     assert Job.loads(text).model.hf == {
         "model_type": "llama",
         "a": "yes",
@@ -398,9 +396,7 @@ def test_a_fault_that_never_comes() -> None:
 
 
 def test_file_first_then_options_in_order() -> None:
-    lines = problems(
-        MINIMAL + "zzz: 1\n", overrides=("b=1", "train.seed=x"), faults=("step=1,worker=-1,kind=kill",)
-    )
+    lines = problems(MINIMAL + "zzz: 1\n", overrides=("b=1", "train.seed=x"), faults=("step=1,worker=-1,kind=kill",))
     assert [line.split(":")[0] for line in lines] == [
         "j",
         "--set b=1",
