@@ -480,6 +480,8 @@ class ControllerActor:
         self._directory.write_json("result.json", result)
         for handle in list(self._handles.values()):
             handle.kill()
+        # The run is nobody's any more: it may be gone on with from here.
+        os.close(self._lock)
         self._result = result
 
     def _go(self) -> None:

@@ -44,15 +44,20 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        previous = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.arm()
         try:
             yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+
+    def arm(self) -> None:
+        """Takes the signals; to be repeated after others may have taken them. Only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: Any) -> None:
         self.count += 1
@@ -74,6 +79,7 @@ def drive(
     """
     with Interruption().listening() as interruption, ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
+            interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             on_note("preparing the data")
             store = _prepare(job)
             data = _describe_data(job, store)
@@ -176,6 +182,10 @@ def _controller(directory: RunDirectory, spec: dict[str, Any]) -> Any:
             num_cpus=0,
             max_restarts=-1,
             max_concurrency=1000,
+            # With the driver, away from workers whose nodes come and go; anywhere else if that node is lost.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                node_id=ray.get_runtime_context().get_node_id(), soft=True
+            ),
         )
         .remote(spec)
     )

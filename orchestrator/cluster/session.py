@@ -6,17 +6,15 @@ import logging
 import math
 import os
 import shutil
-import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
+from orchestrator.cluster import reaper
 from orchestrator.cluster.placement import NAMESPACE
 from orchestrator.job import Job
 
@@ -55,10 +53,16 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
             ray.shutdown()
         return
     home = tempfile.mkdtemp(prefix="orchestrator-", dir="/tmp")
+    guard = reaper.start(home)
+    os.environ[reaper.MARK] = home
     try:
         with _own_cluster(job, local_nodes, home):
             yield True
     finally:
+        os.environ.pop(reaper.MARK, None)
+        reaper.end_session(home, patience_s=3.0, spare=frozenset({guard.pid}))
+        guard.kill()
+        guard.wait()
         _keep_logs(Path(home), logs)
         shutil.rmtree(home, ignore_errors=True)
 
@@ -100,14 +104,12 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         _hush()
         yield
     finally:
-        children = psutil.Process().children(recursive=True)
         with suppress(Exception):
             ray.shutdown()
         if cluster is not None:
             with suppress(Exception):
                 cluster.shutdown()
             os.environ.pop("RAY_TMPDIR", None)
-        _end(children)
 
 
 def _hush() -> None:
@@ -116,26 +118,6 @@ def _hush() -> None:
         import ray._private.worker as driver_side
 
         driver_side.print_to_stdstream = lambda *arguments, **options: None
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    """Makes sure that every process of our cluster is gone, also those that were stopped or left by their parents."""
-    deadline = time.monotonic() + 3.0
-    alive = [process for process in processes if _runs(process)]
-    while alive and time.monotonic() < deadline:
-        time.sleep(0.05)
-        alive = [process for process in alive if _runs(process)]
-    for process in alive:
-        with suppress(psutil.Error):
-            process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=5)
-
-
-def _runs(process: psutil.Process) -> bool:
-    # is_running compares the creation time too, so a number used again is not mistaken for ours.
-    with suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _keep_logs(home: Path, logs: Path) -> None:

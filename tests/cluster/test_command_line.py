@@ -17,6 +17,8 @@ from conftest import JOB, wait_for
 
 from monitoring.records import read_records
 
+FEW = ("--set", "train.schedule.warmup_steps=1")
+
 
 class CommandLine:
     """Starts `python -m orchestrator` and knows every process that came of it."""
@@ -154,9 +156,9 @@ def test_a_second_driver_for_the_same_run_directory_is_refused(command: CommandL
 
 
 def test_another_job_in_the_same_run_directory_is_refused(command: CommandLine) -> None:
-    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5")
+    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5", *FEW)
     assert first.wait(timeout=90) == 0
-    other = command.start("--set", "train.steps=5", "--set", "train.seed=8")
+    other = command.start("--set", "train.steps=5", *FEW, "--set", "train.seed=8")
     output, _ = other.communicate(timeout=60)
     assert other.returncode == 2
     assert "train.seed (7 there, 8 here)" in output

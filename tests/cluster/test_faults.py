@@ -145,7 +145,9 @@ def test_all_workers_lost_replays_from_the_newest_checkpoint(runner: Runner, und
         faults=("step=70,worker=0,kind=kill", "step=70,worker=1,kind=kill"),
     )
     assert_same_result(outcome, undisturbed)
-    assert max(r["steps_lost"] for r in outcome.result.recoveries) == 20
+    # Step 70 never ended; the last steps before it may have been committed and died before anybody heard of them.
+    assert 0 < sum(r["steps_lost"] for r in outcome.result.recoveries) <= 20
+    assert 50 in [g["start_step"] for g in outcome.result.generations]
     assert {r["source"] for r in outcome.result.recoveries if r["steps_lost"]} == {"checkpoint"}
 
 
@@ -174,12 +176,36 @@ def test_native_reduction_is_equal_within_rounding_and_says_so(runner: Runner, u
     assert math.isclose(outcome.result.final_loss, undisturbed.result.final_loss, rel_tol=1e-3)
 
 
-def test_a_step_that_always_fails_ends_the_run_with_its_reason(runner: Runner) -> None:
-    faults = tuple(f"step=5,worker={worker},kind=raise" for worker in range(4))
-    outcome = runner(faults=faults)
+BROKEN_MODEL = """
+import torch
+
+class Broken(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(320, 320)
+        self.calls = 0
+
+    def forward(self, input_ids):
+        self.calls += 1
+        if self.calls > 40:
+            raise RuntimeError("the forty-first batch breaks it")
+        return self.embedding(input_ids)
+
+def build():
+    return Broken()
+"""
+
+
+def test_a_step_that_always_fails_ends_the_run_with_its_reason(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_model.py").write_text(BROKEN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    outcome = runner("model={factory: 'broken_model:build'}", "elastic.workers.max=1")
     assert outcome.result.status == "failed"
-    assert "step 5 failed" in outcome.result.reason
-    assert "injected" in outcome.result.reason
+    assert "step 2 failed 3 times" in outcome.result.reason
+    assert "the forty-first batch breaks it" in outcome.result.reason
+    assert next(e["worker"] for e in outcome.events if e["kind"] == "incident") == 0
 
 
 def test_a_model_that_cannot_be_built_fails_at_once(runner: Runner) -> None:
