@@ -98,6 +98,8 @@ class StepEngine:
         self.pause_requested = False
         self.poison_step: int | None = None
         self.prepared_step: int | None = None
+        # True after an exception in the middle of an update: the state is then neither the old nor the new one.
+        self.applying = False
         self._pool: list[torch.Tensor] = []
         self._times: dict[str, float] = {}
         self._loss = torch.compile(self._micro_loss) if spec.compile else self._micro_loss
@@ -264,9 +266,11 @@ class StepEngine:
             norm = norm_of(block_squares(self.state.gradient, self.reducer.block))
         lr = self.spec.base_lr * self.spec.schedule.factor(step)
         if math.isfinite(norm):
+            self.applying = True
             if self.spec.clip_norm is not None and norm > self.spec.clip_norm:
                 self.state.gradient.mul_(self.spec.clip_norm / norm)
             self.state.apply(lr)
+            self.applying = False
         self.prepared_step = None
         self._leave()
         return lr

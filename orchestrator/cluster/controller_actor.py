@@ -264,6 +264,8 @@ class ControllerActor:
         if self._result is not None:
             return
         if isinstance(event, FaultFired):
+            if event.index in self._machine.fired_faults:
+                return  # Told again, because the answer was lost with the controller.
             self._before_fault(event)
         for action in self._machine.handle(event, at):
             self._carry_out(action)

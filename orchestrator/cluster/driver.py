@@ -182,13 +182,18 @@ def _controller(directory: RunDirectory, spec: dict[str, Any]) -> Any:
             num_cpus=0,
             max_restarts=-1,
             max_concurrency=1000,
-            # With the driver, away from workers whose nodes come and go; anywhere else if that node is lost.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                node_id=ray.get_runtime_context().get_node_id(), soft=True
-            ),
+            # On the head, away from workers whose nodes come and go; anywhere else if it must be.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=_head_node(), soft=True),
         )
         .remote(spec)
     )
+
+
+def _head_node() -> str:
+    for node in ray.nodes():
+        if node["Alive"] and "node:__internal_head__" in node["Resources"]:
+            return str(node["NodeID"])
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _follow(controller: Any, directory: RunDirectory, interruption: Interruption, on_update: Update) -> dict[str, Any]:

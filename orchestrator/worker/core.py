@@ -223,6 +223,8 @@ class Worker:
         except Exception as error:
             log.exception("worker %s failed in generation %d", self.worker, generation.number)
             cause, detail = "exception", f"{type(error).__name__}: {error}"
+            if self.engine.applying:
+                self._tear()
         groups.drop()
         self._phase = "idle"
         with self._lock:
@@ -269,6 +271,8 @@ class Worker:
         holders = set(generation.holders) | set(generation.roll_forward)
         if generation.restore is not None:
             holders = {0}
+            # Reading a checkpoint takes as long as it takes; the controller is told, and does not call it stuck.
+            self._phase = "restore"
             if rank == 0:
                 saved = checkpoints.load(Path(generation.restore))
                 self._tear()
@@ -288,7 +292,7 @@ class Worker:
         except StateCorrupt as error:
             raise PeerLost(str(error)) from error
         self.state.updates = updates
-        self.committed, self._is_torn = generation.committed, False
+        self.committed, self._is_torn, self.engine.applying = generation.committed, False, False
         return moved
 
     def _tear(self) -> None:

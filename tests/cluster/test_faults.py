@@ -132,6 +132,39 @@ def test_resizes_while_it_runs(runner: Runner, undisturbed: Outcome) -> None:
     assert all(r["steps_lost"] == 0 for r in outcome.result.recoveries)
 
 
+def test_it_starts_with_what_there_is_and_grows_when_room_appears(runner: Runner, undisturbed: Outcome) -> None:
+    import ray
+
+    taken = ray.util.placement_group([{"CPU": 6}])
+    assert taken.wait(10)
+
+    def make_room(directory: RunDirectory) -> None:
+        wait_for(lambda: steps_done(directory) >= 10, what="step 10")
+        ray.util.remove_placement_group(taken)
+
+    outcome = runner("train.steps=400", "train.schedule.name=constant", meanwhile=make_room)
+    assert outcome.result.status == "finished", outcome.result.reason
+    sizes = [len(g["workers"]) for g in outcome.result.generations]
+    assert sizes[0] == 2
+    assert sizes[-1] == 4
+    assert_nothing_lost(outcome, gone=set())
+    assert {r["kind"] for r in outcome.result.recoveries} == {"grow"}
+    first = undisturbed.steps[: undisturbed.result.steps]
+    assert [s["samples"] for s in outcome.steps[:120]] == [s["samples"] for s in first]
+
+
+def test_bf16_and_a_factory_model_are_as_reproducible(runner: Runner) -> None:
+    settings = (
+        "model={factory: 'examples.tiny_gpt:build', args: {vocab_size: 320, hidden_size: 32, layers: 2, heads: 2, "
+        "dropout: 0.1}}",
+        "train.precision=bf16",
+        "train.steps=60",
+    )
+    alone = runner(*settings, "elastic.workers.max=1")
+    disturbed = runner(*settings, faults=("step=20,worker=1,kind=kill",))
+    assert_same_result(disturbed, alone)
+
+
 def test_below_min_the_run_waits_and_goes_on(runner: Runner, undisturbed: Outcome) -> None:
     outcome = runner("elastic.workers.min=2", "elastic.workers.max=2", faults=("step=40,worker=1,kind=kill",))
     assert_same_result(outcome, undisturbed)
