@@ -153,8 +153,12 @@ class ControllerActor:
     async def stop(self, reason: str) -> None:
         self._queue.put((Stop(reason), time.time()))
 
-    async def snapshot(self) -> dict[str, Any]:
-        """The run at a glance, for displays."""
+    async def snapshot(self, wait_s: float = 0.0) -> dict[str, Any]:
+        """The run at a glance, for displays; after `wait_s`, or as soon as the run is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while self._result is None:
+                    await asyncio.sleep(0.25)
         machine = self._machine
         states = [view.state for view in list(machine.workers.values())]
         generation = machine.generation

@@ -29,7 +29,7 @@ _PARALLEL_BYTES = 64 << 20
 """Below this much text, tokenising here is faster than starting Ray workers for it."""
 
 CONTROLLER_SILENCE_S = 90.0
-POLL_S = 0.4
+POLL_S = 0.8
 """How often the display is brought up to date; what it shows is read from the run directory."""
 
 Update = Callable[[dict[str, Any]], None]
@@ -206,7 +206,7 @@ def _follow(controller: Any, directory: RunDirectory, interruption: Interruption
             if interruption.count > stops_sent:
                 controller.stop.remote(interruption.name)
                 stops_sent = interruption.count
-            snapshot = ray.get(controller.snapshot.remote(), timeout=5.0)
+            snapshot = ray.get(controller.snapshot.remote(0.0 if interruption.count else POLL_S), timeout=5.0)
             heard = time.monotonic()
             on_update(snapshot)
             if snapshot["over"]:
@@ -222,7 +222,9 @@ def _follow(controller: Any, directory: RunDirectory, interruption: Interruption
             # Restarting, most likely; the workers train on meanwhile.
             if time.monotonic() - heard > CONTROLLER_SILENCE_S:
                 raise ClusterError(f"the controller has not answered for {CONTROLLER_SILENCE_S:.0f} s") from None
-        time.sleep(POLL_S)
+            time.sleep(0.1)
+        if interruption.count:
+            time.sleep(0.1)
 
 
 def _cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:

@@ -22,6 +22,16 @@ _OBJECT_STORE_BYTES = 128 << 20
 """Nothing large goes through the object store here; the smallest useful one spares shared memory."""
 
 
+_FRUGAL = {
+    # Task histories and statistics that nobody looks at would cost a share of every step on a small machine.
+    "task_events_report_interval_ms": 0,
+    "enable_metrics_collection": False,
+    "event_stats": False,
+    "memory_monitor_refresh_ms": 0,
+    "raylet_report_resources_period_milliseconds": 500,
+}
+
+
 class ClusterError(RuntimeError):
     """Ray cannot be reached or started; says what to do."""
 
@@ -74,7 +84,11 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
     # One place more than the job can fill: a replacement starts beside the worker it replaces.
     places = job.elastic.workers.max + job.elastic.standby + 1
     needed = math.ceil(places * job.resources.cpu)
-    quiet: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    quiet: dict[str, Any] = {
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_system_config": _FRUGAL,
+    }
     cluster: Any = None
     try:
         if local_nodes:

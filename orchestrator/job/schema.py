@@ -192,7 +192,7 @@ class Elastic(_Section):
     """Started workers kept ready beside the running ones."""
     state_copies: PositiveInt = 2
     """Living holders of every chunk of state, in different failure domains."""
-    heartbeat_interval_s: PositiveFloat = 0.5
+    heartbeat_interval_s: PositiveFloat = 1.0
     heartbeat_timeout_s: PositiveFloat = 3.0
     progress_timeout_s: PositiveFloat = 60.0
     start_timeout_s: PositiveFloat = 300.0
