@@ -90,6 +90,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         "_system_config": _FRUGAL,
     }
     cluster: Any = None
+    _without_log_monitor()
     try:
         if local_nodes:
             from ray.cluster_utils import Cluster
@@ -124,6 +125,14 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             with suppress(Exception):
                 cluster.shutdown()
             os.environ.pop("RAY_TMPDIR", None)
+
+
+def _without_log_monitor() -> None:
+    """The log monitor reads every log ten times a second to forward what nobody asked for (`log_to_driver` is off)."""
+    with suppress(Exception):
+        from ray._private.node import Node
+
+        Node.start_log_monitor = lambda self: None  # type: ignore[method-assign]
 
 
 def _hush() -> None:

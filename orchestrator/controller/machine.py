@@ -111,6 +111,7 @@ class Controller:
         self._finalize_asked: tuple[WorkerId, ...] = ()
         self._finalizing_since = 0.0
         self._start_failures = 0
+        self._has_run = False
         self._next_request_at = 0.0
         self._out: list[Action] = []
 
@@ -273,6 +274,11 @@ class Controller:
         if event.committed > view.committed:
             view.committed = event.committed
             self._progress_at = now
+            if self.generation.members[0].worker == event.worker:
+                # No step is committed without every member, so rank 0 speaks for all; others may keep quiet.
+                for worker in self._inside:
+                    member = self._members[worker]
+                    member.last_heard = now
         if view.fault_at is not None:
             # Whoever commits another step has outlived its fault; a later trouble is measured from its own time.
             if view.fault_committed is None:
@@ -299,7 +305,7 @@ class Controller:
     def _run(self, now: float) -> None:
         """All members have joined."""
         assert self.generation is not None
-        self.state = RunState.RUNNING
+        self.state, self._has_run = RunState.RUNNING, True
         self._progress_at = now
         self._out.append(Record("generation_running", {"generation": self.generation.number}))
         if self._stop is not None:
@@ -875,8 +881,7 @@ class Controller:
         if self._stop is not None or self.state in (RunState.FINALIZING, RunState.OVER):
             return
         # The first generation does not share its start-up with workers that would only wait.
-        standby = self.config.standby if self.generation is not None and self.state is not RunState.FORMING else 0
-        wanted = self.target + standby
+        wanted = self.target + (self.config.standby if self._has_run else 0)
         staying = [view for view in self._alive.values() if not view.draining]
         missing = wanted - len(staying)
         if missing > 0 and now >= self._next_request_at:
@@ -987,7 +992,7 @@ class Controller:
 
     def _retake(self, current: Generation, statuses: Mapping[WorkerId, Status], now: float) -> bool:
         """Takes the members of the newest generation for what they say they are; True when the generation may go on."""
-        self.state, self._progress_at = RunState.RUNNING, now
+        self.state, self._progress_at, self._has_run = RunState.RUNNING, now, True
         lefts: list[Left] = []
         missing: list[WorkerView] = []
         unaware: list[WorkerView] = []

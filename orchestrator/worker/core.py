@@ -98,6 +98,7 @@ class Worker:
         self._accepted = -1
         self._over = False
         self.committed = 0
+        self._spoken = 0
         self._phase, self._phase_step = "idle", 0
         self._saver: threading.Thread | None = None
 
@@ -410,6 +411,9 @@ class Worker:
                 if not self._outbox:
                     self._wake.wait(timeout=max(0.0, next_heartbeat - time.monotonic()))
                 entry = self._outbox[0] if self._outbox else None
+            if entry is None and self._is_spoken_for(answered):
+                next_heartbeat = time.monotonic() + interval
+                continue
             message = entry[0] if entry is not None else self._heartbeat()
             try:
                 reply = self._report(message)
@@ -431,6 +435,19 @@ class Worker:
             if now - answered > self.job.elastic.lease_s:
                 self._over = True
                 self._on_orphaned()
+
+    def _is_spoken_for(self, answered: float) -> bool:
+        """Whether a heartbeat would say nothing that rank 0's does not: a step was committed since the last one, and no
+        step is committed without every member. The controller's answers are needed now and then all the same."""
+        generation = self._generation
+        moved, self._spoken = self.committed > self._spoken, self.committed
+        return (
+            moved
+            and generation is not None
+            and self._left is None
+            and generation.members[0].worker != self.worker
+            and time.monotonic() - answered < self.job.elastic.lease_s / 4
+        )
 
     def _heartbeat(self) -> Heartbeat:
         generation = self._generation

@@ -496,12 +496,6 @@ def vote_by_pairs(step: int, victim: int, lucky: int, worker: Any) -> None:
     worker.engine.bind = bind_and_replace
 
 
-def start_late(slot: int, directory: Path, worker: Any) -> None:
-    """Worker `slot` is not ready before the first generation is formed, so that it is the standby."""
-    while worker.worker.slot == slot and not (directory / "has-begun").exists():
-        time.sleep(0.005)
-
-
 def at_phase(phase: str, step: int, slot: int, action: Callable[[], None], worker: Any) -> None:
     """Runs `action` when worker `slot`, in its first incarnation, enters `phase` of `step`."""
     on_phase = worker.engine.on_phase
