@@ -273,6 +273,9 @@ class ControllerActor:
             self._before_fault(event)
         for action in self._machine.handle(event, at):
             self._carry_out(action)
+        if isinstance(event, Died) and (dead := self._handles.pop(event.worker, None)) is not None:
+            # Its place outlives it, and no other could have it.
+            threading.Thread(target=dead.kill, daemon=True).start()
         if isinstance(event, FaultFired):
             self._after_fault(event)
         elif isinstance(event, Tick):

@@ -153,6 +153,20 @@ def test_it_starts_with_what_there_is_and_grows_when_room_appears(runner: Runner
     assert [s["samples"] for s in outcome.steps[:120]] == [s["samples"] for s in first]
 
 
+def test_the_place_of_a_dead_worker_is_given_back(runner: Runner) -> None:
+    import ray
+
+    taken = ray.util.placement_group([{"CPU": 6}])
+    assert taken.wait(10)
+    faults = ("step=10,worker=1,kind=kill",)
+    try:
+        outcome = runner("elastic.workers.max=2", "train.steps=600", "train.schedule.name=constant", faults=faults)
+    finally:
+        ray.util.remove_placement_group(taken)
+    assert outcome.result.status == "finished", outcome.result.reason
+    assert [len(g["workers"]) for g in outcome.result.generations] == [2, 1, 2]
+
+
 def test_bf16_and_a_factory_model_are_as_reproducible(runner: Runner) -> None:
     settings = (
         "model={factory: 'examples.tiny_gpt:build', args: {vocab_size: 320, hidden_size: 32, layers: 2, heads: 2, "
