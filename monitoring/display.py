@@ -33,6 +33,7 @@ class Display:
         self._snapshot: dict[str, Any] = {}
         self._losses: deque[float] = deque(maxlen=60)
         self._last: dict[str, Any] = {}
+        self._workers = 0
         self._live: Live | None = None
         self._progress = Progress(
             TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"),
@@ -60,6 +61,8 @@ class Display:
         self._snapshot = snapshot or self._snapshot
         lines: list[tuple[float, str]] = []
         for event in self._events.new():
+            if event["kind"] == "generation":
+                self._workers = len(event["workers"])
             if (text := describe_event(event)) is not None:
                 lines.append((event["time"], text))
         for record in self._steps.new():
@@ -68,8 +71,7 @@ class Display:
                 self._losses.append(record["loss"])
             number = record["step"] + 1
             if self._live is None and (number % self._log_every == 0 or number == self._total):
-                workers = self._snapshot.get("workers", 0)
-                lines.append((record["committed_at"], describe_step(record, self._total, workers)))
+                lines.append((record["committed_at"], describe_step(record, self._total, self._workers)))
         for at, text in sorted(lines):
             self.console.print(f"[{self._clock(at)}] {text}", markup=False)
         if self._live is not None:
