@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster.controller_actor import ControllerActor
 from orchestrator.cluster.placement import NAMESPACE, controller_name
-from orchestrator.cluster.session import ClusterError, ray_session
+from orchestrator.cluster.session import HEAD, ClusterError, ray_session
 from orchestrator.data import TokenStore, prepare, resolve_files
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
@@ -94,7 +94,7 @@ def drive(
                 "session": uuid.uuid4().hex[:12],
             }
             on_note("starting workers")
-            controller = _controller(directory, spec)
+            controller = _controller(directory, spec, own)
             return _follow(controller, directory, interruption, on_update)
         finally:
             end_run(directory.run_id)
@@ -168,7 +168,7 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _controller(directory: RunDirectory, spec: dict[str, Any]) -> Any:
+def _controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -> Any:
     """The run's controller: the living one, or a new one."""
     name = controller_name(directory.run_id)
     with suppress(ValueError):
@@ -180,10 +180,11 @@ def _controller(directory: RunDirectory, spec: dict[str, Any]) -> Any:
             namespace=NAMESPACE,
             lifetime="detached",
             num_cpus=0,
+            resources={HEAD: 0.001} if own else None,
             max_restarts=-1,
             max_concurrency=1000,
             # On the head, away from workers whose nodes come and go; anywhere else if it must be.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=_head_node(), soft=True),
+            scheduling_strategy=("DEFAULT" if own else NodeAffinitySchedulingStrategy(node_id=_head_node(), soft=True)),
         )
         .remote(spec)
     )

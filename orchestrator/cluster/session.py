@@ -22,13 +22,16 @@ _OBJECT_STORE_BYTES = 128 << 20
 """Nothing large goes through the object store here; the smallest useful one spares shared memory."""
 
 
+HEAD = "orchestrator_head"
+"""A resource of the head of a cluster of our own. The controller asks for some of it, because an affinity to a node is
+forgotten when the scheduler has not heard of that node yet."""
+
 _FRUGAL = {
     # Task histories and statistics that nobody looks at would cost a share of every step on a small machine.
     "task_events_report_interval_ms": 0,
     "enable_metrics_collection": False,
     "event_stats": False,
     "memory_monitor_refresh_ms": 0,
-    "raylet_report_resources_period_milliseconds": 500,
 }
 
 
@@ -102,7 +105,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             cluster = Cluster(
                 initialize_head=True,
                 shutdown_at_exit=False,
-                head_node_args={"num_cpus": 0, **quiet},
+                head_node_args={"num_cpus": 0, "resources": {HEAD: 1}, **quiet},
             )
             for index in range(local_nodes):
                 cluster.add_node(
@@ -113,7 +116,8 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
-                num_cpus=needed, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
+                num_cpus=needed, resources={HEAD: 1}, namespace=NAMESPACE,
+                log_to_driver=False, logging_level=logging.ERROR,
                 _temp_dir=home, **quiet,
             )  # fmt: skip
         _hush()
