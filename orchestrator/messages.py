@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 
 class WorkerId(NamedTuple):
@@ -181,4 +181,3 @@ class Reply:
     recorded: int
     epoch: int
     shutdown: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)

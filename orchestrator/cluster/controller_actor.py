@@ -297,9 +297,7 @@ class ControllerActor:
             case StepCommitted():
                 self._take_step(action.report)
             case RequestWorker():
-                handle = WorkerHandle.request(
-                    self._directory.run_id, action.worker, self._worker_spec(), self._me, frozenset(self._notices)
-                )
+                handle = WorkerHandle.request(self._directory.run_id, action.worker, self._worker_spec(), self._me)
                 self._handles[action.worker] = handle
                 self._watch(handle)
                 handle.actor.hello.remote().future().add_done_callback(lambda future: self._said_hello(handle, future))

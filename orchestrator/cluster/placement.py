@@ -43,9 +43,7 @@ class WorkerHandle:
         self.placed = False
 
     @classmethod
-    def request(
-        cls, run_id: str, worker: WorkerId, spec: dict[str, Any], controller: Any, avoid: frozenset[str] = frozenset()
-    ) -> WorkerHandle:
+    def request(cls, run_id: str, worker: WorkerId, spec: dict[str, Any], controller: Any) -> WorkerHandle:
         """Asks Ray for a place and an actor in it; returns at once, also when there is no room yet."""
         resources = spec["resources"]
         bundle = {"CPU": float(resources["cpu"])}
