@@ -159,11 +159,11 @@ def steps_done(directory: RunDirectory) -> int:
     return sum(1 for _ in read_records(directory.metrics))
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0, what: str = "") -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0, what: str | Callable[[], str] = "") -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s} s: {what or condition}")
+            raise AssertionError(f"not within {timeout_s} s: {what() if callable(what) else what or condition}")
         time.sleep(0.02)
 
 

@@ -64,11 +64,11 @@ class CommandLine:
         for process in self.family.values():
             with suppress(psutil.Error):
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(f"{process.pid} {process.name()}")
+                    alive.append(f"{process.pid} {process.name()} ({process.status()}, child of {process.ppid()})")
         return alive
 
     def nothing_left(self) -> None:
-        wait_for(lambda: not self.left(), timeout_s=20, what=f"the end of {self.left()}")
+        wait_for(lambda: not self.left(), timeout_s=20, what=lambda: f"the end of {self.left()}")
 
 
 @pytest.fixture
