@@ -28,6 +28,7 @@ from monitoring.goodput import goodput_ratio
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
 from orchestrator.checkpoint.names import find as find_checkpoints
+from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import NAMESPACE, WorkerHandle, raylet_is_gone, refuses_connections, worker_name
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
@@ -67,6 +68,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
+INTRODUCTION_S = 3.0
+"""How long a restarted controller waits for the living workers to introduce themselves."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -81,6 +84,9 @@ class ControllerActor:
         self._epoch = self._directory.next_epoch()
         self._job = job = Job.model_validate(spec["job"])
         self._handles: dict[WorkerId, WorkerHandle] = {}
+        self._books: dict[WorkerId, OrderBook] = {}
+        self._introductions: dict[WorkerId, Introduction] = {}
+        self._met = threading.Condition()
         self._notices: dict[str, float] = {}
         self._result: dict[str, Any] | None = None
         self._farewell = threading.Event()
@@ -143,6 +149,22 @@ class ControllerActor:
             while message.index not in self._machine.fired_faults and self._result is None:
                 await asyncio.sleep(0.001)
         return Reply(recorded=self._recorded, epoch=self._epoch, shutdown=self._result is not None)
+
+    async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Orders:
+        """What `worker`, which has its orders up to number `after` from the controller of `epoch`, is to do next."""
+        if epoch != self._epoch:
+            return Orders(self._epoch, ())
+        return Orders(self._epoch, await self._book(worker).fetch(after, wait_s))
+
+    async def introduce(self, introduction: Introduction) -> None:
+        """A worker that has not spoken with this controller before says who and where it is."""
+        with self._met:
+            self._introductions[introduction.worker] = introduction
+            self._met.notify_all()
+        handle = self._handles.get(introduction.worker)
+        if handle is not None:
+            handle.node, handle.pid, handle.placed = introduction.node, introduction.pid, True
+            self._queue.put((Placed(introduction.worker, introduction.node), time.time()))
 
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
         """A worker could not be built; with `fatal` no other could either."""
@@ -226,7 +248,7 @@ class ControllerActor:
             self._dispatch(Start(), now)
 
     def _find_workers(self) -> list[Status]:
-        """The living workers of a predecessor, by the names that the event log and Ray know."""
+        """The living workers of a predecessor: those that Ray knows by name and that introduce themselves."""
         prefix = worker_name(self._directory.run_id, WorkerId(0, 0)).removesuffix("0.0")
         found = []
         for entry in ray.util.list_named_actors(all_namespaces=True):
@@ -237,16 +259,18 @@ class ControllerActor:
             if handle is not None:
                 found.append(handle)
         statuses = []
-        for handle, reference in [(h, h.actor.status.remote(self._epoch)) for h in found]:
-            status: Status | None = None
-            with suppress(Exception):
-                status = ray.get(reference, timeout=2.0)
-            if status is None:
+        deadline = time.monotonic() + INTRODUCTION_S
+        for handle in found:
+            with self._met:
+                while handle.worker not in self._introductions and (left := deadline - time.monotonic()) > 0:
+                    self._met.wait(left)
+                introduction = self._introductions.get(handle.worker)
+            if introduction is None or introduction.status is None:
                 # Still being built, or not answering: simpler to start another than to guess.
                 handle.kill()
                 continue
-            self._adopt(handle, status.ready.node, status.ready.pid)
-            statuses.append(status)
+            self._adopt(handle, introduction.node, introduction.pid)
+            statuses.append(introduction.status)
         return statuses
 
     def _adopt(self, handle: WorkerHandle, node: str, pid: int) -> None:
@@ -300,10 +324,10 @@ class ControllerActor:
                 handle = WorkerHandle.request(self._directory.run_id, action.worker, self._worker_spec(), self._me)
                 self._handles[action.worker] = handle
                 self._watch(handle)
-                handle.actor.hello.remote().future().add_done_callback(lambda future: self._said_hello(handle, future))
             case ReleaseWorker():
                 if (leaving := self._handles.pop(action.worker, None)) is not None:
-                    leaving.leave()
+                    self._book(action.worker).put("leave")
+                    leaving.kill_later()
             case KillWorker():
                 if (condemned := self._handles.pop(action.worker, None)) is not None:
                     # Off this thread: recovery must not wait until Ray has finished with a dead worker.
@@ -329,11 +353,12 @@ class ControllerActor:
                 self._end(action.status, action.reason, action.digest)
 
     def _tell(self, worker: WorkerId, command: str, *arguments: Any) -> None:
-        handle = self._handles.get(worker)
-        if handle is not None:
-            # A worker that cannot be told is dead or silent, which is noticed by itself.
-            with suppress(Exception):
-                getattr(handle.actor, command).remote(*arguments)
+        # A worker that does not come for its orders is dead or silent, which is noticed by itself.
+        self._book(worker).put(command, *arguments)
+
+    def _book(self, worker: WorkerId) -> OrderBook:
+        with self._met:
+            return self._books.setdefault(worker, OrderBook())
 
     def _probe(self, workers: tuple[WorkerId, ...]) -> None:
         """Somebody lost a peer: finds out which of the others is gone, without waiting for Ray to say so."""
@@ -359,12 +384,6 @@ class ControllerActor:
             "checkpoint_dir": str(self._checkpoint_dir),
             "resources": self._job.resources.model_dump(),
         }
-
-    def _said_hello(self, handle: WorkerHandle, future: Any) -> None:
-        with suppress(Exception):
-            worker, handle.node, handle.pid = future.result()
-            handle.placed = True
-            self._queue.put((Placed(worker, handle.node or ""), time.time()))
 
     # ------------------------------------------------------------------------------------ faults that are ours to make
 

@@ -60,7 +60,6 @@ class WorkerHandle:
                 num_cpus=resources["cpu"],
                 num_gpus=resources["gpu"] or None,
                 max_restarts=0,
-                max_concurrency=100,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
             )
             .remote(worker, spec, controller)
@@ -90,7 +89,10 @@ class WorkerHandle:
         return next(iter(table["bundles_to_node_id"].values()), None)
 
     def watch(self, on_gone: Callable[[str], None]) -> None:
-        """Calls `on_gone(detail)` from a thread of Ray's when the process has ended."""
+        """Sets the worker going, and calls `on_gone(detail)` from a thread of Ray's when its process has ended.
+
+        A worker that lives already goes on; the call then waits behind the one that set it going.
+        """
 
         def done(future: Any) -> None:
             try:
@@ -99,7 +101,7 @@ class WorkerHandle:
             except Exception as error:
                 on_gone(_death_detail(error))
 
-        self.actor.life.remote().future().add_done_callback(done)
+        self.actor.live.remote().future().add_done_callback(done)
 
     def kill(self) -> None:
         """Ends the process for good, whatever it does, and gives its place back; never blocks for long."""
@@ -126,10 +128,8 @@ class WorkerHandle:
                 remove_placement_group(self.group)
             self.group = None
 
-    def leave(self) -> None:
-        """Lets the worker end in good order, and frees its place when it has (or after 5 s regardless)."""
-        with contextlib.suppress(Exception):
-            self.actor.leave.remote()
+    def kill_later(self) -> None:
+        """Gives a worker that was told to leave 5 s to end in good order, then makes sure and frees its place."""
         timer = threading.Timer(5.0, self.kill)
         timer.daemon = True
         timer.start()

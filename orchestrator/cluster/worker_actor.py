@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import os
 import sys
 import threading
@@ -14,13 +14,18 @@ from typing import Any
 
 import ray
 
-from orchestrator.messages import Generation, Reply, Status, WorkerId
+from orchestrator.cluster.orders import Introduction, Orders
+from orchestrator.messages import Reply, WorkerId
+
+log = logging.getLogger(__name__)
 
 REPORT_TIMEOUT_S = 2.0
+LISTEN_S = 20.0
+"""How long the controller may hold a call that asks for orders when there are none."""
 
 
 class WorkerActor:
-    """Starts building the worker in the background and stays responsive to commands from its event loop."""
+    """Its one method trains on the process's main thread until told to leave; a thread beside it fetches orders."""
 
     def __init__(self, worker: WorkerId, spec: dict[str, Any], controller: Any) -> None:
         self._id = worker
@@ -29,47 +34,13 @@ class WorkerActor:
         self._worker: Any = None
         self._early: list[tuple[str, tuple[Any, ...]]] = []
         self._lock = threading.Lock()
-        threading.Thread(target=self._build, name="build", daemon=True).start()
 
-    def _build(self) -> None:
+    def live(self) -> None:
+        """Builds the worker and trains. A call that waits for this one to end learns of the process's death within
+        milliseconds."""
+        threading.Thread(target=self._listen, name="orders", daemon=True).start()
         try:
-            os.chdir(self._spec["cwd"])
-            if self._spec["cwd"] not in sys.path:
-                sys.path.insert(0, self._spec["cwd"])
-            from orchestrator.data import prepare
-            from orchestrator.job import Job
-            from orchestrator.worker.core import Worker
-
-            job = Job.model_validate(self._spec["job"])
-            store = prepare(
-                source=job.data.source,
-                format=job.data.format,
-                field=job.data.field,
-                tokenizer=job.data.tokenizer,
-                cache=job.data.cache,
-                expect=self._spec["store_digest"],
-                verify=False,
-            )
-            context = ray.get_runtime_context()
-            worker = Worker(
-                self._id,
-                job,
-                run=self._spec["run_id"],
-                node=context.get_node_id(),
-                pid=os.getpid(),
-                host=ray.util.get_node_ip_address(),
-                store=store,
-                checkpoint_dir=Path(self._spec["checkpoint_dir"]),
-                report=self._report,
-                on_orphaned=lambda: os._exit(3),
-                on_shutdown=lambda: os._exit(0),
-            )
-            with self._lock:
-                self._worker = worker
-                early, self._early = self._early, []
-            worker.start()
-            for name, arguments in early:
-                getattr(worker, name)(*arguments)
+            worker = self._build()
         except BaseException as error:
             traceback.print_exc()
             # What is wrong with the job (a model that does not fit, data that cannot be read) is wrong everywhere.
@@ -78,52 +49,92 @@ class WorkerActor:
                 detail = str(error) if fatal else f"{type(error).__name__}: {error}"
                 ray.get(self._controller.start_failed.remote(self._id, detail, fatal), timeout=REPORT_TIMEOUT_S)
             os._exit(4)
+        try:
+            with self._lock:
+                self._worker = worker
+                early, self._early = self._early, []
+            worker.start()
+            for name, arguments in early:
+                getattr(worker, name)(*arguments)
+            worker.train()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(5)
+
+    def _build(self) -> Any:
+        os.chdir(self._spec["cwd"])
+        if self._spec["cwd"] not in sys.path:
+            sys.path.insert(0, self._spec["cwd"])
+        from orchestrator.data import prepare
+        from orchestrator.job import Job
+        from orchestrator.worker.core import Worker
+
+        job = Job.model_validate(self._spec["job"])
+        store = prepare(
+            source=job.data.source,
+            format=job.data.format,
+            field=job.data.field,
+            tokenizer=job.data.tokenizer,
+            cache=job.data.cache,
+            expect=self._spec["store_digest"],
+            verify=False,
+        )
+        return Worker(
+            self._id,
+            job,
+            run=self._spec["run_id"],
+            node=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            host=ray.util.get_node_ip_address(),
+            store=store,
+            checkpoint_dir=Path(self._spec["checkpoint_dir"]),
+            report=self._report,
+            on_orphaned=lambda: os._exit(3),
+            on_shutdown=lambda: os._exit(0),
+        )
 
     def _report(self, message: Any) -> Reply | None:
         reply: Reply | None = ray.get(self._controller.report.remote(message), timeout=REPORT_TIMEOUT_S)
         return reply
 
-    def _command(self, name: str, *arguments: Any) -> None:
+    # ------------------------------------------------------------------------------------ the orders thread
+
+    def _listen(self) -> None:
+        node, pid = ray.get_runtime_context().get_node_id(), os.getpid()
+        epoch, after = -1, 0
+        while True:
+            try:
+                call = self._controller.orders.remote(self._id, epoch, after, LISTEN_S)
+                orders: Orders = ray.get(call, timeout=LISTEN_S + 5.0)
+                if orders.epoch != epoch:
+                    worker = self._worker
+                    status = None if worker is None else worker.status(orders.epoch)
+                    introduction = Introduction(self._id, node, pid, status)
+                    ray.get(self._controller.introduce.remote(introduction), timeout=REPORT_TIMEOUT_S)
+                    epoch, after = orders.epoch, 0
+                    continue
+            except Exception as error:
+                # The controller is being restarted. Whether it ever comes back is for the lease to judge.
+                log.debug("no orders: %s", error)
+                time.sleep(0.05)
+                continue
+            for number, command, arguments in orders.pending:
+                after = number
+                self._obey(command, arguments)
+
+    def _obey(self, command: str, arguments: tuple[Any, ...]) -> None:
+        if command == "leave":
+            self._leave()
+            return
         with self._lock:
             if self._worker is None:
-                self._early.append((name, arguments))
+                self._early.append((command, arguments))
                 return
-        getattr(self._worker, name)(*arguments)
+        getattr(self._worker, command)(*arguments)
 
-    # Commands are coroutines only so that they run on the actor's event loop, beside the worker's own threads.
-
-    async def join(self, generation: Generation) -> None:
-        self._command("join", generation)
-
-    async def interrupt(self, generation: int, epoch: int) -> None:
-        self._command("interrupt", generation, epoch)
-
-    async def pause(self, generation: int, epoch: int) -> None:
-        self._command("pause", generation, epoch)
-
-    async def finalize(self, save: bool, epoch: int) -> None:
-        self._command("finalize", save, epoch)
-
-    async def status(self, epoch: int) -> Status | None:
-        """None while the worker is still being built."""
-        worker = self._worker
-        return None if worker is None else worker.status(epoch)
-
-    async def hello(self) -> tuple[WorkerId, str, int]:
-        """(worker, node id, pid)."""
-        return self._id, ray.get_runtime_context().get_node_id(), os.getpid()
-
-    async def life(self) -> None:
-        """Never returns: whoever waits for it learns of this process's death within milliseconds."""
-        await asyncio.Event().wait()
-
-    async def leave(self) -> None:
+    def _leave(self) -> None:
         """Ends this process in good order."""
         if self._worker is not None:
             self._worker.shutdown()
-        threading.Thread(target=_exit_soon, daemon=True).start()
-
-
-def _exit_soon() -> None:
-    time.sleep(0.05)
-    os._exit(0)
+        time.sleep(0.05)
+        os._exit(0)

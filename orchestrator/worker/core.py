@@ -1,9 +1,9 @@
 """A worker: one long-lived process that is a rank of generation after generation.
 
-Three threads. The *training* thread alone touches model, state and collectives; it takes commands from a queue and
-runs one generation at a time. The *reporting* thread tells the controller what happened, in order and until it is
-heard, and sends heartbeats in between. Commands arrive on any other thread and only leave a note, except that an
-interruption shuts the collectives down at once.
+Three threads. The *training* thread (whoever calls `train`; best a process's main thread) alone touches model, state
+and collectives; it takes commands from a queue and runs one generation at a time. The *reporting* thread tells the
+controller what happened, in order and until it is heard, and sends heartbeats in between. Commands arrive on any other
+thread and only leave a note, except that an interruption shuts the collectives down at once.
 
 How messages travel is not its business: `report` delivers one and returns the reply, or raises.
 """
@@ -118,9 +118,8 @@ class Worker:
         self.ready = Ready(worker, node, pid, host, port, initial)
 
     def start(self) -> None:
-        """Starts the threads and reports for duty."""
+        """Reports for duty, from a thread of its own."""
         self._send(self.ready)
-        threading.Thread(target=self._train, name="training", daemon=True).start()
         threading.Thread(target=self._report_loop, name="reporting", daemon=True).start()
 
     # ------------------------------------------------------------------------------------ commands, any thread
@@ -177,7 +176,7 @@ class Worker:
             )
 
     def shutdown(self) -> None:
-        """Ends the threads; groups are dropped so that no neighbour waits."""
+        """Ends `train` and the reports; groups are dropped so that no neighbour waits."""
         self._over = True
         groups = self._groups
         if groups is not None:
@@ -194,7 +193,8 @@ class Worker:
 
     # ------------------------------------------------------------------------------------ the training thread
 
-    def _train(self) -> None:
+    def train(self) -> None:
+        """Takes part in generation after generation until `shutdown`."""
         build.make_deterministic(self.job, self.state.device)
         while (command := self._commands.get()) is not None:
             function, arguments = command

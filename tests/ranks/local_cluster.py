@@ -405,6 +405,7 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
     for hook in spec.hooks:
         hook(worker)
     worker.start()
+    threading.Thread(target=worker.train, daemon=True).start()
     with contextlib.suppress(EOFError):
         while True:
             name, *arguments = commands.recv()
