@@ -31,6 +31,10 @@ _FRUGAL = {
     "task_events_report_interval_ms": 0,
     "enable_metrics_collection": False,
     "event_stats": False,
+    # What is looked at ten times a second on a busy cluster is looked at twice on one that holds a dozen processes.
+    "raylet_check_gc_period_milliseconds": 500,
+    "object_manager_timer_freq_ms": 500,
+    "kill_idle_workers_interval_ms": 1000,
     "memory_monitor_refresh_ms": 0,
 }
 
@@ -93,33 +97,33 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         "_system_config": _FRUGAL,
     }
     cluster: Any = None
-    _without_log_monitor()
     try:
-        if local_nodes:
-            from ray.cluster_utils import Cluster
+        with _without_idle_services():
+            if local_nodes:
+                from ray.cluster_utils import Cluster
 
-            # It writes its address below the temporary directory, where another Ray of this user may have written its.
-            os.environ["RAY_TMPDIR"] = home
-            (Path(home) / "ray").mkdir()
-            share = math.ceil(places / local_nodes) * math.ceil(job.resources.cpu)
-            cluster = Cluster(
-                initialize_head=True,
-                shutdown_at_exit=False,
-                head_node_args={"num_cpus": 0, "resources": {HEAD: 1}, **quiet},
-            )
-            for index in range(local_nodes):
-                cluster.add_node(
-                    wait=False, num_cpus=share, labels={"orchestrator-node": str(index)},
-                    object_store_memory=_OBJECT_STORE_BYTES,
+                # It writes its address below the temporary directory, where another Ray of this user may write too.
+                os.environ["RAY_TMPDIR"] = home
+                (Path(home) / "ray").mkdir()
+                share = math.ceil(places / local_nodes) * math.ceil(job.resources.cpu)
+                cluster = Cluster(
+                    initialize_head=True,
+                    shutdown_at_exit=False,
+                    head_node_args={"num_cpus": 0, "resources": {HEAD: 1}, **quiet},
+                )
+                for index in range(local_nodes):
+                    cluster.add_node(
+                        wait=False, num_cpus=share, labels={"orchestrator-node": str(index)},
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                    )  # fmt: skip
+                cluster.wait_for_nodes(timeout=60)
+                ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    num_cpus=needed, resources={HEAD: 1}, namespace=NAMESPACE,
+                    log_to_driver=False, logging_level=logging.ERROR,
+                    _temp_dir=home, **quiet,
                 )  # fmt: skip
-            cluster.wait_for_nodes(timeout=60)
-            ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                num_cpus=needed, resources={HEAD: 1}, namespace=NAMESPACE,
-                log_to_driver=False, logging_level=logging.ERROR,
-                _temp_dir=home, **quiet,
-            )  # fmt: skip
         _hush()
         yield
     finally:
@@ -131,12 +135,24 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             os.environ.pop("RAY_TMPDIR", None)
 
 
-def _without_log_monitor() -> None:
-    """The log monitor reads every log ten times a second to forward what nobody asked for (`log_to_driver` is off)."""
-    with suppress(Exception):
-        from ray._private.node import Node
+@contextmanager
+def _without_idle_services() -> Iterator[None]:
+    """Ray is started without the processes that have nothing to do on a cluster of one machine.
 
-        Node.start_log_monitor = lambda self: None  # type: ignore[method-assign]
+    The log monitor reads every log ten times a second to forward what nobody asked for (`log_to_driver` is off), the
+    autoscaler's monitor scales nothing, and the dashboard's server, switched off, serves nothing but costs the most.
+    """
+    from ray._private.node import Node
+
+    names = ("start_log_monitor", "start_monitor", "start_api_server")
+    originals = {name: getattr(Node, name) for name in names if hasattr(Node, name)}
+    try:
+        for name in originals:
+            setattr(Node, name, lambda *arguments, **options: None)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Node, name, original)
 
 
 def _hush() -> None:
