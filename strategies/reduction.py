@@ -80,8 +80,8 @@ class Reducer:
     def reduce(self, pieces: Mapping[Node, torch.Tensor]) -> torch.Tensor | None:
         """Sums `pieces` (this rank's partial sums [size], one per node of its cover) with everyone's.
 
-        Returns this rank's finished slice, or with `native` the whole sum. May use the pieces as scratch space.
-        Raises PeerLost.
+        Returns this rank's finished slice, or with `native` the whole sum; the pieces stay as they are, for another
+        attempt should this one fail. Raises PeerLost.
         """
         world_size, rank = self.layout.world_size, self.groups.rank
         mine = self.covers[rank]
@@ -94,7 +94,7 @@ class Reducer:
             self.groups.all_reduce(total)
             return total
         if world_size == 1:
-            return fold(dict(pieces), self.layout.virtual_workers, torch.Tensor.add_)
+            return pieces[mine[0]]
         if len(mine) == 1:
             outgoing = pieces[mine[0]]
         else:

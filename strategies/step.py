@@ -13,38 +13,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from strategies.compute import Fetch as Fetch
+from strategies.compute import LocalGradients
+from strategies.compute import StepSpec as StepSpec
 from strategies.flat import FlatState
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout
-from strategies.optimizers import ScheduleSpec
-from strategies.randomness import seed_stream
 from strategies.reduction import Reducer, block_squares, norm_of
-from strategies.tree import Node, split
 
 PHASES = ("data", "compute", "reduce", "gather", "vote", "commit")
 """The phases of a step in order: the first two, taken in turns for every virtual worker, are local; the next three are
 collectives; the last is local."""
-
-Fetch = Callable[[int, int], tuple[np.ndarray, np.ndarray, int]]
-"""(step, virtual worker) -> token ids int64 [samples, length + 1], sample ids int64 [samples], hash of the ids."""
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """What decides the numbers of a step; a function of the job file."""
-
-    seed: int
-    micro_batch: int
-    tokens_per_batch: int
-    base_lr: float
-    schedule: ScheduleSpec
-    clip_norm: float | None = 1.0
-    precision: str = "fp32"
-    native_reduction: bool = False
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,8 +59,8 @@ class Vote:
 class StepEngine:
     """Runs steps of one replica on one rank, generation after generation.
 
-    `on_phase(phase, step)` is called at the start of every phase (heartbeats, fault injection). The model maps
-    `input_ids` int64 [batch, length] to logits [batch, length, vocabulary], plain or as an attribute `logits`.
+    `on_phase(phase, step)` is called at the start of every phase (heartbeats, fault injection). For the model see
+    `strategies.compute.LocalGradients`.
     """
 
     def __init__(
@@ -90,19 +71,16 @@ class StepEngine:
         fetch: Fetch,
         on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
-        self.model = model
         self.state = state
         self.spec = spec
-        self.fetch = fetch
+        self.local = LocalGradients(model, state, spec, fetch)
         self.on_phase = on_phase
         self.pause_requested = False
         self.poison_step: int | None = None
         self.prepared_step: int | None = None
         # True after an exception in the middle of an update: the state is then neither the old nor the new one.
         self.applying = False
-        self._pool: list[torch.Tensor] = []
         self._times: dict[str, float] = {}
-        self._loss = torch.compile(self._micro_loss) if spec.compile else self._micro_loss
 
     def bind(self, groups: Groups, layout: ParallelLayout, generation: int) -> None:
         """Takes a place in a generation: the collectives go over `groups`, the work is dealt by `layout`."""
@@ -132,6 +110,7 @@ class StepEngine:
                 break
             if attempt == 0:
                 self.prepared_step = None
+                self.local.discard()
         lr = self.commit(step, norm)
         record = StepRecord(
             step=step,
@@ -153,17 +132,9 @@ class StepEngine:
 
         Returns the loss (its share of the global mean) and the sample hash of each of this rank's virtual workers.
         """
-        losses: list[torch.Tensor] = []
-        hashes: list[int] = []
-        pieces: dict[Node, torch.Tensor] = {}
-        if not self.held:
-            self._enter("data", step)
-            self._enter("compute", step)
-        for index in self.held:
-            gradient, loss, digest = self._virtual_worker(step, index)
-            losses.append(loss)
-            hashes.append(digest)
-            self._merge(pieces, (index, index + 1), gradient)
+        pieces = self.local.compute(
+            step, self.held, self.layout.virtual_workers, enter=self._enter, check=self.groups.check
+        )
         if self.poison_step == step:
             self.poison_step = None
             for piece in pieces.values():
@@ -173,52 +144,8 @@ class StepEngine:
         self._enter("gather", step)
         assert reduced is not None
         self.reducer.gather(reduced, self.state.gradient)
-        self._pool += pieces.values()
         self.prepared_step = step
-        return [float(loss) for loss in losses], hashes
-
-    def _virtual_worker(self, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The gradient [size] of one virtual worker, summed in micro-batch order, its loss and its sample hash."""
-        self._enter("data", step)
-        tokens, _, digest = self.fetch(step, index)
-        batch = torch.from_numpy(tokens).to(self.state.device, non_blocking=True)
-        self._enter("compute", step)
-        gradient = self._pool.pop() if self._pool else torch.empty_like(self.state.weights)
-        gradient.zero_()
-        self.state.accumulate_into(gradient)
-        total = torch.zeros((), dtype=torch.float64, device=self.state.device)
-        for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
-            self.groups.check()
-            seed_stream(self.spec.seed, "step", step, index, micro)
-            loss = self._loss(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return gradient, total, digest
-
-    def _micro_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        device = self.state.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16"):
-            output = self.model(input_ids=rows[:, :-1])
-        logits = output if isinstance(output, torch.Tensor) else output.logits
-        summed = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-        return summed / self.spec.tokens_per_batch
-
-    def _merge(self, pieces: dict[Node, torch.Tensor], node: Node, gradient: torch.Tensor) -> None:
-        """Adds a finished subtree, and joins it with its left sibling for as long as that one is complete too."""
-        parents: list[Node] = []
-        at: Node = (0, self.layout.virtual_workers)
-        while at != node:
-            parents.append(at)
-            left, right = split(at)
-            at = left if node[1] <= left[1] else right
-        while parents:
-            left, right = split(parents[-1])
-            if node != right or left not in pieces:
-                break
-            joined = pieces.pop(left).add_(gradient)
-            self._pool.append(gradient)
-            gradient, node = joined, parents.pop()
-        pieces[node] = gradient
+        return [float(self.local.losses[index]) for index in self.held], [self.local.hashes[i] for i in self.held]
 
     def vote(self, step: int, losses: list[float], hashes: list[int]) -> Vote:
         """Tells everyone that this rank holds the reduced gradient, and learns that all others do."""
@@ -272,22 +199,9 @@ class StepEngine:
             self.state.apply(lr)
             self.applying = False
         self.prepared_step = None
+        self.local.discard()
         self._leave()
         return lr
-
-    def warm_up(self) -> None:
-        """One forward and backward pass on made-up tokens, its result thrown away.
-
-        The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
-        has done it joins at full speed.
-        """
-        tokens, _, _ = self.fetch(0, 0)
-        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.state.device)
-        scratch = torch.zeros_like(self.state.weights)
-        self.state.accumulate_into(scratch)
-        self._loss(rows).backward()  # type: ignore[no-untyped-call]
-        self.state.release_gradients()
-        self._pool.append(scratch)
 
     def _enter(self, phase: str, step: int) -> None:
         now = time.perf_counter()

@@ -12,9 +12,9 @@ from torch import nn
 
 from orchestrator.data import Sampler, TokenStore, virtual_worker_hash
 from orchestrator.job import Job
+from strategies.compute import Fetch, StepSpec
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
-from strategies.step import Fetch, StepSpec
 
 
 def choose_device(job: Job) -> torch.device:

@@ -113,7 +113,7 @@ class Worker:
         self.engine = StepEngine(
             model, self.state, build.step_spec(job), build.make_fetch(job, store, sampler), self._on_phase
         )
-        self.engine.warm_up()
+        self.engine.local.warm_up()
         initial = xxhash.xxh3_64_hexdigest(self.state.weights.cpu().numpy().data)
         self.ready = Ready(worker, node, pid, host, port, initial)
 
@@ -300,6 +300,7 @@ class Worker:
         """From here until another state is in place, nothing of this one counts: a worker that is interrupted now is
         back at step 0, which it can make again by itself."""
         self.committed, self._is_torn, self.engine.prepared_step = 0, True, None
+        self.engine.local.discard()
 
     def _start_over(self) -> None:
         """Back to the state of step 0, as a function of the job alone."""

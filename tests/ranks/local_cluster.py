@@ -417,7 +417,7 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
 
 
 def _hold(worker: Any, spec: WorkerSpec) -> None:
-    fetch = worker.engine.fetch
+    fetch = worker.engine.local.fetch
 
     def held(step: int, virtual_worker: int) -> Any:
         while step in spec.held_steps and worker._is_joined and not _gate(spec.directory, step).exists():
@@ -425,7 +425,7 @@ def _hold(worker: Any, spec: WorkerSpec) -> None:
             time.sleep(0.005)
         return fetch(step, virtual_worker)
 
-    worker.engine.fetch = held
+    worker.engine.local.fetch = held
 
 
 # ---------------------------------------------------------------------------------------- hooks

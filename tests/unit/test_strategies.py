@@ -1,17 +1,17 @@
-"""How a step is computed, on one rank: the tree, the dealing, the flat state, the plans, the step."""
+"""What a step is made of: the tree, the dealing, schedules and streams, the flat state, the plans."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import CPU, VOCABULARY, TinyModel, bits, make
 from torch import nn
 
 from strategies.flat import ALIGNMENT, FlatState, state_digest
@@ -21,12 +21,7 @@ from strategies.optimizers import OptimizerSpec, ScheduleSpec, build_optimizer
 from strategies.randomness import stream_key
 from strategies.reduction import Reducer, block_size, block_squares, norm_of
 from strategies.state import Chunk, chunks_of, plan_transfers
-from strategies.step import StepEngine, StepRecord, StepSpec
 from strategies.tree import Node, cover, fold, split
-
-CPU = torch.device("cpu")
-VOCABULARY = 11
-LENGTH = 4
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +33,6 @@ def _one_thread() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------- the tree
-
-
-def bits(values: torch.Tensor) -> bytes:
-    return values.detach().contiguous().numpy().tobytes()
 
 
 def add_in_order(values: Sequence[torch.Tensor], node: Node) -> torch.Tensor:
@@ -215,32 +206,6 @@ def test_random_streams_are_told_apart_by_every_part() -> None:
 
 
 # ---------------------------------------------------------------------------------------- the flat state
-
-
-class TinyModel(nn.Module):
-    """Embedding, a hidden layer with dropout, a head; odd sizes, one frozen parameter, one persistent buffer."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 7)
-        self.norm = nn.LayerNorm(7)
-        self.hidden = nn.Linear(7, 13)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(13, VOCABULARY)
-        self.frozen = nn.Parameter(torch.full((3,), 0.5), requires_grad=False)
-        self.register_buffer("scale", torch.tensor(2.0))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.hidden(self.norm(self.embedding(input_ids))))
-        output: torch.Tensor = self.head(self.dropout(hidden)) * self.get_buffer("scale")
-        return output
-
-
-def make(dropout: float = 0.0, spec: OptimizerSpec | None = None) -> tuple[TinyModel, FlatState]:
-    torch.manual_seed(3)
-    model = TinyModel(dropout)
-    return model, FlatState(model, spec or OptimizerSpec(), CPU)
 
 
 def random_gradient(state: FlatState, seed: int) -> torch.Tensor:
@@ -527,201 +492,6 @@ def test_a_norm_with_anything_not_finite_is_not_finite(bad: float) -> None:
     values = torch.ones(10_000)
     values[7777] = bad
     assert math.isnan(norm_of(block_squares(values, 4096)))
-
-
-# ---------------------------------------------------------------------------------------- the step
-
-
-def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
-    rng = np.random.default_rng((step, virtual_worker))
-    tokens = rng.integers(0, VOCABULARY, size=(2, LENGTH + 1), dtype=np.int64)
-    return tokens, np.arange(2), 1000 * step + virtual_worker
-
-
-def engine(
-    dropout: float = 0.1,
-    clip_norm: float | None = 1.0,
-    on_phase: Callable[[str, int], None] = lambda phase, step: None,
-    virtual_workers: int = 4,
-    native: bool = False,
-) -> StepEngine:
-    model, state = make(dropout)
-    spec = StepSpec(
-        seed=1,
-        micro_batch=1,
-        tokens_per_batch=virtual_workers * 2 * LENGTH,
-        base_lr=1e-2,
-        schedule=ScheduleSpec("constant"),
-        clip_norm=clip_norm,
-        native_reduction=native,
-    )
-    made = StepEngine(model, state, spec, fetch, on_phase)
-    layout = ParallelLayout(data=1, assignment=(tuple(range(virtual_workers)),))
-    made.bind(Groups(rank=0, world_size=1, device=CPU), layout, 0)
-    return made
-
-
-def numbers(record: StepRecord) -> tuple[object, ...]:
-    return record.step, record.loss, record.grad_norm, record.lr, record.hashes, record.skipped
-
-
-def test_the_same_step_twice_gives_the_same_bits() -> None:
-    first, second = engine(), engine()
-    torch.manual_seed(1234)  # whatever state the generators are in
-    for step in range(3):
-        a, _ = first.run(step)
-        torch.rand(7)
-        b, _ = second.run(step)
-        assert numbers(a) == numbers(b)
-        assert a.hashes == tuple(1000 * step + index for index in range(4))
-        assert not a.skipped
-    assert state_digest(first.state) == state_digest(second.state)
-    assert first.state.updates == 3
-
-
-def test_a_prepared_step_changes_nothing_until_its_commit() -> None:
-    ours = engine()
-    before = state_digest(ours.state)
-    losses, hashes = ours.prepare(0)
-    assert ours.prepared_step == 0
-    vote = ours.vote(0, losses, hashes)
-    assert state_digest(ours.state) == before
-    ours.commit(0, norm_of(vote.squares))
-    assert state_digest(ours.state) != before
-    with pytest.raises(RuntimeError, match=r"step 0 is not prepared here \(prepared: None\)"):
-        ours.commit(0)
-
-
-@pytest.mark.parametrize("clip_norm", [None, 1e-3])
-def test_rolling_forward_without_the_vote_gives_the_same_bits(clip_norm: float | None) -> None:
-    usual, forward = engine(clip_norm=clip_norm), engine(clip_norm=clip_norm)
-    usual.run(0)
-    forward.prepare(0)
-    forward.commit(0)
-    assert state_digest(forward.state) == state_digest(usual.state)
-
-
-def test_dropout_belongs_to_the_virtual_worker_not_to_its_holder() -> None:
-    """Each virtual worker's gradient is the same whoever else is computed beside it, and in whatever order."""
-    ours = engine(dropout=0.5)
-
-    def gradients(order: Sequence[int]) -> dict[int, bytes]:
-        return {index: bits(ours._virtual_worker(0, index)[0]) for index in order}
-
-    together = gradients([0, 1, 2, 3])
-    assert gradients([3, 1]) == {index: together[index] for index in (3, 1)}
-    assert gradients([2]) == {2: together[2]}
-    assert len(set(together.values())) == 4
-
-
-def test_dropout_differs_from_step_to_step() -> None:
-    ours = engine(dropout=0.5)
-    ours.fetch = lambda step, index: fetch(0, index)
-    assert bits(ours._virtual_worker(0, 0)[0]) != bits(ours._virtual_worker(1, 0)[0])
-
-
-def test_the_gradient_is_that_of_the_mean_loss_over_the_batch() -> None:
-    ours = engine(dropout=0.0)
-    ours.prepare(0)
-    reference: nn.Module = copy.deepcopy(ours.model)
-    for parameter in reference.parameters():
-        parameter.grad = None
-    rows = torch.from_numpy(np.concatenate([fetch(0, index)[0] for index in range(4)]))
-    logits = reference(input_ids=rows[:, :-1])
-    nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-    for slot in ours.state.slots:
-        expected = dict(reference.named_parameters())[slot.name].grad
-        assert expected is not None
-        ours_here = ours.state.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape)
-        assert torch.allclose(ours_here, expected, atol=1e-6), slot.name
-
-
-def test_a_gradient_spoilt_by_accident_is_computed_again() -> None:
-    usual, spoilt = engine(), engine()
-    spoilt.poison_step = 1
-    for step in range(3):
-        assert numbers(usual.run(step)[0]) == numbers(spoilt.run(step)[0])
-    assert spoilt.poison_step is None
-    assert state_digest(usual.state) == state_digest(spoilt.state)
-
-
-def test_a_gradient_that_is_never_finite_skips_the_update_and_says_so() -> None:
-    computed: list[int] = []
-
-    def count(phase: str, step: int) -> None:
-        if phase == "vote":
-            computed.append(step)
-
-    ours = engine(on_phase=count)
-    ours.run(0)
-    before = state_digest(ours.state)
-    usual = ours._micro_loss
-    ours._loss = lambda rows: usual(rows) * math.nan
-    record, _ = ours.run(1)
-    assert record.skipped
-    assert math.isnan(record.grad_norm)
-    assert computed == [0, 1, 1], "it is computed twice before it is believed"
-    assert state_digest(ours.state) == before
-    ours._loss = usual
-    record, _ = ours.run(2)
-    assert not record.skipped
-    assert math.isfinite(record.loss)
-
-
-@pytest.mark.parametrize("clip_norm", [1e-3, 0.1, 1e3])
-def test_clipping_is_that_of_torch(clip_norm: float) -> None:
-    clipped = engine(dropout=0.0, clip_norm=clip_norm)
-    clipped.prepare(0)
-    parameters = [nn.Parameter(torch.zeros(slot.shape)) for slot in clipped.state.slots]
-    for slot, parameter in zip(clipped.state.slots, parameters, strict=True):
-        parameter.grad = clipped.state.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    clipped.prepared_step = None
-    record, _ = clipped.run(0)
-    assert record.grad_norm == pytest.approx(float(norm), rel=1e-5)
-    for slot, parameter in zip(clipped.state.slots, parameters, strict=True):
-        assert parameter.grad is not None
-        ours = clipped.state.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape)
-        # torch divides by (norm + 1e-6), we by the norm: "within rounding" is that much.
-        assert torch.allclose(ours, parameter.grad, rtol=2e-6 / float(norm) + 1e-5, atol=1e-9)
-
-
-def test_the_phases_come_in_order_and_their_times_add_up_to_the_step() -> None:
-    seen: list[str] = []
-    ours = engine(on_phase=lambda phase, step: seen.append(phase))
-    record, _ = ours.run(0)
-    assert seen == ["data", "compute"] * 4 + ["reduce", "gather", "vote", "commit"]
-    assert set(record.phase_seconds) == {"data", "compute", "reduce", "gather", "vote", "commit"}
-    assert sum(record.phase_seconds.values()) <= record.seconds + 1e-3
-    assert record.phase_seconds["compute"] > 0
-
-
-def test_a_pause_is_told_by_the_vote() -> None:
-    ours = engine()
-    assert ours.run(0)[1] is False
-    ours.pause_requested = True
-    assert ours.run(1)[1] is True
-
-
-def test_warming_up_changes_no_bit() -> None:
-    ours, usual = engine(), engine()
-    ours.warm_up()
-    assert state_digest(ours.state) == state_digest(usual.state)
-    assert numbers(ours.run(0)[0]) == numbers(usual.run(0)[0])
-
-
-def test_native_reduction_on_one_rank_is_close() -> None:
-    ours, usual = engine(native=True), engine()
-    a, b = ours.run(0)[0], usual.run(0)[0]
-    assert a.loss == pytest.approx(b.loss, rel=1e-6)
-    assert torch.allclose(ours.state.weights, usual.state.weights, atol=1e-6)
-
-
-@pytest.mark.parametrize("virtual_workers", [1, 3, 5, 7])
-def test_numbers_of_virtual_workers_that_are_no_power_of_two_work(virtual_workers: int) -> None:
-    first, second = engine(virtual_workers=virtual_workers), engine(virtual_workers=virtual_workers)
-    assert numbers(first.run(0)[0]) == numbers(second.run(0)[0])
-    assert len(first.run(1)[0].hashes) == virtual_workers
 
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:

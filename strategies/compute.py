@@ -1,0 +1,194 @@
+"""What one rank computes of a step: the gradients of its virtual workers, summed along the tree as far as it can.
+
+Nothing of it depends on other ranks, and what a virtual worker computes is a function of (job, step, virtual worker).
+So a step that is interrupted, because another rank was lost, is gone on with by the next generation, not begun again:
+finished subtrees, and the micro-batches of one that was under way, are kept for as long as their step is not committed
+and this rank still holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from strategies.flat import FlatState
+from strategies.optimizers import ScheduleSpec
+from strategies.randomness import seed_stream
+from strategies.tree import Node, split
+
+Fetch = Callable[[int, int], tuple[np.ndarray, np.ndarray, int]]
+"""(step, virtual worker) -> token ids int64 [samples, length + 1], sample ids int64 [samples], hash of the ids."""
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What decides the numbers of a step; a function of the job file."""
+
+    seed: int
+    micro_batch: int
+    tokens_per_batch: int
+    base_lr: float
+    schedule: ScheduleSpec
+    clip_norm: float | None = 1.0
+    precision: str = "fp32"
+    native_reduction: bool = False
+    compile: bool = False
+
+
+class _UnderWay(NamedTuple):
+    """A virtual worker of which the first `micro_batches` are in `gradient` and `loss`."""
+
+    virtual_worker: int
+    micro_batches: int
+    gradient: torch.Tensor
+    loss: torch.Tensor
+
+
+class LocalGradients:
+    """Computes and keeps this rank's share of one step.
+
+    `losses` (its share of the global mean, nats per token) and `hashes` (of the sample ids) are by virtual worker.
+    The model maps `input_ids` int64 [batch, length] to logits [batch, length, vocabulary], plain or as an attribute
+    `logits`.
+    """
+
+    def __init__(self, model: nn.Module, state: FlatState, spec: StepSpec, fetch: Fetch) -> None:
+        self.model = model
+        self.state = state
+        self.spec = spec
+        self.fetch = fetch
+        self.pieces: dict[Node, torch.Tensor] = {}
+        self.losses: dict[int, torch.Tensor] = {}
+        self.hashes: dict[int, int] = {}
+        self._step: int | None = None
+        self._under_way: _UnderWay | None = None
+        self._pool: list[torch.Tensor] = []
+        self._loss = torch.compile(self._micro_loss) if spec.compile else self._micro_loss
+
+    def compute(
+        self,
+        step: int,
+        held: Sequence[int],
+        virtual_workers: int,
+        *,
+        enter: Callable[[str, int], None],
+        check: Callable[[], None],
+    ) -> dict[Node, torch.Tensor]:
+        """The gradients [size] of `held`, as one sum per node of their cover; to be read, not written.
+
+        `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
+        micro-batch. What they raise interrupts the work, which the next call for the same step goes on with.
+        """
+        if step != self._step:
+            self.discard()
+            self._step = step
+        self._drop_others(held)
+        missing = [index for index in held if index not in self.losses]
+        if not missing:
+            enter("data", step)
+            enter("compute", step)
+        for index in missing:
+            gradient = self._virtual_worker(step, index, enter, check)
+            self._merge((index, index + 1), virtual_workers, gradient)
+        return dict(self.pieces)
+
+    def discard(self) -> None:
+        """Forgets all that is kept; the buffers are used again."""
+        self._pool += self.pieces.values()
+        if self._under_way is not None:
+            self._pool.append(self._under_way.gradient)
+        self.pieces, self.losses, self.hashes = {}, {}, {}
+        self._step = self._under_way = None
+
+    def warm_up(self) -> None:
+        """One forward and backward pass on made-up tokens, its result thrown away.
+
+        The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
+        has done it joins at full speed.
+        """
+        tokens, _, _ = self.fetch(0, 0)
+        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.state.device)
+        scratch = torch.zeros_like(self.state.weights)
+        self.state.accumulate_into(scratch)
+        self._loss(rows).backward()  # type: ignore[no-untyped-call]
+        self.state.release_gradients()
+        self._pool.append(scratch)
+
+    def _drop_others(self, held: Sequence[int]) -> None:
+        """Lets go of sums that contain a virtual worker which somebody else holds now."""
+        wanted = frozenset(held)
+        for node in [node for node in self.pieces if not wanted.issuperset(range(*node))]:
+            self._pool.append(self.pieces.pop(node))
+            for index in range(*node):
+                del self.losses[index], self.hashes[index]
+        if self._under_way is not None and self._under_way.virtual_worker not in wanted:
+            self._pool.append(self._under_way.gradient)
+            self._under_way = None
+
+    def _virtual_worker(
+        self, step: int, index: int, enter: Callable[[str, int], None], check: Callable[[], None]
+    ) -> torch.Tensor:
+        """The gradient [size] of one virtual worker, summed in micro-batch order."""
+        enter("data", step)
+        tokens, _, digest = self.fetch(step, index)
+        batch = torch.from_numpy(tokens).to(self.state.device, non_blocking=True)
+        enter("compute", step)
+        done, gradient, total = self._begin(index)
+        self.state.accumulate_into(gradient)
+        for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
+            if micro < done:
+                continue
+            try:
+                check()
+            except BaseException:
+                self._under_way = _UnderWay(index, micro, gradient, total)
+                raise
+            seed_stream(self.spec.seed, "step", step, index, micro)
+            loss = self._loss(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self.losses[index], self.hashes[index] = total, digest
+        return gradient
+
+    def _begin(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """How many micro-batches of a virtual worker are done, the gradient [size] and the loss they sum to."""
+        if self._under_way is not None and self._under_way.virtual_worker == index:
+            _, done, gradient, total = self._under_way
+            self._under_way = None
+            return done, gradient, total
+        gradient = self._pool.pop() if self._pool else torch.empty_like(self.state.weights)
+        gradient.zero_()
+        return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.state.device)
+
+    def _micro_loss(self, rows: torch.Tensor) -> torch.Tensor:
+        device = self.state.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16"):
+            output = self.model(input_ids=rows[:, :-1])
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        summed = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+        return summed / self.spec.tokens_per_batch
+
+    def _merge(self, node: Node, virtual_workers: int, gradient: torch.Tensor) -> None:
+        """Adds a finished subtree, and joins it with its sibling for as long as that one is complete too."""
+        parents: list[Node] = []
+        at: Node = (0, virtual_workers)
+        while at != node:
+            parents.append(at)
+            left, right = split(at)
+            at = left if node[1] <= left[1] else right
+        while parents:
+            left, right = split(parents[-1])
+            sibling = left if node == right else right
+            if sibling not in self.pieces:
+                break
+            other = self.pieces.pop(sibling)
+            first, second = (other, gradient) if sibling == left else (gradient, other)
+            gradient, node = first.add_(second), parents.pop()
+            self._pool.append(second)
+        self.pieces[node] = gradient
