@@ -148,9 +148,9 @@ def _heartbeat(get: Get) -> Iterator[Finding]:
         )
 
 
-def _fault_workers(get: Get) -> Iterator[Finding]:
+def _fault_kinds(get: Get) -> Iterator[Finding]:
     for index in range(len(get("faults"))):
-        yield from _at(get, index, fault_worker)
+        yield from _at(get, index, fault_kind)
 
 
 def _fault_steps(get: Get) -> Iterator[Finding]:
@@ -166,12 +166,25 @@ def _at(get: Get, index: int, rule: Callable[[Get, str], list[Finding]]) -> list
         return []
 
 
-def fault_worker(get: Get, fault: str) -> list[Finding]:
-    """Whether the fault at `fault` (`faults.N.`) names a worker where its kind needs one."""
-    kind = get(f"{fault}kind")
-    if kind == "controller" or get(f"{fault}worker") is not None:
-        return []
-    return [Finding((f"{fault}worker",), f"is required for kind {kind}: which worker it happens to")]
+_FAULT_DETAILS = {"seconds": ("slow", "drain"), "factor": ("slow",)}
+"""Which kinds of fault can be told more, and what."""
+
+
+def fault_kind(get: Get, fault: str) -> list[Finding]:
+    """Whether the fields of the fault at `fault` (`faults.N.`) are those that its kind needs and can use."""
+    kind, phase = get(f"{fault}kind"), get(f"{fault}phase")
+    findings = []
+    if kind != "controller" and get(f"{fault}worker") is None:
+        findings.append(Finding((f"{fault}worker",), f"is required for kind {kind}: which worker it happens to"))
+    if kind == "nan" and phase not in ("data", "compute"):
+        reason = f"kind nan spoils the gradient before it is reduced, so its phase is data or compute, not {phase}"
+        findings.append(Finding((f"{fault}phase",), reason))
+    for detail, kinds in _FAULT_DETAILS.items():
+        if get(f"{fault}{detail}") is not None and kind not in kinds:
+            findings.append(
+                Finding((f"{fault}{detail}",), f"says nothing about kind {kind}, only about {', '.join(kinds)}")
+            )
+    return findings
 
 
 def _fault_step(get: Get, fault: str) -> list[Finding]:
@@ -202,7 +215,7 @@ _RULES: tuple[Callable[[Get], Iterator[Finding]], ...] = (
     _enough_shares,
     _warmup,
     _heartbeat,
-    _fault_workers,
+    _fault_kinds,
     _fault_steps,
     _available,
 )

@@ -117,8 +117,8 @@ def read_fault(text: str, option: int) -> Tree:
     tree.mistakes.extend(Mistake(place, found.path, found.reason) for found in explained)
     if fault is not None:
         alone = checks.reader({"faults": [fault.model_dump()]})
-        for finding in checks.fault_worker(alone, "faults.0."):
-            tree.mistakes.append(Mistake(place, ("worker",), finding.reason))
+        for finding in checks.fault_kind(alone, "faults.0."):
+            tree.mistakes.append(Mistake(place, (finding.fields[0].removeprefix("faults.0."),), finding.reason))
     return tree
 
 

@@ -200,6 +200,8 @@ monitoring:
         ),
         ("faults: [{step: 40, worker: 0, kind: kill}]", "j:7:17 faults.0.step: the fault's step = 40 never"),
         ("faults: [{step: 4, kind: kill}]", "j:7:10 faults.0.worker: is required for kind kill"),
+        ("faults: [{step: 4, worker: 0, kind: nan, phase: vote}]", "j:7:49 faults.0.phase: kind nan spoils the"),
+        ("faults: [{step: 4, worker: 0, kind: kill, seconds: 3}]", "j:7:52 faults.0.seconds: says nothing about kind"),
         ("strategy: {tensor: 2}", "j:7:20 strategy.tensor: tensor: 2 is not available in this version"),
         ("strategy: {shard: gradients}", "j:7:19 strategy.shard: shard: gradients is not available in this"),
         ("monitoring: {port: 65536}", "j:7:20 monitoring.port: must be at most 65535, got 65536"),
@@ -359,7 +361,7 @@ def test_an_override_repairs_the_file() -> None:
 
 def test_faults_from_the_command_line() -> None:
     assert parse_fault("step=20,worker=1,kind=kill") == {"step": 20, "worker": 1, "kind": "kill"}
-    assert parse_fault("step=20, kind=controller, seconds=1e1")["seconds"] == 10.0
+    assert parse_fault("step=20, worker=0, kind=drain, seconds=1e1")["seconds"] == 10.0
     job = Job.loads(MINIMAL, faults=["step=20,worker=1,kind=kill", "step=3,worker=0,kind=slow,factor=2"])
     assert [(fault.step, fault.kind, fault.factor) for fault in job.faults] == [
         (20, "kill", None),
@@ -374,6 +376,8 @@ def test_faults_from_the_command_line() -> None:
         ("step=x,worker=1,kind=kill", "step must be an integer, got the string 'x'"),
         ("worker=1,kind=kill", "step is required, but missing"),
         ("step=1,kind=kill", "worker is required for kind kill"),
+        ("step=1,worker=1,kind=nan,phase=vote", "phase kind nan spoils the gradient before it is reduced"),
+        ("step=1,worker=1,kind=hang,seconds=3", "seconds says nothing about kind hang, only about slow, drain"),
         ("step=1,worker=1,kind=kill,phse=data", 'phse unknown field, did you mean "phase"?'),
         ("step=1,worker=1,kind=kill,step=2", "step given twice"),
         ("kill", "must read like step=20,worker=1,kind=kill, got 'kill'"),
