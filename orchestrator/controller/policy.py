@@ -1,99 +1,13 @@
-"""Decisions the state machine takes, as pure functions of what it knows."""
+"""Who should train: when to form a generation, with whom, and when to change it. Pure functions of what is known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from orchestrator.controller.views import WorkerView
-from orchestrator.messages import WorkerId
-from strategies.layout import deal
+from orchestrator.controller.views import ControllerConfig, WorkerState, WorkerView
 
 NEAR_S = 5.0
 """A worker whose place goes away in less is given no more work."""
-
-PHASES = ("restore", "form", "data", "compute", "reduce", "gather", "vote", "commit")
-_COLLECTIVE = frozenset({"form", "reduce", "gather", "vote"})
-
-
-def phase_index(phase: str) -> int:
-    """How far into a step a phase is; -1 for what is not a phase of a step."""
-    return PHASES.index(phase) if phase in PHASES else -1
-
-
-def is_collective(phase: str) -> bool:
-    """Whether a rank in this phase may be waiting for others, through no fault of its own."""
-    return phase in _COLLECTIVE
-
-
-def progress_limit_s(configured_s: float, step_seconds: Sequence[float]) -> float:
-    """How long nothing may move before somebody is taken to be stuck, in seconds.
-
-    Twenty median steps once the run knows its pace, at least 5 s and at most what the job file says.
-    """
-    if len(step_seconds) < 5:
-        return configured_s
-    recent = sorted(step_seconds[-100:])
-    return min(configured_s, max(5.0, 20 * recent[len(recent) // 2]))
-
-
-def furthest_behind(members: Sequence[tuple[WorkerId, tuple[int, int], str]]) -> list[WorkerId]:
-    """The members that hold the others up: behind at least one other (or alone), in a phase of their own making.
-
-    Empty when all are equally far or those behind are themselves inside a collective (a partition, not a culprit).
-    """
-    if not members:
-        return []
-    positions = [position for _, position, _ in members]
-    if len(members) > 1 and min(positions) == max(positions):
-        return []
-    return [worker for worker, position, phase in members if position == min(positions) and not is_collective(phase)]
-
-
-@dataclass(frozen=True)
-class StateAtHand:
-    """The newest state that living workers have: of how many steps, who holds it, and who can roll forward to it
-    (holds the state of one step less, and the reduced gradient of the missing step)."""
-
-    committed: int
-    holders: frozenset[WorkerId]
-    rolling: frozenset[WorkerId]
-
-    @property
-    def sources(self) -> frozenset[WorkerId]:
-        return self.holders | self.rolling
-
-
-def state_at_hand(idle: Sequence[WorkerView], recorded: int) -> StateAtHand | None:
-    """The newest state among these workers; None when no state among them is whole.
-
-    When the last holder of a step on record is gone, those that prepared it can still roll forward: after the vote the
-    gradient they hold is the one that was applied. (What is not on record is simply run again.)
-    """
-    whole = [view for view in idle if not view.torn]
-    if not whole:
-        return None
-    newest = max(view.committed for view in whole)
-    top = [view for view in whole if view.committed == newest]
-    if newest + 1 == recorded and any(view.prepared for view in top):
-        return StateAtHand(recorded, frozenset(), frozenset(v.worker for v in top if v.prepared))
-    if newest == 0:
-        # Models built apart must agree to count as copies; one that has trained sets the standard.
-        first = min(top, key=lambda view: (not view.has_trained, view.worker))
-        return StateAtHand(0, frozenset(v.worker for v in top if v.initial == first.initial), frozenset())
-    return StateAtHand(
-        newest,
-        frozenset(view.worker for view in top),
-        frozenset(view.worker for view in whole if view.prepared and view.committed == newest - 1),
-    )
-
-
-@dataclass(frozen=True)
-class Membership:
-    """The members of the next generation in rank order, with the virtual workers each gets."""
-
-    members: tuple[WorkerView, ...]
-    assignment: tuple[tuple[int, ...], ...]
 
 
 def usable(idle: Sequence[WorkerView], min_workers: int, now: float) -> list[WorkerView]:
@@ -105,31 +19,21 @@ def usable(idle: Sequence[WorkerView], min_workers: int, now: float) -> list[Wor
     return staying + leaving[: max(0, min_workers - len(staying))]
 
 
-def choose_members(
-    idle: Sequence[WorkerView],
-    sources: frozenset[WorkerId],
-    target: int,
-    virtual_workers: int,
-    min_workers: int,
-    now: float,
-) -> Membership:
-    """Who is in the next generation; `sources` have the state it starts from (empty: it comes from storage).
-
-    Those with the state come first, then lower slots, up to `target`. When none of the chosen has it, up to two
-    draining workers that do come along without work, to hand it over. Ranks are ordered by node, so that neighbours in
-    the summation tree share one.
-    """
-    able = usable(idle, min_workers, now)
-    able.sort(key=lambda view: (view.draining, view.worker not in sources, view.worker))
-    chosen = able[: max(1, min(target, virtual_workers))]
-    donors: list[WorkerView] = []
-    if sources and not any(view.worker in sources for view in chosen):
-        # Able or not, only draining workers can be left: a staying source would have been chosen.
-        donors = sorted((v for v in idle if v.draining and v.worker in sources), key=lambda v: v.worker)[:2]
-    members = sorted((*chosen, *donors), key=lambda v: (v.node, v.worker))
-    idlers = {view.worker for view in donors}
-    speeds = [0.0 if view.worker in idlers else 1.0 for view in members]
-    return Membership(tuple(members), deal(virtual_workers, speeds))
+def time_to_form(
+    alive: Sequence[WorkerView], target: int, waited_s: float, config: ControllerConfig, now: float
+) -> bool:
+    """Whether enough workers are warm and none that is worth waiting for is on its way."""
+    idle = [view for view in alive if view.state is WorkerState.IDLE]
+    able = usable(idle, config.min_workers, now)
+    if len(able) < config.min_workers:
+        return False
+    if any(view.has_trained for view in idle) or len(able) >= target:
+        return True
+    # Nothing waits for these workers yet; those already placed are worth the seconds they need to warm up.
+    soon = {WorkerState.STARTING}
+    if waited_s < config.placement_grace_s:
+        soon.add(WorkerState.REQUESTED)
+    return not any(view.state in soon for view in alive)
 
 
 def wanted_change(

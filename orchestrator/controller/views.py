@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from orchestrator.messages import Left, Ready, WorkerId
+from orchestrator.messages import Left, Ready, StepReport, WorkerId
+
+PHASES = ("restore", "form", "data", "compute", "reduce", "gather", "vote", "commit")
+_COLLECTIVE = frozenset({"form", "reduce", "gather", "vote"})
+
+
+def phase_index(phase: str) -> int:
+    """How far into a step a phase is; -1 for what is not a phase of a step."""
+    return PHASES.index(phase) if phase in PHASES else -1
+
+
+def is_collective(phase: str) -> bool:
+    """Whether a rank in this phase may be waiting for others, through no fault of its own."""
+    return phase in _COLLECTIVE
 
 
 class RunState(Enum):
@@ -50,6 +63,12 @@ class ControllerConfig:
     max_start_failures: int = 5
     epoch: int = 0
 
+    def within_limits(self, workers: int) -> int:
+        """The size closest to `workers` that the job allows. A virtual worker is not divided, so there is never work
+        for more workers than that."""
+        limit = min(self.max_workers, self.virtual_workers)
+        return min(max(workers, self.min_workers), limit)
+
 
 @dataclass
 class WorkerView:
@@ -87,6 +106,11 @@ class WorkerView:
     def draining(self) -> bool:
         return self.draining_until is not None
 
+    @property
+    def has_state(self) -> bool:
+        """Whether it holds a whole state that training has been through, not only a model as it was built."""
+        return self.has_trained and not self.torn
+
 
 @dataclass
 class Progress:
@@ -95,6 +119,13 @@ class Progress:
     committed: int = 0
     last_commit_at: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+
+    def commit(self, report: StepReport) -> None:
+        """One more step is committed."""
+        self.committed += 1
+        self.last_commit_at = report.committed_at
+        self.step_seconds.append(report.seconds)
+        del self.step_seconds[:-200]
 
     def median_step_s(self) -> float:
         """The median of the last hundred step times, 0 before the first."""

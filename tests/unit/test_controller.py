@@ -393,7 +393,7 @@ def test_without_a_checkpoint_all_is_replayed() -> None:
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
     config = ControllerConfig(100, 8, 1, 1, checkpointing=True)
-    stage = Stage(Controller(config, checkpoints={5: "c5", 10: "c10"}, committed=10))
+    stage = Stage(Controller(config, History(committed=10), {5: "c5", 10: "c10"}))
     stage.tell(Start())
     assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
     decided = stage.leave(W0, "restore", 0, detail="digest of weights differs")
@@ -406,7 +406,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
 
 
 def test_a_read_error_while_training_does_not_condemn_the_checkpoint() -> None:
-    stage = Stage(Controller(ControllerConfig(100, 8, 1, 1), checkpoints={10: "c10"}, committed=10))
+    stage = Stage(Controller(ControllerConfig(100, 8, 1, 1), History(committed=10), {10: "c10"}))
     stage.tell(Start())
     stage.ready(W0)
     stage.join()

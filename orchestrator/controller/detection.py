@@ -1,0 +1,210 @@
+"""Finding trouble: what goes wrong, whose it is, and since when.
+
+Pure functions of what is known of the workers, the configuration and the time. What is found is acted on by
+`orchestrator.controller.lifecycle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from orchestrator.controller.finalizing import Finalization
+from orchestrator.controller.membership import Membership
+from orchestrator.controller.protocol import Died
+from orchestrator.controller.views import (
+    ControllerConfig,
+    Progress,
+    WorkerState,
+    WorkerView,
+    is_collective,
+)
+from orchestrator.messages import Finalized, Left, WorkerId
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that went wrong: the `kind` and `cause` of its incident, and `at` what time it began (None: now).
+
+    `view` is the worker whose trouble it is, None when it is nobody's in particular. That worker is lost with it: it is
+    gone already, or to be ended, for the reason in `kill`; unless it is `spared`. `weight` says how likely the step is
+    to blame, and `failure` what is said of it if the run ends for that ("": the cause). `quiet` is what is part of
+    another trouble that is told already.
+    """
+
+    kind: str
+    cause: str
+    view: WorkerView | None = None
+    at: float | None = None
+    weight: float = 1 / 4
+    failure: str = ""
+    kill: str | None = None
+    spared: bool = False
+    quiet: bool = False
+
+
+# ---------------------------------------------------------------------------------------- what is reported
+
+
+def died(view: WorkerView, event: Died) -> Trouble:
+    """A process is gone. Who had to leave anyway is no argument against the step it was in."""
+    kind, weight = ("drain", 0.0) if view.draining else ("kill", 1 / 4)
+    return Trouble(kind, f"worker {view.worker.slot} died: {event.detail}", view, weight=weight)
+
+
+def node_lost(
+    first: WorkerView,
+    alive: Iterable[WorkerView],
+    members: Collection[WorkerId],
+    is_missed: Callable[[WorkerView], bool],
+) -> list[Trouble]:
+    """Everything on the node of `first`, whose process is gone, went at once: one incident, however many workers it
+    took. It names those that are missed, if there are any."""
+    victims = [first, *(view for view in alive if view.node == first.node and view is not first)]
+    missed = [view for view in victims if is_missed(view)]
+    slots = ", ".join(str(view.worker.slot) for view in sorted(missed or victims, key=lambda v: v.worker))
+    # The worker whose fault it was, if one was injected, knows the true time.
+    victims.sort(key=lambda v: (v.worker not in members, v.fault_at is None, v.worker))
+    return [
+        Trouble(
+            "node", f"the node of worker {slots} was lost", victim,
+            kill=None if victim is first else "its node was lost", quiet=number > 0,
+        )
+        for number, victim in enumerate(victims)
+    ]  # fmt: skip
+
+
+def raised(view: WorkerView, event: Left, *, spared: bool) -> Trouble:
+    """A step raised an exception."""
+    return Trouble(
+        "crash", f"worker {event.worker.slot} raised: {event.detail}", view, event.at or None, weight=1.0,
+        kill=f"its step raised: {event.detail}", spared=spared,
+    )  # fmt: skip
+
+
+def could_not_finish(view: WorkerView, event: Finalized) -> Trouble:
+    """It failed to give its final state."""
+    return Trouble(
+        "crash", f"worker {event.worker.slot} could not finish: {event.error}", view,
+        kill=f"it could not finish: {event.error}",
+    )  # fmt: skip
+
+
+def lost_each_other(lefts: Iterable[Left], now: float) -> Trouble | None:
+    """Members lost their peers, yet all are alive and nothing else happened: the network failed them."""
+    lost = [left for left in lefts if left.cause == "peer"]
+    if not lost:
+        return None
+    at = min((left.at for left in lost if left.at), default=now)
+    what = f"all workers live, but worker {lost[0].worker.slot} lost a peer: {lost[0].detail}"
+    return Trouble("network", what, at=at, weight=1 / 2)
+
+
+# ---------------------------------------------------------------------------------------- what is not
+
+
+def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float) -> list[Trouble]:
+    """A worker that is silent for too long is ended for good and fenced off."""
+    limit = config.heartbeat_timeout_s
+    return [
+        Trouble(
+            "hang", f"worker {view.worker.slot} has been silent for {limit:.1f} s", view, view.last_heard,
+            kill=f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)",
+        )
+        for view in alive
+        if view.state in (WorkerState.IDLE, WorkerState.MEMBER) and now - view.last_heard > limit
+    ]  # fmt: skip
+
+
+def find_stalled(membership: Membership, config: ControllerConfig, progress: Progress, now: float) -> list[Trouble]:
+    """Everyone is heard and nothing moves: the member that is furthest behind holds the others up."""
+    if not membership.inside:
+        return []
+    # While members join, state is moved and checkpoints are read; the pace of steps says nothing about that.
+    limit = config.progress_timeout_s
+    if not membership.unjoined:
+        limit = progress_limit_s(limit, progress.step_seconds)
+    if membership.interrupted_at is not None:
+        return _find_stuck(membership.present(), membership.interrupted_at, limit, config, now)
+    since = membership.moved_at
+    if now - since <= limit:
+        return []
+    culprits = furthest_behind(membership.present())
+    if not culprits:
+        what = f"progress for {limit:.0f} s"
+        return [Trouble("stall", f"no member made {what}", at=since, weight=1 / 2, failure=f"no {what}")]
+    return [
+        Trouble(
+            "stall", f"worker {view.worker.slot} made no progress for {limit:.0f} s in {view.phase}", view, since,
+            weight=1 / 2, kill=f"no progress for {limit:.0f} s in {view.phase} (elastic.progress_timeout_s)",
+        )
+        for view in culprits
+    ]  # fmt: skip
+
+
+def _find_stuck(
+    present: Iterable[WorkerView], interrupted_at: float, limit: float, config: ControllerConfig, now: float
+) -> list[Trouble]:
+    """Whoever is told to break out of a collective does so at once; a computation has to come to its end."""
+    found = []
+    for view in present:
+        patience = config.interrupt_timeout_s if is_collective(view.phase) else limit
+        if now - interrupted_at > patience:
+            found.append(
+                Trouble(
+                    "stall", f"worker {view.worker.slot} did not leave its step ({view.phase})", view, interrupted_at,
+                    kill=f"stuck in {view.phase} for {patience:.1f} s after it was told to leave",
+                )
+            )  # fmt: skip
+    return found
+
+
+def find_slow_starters(alive: Iterable[WorkerView], config: ControllerConfig, now: float) -> list[WorkerView]:
+    """Those that were placed long ago and are not ready. Nobody misses them."""
+    limit = config.start_timeout_s
+    return [
+        view
+        for view in alive
+        if view.state is WorkerState.STARTING and view.placed_at is not None and now - view.placed_at > limit
+    ]
+
+
+def find_slow_finishers(finalization: Finalization, config: ControllerConfig, now: float) -> list[Trouble]:
+    limit = config.finalize_timeout_s
+    if now - finalization.since <= limit:
+        return []
+    return [
+        Trouble(
+            "stall", f"worker {view.worker.slot} did not give its final state", view, finalization.since,
+            kill=f"it did not give its final state within {limit:.0f} s",
+        )
+        for view in finalization.unanswered()
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- how it is judged
+
+
+def progress_limit_s(configured_s: float, step_seconds: Sequence[float]) -> float:
+    """How long nothing may move before somebody is taken to be stuck, in seconds.
+
+    Twenty median steps once the run knows its pace, at least 5 s and at most what the job file says.
+    """
+    if len(step_seconds) < 5:
+        return configured_s
+    recent = sorted(step_seconds[-100:])
+    return min(configured_s, max(5.0, 20 * recent[len(recent) // 2]))
+
+
+def furthest_behind(members: Sequence[WorkerView]) -> list[WorkerView]:
+    """The members that hold the others up: behind at least one other (or alone), in a phase of their own making.
+
+    Empty when all are equally far or those behind are themselves inside a collective (a partition, not a culprit).
+    """
+    if not members:
+        return []
+    positions = [view.position for view in members]
+    last = min(positions)
+    if len(members) > 1 and last == max(positions):
+        return []
+    return [view for view in members if view.position == last and not is_collective(view.phase)]

@@ -1,0 +1,311 @@
+"""The life of a run: its states and what leads from one to the next.
+
+A run goes WAITING -> FORMING -> RUNNING, and from there to SETTLING whenever the membership must change: all members
+leave the generation (by agreement at a step boundary, or by interruption), the run looks at who is left and at what
+state they hold, and forms the next generation or waits for workers. It ends through FINALIZING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from orchestrator.controller import detection, planning, policy
+from orchestrator.controller.detection import Trouble
+from orchestrator.controller.finalizing import Finalization
+from orchestrator.controller.history import History
+from orchestrator.controller.membership import Membership
+from orchestrator.controller.protocol import Action, Finalize, Finish, Record, StartGeneration
+from orchestrator.controller.roster import Roster
+from orchestrator.controller.run_record import RunRecord
+from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView
+from orchestrator.messages import Left, StepReport
+
+
+class Lifecycle:
+    """Where the run is; what is decided goes to the end of `out`.
+
+    `target` is the number of workers wanted, `stop` why the run is to end early (None: it is not).
+    """
+
+    def __init__(
+        self, config: ControllerConfig, history: History, roster: Roster, record: RunRecord, out: list[Action]
+    ) -> None:
+        self.config = config
+        self.state = RunState.WAITING
+        self.status: str | None = None
+        self.target = config.within_limits(config.max_workers if history.target is None else history.target)
+        self.stop = history.stop
+        self.membership = Membership()
+        self.finalization: Finalization | None = None
+        self.waiting_since: float | None = None
+        self._has_run = False
+        self._roster = roster
+        self._record = record
+        self._out = out
+
+    # ------------------------------------------------------------------------------------ beginnings
+
+    def begin(self, now: float) -> None:
+        """A run begun anew has the size of its job file and no wish to stop, whatever was asked of the last one."""
+        self.stop, self.target = None, self.config.within_limits(self.config.max_workers)
+        self.waiting_since = now
+        self.fill(now)
+
+    def resume(self, membership: Membership, now: float, *, intact: bool) -> None:
+        """A generation of an earlier controller goes on, or is over when it is not `intact`."""
+        self.membership, self._has_run = membership, True
+        if not intact:
+            # Everyone is told to leave by the caller; the time to obey runs from here.
+            self.state, membership.interrupted_at = RunState.SETTLING, now
+        else:
+            self.state = RunState.FORMING if membership.unjoined else RunState.RUNNING
+
+    # ------------------------------------------------------------------------------------ steps and losses
+
+    def take_reports(self, reports: Iterable[StepReport], now: float) -> None:
+        """Puts on record what is not on it yet."""
+        for report in reports:
+            if actions := self._record.commit(report):
+                self.membership.moved_at = now
+                self._out += actions
+
+    def meet(self, trouble: Trouble, now: float) -> None:
+        """Acts on trouble. Callers `conclude` when they are through with all there is.
+
+        Losing a member is an incident, and so is losing the last holder of the state.
+        """
+        told, breaks = not trouble.quiet, True
+        if trouble.view is not None and not trouble.spared:
+            told, breaks = told and self.is_missed(trouble.view), self._breaks_with(trouble.view)
+            self._remove(trouble.view, trouble.kill)
+        if told:
+            self._out += self._record.incident(trouble.kind, trouble.cause, now, trouble.view, trouble.at)
+        if breaks:
+            self.settle(now, interrupt=True)
+            if trouble.weight:
+                self.count_failure(trouble.failure or trouble.cause, trouble.weight, now)
+
+    def is_missed(self, view: WorkerView) -> bool:
+        """Whether the run is the worse for losing this worker."""
+        if view.worker in self.membership.members:
+            return True
+        if view.state is not WorkerState.IDLE or self.state not in (RunState.WAITING, RunState.FINALIZING):
+            return False
+        return planning.is_last_holder(view, self._roster.idle(), self._record.progress.committed)
+
+    def _breaks_with(self, view: WorkerView) -> bool:
+        """Whether the generation is over without this worker: it is still inside, or it is out because it raised."""
+        if view.worker not in self.membership.members:
+            return False
+        return view.worker in self.membership.inside or (view.left is not None and view.left.cause == "exception")
+
+    def _remove(self, view: WorkerView, kill: str | None) -> None:
+        if kill is None:
+            self._roster.remove(view)
+        else:
+            self._out += self._roster.kill(view, kill)
+        self.membership.remove(view.worker)
+
+    def count_failure(self, detail: str, weight: float, now: float) -> None:
+        """The step failed; too often, and the run ends."""
+        reason = self._record.step_failed(detail, weight)
+        if reason is not None:
+            self.finish("failed", reason, now)
+
+    def start_failed(self, detail: str, now: float) -> None:
+        """A worker could not be started; too many in a row, and nobody trains meanwhile, and the run ends."""
+        reason = self._roster.start_failed(detail, now)
+        if reason is not None and not self.membership.members:
+            self.finish("failed", reason, now)
+
+    # ------------------------------------------------------------------------------------ workers
+
+    def fill(self, now: float) -> None:
+        """Sees to it that there are as many workers as are wanted."""
+        if self.stop is not None or self.state in (RunState.FINALIZING, RunState.OVER):
+            return
+        # The first generation does not share its start-up with workers that would only wait.
+        wanted = self.target + (self.config.standby if self._has_run else 0)
+        self._out += self._roster.fill(wanted, self.membership.members, now, may_leave=self._may_leave)
+
+    def _may_leave(self, view: WorkerView) -> bool:
+        """Whether an idle worker is of no use if it cannot stay: the next generation may need its state."""
+        if self.state is RunState.SETTLING:
+            return False
+        return self.state is not RunState.WAITING or not view.has_state
+
+    # ------------------------------------------------------------------------------------ forming a generation
+
+    def reconsider(self, now: float) -> None:
+        """There may be reason for another membership than there is."""
+        if self.state is RunState.WAITING:
+            self.try_form(now)
+        else:
+            self.adjust(now)
+
+    def try_form(self, now: float) -> None:
+        """The run waits for workers: forms a generation if it is time."""
+        if self.stop is not None:
+            self._after_settled(now)
+            return
+        waited_s = now - (self.waiting_since if self.waiting_since is not None else now)
+        if policy.time_to_form(self._roster.alive(), self.target, waited_s, self.config, now):
+            self._form(now)
+
+    def wait_no_longer(self, now: float) -> None:
+        """Ends a run that has waited for workers as long as its job allows."""
+        limit = self.config.wait_timeout_s
+        if self.state is not RunState.WAITING or limit is None or self.waiting_since is None:
+            return
+        if now - self.waiting_since > limit:
+            self.finish(
+                "failed",
+                f"waited {limit:.0f} s for {self.config.min_workers} workers "
+                f"(elastic.workers.min), {len(self._roster.idle())} were there",
+                now,
+            )
+
+    def _form(self, now: float) -> None:
+        """Forms a generation from the newest state there is: that of living workers, or a newer one in storage."""
+        record, recorded = self._record, self._record.progress.committed
+        self._out += planning.refuse_unrecorded(self._roster.idle(), recorded)
+        idle = self._roster.idle()
+        origin = planning.newest_state(idle, recorded, record.checkpoints)
+        if origin is None:
+            # All were torn when the last holder went, and there is no checkpoint: only new workers have a state.
+            for view in idle:
+                self._out += self._roster.release(view, "its state is incomplete, and nobody can complete it")
+            self.fill(now)
+            return
+        self._out += record.roll_back(origin.committed, now)
+        ranks = planning.choose_ranks(idle, origin.workers, self.target, self.config, now)
+        record.last_generation += 1
+        causes = "; ".join(incident.cause for incident in record.incidents.unanswered())
+        cause = causes or ("start" if self.membership.generation is None else "regroup")
+        generation = planning.make_generation(
+            record.last_generation, self.config.epoch, cause, origin, ranks, record.fired_faults
+        )
+        record.incidents.answered(generation.number, origin.kind, origin.committed)
+        self.membership = Membership.formed(generation, ranks.members, origin.workers, now)
+        self.state = RunState.FORMING
+        self._out += [
+            planning.generation_record(generation, origin, recorded - origin.committed),
+            StartGeneration(generation),
+        ]
+        self.fill(now)
+
+    def train(self, now: float) -> None:
+        """All members have joined."""
+        assert self.membership.generation is not None
+        self.state, self._has_run = RunState.RUNNING, True
+        self._out.append(Record("generation_running", {"generation": self.membership.generation.number}))
+        if self.stop is not None:
+            self.pause()
+        else:
+            self.adjust(now)
+
+    def adjust(self, now: float) -> None:
+        """While a generation runs: is there a better membership to change to at the next step boundary?"""
+        if self.state is not RunState.RUNNING or self.stop is not None:
+            return
+        members = list(self.membership.members.values())
+        change = policy.wanted_change(members, self._roster.idle(), self.target, self.config.min_workers, now)
+        if change is None:
+            return
+        kind, cause = change
+        if kind != "drain":
+            self._out += self._record.incident(kind, cause, now)
+        self.pause()
+
+    # ------------------------------------------------------------------------------------ leaving a generation
+
+    def pause(self) -> None:
+        """All members leave at the next step boundary, by agreement in the vote."""
+        self.state = RunState.SETTLING
+        self._out += self.membership.pause()
+
+    def settle(self, now: float, *, interrupt: bool) -> None:
+        """The generation is over; with `interrupt` whoever is still in it is told to break out."""
+        if self.state not in (RunState.FORMING, RunState.RUNNING, RunState.SETTLING):
+            return
+        self.state = RunState.SETTLING
+        if interrupt:
+            self._out += self.membership.interrupt(now)
+
+    def conclude(self, now: float) -> None:
+        """Goes on when nobody is left to wait for."""
+        if self.state is RunState.SETTLING and not self.membership.inside:
+            self._after_settled(now)
+        elif self.state is RunState.FINALIZING:
+            self._check_finalized(now)
+
+    def end_early(self, reason: str, now: float) -> None:
+        """Somebody wants the run to end. While a generation forms or settles, that takes its turn after it."""
+        self.stop = reason
+        if self.state is RunState.RUNNING:
+            self.pause()
+        elif self.state is RunState.WAITING:
+            self._after_settled(now)
+
+    def _after_settled(self, now: float) -> None:
+        """No member is in the generation any more: finish, stop, or form the next one."""
+        lefts = self.membership.dissolve()
+        recorded = self._record.progress.committed
+        self._out += planning.refuse_unrecorded(self._roster.idle(), recorded)
+        holders = planning.final_holders(
+            self._roster.idle(), recorded, self.config.total_steps, stopping=self.stop is not None
+        )
+        if holders:
+            self._finalize(holders, now)
+            return
+        if self.stop is not None:
+            self.finish("stopped", self.stop, now)
+            return
+        self._explain(lefts, now)
+        if self.state is RunState.OVER:
+            return
+        self.state = RunState.WAITING
+        self.waiting_since = now
+        self.fill(now)
+        self.try_form(now)
+        if self.state is RunState.WAITING:
+            idle = len(self._roster.idle())
+            self._out.append(Record("waiting", {"workers": idle, "needed": self.config.min_workers}))
+
+    def _explain(self, lefts: list[Left], now: float) -> None:
+        """Every generation ends for a reason; when nothing else is known to have happened, it was the network."""
+        if self._record.incidents.unanswered() or any(left.cause == "restore" for left in lefts):
+            return
+        if (trouble := detection.lost_each_other(lefts, now)) is not None:
+            self.meet(trouble, now)
+
+    # ------------------------------------------------------------------------------------ the end
+
+    def _finalize(self, holders: list[WorkerView], now: float) -> None:
+        self.state = RunState.FINALIZING
+        self.finalization = Finalization(holders, now)
+        self._out.append(Finalize(tuple(self.finalization.asked), save=self.config.checkpointing))
+
+    def _check_finalized(self, now: float) -> None:
+        assert self.finalization is not None
+        if self.finalization.unanswered():
+            return
+        digests = self.finalization.digests()
+        if not digests:
+            # The last holders died while they were asked: back to the newest checkpoint.
+            self._after_settled(now)
+        elif len(set(digests.values())) > 1:
+            shown = ", ".join(f"worker {worker.slot}: {digest[:23]}" for worker, digest in digests.items())
+            self.finish("failed", f"the workers' final states differ, which must never happen: {shown}", now)
+        elif self.stop is not None and self._record.progress.committed < self.config.total_steps:
+            self.finish("stopped", self.stop, now, next(iter(digests.values())))
+        else:
+            self.finish("finished", "all steps committed", now, next(iter(digests.values())))
+
+    def finish(self, status: str, reason: str, now: float, digest: str | None = None) -> None:
+        if self.state is RunState.OVER:
+            return
+        if status != "failed":
+            self._out += self._record.close(now)
+        self.state, self.status = RunState.OVER, status
+        self._out.append(Finish(status, reason, digest))

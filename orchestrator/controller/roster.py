@@ -1,0 +1,189 @@
+"""The workers of a run: who is asked for, on its way, warm, draining, let go, ended.
+
+What the roster does about them comes back as actions, for the caller to put among its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from orchestrator.controller.history import History
+from orchestrator.controller.protocol import (
+    Action,
+    Died,
+    KillWorker,
+    Notice,
+    Placed,
+    Record,
+    ReleaseWorker,
+    RequestWorker,
+)
+from orchestrator.controller.views import ControllerConfig, WorkerState, WorkerView
+from orchestrator.messages import Ready, WorkerId
+
+MAX_PAUSE_S = 30.0
+"""The longest time between two tries when workers die while they start."""
+
+
+class Roster:
+    """`workers` are all that were ever asked for, also those that are gone."""
+
+    def __init__(self, config: ControllerConfig, history: History) -> None:
+        self.workers: dict[WorkerId, WorkerView] = {}
+        self._alive: dict[WorkerId, WorkerView] = {}
+        self._incarnations = dict(history.incarnations)
+        self._draining = dict(history.draining)
+        self._given_up = set(history.gone)
+        self._max_start_failures = config.max_start_failures
+        self._start_failures = 0
+        self._next_request_at = 0.0
+
+    def living(self, worker: WorkerId) -> WorkerView | None:
+        """A worker that counts; None when it is gone, or was never one of this run's."""
+        return self._alive.get(worker)
+
+    def alive(self) -> list[WorkerView]:
+        return list(self._alive.values())
+
+    def idle(self) -> list[WorkerView]:
+        return [view for view in self._alive.values() if view.state is WorkerState.IDLE]
+
+    # ------------------------------------------------------------------------------------ they come
+
+    def fill(
+        self, wanted: int, members: Collection[WorkerId], now: float, *, may_leave: Callable[[WorkerView], bool]
+    ) -> list[Action]:
+        """Asks for the workers that are missing and releases those that are too many. Members are left alone; of the
+        draining workers that are idle, those go that `may_leave`."""
+        actions: list[Action] = []
+        staying = [view for view in self._alive.values() if not view.draining]
+        missing = wanted - len(staying)
+        if missing > 0 and now >= self._next_request_at:
+            actions += self._request(missing, now)
+        elif missing < 0:
+            order = list(WorkerState)
+            spare = [view for view in staying if view.worker not in members]
+            # Before a generation is formed the idle ones may hold its state: the newest goes last.
+            spare.sort(key=lambda v: (order.index(v.state), v.has_state, v.committed, -v.worker.slot))
+            for view in spare[:-missing]:
+                actions += self.release(view, "more workers than the job wants")
+        if len(staying) < len(self._alive):
+            for view in self.idle():
+                if view.draining and view.worker not in members and may_leave(view):
+                    actions += self.release(view, "its node drains")
+        return actions
+
+    def _request(self, number: int, now: float) -> list[Action]:
+        actions: list[Action] = []
+        taken = {worker.slot for worker in self._alive}
+        free = [slot for slot in range(number + len(taken)) if slot not in taken]
+        for slot in free[:number]:
+            worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
+            self._incarnations[slot] = worker.incarnation
+            self.add(WorkerView(worker, requested_at=now))
+            actions += [Record("worker_requested", _named(worker)), RequestWorker(worker)]
+        return actions
+
+    def add(self, view: WorkerView) -> None:
+        self.workers[view.worker] = self._alive[view.worker] = view
+        view.draining_until = self._draining.get(view.worker)
+
+    def adopt(self, view: WorkerView) -> list[Action]:
+        """Takes over a worker of an earlier controller, unless that one had given it up."""
+        slot, incarnation = view.worker
+        self._incarnations[slot] = max(self._incarnations.get(slot, -1), incarnation)
+        if self.was_given_up(view.worker):
+            return [KillWorker(view.worker, "an earlier controller had given it up")]
+        self.add(view)
+        return []
+
+    def was_given_up(self, worker: WorkerId) -> bool:
+        """Whether it was gone by the record of earlier controllers."""
+        return worker in self._given_up
+
+    def placed(self, event: Placed, now: float) -> None:
+        view = self.workers.get(event.worker)
+        if view is not None and view.state is WorkerState.REQUESTED:
+            view.state, view.node, view.placed_at = WorkerState.STARTING, event.node, now
+
+    def ready(self, view: WorkerView, event: Ready, now: float) -> list[Action]:
+        """A worker that was on its way is warm."""
+        view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
+        view.initial = event.initial
+        self._start_failures = 0
+        return [
+            Record(
+                "worker_ready",
+                {**_named(event.worker), "node": event.node, "pid": event.pid,
+                 "start_seconds": round(now - view.requested_at, 3)},
+            )
+        ]  # fmt: skip
+
+    def start_failed(self, detail: str, now: float) -> str | None:
+        """A worker did not live to be ready: the next is asked for after a pause. What to give up with, when too many
+        did not."""
+        self._start_failures += 1
+        self._next_request_at = now + min(MAX_PAUSE_S, 0.25 * 2 ** min(self._start_failures, 10))
+        if self._start_failures < self._max_start_failures:
+            return None
+        return f"{self._start_failures} workers in a row died while starting: {detail}"
+
+    # ------------------------------------------------------------------------------------ and go
+
+    def notice(self, event: Notice) -> list[WorkerView]:
+        """The place of these workers goes away; those for whom that is news."""
+        noticed = []
+        for worker in event.workers:
+            view = self.living(worker)
+            if view is None:
+                continue
+            if not view.draining:
+                noticed.append(view)
+            view.draining_until = event.deadline
+        return noticed
+
+    def release(self, view: WorkerView, reason: str) -> list[Action]:
+        """Lets go of a worker that is not needed."""
+        self.remove(view)
+        return [
+            ReleaseWorker(view.worker, reason),
+            Record("worker_released", {**_named(view.worker), "reason": reason}),
+        ]
+
+    def kill(self, view: WorkerView, reason: str) -> list[Action]:
+        """Ends a worker that cannot be trusted any more; what it may still say is not listened to."""
+        self.remove(view)
+        return [KillWorker(view.worker, reason), Record("worker_killed", {**_named(view.worker), "reason": reason})]
+
+    def remove(self, view: WorkerView) -> None:
+        """It is gone."""
+        view.state = WorkerState.GONE
+        self._alive.pop(view.worker, None)
+
+    # ------------------------------------------------------------------------------------ time
+
+    def overslept(self, gap_s: float, now: float) -> None:
+        """Nobody could be heard for so long."""
+        for view in self._alive.values():
+            view.last_heard = max(view.last_heard, now)
+            if view.placed_at is not None:
+                view.placed_at += gap_s
+
+
+def death_record(view: WorkerView, event: Died) -> Record:
+    return Record(
+        "worker_died",
+        {**_named(view.worker), "node": view.node, "node_lost": event.node_lost, "detail": event.detail},
+    )
+
+
+def notice_record(view: WorkerView, event: Notice) -> Record:
+    return Record(
+        "drain_notice",
+        {**_named(view.worker), "node": view.node, "reason": event.reason, "deadline": event.deadline},
+    )
+
+
+def _named(worker: WorkerId) -> dict[str, Any]:
+    return {"worker": worker.slot, "incarnation": worker.incarnation}
