@@ -60,6 +60,14 @@ class Lifecycle:
         else:
             self.state = RunState.FORMING if membership.unjoined else RunState.RUNNING
 
+    def overslept(self, gap_s: float, now: float) -> None:
+        """The controller slept for `gap_s` seconds, which count for nothing."""
+        self.membership.overslept(gap_s, now)
+        if self.finalization is not None:
+            self.finalization.overslept(gap_s)
+        if self.waiting_since is not None:
+            self.waiting_since += gap_s
+
     # ------------------------------------------------------------------------------------ steps and losses
 
     def take_reports(self, reports: Iterable[StepReport], now: float) -> None:

@@ -8,6 +8,7 @@ however many workers there are; what looks at all of them happens on a tick or w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from orchestrator.controller import detection, planning, takeover
 from orchestrator.controller.detection import Trouble
@@ -20,6 +21,7 @@ from orchestrator.controller.protocol import (
     Action,
     Died,
     Event,
+    Finish,
     Interrupt,
     Notice,
     Placed,
@@ -166,15 +168,14 @@ class Controller:
                 self._fault_fired(event)
             case CheckpointSaved():
                 self._out += self._record.checkpoint_saved(event)
-        return list(self._out)
+        ends = next((number for number, action in enumerate(self._out, 1) if isinstance(action, Finish)), None)
+        return self._out[:ends]  # Nothing follows the end of a run.
 
     def _overslept(self, gap_s: float, now: float) -> None:
         """The controller itself slept (an overloaded or suspended machine): nobody could be heard meanwhile, and no
         patience has run out."""
         self._roster.overslept(gap_s, now)
-        self._run.membership.overslept(gap_s, now)
-        if self._run.finalization is not None:
-            self._run.finalization.overslept(gap_s)
+        self._run.overslept(gap_s, now)
 
     def _tick(self, now: float) -> None:
         run, roster, config = self._run, self._roster, self.config
@@ -293,13 +294,12 @@ class Controller:
     def _take_leave(self, view: WorkerView, event: Left, now: float) -> None:
         run, generation = self._run, self.generation
         assert generation is not None
+        if event.cause == "restore" and (generation.restore is None or view.joined):
+            # Nothing was restored here: something else could not be read.
+            event = replace(event, cause="exception")
         run.membership.left(view, event, now)
         run.take_reports(event.reports, now)
-        cause = event.cause
-        if cause == "restore" and (generation.restore is None or view.joined):
-            # Nothing was restored here: something else could not be read.
-            cause = "exception"
-        match cause:
+        match event.cause:
             case "exception":
                 # It changed no state: who alone holds it tries again, others are replaced.
                 alone = planning.holds_alone(view, run.membership.members.values())

@@ -534,6 +534,7 @@ class World:
         return self._sends_left >= 0
 
     def carry_out(self, action: Action, controller: Controller) -> None:
+        assert self.outcome is None, f"{action} after the end of the run"
         match action:
             case Record(kind, fields):
                 named = {("incident" if key == "kind" else key): value for key, value in fields.items()}

@@ -416,6 +416,23 @@ def test_a_read_error_while_training_does_not_condemn_the_checkpoint() -> None:
     assert stage.recorded("incident")[-1]["incident"] == "crash"
 
 
+def test_a_step_whose_data_cannot_be_read_fails_the_run_in_the_end() -> None:
+    """Whoever reads says "restore"; that nothing was restored does not make it a lesser failure of the step."""
+    stage = Stage(max_workers=2).running(W0, W1)
+    the(Interrupt, stage.leave(W0, "restore", detail="the data cannot be read"))
+    stage.leave(W1, "peer")
+    for number in range(1, 10):
+        if stage.controller.state is RunState.OVER:
+            break
+        culprit = stage.members[-1]
+        stage.leave(culprit, "restore", detail="the data cannot be read")
+        stage.leave_all("peer", but=(culprit,))
+        stage.ready(WorkerId(culprit.slot, number))
+    finish = the(Finish, stage.told)
+    assert finish.status == "failed"
+    assert "the data cannot be read" in finish.reason
+
+
 def test_a_half_received_state_is_no_state() -> None:
     """The last holder dies while it sends its state to a new worker; without a checkpoint only a worker that was never
     sent anything has the state of step 0."""
@@ -537,6 +554,24 @@ def test_a_controller_that_slept_blames_nobody() -> None:
     assert not stage.tell(Tick(), after=120.0)
     stage.tell(Died(W0, "SIGKILL"))
     assert not of(KillWorker, stage.tell(Tick(), after=120.0))
+
+
+def test_the_time_a_controller_slept_is_not_waited_for_workers() -> None:
+    stage = Stage(min_workers=2, max_workers=2, wait_timeout_s=30.0)
+    stage.tell(Start())
+    stage.ready(W0)
+    assert not of(Finish, stage.tell(Tick(), after=60.0))
+    assert not of(Finish, stage.wait(25.0, W0))
+    the(Finish, stage.wait(10.0, W0))
+
+
+def test_nothing_follows_the_end_of_a_run() -> None:
+    """Two are found lost at once, and the first loss is one failure too many."""
+    stage = Stage(max_workers=2, max_failures_per_step=1 / 4, heartbeat_timeout_s=5.0).running(W0, W1)
+    stage.train(1)
+    decided = stage.wait(10.0)
+    assert isinstance(decided[-1], Finish), decided
+    the(KillWorker, decided)
 
 
 def test_members_that_lose_each_other_for_ever_end_the_run() -> None:
