@@ -3,14 +3,10 @@
 Each rank sends, to the owner of every slice of the gradient, the partial sums of the largest whole subtrees it holds;
 the owner adds the pieces along the tree (`strategies.tree`); an exchange brings the finished slices back to everyone.
 Two all-to-alls of one gradient each: what a ring all-reduce moves, without its order.
-
-Slices are whole *blocks* of a size fixed by the model alone. The squared norm is taken per block and the block sums
-are added exactly, so that the norm, and with it clipping, is as canonical as the gradient.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -19,27 +15,6 @@ from strategies.flat import ALIGNMENT
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout, even
 from strategies.tree import Node, cover, fold
-
-_MIN_BLOCK = 4096
-_MAX_BLOCKS = 512
-
-
-def block_size(size: int) -> int:
-    """Elements per block for a flat gradient of `size` elements: at most 512 blocks, each of at least 4,096."""
-    return max(_MIN_BLOCK, -(-size // _MAX_BLOCKS // ALIGNMENT) * ALIGNMENT)
-
-
-def block_squares(values: torch.Tensor, block: int) -> list[float]:
-    """The sum of squares of every block of `values` [n]; one call a block, so that each depends on its block only."""
-    # (An empty tensor splits into one empty part, and a rank without a slice has no block.)
-    return [float(torch.dot(part, part)) for part in values.split(block) if part.numel()]
-
-
-def norm_of(squares: list[float]) -> float:
-    """The 2-norm from all block sums, in any order as `math.fsum` is exact. NaN when any is not finite."""
-    if not all(math.isfinite(value) for value in squares):
-        return math.nan
-    return math.sqrt(math.fsum(squares))
 
 
 class Reducer:
@@ -56,8 +31,7 @@ class Reducer:
         self.layout = layout
         self.size = size
         self.native = native
-        self.block = block_size(size)
-        self.slices = even(size, layout.world_size, self.block)
+        self.slices = even(size, layout.world_size, ALIGNMENT)
         self.covers = tuple(cover(held, layout.virtual_workers) for held in layout.assignment)
         self._start = sum(self.slices[: groups.rank])
         self._device = device
@@ -68,10 +42,6 @@ class Reducer:
         # Kept for the life of the generation: fresh memory of this size costs the kernel a page fault every 4 KiB.
         copies = 0 if native or layout.world_size == 1 else layout.world_size
         self._outgoing = torch.empty(copies * self.slices[groups.rank], device=device)
-
-    def blocks_of(self, rank: int) -> int:
-        """How many blocks the slice of `rank` has."""
-        return -(-self.slices[rank] // self.block)
 
     def own_slice(self, gradient: torch.Tensor) -> torch.Tensor:
         """This rank's slice (a view) of a full gradient [size]."""

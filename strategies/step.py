@@ -21,7 +21,8 @@ from strategies.compute import StepSpec as StepSpec
 from strategies.flat import FlatState
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout
-from strategies.reduction import Reducer, block_squares, norm_of
+from strategies.norm import WORDS, from_words, norm_of, square_sum, to_words
+from strategies.reduction import Reducer
 
 PHASES = ("data", "compute", "reduce", "gather", "vote", "commit")
 """The phases of a step in order: the first two, taken in turns for every virtual worker, are local; the next three are
@@ -47,10 +48,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Vote:
-    """What all ranks agreed on at the end of a step: the block squares, losses and hashes of all, and any request to
-    pause after this step."""
+    """What all ranks agreed on at the end of a step: the gradient's norm (NaN when it is not finite), the losses and
+    hashes of all virtual workers, and any request to pause after this step."""
 
-    squares: list[float]
+    norm: float
     losses: list[float]
     hashes: tuple[int, ...]
     pause: bool
@@ -105,7 +106,7 @@ class StepEngine:
         for attempt in range(2):
             losses, hashes = self.prepare(step)
             vote = self.vote(step, losses, hashes)
-            norm = norm_of(vote.squares)
+            norm = vote.norm
             if math.isfinite(norm):
                 break
             if attempt == 0:
@@ -150,11 +151,11 @@ class StepEngine:
     def vote(self, step: int, losses: list[float], hashes: list[int]) -> Vote:
         """Tells everyone that this rank holds the reduced gradient, and learns that all others do."""
         self._enter("vote", step)
-        layout, reducer, rank = self.layout, self.reducer, self.groups.rank
-        squares = block_squares(reducer.own_slice(self.state.gradient), reducer.block)
-        numbers = np.array([float(self.pause_requested), *losses, *squares], dtype=np.float64)
-        row = np.concatenate([numbers.view(np.int64), np.array(hashes, dtype=np.int64)])
-        sizes = [1 + 2 * len(held) + reducer.blocks_of(peer) for peer, held in enumerate(layout.assignment)]
+        layout, rank = self.layout, self.groups.rank
+        words = to_words(square_sum(self.reducer.own_slice(self.state.gradient)))
+        floats = np.array([float(self.pause_requested), *losses], dtype=np.float64)
+        row = np.concatenate([floats.view(np.int64), np.array([*words, *hashes], dtype=np.int64)])
+        sizes = [1 + WORDS + 2 * len(held) for held in layout.assignment]
         if layout.world_size == 1:
             everyone = row
         else:
@@ -164,21 +165,18 @@ class StepEngine:
             self.groups.all_to_all(received, sent, sizes, [len(row)] * layout.world_size)
             everyone = received.cpu().numpy()
         assert len(row) == sizes[rank]
-        all_squares: list[float] = []
+        sums: list[int | None] = []
         loss_of: dict[int, float] = {}
         hash_of: dict[int, int] = {}
         pause = False
-        offset = 0
-        for peer, held in enumerate(layout.assignment):
-            part = everyone[offset : offset + sizes[peer]]
-            offset += sizes[peer]
-            values = part.view(np.float64)
+        for held, part in zip(layout.assignment, np.split(everyone, np.cumsum(sizes)[:-1]), strict=True):
+            values = part[: 1 + len(held)].view(np.float64)
             pause = pause or bool(values[0])
-            loss_of |= dict(zip(held, values[1 : 1 + len(held)].tolist(), strict=True))
-            all_squares += values[1 + len(held) : sizes[peer] - len(held)].tolist()
-            hash_of |= dict(zip(held, part[sizes[peer] - len(held) :].tolist(), strict=True))
+            loss_of |= dict(zip(held, values[1:].tolist(), strict=True))
+            sums.append(from_words(part[1 + len(held) :][:WORDS].tolist()))
+            hash_of |= dict(zip(held, part[1 + len(held) + WORDS :].tolist(), strict=True))
         order = range(layout.virtual_workers)
-        return Vote(all_squares, [loss_of[i] for i in order], tuple(hash_of[i] for i in order), pause)
+        return Vote(norm_of(sums), [loss_of[i] for i in order], tuple(hash_of[i] for i in order), pause)
 
     def commit(self, step: int, norm: float | None = None) -> float:
         """Applies the held reduced gradient of `step`; local, cannot fail for want of a peer. Returns the rate used.
@@ -190,7 +188,7 @@ class StepEngine:
         if self.prepared_step != step:
             raise RuntimeError(f"step {step} is not prepared here (prepared: {self.prepared_step})")
         if norm is None:
-            norm = norm_of(block_squares(self.state.gradient, self.reducer.block))
+            norm = norm_of([square_sum(self.state.gradient)])
         lr = self.spec.base_lr * self.spec.schedule.factor(step)
         if math.isfinite(norm):
             self.applying = True

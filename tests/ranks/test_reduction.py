@@ -14,8 +14,9 @@ from local_ranks import HOST, Endpoint, run_ranks
 from strategies.flat import FlatState, state_digest
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout, deal
+from strategies.norm import square_sum
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
-from strategies.reduction import Reducer, block_size, block_squares, norm_of
+from strategies.reduction import Reducer
 from strategies.state import chunks_of, execute, plan_transfers
 from strategies.step import StepEngine, StepSpec
 from strategies.tree import Node, cover, split
@@ -58,9 +59,10 @@ def partial_sum(node: Node, size: int) -> torch.Tensor:
 
 def reduce_all(
     rank: int, address: Endpoint, cases: list[tuple[Assignment, int]], native: bool
-) -> list[tuple[str, list[float]] | None]:
-    """For each case the digest of the reduced gradient and the squares of this rank's blocks; None where not a rank."""
-    results: list[tuple[str, list[float]] | None] = []
+) -> list[tuple[str, int] | None]:
+    """For each case the digest of the reduced gradient and the sum of squares of this rank's slice; None where not a
+    rank."""
+    results: list[tuple[str, int] | None] = []
     for index, (assignment, size) in enumerate(cases):
         if rank >= len(assignment):
             results.append(None)
@@ -74,8 +76,8 @@ def reduce_all(
             reduced = reducer.reduce(pieces)
             assert reduced is not None
             reducer.gather(reduced, gradient)
-        squares = block_squares(reducer.own_slice(gradient), reducer.block)
-        assert len(squares) == reducer.blocks_of(rank)
+        squares = square_sum(reducer.own_slice(gradient))
+        assert squares is not None
         if native:
             expected = partial_sum((0, layout.virtual_workers), size)
             assert torch.allclose(gradient, expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
@@ -93,7 +95,7 @@ def reduce_all(
     [(8, (1, 33, 4096, 70_001)), (7, (5003,)), (33, (20_000,)), (1, (9000,))],
 )
 def test_the_sum_has_the_same_bits_for_every_partition(virtual_workers: int, sizes: tuple[int, ...]) -> None:
-    """Also for gradients smaller than a block, smaller than the number of ranks, and no multiple of anything."""
+    """Also for gradients smaller than a vector, smaller than the number of ranks, and no multiple of anything."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -104,9 +106,7 @@ def test_the_sum_has_the_same_bits_for_every_partition(virtual_workers: int, siz
         digest = hashlib.sha256(expected.numpy().tobytes()).hexdigest()
         answers = [answers[index] for answers in by_rank[: len(assignment)]]
         assert {found for found, _ in answers} == {digest}, f"{assignment}, {size} elements"
-        squares = [square for _, own in answers for square in own]
-        assert squares == block_squares(expected, block_size(size)), f"{assignment}, {size} elements"
-        assert norm_of(squares) == norm_of(block_squares(expected, block_size(size)))
+        assert sum(squares for _, squares in answers) == square_sum(expected), f"{assignment}, {size} elements"
 
 
 def test_the_backends_own_sum_is_the_same_on_all_ranks_and_within_rounding() -> None:

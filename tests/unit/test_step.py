@@ -17,7 +17,6 @@ from strategies.flat import state_digest
 from strategies.groups import Groups, PeerLost
 from strategies.layout import ParallelLayout
 from strategies.optimizers import ScheduleSpec
-from strategies.reduction import norm_of
 from strategies.step import StepEngine, StepRecord
 from strategies.tree import Node, cover
 
@@ -91,7 +90,7 @@ def test_a_prepared_step_changes_nothing_until_its_commit() -> None:
     assert ours.prepared_step == 0
     vote = ours.vote(0, losses, hashes)
     assert state_digest(ours.state) == before
-    ours.commit(0, norm_of(vote.squares))
+    ours.commit(0, vote.norm)
     assert state_digest(ours.state) != before
     with pytest.raises(RuntimeError, match=r"step 0 is not prepared here \(prepared: None\)"):
         ours.commit(0)

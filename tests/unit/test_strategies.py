@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +18,7 @@ from strategies.groups import Groups
 from strategies.layout import ParallelLayout, deal, even
 from strategies.optimizers import OptimizerSpec, ScheduleSpec, build_optimizer
 from strategies.randomness import stream_key
-from strategies.reduction import Reducer, block_size, block_squares, norm_of
+from strategies.reduction import Reducer
 from strategies.state import Chunk, chunks_of, plan_transfers
 from strategies.tree import Node, cover, fold, split
 
@@ -466,32 +465,6 @@ def test_a_chunk_nobody_holds_is_named() -> None:
     chunk = Chunk("weights", 32, 16, 64)
     with pytest.raises(ValueError, match=r"no living holder of weights\[32:\+16\]"):
         plan_transfers([chunk], {chunk: ()}, {chunk: (0,)})
-
-
-# ---------------------------------------------------------------------------------------- blocks and norms
-
-
-def test_blocks_depend_on_the_size_alone_and_are_few() -> None:
-    for size in (1, 4096, 4097, 10**6, 7 * 10**9):
-        block = block_size(size)
-        assert block >= 4096
-        assert block % ALIGNMENT == 0
-        assert -(-size // block) <= 512
-
-
-def test_the_norm_does_not_depend_on_the_order_of_the_blocks() -> None:
-    values = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 1e3
-    squares = block_squares(values, 4096)
-    shuffled = list(np.random.default_rng(0).permutation(squares))
-    assert norm_of(squares) == norm_of(shuffled)
-    assert norm_of(squares) == pytest.approx(float(values.double().norm()), rel=1e-5)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_norm_with_anything_not_finite_is_not_finite(bad: float) -> None:
-    values = torch.ones(10_000)
-    values[7777] = bad
-    assert math.isnan(norm_of(block_squares(values, 4096)))
 
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:
