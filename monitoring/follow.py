@@ -14,22 +14,28 @@ class Tail:
     def __init__(self, path: Path, from_end: bool = False) -> None:
         self._path = path
         self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._inode: int | None = None
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """New whole records, oldest first. A file that shrank (a rollback) is read on from its new end."""
+        """New whole records, oldest first. A file that was cut (a rollback) is read on from its new end."""
         if not self._path.exists():
             return
-        size = self._path.stat().st_size
-        if size < self._offset:
-            self._offset = size
+        found = self._path.stat()
+        if found.st_size < self._offset or (self._inode is not None and found.st_ino != self._inode):
+            self._offset, self._inode = found.st_size, found.st_ino
             return
+        self._inode = found.st_ino
         with self._path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # Cut and written anew between two looks: this is the end of another line.
+                yield record
 
 
 def megabytes(num_bytes: int) -> str:

@@ -6,6 +6,7 @@ again disappear.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -64,8 +65,8 @@ class RunMetrics:
     def on_step(self, record: dict[str, Any]) -> None:
         """A step was committed; `record` is its line of metrics.jsonl."""
         self.step.set(record["step"] + 1)
-        self.loss.set(record["loss"])
-        self.grad_norm.set(record["grad_norm"])
+        self.loss.set(_number(record["loss"]))
+        self.grad_norm.set(_number(record["grad_norm"]))
         self.learning_rate.set(record["lr"])
         self.generation.set(record["generation"])
         self.tokens.inc(record["tokens"])
@@ -84,3 +85,8 @@ class RunMetrics:
         elif kind == "recovery":
             self._recovery.labels(self._run).observe(fields["stall_seconds"])
             self.steps_lost.inc(fields["steps_lost"])
+
+
+def _number(value: float | None) -> float:
+    """What is not finite is null on record, and NaN here."""
+    return math.nan if value is None else value

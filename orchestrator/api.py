@@ -70,10 +70,8 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
     known = directory.read_json("job.resolved.json")
     if known is None:
         return None
-    was = Job.model_validate(known).numerics()
-    now = job.numerics()
-    differing = sorted(_differences(was, now))
-    if differing:
+    differing = sorted(_differences(Job.model_validate(known).numerics(), job.numerics()))
+    if differing and directory.has_begun:
         raise RunDirectoryError(
             f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "
             "Choose another --run-dir, or use the job file of that run"

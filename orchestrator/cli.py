@@ -175,6 +175,8 @@ def events(
                 print(f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}", flush=True)
         if over or not follow:
             return
+        with directory.probe_lock() as free:
+            follow = not free  # Nobody steers it: what is on record now is all there will be.
         time.sleep(0.2)
 
 

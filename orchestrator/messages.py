@@ -88,7 +88,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed."""
+    """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed.
+
+    `moves` counts what it gets done inside a phase: micro-batches, collectives, chunks received, tensors read.
+    """
 
     worker: WorkerId
     generation: int
@@ -97,6 +100,7 @@ class Heartbeat:
     committed: int
     reports: tuple[StepReport, ...] = ()
     host_bytes: int = 0
+    moves: int = 0
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was trained: a job that could not start may be mended and tried again in the same place."""
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
     def create(self, job_text: str, resolved: dict[str, Any]) -> None:
         """Lays the directory out, or checks that it is of the same job.
 
@@ -60,9 +65,10 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
-        if known is None:
+        if known is None or not self.has_begun:
             (self.path / "job.yaml").write_text(job_text)
-            self.write_json("job.resolved.json", resolved)
+        # What a run goes on with counts: other workers, other faults, ...
+        self.write_json("job.resolved.json", resolved)
 
     def read_json(self, name: str) -> Any:
         """A JSON file's content; None when it is not there."""
@@ -90,18 +96,27 @@ class RunDirectory:
             else:
                 return epoch
 
-    def lock(self) -> int:
-        """Takes the run for this process until it ends. Raises RunDirectoryError when another process has it."""
+    def lock(self, patience_s: float = 0.0) -> int:
+        """Takes the run for this process until it ends; waits up to `patience_s`, as others may have it for a moment
+        to see whether it is free.
+
+        Raises RunDirectoryError when another process has it.
+        """
         descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise RunDirectoryError(
-                f"{self.path} is steered by another controller; follow it with `orchestrator status {self.path}` "
-                "or end it with `orchestrator stop`"
-            ) from error
-        return descriptor
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                os.close(descriptor)
+                raise RunDirectoryError(
+                    f"{self.path} is steered by another controller; follow it with `orchestrator status {self.path}` "
+                    "or end it with `orchestrator stop`"
+                ) from error
+            return descriptor
 
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
@@ -146,7 +161,8 @@ class RunDirectory:
 
 
 def find_run(name: str, root: Path = Path("runs")) -> RunDirectory:
-    """A run directory by its path, or the newest run of that name under `runs/`.
+    """A run directory by its path or name, or the run of the job of that name under `runs/`: a live one if there is,
+    else the newest.
 
     Raises RunDirectoryError when there is none, listing those there are.
     """
@@ -157,8 +173,20 @@ def find_run(name: str, root: Path = Path("runs")) -> RunDirectory:
         (entry for entry in root.glob("*") if (entry / "job.resolved.json").exists()),
         key=lambda entry: entry.stat().st_mtime,
     )
-    matching = [entry for entry in candidates if entry.name == name or entry.name.startswith(f"{name}-")]
+    exact = [RunDirectory(entry) for entry in candidates if entry.name == name]
+    matching = exact or [RunDirectory(entry) for entry in candidates if _job_name(entry) == name]
     if matching:
-        return RunDirectory(matching[-1])
+        return next((found for found in reversed(matching) if _is_live(found)), matching[-1])
     known = ", ".join(entry.name for entry in candidates[-10:]) or "none"
     raise RunDirectoryError(f"no run {name!r}: neither a run directory nor the name of one in {root}/ (there: {known})")
+
+
+def _job_name(path: Path) -> str | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((path / "job.resolved.json").read_text())["name"])
+    return None
+
+
+def _is_live(directory: RunDirectory) -> bool:
+    with directory.probe_lock() as free:
+        return not free

@@ -111,7 +111,10 @@ class LocalGradients:
 
         The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
         has done it joins at full speed.
+
+        Raises ValueError for a model whose persistent buffers it changes.
         """
+        before = {name: tensor.clone() for name, tensor in self.state.constants.items()}
         tokens, _, _ = self.fetch(0, 0)
         rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.state.device)
         scratch = torch.zeros_like(self.state.weights)
@@ -119,6 +122,12 @@ class LocalGradients:
         self._loss(rows).backward()  # type: ignore[no-untyped-call]
         self.state.release_gradients()
         self._pool.append(scratch)
+        for name, tensor in self.state.constants.items():
+            if not torch.equal(tensor, before[name]):
+                raise ValueError(
+                    f"the model changes its buffer {name!r} in a forward pass; it would depend on which rank saw which "
+                    "data. Make it a function of the input, or keep it out of the state (persistent=False)"
+                )
 
     def _drop_others(self, held: Sequence[int]) -> None:
         """Lets go of sums that contain a virtual worker which somebody else holds now."""

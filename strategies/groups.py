@@ -82,6 +82,7 @@ class Groups:
         self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
         self._aborted = False
+        self.moves = 0
         self._patience = dist.AllToAllOptions()
         self._patience.timeout = PATIENCE
 
@@ -147,7 +148,8 @@ class Groups:
         return connections
 
     def check(self) -> None:
-        """Raises PeerLost when the group was aborted or left."""
+        """Raises PeerLost when the group was aborted or left. Called again and again, it counts as a `move`."""
+        self.moves += 1
         if self._aborted:
             raise PeerLost("the process group was aborted")
 

@@ -113,6 +113,7 @@ def execute(plan: Iterable[Transfer], ranges: Mapping[str, torch.Tensor], groups
     try:
         for work in works:
             work.wait(PATIENCE)
+            groups.check()
     except RuntimeError as error:
         raise PeerLost(f"state transfer: {error}") from error
     for chunk, view, digest in incoming:

@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from orchestrator.checkpoint.names import directory_name, find
 
@@ -95,8 +95,8 @@ def _is_valid(path: Path) -> bool:
     return True
 
 
-def load(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, each verified against its digest.
+def load(path: Path, on_tensor: Callable[[], None] = lambda: None) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, each verified against its digest; `on_tensor` is called after each.
 
     Raises CheckpointError when anything is missing, unreadable or different from what was saved.
     """
@@ -108,7 +108,11 @@ def load(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path}: MANIFEST.json is not what was saved (digest differs)")
         if path.name != directory_name(manifest["committed"]):
             raise CheckpointError(f"{path}: holds the state of step {manifest['committed']}, not what its name says")
-        tensors = load_file(path / "state.safetensors")
+        tensors = {}
+        with safe_open(path / "state.safetensors", framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                tensors[name] = file.get_tensor(name)
+                on_tensor()
         expected: dict[str, Any] = manifest["tensors"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable: {type(error).__name__}: {error}") from error
@@ -118,6 +122,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if _entry(tensor) != expected[name]:
             raise CheckpointError(f"{path}: {name} is not what was saved (digest, shape or dtype differs)")
+        on_tensor()
     return tensors
 
 

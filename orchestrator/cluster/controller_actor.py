@@ -29,7 +29,14 @@ from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
 from orchestrator.checkpoint.names import find as find_checkpoints
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
-from orchestrator.cluster.placement import NAMESPACE, WorkerHandle, raylet_is_gone, refuses_connections, worker_name
+from orchestrator.cluster.placement import (
+    NAMESPACE,
+    WorkerHandle,
+    end_workers,
+    raylet_is_gone,
+    refuses_connections,
+    worker_name,
+)
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -68,8 +75,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
-INTRODUCTION_S = 3.0
-"""How long a restarted controller waits for the living workers to introduce themselves."""
+INTRODUCTION_S = 5.0
+"""How long, at least, a restarted controller waits for the living workers to introduce themselves."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -80,13 +87,14 @@ class ControllerActor:
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
         self._directory = RunDirectory(spec["run_dir"])
-        self._lock = self._directory.lock()
+        self._lock = self._directory.lock(patience_s=2.0)
         self._epoch = self._directory.next_epoch()
         self._job = job = Job.model_validate(spec["job"])
         self._handles: dict[WorkerId, WorkerHandle] = {}
         self._books: dict[WorkerId, OrderBook] = {}
         self._introductions: dict[WorkerId, Introduction] = {}
         self._met = threading.Condition()
+        self._start_errors: dict[WorkerId, str] = {}
         self._notices: dict[str, float] = {}
         self._result: dict[str, Any] | None = None
         self._farewell = threading.Event()
@@ -97,8 +105,8 @@ class ControllerActor:
         past_events = list(read_records(self._directory.events))
         past_steps = list(read_records(self._directory.metrics))
         self._started_at = next((e["time"] for e in past_events if e["kind"] == "run_started"), None)
-        self._generations = [_generation_entry(e) for e in past_events if e["kind"] == "generation"]
-        self._recoveries = [_recovery_entry(e) for e in past_events if e["kind"] == "recovery"]
+        self._generations = [generation_entry(e) for e in past_events if e["kind"] == "generation"]
+        self._recoveries = [recovery_entry(e) for e in past_events if e["kind"] == "recovery"]
         self._last_step: dict[str, Any] | None = past_steps[-1] if past_steps else None
         self._recorded = len(past_steps)
         self._productive_s = sum(float(record["seconds"]) for record in past_steps)
@@ -129,15 +137,18 @@ class ControllerActor:
         self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
                                     "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
-        port = self._metrics.serve(spec["metrics_host"], job.monitoring.port)
-        self._record("metrics_endpoint", {"url": f"http://{spec['metrics_host']}:{port}/metrics"})
+        # Where this process is, which on a cluster need not be where the driver is.
+        host = "127.0.0.1" if spec["own_cluster"] else ray.util.get_node_ip_address()
+        port = self._metrics.serve(host, job.monitoring.port)
+        self._record("metrics_endpoint", {"url": f"http://{host}:{port}/metrics"})
         threading.Thread(target=self._brain, name="brain", daemon=True).start()
         threading.Thread(target=self._lookout, name="lookout", daemon=True).start()
 
     @property
     def _checkpoint_dir(self) -> Path:
         storage = self._job.checkpoint.storage
-        return Path(storage).resolve() if storage else self._directory.checkpoints
+        # A directory of each run's own: several runs may share a storage.
+        return Path(storage).resolve() / self._directory.run_id if storage else self._directory.checkpoints
 
     # ------------------------------------------------------------------------------------ what others call
 
@@ -169,6 +180,7 @@ class ControllerActor:
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
         """A worker could not be built; with `fatal` no other could either."""
         self._record("start_failed", {"worker": worker.slot, "detail": detail})
+        self._start_errors[worker] = detail
         if fatal:
             self._queue.put((Abort(detail), time.time()))
 
@@ -237,6 +249,7 @@ class ControllerActor:
             self._record("run_started", {"run": self._directory.run_id, "job": self._job.digest()})
         elif (previous := self._directory.read_json("result.json")) is not None and self._restarted:
             # A predecessor ended the run and died before it could say goodbye.
+            end_workers(self._directory.run_id)
             self._result = previous
             return
         statuses = self._find_workers()
@@ -259,8 +272,12 @@ class ControllerActor:
             if handle is not None:
                 found.append(handle)
         statuses = []
-        deadline = time.monotonic() + INTRODUCTION_S
+        patience_s = max(INTRODUCTION_S, self._job.elastic.heartbeat_timeout_s)
+        deadline = time.monotonic() + patience_s
         for handle in found:
+            if handle.where() is None:
+                handle.kill()  # It has no place yet, so it has nothing to say.
+                continue
             with self._met:
                 while handle.worker not in self._introductions and (left := deadline - time.monotonic()) > 0:
                     self._met.wait(left)
@@ -284,7 +301,8 @@ class ControllerActor:
             if handle.node is not None:
                 with suppress(Exception):
                     node_lost = raylet_is_gone(handle.node)
-            self._queue.put((Died(handle.worker, detail, node_lost), time.time()))
+            why = self._start_errors.pop(handle.worker, detail)
+            self._queue.put((Died(handle.worker, why, node_lost), time.time()))
 
         handle.watch(gone)
 
@@ -380,6 +398,7 @@ class ControllerActor:
             "run_id": self._directory.run_id,
             "job": self._spec["job"],
             "cwd": self._spec["cwd"],
+            "store": self._spec["store"],
             "store_digest": self._spec["store_digest"],
             "checkpoint_dir": str(self._checkpoint_dir),
             "resources": self._job.resources.model_dump(),
@@ -451,10 +470,10 @@ class ControllerActor:
         self._events.append(record)
         self._metrics.on_event(kind, fields)
         if kind == "generation":
-            self._generations.append(_generation_entry(record))
+            self._generations.append(generation_entry(record))
             self._metrics.generation.set(fields["generation"])
         elif kind == "recovery":
-            self._recoveries.append(_recovery_entry(record))
+            self._recoveries.append(recovery_entry(record))
         elif kind == "incident":
             self._incident = record
 
@@ -470,7 +489,9 @@ class ControllerActor:
 
     def _end(self, status: str, reason: str, digest: str | None) -> None:
         """Writes the result, then ends every worker; nothing of the run is left behind."""
-        steps = list(read_records(self._directory.metrics))
+        steps = []
+        with suppress(OSError, ValueError):
+            steps = list(read_records(self._directory.metrics))
         wall = time.time() - (self._started_at or time.time())
         data_digest = None
         if status != "failed" or steps:
@@ -502,13 +523,18 @@ class ControllerActor:
         unfired = [index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults]
         if unfired and status == "finished":
             result["faults_not_fired"] = unfired
-        self._record("run_finished", {"status": status, "reason": reason})
-        self._directory.write_json("result.json", result)
-        for handle in list(self._handles.values()):
-            handle.kill()
-        # The run is nobody's any more: it may be gone on with from here.
-        os.close(self._lock)
-        self._result = result
+        try:
+            self._record("run_finished", {"status": status, "reason": reason})
+            self._directory.write_json("result.json", result)
+        except OSError as error:
+            # A full disk, most likely. Whoever follows the run is told all the same, and nothing is left running.
+            result |= {"status": "failed", "reason": f"{reason}; the run's end could not be recorded: {error}"}
+        finally:
+            for handle in list(self._handles.values()):
+                handle.kill()
+            # The run is nobody's any more: it may be gone on with from here.
+            os.close(self._lock)
+            self._result = result
 
     def _go(self) -> None:
         self._farewell.wait(timeout=LINGER_S)
@@ -519,11 +545,11 @@ class ControllerActor:
             ray.kill(self._me, no_restart=True)
 
 
-def _generation_entry(event: dict[str, Any]) -> dict[str, Any]:
+def generation_entry(event: dict[str, Any]) -> dict[str, Any]:
     return {key: event[key] for key in ("generation", "start_step", "cause", "workers", "layout")}
 
 
-def _recovery_entry(event: dict[str, Any]) -> dict[str, Any]:
+def recovery_entry(event: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in event.items() if key not in ("time", "kind")} | {"kind": event["incident"]}
 
 

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.controller_actor import ControllerActor
-from orchestrator.cluster.placement import NAMESPACE, controller_name
+from monitoring.goodput import goodput_ratio
+from monitoring.records import RecordFile, read_records
+from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, recovery_entry
+from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
 from orchestrator.data import TokenStore, prepare, resolve_files
 from orchestrator.job import Job
-from orchestrator.rundir import RunDirectory
+from orchestrator.rundir import RunDirectory, RunDirectoryError
 
 _PARALLEL_BYTES = 64 << 20
 """Below this much text, tokenising here is faster than starting Ray workers for it."""
@@ -35,12 +36,20 @@ POLL_S = 0.8
 Update = Callable[[dict[str, Any]], None]
 
 
+class Interrupted(BaseException):
+    """A signal came before there was a run that could be ended in good order."""
+
+
 class Interruption:
-    """What the user's signals ask for: the first ends the run in good order, the second at once."""
+    """What the user's signals ask for: the first ends the run in good order, the second at once.
+
+    While the run is being prepared (`follows` is false) a signal ends that, by an exception.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.name = ""
+        self.follows = False
 
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
@@ -62,6 +71,8 @@ class Interruption:
     def _heard(self, number: int, frame: Any) -> None:
         self.count += 1
         self.name = signal.Signals(number).name
+        if not self.follows:
+            raise Interrupted(self.name)
 
 
 def drive(
@@ -77,23 +88,37 @@ def drive(
     `on_update` gets the controller's snapshot a few times a second. Raises ClusterError, DataError or
     RunDirectoryError when the run cannot start.
     """
+    try:
+        return _drive(job, directory, local_nodes, on_update, on_note)
+    except Interrupted as signalled:
+        return _cut_short(directory, f"{signalled} before the run began")
+
+
+def _drive(
+    job: Job, directory: RunDirectory, local_nodes: int, on_update: Update, on_note: Callable[[str], None]
+) -> dict[str, Any]:
     with Interruption().listening() as interruption, ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             on_note("preparing the data")
             store = _prepare(job)
             data = _describe_data(job, store)
+            _same_data(directory, store)
             directory.write_json("environment.json", _environment(data, store))
+            with suppress(FileNotFoundError):
+                (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
             spec = {
                 "run_dir": str(directory.path),
                 "job": job.resolved(),
                 "cwd": os.getcwd(),
+                "store": str(store.directory),
                 "store_digest": store.digest,
                 "data": data,
-                "metrics_host": "127.0.0.1" if own else ray.util.get_node_ip_address(),
+                "own_cluster": own,
                 "session": uuid.uuid4().hex[:12],
             }
             on_note("starting workers")
+            interruption.follows = True
             controller = _controller(directory, spec, own)
             return _follow(controller, directory, interruption, on_update)
         finally:
@@ -130,6 +155,19 @@ def _run_on_ray(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) 
         for reference in done:
             results[pending.pop(reference)] = ray.get(reference)
     return [results[index] for index in range(len(arguments))]
+
+
+def _same_data(directory: RunDirectory, store: TokenStore) -> None:
+    """Refuses to go on with other data than a run has begun with."""
+    known = directory.read_json("environment.json")
+    if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
+        return
+    if known["store"]["digest"] != store.digest:
+        raise RunDirectoryError(
+            f"{directory.path} was begun with other data ({known['store']['tokens']:,} tokens then, "
+            f"{store.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
+            "restore it, or choose another --run-dir"
+        )
 
 
 def _describe_data(job: Job, store: TokenStore) -> dict[str, Any]:
@@ -205,11 +243,12 @@ def _follow(controller: Any, directory: RunDirectory, interruption: Interruption
             return _cut_short(directory, f"{interruption.name} twice")
         try:
             if interruption.count > stops_sent:
-                controller.stop.remote(interruption.name)
+                ray.get(controller.stop.remote(interruption.name), timeout=5.0)
                 stops_sent = interruption.count
             snapshot = ray.get(controller.snapshot.remote(0.0 if interruption.count else POLL_S), timeout=5.0)
             heard = time.monotonic()
-            on_update(snapshot)
+            with suppress(Exception):
+                on_update(snapshot)  # A run does not fail because it could not be shown.
             if snapshot["over"]:
                 result: dict[str, Any] = ray.get(controller.result.remote(), timeout=5.0)
                 controller.farewell.remote()
@@ -231,32 +270,42 @@ def _follow(controller: Any, directory: RunDirectory, interruption: Interruption
 def _cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:
     """Ends everything now; what was committed is on record, what was not checkpointed is lost."""
     end_run(directory.run_id)
-    steps = sum(1 for _ in directory.metrics.open()) if directory.metrics.exists() else 0
-    result = {
+    if (ended := directory.read_json("result.json")) is not None:
+        return dict(ended)
+    result = unfinished_result(directory, "stopped", reason)
+    directory.write_json("result.json", result)
+    RecordFile(directory.events).append(
+        {"time": time.time(), "kind": "run_finished", "status": "stopped", "reason": reason}
+    )
+    return result
+
+
+def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict[str, Any]:
+    """result.json of a run that nobody is left to end in good order, from what is on record."""
+    steps = list(read_records(directory.metrics))
+    events = list(read_records(directory.events))
+    started = next((event["time"] for event in events if event["kind"] == "run_started"), None)
+    wall = 0.0 if started is None else time.time() - started
+    return {
         "run": directory.run_id,
-        "status": "stopped",
+        "status": status,
         "reason": reason,
-        "steps": steps,
+        "steps": len(steps),
+        "tokens": sum(int(record["tokens"]) for record in steps),
+        "final_loss": steps[-1]["loss"] if steps else None,
+        "wall_seconds": round(wall, 3),
+        "goodput_ratio": round(goodput_ratio(steps, wall), 4),
         "state_digest": None,
         "data_digest": None,
+        "generations": [generation_entry(event) for event in events if event["kind"] == "generation"],
+        "recoveries": [recovery_entry(event) for event in events if event["kind"] == "recovery"],
     }
-    directory.write_json("result.json", result)
-    return result
 
 
 def end_run(run_id: str) -> None:
     """Ends whatever actors and placement groups of a run are left, controller first so that it cannot ask for more."""
-    prefix = f"{run_id}/"
+    if not ray.is_initialized():
+        return  # Asking would start a Ray.
     with suppress(Exception):
-        names = [
-            entry["name"]
-            for entry in ray.util.list_named_actors(all_namespaces=True)
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)
-        ]
-        for name in sorted(names, key=lambda name: name != controller_name(run_id)):
-            with suppress(Exception):
-                ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
-        for group_id, entry in ray.util.placement_group_table().items():
-            if entry["name"].startswith(prefix) and entry["state"] != "REMOVED":
-                with suppress(Exception):
-                    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+        ray.kill(ray.get_actor(controller_name(run_id), namespace=NAMESPACE), no_restart=True)
+    end_workers(run_id)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -75,7 +75,7 @@ class WorkerHandle:
         except ValueError:
             return None
         group = None
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             group = ray.util.get_placement_group(name)
         return cls(run_id, worker, actor, group)
 
@@ -107,24 +107,24 @@ class WorkerHandle:
         """Ends the process for good, whatever it does, and gives its place back; never blocks for long."""
         if self.pid is not None and self.node == ray.get_runtime_context().get_node_id():
             # ray.kill waits 5 s for a stopped process; the kernel does not.
-            with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
                 if any("ray::" in part for part in psutil.Process(self.pid).cmdline()):
                     os.kill(self.pid, signal.SIGKILL)
         elif self.pid is not None and self.node is not None:
             self._kill_from_its_node(self.node, self.pid)
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             ray.kill(self.actor, no_restart=True)
         self.free()
 
     @staticmethod
     def _kill_from_its_node(node: str, pid: int) -> None:
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             _kill_pid.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)).remote(pid)
 
     def free(self) -> None:
         """Gives the place back."""
         if self.group is not None:
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 remove_placement_group(self.group)
             self.group = None
 
@@ -137,7 +137,7 @@ class WorkerHandle:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill_pid(pid: int) -> None:
-    with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+    with suppress(psutil.Error, ProcessLookupError, PermissionError):
         if any("ray::" in part for part in psutil.Process(pid).cmdline()):
             os.kill(pid, signal.SIGKILL)
 
@@ -177,3 +177,17 @@ def raylet_is_gone(node_id: str) -> bool:
                 return True
             return False
     return True
+
+
+def end_workers(run_id: str) -> None:
+    """Ends whatever workers of a run are left, and gives back their places, also those that no worker came to fill."""
+    prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
+    with suppress(Exception):
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+                with suppress(Exception):
+                    ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE), no_restart=True)
+        for group_id, entry in ray.util.placement_group_table().items():
+            if entry["name"].startswith(prefix) and entry["state"] != "REMOVED":
+                with suppress(Exception):
+                    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

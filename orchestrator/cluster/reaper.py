@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -77,3 +78,4 @@ def start(session: str) -> subprocess.Popen[bytes]:
 if __name__ == "__main__":
     sys.stdin.buffer.read()
     end_session(sys.argv[1], 0.0)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)

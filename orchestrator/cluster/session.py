@@ -55,6 +55,8 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
     Raises ClusterError.
     """
     if ray.is_initialized():
+        if local_nodes:
+            raise ClusterError("--local-nodes starts nodes of its own, but this process is connected to a Ray already")
         yield False
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -62,7 +64,7 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
             raise ClusterError("--local-nodes starts nodes of its own and cannot be used together with RAY_ADDRESS")
         try:
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
         try:
             yield False
@@ -97,12 +99,14 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         "_system_config": _FRUGAL,
     }
     cluster: Any = None
+    usual_tmpdir: str | None = None
     try:
         with _without_idle_services():
             if local_nodes:
                 from ray.cluster_utils import Cluster
 
                 # It writes its address below the temporary directory, where another Ray of this user may write too.
+                usual_tmpdir = os.environ.get("RAY_TMPDIR")
                 os.environ["RAY_TMPDIR"] = home
                 (Path(home) / "ray").mkdir()
                 share = math.ceil(places / local_nodes) * math.ceil(job.resources.cpu)
@@ -133,6 +137,8 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             with suppress(Exception):
                 cluster.shutdown()
             os.environ.pop("RAY_TMPDIR", None)
+            if usual_tmpdir is not None:
+                os.environ["RAY_TMPDIR"] = usual_tmpdir
 
 
 @contextmanager

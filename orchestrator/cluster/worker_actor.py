@@ -65,12 +65,13 @@ class WorkerActor:
         os.chdir(self._spec["cwd"])
         if self._spec["cwd"] not in sys.path:
             sys.path.insert(0, self._spec["cwd"])
-        from orchestrator.data import prepare
+        from orchestrator.data import open_store, prepare
         from orchestrator.job import Job
         from orchestrator.worker.core import Worker
 
         job = Job.model_validate(self._spec["job"])
-        store = prepare(
+        # Where the driver's store can be seen (one machine, a shared disk) the sources need not be looked at again.
+        store = open_store(Path(self._spec["store"]), self._spec["store_digest"]) or prepare(
             source=job.data.source,
             format=job.data.format,
             field=job.data.field,
@@ -120,7 +121,11 @@ class WorkerActor:
                 continue
             for number, command, arguments in orders.pending:
                 after = number
-                self._obey(command, arguments)
+                try:
+                    self._obey(command, arguments)
+                except Exception:
+                    # The next order must be heard in any case; a worker that is no good is found by what it does.
+                    log.exception("order %d (%s) failed", number, command)
 
     def _obey(self, command: str, arguments: tuple[Any, ...]) -> None:
         if command == "leave":

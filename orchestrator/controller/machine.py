@@ -161,7 +161,9 @@ class Controller:
             case Stop():
                 self._stop(event, now)
             case Abort():
-                self._run.finish("failed", event.reason, now)
+                # Once a generation was formed, the job is known to be sound: it is that machine which is not.
+                if self._record.last_generation < 0:
+                    self._run.finish("failed", event.reason, now)
             case Finalized():
                 self._finalized(event, now)
             case FaultFired():

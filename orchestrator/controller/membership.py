@@ -70,8 +70,8 @@ class Membership:
         if self.generation is None or event.generation != self.generation.number or view.worker not in self.inside:
             return
         position = (event.step, phase_index(event.phase))
-        if position != view.position:
-            view.position = position
+        if position != view.position or event.moves != view.moves:
+            view.position, view.moves = position, event.moves
             self.moved_at = now
         view.phase = event.phase
         if event.committed > view.committed:

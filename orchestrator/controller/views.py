@@ -93,6 +93,7 @@ class WorkerView:
     joined: bool = False
     last_heard: float = 0.0
     position: tuple[int, int] = (0, 0)
+    moves: int = 0
     phase: str = ""
     fault_at: float | None = None
     fault_committed: int | None = None

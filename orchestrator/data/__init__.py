@@ -9,7 +9,7 @@ from orchestrator.data.formats import documents
 from orchestrator.data.ledger import AuditReport, audit, data_digest, step_hash, virtual_worker_hash
 from orchestrator.data.sampler import Sampler, permute
 from orchestrator.data.sources import DataError, SourceFile, resolve_files
-from orchestrator.data.store import TokenStore, prepare
+from orchestrator.data.store import TokenStore, open_store, prepare
 from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "data_digest",
     "documents",
     "load_tokenizer",
+    "open_store",
     "permute",
     "prepare",
     "resolve_files",

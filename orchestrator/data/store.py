@@ -122,6 +122,15 @@ class TokenStore:
                 raise BrokenStoreError(f"{self.directory / shard.name}: its content is not what was written")
 
 
+def open_store(directory: Path, digest: str) -> TokenStore | None:
+    """The store of that digest in that directory; None when it is not there (or torn, or another)."""
+    try:
+        store = TokenStore(directory)
+    except DataError:
+        return None
+    return store if store.digest == digest else None
+
+
 def prepare(
     *,
     source: str | list[str],

@@ -52,7 +52,10 @@ def build_model(job: Job, vocab_size: int) -> nn.Module:
     elif isinstance(spec.hf, str):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(spec.hf, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(spec.hf, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model.hf: transformers cannot load {spec.hf!r}: {_first_line(error)}") from error
     else:
         model = _from_config(dict(spec.hf or {}), vocab_size)
     rows = _vocabulary_rows(model)
@@ -75,9 +78,10 @@ def _from_config(config: dict[str, Any], vocab_size: int) -> nn.Module:
     try:
         resolved = AutoConfig.for_model(model_type, **config)
         model: nn.Module = AutoModelForCausalLM.from_config(resolved, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:
+        # Configurations are checked by whatever line first trips over them, with whatever that raises.
         raise ValueError(
-            f"model.hf: transformers cannot build {model_type!r} from this configuration: {error}"
+            f"model.hf: transformers cannot build {model_type!r} from this configuration: {_first_line(error)}"
         ) from error
     return model
 
@@ -90,10 +94,17 @@ def _from_factory(path: str, args: dict[str, Any]) -> nn.Module:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model.factory {path!r} cannot be imported: {error}") from error
-    model = function(**args)
+    try:
+        model = function(**args)
+    except Exception as error:
+        raise ValueError(f"model.factory {path!r} failed: {type(error).__name__}: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model.factory {path!r} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _vocabulary_rows(model: nn.Module) -> int | None:

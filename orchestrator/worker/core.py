@@ -99,6 +99,7 @@ class Worker:
         self._over = False
         self.committed = 0
         self._spoken = 0
+        self._moves = 0
         self._phase, self._phase_step = "idle", 0
         self._saver: threading.Thread | None = None
 
@@ -275,7 +276,7 @@ class Worker:
             # Reading a checkpoint takes as long as it takes; the controller is told, and does not call it stuck.
             self._phase = "restore"
             if rank == 0:
-                saved = checkpoints.load(Path(generation.restore))
+                saved = checkpoints.load(Path(generation.restore), self._moved)
                 self._tear()
                 self.state.load(saved)
         elif rank in holders and self._is_torn:
@@ -295,6 +296,9 @@ class Worker:
         self.state.updates = updates
         self.committed, self._is_torn, self.engine.applying = generation.committed, False, False
         return moved
+
+    def _moved(self) -> None:
+        self._moves += 1
 
     def _tear(self) -> None:
         """From here until another state is in place, nothing of this one counts: a worker that is interrupted now is
@@ -358,9 +362,12 @@ class Worker:
         every = self.job.checkpoint.every_steps
         if every is None or rank != 0 or self.committed % every or self.committed == self.job.train.steps:
             return
-        if self._saver is not None:
-            self._saver.join()
         committed = self.committed
+        if self._saver is not None and self._saver.is_alive():
+            # Training does not wait for a slow disk.
+            why = "the checkpoint before is still being written"
+            self._send(CheckpointSaved(self.worker, committed, "", 0.0, error=why))
+            return
         tensors = {name: tensor.detach().clone().cpu() for name, tensor in self.state.tensors()}
         self._saver = threading.Thread(
             target=lambda: self._send(self._save(tensors, committed)), name="checkpoint", daemon=True
@@ -461,6 +468,7 @@ class Worker:
             self.committed,
             reports=tuple(self._reports) if first else (),
             host_bytes=_resident_bytes(),
+            moves=self._moves + (0 if (groups := self._groups) is None else groups.moves),
         )
 
     def _heed(self, reply: Reply) -> None:

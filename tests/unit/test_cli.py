@@ -120,10 +120,13 @@ def test_a_directory_with_other_things_in_it_is_not_taken_for_a_run(tmp_path: Pa
 def test_find_run_takes_the_newest_of_a_name(tmp_path: Path) -> None:
     import os
 
-    for age, name in ((30, "a-1"), (10, "a-2"), (20, "ab-3")):
-        RunDirectory(tmp_path / name).create("", {})
+    for age, name, job in ((30, "a-1", "a"), (10, "a-2", "a"), (20, "ab-3", "ab"), (5, "a-b-4", "a-b")):
+        RunDirectory(tmp_path / name).create("", {"name": job})
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    assert find_run("a", tmp_path).path.name == "a-2"
+    assert find_run("a", tmp_path).path.name == "a-2", "not a-b-4, which is another job's"
+    lock = RunDirectory(tmp_path / "a-1").lock()
+    assert find_run("a", tmp_path).path.name == "a-1", "a live run comes before a newer dead one"
+    os.close(lock)
     assert find_run(str(tmp_path / "a-1")).path.name == "a-1"
     with pytest.raises(RunDirectoryError, match=r"there: .*a-2"):
         find_run("zebra", tmp_path)
