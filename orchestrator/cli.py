@@ -99,6 +99,39 @@ def validate(job: JobFile, set_: Overrides = None, json_: AsJson = False) -> Non
 
 
 @app.command()
+def plan(
+    job: JobFile,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|N..M|N,M", help="How many workers; elastic.workers.max if not given.")
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Memory of a worker's GPU.")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="Its peak TFLOP/s in the job's precision.")] = None,
+    efficiency: Annotated[float | None, typer.Option(help="The fraction of the peak that is reached.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(metavar="300GB/s", help="Of a worker inside its node.")] = None,
+    node_bandwidth: Annotated[str | None, typer.Option(metavar="25GB/s", help="Of a worker between nodes.")] = None,
+    latency: Annotated[str | None, typer.Option(metavar="5us", help="Of a message inside a node.")] = None,
+    node_latency: Annotated[str | None, typer.Option(metavar="15us", help="Of a message between nodes.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Workers on a node.")] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="1,2,..", help="Degrees to allow; else the job's.")] = None,
+    pipeline: Annotated[str | None, typer.Option(metavar="1,2,..", help="Degrees to allow; else all.")] = None,
+    shard: Annotated[str | None, typer.Option(help="Shards to allow; else the job's, or all if it says none.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Pipeline schedules to allow; else all.")] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+    all_: Annotated[bool, typer.Option("--all", help="Every layout and every reason.")] = False,
+) -> None:
+    """Predict which layouts suit a job on so many workers, and why others do not; starts nothing."""
+    from orchestrator.planning import command
+    from orchestrator.planning.assume import MachineOptions
+
+    machine = MachineOptions(
+        gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node
+    )
+    limits = command.LimitOptions(tensor, pipeline, shard, schedule)
+    command.plan(job, workers, machine, limits, set_ or [], as_json_=json_, everything=all_)
+
+
+@app.command()
 def status(run: Run, json_: AsJson = False) -> None:
     """Where a run is: step, workers, incidents, and its result when it has ended."""
     from monitoring.follow import describe_recovery, summary
@@ -225,7 +258,7 @@ def audit(run: Run, json_: AsJson = False) -> None:
 
     directory = find_run(run)
     environment = directory.read_json("environment.json")
-    if environment is None:
+    if environment is None or "data" not in environment:
         _refuse(f"{directory.path} has no environment.json: the run never got as far as its data")
     report = audit_ledger(directory.metrics, **environment["data"])
     result = directory.read_json("result.json") or {}
@@ -271,6 +304,7 @@ _USER_ERRORS = {
     "JobError": EXIT_BAD_INPUT,
     "RunDirectoryError": EXIT_BAD_INPUT,
     "DataError": EXIT_BAD_INPUT,
+    "PlanError": EXIT_BAD_INPUT,
     "ClusterError": EXIT_FAILED,
 }
 

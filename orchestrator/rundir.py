@@ -60,6 +60,12 @@ class RunDirectory:
 
         Raises RunDirectoryError when the directory is of a job with other numbers, naming the fields that differ.
         """
+        try:
+            self._lay_out(job_text, resolved)
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be made a run directory: {error}; choose another") from error
+
+    def _lay_out(self, job_text: str, resolved: dict[str, Any]) -> None:
         known = self.read_json("job.resolved.json")
         if known is None and self.path.is_dir() and any(self.path.iterdir()):
             raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
@@ -74,7 +80,7 @@ class RunDirectory:
         """A JSON file's content; None when it is not there."""
         try:
             return json.loads((self.path / name).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise RunDirectoryError(f"{self.path / name} is not valid JSON: {error}") from error
@@ -168,6 +174,8 @@ def find_run(name: str, root: Path = Path("runs")) -> RunDirectory:
     """
     path = Path(name)
     if (path / "job.resolved.json").exists():
+        if _job_name(path) is None:
+            raise RunDirectoryError(f"{path / 'job.resolved.json'} is not a job; the directory is not of a run")
         return RunDirectory(path)
     candidates = sorted(
         (entry for entry in root.glob("*") if (entry / "job.resolved.json").exists()),

@@ -131,7 +131,7 @@ class ControllerActor:
                 max_failures_per_step=job.elastic.max_failures_per_step,
                 epoch=self._epoch,
             ),
-            History.read(past_events, past_steps),
+            self._history(past_events, past_steps),
             checkpoints={step: str(path) for step, path in find_checkpoints(self._checkpoint_dir)},
         )
         self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
@@ -143,6 +143,14 @@ class ControllerActor:
         self._record("metrics_endpoint", {"url": f"http://{host}:{port}/metrics"})
         threading.Thread(target=self._brain, name="brain", daemon=True).start()
         threading.Thread(target=self._lookout, name="lookout", daemon=True).start()
+
+    def _history(self, events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> History:
+        """What is on record, with the faults of this job file only: a run may be gone on with under others."""
+        history = History.read(events, steps)
+        faults = dict(enumerate(fault.model_dump() for fault in self._job.faults))
+        fired = [event for event in events if event["kind"] == "fault_injected"]
+        history.fired_faults = {e["fault"] for e in fired if e.get("what") == faults.get(e["fault"])}
+        return history
 
     @property
     def _checkpoint_dir(self) -> Path:
@@ -400,6 +408,7 @@ class ControllerActor:
             "cwd": self._spec["cwd"],
             "store": self._spec["store"],
             "store_digest": self._spec["store_digest"],
+            "run_dir": str(self._directory.path),
             "checkpoint_dir": str(self._checkpoint_dir),
             "resources": self._job.resources.model_dump(),
         }
@@ -466,6 +475,8 @@ class ControllerActor:
         if "kind" in fields:
             # Every record has its own kind; what kind of incident it speaks of stands beside it.
             fields = {("incident" if key == "kind" else key): value for key, value in fields.items()}
+        if kind == "fault_injected":
+            fields = fields | {"what": self._job.faults[fields["fault"]].model_dump()}
         record = {"time": time.time(), "kind": kind, **fields}
         self._events.append(record)
         self._metrics.on_event(kind, fields)

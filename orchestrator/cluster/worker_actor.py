@@ -70,6 +70,12 @@ class WorkerActor:
         from orchestrator.worker.core import Worker
 
         job = Job.model_validate(self._spec["job"])
+        inside = job.checkpoint.every_steps is not None and job.checkpoint.storage is None
+        if inside and not Path(self._spec["run_dir"]).is_dir():
+            raise ValueError(
+                f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "
+                "a run that makes checkpoints needs one that every node mounts (--run-dir), or checkpoint.storage"
+            )
         # Where the driver's store can be seen (one machine, a shared disk) the sources need not be looked at again.
         store = open_store(Path(self._spec["store"]), self._spec["store_digest"]) or prepare(
             source=job.data.source,

@@ -7,8 +7,10 @@ schema.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,9 @@ _NOT_YET: tuple[tuple[str, object], ...] = (
     ("strategy.pipeline", 1),
     ("strategy.shard", "none"),
 )
+
+# Set while a job is read to be planned with and not to be run: the planner knows every strategy there will be.
+_to_plan: ContextVar[bool] = ContextVar("to_plan", default=False)
 
 Get = Callable[[str], Any]
 """The value at a dotted path, defaults included; raises Unknown when it is missing or not valid by itself."""
@@ -44,6 +49,16 @@ def find(get: Get) -> list[Finding]:
         except Unknown:
             continue
     return found
+
+
+@contextlib.contextmanager
+def to_plan() -> Iterator[None]:
+    """Inside, strategies that cannot be run yet are no mistake; every other rule holds."""
+    token = _to_plan.set(True)
+    try:
+        yield
+    finally:
+        _to_plan.reset(token)
 
 
 def reader(data: dict[str, Any]) -> Get:
@@ -195,8 +210,15 @@ def _fault_step(get: Get, fault: str) -> list[Finding]:
     return [Finding((f"{fault}step", "train.steps"), reason)]
 
 
+def _storage(get: Get) -> Iterator[Finding]:
+    storage = get("checkpoint.storage")
+    if storage is not None and "://" in storage:
+        reason = f"{storage} is a URL, which is not available in this version: name a directory that every node sees"
+        yield Finding(("checkpoint.storage",), reason)
+
+
 def _available(get: Get) -> Iterator[Finding]:
-    for field, only in _NOT_YET:
+    for field, only in () if _to_plan.get() else _NOT_YET:
         try:
             value = get(field)
         except Unknown:
@@ -217,5 +239,6 @@ _RULES: tuple[Callable[[Get], Iterator[Finding]], ...] = (
     _heartbeat,
     _fault_kinds,
     _fault_steps,
+    _storage,
     _available,
 )

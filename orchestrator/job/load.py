@@ -34,6 +34,12 @@ def load_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), fault
     return load_text(text, name, overrides, faults)
 
 
+def load_to_plan(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job:
+    """As `load_file`, but strategies that cannot be run yet are allowed. Raises JobError."""
+    with checks.to_plan():
+        return load_file(path, overrides)
+
+
 def load_text(text: str, filename: str = "<string>", overrides: Sequence[str] = (), faults: Sequence[str] = ()) -> Job:
     """See `Job.loads`. Raises JobError."""
     tree = read(text, Place(filename))

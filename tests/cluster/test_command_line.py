@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import JOB, wait_for
+from conftest import JOB, Outcome, wait_for
 
 from monitoring.records import read_records
 
@@ -82,7 +82,7 @@ def orchestrator(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine) -> None:
+def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, undisturbed: Outcome) -> None:
     process = command.start(
         "--local-nodes", "3", "--set", "elastic.workers.max=3", "--json",
         "--fault", "step=30,worker=1,kind=node", "--fault", "step=60,worker=2,kind=drain,seconds=20",
@@ -92,6 +92,8 @@ def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine) 
     assert process.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
     assert result["status"] == "finished"
+    assert result["state_digest"] == undisturbed.result.state_digest
+    assert result["data_digest"] == undisturbed.result.data_digest
     assert all(r["steps_lost"] == 0 for r in result["recoveries"])
     kinds = {r["kind"] for r in result["recoveries"]}
     assert {"node", "drain"} <= kinds, result["recoveries"]
@@ -140,6 +142,19 @@ def test_a_driver_that_is_killed_takes_its_own_cluster_with_it(command: CommandL
     process.kill()
     process.wait()
     command.nothing_left()
+
+
+def test_a_signal_before_the_run_began_ends_its_preparation(command: CommandLine) -> None:
+    process = command.start("--set", "elastic.workers.max=1")
+    wait_for(lambda: command.remember(process.pid) or len(command.family) > 2, timeout_s=60, what="Ray's processes")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    result = json.loads((command.run_dir / "result.json").read_text())
+    assert (result["status"], result["steps"]) == ("stopped", 0)
+    command.nothing_left()
+    again = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5", *FEW)
+    assert again.wait(timeout=90) == 0, "a run that never began may be begun with another job"
 
 
 def test_a_second_driver_for_the_same_run_directory_is_refused(command: CommandLine) -> None:

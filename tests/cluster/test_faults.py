@@ -206,7 +206,8 @@ def test_stopped_runs_go_on_where_they_were(runner: Runner, undisturbed: Outcome
     first = runner("elastic.workers.max=2", run_dir=tmp_path / "stopped", meanwhile=stop)
     assert first.result.status == "stopped"
     assert 20 <= first.result.steps < 120
-    second = runner("elastic.workers.max=3", run_dir=tmp_path / "stopped")
+    # Also when the controller of the second attempt is killed: the result of the first is not taken for its own.
+    second = runner("elastic.workers.max=3", run_dir=tmp_path / "stopped", faults=("step=100,kind=controller",))
     assert_same_result(second, undisturbed)
     third = runner(run_dir=tmp_path / "stopped")
     assert third.result.state_digest == undisturbed.result.state_digest

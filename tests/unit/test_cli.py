@@ -75,7 +75,7 @@ def test_validate_prints_the_job_with_all_defaults() -> None:
 
 def test_a_run_that_is_not_live_cannot_be_resized_or_stopped(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    directory.create("", {"elastic": {"workers": {"min": 1, "max": 4}}, "train": {"steps": 10}})
+    directory.create("", {"name": "a", "elastic": {"workers": {"min": 1, "max": 4}}, "train": {"steps": 10}})
     for command in (("resize", str(directory.path), "2"), ("stop", str(directory.path))):
         done = orchestrator(*command)
         assert done.returncode == 2
@@ -130,3 +130,25 @@ def test_find_run_takes_the_newest_of_a_name(tmp_path: Path) -> None:
     assert find_run(str(tmp_path / "a-1")).path.name == "a-1"
     with pytest.raises(RunDirectoryError, match=r"there: .*a-2"):
         find_run("zebra", tmp_path)
+
+
+def test_what_is_no_run_directory_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("not a directory")
+    for path in (occupied, occupied / "below"):
+        with pytest.raises(RunDirectoryError, match="cannot be made a run directory"):
+            RunDirectory(path).create("", {"name": "a"})
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "job.resolved.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"is not a job; the directory is not of a run"):
+        find_run(str(tmp_path / "odd"))
+
+
+def test_a_job_that_never_began_may_be_mended(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("first", {"name": "a"})
+    directory.create("second", {"name": "b"})
+    assert (directory.path / "job.yaml").read_text() == "second"
+    directory.metrics.write_text("{}\n")
+    directory.create("third", {"name": "c"})
+    assert (directory.path / "job.yaml").read_text() == "second", "the job of a run is the one it began with"

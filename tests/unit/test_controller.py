@@ -556,6 +556,25 @@ def test_a_controller_that_slept_blames_nobody() -> None:
     assert not of(KillWorker, stage.tell(Tick(), after=120.0))
 
 
+def test_a_long_computation_that_moves_is_not_stuck() -> None:
+    """Micro-batches, transfers and reads count, however long the phase takes."""
+    stage = Stage(max_workers=2, progress_timeout_s=60.0).running(W0, W1)
+    number = stage.generation.number
+    for moves in range(100):
+        for worker in (W0, W1):
+            decided = stage.tell(Heartbeat(worker, number, "compute", 0, 0, moves=moves), 0.5)
+        assert not of(KillWorker, decided + stage.tell(Tick(), 1.0))
+    assert of(KillWorker, stage.wait(70.0, W0)), "what stands still is found all the same"
+
+
+def test_a_bad_machine_does_not_end_a_run_that_trains() -> None:
+    stage = Stage(max_workers=2).running(W0)
+    stage.train(3)
+    assert not stage.tell(Abort("torch sees no CUDA device"))
+    assert stage.train(1)
+    assert the(Finish, Stage().tell(Abort("torch sees no CUDA device"))).status == "failed"
+
+
 def test_the_time_a_controller_slept_is_not_waited_for_workers() -> None:
     stage = Stage(min_workers=2, max_workers=2, wait_timeout_s=30.0)
     stage.tell(Start())

@@ -200,6 +200,7 @@ monitoring:
         ),
         ("faults: [{step: 40, worker: 0, kind: kill}]", "j:7:17 faults.0.step: the fault's step = 40 never"),
         ("faults: [{step: 4, kind: kill}]", "j:7:10 faults.0.worker: is required for kind kill"),
+        ("checkpoint: {storage: 's3://bucket/x'}", "j:7:23 checkpoint.storage: s3://bucket/x is a URL, which is not"),
         ("faults: [{step: 4, worker: 0, kind: nan, phase: vote}]", "j:7:49 faults.0.phase: kind nan spoils the"),
         ("faults: [{step: 4, worker: 0, kind: kill, seconds: 3}]", "j:7:52 faults.0.seconds: says nothing about kind"),
         ("strategy: {tensor: 2}", "j:7:20 strategy.tensor: tensor: 2 is not available in this version"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import urllib.request
 from pathlib import Path
 
@@ -49,6 +50,38 @@ def test_tail_gives_each_record_once_and_waits_for_whole_lines(tmp_path: Path) -
         file.write("2}\n")
     assert list(tail.new()) == [{"a": 2}]
     assert list(tail.new()) == []
+
+
+def test_tail_survives_a_file_that_was_cut_and_grew_again(tmp_path: Path) -> None:
+    """A rollback replaces the file; the new one may be longer than the old when it is next looked at."""
+    path = tmp_path / "metrics.jsonl"
+    file = RecordFile(path)
+    for step in range(3):
+        file.append({"step": step})
+    tail = Tail(path)
+    assert len(list(tail.new())) == 3
+    file.keep(lambda record: record["step"] < 1)
+    for step in range(1, 6):
+        file.append({"step": step, "note": "replayed, with longer lines"})
+    assert list(tail.new()) == []
+    file.append({"step": 6})
+    assert list(tail.new()) == [{"step": 6}]
+
+
+def test_a_skipped_step_can_be_read_back_into_the_metrics(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "metrics.jsonl")
+    file.append({"step": 4, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3, "generation": 2, "tokens": 512,
+                 "seconds": 0.4, "skipped": True})  # fmt: skip
+    metrics = RunMetrics("test-run")
+    for record in read_records(tmp_path / "metrics.jsonl"):
+        metrics.on_step(record)
+    port = metrics.serve("127.0.0.1", 0)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = answer.read().decode()
+    finally:
+        metrics.close()
+    assert re.search(r"loss\{[^}]*\} NaN", text), text
 
 
 def test_goodput_counts_a_replayed_step_once() -> None:
