@@ -104,16 +104,33 @@ def lost_each_other(lefts: Iterable[Left], now: float) -> Trouble | None:
 
 
 def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float) -> list[Trouble]:
-    """A worker that is silent for too long is ended for good and fenced off."""
+    """A worker that is silent for too long is ended for good and fenced off.
+
+    When all of a node's workers fall silent together it is the node that is gone, without a word (its power, its
+    network): one incident, as for a node that is known to be lost.
+    """
     limit = config.heartbeat_timeout_s
-    return [
-        Trouble(
-            "hang", f"worker {view.worker.slot} has been silent for {limit:.1f} s", view, view.last_heard,
-            kill=f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)",
-        )
-        for view in alive
-        if view.state in (WorkerState.IDLE, WorkerState.MEMBER) and now - view.last_heard > limit
-    ]  # fmt: skip
+    kill = f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)"
+    warm = [view for view in alive if view.state in (WorkerState.IDLE, WorkerState.MEMBER)]
+    silent = [view for view in warm if now - view.last_heard > limit]
+    talking = {view.node for view in warm if now - view.last_heard <= limit}
+    gone = {
+        node: [view for view in silent if view.node == node]
+        for node in {view.node for view in silent} - talking
+        if node
+    }
+    found = []
+    for view in sorted(silent, key=lambda v: (v.state is not WorkerState.MEMBER, v.worker)):
+        fellows = gone.get(view.node or "", [])
+        if len(fellows) < 2:
+            what = f"worker {view.worker.slot} has been silent for {limit:.1f} s"
+            found.append(Trouble("hang", what, view, view.last_heard, kill=kill))
+            continue
+        slots = ", ".join(str(fellow.worker.slot) for fellow in sorted(fellows, key=lambda v: v.worker))
+        told = any(other.kind == "node" and other.view in fellows for other in found)
+        what = f"the node of worker {slots} has been silent for {limit:.1f} s"
+        found.append(Trouble("node", what, view, view.last_heard, kill=kill, quiet=told))
+    return found
 
 
 def find_stalled(membership: Membership, config: ControllerConfig, progress: Progress, now: float) -> list[Trouble]:

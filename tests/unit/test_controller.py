@@ -556,6 +556,21 @@ def test_a_controller_that_slept_blames_nobody() -> None:
     assert not of(KillWorker, stage.tell(Tick(), after=120.0))
 
 
+def test_a_node_that_falls_silent_with_all_its_workers_is_one_incident() -> None:
+    stage = Stage(max_workers=4)
+    stage.tell(Start())
+    stage.ready(W0, W1, node="here")
+    stage.ready(W2, W3, node="there")
+    stage.join()
+    stage.train(2)
+    stage.wait(2.0, *stage.members)
+    decided = stage.wait(6.0, W0, W1)
+    assert {action.worker for action in of(KillWorker, decided)} == {W2, W3}
+    incidents = stage.recorded("incident")
+    assert [incident["incident"] for incident in incidents] == ["node"]
+    assert "worker 2, 3" in incidents[0]["cause"]
+
+
 def test_a_long_computation_that_moves_is_not_stuck() -> None:
     """Micro-batches, transfers and reads count, however long the phase takes."""
     stage = Stage(max_workers=2, progress_timeout_s=60.0).running(W0, W1)
