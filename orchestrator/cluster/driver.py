@@ -92,6 +92,10 @@ def drive(
         return _drive(job, directory, local_nodes, on_update, on_note)
     except Interrupted as signalled:
         return _cut_short(directory, f"{signalled} before the run began")
+    except ClusterError as error:
+        if directory.events.exists():
+            directory.write_json("result.json", unfinished_result(directory, "failed", str(error)))
+        raise
 
 
 def _drive(
