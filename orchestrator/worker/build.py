@@ -48,7 +48,7 @@ def build_model(job: Job, vocab_size: int) -> nn.Module:
     seed_stream(job.train.seed, "initialisation")
     spec = job.model
     if spec.factory is not None:
-        model = _from_factory(spec.factory, spec.args)
+        model = from_factory(spec.factory, spec.args)
     elif isinstance(spec.hf, str):
         from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,8 @@ def _from_config(config: dict[str, Any], vocab_size: int) -> nn.Module:
     return model
 
 
-def _from_factory(path: str, args: dict[str, Any]) -> nn.Module:
+def from_factory(path: str, args: dict[str, Any]) -> nn.Module:
+    """What a user's `package.module:function` returns. Raises ValueError when that fails or is no module."""
     module_name, _, function_name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

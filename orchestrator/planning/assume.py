@@ -1,0 +1,96 @@
+"""The machine a job is planned for: what the user said of it, and what is assumed where nothing was said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.planning.machine import Link, Machine
+from orchestrator.planning.units import PlanError, parse_bytes, parse_rate, parse_seconds, show_bytes
+
+if TYPE_CHECKING:
+    from orchestrator.job import Job
+
+# NVIDIA A100 80 GB data sheet (dense bf16, TF32 off) and a node of eight of them with NVLink 3 and HDR InfiniBand.
+_GPU_TFLOPS = {"bf16": 312.0, "fp32": 19.5}
+_GPU_EFFICIENCY = {"bf16": 0.4, "fp32": 0.7}
+# A core of a cloud machine: what the quickstart's tokens per second on two cores (README) come to, in its own FLOPs.
+_CORE_TFLOPS = 0.05
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """The options of `orchestrator plan`, as text where they have units; None: not given."""
+
+    gpu_memory: str | None = None
+    gpu_tflops: float | None = None
+    efficiency: float | None = None
+    bandwidth: str | None = None
+    node_bandwidth: str | None = None
+    latency: str | None = None
+    node_latency: str | None = None
+    ranks_per_node: int | None = None
+
+
+def machine_for(job: Job, options: MachineOptions) -> tuple[Machine, tuple[str, ...]]:
+    """The machine, and a line for each thing that is assumed. Raises PlanError for values that make no sense."""
+    gpu = job.resources.gpu > 0
+    if options.gpu_tflops is not None and not 0 < options.gpu_tflops < float("inf"):
+        raise PlanError(f"--gpu-tflops must be more than 0, got {options.gpu_tflops:g}")
+    if options.efficiency is not None and not 0 < options.efficiency <= 1:
+        raise PlanError(f"--efficiency must be more than 0 and at most 1, got {options.efficiency:g}")
+    if options.ranks_per_node is not None and options.ranks_per_node < 1:
+        raise PlanError(f"--ranks-per-node must be at least 1, got {options.ranks_per_node}")
+    assumed: list[str] = []
+
+    def given(value: str | None, otherwise: str, words: str) -> str:
+        if value is None:
+            assumed.append(f"{words} {otherwise}")
+        return value or otherwise
+
+    tflops, efficiency = _arithmetic(job, options, gpu, assumed)
+    machine = Machine(
+        peak_flops=tflops * 1e12,
+        efficiency=efficiency,
+        inside=Link(
+            parse_rate(given(options.bandwidth, "300GB/s" if gpu else "2GB/s", "within a node"), "--bandwidth"),
+            parse_seconds(given(options.latency, "5us" if gpu else "50us", "with a latency of"), "--latency"),
+        ),
+        between=Link(
+            parse_rate(
+                given(options.node_bandwidth, "25GB/s" if gpu else "1GB/s", "between nodes (per rank)"),
+                "--node-bandwidth",
+            ),
+            parse_seconds(
+                given(options.node_latency, "15us" if gpu else "100us", "with a latency of"), "--node-latency"
+            ),
+        ),
+        ranks_per_node=int(given(_text(options.ranks_per_node), "8", "ranks on a node:")),
+        memory_bytes=None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory"),
+    )
+    if machine.usable_bytes is None:
+        lines = ["memory per rank unknown, so no layout is refused for it; --gpu-memory says it"]
+    else:
+        lines = [f"{show_bytes(machine.usable_bytes)} of {options.gpu_memory} are planned with, the rest is held back"]
+    if assumed:
+        lines.append("assumed: " + ", ".join(assumed))
+    return machine, tuple(lines)
+
+
+def _arithmetic(job: Job, options: MachineOptions, gpu: bool, assumed: list[str]) -> tuple[float, float]:
+    """Peak TFLOP/s of a rank and the fraction reached."""
+    if not gpu and options.gpu_tflops is None:
+        tflops = _CORE_TFLOPS * job.resources.cpu
+        if options.efficiency is None:
+            assumed.append(f"{tflops:g} TFLOP/s reached by a rank of {job.resources.cpu:g} CPU cores")
+        return tflops, options.efficiency or 1.0
+    precision = job.train.precision
+    if options.gpu_tflops is None:
+        assumed.append(f"{_GPU_TFLOPS[precision]:g} TFLOP/s peak in {precision} (an A100)")
+    if options.efficiency is None:
+        assumed.append(f"{_GPU_EFFICIENCY[precision]:.0%} of the peak reached")
+    return options.gpu_tflops or _GPU_TFLOPS[precision], options.efficiency or _GPU_EFFICIENCY[precision]
+
+
+def _text(value: int | None) -> str | None:
+    return None if value is None else str(value)

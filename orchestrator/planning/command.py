@@ -1,0 +1,75 @@
+"""`orchestrator plan`: from a job file and options to the ranked layouts. Starts nothing and needs no Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.job import Job
+from orchestrator.job.load import load_to_plan
+from orchestrator.planning.assume import MachineOptions, machine_for
+from orchestrator.planning.model import describe_model
+from orchestrator.planning.refusals import nothing_fits, refusals
+from orchestrator.planning.report import Answer, as_json, print_answers
+from orchestrator.planning.schedule import KINDS
+from orchestrator.planning.search import Limits, Planner
+from orchestrator.planning.units import PlanError, parse_counts
+from orchestrator.planning.work import SHARDS, work_of
+
+_FEW = 4
+"""Up to so many numbers of workers, each is shown with more than its best layout."""
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Which layouts may be chosen, as written on the command line; None: the job file decides, or everything."""
+
+    tensor: str | None = None
+    pipeline: str | None = None
+    shard: str | None = None
+    schedule: str | None = None
+
+
+def plan(
+    path: Path, workers: str | None, machine: MachineOptions, limits: LimitOptions, overrides: Sequence[str] = (),
+    as_json_: bool = False, everything: bool = False,
+) -> None:  # fmt: skip
+    """Prints the layouts. Raises JobError for the job file, and PlanError for an option or if nothing fits."""
+    counts = None if workers is None else parse_counts(workers, "--workers")
+    job = load_to_plan(path, overrides)
+    counts = counts or (job.elastic.workers.max,)
+    chosen, assumptions = machine_for(job, machine)
+    allowed = limits_of(job, limits)
+    work = work_of(job, describe_model(job))
+    planner = Planner(work, chosen, allowed)
+    keep = None if everything else 5 if len(counts) <= _FEW else 1
+    answers = [Answer(count, planner.best(count, keep), refusals(planner, count)) for count in counts]
+    if not any(answer.plans for answer in answers):
+        raise nothing_fits(planner, counts[-1])
+    if as_json_:
+        print(json.dumps(as_json(job.name, work, assumptions, answers)))
+    else:
+        print_answers(job.name, work, assumptions, answers, everything)
+
+
+def limits_of(job: Job, options: LimitOptions) -> Limits:
+    """What may be chosen: the job's tensor degree, and its shard if the file says one. Raises PlanError."""
+    said = "strategy" in job.model_fields_set and "shard" in job.strategy.model_fields_set
+    return Limits(
+        tensor=parse_counts(options.tensor, "--tensor") if options.tensor else (job.strategy.tensor,),
+        pipeline=parse_counts(options.pipeline, "--pipeline") if options.pipeline else None,
+        shards=_choices(options.shard, "--shard", SHARDS, (job.strategy.shard,) if said else SHARDS),
+        schedules=_choices(options.schedule, "--schedule", KINDS, KINDS),
+    )
+
+
+def _choices(text: str | None, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+    if text is None:
+        return default
+    chosen = [part.strip() for part in text.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise PlanError(f"{option} must be one or more of {', '.join(known)}, got {name!r}")
+    return tuple(name for name in known if name in chosen)

@@ -1,0 +1,84 @@
+"""How much memory a rank of a layout needs.
+
+State by ZeRO stage: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+figure 1. What this platform adds to it (partial sums, exchange buffers, state copies) is explained in
+docs/planning.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+
+from orchestrator.planning.work import Degrees, Rank, Stages, StateBytes, Work, missing_copies, most_held
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    copies: float
+    """State of other ranks kept for them."""
+    buffers: float
+    """Exchange buffers, gathered weights, bf16 copies of weights, logits around the loss."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.copies + self.buffers
+
+
+def zero_state(parameters: float, shard: str, data: int, per_parameter: StateBytes) -> StateBytes:
+    """Bytes of weights, gradients and optimizer state on one of `data` ranks, by ZeRO stage."""
+    return StateBytes(
+        weights=per_parameter.weights * parameters / (data if shard == "parameters" else 1),
+        gradients=per_parameter.gradients * parameters / (data if shard in ("gradients", "parameters") else 1),
+        optimizer=per_parameter.optimizer * parameters / (1 if shard == "none" else data),
+    )
+
+
+def predict_memory(work: Work, stages: Stages, degrees: Degrees) -> Memory:
+    """The memory of the fullest rank."""
+    held = most_held(work.virtual_workers, degrees.data)
+    of_ranks = (_of_rank(work, rank, place, degrees, held) for place, rank in enumerate(stages.ranks))
+    return max(of_ranks, key=attrgetter("total"))
+
+
+def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) -> Memory:
+    data, shard = degrees.data, degrees.shard
+    state = zero_state(rank.parameters, shard, data, work.state)
+    # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level.
+    sums = held.bit_length()
+    micro_batches = held * work.micro_batches
+    activations = work.tokens * sum(
+        kept * degrees.schedule.in_flight(place, part, micro_batches) for part, kept in rank.kept_bytes_per_token
+    )
+    missing_optimizer, missing_weights = missing_copies(shard, data, degrees.ranks, work.state_copies)
+    copied = work.state.optimizer * missing_optimizer + work.state.weights * missing_weights
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients * sums,
+        optimizer=state.optimizer,
+        activations=activations,
+        copies=copied * rank.parameters / data,
+        buffers=_buffers(work, rank, degrees) + work.tokens * rank.working_bytes_per_token,
+    )
+
+
+def _buffers(work: Work, rank: Rank, degrees: Degrees) -> float:
+    """Whole gradients on their way, or one block's gathered weights and gradient; and weights cast to bf16."""
+    cast = work.model.value_bytes if work.model.value_bytes < 4 else 0
+    if degrees.shard == "parameters" and degrees.data > 1:
+        # One block is computed with while the next is gathered; its gradient is whole until it is reduced.
+        return rank.largest_block * (2 * work.state.weights + work.state.gradients + cast)
+    exchange = 0.0
+    if degrees.data > 1 and degrees.shard == "gradients":
+        exchange = rank.largest_block * work.state.gradients
+    elif degrees.data > 1:
+        # The reducer keeps what it receives, and with unsharded state what it sends back.
+        whole = 2 if work.canonical and degrees.shard == "none" else 1
+        exchange = whole * rank.parameters * work.state.gradients
+    return exchange + rank.parameters * cast

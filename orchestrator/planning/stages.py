@@ -1,0 +1,60 @@
+"""Cutting a model for a schedule, and adding up what each pipeline rank gets."""
+
+from __future__ import annotations
+
+from orchestrator.planning.model import Block, ModelCosts
+from orchestrator.planning.partition import cut
+from orchestrator.planning.schedule import Schedule
+from orchestrator.planning.work import Rank, Stages
+
+
+def cut_model(model: ModelCosts, schedule: Schedule, tensor: int) -> Stages:
+    """The model in `schedule.parts` parts whose dearest is as cheap as can be.
+
+    The embedding stays with the first layer, as it costs no time. Raises ValueError for more parts than layers.
+    """
+    if schedule.parts > model.layers:
+        raise ValueError(f"{schedule.parts} model parts of {model.layers} layers")
+    # Units are the layers and the head; unit 0 brings the embedding along.
+    bounds = cut([block.flops_per_token for block in model.blocks[1:]], schedule.parts)
+    parts = [list(range(start + 1, stop + 1)) for start, stop in bounds]
+    parts[0].insert(0, 0)
+    head = len(model.blocks) - 1
+    borrowed = 0 if schedule.ends_meet else model.tied
+    ranks = []
+    for place in range(schedule.stages):
+        mine = schedule.parts_of(place)
+        ranks.append(_rank(model, {part: parts[part] for part in mine}, tensor, borrowed))
+    layers = tuple(sum(1 for block in part if 0 < block < head) for part in parts)
+    return Stages(layers, tuple(ranks), borrowed)
+
+
+def _rank(model: ModelCosts, parts: dict[int, list[int]], tensor: int, borrowed: int) -> Rank:
+    head = len(model.blocks) - 1
+    indices = [index for blocks in parts.values() for index in blocks]
+    blocks = [model.blocks[index] for index in indices]
+    sizes = [_parameters(block, tensor) for block in blocks]
+    if head in indices and borrowed:
+        sizes[indices.index(head)] += -(-borrowed // tensor)
+    return Rank(
+        parameters=sum(sizes),
+        largest_block=max(sizes),
+        flops_per_token=sum(block.flops_per_token for block in blocks) / tensor,
+        attention_flops_per_token=sum(block.attention_flops_per_token for block in blocks) / tensor,
+        layers=sum(1 for index in indices if 0 < index < head),
+        has_embedding=0 in indices,
+        has_head=head in indices,
+        kept_bytes_per_token=tuple(
+            (part, sum(_kept(model.blocks[index], tensor) for index in inside)) for part, inside in parts.items()
+        ),
+        working_bytes_per_token=max(block.working_bytes_per_token for block in blocks),
+    )
+
+
+def _parameters(block: Block, tensor: int) -> int:
+    return block.whole_parameters + -(-(block.parameters - block.whole_parameters) // tensor)
+
+
+def _kept(block: Block, tensor: int) -> float:
+    split = block.kept_split_bytes_per_token
+    return block.kept_bytes_per_token - split + split / tensor

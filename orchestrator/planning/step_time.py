@@ -1,0 +1,131 @@
+"""How long a step of a layout takes: arithmetic, waiting in the pipeline, and messages by size.
+
+Messages follow the alpha-beta model (Hockney 1994), collectives rings; the communication of tensor parallelism is
+that of Shoeybi et al. 2019 (Megatron-LM), of sharding that of ZeRO. Nothing is taken to overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.planning.machine import Machine, ring_all_reduce_s, scatter_s, send_s
+from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held
+
+BACKWARD = 2
+"""Arithmetic of a backward pass in forward passes: one for the inputs, one for the weights."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by what they are spent on."""
+
+    compute: float
+    bubble: float
+    tensor: float
+    pipeline: float
+    data: float
+    shard: float
+    copies: float
+
+    @property
+    def total(self) -> float:
+        messages = self.tensor + self.pipeline + self.data + self.shard + self.copies
+        return self.compute + self.bubble + messages
+
+
+def compute_and_bubble(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> tuple[float, float]:
+    """Seconds the slowest rank computes, and those it waits for others to fill and drain the pipeline."""
+    micro_batches = most_held(work.virtual_workers, degrees.data) * work.micro_batches
+    second = machine.flops / work.tokens
+    passes = 1 + BACKWARD
+    bubble = degrees.schedule.bubble(stages.other_flops * passes / second, stages.other_attention_flops / second)
+    return micro_batches * stages.slowest_flops * passes / second, max(0.0, bubble)
+
+
+def predict_step(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> StepTime:
+    """The step's seconds by part, each on the rank where that part takes longest."""
+    held = most_held(work.virtual_workers, degrees.data)
+    micro_batches = held * work.micro_batches
+    compute, bubble = compute_and_bubble(work, machine, stages, degrees)
+    data, shard = _reduction(work, machine, stages, degrees, held)
+    return StepTime(
+        compute=compute,
+        bubble=bubble,
+        tensor=micro_batches * _tensor_s(work, machine, stages, degrees.tensor),
+        pipeline=_pipeline_s(work, machine, stages, degrees, micro_batches),
+        data=data,
+        shard=shard,
+        copies=_copies_s(work, machine, stages, degrees),
+    )
+
+
+def _tensor_s(work: Work, machine: Machine, stages: Stages, tensor: int) -> float:
+    """Per micro-batch: each layer all-reduces its activations twice forward and twice backward."""
+    if tensor == 1:
+        return 0.0
+    link = machine.link(tensor)
+    hidden = ring_all_reduce_s(work.tokens * work.model.hidden_size * work.model.value_bytes, tensor, link)
+    logits = scatter_s(work.tokens * work.model.vocab_size * work.model.value_bytes, tensor, link)
+    # The embedding sums its output, the head sums its input's gradient and gathers its output.
+    return max(
+        (4 * rank.layers + rank.has_embedding + rank.has_head) * hidden + rank.has_head * logits
+        for rank in stages.ranks
+    )
+
+
+def _pipeline_s(work: Work, machine: Machine, stages: Stages, degrees: Degrees, micro_batches: int) -> float:
+    """Activations forward and their gradients back, over every boundary; and the gradient of a tied embedding."""
+    schedule = degrees.schedule
+    if schedule.stages == 1:
+        return 0.0
+    link = machine.link(degrees.tensor * schedule.stages)
+    message = send_s(work.tokens * work.model.hidden_size * work.model.value_bytes, link)
+    tied = (
+        ring_all_reduce_s(stages.borrowed / degrees.tensor * work.state.gradients, 2, link) if stages.borrowed else 0.0
+    )
+    return 2 * (micro_batches + schedule.stages - 1) * schedule.chunks * message + tied
+
+
+def _reduction(
+    work: Work, machine: Machine, stages: Stages, degrees: Degrees, held: int
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds to add up gradients over replicas, and to bring sharded weights to where they are needed."""
+    data = degrees.data
+    if data == 1:
+        return 0.0, 0.0
+    link = machine.link(degrees.ranks)
+    gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.state.weights
+    if degrees.shard in ("none", "optimizer"):
+        # Once a step. In canonical order a rank sends each of its partial sums by itself.
+        sent = most_pieces(work.virtual_workers, data) if work.canonical else 1
+        reduce = scatter_s(sent * gradient, data, link)
+        if degrees.shard == "none":
+            return reduce + scatter_s(gradient, data, link), 0.0
+        return reduce, scatter_s(weights, data, link)
+    # Once per virtual worker, as no rank has room for a whole gradient.
+    reduce = held * scatter_s(gradient, data, link)
+    if degrees.shard == "gradients":
+        return reduce, scatter_s(weights, data, link)
+    gather = stages.most_blocks * scatter_s(weights / stages.most_blocks, data, link)
+    # Weights are let go of after the forward pass of a micro-batch and gathered again for its backward pass.
+    return reduce, 2 * held * work.micro_batches * gather
+
+
+def _copies_s(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> float:
+    """The reduced gradient of what is copied goes to each of its other holders."""
+    missing = max(missing_copies(degrees.shard, degrees.data, degrees.ranks, work.state_copies))
+    if not missing:
+        return 0.0
+    share = stages.most_parameters * work.state.gradients / degrees.data
+    return missing * send_s(share, machine.link(degrees.ranks))
+
+
+def most_pieces(virtual_workers: int, data: int) -> int:
+    """An upper bound on the whole subtrees that one replica's virtual workers make up (see `strategies.tree`).
+
+    1 when every replica has the same power of two; otherwise a run of n needs at most 2 log2(n) subtrees.
+    """
+    held = most_held(virtual_workers, data)
+    if virtual_workers % data == 0 and held & (held - 1) == 0:
+        return 1
+    return min(held, max(1, 2 * (held.bit_length() - 1)))

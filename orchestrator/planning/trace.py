@@ -1,0 +1,92 @@
+"""How much a forward pass keeps for the backward pass, found by running it on tensors without data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class CannotTrace(Exception):
+    """The network does not run on tensors without data; the text says why."""
+
+
+def kept_bytes_per_sample(
+    build: Callable[[], nn.Module], layers_of: Callable[[nn.Module], nn.ModuleList], length: int, bf16: bool
+) -> list[float]:
+    """Bytes kept per sample of `length` tokens by the embedding, each layer, and the head with its loss.
+
+    Runs the forward pass with torch's fake tensors (shapes and operators of the CPU, no data) for batches of one and
+    of two samples: the difference is what grows with the samples, without the weights. Raises CannotTrace.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _quiet():
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                module = build().train()
+                if getattr(getattr(module, "config", None), "use_cache", None):
+                    module.config.use_cache = False  # type: ignore[union-attr]
+                one, two = (_kept(module, layers_of(module), batch, length, bf16) for batch in (1, 2))
+        except Exception as error:
+            # Any operator of any network may refuse; the caller says so and estimates instead.
+            reason = str(error).strip().splitlines() or [""]
+            raise CannotTrace(f"{type(error).__name__}: {reason[0]}") from error
+    return [after - before for before, after in zip(one, two, strict=True)]
+
+
+def _kept(module: nn.Module, layers: nn.ModuleList, batch: int, length: int, bf16: bool) -> list[float]:
+    import torch
+    from torch.nn import functional
+
+    weights = {_storage(parameter) for parameter in module.parameters()}
+    kept: list[dict[int, tuple[int, Any]]] = [{} for _ in range(len(layers) + 2)]
+    seen: set[int] = set()
+    at = 0
+
+    def enter(index: int) -> None:
+        nonlocal at
+        at = index
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = _storage(tensor)
+        if key not in weights and key not in seen:
+            seen.add(key)
+            # With the storage itself, so that its address is not given to another one.
+            kept[at][key] = (tensor.untyped_storage().nbytes(), tensor.untyped_storage())
+        return tensor
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, index=index: enter(index)) for index, layer in enumerate(layers, 1)
+    ]
+    hooks.append(layers[-1].register_forward_hook(lambda *_: enter(len(layers) + 1)))
+    ids = torch.zeros((batch, length), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            output = module(input_ids=ids)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+    for hook in hooks:
+        hook.remove()
+    return [float(sum(size for size, _ in block.values())) for block in kept]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs an operator that fails on fake tensors, with its traceback; here it is caught and told in a line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,140 @@
+"""What a job asks of a layout, and what a layout is: the questions and answers of the planner as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from orchestrator.planning.model import ModelCosts
+from orchestrator.planning.schedule import Schedule
+
+if TYPE_CHECKING:
+    from orchestrator.job import Job
+
+SHARDS = ("none", "optimizer", "gradients", "parameters")
+"""ZeRO stages 0 to 3."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes per parameter of each kind of training state."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step of a job. `micro_batches` is per virtual worker, `tokens` per micro-batch."""
+
+    model: ModelCosts
+    virtual_workers: int
+    micro_batches: int
+    tokens: int
+    state: StateBytes
+    state_copies: int = 2
+    canonical: bool = True
+
+
+def work_of(job: Job, model: ModelCosts) -> Work:
+    """The job's step. Weights and gradients are fp32 in every precision: bf16 is autocast."""
+    moments = {"adamw": 8.0, "sgd": 4.0 if job.train.optimizer.momentum else 0.0}
+    return Work(
+        model=model,
+        virtual_workers=job.elastic.virtual_workers,
+        micro_batches=job.micro_batches_per_virtual_worker,
+        tokens=job.train.micro_batch * job.data.sequence_length,
+        state=StateBytes(weights=4.0, gradients=4.0, optimizer=moments[job.train.optimizer.name]),
+        state_copies=job.elastic.state_copies,
+        canonical=job.strategy.reduction == "canonical",
+    )
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """A layout as the planner sees it. Ranks are numbered tensor first, then pipeline, then data."""
+
+    data: int
+    tensor: int
+    schedule: Schedule
+    shard: str
+
+    @property
+    def pipeline(self) -> int:
+        return self.schedule.stages
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one place in the pipeline has of the model, per tensor-parallel rank."""
+
+    parameters: int
+    largest_block: int
+    """Parameters of its largest block, which is what is gathered at once when parameters are sharded."""
+    flops_per_token: float
+    """Forward."""
+    attention_flops_per_token: float
+    layers: int
+    has_embedding: bool
+    has_head: bool
+    kept_bytes_per_token: tuple[tuple[int, float], ...]
+    """For each model part it has: the part's number, and what its forward pass keeps."""
+    working_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model cut for a schedule: `layers` of each model part in order, and what each pipeline rank has."""
+
+    layers: tuple[int, ...]
+    ranks: tuple[Rank, ...]
+    borrowed: int
+    """Elements of a tied embedding that two ranks have, and whose gradients they add up; 0 when one rank has it."""
+
+    @cached_property
+    def slowest_flops(self) -> float:
+        """Forward FLOPs per token of the rank that computes longest."""
+        return max(rank.flops_per_token for rank in self.ranks)
+
+    @cached_property
+    def other_flops(self) -> float:
+        """Those of all other ranks together."""
+        return sum(rank.flops_per_token for rank in self.ranks) - self.slowest_flops
+
+    @cached_property
+    def other_attention_flops(self) -> float:
+        """Attention's share of `other_flops`."""
+        slowest = max(self.ranks, key=lambda rank: rank.flops_per_token)
+        return sum(rank.attention_flops_per_token for rank in self.ranks) - slowest.attention_flops_per_token
+
+    @cached_property
+    def most_parameters(self) -> int:
+        """Of any rank."""
+        return max(rank.parameters for rank in self.ranks)
+
+    @cached_property
+    def most_blocks(self) -> int:
+        """Of any rank."""
+        return max(rank.layers + rank.has_embedding + rank.has_head for rank in self.ranks)
+
+
+def most_held(virtual_workers: int, data: int) -> int:
+    """Virtual workers of the slowest of `data` equal replicas, as `strategies.layout.deal` deals them."""
+    return -(-virtual_workers // data)
+
+
+def missing_copies(shard: str, data: int, ranks: int, wanted: int) -> tuple[int, int]:
+    """How many more holders the (optimizer state, weights) need to have `wanted` each, as far as there are ranks.
+
+    What is not sharded has a holder in every replica; what is sharded, or in a layout of one replica, has one.
+    """
+    wanted = min(wanted, ranks)
+    of_optimizer = data if shard == "none" else 1
+    of_weights = 1 if shard == "parameters" else data
+    return max(0, wanted - of_optimizer), max(0, wanted - of_weights)
