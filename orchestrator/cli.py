@@ -209,7 +209,8 @@ def events(
         if over or not follow:
             return
         with directory.probe_lock() as free:
-            follow = not free  # Nobody steers it: what is on record now is all there will be.
+            # Begun, and nobody steers it: what is on record now is all there will be.
+            follow = started is None or not free
         time.sleep(0.2)
 
 

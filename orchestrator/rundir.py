@@ -126,14 +126,17 @@ class RunDirectory:
 
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
-        """Whether nobody steers this run right now."""
+        """Whether nobody steers this run right now. Those who ask at the same time do not take each other for one."""
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
         try:
-            descriptor = self.lock()
-        except RunDirectoryError:
-            yield False
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            free = False
         else:
+            free = True
+        finally:
             os.close(descriptor)
-            yield True
+        yield free
 
     # -------------------------------------------------------------------------------- requests from the command line
 

@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from strategies.compute import Fetch as Fetch
-from strategies.compute import LocalGradients
-from strategies.compute import StepSpec as StepSpec
+from strategies.compute import Fetch, LocalGradients, StepSpec
 from strategies.flat import FlatState
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout

@@ -116,7 +116,7 @@ class ControllerActor:
             self._metrics.on_event(event["kind"], event)
         for record in past_steps:
             self._metrics.on_step(record)
-        self._machine = Controller.resumed(
+        self._machine = Controller(
             ControllerConfig(
                 total_steps=job.train.steps,
                 virtual_workers=job.elastic.virtual_workers,
@@ -326,6 +326,10 @@ class ControllerActor:
         if isinstance(event, Died) and (dead := self._handles.pop(event.worker, None)) is not None:
             # Its place outlives it, and no other could have it.
             threading.Thread(target=dead.kill, daemon=True).start()
+        if isinstance(event, Died):
+            with self._met:
+                self._books.pop(event.worker, None)
+                self._introductions.pop(event.worker, None)
         if isinstance(event, FaultFired):
             self._after_fault(event)
         elif isinstance(event, Tick):

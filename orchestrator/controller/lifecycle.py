@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from orchestrator.controller import detection, planning, policy
+from orchestrator.controller import detection, forming, policy
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.finalizing import Finalization
 from orchestrator.controller.history import History
@@ -99,7 +99,7 @@ class Lifecycle:
             return True
         if view.state is not WorkerState.IDLE or self.state not in (RunState.WAITING, RunState.FINALIZING):
             return False
-        return planning.is_last_holder(view, self._roster.idle(), self._record.progress.committed)
+        return forming.is_last_holder(view, self._roster.idle(), self._record.progress.committed)
 
     def _breaks_with(self, view: WorkerView) -> bool:
         """Whether the generation is over without this worker: it is still inside, or it is out because it raised."""
@@ -176,9 +176,9 @@ class Lifecycle:
     def _form(self, now: float) -> None:
         """Forms a generation from the newest state there is: that of living workers, or a newer one in storage."""
         record, recorded = self._record, self._record.progress.committed
-        self._out += planning.refuse_unrecorded(self._roster.idle(), recorded)
+        self._out += forming.refuse_unrecorded(self._roster.idle(), recorded)
         idle = self._roster.idle()
-        origin = planning.newest_state(idle, recorded, record.checkpoints)
+        origin = forming.newest_state(idle, recorded, record.checkpoints)
         if origin is None:
             # All were torn when the last holder went, and there is no checkpoint: only new workers have a state.
             for view in idle:
@@ -186,18 +186,18 @@ class Lifecycle:
             self.fill(now)
             return
         self._out += record.roll_back(origin.committed, now)
-        ranks = planning.choose_ranks(idle, origin.workers, self.target, self.config, now)
+        ranks = forming.choose_ranks(idle, origin.workers, self.target, self.config, now)
         record.last_generation += 1
         causes = "; ".join(incident.cause for incident in record.incidents.unanswered())
         cause = causes or ("start" if self.membership.generation is None else "regroup")
-        generation = planning.make_generation(
+        generation = forming.make_generation(
             record.last_generation, self.config.epoch, cause, origin, ranks, record.fired_faults
         )
         record.incidents.answered(generation.number, origin.kind, origin.committed)
         self.membership = Membership.formed(generation, ranks.members, origin.workers, now)
         self.state = RunState.FORMING
         self._out += [
-            planning.generation_record(generation, origin, recorded - origin.committed),
+            forming.generation_record(generation, origin, recorded - origin.committed),
             StartGeneration(generation),
         ]
         self.fill(now)
@@ -259,8 +259,8 @@ class Lifecycle:
         """No member is in the generation any more: finish, stop, or form the next one."""
         lefts = self.membership.dissolve()
         recorded = self._record.progress.committed
-        self._out += planning.refuse_unrecorded(self._roster.idle(), recorded)
-        holders = planning.final_holders(
+        self._out += forming.refuse_unrecorded(self._roster.idle(), recorded)
+        holders = forming.final_holders(
             self._roster.idle(), recorded, self.config.total_steps, stopping=self.stop is not None
         )
         if holders:

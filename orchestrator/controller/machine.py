@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from orchestrator.controller import detection, planning, takeover
+from orchestrator.controller import detection, forming, takeover
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.history import History
 from orchestrator.controller.incidents import Incident
@@ -73,13 +73,6 @@ class Controller:
         self._run = Lifecycle(config, history, self._roster, self._record, self._out)
         self._last_members = set(history.members)
         self._now: float | None = None
-
-    @classmethod
-    def resumed(
-        cls, config: ControllerConfig, history: History, checkpoints: Mapping[int, str] | None = None
-    ) -> Controller:
-        """A controller that knows what its predecessors put on record."""
-        return cls(config, history, checkpoints)
 
     # ------------------------------------------------------------------------------------ what others may look at
 
@@ -304,7 +297,7 @@ class Controller:
         match event.cause:
             case "exception":
                 # It changed no state: who alone holds it tries again, others are replaced.
-                alone = planning.holds_alone(view, run.membership.members.values())
+                alone = forming.holds_alone(view, run.membership.members.values())
                 run.meet(detection.raised(view, event, spared=alone), now)
             case "restore":
                 self._out += self._record.checkpoint_invalid(generation.restore, event.detail)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from local_ranks import HOST, Endpoint, run_ranks
 
+from strategies.compute import StepSpec
 from strategies.flat import FlatState, state_digest
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout, deal
@@ -18,7 +19,7 @@ from strategies.norm import square_sum
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.reduction import Reducer
 from strategies.state import chunks_of, execute, plan_transfers
-from strategies.step import StepEngine, StepSpec
+from strategies.step import StepEngine
 from strategies.tree import Node, cover, split
 
 CPU = torch.device("cpu")

@@ -461,7 +461,7 @@ class World:
             self.records, [{"seconds": r.seconds, "committed_at": r.committed_at} for r in self.steps]
         )
         config = ControllerConfig(**{**self.config.__dict__, "epoch": self._epoch})
-        self.controller = Controller.resumed(config, history, dict(self.checkpoints))
+        self.controller = Controller(config, history, dict(self.checkpoints))
         self._deaf, self._sends_left, self._asleep_until = False, None, 0.0
         self._watched = set()
         if self._epoch == 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,8 +121,6 @@ def test_a_directory_with_other_things_in_it_is_not_taken_for_a_run(tmp_path: Pa
 
 
 def test_find_run_takes_the_newest_of_a_name(tmp_path: Path) -> None:
-    import os
-
     for age, name, job in ((30, "a-1", "a"), (10, "a-2", "a"), (20, "ab-3", "ab"), (5, "a-b-4", "a-b")):
         RunDirectory(tmp_path / name).create("", {"name": job})
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
@@ -152,3 +153,19 @@ def test_a_job_that_never_began_may_be_mended(tmp_path: Path) -> None:
     directory.metrics.write_text("{}\n")
     directory.create("third", {"name": "c"})
     assert (directory.path / "job.yaml").read_text() == "second", "the job of a run is the one it began with"
+
+
+def test_those_who_look_whether_a_run_is_live_are_not_taken_for_its_controller(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("", {"name": "a"})
+    looking = os.open(directory.path / ".lock", os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    with directory.probe_lock() as free:
+        assert free
+    with pytest.raises(RunDirectoryError, match="is steered by another controller"):
+        directory.lock()
+    threading.Timer(0.1, os.close, (looking,)).start()
+    steering = directory.lock(patience_s=10.0)
+    with directory.probe_lock() as free:
+        assert not free
+    os.close(steering)

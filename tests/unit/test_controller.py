@@ -925,7 +925,7 @@ def successor(stage: Stage) -> Stage:
         for step in range(stage.controller.progress.committed)
     ]
     config = ControllerConfig(**{**stage.controller.config.__dict__, "epoch": stage.controller.config.epoch + 1})
-    after = Stage(Controller.resumed(config, History.read(events, steps), dict(stage.controller.checkpoints)))
+    after = Stage(Controller(config, History.read(events, steps), dict(stage.controller.checkpoints)))
     after.now = stage.now
     return after
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from tiny_model import CPU, VOCABULARY, bits, make
+from tiny_model import (
+    CPU,
+    VOCABULARY,
+    bits,
+    make,
+    one_thread,  # noqa: F401 (autouse)
+)
 from torch import nn
 
 from strategies.compute import LocalGradients, StepSpec
@@ -21,14 +27,6 @@ from strategies.step import StepEngine, StepRecord
 from strategies.tree import Node, cover
 
 LENGTH = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:

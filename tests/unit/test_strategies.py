@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import CPU, VOCABULARY, TinyModel, bits, make
+from tiny_model import (
+    CPU,
+    VOCABULARY,
+    TinyModel,
+    bits,
+    make,
+    one_thread,  # noqa: F401 (autouse)
+)
 from torch import nn
 
 from strategies.flat import ALIGNMENT, FlatState, state_digest
@@ -21,15 +28,6 @@ from strategies.randomness import stream_key
 from strategies.reduction import Reducer
 from strategies.state import Chunk, chunks_of, plan_transfers
 from strategies.tree import Node, cover, fold, split
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # ---------------------------------------------------------------------------------------- the tree
 

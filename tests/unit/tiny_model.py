@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +13,14 @@ from strategies.optimizers import OptimizerSpec
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def bits(values: torch.Tensor) -> bytes:

@@ -1,4 +1,4 @@
-"""Planning a generation: what state there is, where it is, and who takes it from there with which share of the work.
+"""Forming a generation: what state there is, where it is, and who takes it from there with which share of the work.
 
 What a worker says of its state is in its view (`committed`, `prepared`, `torn`). What that makes together is decided
 here: so far a worker holds the whole state or none that is of use, and where the state is, is a set of holders.
