@@ -158,7 +158,7 @@ def test_a_job_that_never_began_may_be_mended(tmp_path: Path) -> None:
 def test_those_who_look_whether_a_run_is_live_are_not_taken_for_its_controller(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.create("", {"name": "a"})
-    looking = os.open(directory.path / ".lock", os.O_RDWR)
+    looking = os.open(directory.path / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(looking, fcntl.LOCK_SH)
     with directory.probe_lock() as free:
         assert free
