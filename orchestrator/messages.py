@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from orchestrator.planning.model import ModelCosts
+from strategies.layout import ParallelLayout
+from strategies.statemap import Spans
+
 
 class WorkerId(NamedTuple):
     """A worker: the slot users see ("worker 1") and which incarnation of it this process is."""
@@ -18,22 +22,28 @@ class WorkerId(NamedTuple):
 
 @dataclass(frozen=True)
 class Member:
-    """One rank of a generation. `host`:`store_port` is the rendezvous store that its process serves."""
+    """One rank of a generation. `host`:`store_port` is the rendezvous store that its process serves.
+
+    What is on one `node` fails together, and so does what is in one `zone` ("": not known).
+    """
 
     worker: WorkerId
     node: str
     pid: int
     host: str
     store_port: int
+    zone: str = ""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A numbered membership: everything a worker needs to take its place. Members are in rank order.
+    """A numbered membership: everything a worker needs to take its place. Members are in rank order, spares last.
 
     `committed` is the number of steps the state holds when the generation starts, so also the first step to run.
-    `holders` are the ranks that have that state, `roll_forward` those that hold the reduced gradient of its last step
-    but missed the news of the vote. With `restore`, rank 0 loads that checkpoint first.
+    `held` is by rank what of that state each has, those in `roll_forward` after they have applied the reduced gradient
+    of its last step, whose global norm is `norm`: they missed the news of the vote. With `restore`, rank 0 loads that
+    checkpoint first, and nobody holds anything. A generation to `collect` trains nothing: rank 0 is given the whole
+    state, for the digest and the last checkpoint of the run, and all leave.
     """
 
     number: int
@@ -41,11 +51,13 @@ class Generation:
     committed: int
     cause: str
     members: tuple[Member, ...]
-    assignment: tuple[tuple[int, ...], ...]
-    holders: tuple[int, ...]
+    layout: ParallelLayout
+    held: tuple[Spans, ...]
     roll_forward: tuple[int, ...] = ()
+    norm: float | None = None
     restore: str | None = None
     fired_faults: tuple[int, ...] = ()
+    collect: bool = False
 
     def rank_of(self, worker: WorkerId) -> int | None:
         for rank, member in enumerate(self.members):
@@ -76,7 +88,12 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker is warm: imports done, model built, data open. `initial` digests its step-0 state."""
+    """A worker is warm: imports done, model built, data open.
+
+    `initial` digests its step-0 state, of which every warm worker can make any part: `elements` for each
+    tensor-parallel coordinate. `memory_bytes` is what the worker may use, 0 when that is not known; `costs` describes
+    the model, when the job has a pipeline to cut it for.
+    """
 
     worker: WorkerId
     node: str
@@ -84,6 +101,10 @@ class Ready:
     host: str
     store_port: int
     initial: str
+    elements: int
+    zone: str = ""
+    memory_bytes: int = 0
+    costs: ModelCosts | None = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +126,13 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Joined:
-    """The worker's groups are formed and its state is in place; it starts to train."""
+    """The worker's groups are formed and its state is in place; it starts to train. To bring it there it received
+    `bytes_moved`, and needed `buffer_bytes` at once beside the state itself."""
 
     worker: WorkerId
     generation: int
     bytes_moved: int
+    buffer_bytes: int = 0
 
 
 LeftCause = Literal["pause", "complete", "peer", "exception", "restore"]
@@ -119,14 +142,16 @@ LeftCause = Literal["pause", "complete", "peer", "exception", "restore"]
 class Left:
     """The worker is out of its generation and waits.
 
-    `prepared` says that it holds the reduced gradient of step `committed`. Causes: a pause all agreed to; all steps
-    done; a peer lost; its own exception; an unusable checkpoint.
+    `held` is what it has of the state after `committed` steps; `prepared` says that it also holds the reduced gradient
+    of step `committed` for all of that. Causes: a pause all agreed to; all steps done; a peer lost; its own exception;
+    an unusable checkpoint.
     """
 
     worker: WorkerId
     generation: int
     cause: LeftCause
     committed: int
+    held: Spans
     prepared: bool = False
     detail: str = ""
     reports: tuple[StepReport, ...] = ()
@@ -172,6 +197,7 @@ class Status:
     generation: Generation | None
     left: Left | None
     committed: int
+    held: Spans
     prepared: bool
     joined: bool
     epoch: int

@@ -17,13 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from strategies.flat import FlatState
+from strategies.blueprint import Blueprint
 from strategies.optimizers import ScheduleSpec
-from strategies.randomness import seed_stream
-from strategies.tree import Node, split
+from strategies.part import Part
+from strategies.randomness import Streams, draws_random_numbers
+from strategies.reduction import TreeSum
+from strategies.tree import Node
 
 Fetch = Callable[[int, int], tuple[np.ndarray, np.ndarray, int]]
 """(step, virtual worker) -> token ids int64 [samples, length + 1], sample ids int64 [samples], hash of the ids."""
+Enter = Callable[[str, int], None]
+"""Called with (phase, step) at the start of a phase; what it raises interrupts the work."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class StepSpec:
 
     seed: int
     micro_batch: int
+    micro_batches: int
     tokens_per_batch: int
     base_lr: float
     schedule: ScheduleSpec
@@ -39,6 +44,25 @@ class StepSpec:
     precision: str = "fp32"
     native_reduction: bool = False
     compile: bool = False
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of forward passes."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def loss_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The share of the step's mean loss (nats per token) that `tokens` int64 [batch, length + 1] have."""
+        summed = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        return summed / self.tokens_per_batch
+
+
+def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:
+    """The random numbers of model parts: by layer where the model draws any."""
+    streams = Streams(seed)
+    if draws_random_numbers(blueprint.model):
+        for module in modules:
+            for number, layer in blueprint.numbered_layers(module):
+                streams.install(layer, number)
+    return streams
 
 
 class _UnderWay(NamedTuple):
@@ -51,43 +75,35 @@ class _UnderWay(NamedTuple):
 
 
 class LocalGradients:
-    """Computes and keeps this rank's share of one step.
+    """Computes and keeps a replica's share of one step, where the replica has one pipeline stage.
 
     `losses` (its share of the global mean, nats per token) and `hashes` (of the sample ids) are by virtual worker.
-    The model maps `input_ids` int64 [batch, length] to logits [batch, length, vocabulary], plain or as an attribute
-    `logits`.
     """
 
-    def __init__(self, model: nn.Module, state: FlatState, spec: StepSpec, fetch: Fetch) -> None:
-        self.model = model
-        self.state = state
+    def __init__(self, part: Part, spec: StepSpec, fetch: Fetch) -> None:
+        self.part = part
         self.spec = spec
         self.fetch = fetch
-        self.pieces: dict[Node, torch.Tensor] = {}
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
+        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self._pool: list[torch.Tensor] = []
+        self._sums: TreeSum | None = None
         self._step: int | None = None
         self._under_way: _UnderWay | None = None
-        self._pool: list[torch.Tensor] = []
         self._loss = torch.compile(self._micro_loss) if spec.compile else self._micro_loss
 
     def compute(
-        self,
-        step: int,
-        held: Sequence[int],
-        virtual_workers: int,
-        *,
-        enter: Callable[[str, int], None],
-        check: Callable[[], None],
+        self, step: int, held: Sequence[int], virtual_workers: int, *, enter: Enter, check: Callable[[], None]
     ) -> dict[Node, torch.Tensor]:
         """The gradients [size] of `held`, as one sum per node of their cover; to be read, not written.
 
         `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
         micro-batch. What they raise interrupts the work, which the next call for the same step goes on with.
         """
-        if step != self._step:
+        if step != self._step or self._sums is None:
             self.discard()
-            self._step = step
+            self._step, self._sums = step, TreeSum(virtual_workers, self._pool)
         self._drop_others(held)
         missing = [index for index in held if index not in self.losses]
         if not missing:
@@ -95,16 +111,17 @@ class LocalGradients:
             enter("compute", step)
         for index in missing:
             gradient = self._virtual_worker(step, index, enter, check)
-            self._merge((index, index + 1), virtual_workers, gradient)
-        return dict(self.pieces)
+            self._sums.add((index, index + 1), gradient)
+        return dict(self._sums.pieces)
 
     def discard(self) -> None:
         """Forgets all that is kept; the buffers are used again."""
-        self._pool += self.pieces.values()
+        if self._sums is not None:
+            self._sums.clear()
         if self._under_way is not None:
             self._pool.append(self._under_way.gradient)
-        self.pieces, self.losses, self.hashes = {}, {}, {}
-        self._step = self._under_way = None
+        self.losses, self.hashes = {}, {}
+        self._step = self._under_way = self._sums = None
 
     def warm_up(self) -> None:
         """One forward and backward pass on made-up tokens, its result thrown away.
@@ -114,15 +131,15 @@ class LocalGradients:
 
         Raises ValueError for a model whose persistent buffers it changes.
         """
-        before = {name: tensor.clone() for name, tensor in self.state.constants.items()}
+        before = {name: tensor.clone() for name, tensor in self.part.blueprint.constants.items()}
         tokens, _, _ = self.fetch(0, 0)
-        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.state.device)
-        scratch = torch.zeros_like(self.state.weights)
-        self.state.accumulate_into(scratch)
+        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.part.device)
+        scratch = torch.zeros_like(self.part.weights)
+        self.part.accumulate_into(scratch)
         self._loss(rows).backward()  # type: ignore[no-untyped-call]
-        self.state.release_gradients()
+        self.part.release_gradients()
         self._pool.append(scratch)
-        for name, tensor in self.state.constants.items():
+        for name, tensor in self.part.blueprint.constants.items():
             if not torch.equal(tensor, before[name]):
                 raise ValueError(
                     f"the model changes its buffer {name!r} in a forward pass; it would depend on which rank saw which "
@@ -132,24 +149,23 @@ class LocalGradients:
     def _drop_others(self, held: Sequence[int]) -> None:
         """Lets go of sums that contain a virtual worker which somebody else holds now."""
         wanted = frozenset(held)
-        for node in [node for node in self.pieces if not wanted.issuperset(range(*node))]:
-            self._pool.append(self.pieces.pop(node))
+        assert self._sums is not None
+        for node in [node for node in self._sums.pieces if not wanted.issuperset(range(*node))]:
+            self._pool.append(self._sums.pieces.pop(node))
             for index in range(*node):
                 del self.losses[index], self.hashes[index]
         if self._under_way is not None and self._under_way.virtual_worker not in wanted:
             self._pool.append(self._under_way.gradient)
             self._under_way = None
 
-    def _virtual_worker(
-        self, step: int, index: int, enter: Callable[[str, int], None], check: Callable[[], None]
-    ) -> torch.Tensor:
+    def _virtual_worker(self, step: int, index: int, enter: Enter, check: Callable[[], None]) -> torch.Tensor:
         """The gradient [size] of one virtual worker, summed in micro-batch order."""
         enter("data", step)
         tokens, _, digest = self.fetch(step, index)
-        batch = torch.from_numpy(tokens).to(self.state.device, non_blocking=True)
+        batch = torch.from_numpy(tokens).to(self.part.device, non_blocking=True)
         enter("compute", step)
         done, gradient, total = self._begin(index)
-        self.state.accumulate_into(gradient)
+        self.part.accumulate_into(gradient)
         for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
             if micro < done:
                 continue
@@ -158,7 +174,7 @@ class LocalGradients:
             except BaseException:
                 self._under_way = _UnderWay(index, micro, gradient, total)
                 raise
-            seed_stream(self.spec.seed, "step", step, index, micro)
+            self.streams.enter(step, index, micro)
             loss = self._loss(rows)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -171,33 +187,12 @@ class LocalGradients:
             _, done, gradient, total = self._under_way
             self._under_way = None
             return done, gradient, total
-        gradient = self._pool.pop() if self._pool else torch.empty_like(self.state.weights)
+        gradient = self._pool.pop() if self._pool else torch.empty_like(self.part.weights)
         gradient.zero_()
-        return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.state.device)
+        return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.part.device)
 
     def _micro_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        device = self.state.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "bf16"):
-            output = self.model(input_ids=rows[:, :-1])
+        with self.spec.autocast(self.part.device):
+            output = self.part.modules[0](input_ids=rows[:, :-1])
         logits = output if isinstance(output, torch.Tensor) else output.logits
-        summed = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-        return summed / self.spec.tokens_per_batch
-
-    def _merge(self, node: Node, virtual_workers: int, gradient: torch.Tensor) -> None:
-        """Adds a finished subtree, and joins it with its sibling for as long as that one is complete too."""
-        parents: list[Node] = []
-        at: Node = (0, virtual_workers)
-        while at != node:
-            parents.append(at)
-            left, right = split(at)
-            at = left if node[1] <= left[1] else right
-        while parents:
-            left, right = split(parents[-1])
-            sibling = left if node == right else right
-            if sibling not in self.pieces:
-                break
-            other = self.pieces.pop(sibling)
-            first, second = (other, gradient) if sibling == left else (gradient, other)
-            gradient, node = first.add_(second), parents.pop()
-            self._pool.append(second)
-        self.pieces[node] = gradient
+        return self.spec.loss_of(logits, rows)

@@ -99,18 +99,23 @@ class Groups:
                 self.check()
                 self._store = store
             store.connect()
-            if self.device.type == "cuda":
-                self._group = dist.ProcessGroupNCCL(store, self.rank, self.world_size, dist.ProcessGroupNCCL.Options())
-            else:
-                self._form_gloo(store, host, timeout_s)
-            with self._lock:
-                self.check()
+            self.form_on(store, host, timeout_s)
         except RuntimeError as error:
             if isinstance(error, PeerLost):
                 raise
             raise PeerLost(f"could not form the process group {prefix}: {_first_line(error)}") from error
 
-    def _form_gloo(self, store: StoreClient, host: str, timeout_s: float) -> None:
+    def form_on(self, store: Any, host: str, timeout_s: float) -> Any:
+        """Like `form`, over a store that is connected; returns torch's process group. Raises RuntimeError."""
+        if self.device.type == "cuda":
+            self._group = dist.ProcessGroupNCCL(store, self.rank, self.world_size, dist.ProcessGroupNCCL.Options())
+        else:
+            self._form_gloo(store, host, timeout_s)
+        with self._lock:
+            self.check()
+        return self._group
+
+    def _form_gloo(self, store: Any, host: str, timeout_s: float) -> None:
         before = _listening()
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)

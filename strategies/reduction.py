@@ -2,23 +2,64 @@
 
 Each rank sends, to the owner of every slice of the gradient, the partial sums of the largest whole subtrees it holds;
 the owner adds the pieces along the tree (`strategies.tree`); an exchange brings the finished slices back to everyone.
-Two all-to-alls of one gradient each: what a ring all-reduce moves, without its order.
+Two all-to-alls of one gradient each: what a ring all-reduce moves, without its order. Where gradients are sharded, the
+same is done one virtual worker of each replica at a time, so that nobody ever has more than its slice of a sum.
+
+Everything happens in a plane: the ranks that compute the same part of the model, one for each data-parallel replica.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from strategies.flat import ALIGNMENT
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout, even
-from strategies.tree import Node, cover, fold
+from strategies.space import ALIGNMENT
+from strategies.tree import Node, cover, fold, split
+
+
+class TreeSum:
+    """Sums tensors of one shape along the tree, as soon as siblings are there. What is added is taken over; buffers
+    that are no longer needed go to `pool`."""
+
+    def __init__(self, virtual_workers: int, pool: list[torch.Tensor]) -> None:
+        self.virtual_workers = virtual_workers
+        self.pieces: dict[Node, torch.Tensor] = {}
+        self._pool = pool
+
+    def add(self, node: Node, tensor: torch.Tensor) -> None:
+        """Adds a finished subtree, and joins it with its sibling for as long as that one is complete too."""
+        parents: list[Node] = []
+        at: Node = (0, self.virtual_workers)
+        while at != node:
+            parents.append(at)
+            left, right = split(at)
+            at = left if node[1] <= left[1] else right
+        while parents:
+            left, right = split(parents[-1])
+            sibling = left if node == right else right
+            if sibling not in self.pieces:
+                break
+            other = self.pieces.pop(sibling)
+            first, second = (other, tensor) if sibling == left else (tensor, other)
+            tensor, node = first.add_(second), parents.pop()
+            self._pool.append(second)
+        self.pieces[node] = tensor
+
+    def total(self) -> torch.Tensor:
+        """The sum over all virtual workers, which must all have been added."""
+        (total,) = (self.pieces[node] for node in [(0, self.virtual_workers)])
+        return total
+
+    def clear(self) -> None:
+        self._pool += self.pieces.values()
+        self.pieces = {}
 
 
 class Reducer:
-    """Reduces gradients of `size` elements over the ranks of one generation.
+    """Reduces gradients of `size` elements over the ranks of a plane, all virtual workers at once.
 
     With `native`, the local sum goes through the backend's own all-reduce instead: equal on all ranks and within
     rounding of the canonical result, but its bits depend on the ranks.
@@ -31,7 +72,7 @@ class Reducer:
         self.layout = layout
         self.size = size
         self.native = native
-        self.slices = even(size, layout.world_size, ALIGNMENT)
+        self.slices = even(size, layout.data, ALIGNMENT)
         self.covers = tuple(cover(held, layout.virtual_workers) for held in layout.assignment)
         self._start = sum(self.slices[: groups.rank])
         self._device = device
@@ -40,36 +81,35 @@ class Reducer:
             device=device,
         )
         # Kept for the life of the generation: fresh memory of this size costs the kernel a page fault every 4 KiB.
-        copies = 0 if native or layout.world_size == 1 else layout.world_size
-        self._outgoing = torch.empty(copies * self.slices[groups.rank], device=device)
+        self._outgoing = torch.empty(0, device=device)
 
     def own_slice(self, gradient: torch.Tensor) -> torch.Tensor:
         """This rank's slice (a view) of a full gradient [size]."""
         return gradient[self._start : self._start + self.slices[self.groups.rank]]
 
-    def reduce(self, pieces: Mapping[Node, torch.Tensor]) -> torch.Tensor | None:
+    def reduce(self, pieces: Mapping[Node, torch.Tensor]) -> torch.Tensor:
         """Sums `pieces` (this rank's partial sums [size], one per node of its cover) with everyone's.
 
         Returns this rank's finished slice, or with `native` the whole sum; the pieces stay as they are, for another
         attempt should this one fail. Raises PeerLost.
         """
-        world_size, rank = self.layout.world_size, self.groups.rank
+        ranks, rank = self.layout.data, self.groups.rank
         mine = self.covers[rank]
         if set(pieces) != set(mine):
-            raise ValueError(f"rank {rank} must bring the subtrees {mine}, got {sorted(pieces)}")
+            raise ValueError(f"replica {rank} must bring the subtrees {mine}, got {sorted(pieces)}")
         if self.native:
             total = torch.zeros(self.size, device=self._device)
             for node in mine:
                 total += pieces[node]
             self.groups.all_reduce(total)
             return total
-        if world_size == 1:
+        if ranks == 1:
             return pieces[mine[0]]
         if len(mine) == 1:
             outgoing = pieces[mine[0]]
         else:
             parts = [pieces[node].split(list(self.slices)) for node in mine]
-            ordered = [part[peer] for peer in range(world_size) for part in parts]
+            ordered = [part[peer] for peer in range(ranks) for part in parts]
             outgoing = torch.cat(ordered) if ordered else torch.empty(0, device=self._device)
         length = self.slices[rank]
         self.groups.all_to_all(
@@ -85,11 +125,53 @@ class Reducer:
         )
         return fold(arrived, self.layout.virtual_workers, torch.Tensor.add_) if length else self._received
 
-    def gather(self, reduced: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Brings every rank's finished slice together into `gradient` [size] on every rank. Raises PeerLost."""
-        world_size = self.layout.world_size
-        if self.native or world_size == 1:
-            gradient.copy_(reduced)
+    def gather(self, mine: torch.Tensor, everything: torch.Tensor) -> None:
+        """Brings every rank's slice together into `everything` [size] on every rank. Raises PeerLost."""
+        ranks = self.layout.data
+        if self.native or ranks == 1:
+            everything.copy_(mine)
             return
-        self._outgoing.view(world_size, -1).copy_(reduced)
-        self.groups.all_to_all(gradient, self._outgoing, list(self.slices), [len(reduced)] * world_size)
+        if self._outgoing.numel() != ranks * len(mine):
+            self._outgoing = torch.empty(ranks * len(mine), device=self._device)
+        self._outgoing.view(ranks, -1).copy_(mine)
+        self.groups.all_to_all(everything, self._outgoing, list(self.slices), [len(mine)] * ranks)
+
+
+class RoundReducer:
+    """Reduces gradients over the ranks of a plane, one virtual worker of each replica in every round.
+
+    `sizes` are the elements each rank owns, by rank. Memory for what is summed is this rank's slice for every subtree
+    that still waits for its sibling.
+    """
+
+    def __init__(self, groups: Groups, layout: ParallelLayout, sizes: Sequence[int], device: torch.device) -> None:
+        self.groups = groups
+        self.layout = layout
+        self.sizes = tuple(sizes)
+        self.num_rounds = max(len(held) for held in layout.assignment)
+        self._pool: list[torch.Tensor] = []
+        self._sums = TreeSum(layout.virtual_workers, self._pool)
+        self._device = device
+
+    def begin(self) -> None:
+        """Forgets what was added."""
+        self._sums.clear()
+
+    def add(self, number: int, gradient: torch.Tensor) -> None:
+        """Round `number`: the gradient [sum(sizes)] of this replica's virtual worker of that round; of a replica that
+        has none it is not looked at. Raises PeerLost."""
+        ranks, rank = self.layout.data, self.groups.rank
+        brings = [self.sizes if number < len(held) else (0,) * ranks for held in self.layout.assignment]
+        length = self.sizes[rank]
+        received = torch.empty(sum(sizes[rank] for sizes in brings), device=self._device)
+        outgoing = gradient if number < len(self.layout.assignment[rank]) else gradient[:0]
+        self.groups.all_to_all(received, outgoing, [sizes[rank] for sizes in brings], list(brings[rank]))
+        workers = [held[number] for held in self.layout.assignment if number < len(held)]
+        for worker, part in zip(workers, received.split(length) if length else [received] * len(workers), strict=True):
+            own = self._pool.pop() if self._pool else torch.empty(length, device=self._device)
+            own.copy_(part)
+            self._sums.add((worker, worker + 1), own)
+
+    def total(self) -> torch.Tensor:
+        """This rank's slice of the sum over all virtual workers."""
+        return self._sums.total()

@@ -1,122 +1,343 @@
-"""State as a map from chunks to holders, and the plan that brings chunks to the ranks that lack them."""
+"""What a rank has of the training state, and how it takes its place in a layout.
+
+A rank computes with a part of the model and trains shards of the state (`strategies.placement`). When the layout
+changes it makes room for what it is to have, copies what it has already, and is sent the rest; what it had before
+counts until every rank has what it needs. So whoever is interrupted on the way has lost nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import xxhash
 
-from strategies.groups import PATIENCE, Groups, PeerLost
-
-CHUNK_BYTES = 16 << 20
-"""Transfers move chunks of at most this size, so that several sources can share the work."""
-
-
-class StateCorrupt(RuntimeError):
-    """A chunk arrived with other bytes than its holder sent."""
-
-
-@dataclass(frozen=True, order=True)
-class Chunk:
-    """A range of one flat state tensor: `offset` and `length` in elements, `num_bytes` in all."""
-
-    name: str
-    offset: int
-    length: int
-    num_bytes: int
+from strategies.blueprint import Blueprint
+from strategies.fabric import Fabric
+from strategies.fsdp import ShardedPart
+from strategies.holding import WEIGHTS, Holding
+from strategies.layout import ParallelLayout
+from strategies.optimizers import OptimizerSpec
+from strategies.part import Part
+from strategies.placement import Domain, Shard, effective_shard, place_state, trained_spans
+from strategies.relayout import Moved, copy_within, execute
+from strategies.space import Strip
+from strategies.statemap import Spans, intersect, plan_transfers, subtract, whole
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """One chunk on its way from one rank to another."""
+@dataclass
+class Arrangement:
+    """A rank's place in a layout: the part it computes with (None for a spare), what it trains of it itself, and what
+    it mirrors of others. `shards` are everybody's."""
 
-    chunk: Chunk
-    source: int
-    target: int
+    part: Part | ShardedPart | None = None
+    own: Holding | None = None
+    mirrors: dict[int, Holding] = field(default_factory=dict)
+    """By the owner's rank."""
+    shards: Sequence[Shard] = ()
 
-
-def chunks_of(ranges: Mapping[str, torch.Tensor], chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
-    """Cuts flat tensors into chunks, in name order."""
-    chunks = []
-    for name in sorted(ranges):
-        tensor = ranges[name]
-        step = max(1, chunk_bytes // tensor.element_size())
-        for offset in range(0, tensor.numel(), step):
-            length = min(step, tensor.numel() - offset)
-            chunks.append(Chunk(name, offset, length, length * tensor.element_size()))
-    return chunks
+    @property
+    def holdings(self) -> list[Holding]:
+        return [*([self.own] if self.own is not None else []), *self.mirrors.values()]
 
 
-def plan_transfers(
-    chunks: Iterable[Chunk],
-    holders: Mapping[Chunk, Collection[int]],
-    wanted: Mapping[Chunk, Collection[int]],
-) -> list[Transfer]:
-    """Who sends which chunk to whom: nothing that is in place moves, and sources share the bytes evenly.
+class TrainingState:
+    """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen.
 
-    Deterministic, so that every rank can compute the plan for itself. Raises ValueError when a wanted chunk has no
-    holder.
+    `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. All state is fp32.
     """
-    sent = dict.fromkeys((rank for ranks in holders.values() for rank in ranks), 0)
-    plan = []
-    for chunk in sorted(chunks):
-        have = frozenset(holders.get(chunk, ()))
-        for target in sorted(frozenset(wanted.get(chunk, ())) - have):
-            if not have:
-                raise ValueError(f"no living holder of {chunk.name}[{chunk.offset}:+{chunk.length}]")
-            source = min(have, key=lambda rank: (sent[rank], rank))
-            sent[source] += chunk.num_bytes
-            plan.append(Transfer(chunk, source, target))
-    return plan
 
+    def __init__(
+        self, blueprint: Blueprint, spec: OptimizerSpec, rebuild: Callable[[], dict[str, torch.Tensor]]
+    ) -> None:
+        self.blueprint = blueprint
+        self.space = blueprint.space
+        self.spec = spec
+        self.device = blueprint.device
+        self.arrangement = Arrangement()
+        self.updates = 0
+        self.collected: list[Holding] = []
+        self.is_initial = True
+        """The state is that of step 0, every part of which can be made here."""
+        self._rebuild = rebuild
+        self._initial: dict[str, torch.Tensor] | None = blueprint.initial
+        self._held: Spans = ()
 
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    host = tensor.detach().cpu().contiguous().view(torch.uint8)
-    value = xxhash.xxh3_128_digest(host.numpy().data)
-    return torch.frombuffer(bytearray(value), dtype=torch.int64)
+    # ------------------------------------------------------------------------------------ what is here
 
+    @property
+    def held(self) -> Spans:
+        if self.is_initial or self.collected:
+            return whole(self.space.size, self.space.tensor)
+        return self._held
 
-def execute(plan: Iterable[Transfer], ranges: Mapping[str, torch.Tensor], groups: Groups) -> int:
-    """Carries out the part of `plan` that concerns this rank; returns the bytes it received.
+    @property
+    def holdings(self) -> list[Holding]:
+        """All that there is, newest first."""
+        return [*self.collected, *self.arrangement.holdings]
 
-    Chunks go straight from the source's tensor into the target's, all pairs at once. Each is followed by its digest
-    (xxh3-128), checked on arrival.
+    def start_over(self) -> None:
+        """Back to the state of step 0."""
+        self.collected, self._held, self.updates, self.is_initial = [], (), 0, True
 
-    Raises PeerLost when a peer is gone, StateCorrupt when a digest does not fit.
-    """
-    rank = groups.rank
-    mine = [transfer for transfer in plan if rank in (transfer.source, transfer.target)]
-    incoming: list[tuple[Chunk, torch.Tensor, torch.Tensor]] = []
-    works = []
-    kept = []
-    for tag, transfer in enumerate(mine):
-        chunk = transfer.chunk
-        view = ranges[chunk.name][chunk.offset : chunk.offset + chunk.length]
-        # Tags number the transfers of one pair of ranks; both ends see that pair's transfers in the same order.
-        pair = sum(1 for t in mine[:tag] if (t.source, t.target) == (transfer.source, transfer.target))
-        if transfer.source == rank:
-            digest = _digest(view).to(view.device)
-            works += [
-                groups.send(view, transfer.target, 2 * pair),
-                groups.send(digest, transfer.target, 2 * pair + 1),
-            ]
-            kept.append(digest)
+    def tear(self) -> None:
+        """Nothing that is here counts any more."""
+        self.collected, self._held, self.is_initial = [], (), False
+
+    def trained(self, lr: float) -> None:
+        """One update of everything that is trained here, from the reduced gradients at learning rate `lr`."""
+        for holding in self.arrangement.holdings:
+            holding.apply(lr)
+        self.updates += 1
+
+    def moved_on(self) -> None:
+        """A step was committed: what is here is that of a later step than any copy beside it."""
+        self.collected, self._initial, self.is_initial = [], None, False
+
+    def whole_part(self) -> Part:
+        """The whole model, with the weights of step 0, to compute with before there is a layout."""
+        part = Part(self.blueprint, 0, None)
+        with torch.no_grad():
+            for slot, offset in part.slots:
+                part.weights[offset : offset + slot.numel].copy_(self._initial_values()[slot.name].reshape(-1))
+        self.arrangement.part = part
+        return part
+
+    def initial_digest(self) -> str:
+        """Of all that the model is made of at step 0: names, values, buffers."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted((self._initial_values() | self.blueprint.constants).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------------------------ a new layout
+
+    def take_place(
+        self,
+        layout: ParallelLayout,
+        fabric: Fabric,
+        held: Sequence[Spans],
+        domains: Sequence[Domain],
+        copies: int,
+        updates: int,
+        barrier: Callable[[], object],
+    ) -> Moved:
+        """Brings this rank's part of the state here. `held` is what all ranks have, by rank.
+
+        Until `barrier` has been passed, which is when every rank has what it needs, what was here before still counts.
+        Raises PeerLost, StateCorrupt, and NotCovered when some of the state is nowhere.
+        """
+        rank = fabric.rank
+        shards = place_state(layout, self.space, domains, copies)
+        new = self._arrange(layout, fabric, shards)
+        wanted = trained_spans(layout, shards)
+        plan = plan_transfers(held, wanted)
+        if self.is_initial and held[rank]:
+            self._fill(new.holdings)
+            sources = self._make_initial() if any(transfer.source == rank for transfer in plan) else []
         else:
-            digest = torch.zeros(2, dtype=torch.int64, device=view.device)
-            works += [
-                groups.receive(view, transfer.source, 2 * pair),
-                groups.receive(digest, transfer.source, 2 * pair + 1),
-            ]
-            incoming.append((chunk, view, digest))
-    try:
-        for work in works:
-            work.wait(PATIENCE)
-            groups.check()
-    except RuntimeError as error:
-        raise PeerLost(f"state transfer: {error}") from error
-    for chunk, view, digest in incoming:
-        if not torch.equal(_digest(view), digest.cpu()):
-            raise StateCorrupt(f"{chunk.name}[{chunk.offset}:+{chunk.length}] arrived with other bytes than were sent")
-    return sum(chunk.num_bytes for chunk, _, _ in incoming)
+            sources = self.holdings
+            copy_within(sources, new.holdings, intersect(wanted[rank], held[rank]))
+        moved = execute(plan, sources, new.holdings, self._kinds, fabric.world)
+        barrier()
+        old = self.arrangement
+        if old.part is not None and old.part is not new.part:
+            old.part.close()
+        self.arrangement, self._held, self.collected = new, wanted[rank], []
+        self.is_initial = False
+        self.updates = updates
+        for holding in new.holdings:
+            holding.set_updates(updates)
+        return moved
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return (WEIGHTS, *self.spec.moments)
+
+    def _initial_values(self) -> dict[str, torch.Tensor]:
+        if self._initial is None:
+            self._initial = self._rebuild()
+        return self._initial
+
+    def _fill(self, holdings: Sequence[Holding]) -> None:
+        """The state of step 0."""
+        values = self._initial_values()
+        with torch.no_grad():
+            for holding in holdings:
+                for slot in self.space.slots:
+                    flat = None
+                    for start, offset, length in holding.strip.locate(slot.offset, slot.offset + slot.numel):
+                        if flat is None:
+                            flat = self.space.share(slot, values[slot.name], holding.coordinate).reshape(-1)
+                        first = start - slot.offset
+                        holding.weights[offset : offset + length].copy_(flat[first : first + length])
+                for name in self.spec.moments:
+                    holding.moments[name].zero_()
+
+    def _make_initial(self) -> list[Holding]:
+        """The whole state of step 0."""
+        return self._whole_of({f"model.{name}": tensor for name, tensor in self._initial_values().items()})
+
+    def _arrange(self, layout: ParallelLayout, fabric: Fabric, shards: Sequence[Shard]) -> Arrangement:
+        """Room for what this rank is to have; what has the same shape as before is the same memory."""
+        place = layout.place(fabric.rank)
+        if place is None:
+            return Arrangement(shards=shards)
+        kind = effective_shard(layout)
+        shard = shards[fabric.rank]
+        runs = layout.blocks_of(place.stage)
+        part: Part | ShardedPart
+        if kind == "parameters":
+            part = ShardedPart(self.blueprint, runs, fabric)
+            own = self._room(shard, Strip.pieces(shard.ranges, self.space.boundary))
+        else:
+            part = self._part(place.tensor, runs, fabric)
+            if kind == "none":
+                own = self._room(shard, part.strip, part.weights)
+            else:
+                own = self._room(shard, Strip.of(shard.ranges, self.space.boundary))
+        pieces = Strip.pieces if kind == "parameters" else Strip.of
+        mirrors = {
+            other.owner: self._room(other, pieces(other.ranges, self.space.boundary))
+            for other in shards
+            if fabric.rank in other.mirrors
+        }
+        return Arrangement(part, own, mirrors, shards)
+
+    def _part(self, coordinate: int, runs: tuple[tuple[int, int], ...] | None, fabric: Fabric) -> Part:
+        old = self.arrangement.part
+        mesh = fabric.mesh["tensor"] if fabric.layout.tensor > 1 else None
+        if isinstance(old, Part) and old.is_plain and runs is None and mesh is None:
+            return old
+        weights = None
+        own = self.arrangement.own
+        if isinstance(old, Part) and (old.coordinate, old.runs) == (coordinate, runs):
+            weights = old.weights if own is not None and own.weights is old.weights else None
+        return Part(self.blueprint, coordinate, runs, mesh, weights)
+
+    def _room(self, shard: Shard, strip: Strip, weights: torch.Tensor | None = None) -> Holding:
+        for old in self.arrangement.holdings:
+            same = old.coordinate == shard.coordinate and old.strip == strip
+            if same and (weights is None or old.weights is weights) and not self._is_view(old, weights):
+                return old
+        return Holding(shard.coordinate, strip, self.spec, self.device, weights)
+
+    def _is_view(self, old: Holding, weights: torch.Tensor | None) -> bool:
+        """Whether a holding's weights are those the model computes with, where a buffer of its own is wanted."""
+        part = self.arrangement.part
+        return weights is None and isinstance(part, Part) and old.weights is part.weights
+
+    # ------------------------------------------------------------------------------------ the whole state
+
+    def collect(self, held: Sequence[Spans], fabric: Fabric) -> Moved:
+        """Brings the whole state to rank 0, beside what is there. Raises PeerLost, StateCorrupt, NotCovered."""
+        everything = whole(self.space.size, self.space.tensor)
+        wanted: list[Spans] = [everything, *[()] * (fabric.world.world_size - 1)]
+        sources = self._make_initial() if self.is_initial else self.holdings
+        targets = self._whole_of({}) if fabric.rank == 0 else []
+        copy_within(sources, targets, held[fabric.rank])
+        moved = execute(plan_transfers(held, wanted), sources, targets, self._kinds, fabric.world)
+        if fabric.rank == 0:
+            self.collected = targets
+        return moved
+
+    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Holding]:
+        """The whole state, one holding per coordinate, filled from tensors by the names of `named`."""
+        strip = Strip.of([(0, self.space.size)], self.space.boundary)
+        holdings = [Holding(c, strip, self.spec, self.device) for c in range(self.space.tensor)]
+        with torch.no_grad():
+            for holding in holdings:
+                for slot in self.space.slots:
+                    for kind, buffer in holding.kinds().items():
+                        found = tensors.get(_name_of(kind, slot.name))
+                        if found is not None:
+                            view = buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
+                            view.copy_(self.space.share(slot, found, holding.coordinate))
+        return holdings
+
+    def whole_holdings(self) -> list[Holding] | None:
+        """One holding of the whole state per coordinate, if all of it is here."""
+        if self.collected:
+            return self.collected
+        if self.is_initial:
+            return self._make_initial()
+        everything = whole(self.space.size, self.space.tensor)
+        own = self.arrangement.own
+        if own is not None and own.spans == everything:
+            return [own]
+        if subtract(everything, self.held):
+            return None
+        # It is here in pieces: a shard of its own and those of others.
+        pieced = self._whole_of({})
+        copy_within(self.holdings, pieced, everything)
+        return pieced
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every full parameter, buffer and optimizer tensor under a stable name, in name order.
+
+        Raises RuntimeError when not all of the state is here.
+        """
+        holdings = self.whole_holdings()
+        if holdings is None:
+            raise RuntimeError("not all of the state is on this rank")
+        slots = {slot.name: slot for slot in self.space.slots}
+        sources: dict[str, tuple[str, str]] = {f"model.{name}": ("", name) for name in self.blueprint.constants}
+        sources |= {_name_of(kind, name): (kind, name) for name in slots for kind in self._kinds}
+        sources["optimizer.updates"] = ("", "")
+        for name, (kind, inner) in sorted(sources.items()):
+            if kind:
+                slot = slots[inner]
+                views = [h.kinds()[kind][slot.offset : slot.offset + slot.numel].view(slot.shape) for h in holdings]
+                yield name, self.space.assemble(slot, views)
+            elif inner:
+                yield name, self.blueprint.constants[inner]
+            else:
+                yield name, torch.tensor(self.updates, dtype=torch.int64)
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over a whole saved state, by the names that `named` gives.
+
+        Raises ValueError naming every tensor that is missing, unknown or of another shape or dtype.
+        """
+        expected = {f"model.{n}": (t.shape, t.dtype) for n, t in self.blueprint.constants.items()}
+        for slot in self.space.slots:
+            shape = list(slot.shape)
+            if slot.dim is not None:
+                shape[slot.dim] *= self.space.tensor
+            for kind in self._kinds:
+                expected[_name_of(kind, slot.name)] = (torch.Size(shape), torch.float32)
+        expected["optimizer.updates"] = (torch.Size([]), torch.int64)
+        problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+        problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
+        problems += [
+            f"{name} is {tensors[name].dtype}{list(tensors[name].shape)}, needed {dtype}{list(shape)}"
+            for name, (shape, dtype) in expected.items()
+            if name in tensors and (tensors[name].shape != shape or tensors[name].dtype != dtype)
+        ]
+        if problems:
+            raise ValueError("the saved state does not fit this model: " + "; ".join(sorted(problems)[:20]))
+        self.tear()
+        for name, tensor in self.blueprint.constants.items():
+            tensor.copy_(tensors[f"model.{name}"])
+        self.collected = self._whole_of(tensors)
+        self.updates = int(tensors["optimizer.updates"])
+
+
+def _name_of(kind: str, parameter: str) -> str:
+    return f"model.{parameter}" if kind == WEIGHTS else f"optimizer.{kind}.{parameter}"
+
+
+def state_digest(state: TrainingState) -> str:
+    """ "sha256:…" over name, dtype, shape and little-endian bytes of every tensor of the state, in name order.
+
+    Raises RuntimeError when not all of the state is on this rank.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in state.named():
+        host = tensor.detach().contiguous().cpu()
+        digest.update(f"{name} {str(host.dtype).removeprefix('torch.')} {list(host.shape)}\n".encode())
+        digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"

@@ -10,20 +10,27 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from strategies.compute import Fetch, LocalGradients, StepSpec
-from strategies.flat import FlatState
-from strategies.groups import Groups
-from strategies.layout import ParallelLayout
+from strategies.fabric import Fabric
+from strategies.groups import PATIENCE, Groups, PeerLost
+from strategies.holding import Holding
+from strategies.layout import ParallelLayout, Place, even, parts_of
 from strategies.norm import WORDS, from_words, norm_of, square_sum, to_words
-from strategies.reduction import Reducer
+from strategies.placement import effective_shard, trained_spans
+from strategies.relayout import StateCorrupt
+from strategies.space import ALIGNMENT, Space, merge
+from strategies.state import TrainingState
+from strategies.work import IdleWork, LocalWork, Work, work_for
 
-PHASES = ("data", "compute", "reduce", "gather", "vote", "commit")
-"""The phases of a step in order: the first two, taken in turns for every virtual worker, are local; the next three are
+PHASES = ("refresh", "data", "compute", "reduce", "gather", "vote", "commit")
+"""The phases of a step in order: "refresh" is a collective, where weights are gathered from those who train them; the
+next two are taken in turns for every virtual worker, and local unless the model is split; the next three are
 collectives; the last is local."""
 
 
@@ -56,39 +63,83 @@ class Vote:
 
 
 class StepEngine:
-    """Runs steps of one replica on one rank, generation after generation.
+    """Runs steps on one rank, generation after generation.
 
     `on_phase(phase, step)` is called at the start of every phase (heartbeats, fault injection). For the model see
-    `strategies.compute.LocalGradients`.
+    `strategies.blueprint`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        state: FlatState,
+        state: TrainingState,
         spec: StepSpec,
         fetch: Fetch,
         on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.state = state
         self.spec = spec
-        self.local = LocalGradients(model, state, spec, fetch)
+        self.fetch = fetch
         self.on_phase = on_phase
+        self.local: LocalGradients | None = None
+        """What is kept of an interrupted step."""
         self.pause_requested = False
         self.poison_step: int | None = None
         self.prepared_step: int | None = None
         # True after an exception in the middle of an update: the state is then neither the old nor the new one.
         self.applying = False
+        self.work: Work = IdleWork()
+        self._is_stale = True
         self._times: dict[str, float] = {}
 
-    def bind(self, groups: Groups, layout: ParallelLayout, generation: int) -> None:
-        """Takes a place in a generation: the collectives go over `groups`, the work is dealt by `layout`."""
-        self.groups = groups
+    def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
+        """Takes a place in a generation, whose state has been taken: collectives go over `fabric`, the work is dealt by
+        `layout`."""
+        arrangement = self.state.arrangement
+        self.fabric = fabric
         self.layout = layout
         self.generation = generation
-        self.held = layout.assignment[groups.rank]
+        self.place = layout.place(fabric.rank)
+        self.shards = arrangement.shards
         self.prepared_step = None
-        self.reducer = Reducer(groups, layout, self.state.size, self.state.device, native=self.spec.native_reduction)
+        self._is_stale = True
+        self.work = work_for(arrangement, layout, fabric, self.spec, self.fetch, self.local)
+        self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
+        self._counted = (
+            [] if arrangement.own is None else _counted(self.state.space, arrangement.own, layout, self.place)
+        )
+
+    def warm_up(self, *, keep: bool) -> None:
+        """One pass through the whole model, its result thrown away; with `keep` its memory is kept for layouts in which
+        a rank computes with the whole model. See `LocalGradients.warm_up`, also for what it raises.
+
+        A model that tensor parallelism splits is warmed up by its first step: alone, a rank cannot compute it.
+        """
+        if self.state.space.tensor > 1:
+            return
+        part = self.state.whole_part()
+        local = LocalGradients(part, self.spec, self.fetch)
+        local.warm_up()
+        if keep:
+            self.local = local
+        else:
+            part.close()
+            self.state.arrangement.part = None
+
+    def discard(self) -> None:
+        """Forgets what is kept of an interrupted step."""
+        self.work.discard()
+        if self.local is not None:
+            self.local.discard()
+
+    def collect(self) -> None:
+        """Brings the whole state to rank 0, if it does not have it. Raises PeerLost."""
+        layout = self.layout
+        if layout.tensor == layout.pipeline == 1 and effective_shard(layout) == "none":
+            return
+        try:
+            self.state.collect(trained_spans(layout, self.shards), self.fabric)
+        except StateCorrupt as error:
+            raise PeerLost(str(error)) from error
 
     def run(self, step: int) -> tuple[StepRecord, bool]:
         """Prepares, votes and commits `step`; returns its record and whether all agreed to pause after it.
@@ -101,24 +152,26 @@ class StepEngine:
         """
         started = time.perf_counter()
         self._times = dict.fromkeys(PHASES, 0.0)
-        for attempt in range(2):
-            losses, hashes = self.prepare(step)
-            vote = self.vote(step, losses, hashes)
-            norm = vote.norm
-            if math.isfinite(norm):
-                break
-            if attempt == 0:
-                self.prepared_step = None
-                self.local.discard()
-        lr = self.commit(step, norm)
+        try:
+            for attempt in range(2):
+                self.prepare(step)
+                vote = self.vote(step)
+                if math.isfinite(vote.norm):
+                    break
+                if attempt == 0:
+                    self.prepared_step = None
+                    self.work.discard()
+        except RuntimeError as error:
+            self._explain(error)
+        lr = self.commit(step, vote.norm)
         record = StepRecord(
             step=step,
             loss=math.fsum(vote.losses),
-            grad_norm=norm,
+            grad_norm=vote.norm,
             lr=lr,
             tokens=self.spec.tokens_per_batch,
             hashes=vote.hashes,
-            skipped=not math.isfinite(norm),
+            skipped=not math.isfinite(vote.norm),
             generation=self.generation,
             committed_at=time.time(),
             seconds=time.perf_counter() - started,
@@ -126,48 +179,63 @@ class StepEngine:
         )
         return record, vote.pause
 
-    def prepare(self, step: int) -> tuple[list[float], list[int]]:
-        """Computes this rank's virtual workers and reduces; `state.gradient` then holds the whole reduced gradient.
+    def _explain(self, error: RuntimeError) -> NoReturn:
+        """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""
+        if not isinstance(error, PeerLost) and (self.fabric.is_aborted or is_connection_error(error)):
+            raise PeerLost((str(error).splitlines() or [type(error).__name__])[0][:300]) from error
+        raise error
 
-        Returns the loss (its share of the global mean) and the sample hash of each of this rank's virtual workers.
-        """
-        pieces = self.local.compute(
-            step, self.held, self.layout.virtual_workers, enter=self._enter, check=self.groups.check
-        )
+    def prepare(self, step: int) -> None:
+        """Computes this rank's share of the step and reduces; the reduced gradient of everything that is trained here
+        is then in place."""
+        if self._is_stale:
+            self.work.refresh(lambda phase: self._enter(phase, step))
+            self._is_stale = False
         if self.poison_step == step:
             self.poison_step = None
-            for piece in pieces.values():
-                piece[0] = math.nan
-        self._enter("reduce", step)
-        reduced = self.reducer.reduce(pieces)
-        self._enter("gather", step)
-        assert reduced is not None
-        self.reducer.gather(reduced, self.state.gradient)
+            self.work.spoil()
+        self.work.run(step, self._enter, self.fabric.check)
+        self._mirror(step)
         self.prepared_step = step
-        return [float(self.local.losses[index]) for index in self.held], [self.local.hashes[i] for i in self.held]
 
-    def vote(self, step: int, losses: list[float], hashes: list[int]) -> Vote:
+    def _mirror(self, step: int) -> None:
+        """Sends reduced gradients to those that mirror them. Raises PeerLost."""
+        if not any(shard.mirrors for shard in self.shards):
+            return
+        self._enter("gather", step)
+        rank, world, mirrors = self.fabric.rank, self.fabric.world, self.state.arrangement.mirrors
+        own = self.state.arrangement.own
+        works = []
+        for shard in self.shards:
+            if shard.owner == rank and own is not None:
+                works += [world.send(own.gradient, mirror, 0) for mirror in shard.mirrors]
+            elif rank in shard.mirrors:
+                works.append(world.receive(mirrors[shard.owner].gradient, shard.owner, 0))
+        try:
+            for work in works:
+                work.wait(PATIENCE)
+        except RuntimeError as error:
+            raise PeerLost(f"state copies: {error}") from error
+        world.check()
+
+    def vote(self, step: int) -> Vote:
         """Tells everyone that this rank holds the reduced gradient, and learns that all others do."""
         self._enter("vote", step)
-        layout, rank = self.layout, self.groups.rank
-        words = to_words(square_sum(self.reducer.own_slice(self.state.gradient)))
+        layout, world = self.layout, self.fabric.world
+        voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
+        mine = voiced[self.fabric.rank]
+        words = to_words(self._square_sum())
+        losses = [float(self.work.losses[index]) for index in mine]
+        hashes = [self.work.hashes[index] for index in mine]
         floats = np.array([float(self.pause_requested), *losses], dtype=np.float64)
         row = np.concatenate([floats.view(np.int64), np.array([*words, *hashes], dtype=np.int64)])
-        sizes = [1 + WORDS + 2 * len(held) for held in layout.assignment]
-        if layout.world_size == 1:
-            everyone = row
-        else:
-            device = self.state.device
-            sent = torch.from_numpy(np.tile(row, layout.world_size)).to(device)
-            received = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-            self.groups.all_to_all(received, sent, sizes, [len(row)] * layout.world_size)
-            everyone = received.cpu().numpy()
-        assert len(row) == sizes[rank]
+        sizes = [1 + WORDS + 2 * len(held) for held in voiced]
+        everyone = exchange(world, row, sizes, self.state.device)
         sums: list[int | None] = []
         loss_of: dict[int, float] = {}
         hash_of: dict[int, int] = {}
         pause = False
-        for held, part in zip(layout.assignment, np.split(everyone, np.cumsum(sizes)[:-1]), strict=True):
+        for held, part in zip(voiced, np.split(everyone, np.cumsum(sizes)[:-1]), strict=True):
             values = part[: 1 + len(held)].view(np.float64)
             pause = pause or bool(values[0])
             loss_of |= dict(zip(held, values[1:].tolist(), strict=True))
@@ -176,26 +244,36 @@ class StepEngine:
         order = range(layout.virtual_workers)
         return Vote(norm_of(sums), [loss_of[i] for i in order], tuple(hash_of[i] for i in order), pause)
 
-    def commit(self, step: int, norm: float | None = None) -> float:
-        """Applies the held reduced gradient of `step`; local, cannot fail for want of a peer. Returns the rate used.
+    def _square_sum(self) -> int | None:
+        """Of the reduced gradient that this rank speaks for."""
+        own = self.state.arrangement.own
+        total = 0
+        for start, stop in self._counted if own is not None else ():
+            assert own is not None
+            part = square_sum(own.gradient[start:stop])
+            if part is None:
+                return None
+            total += part
+        return total
 
-        Without `norm` (a rank that missed the news of the vote rolls forward) it is taken from the gradient held,
-        with the same result.
-        """
+    def commit(self, step: int, norm: float) -> float:
+        """Applies the held reduced gradient of `step`, whose global norm is `norm`; local, cannot fail for want of a
+        peer. Returns the learning rate used."""
         self._enter("commit", step)
         if self.prepared_step != step:
             raise RuntimeError(f"step {step} is not prepared here (prepared: {self.prepared_step})")
-        if norm is None:
-            norm = norm_of([square_sum(self.state.gradient)])
         lr = self.spec.base_lr * self.spec.schedule.factor(step)
         if math.isfinite(norm):
             self.applying = True
             if self.spec.clip_norm is not None and norm > self.spec.clip_norm:
-                self.state.gradient.mul_(self.spec.clip_norm / norm)
-            self.state.apply(lr)
+                for holding in self.state.arrangement.holdings:
+                    holding.gradient.mul_(self.spec.clip_norm / norm)
+            self.state.trained(lr)
             self.applying = False
+            self._is_stale = True
+        self.state.moved_on()
         self.prepared_step = None
-        self.local.discard()
+        self.work.discard()
         self._leave()
         return lr
 
@@ -212,3 +290,59 @@ class StepEngine:
         if self._phase is not None and self._phase in self._times:
             self._times[self._phase] += (time.perf_counter() if now is None else now) - self._entered
         self._phase = None
+
+
+def exchange(world: Groups, row: np.ndarray, sizes: list[int], device: torch.device) -> np.ndarray:
+    """Everyone's int64 `row`s, end to end in the order of ranks; `sizes` are their lengths. Raises PeerLost."""
+    if world.world_size == 1:
+        return row
+    sent = torch.from_numpy(np.tile(row, world.world_size)).to(device)
+    received = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+    world.all_to_all(received, sent, sizes, [len(row)] * world.world_size)
+    return received.cpu().numpy()
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error of torch's own, or one that it was made of, is about the connection to another rank."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+            return True
+        text = str(seen).lower()
+        if any(word in text for word in ("gloo", "connection", "broken pipe", "socket closed", "nccl")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _voiced(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
+    """The virtual workers whose loss and hash a rank tells: its replica's, if it has the end of the model."""
+    place = layout.place(rank)
+    if place is None or place.tensor:
+        return ()
+    last = max(len(layout.parts) - 1, 0)
+    if layout.pipeline > 1 and last not in parts_of(layout.schedule, layout.pipeline, last + 1, place.stage):
+        return ()
+    return layout.assignment[place.data]
+
+
+def _counted(space: Space, own: Holding, layout: ParallelLayout, place: Place | None) -> list[tuple[int, int]]:
+    """What of its gradient a rank speaks for, so that every element of the whole is spoken for once: of what all
+    replicas hold its slice; and what all tensor-parallel coordinates have, the first does."""
+    if place is None:
+        return []
+    window = (0, own.strip.size)
+    if effective_shard(layout) == "none":
+        sizes = even(own.strip.size, layout.data, ALIGNMENT)
+        start = sum(sizes[: place.data])
+        window = (start, start + sizes[place.data])
+    if place.tensor == 0:
+        return [window]
+    counted = []
+    for slot in space.slots:
+        if slot.dim is not None:
+            for _, offset, length in own.strip.locate(slot.offset, slot.stop):
+                low, high = max(offset, window[0]), min(offset + length, window[1])
+                if low < high:
+                    counted.append((low, high))
+    return merge(counted)

@@ -31,8 +31,10 @@ from orchestrator.checkpoint.names import find as find_checkpoints
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
     NAMESPACE,
+    Place,
     WorkerHandle,
     end_workers,
+    find_places,
     raylet_is_gone,
     refuses_connections,
     worker_name,
@@ -68,6 +70,7 @@ from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Reply, Status, StepReport, WorkerId
+from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ class ControllerActor:
         past_events = list(read_records(self._directory.events))
         past_steps = list(read_records(self._directory.metrics))
         self._started_at = next((e["time"] for e in past_events if e["kind"] == "run_started"), None)
-        self._generations = [generation_entry(e) for e in past_events if e["kind"] == "generation"]
+        self._generations = [generation_entry(e) for e in past_events if is_training(e)]
         self._recoveries = [recovery_entry(e) for e in past_events if e["kind"] == "recovery"]
         self._last_step: dict[str, Any] | None = past_steps[-1] if past_steps else None
         self._recorded = len(past_steps)
@@ -119,7 +122,7 @@ class ControllerActor:
         self._machine = Controller(
             ControllerConfig(
                 total_steps=job.train.steps,
-                virtual_workers=job.elastic.virtual_workers,
+                chooser=LayoutChooser.for_job(job),
                 min_workers=job.elastic.workers.min,
                 max_workers=job.elastic.workers.max,
                 standby=job.elastic.standby,
@@ -272,11 +275,13 @@ class ControllerActor:
         """The living workers of a predecessor: those that Ray knows by name and that introduce themselves."""
         prefix = worker_name(self._directory.run_id, WorkerId(0, 0)).removesuffix("0.0")
         found = []
+        places = find_places(self._directory.run_id, self._job.strategy.tensor)
         for entry in ray.util.list_named_actors(all_namespaces=True):
             if entry["namespace"] != NAMESPACE or not entry["name"].startswith(prefix):
                 continue
-            slot, incarnation = entry["name"].removeprefix(prefix).split(".")
-            handle = WorkerHandle.find(self._directory.run_id, WorkerId(int(slot), int(incarnation)))
+            worker = WorkerId(*map(int, entry["name"].removeprefix(prefix).split(".")))
+            place = places.get(worker.slot // self._job.strategy.tensor)
+            handle = WorkerHandle.find(self._directory.run_id, worker, place)
             if handle is not None:
                 found.append(handle)
         statuses = []
@@ -351,7 +356,10 @@ class ControllerActor:
             case StepCommitted():
                 self._take_step(action.report)
             case RequestWorker():
-                handle = WorkerHandle.request(self._directory.run_id, action.worker, self._worker_spec(), self._me)
+                handle = WorkerHandle.request(
+                    self._directory.run_id, action.worker, self._worker_spec(), self._me,
+                    tensor=self._job.strategy.tensor, place=self._place_of_unit(action.worker),
+                )  # fmt: skip
                 self._handles[action.worker] = handle
                 self._watch(handle)
             case ReleaseWorker():
@@ -404,6 +412,12 @@ class ControllerActor:
             if view is not None and view.ready is not None:
                 arguments = (worker, view.ready.host, view.ready.store_port)
                 threading.Thread(target=look, args=arguments, daemon=True).start()
+
+    def _place_of_unit(self, worker: WorkerId) -> Place | None:
+        """Where the others of a worker's tensor-parallel group are, if there are any."""
+        tensor = self._job.strategy.tensor
+        unit = [h for h in list(self._handles.values()) if h.worker.slot // tensor == worker.slot // tensor]
+        return next((handle.place for handle in unit if handle.place is not None), None)
 
     def _worker_spec(self) -> dict[str, Any]:
         return {
@@ -484,8 +498,9 @@ class ControllerActor:
         record = {"time": time.time(), "kind": kind, **fields}
         self._events.append(record)
         self._metrics.on_event(kind, fields)
-        if kind == "generation":
+        if is_training(record):
             self._generations.append(generation_entry(record))
+        if kind == "generation":
             self._metrics.generation.set(fields["generation"])
         elif kind == "recovery":
             self._recoveries.append(recovery_entry(record))
@@ -558,6 +573,12 @@ class ControllerActor:
         time.sleep(0.2)
         with suppress(Exception):
             ray.kill(self._me, no_restart=True)
+
+
+def is_training(event: dict[str, Any]) -> bool:
+    """Whether an event tells of a generation that trains; one that only collects the final state is not told of in the
+    result."""
+    return bool(event["kind"] == "generation" and not event.get("collect"))
 
 
 def generation_entry(event: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from monitoring.goodput import goodput_ratio
 from monitoring.records import RecordFile, read_records
-from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, recovery_entry
+from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
 from orchestrator.data import TokenStore, prepare, resolve_files
@@ -301,7 +301,7 @@ def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict
         "goodput_ratio": round(goodput_ratio(steps, wall), 4),
         "state_digest": None,
         "data_digest": None,
-        "generations": [generation_entry(event) for event in events if event["kind"] == "generation"],
+        "generations": [generation_entry(event) for event in events if is_training(event)],
         "recoveries": [recovery_entry(event) for event in events if event["kind"] == "recovery"],
     }
 

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -30,27 +30,63 @@ def worker_name(run_id: str, worker: WorkerId) -> str:
     return f"{run_id}/worker-{worker}"
 
 
-class WorkerHandle:
-    """One worker's actor and placement group; `watch` calls back when its process is gone."""
+class Place:
+    """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is given back when
+    its last worker is gone; until then a lost one is replaced in it."""
 
-    def __init__(self, run_id: str, worker: WorkerId, actor: Any, group: PlacementGroup | None) -> None:
+    def __init__(self, group: PlacementGroup) -> None:
+        self.group = group
+        self._workers: set[WorkerId] = set()
+        self._is_given_back = False
+        self._lock = threading.Lock()
+
+    def take(self, worker: WorkerId) -> bool:
+        """Whether the worker may be placed here; not any more when the place is given back."""
+        with self._lock:
+            if not self._is_given_back:
+                self._workers.add(worker)
+            return not self._is_given_back
+
+    def leave(self, worker: WorkerId) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+            if self._workers or self._is_given_back:
+                return
+            self._is_given_back = True
+        with suppress(Exception):
+            remove_placement_group(self.group)
+
+
+class WorkerHandle:
+    """One worker's actor and place; `watch` calls back when its process is gone."""
+
+    def __init__(self, run_id: str, worker: WorkerId, actor: Any, place: Place | None) -> None:
         self.run_id = run_id
         self.worker = worker
         self.actor = actor
-        self.group = group
+        self.place = place
         self.node: str | None = None
         self.pid: int | None = None
         self.placed = False
 
     @classmethod
-    def request(cls, run_id: str, worker: WorkerId, spec: dict[str, Any], controller: Any) -> WorkerHandle:
-        """Asks Ray for a place and an actor in it; returns at once, also when there is no room yet."""
+    def request(
+        cls,
+        run_id: str,
+        worker: WorkerId,
+        spec: dict[str, Any],
+        controller: Any,
+        *,
+        tensor: int,
+        place: Place | None = None,
+    ) -> WorkerHandle:
+        """Asks Ray for an actor in the `place` of its unit of `tensor` workers, or in a new one when there is none;
+        returns at once, also when there is no room yet."""
         resources = spec["resources"]
-        bundle = {"CPU": float(resources["cpu"])}
-        if resources["gpu"]:
-            bundle["GPU"] = float(resources["gpu"])
         name = worker_name(run_id, worker)
-        group = placement_group([bundle], strategy="PACK", lifetime="detached", name=name)
+        if place is None or not place.take(worker):
+            place = Place(_reserve(name, resources, tensor))
+            place.take(worker)
         actor = (
             ray.remote(WorkerActor)
             .options(
@@ -60,30 +96,30 @@ class WorkerHandle:
                 num_cpus=resources["cpu"],
                 num_gpus=resources["gpu"] or None,
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=place.group, placement_group_bundle_index=worker.slot % tensor
+                ),
             )
             .remote(worker, spec, controller)
         )
-        return cls(run_id, worker, actor, group)
+        return cls(run_id, worker, actor, place)
 
     @classmethod
-    def find(cls, run_id: str, worker: WorkerId) -> WorkerHandle | None:
-        """The worker of an earlier controller, if it still lives."""
-        name = worker_name(run_id, worker)
+    def find(cls, run_id: str, worker: WorkerId, place: Place | None) -> WorkerHandle | None:
+        """The worker of an earlier controller, if it still lives; `place` is that of its unit."""
         try:
-            actor = ray.get_actor(name, namespace=NAMESPACE)
+            actor = ray.get_actor(worker_name(run_id, worker), namespace=NAMESPACE)
         except ValueError:
             return None
-        group = None
-        with suppress(ValueError):
-            group = ray.util.get_placement_group(name)
-        return cls(run_id, worker, actor, group)
+        if place is not None:
+            place.take(worker)
+        return cls(run_id, worker, actor, place)
 
     def where(self) -> str | None:
         """The node this worker's placement group got, or None while it waits for room."""
-        if self.group is None:
+        if self.place is None:
             return self.node
-        table = ray.util.placement_group_table(self.group)
+        table = ray.util.placement_group_table(self.place.group)
         if table.get("state") != "CREATED":
             return None
         return next(iter(table["bundles_to_node_id"].values()), None)
@@ -122,17 +158,41 @@ class WorkerHandle:
             _kill_pid.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)).remote(pid)
 
     def free(self) -> None:
-        """Gives the place back."""
-        if self.group is not None:
-            with suppress(Exception):
-                remove_placement_group(self.group)
-            self.group = None
+        """Gives its part of the place back."""
+        if self.place is not None:
+            self.place.leave(self.worker)
 
     def kill_later(self) -> None:
         """Gives a worker that was told to leave 5 s to end in good order, then makes sure and frees its place."""
         timer = threading.Timer(5.0, self.kill)
         timer.daemon = True
         timer.start()
+
+
+def _reserve(name: str, resources: Mapping[str, Any], tensor: int) -> PlacementGroup:
+    bundle = {"CPU": float(resources["cpu"])}
+    if resources["gpu"]:
+        bundle["GPU"] = float(resources["gpu"])
+    bundles = [dict(bundle) for _ in range(tensor)]
+    # It is named after the first worker in it.
+    group: PlacementGroup = placement_group(
+        bundles, strategy="STRICT_PACK" if tensor > 1 else "PACK", lifetime="detached", name=name
+    )
+    return group
+
+
+def find_places(run_id: str, tensor: int) -> dict[int, Place]:
+    """The places of an earlier controller's units, by unit. Of several (one was being given back) the last counts."""
+    prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
+    found: dict[int, tuple[int, PlacementGroup]] = {}
+    for group_id, entry in ray.util.placement_group_table().items():
+        if not entry["name"].startswith(prefix) or entry["state"] == "REMOVED":
+            continue
+        slot, incarnation = map(int, entry["name"].removeprefix(prefix).split("."))
+        if incarnation >= found.get(slot // tensor, (-1, None))[0]:
+            group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+            found[slot // tensor] = incarnation, group
+    return {unit: Place(group) for unit, (_, group) in found.items()}
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -90,9 +90,11 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
 def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING", "0")
-    # One place more than the job can fill: a replacement starts beside the worker it replaces.
-    places = job.elastic.workers.max + job.elastic.standby + 1
-    needed = math.ceil(places * job.resources.cpu)
+    # A place more than the job can fill: a replacement starts beside the worker, or the tensor-parallel group, that it
+    # replaces.
+    tensor = job.strategy.tensor
+    units = math.ceil((job.elastic.workers.max + job.elastic.standby) / tensor) + 1
+    needed = math.ceil(units * tensor * job.resources.cpu)
     quiet: dict[str, Any] = {
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
@@ -109,7 +111,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
                 usual_tmpdir = os.environ.get("RAY_TMPDIR")
                 os.environ["RAY_TMPDIR"] = home
                 (Path(home) / "ray").mkdir()
-                share = math.ceil(places / local_nodes) * math.ceil(job.resources.cpu)
+                share = math.ceil(units / local_nodes) * tensor * math.ceil(job.resources.cpu)
                 cluster = Cluster(
                     initialize_head=True,
                     shutdown_at_exit=False,

@@ -23,6 +23,9 @@ REPORT_TIMEOUT_S = 2.0
 LISTEN_S = 20.0
 """How long the controller may hold a call that asks for orders when there are none."""
 
+ZONE_LABEL = "ray.io/availability-zone"
+"""Ray's own label of a node, from RAY_NODE_ZONE or --labels when the node is started."""
+
 
 class WorkerActor:
     """Its one method trains on the process's main thread until told to leave; a thread beside it fetches orders."""
@@ -93,6 +96,7 @@ class WorkerActor:
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             host=ray.util.get_node_ip_address(),
+            zone=str(ray.get_runtime_context().get_node_labels().get(ZONE_LABEL, "")),
             store=store,
             checkpoint_dir=Path(self._spec["checkpoint_dir"]),
             report=self._report,

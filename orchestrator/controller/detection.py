@@ -20,6 +20,7 @@ from orchestrator.controller.views import (
     is_collective,
 )
 from orchestrator.messages import Finalized, Left, WorkerId
+from strategies.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Trouble:
     `view` is the worker whose trouble it is, None when it is nobody's in particular. That worker is lost with it: it is
     gone already, or to be ended, for the reason in `kill`; unless it is `spared`. `weight` says how likely the step is
     to blame, and `failure` what is said of it if the run ends for that ("": the cause). `quiet` is what is part of
-    another trouble that is told already.
+    another trouble that is told already. While it is `pending` it is not known whose it is: all members are told to
+    leave, and who is stuck does not.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Trouble:
     kill: str | None = None
     spared: bool = False
     quiet: bool = False
+    pending: bool = False
 
 
 # ---------------------------------------------------------------------------------------- what is reported
@@ -134,7 +137,10 @@ def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float)
 
 
 def find_stalled(membership: Membership, config: ControllerConfig, progress: Progress, now: float) -> list[Trouble]:
-    """Everyone is heard and nothing moves: the member that is furthest behind holds the others up."""
+    """Everyone is heard and nothing moves: the member that is furthest behind holds the others up.
+
+    When none can be named, all are told to leave, and whoever is stuck does not.
+    """
     if not membership.inside:
         return []
     # While members join, state is moved and checkpoints are read; the pace of steps says nothing about that.
@@ -142,14 +148,14 @@ def find_stalled(membership: Membership, config: ControllerConfig, progress: Pro
     if not membership.unjoined:
         limit = progress_limit_s(limit, progress.step_seconds)
     if membership.interrupted_at is not None:
-        return _find_stuck(membership.present(), membership.interrupted_at, limit, config, now)
+        return _find_stuck(membership, membership.interrupted_at, limit, config, now)
     since = membership.moved_at
     if now - since <= limit:
         return []
-    culprits = furthest_behind(membership.present())
+    assert membership.generation is not None
+    culprits = furthest_behind(membership.present(), membership.generation.layout)
     if not culprits:
-        what = f"progress for {limit:.0f} s"
-        return [Trouble("stall", f"no member made {what}", at=since, weight=1 / 2, failure=f"no {what}")]
+        return [nobodys_stall(since, now, pending=True)]
     return [
         Trouble(
             "stall", f"worker {view.worker.slot} made no progress for {limit:.0f} s in {view.phase}", view, since,
@@ -159,17 +165,33 @@ def find_stalled(membership: Membership, config: ControllerConfig, progress: Pro
     ]  # fmt: skip
 
 
+def nobodys_stall(since: float, now: float, *, pending: bool = False) -> Trouble:
+    """Nothing moved, and all left when they were told to."""
+    what = f"progress for {now - since:.0f} s"
+    return Trouble("stall", f"no member made {what}", at=since, weight=1 / 2, failure=f"no {what}", pending=pending)
+
+
 def _find_stuck(
-    present: Iterable[WorkerView], interrupted_at: float, limit: float, config: ControllerConfig, now: float
+    membership: Membership, interrupted_at: float, limit: float, config: ControllerConfig, now: float
 ) -> list[Trouble]:
-    """Whoever is told to break out of a collective does so at once; a computation has to come to its end."""
+    """Whoever is told to break out of a collective does so at once; a computation has to come to its end.
+
+    A phase that is both is given the time of a computation, counted from when the member last moved.
+    """
+    assert membership.generation is not None
+    layout = membership.generation.layout
+    since = interrupted_at if membership.stalled_since is None else membership.stalled_since
     found = []
-    for view in present:
-        patience = config.interrupt_timeout_s if is_collective(view.phase) else limit
+    for view in membership.present():
+        patience = config.interrupt_timeout_s
+        if not is_collective(view.phase, layout):
+            patience = limit
+        elif view.phase == "compute":
+            patience = max(patience, view.moved_at + limit - interrupted_at)
         if now - interrupted_at > patience:
             found.append(
                 Trouble(
-                    "stall", f"worker {view.worker.slot} did not leave its step ({view.phase})", view, interrupted_at,
+                    "stall", f"worker {view.worker.slot} did not leave its step ({view.phase})", view, since,
                     kill=f"stuck in {view.phase} for {patience:.1f} s after it was told to leave",
                 )
             )  # fmt: skip
@@ -213,7 +235,7 @@ def progress_limit_s(configured_s: float, step_seconds: Sequence[float]) -> floa
     return min(configured_s, max(5.0, 20 * recent[len(recent) // 2]))
 
 
-def furthest_behind(members: Sequence[WorkerView]) -> list[WorkerView]:
+def furthest_behind(members: Sequence[WorkerView], layout: ParallelLayout) -> list[WorkerView]:
     """The members that hold the others up: behind at least one other (or alone), in a phase of their own making.
 
     Empty when all are equally far or those behind are themselves inside a collective (a partition, not a culprit).
@@ -224,4 +246,4 @@ def furthest_behind(members: Sequence[WorkerView]) -> list[WorkerView]:
     last = min(positions)
     if len(members) > 1 and last == max(positions):
         return []
-    return [view for view in members if view.position == last and not is_collective(view.phase)]
+    return [view for view in members if view.position == last and not is_collective(view.phase, layout)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class History:
     stop: str | None = None
     step_seconds: list[float] = field(default_factory=list)
     last_commit_at: float | None = None
+    norm: float | None = None
 
     @classmethod
     def read(cls, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> History:
@@ -42,6 +44,8 @@ class History:
             history.committed += 1
             history.step_seconds.append(float(step["seconds"]))
             history.last_commit_at = float(step["committed_at"])
+            # JSON has no word for a norm that is not finite.
+            history.norm = math.nan if (norm := step["grad_norm"]) is None else float(norm)
         del history.step_seconds[:-200]
         return history
 

@@ -82,8 +82,9 @@ class IncidentBook:
         """Opens an incident; False when it is known. One worker's trouble is one incident, however often it is seen."""
         for known in self.open:
             if incident.worker is not None:
+                # In a generation formed since, it is in new trouble.
                 same = known.worker == incident.worker and (
-                    known.kind not in VOLUNTARY or known.kind == incident.kind == "drain"
+                    known.kind == incident.kind == "drain" or (known.kind not in VOLUNTARY and known.generation is None)
                 )
             else:
                 # A change by agreement that is under way (for a restarted controller: was) is not wanted twice.

@@ -7,18 +7,22 @@ state they hold, and forms the next generation or waits for workers. It ends thr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from orchestrator.controller import detection, forming, policy
+from orchestrator.controller import detection, forming, policy, state
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.finalizing import Finalization
+from orchestrator.controller.forming import Ranks
 from orchestrator.controller.history import History
+from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.membership import Membership
 from orchestrator.controller.protocol import Action, Finalize, Finish, Record, StartGeneration
 from orchestrator.controller.roster import Roster
 from orchestrator.controller.run_record import RunRecord
-from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView
-from orchestrator.messages import Left, StepReport
+from orchestrator.controller.state import Origin
+from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
+from orchestrator.messages import Left, StepReport, WorkerId
+from strategies.statemap import union
 
 
 class Lifecycle:
@@ -39,6 +43,7 @@ class Lifecycle:
         self.finalization: Finalization | None = None
         self.waiting_since: float | None = None
         self._has_run = False
+        self._layouts = Layouts(config)
         self._roster = roster
         self._record = record
         self._out = out
@@ -54,6 +59,8 @@ class Lifecycle:
     def resume(self, membership: Membership, now: float, *, intact: bool) -> None:
         """A generation of an earlier controller goes on, or is over when it is not `intact`."""
         self.membership, self._has_run = membership, True
+        if membership.generation is not None and not membership.generation.collect:
+            self._layouts.trains(membership.generation.layout)
         if not intact:
             # Everyone is told to leave by the caller; the time to obey runs from here.
             self.state, membership.interrupted_at = RunState.SETTLING, now
@@ -82,6 +89,10 @@ class Lifecycle:
 
         Losing a member is an incident, and so is losing the last holder of the state.
         """
+        if trouble.pending:
+            self.membership.stalled_since = trouble.at
+            self.settle(now, interrupt=True)
+            return
         told, breaks = not trouble.quiet, True
         if trouble.view is not None and not trouble.spared:
             told, breaks = told and self.is_missed(trouble.view), self._breaks_with(trouble.view)
@@ -99,7 +110,7 @@ class Lifecycle:
             return True
         if view.state is not WorkerState.IDLE or self.state not in (RunState.WAITING, RunState.FINALIZING):
             return False
-        return forming.is_last_holder(view, self._roster.idle(), self._record.progress.committed)
+        return state.is_last_holder(view, self._roster.idle(), self._record.progress)
 
     def _breaks_with(self, view: WorkerView) -> bool:
         """Whether the generation is over without this worker: it is still inside, or it is out because it raised."""
@@ -130,17 +141,44 @@ class Lifecycle:
 
     def fill(self, now: float) -> None:
         """Sees to it that there are as many workers as are wanted."""
-        if self.stop is not None or self.state in (RunState.FINALIZING, RunState.OVER):
+        if self.stop is not None or self.state in (RunState.FINALIZING, RunState.OVER) or self._collecting:
             return
         # The first generation does not share its start-up with workers that would only wait.
-        wanted = self.target + (self.config.standby if self._has_run else 0)
-        self._out += self._roster.fill(wanted, self.membership.members, now, may_leave=self._may_leave)
+        wanted = self._wanted() + (self.config.standby if self._has_run else 0)
+        self._out += self._roster.fill(
+            wanted, self.membership.members, now, needed=self._needed, may_leave=self._may_leave
+        )
+
+    def _wanted(self) -> int:
+        """The target, or what the smallest layout takes if that is more."""
+        return self._layouts.fewest(self.target, self._roster.alive())
 
     def _may_leave(self, view: WorkerView) -> bool:
         """Whether an idle worker is of no use if it cannot stay: the next generation may need its state."""
         if self.state is RunState.SETTLING:
             return False
+        if self.state is RunState.FORMING:
+            return not view.holds_part
         return self.state is not RunState.WAITING or not view.has_state
+
+    def _needed(self) -> Collection[WorkerId]:
+        """Idle workers that hold the state of the next generation: one that holds all of it, or whoever holds a part,
+        until there is a generation in which others do."""
+        idle = self._roster.idle()
+        if self.state not in (RunState.WAITING, RunState.SETTLING, RunState.FORMING):
+            return ()
+        parts = {view.worker for view in idle if view.holds_part}
+        origin = state.state_at_hand(idle, self._record.progress)
+        if origin is None or not origin.committed or self.state is RunState.FORMING:
+            return parts
+        return parts.union(state.pick_holders(union(*origin.held.values()), origin.held, origin.held))
+
+    @property
+    def _collecting(self) -> bool:
+        """Whether the generation there is trains no more."""
+        generation = self.membership.generation
+        under_way = self.state in (RunState.FORMING, RunState.RUNNING, RunState.SETTLING)
+        return generation is not None and generation.collect and under_way
 
     # ------------------------------------------------------------------------------------ forming a generation
 
@@ -157,7 +195,8 @@ class Lifecycle:
             self._after_settled(now)
             return
         waited_s = now - (self.waiting_since if self.waiting_since is not None else now)
-        if policy.time_to_form(self._roster.alive(), self.target, waited_s, self.config, now):
+        least = self._layouts.fewest(self.config.least, self._roster.idle())
+        if policy.time_to_form(self._roster.alive(), self._wanted(), least, waited_s, self.config, now):
             self._form(now)
 
     def wait_no_longer(self, now: float) -> None:
@@ -176,37 +215,46 @@ class Lifecycle:
     def _form(self, now: float) -> None:
         """Forms a generation from the newest state there is: that of living workers, or a newer one in storage."""
         record, recorded = self._record, self._record.progress.committed
-        self._out += forming.refuse_unrecorded(self._roster.idle(), recorded)
+        self._out += state.refuse_unrecorded(self._roster.idle(), recorded)
         idle = self._roster.idle()
-        origin = forming.newest_state(idle, recorded, record.checkpoints)
-        if origin is None:
-            # All were torn when the last holder went, and there is no checkpoint: only new workers have a state.
-            for view in idle:
-                self._out += self._roster.release(view, "its state is incomplete, and nobody can complete it")
-            self.fill(now)
+        origin = state.newest_state(idle, record.progress, record.checkpoints)
+        assert origin is not None, "workers can always make the state of step 0"
+        ranks = forming.choose_ranks(idle, origin, self.target, self._layouts, now)
+        if ranks is None:
+            if (refusal := self._layouts.refusal(self._wanted(), idle)) is not None:
+                self.finish("failed", refusal, now)
             return
+        self._layouts.trains(ranks.layout)
         self._out += record.roll_back(origin.committed, now)
-        ranks = forming.choose_ranks(idle, origin.workers, self.target, self.config, now)
+        self._start_generation(origin, ranks, now, steps_lost=recorded - origin.committed)
+        self.fill(now)
+
+    def _start_generation(
+        self, origin: Origin, ranks: Ranks, now: float, *, steps_lost: int = 0, collect: bool = False
+    ) -> None:
+        record = self._record
         record.last_generation += 1
         causes = "; ".join(incident.cause for incident in record.incidents.unanswered())
-        cause = causes or ("start" if self.membership.generation is None else "regroup")
+        otherwise = "collect" if collect else "start" if self.membership.generation is None else "regroup"
         generation = forming.make_generation(
-            record.last_generation, self.config.epoch, cause, origin, ranks, record.fired_faults
-        )
+            record.last_generation, self.config.epoch, causes or otherwise, origin, ranks, record.fired_faults,
+            collect=collect,
+        )  # fmt: skip
         record.incidents.answered(generation.number, origin.kind, origin.committed)
-        self.membership = Membership.formed(generation, ranks.members, origin.workers, now)
+        self.membership = Membership.formed(generation, ranks.members, now)
         self.state = RunState.FORMING
         self._out += [
-            forming.generation_record(generation, origin, recorded - origin.committed),
+            forming.generation_record(generation, origin, ranks.num_idle, steps_lost),
             StartGeneration(generation),
         ]
-        self.fill(now)
 
     def train(self, now: float) -> None:
         """All members have joined."""
         assert self.membership.generation is not None
         self.state, self._has_run = RunState.RUNNING, True
         self._out.append(Record("generation_running", {"generation": self.membership.generation.number}))
+        if self._collecting:
+            return
         if self.stop is not None:
             self.pause()
         else:
@@ -214,14 +262,15 @@ class Lifecycle:
 
     def adjust(self, now: float) -> None:
         """While a generation runs: is there a better membership to change to at the next step boundary?"""
-        if self.state is not RunState.RUNNING or self.stop is not None:
+        generation = self.membership.generation
+        if self.state is not RunState.RUNNING or self.stop is not None or generation is None or generation.collect:
             return
-        members = list(self.membership.members.values())
-        change = policy.wanted_change(members, self._roster.idle(), self.target, self.config.min_workers, now)
+        members, spares = list(self.membership.members.values()), self.membership.spares
+        change = policy.wanted_change(members, spares, self._roster.idle(), self._wanted(), self._layouts, now)
         if change is None:
             return
         kind, cause = change
-        if kind != "drain":
+        if kind not in ("drain", "handover"):
             self._out += self._record.incident(kind, cause, now)
         self.pause()
 
@@ -250,7 +299,7 @@ class Lifecycle:
     def end_early(self, reason: str, now: float) -> None:
         """Somebody wants the run to end. While a generation forms or settles, that takes its turn after it."""
         self.stop = reason
-        if self.state is RunState.RUNNING:
+        if self.state is RunState.RUNNING and not self._collecting:
             self.pause()
         elif self.state is RunState.WAITING:
             self._after_settled(now)
@@ -258,13 +307,14 @@ class Lifecycle:
     def _after_settled(self, now: float) -> None:
         """No member is in the generation any more: finish, stop, or form the next one."""
         lefts = self.membership.dissolve()
-        recorded = self._record.progress.committed
-        self._out += forming.refuse_unrecorded(self._roster.idle(), recorded)
-        holders = forming.final_holders(
-            self._roster.idle(), recorded, self.config.total_steps, stopping=self.stop is not None
+        progress = self._record.progress
+        self._out += state.refuse_unrecorded(self._roster.idle(), progress.committed)
+        self._end_raisers(lefts)
+        final = state.final_state(
+            self._roster.idle(), progress, self.config.total_steps, stopping=self.stop is not None
         )
-        if holders:
-            self._finalize(holders, now)
+        if final is not None:
+            self._finalize(final, lefts, now)
             return
         if self.stop is not None:
             self.finish("stopped", self.stop, now)
@@ -278,21 +328,50 @@ class Lifecycle:
         self.try_form(now)
         if self.state is RunState.WAITING:
             idle = len(self._roster.idle())
-            self._out.append(Record("waiting", {"workers": idle, "needed": self.config.min_workers}))
+            self._out.append(Record("waiting", {"workers": idle, "needed": self.config.least}))
+
+    def _end_raisers(self, lefts: Iterable[Left]) -> None:
+        """Members that raised and might have held state alone: now that all have said what they hold, those go that
+        others can do without."""
+        generation = self.membership.generation
+        if generation is None or is_replicated(generation.layout):
+            return
+        for left in lefts:
+            view = self._roster.living(left.worker)
+            if left.cause != "exception" or view is None:
+                continue
+            rest = [other for other in self._roster.idle() if other is not view]
+            before = state.state_at_hand([*rest, view], self._record.progress)
+            after = state.state_at_hand(rest, self._record.progress)
+            if before is not None and after is not None and after.committed >= before.committed:
+                self._out += self._roster.kill(view, f"its step raised: {left.detail}")
 
     def _explain(self, lefts: list[Left], now: float) -> None:
         """Every generation ends for a reason; when nothing else is known to have happened, it was the network."""
         if self._record.incidents.unanswered() or any(left.cause == "restore" for left in lefts):
             return
-        if (trouble := detection.lost_each_other(lefts, now)) is not None:
+        if (since := self.membership.stalled_since) is not None:
+            self.meet(detection.nobodys_stall(since, now), now)
+        elif (trouble := detection.lost_each_other(lefts, now)) is not None:
             self.meet(trouble, now)
 
     # ------------------------------------------------------------------------------------ the end
 
-    def _finalize(self, holders: list[WorkerView], now: float) -> None:
-        self.state = RunState.FINALIZING
-        self.finalization = Finalization(holders, now)
-        self._out.append(Finalize(tuple(self.finalization.asked), save=self.config.checkpointing))
+    def _finalize(self, final: Origin, lefts: list[Left], now: float) -> None:
+        """Asks those that have all of the final state; when nobody has, one of those that have parts is given all."""
+        idle, generation = self._roster.idle(), self.membership.generation
+        assert generation is not None, "it has been trained"
+        if holders := state.whole_holders(final, idle):
+            self.state = RunState.FINALIZING
+            self.finalization = Finalization(holders, now)
+            self._out.append(Finalize(tuple(self.finalization.asked), save=self.config.checkpointing))
+            return
+        if generation.collect:
+            # Another try; what fails again and again must come to an end.
+            self._explain(lefts, now)
+        if self.state is not RunState.OVER:
+            ranks = forming.collect_ranks(idle, final, generation.layout.virtual_workers)
+            self._start_generation(final, ranks, now, collect=True)
 
     def _check_finalized(self, now: float) -> None:
         assert self.finalization is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from orchestrator.controller import detection, forming, takeover
+from orchestrator.controller import detection, state, takeover
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.history import History
 from orchestrator.controller.incidents import Incident
@@ -296,8 +296,8 @@ class Controller:
         run.take_reports(event.reports, now)
         match event.cause:
             case "exception":
-                # It changed no state: who alone holds it tries again, others are replaced.
-                alone = forming.holds_alone(view, run.membership.members.values())
+                # It changed no state: who alone holds a part of it tries again, others are replaced.
+                alone = state.holds_alone(view, run.membership.members.values())
                 run.meet(detection.raised(view, event, spared=alone), now)
             case "restore":
                 self._out += self._record.checkpoint_invalid(generation.restore, event.detail)
@@ -329,7 +329,7 @@ class Controller:
         run, record = self._run, self._record
         run.waiting_since = now
         for status in event.workers:
-            self._out += self._roster.adopt(takeover.view_of(status, now))
+            self._out += self._roster.adopt(takeover.view_of(status, self.config.tensor, now))
         statuses = {s.ready.worker: s for s in event.workers if s.ready.worker in self.workers}
         for status in statuses.values():
             run.take_reports(status.reports, now)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from orchestrator.controller.protocol import Action, Interrupt, Pause
-from orchestrator.controller.views import WorkerState, WorkerView, phase_index
+from orchestrator.controller.views import WorkerState, WorkerView, is_replicated, phase_index
 from orchestrator.messages import Generation, Heartbeat, Left, WorkerId
 
 
@@ -14,8 +14,10 @@ class Membership:
     """Who is in `generation` (None: there was none yet).
 
     `members` are all of them until the generation is over, also those that left or died; `inside` are those still in
-    it, `unjoined` those that never joined it. `interrupted_at` is when they were told to break out, `moved_at` when
-    anything last moved. The sets are kept beside the views so that a message costs the same however many there are.
+    it, `unjoined` those that never joined it, `spares` those without a part in the work. `interrupted_at` is when they
+    were told to break out, `moved_at` when anything last moved, `stalled_since` since when nothing did, if nobody in
+    particular was found to be the cause. The sets are kept beside the views so that a message costs the same however
+    many there are.
     """
 
     def __init__(
@@ -25,19 +27,22 @@ class Membership:
         self.members = {view.worker: view for view in views}
         self.inside = {worker for worker, view in self.members.items() if view.state is WorkerState.MEMBER}
         self.unjoined = {worker for worker in self.inside if not self.members[worker].joined}
+        self.spares: frozenset[WorkerId] = frozenset()
+        if generation is not None:
+            self.spares = frozenset(member.worker for member in generation.members[generation.layout.num_placed :])
         self.interrupted_at: float | None = None
         self.moved_at = now
+        self.stalled_since: float | None = None
 
     @classmethod
-    def formed(
-        cls, generation: Generation, views: Iterable[WorkerView], sources: frozenset[WorkerId], now: float
-    ) -> Self:
-        """A new generation of these members; who is no source has no whole state until it has joined."""
+    def formed(cls, generation: Generation, views: Iterable[WorkerView], now: float) -> Self:
+        """A new generation of these members, in rank order. Until it has joined, or says what it has, a member counts
+        as having what it was told to bring along."""
         members = list(views)
-        for view in members:
+        for view, held in zip(members, generation.held, strict=True):
             view.state, view.left, view.joined, view.last_heard = WorkerState.MEMBER, None, False, now
             view.position, view.phase, view.prepared = (generation.committed, -1), "form", False
-            view.torn = view.worker not in sources
+            view.held, view.moved_at = held, now
         return cls(generation, members, now)
 
     def find(self, worker: WorkerId, generation: int) -> WorkerView | None:
@@ -59,11 +64,14 @@ class Membership:
         assert generation is not None
         view.joined, view.last_heard = True, now
         view.committed = max(view.committed, generation.committed)
-        view.has_trained, view.torn = True, False
+        view.has_trained = True
+        if not generation.collect:
+            holds_all = is_replicated(generation.layout) and view.worker not in self.spares
+            view.held = view.whole if holds_all else ()
         if generation.committed == 0:
             view.initial = initial_of(generation)
         self.unjoined.discard(view.worker)
-        self.moved_at = now
+        self.moved_at = view.moved_at = now
 
     def heard(self, view: WorkerView, event: Heartbeat, now: float) -> None:
         """A worker says where it is; it need not be a member, nor know of this generation."""
@@ -72,7 +80,7 @@ class Membership:
         position = (event.step, phase_index(event.phase))
         if position != view.position or event.moves != view.moves:
             view.position, view.moves = position, event.moves
-            self.moved_at = now
+            self.moved_at = view.moved_at = now
         view.phase = event.phase
         if event.committed > view.committed:
             view.committed = event.committed
@@ -91,7 +99,7 @@ class Membership:
     def left(self, view: WorkerView, event: Left, now: float) -> None:
         """It is out, and waits for the next generation."""
         view.left, view.state, view.last_heard = event, WorkerState.IDLE, now
-        view.committed, view.prepared = event.committed, event.prepared
+        view.committed, view.prepared, view.held = event.committed, event.prepared, event.held
         self.inside.discard(view.worker)
 
     # ------------------------------------------------------------------------------------ how it ends
@@ -126,6 +134,8 @@ class Membership:
     def overslept(self, gap_s: float, now: float) -> None:
         """Nobody could be heard for so long."""
         self.moved_at = now
+        for worker in self.inside:
+            self.members[worker].moved_at = now
         if self.interrupted_at is not None:
             self.interrupted_at += gap_s
 

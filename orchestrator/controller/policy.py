@@ -1,33 +1,58 @@
-"""Who should train: when to form a generation, with whom, and when to change it. Pure functions of what is known."""
+"""Who should train: when to form a generation, with whom, and when to change it. Pure functions of what is known.
+
+Workers are counted one by one and used in whole units; see `ControllerConfig.unit_of`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.views import ControllerConfig, WorkerState, WorkerView
+from orchestrator.messages import WorkerId
 
 NEAR_S = 5.0
 """A worker whose place goes away in less is given no more work."""
 
+Unit = tuple[WorkerView, ...]
+"""The workers of one tensor-parallel group, in order of their slots."""
 
-def usable(idle: Sequence[WorkerView], min_workers: int, now: float) -> list[WorkerView]:
-    """The workers that can be given work: those that stay, and while they are too few also those that must leave later
-    (the latest first)."""
-    staying = [view for view in idle if not view.draining]
-    leaving = [view for view in idle if view.draining_until is not None and view.draining_until - now >= NEAR_S]
-    leaving.sort(key=lambda view: (-(view.draining_until or 0.0), view.worker))
-    return staying + leaving[: max(0, min_workers - len(staying))]
+
+def whole_units(views: Iterable[WorkerView], config: ControllerConfig) -> list[Unit]:
+    """The units of which every worker is among these."""
+    if config.tensor == 1:
+        return [(view,) for view in views]
+    slots: dict[int, dict[int, WorkerView]] = {}
+    for view in sorted(views, key=lambda view: view.worker):
+        slots.setdefault(config.unit_of(view.worker), {})[view.worker.slot] = view
+    return [tuple(unit[slot] for slot in sorted(unit)) for unit in slots.values() if len(unit) == config.tensor]
+
+
+def staying_units(views: Iterable[WorkerView], config: ControllerConfig) -> list[Unit]:
+    return [unit for unit in whole_units(views, config) if not any(view.draining for view in unit)]
+
+
+def usable(idle: Sequence[WorkerView], least: int, config: ControllerConfig, now: float) -> list[Unit]:
+    """The units that can be given work: those that stay, and while they have fewer than the `least` workers also those
+    that must leave later (the latest first)."""
+    staying = staying_units(idle, config)
+    leaving = [unit for unit in whole_units(idle, config) if any(view.draining for view in unit)]
+    until = {unit[0].worker: min(v.draining_until for v in unit if v.draining_until is not None) for unit in leaving}
+    leaving = [unit for unit in leaving if until[unit[0].worker] - now >= NEAR_S]
+    leaving.sort(key=lambda unit: (-until[unit[0].worker], unit[0].worker))
+    missing = -(-least // config.tensor) - len(staying)
+    return staying + leaving[: max(0, missing)]
 
 
 def time_to_form(
-    alive: Sequence[WorkerView], target: int, waited_s: float, config: ControllerConfig, now: float
+    alive: Sequence[WorkerView], target: int, least: int, waited_s: float, config: ControllerConfig, now: float
 ) -> bool:
     """Whether enough workers are warm and none that is worth waiting for is on its way."""
     idle = [view for view in alive if view.state is WorkerState.IDLE]
-    able = usable(idle, config.min_workers, now)
-    if len(able) < config.min_workers:
+    able = len(usable(idle, least, config, now)) * config.tensor
+    if able < least:
         return False
-    if any(view.has_trained for view in idle) or len(able) >= target:
+    if any(view.has_trained for view in idle) or able >= target:
         return True
     # Nothing waits for these workers yet; those already placed are worth the seconds they need to warm up.
     soon = {WorkerState.STARTING}
@@ -37,26 +62,55 @@ def time_to_form(
 
 
 def wanted_change(
-    members: Sequence[WorkerView], idle: Sequence[WorkerView], target: int, min_workers: int, now: float
+    members: Sequence[WorkerView],
+    spares: Collection[WorkerId],
+    idle: Sequence[WorkerView],
+    target: int,
+    layouts: Layouts,
+    now: float,
 ) -> tuple[str, str] | None:
-    """Whether a running generation should give way to another: (kind, cause), or None.
+    """Whether a running generation should give way to another: (kind, cause), or None. `spares` are those of its
+    members that have no part in the work.
 
     Draining members leave at once when enough others remain, or as far as others stand by; what is needed to keep
-    going works on until a replacement is there or its deadline is near.
+    going works on until a replacement is there or its deadline is near. Who would have no work is no reason to change.
     """
+    config = layouts.config
     draining = [view for view in members if view.draining]
-    spare = [view for view in idle if not view.draining]
-    staying = len(members) - len(draining)
+    fresh = [view for unit in staying_units(idle, config) for view in unit]
+    working = [view for view in members if view.worker not in spares]
+    staying = [view for unit in staying_units(working, config) for view in unit]
+    if draining and _may_leave(draining, staying, fresh, working, target, layouts, now):
+        return "drain", f"worker {_slots(draining)} must leave"
+    if spares:
+        return "handover", f"worker {_slots([view for view in members if view.worker in spares])} has handed over"
     if draining:
-        near = any((view.draining_until or now) - now < NEAR_S for view in draining)
-        if staying >= min_workers or spare or near:
-            slots = ", ".join(str(view.worker.slot) for view in draining)
-            return "drain", f"worker {slots} must leave"
         return None
-    if staying > target:
-        return "shrink", f"{staying} workers, {target} wanted"
-    if staying < target and spare:
-        joining = spare[: target - staying]
-        slots = ", ".join(str(view.worker.slot) for view in joining)
-        return "grow", f"worker {slots} joins"
+    if len(staying) > target:
+        return "shrink", f"{len(staying)} workers, {target} wanted"
+    joining = layouts.ranks(min(target, len(staying) + len(fresh)), [*staying, *fresh]) - len(staying)
+    if fresh and joining > 0:
+        return "grow", f"worker {_slots(fresh[:joining])} joins"
     return None
+
+
+def _may_leave(
+    draining: Sequence[WorkerView],
+    staying: Sequence[WorkerView],
+    fresh: Sequence[WorkerView],
+    working: Sequence[WorkerView],
+    target: int,
+    layouts: Layouts,
+    now: float,
+) -> bool:
+    """Whether draining members can be done without, or some of them at least, or have to be."""
+    like = [*staying, *fresh]
+    enough = layouts.fewest(layouts.config.least, like)
+    if len(staying) >= enough or any((view.draining_until or now) - now < NEAR_S for view in draining):
+        return True
+    needed = layouts.ranks(min(max(enough, len(like)), max(enough, target)), like) - len(like)
+    return bool(fresh) and needed < len(working) - len(staying)
+
+
+def _slots(views: Iterable[WorkerView]) -> str:
+    return ", ".join(str(view.worker.slot) for view in views)

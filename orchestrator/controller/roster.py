@@ -5,7 +5,7 @@ What the roster does about them comes back as actions, for the caller to put amo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from orchestrator.controller.history import History
@@ -21,9 +21,11 @@ from orchestrator.controller.protocol import (
 )
 from orchestrator.controller.views import ControllerConfig, WorkerState, WorkerView
 from orchestrator.messages import Ready, WorkerId
+from strategies.statemap import whole
 
 MAX_PAUSE_S = 30.0
 """The longest time between two tries when workers die while they start."""
+_TOO_MANY = "more workers than the job wants"
 
 
 class Roster:
@@ -35,7 +37,7 @@ class Roster:
         self._incarnations = dict(history.incarnations)
         self._draining = dict(history.draining)
         self._given_up = set(history.gone)
-        self._max_start_failures = config.max_start_failures
+        self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
 
@@ -52,33 +54,82 @@ class Roster:
     # ------------------------------------------------------------------------------------ they come
 
     def fill(
-        self, wanted: int, members: Collection[WorkerId], now: float, *, may_leave: Callable[[WorkerView], bool]
+        self,
+        wanted: int,
+        members: Collection[WorkerId],
+        now: float,
+        *,
+        needed: Callable[[], Collection[WorkerId]],
+        may_leave: Callable[[WorkerView], bool],
     ) -> list[Action]:
-        """Asks for the workers that are missing and releases those that are too many. Members are left alone; of the
-        draining workers that are idle, those go that `may_leave`."""
+        """Asks for the workers that are missing and releases the units that are too many. Members are left alone, and
+        so are those `needed` for their state; of the draining workers that are idle, those go that `may_leave`."""
         actions: list[Action] = []
-        staying = [view for view in self._alive.values() if not view.draining]
-        missing = wanted - len(staying)
-        if missing > 0 and now >= self._next_request_at:
-            actions += self._request(missing, now)
-        elif missing < 0:
-            order = list(WorkerState)
-            spare = [view for view in staying if view.worker not in members]
-            # Before a generation is formed the idle ones may hold its state: the newest goes last.
-            spare.sort(key=lambda v: (order.index(v.state), v.has_state, v.committed, -v.worker.slot))
-            for view in spare[:-missing]:
-                actions += self.release(view, "more workers than the job wants")
-        if len(staying) < len(self._alive):
+        units = self._units()
+        staying = {unit: views for unit, views in units.items() if not any(view.draining for view in views)}
+        surplus = len(staying) - -(-wanted // self._config.tensor)
+        if surplus > 0:
+            actions += self._release_units(staying, surplus, members, needed())
+        if now >= self._next_request_at:
+            actions += self._request(self._missing_slots(units, staying, -surplus), now)
+        if len(staying) < len(units):
             for view in self.idle():
-                if view.draining and view.worker not in members and may_leave(view):
+                leaving = self._config.unit_of(view.worker) not in staying
+                if leaving and view.worker not in members and view.alive and may_leave(view):
                     actions += self.release(view, "its node drains")
         return actions
 
-    def _request(self, number: int, now: float) -> list[Action]:
-        actions: list[Action] = []
+    def _units(self) -> dict[int, list[WorkerView]]:
+        units: dict[int, list[WorkerView]] = {}
+        for view in self._alive.values():
+            units.setdefault(self._config.unit_of(view.worker), []).append(view)
+        return units
+
+    def _release_units(
+        self,
+        staying: dict[int, list[WorkerView]],
+        surplus: int,
+        members: Collection[WorkerId],
+        needed: Collection[WorkerId],
+    ) -> list[Action]:
+        order = list(WorkerState)
+
+        def value(unit: int) -> tuple[bool, int, bool, int, int]:
+            views = staying[unit]
+            return (
+                len(views) == self._config.tensor,
+                min(order.index(view.state) for view in views),
+                any(view.has_state for view in views),
+                max(view.committed for view in views),
+                -unit,
+            )
+
+        spare = [
+            unit
+            for unit, views in staying.items()
+            if not any(view.worker in members or view.worker in needed for view in views)
+        ]
+        # Before a generation is formed the idle ones may hold its state: the newest goes last.
+        spare.sort(key=value)
+        gone = spare[:surplus]
+        actions = [action for unit in gone for view in staying[unit] for action in self.release(view, _TOO_MANY)]
+        for unit in gone:
+            del staying[unit]
+        return actions
+
+    def _missing_slots(
+        self, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], num_units: int
+    ) -> list[int]:
+        """Of units that have lost a worker, and of `num_units` new ones."""
+        tensor = self._config.tensor
+        new = [unit for unit in range(max(0, num_units) + len(units)) if unit not in units][: max(0, num_units)]
         taken = {worker.slot for worker in self._alive}
-        free = [slot for slot in range(number + len(taken)) if slot not in taken]
-        for slot in free[:number]:
+        wanted = sorted([*(unit for unit, views in staying.items() if len(views) < tensor), *new])
+        return [slot for unit in wanted for slot in range(unit * tensor, (unit + 1) * tensor) if slot not in taken]
+
+    def _request(self, slots: Iterable[int], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for slot in slots:
             worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
             self._incarnations[slot] = worker.incarnation
             self.add(WorkerView(worker, requested_at=now))
@@ -111,6 +162,7 @@ class Roster:
         """A worker that was on its way is warm."""
         view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
         view.initial = event.initial
+        view.held = view.whole = whole(event.elements, self._config.tensor)
         self._start_failures = 0
         return [
             Record(
@@ -125,7 +177,7 @@ class Roster:
         did not."""
         self._start_failures += 1
         self._next_request_at = now + min(MAX_PAUSE_S, 0.25 * 2 ** min(self._start_failures, 10))
-        if self._start_failures < self._max_start_failures:
+        if self._start_failures < self._config.max_start_failures:
             return None
         return f"{self._start_failures} workers in a row died while starting: {detail}"
 

@@ -19,7 +19,7 @@ class RunRecord:
     (-1: none), `incidents` are those that the run has not recovered from yet."""
 
     def __init__(self, config: ControllerConfig, history: History, checkpoints: Mapping[int, str]) -> None:
-        self.progress = Progress(history.committed, history.last_commit_at, list(history.step_seconds))
+        self.progress = Progress(history.committed, history.last_commit_at, list(history.step_seconds), history.norm)
         self.checkpoints = dict(checkpoints)
         self.fired_faults = set(history.fired_faults)
         self.incidents = IncidentBook(history.incidents)
@@ -48,7 +48,7 @@ class RunRecord:
             # Nobody saw the loss happen: the whole cluster went, and the controller with it.
             actions += self.incident("restart", f"the run began again, {lost} steps before the end of its record", now)
             self.incidents.charge(lost)
-        self.progress.committed = committed
+        self.progress.committed, self.progress.norm = committed, None
         return [*actions, Rollback(committed)]
 
     def step_failed(self, detail: str, weight: float) -> str | None:
@@ -69,7 +69,11 @@ class RunRecord:
             started = view.fault_at
         worker = None if view is None else view.worker
         incident = Incident(kind, cause, worker, started, now, self.progress.committed)
-        return [incident.opening()] if self.incidents.add(incident) else []
+        if not self.incidents.add(incident):
+            return []
+        if view is not None:
+            view.fault_at = view.fault_committed = None
+        return [incident.opening()]
 
     def close(self, now: float) -> list[Action]:
         """The run ends in good order."""

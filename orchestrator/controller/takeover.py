@@ -10,11 +10,11 @@ from orchestrator.controller.membership import Membership, initial_of
 from orchestrator.controller.roster import Roster
 from orchestrator.controller.views import WorkerState, WorkerView
 from orchestrator.messages import Generation, Left, Status, WorkerId
+from strategies.statemap import whole
 
 
-def view_of(status: Status, now: float) -> WorkerView:
-    """A worker by its own account. Between its start in a generation and its joining, only who brought the state along
-    has a whole one."""
+def view_of(status: Status, tensor: int, now: float) -> WorkerView:
+    """A worker by its own account."""
     worker, generation = status.ready.worker, status.generation
     view = WorkerView(
         worker,
@@ -24,14 +24,13 @@ def view_of(status: Status, now: float) -> WorkerView:
         ready=status.ready,
         committed=status.committed,
         prepared=status.prepared,
-        has_trained=generation is not None,
+        has_trained=generation is not None and (status.joined or status.committed > 0),
+        held=status.held,
+        whole=whole(status.ready.elements, tensor),
         initial=status.ready.initial,
         last_heard=now,
     )
-    if generation is not None and not status.joined:
-        sources = generation.holders + generation.roll_forward
-        view.torn = generation.restore is not None or generation.rank_of(worker) not in sources
-    elif generation is not None and generation.committed == 0:
+    if generation is not None and status.joined and generation.committed == 0:
         view.initial = initial_of(generation)
     return view
 
@@ -72,7 +71,9 @@ def retake(current: Generation, statuses: Mapping[WorkerId, Status], roster: Ros
         view = roster.workers[member.worker]
         members.append(view)
         if found is not None and (found.generation is None or found.generation.number < current.number):
-            view.left = Left(member.worker, current.number, "peer", found.committed, found.prepared)
+            view.left = Left(
+                member.worker, current.number, "peer", found.committed, found.held, prepared=found.prepared
+            )
             unaware.append(view)
             continue
         view.state, view.joined = WorkerState.MEMBER, found is not None and found.joined

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from orchestrator.messages import Left, Ready, StepReport, WorkerId
+from orchestrator.planning.model import ModelCosts
+from strategies.layout import ParallelLayout
+from strategies.statemap import Spans
 
-PHASES = ("restore", "form", "data", "compute", "reduce", "gather", "vote", "commit")
-_COLLECTIVE = frozenset({"form", "reduce", "gather", "vote"})
+PHASES = ("restore", "form", "collect", "refresh", "data", "compute", "reduce", "gather", "vote", "commit")
+_COLLECTIVE = frozenset({"form", "collect", "refresh", "reduce", "gather", "vote"})
 
 
 def phase_index(phase: str) -> int:
@@ -16,9 +20,36 @@ def phase_index(phase: str) -> int:
     return PHASES.index(phase) if phase in PHASES else -1
 
 
-def is_collective(phase: str) -> bool:
+def is_collective(phase: str, layout: ParallelLayout) -> bool:
     """Whether a rank in this phase may be waiting for others, through no fault of its own."""
-    return phase in _COLLECTIVE
+    return phase in _COLLECTIVE or (phase == "compute" and computes_together(layout))
+
+
+def computes_together(layout: ParallelLayout) -> bool:
+    """Whether ranks need one another while they compute: for activations, or for each other's weights."""
+    return layout.tensor > 1 or layout.pipeline > 1 or (layout.shard == "parameters" and layout.data > 1)
+
+
+def is_replicated(layout: ParallelLayout) -> bool:
+    """Whether every rank that computes holds the whole state."""
+    return layout.tensor == 1 and layout.pipeline == 1 and (layout.shard == "none" or layout.data == 1)
+
+
+class Chooser(Protocol):
+    """Which layout a number of workers is given; see `orchestrator.planning.choose.LayoutChooser`."""
+
+    @property
+    def tensor(self) -> int:
+        """The tensor-parallel degree, which never changes."""
+
+    @property
+    def most_workers(self) -> int:
+        """The most that could ever have work."""
+
+    def choose(
+        self, workers: int, costs: ModelCosts | None, memory_bytes: int, current: ParallelLayout | None
+    ) -> ParallelLayout | None:
+        """The layout for at most `workers`; None when they are too few for any."""
 
 
 class RunState(Enum):
@@ -47,7 +78,7 @@ class ControllerConfig:
     """The part of the job that the controller's decisions depend on; times in seconds."""
 
     total_steps: int
-    virtual_workers: int
+    chooser: Chooser
     min_workers: int
     max_workers: int
     standby: int = 0
@@ -63,19 +94,35 @@ class ControllerConfig:
     max_start_failures: int = 5
     epoch: int = 0
 
+    @property
+    def tensor(self) -> int:
+        """Slots in a unit: a tensor-parallel group, which shares a node. Unit u has the slots from u * tensor on."""
+        return self.chooser.tensor
+
+    @property
+    def least(self) -> int:
+        """The fewest workers to train with, in whole units."""
+        return min(-(-self.min_workers // self.tensor) * self.tensor, self._most)
+
     def within_limits(self, workers: int) -> int:
-        """The size closest to `workers` that the job allows. A virtual worker is not divided, so there is never work
-        for more workers than that."""
-        limit = min(self.max_workers, self.virtual_workers)
-        return min(max(workers, self.min_workers), limit)
+        """The size closest to `workers` that the job allows, in whole units. There may never be work for so many."""
+        return min(max(workers // self.tensor * self.tensor, self.least), self._most)
+
+    @property
+    def _most(self) -> int:
+        return max(1, min(self.max_workers, self.chooser.most_workers) // self.tensor) * self.tensor
+
+    def unit_of(self, worker: WorkerId) -> int:
+        return worker.slot // self.tensor
 
 
 @dataclass
 class WorkerView:
     """One worker as the controller sees it.
 
-    `committed` counts the steps its state holds; with `torn` that state is part old, part new (a transfer into it was
-    cut short) and good for nothing. `initial` names the state that it holds at step 0.
+    `held` is what it is known to hold of the state after `committed` steps; `whole` is all there is of a state. Nothing
+    is known of members of a generation that shards its state until they are out of it. `initial` names the state that
+    it holds at step 0.
     """
 
     worker: WorkerId
@@ -87,13 +134,15 @@ class WorkerView:
     committed: int = 0
     prepared: bool = False
     has_trained: bool = False
-    torn: bool = False
+    held: Spans = ()
+    whole: Spans = ()
     initial: str = ""
     left: Left | None = None
     joined: bool = False
     last_heard: float = 0.0
     position: tuple[int, int] = (0, 0)
     moves: int = 0
+    moved_at: float = 0.0
     phase: str = ""
     fault_at: float | None = None
     fault_committed: int | None = None
@@ -109,21 +158,29 @@ class WorkerView:
 
     @property
     def has_state(self) -> bool:
-        """Whether it holds a whole state that training has been through, not only a model as it was built."""
-        return self.has_trained and not self.torn
+        """Whether it holds any of a state that training has been through, not only a model as it was built."""
+        return self.has_trained and bool(self.held)
+
+    @property
+    def holds_part(self) -> bool:
+        """Whether it holds a part of such a state, and not all of it."""
+        return self.has_state and self.held != self.whole
 
 
 @dataclass
 class Progress:
-    """What has been committed and how fast; step times in seconds, the newest last."""
+    """What has been committed and how fast; step times in seconds, the newest last. `norm` is the global gradient norm
+    of the last step, None when it is not known."""
 
     committed: int = 0
     last_commit_at: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    norm: float | None = None
 
     def commit(self, report: StepReport) -> None:
         """One more step is committed."""
         self.committed += 1
+        self.norm = report.grad_norm
         self.last_commit_at = report.committed_at
         self.step_seconds.append(report.seconds)
         del self.step_seconds[:-200]

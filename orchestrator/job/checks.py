@@ -2,42 +2,17 @@
 
 Each rule asks for the values it needs and is skipped when one of them is not known, so that one mistake does
 not hide another: the loader runs them on whatever part of a broken file is valid. They import nothing of the
-schema.
+schema. Those about the layout are in `layout_checks`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
-# Where to edit when a strategy arrives: (field, the only value there is for now).
-_NOT_YET: tuple[tuple[str, object], ...] = (
-    ("strategy.tensor", 1),
-    ("strategy.pipeline", 1),
-    ("strategy.shard", "none"),
-)
-
-# Set while a job is read to be planned with and not to be run: the planner knows every strategy there will be.
-_to_plan: ContextVar[bool] = ContextVar("to_plan", default=False)
-
-Get = Callable[[str], Any]
-"""The value at a dotted path, defaults included; raises Unknown when it is missing or not valid by itself."""
-
-
-class Unknown(Exception):
-    """A value a rule needs is missing or not valid by itself, so that the rule has nothing to say."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A rule that does not hold. `fields`: the dotted paths involved, the most relevant first."""
-
-    fields: tuple[str, ...]
-    reason: str
+from orchestrator.job.layout_checks import LAYOUT_RULES
+from orchestrator.job.rules import Finding, Get, Rule, Unknown
 
 
 def find(get: Get) -> list[Finding]:
@@ -49,16 +24,6 @@ def find(get: Get) -> list[Finding]:
         except Unknown:
             continue
     return found
-
-
-@contextlib.contextmanager
-def to_plan() -> Iterator[None]:
-    """Inside, strategies that cannot be run yet are no mistake; every other rule holds."""
-    token = _to_plan.set(True)
-    try:
-        yield
-    finally:
-        _to_plan.reset(token)
 
 
 def reader(data: dict[str, Any]) -> Get:
@@ -131,16 +96,6 @@ def _worker_bounds(get: Get) -> Iterator[Finding]:
         yield Finding(
             ("elastic.workers.min", "elastic.workers.max"),
             f"workers.min = {low} is above workers.max = {high}; lower min to {high} or raise max to {low}",
-        )
-
-
-def _enough_shares(get: Get) -> Iterator[Finding]:
-    shares, high = get("elastic.virtual_workers"), get("elastic.workers.max")
-    if shares < high:
-        yield Finding(
-            ("elastic.virtual_workers", "elastic.workers.max"),
-            f"virtual_workers = {shares} cannot give each of workers.max = {high} workers a share; "
-            f"raise virtual_workers to at least {high} or lower workers.max to {shares}",
         )
 
 
@@ -217,28 +172,16 @@ def _storage(get: Get) -> Iterator[Finding]:
         yield Finding(("checkpoint.storage",), reason)
 
 
-def _available(get: Get) -> Iterator[Finding]:
-    for field, only in () if _to_plan.get() else _NOT_YET:
-        try:
-            value = get(field)
-        except Unknown:
-            continue
-        if value != only:
-            key = field.split(".")[-1]
-            yield Finding((field,), f"{key}: {value} is not available in this version, only {key}: {only}")
-
-
-_RULES: tuple[Callable[[Get], Iterator[Finding]], ...] = (
+_RULES: tuple[Rule, ...] = (
     _model,
     _hf_model_type,
     _free_form,
     _batch,
     _worker_bounds,
-    _enough_shares,
     _warmup,
     _heartbeat,
     _fault_kinds,
     _fault_steps,
     _storage,
-    _available,
+    *LAYOUT_RULES,
 )

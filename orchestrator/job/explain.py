@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from orchestrator.job.checks import Unknown
+from orchestrator.job.rules import Unknown
 from orchestrator.job.schema import ACROSS_FIELDS, OWN_WORDS
 from orchestrator.job.yaml_tree import Path, describe
 

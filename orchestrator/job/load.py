@@ -10,6 +10,7 @@ from orchestrator.job import checks
 from orchestrator.job.errors import JobError, Problem
 from orchestrator.job.explain import Explained, default_at, validate
 from orchestrator.job.overrides import apply_override, graft, parse_override, problem_of, read_fault
+from orchestrator.job.rules import Finding, Get, Unknown
 from orchestrator.job.schema import Job
 from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Place, Tree, describe, read
 
@@ -32,12 +33,6 @@ def load_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), fault
         reason = f"not UTF-8: the byte 0x{raw[error.start]:02x} does not belong here"
         raise JobError([Problem(name, line, column, "", reason)]) from None
     return load_text(text, name, overrides, faults)
-
-
-def load_to_plan(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job:
-    """As `load_file`, but strategies that cannot be run yet are allowed. Raises JobError."""
-    with checks.to_plan():
-        return load_file(path, overrides)
 
 
 def load_text(text: str, filename: str = "<string>", overrides: Sequence[str] = (), faults: Sequence[str] = ()) -> Job:
@@ -105,15 +100,15 @@ def _path_of(dotted: str) -> Path:
     return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
 
 
-def _reader(data: dict[str, Any], invalid: set[Path]) -> checks.Get:
-    """`checks.Get` over data of which the values at `invalid` cannot be used."""
+def _reader(data: dict[str, Any], invalid: set[Path]) -> Get:
+    """`Get` over data of which the values at `invalid` cannot be used."""
 
     def get(dotted: str) -> Any:
         path = _path_of(dotted)
         value: Any = data
         for depth, part in enumerate(path, 1):
             if path[:depth] in invalid:
-                raise checks.Unknown(dotted)
+                raise Unknown(dotted)
             if isinstance(value, list):
                 value = value[int(part)]
             elif isinstance(value, dict) and part in value:
@@ -135,7 +130,7 @@ def _nearest(tree: Tree, path: Path) -> Place:
     return next(tree.values[path[:length]] for length in range(len(path), -1, -1) if path[:length] in tree.values)
 
 
-def _located(tree: Tree, finding: checks.Finding) -> Mistake:
+def _located(tree: Tree, finding: Finding) -> Mistake:
     """The finding at the field most likely meant to change: one from an option, or the first written."""
     paths = [_path_of(field) for field in finding.fields]
     written = [path for path in paths if path in tree.values]

@@ -1,8 +1,8 @@
 """The job file's schema: every field, its default, its unit and the values it takes on its own.
 
-Rules that involve two or more fields are in `checks.py`; turning YAML into these classes, and mistakes into
-lines with positions, is `load.py`. All classes are frozen, refuse unknown fields, and convert nothing except
-an integer where a number is wanted and a list where a pair is wanted.
+Rules that involve two or more fields are in `checks.py` and `layout_checks.py`; turning YAML into these classes,
+and mistakes into lines with positions, is `load.py`. All classes are frozen, refuse unknown fields, and convert
+nothing except an integer where a number is wanted and a list where a pair is wanted.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ class Strategy(_Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     shard: Literal["none", "optimizer", "gradients", "parameters"] = "none"
+    schedule: Literal["1f1b", "gpipe", "interleaved-1f1b", "zero-bubble"] = "1f1b"
+    """The order in which a pipeline computes micro-batches; with one stage there is none to choose."""
     reduction: Literal["canonical", "native"] = "canonical"
     """canonical: the same bits for any number of workers. native: the backend's own collectives."""
     update: Literal["synchronous"] = "synchronous"
@@ -230,7 +232,7 @@ class Fault(_Section):
     worker: CountInt | None = None
     """Required for every kind but controller."""
     kind: Literal["kill", "segfault", "raise", "exit", "hang", "deadlock", "slow", "nan", "drain", "node", "controller"]
-    phase: Literal["data", "compute", "reduce", "gather", "vote", "commit"] = "compute"
+    phase: Literal["data", "compute", "reduce", "gather", "vote", "commit", "refresh"] = "compute"
     seconds: PositiveFloat | None = None
     factor: PositiveFloat | None = None
 
@@ -302,6 +304,8 @@ class Job(_Section):
         """
         full = self.resolved()
         full["elastic"] = {"virtual_workers": full["elastic"]["virtual_workers"]}
+        # The tensor degree splits sums inside a matrix product; the rest of a layout changes no bit.
+        full["strategy"] = {key: full["strategy"][key] for key in ("tensor", "reduction", "update")}
         del full["data"]["cache"], full["train"]["log_every"]
         return {part: full[part] for part in ("model", "data", "train", "strategy", "elastic", "resources")}
 

@@ -17,6 +17,15 @@ _GPU_EFFICIENCY = {"bf16": 0.4, "fp32": 0.7}
 # A core of a cloud machine: what the quickstart's tokens per second on two cores (README) come to, in its own FLOPs.
 _CORE_TFLOPS = 0.05
 
+CPU_CORE = Machine(
+    peak_flops=_CORE_TFLOPS * 1e12,
+    efficiency=1.0,
+    inside=Link(bytes_per_s=2e9, latency_s=50e-6),
+    between=Link(bytes_per_s=1e9, latency_s=100e-6),
+    ranks_per_node=8,
+)
+"""What is assumed for a job without GPUs whose workers have a core each."""
+
 
 @dataclass(frozen=True)
 class MachineOptions:

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.job import Job
-from orchestrator.job.load import load_to_plan
 from orchestrator.planning.assume import MachineOptions, machine_for
 from orchestrator.planning.model import describe_model
 from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.report import Answer, as_json, print_answers
-from orchestrator.planning.schedule import KINDS
 from orchestrator.planning.search import Limits, Planner
 from orchestrator.planning.units import PlanError, parse_counts
-from orchestrator.planning.work import SHARDS, work_of
+from orchestrator.planning.work import work_of
+from strategies.layout import SCHEDULES, SHARDS
 
 _FEW = 4
 """Up to so many numbers of workers, each is shown with more than its best layout."""
@@ -38,7 +37,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Prints the layouts. Raises JobError for the job file, and PlanError for an option or if nothing fits."""
     counts = None if workers is None else parse_counts(workers, "--workers")
-    job = load_to_plan(path, overrides)
+    job = Job.load(path, overrides)
     counts = counts or (job.elastic.workers.max,)
     chosen, assumptions = machine_for(job, machine)
     allowed = limits_of(job, limits)
@@ -55,13 +54,15 @@ def plan(
 
 
 def limits_of(job: Job, options: LimitOptions) -> Limits:
-    """What may be chosen: the job's tensor degree, and its shard if the file says one. Raises PlanError."""
-    said = "strategy" in job.model_fields_set and "shard" in job.strategy.model_fields_set
+    """What may be chosen: the job's tensor degree, its shard and schedule if the file has them. Raises PlanError."""
+    said = job.strategy.model_fields_set if "strategy" in job.model_fields_set else set()
+    shards = (job.strategy.shard,) if "shard" in said else SHARDS
+    schedules = (job.strategy.schedule,) if "schedule" in said else SCHEDULES
     return Limits(
         tensor=parse_counts(options.tensor, "--tensor") if options.tensor else (job.strategy.tensor,),
         pipeline=parse_counts(options.pipeline, "--pipeline") if options.pipeline else None,
-        shards=_choices(options.shard, "--shard", SHARDS, (job.strategy.shard,) if said else SHARDS),
-        schedules=_choices(options.schedule, "--schedule", KINDS, KINDS),
+        shards=_choices(options.shard, "--shard", SHARDS, shards),
+        schedules=_choices(options.schedule, "--schedule", SCHEDULES, schedules),
     )
 
 

@@ -52,7 +52,7 @@ def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) ->
     state = zero_state(rank.parameters, shard, data, work.state)
     # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level.
     sums = held.bit_length()
-    micro_batches = held * work.micro_batches
+    micro_batches = degrees.schedule.padded(held * work.micro_batches)
     activations = work.tokens * sum(
         kept * degrees.schedule.in_flight(place, part, micro_batches) for part, kept in rank.kept_bytes_per_token
     )

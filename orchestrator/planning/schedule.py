@@ -10,8 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-KINDS = ("1f1b", "gpipe", "interleaved-1f1b", "zero-bubble")
+from strategies.layout import parts_of
+
 NO_PIPELINE = "none"
+
+
+def chunks_of(kind: str) -> int:
+    """Model parts on each rank when a pipeline is run by this schedule."""
+    return 2 if kind in ("interleaved-1f1b", "zero-bubble") else 1
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,7 @@ class Schedule:
 
     def parts_of(self, rank: int) -> tuple[int, ...]:
         """The model parts on the rank at this place in the pipeline."""
-        if self.kind == "zero-bubble":
-            return (rank, self.parts - 1 - rank)
-        return tuple(range(rank, self.parts, self.stages))
+        return parts_of(self.kind, self.stages, self.parts, rank)
 
     @property
     def ends_meet(self) -> bool:
@@ -49,6 +53,12 @@ class Schedule:
         if self.kind == "zero-bubble" and micro_batches < 2 * p - 1:
             return f"a replica has {micro_batches} micro-batches; zero bubble over {p} stages needs {2 * p - 1}"
         return None
+
+    def padded(self, micro_batches: int) -> int:
+        """The micro-batches a replica goes through: its own, and empty ones until the schedule can be followed."""
+        while self.refuses(micro_batches):
+            micro_batches += 1
+        return micro_batches
 
     def in_flight(self, rank: int, part: int, micro_batches: int) -> int:
         """For how many micro-batches at once this rank keeps the activations of this part of it.

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
-from orchestrator.planning.schedule import KINDS, NO_PIPELINE, Schedule, schedules
+from orchestrator.planning.schedule import NO_PIPELINE, Schedule, schedules
 from orchestrator.planning.stages import cut_model
 from orchestrator.planning.step_time import StepTime, compute_and_bubble, predict_step
-from orchestrator.planning.work import SHARDS, Degrees, Stages, Work, most_held
-from strategies.layout import deal
+from orchestrator.planning.work import Degrees, Stages, Work, most_held
+from strategies.layout import SCHEDULES, SHARDS, deal
 
 SAME_TIME = 1.01
 """Given a layout to come from, those within 1 % of the fastest count as equally fast: the model is no better."""
@@ -21,12 +21,18 @@ SAME_TIME = 1.01
 
 @dataclass(frozen=True)
 class Limits:
-    """What the planner may choose from. `pipeline` None: any degree."""
+    """What the planner may choose from. `pipeline` None: any degree.
+
+    `chunks` are how many model parts a rank may have, `padded` whether a replica may go through empty micro-batches
+    when it has fewer than its schedule needs.
+    """
 
     tensor: tuple[int, ...] = (1,)
     pipeline: tuple[int, ...] | None = None
     shards: tuple[str, ...] = SHARDS
-    schedules: tuple[str, ...] = KINDS
+    schedules: tuple[str, ...] = SCHEDULES
+    chunks: tuple[int, ...] = (1, 2, 4)
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ class Planner:
             if pipeline > min(ranks, layers):
                 continue
             for schedule in schedules(pipeline):
-                if schedule.parts <= layers and schedule.kind in (*self.limits.schedules, NO_PIPELINE):
+                known = schedule.kind in (*self.limits.schedules, NO_PIPELINE)
+                if known and schedule.chunks in self.limits.chunks and schedule.parts <= layers:
                     yield schedule
 
     def data_ranges(self, most: int, schedule: Schedule) -> Iterator[tuple[int, int]]:
@@ -125,7 +132,9 @@ class Planner:
         while first <= min(most, shares):
             held = most_held(shares, first)
             last = shares if held == 1 else (shares - 1) // (held - 1)
-            if not schedule.refuses(held * micro):
+            if self.limits.padded:
+                yield first, min(last, most)
+            elif not schedule.refuses(held * micro):
                 # When replicas differ, the smaller ones have one virtual worker less.
                 if held == 1 or not schedule.refuses((held - 1) * micro):
                     yield first, min(last, most)
@@ -233,7 +242,7 @@ class Planner:
 
     def _order(self, plan: Plan) -> tuple[float, ...]:
         degrees = plan.degrees
-        kinds = (NO_PIPELINE, *KINDS)
+        kinds = (NO_PIPELINE, *SCHEDULES)
         return (
             plan.time.total,
             degrees.ranks,

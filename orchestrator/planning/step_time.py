@@ -35,7 +35,7 @@ class StepTime:
 
 def compute_and_bubble(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> tuple[float, float]:
     """Seconds the slowest rank computes, and those it waits for others to fill and drain the pipeline."""
-    micro_batches = most_held(work.virtual_workers, degrees.data) * work.micro_batches
+    micro_batches = degrees.schedule.padded(most_held(work.virtual_workers, degrees.data) * work.micro_batches)
     second = machine.flops / work.tokens
     passes = 1 + BACKWARD
     bubble = degrees.schedule.bubble(stages.other_flops * passes / second, stages.other_attention_flops / second)
@@ -45,7 +45,7 @@ def compute_and_bubble(work: Work, machine: Machine, stages: Stages, degrees: De
 def predict_step(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> StepTime:
     """The step's seconds by part, each on the rank where that part takes longest."""
     held = most_held(work.virtual_workers, degrees.data)
-    micro_batches = held * work.micro_batches
+    micro_batches = degrees.schedule.padded(held * work.micro_batches)
     compute, bubble = compute_and_bubble(work, machine, stages, degrees)
     data, shard = _reduction(work, machine, stages, degrees, held)
     return StepTime(

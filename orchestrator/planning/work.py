@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,6 @@ from orchestrator.planning.schedule import Schedule
 if TYPE_CHECKING:
     from orchestrator.job import Job
 
-SHARDS = ("none", "optimizer", "gradients", "parameters")
-"""ZeRO stages 0 to 3."""
-
 
 @dataclass(frozen=True)
 class StateBytes:
@@ -23,6 +20,10 @@ class StateBytes:
     weights: float
     gradients: float
     optimizer: float
+
+
+ADAMW = StateBytes(weights=4.0, gradients=4.0, optimizer=8.0)
+"""Weights and gradients are fp32 in every precision (bf16 is autocast), and so are the two moments."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,22 @@ class Work:
 
 
 def work_of(job: Job, model: ModelCosts) -> Work:
-    """The job's step. Weights and gradients are fp32 in every precision: bf16 is autocast."""
-    moments = {"adamw": 8.0, "sgd": 4.0 if job.train.optimizer.momentum else 0.0}
+    """The job's step."""
     return Work(
         model=model,
         virtual_workers=job.elastic.virtual_workers,
         micro_batches=job.micro_batches_per_virtual_worker,
         tokens=job.train.micro_batch * job.data.sequence_length,
-        state=StateBytes(weights=4.0, gradients=4.0, optimizer=moments[job.train.optimizer.name]),
+        state=state_bytes(job),
         state_copies=job.elastic.state_copies,
         canonical=job.strategy.reduction == "canonical",
     )
+
+
+def state_bytes(job: Job) -> StateBytes:
+    """What training keeps of each parameter."""
+    moments = {"adamw": ADAMW.optimizer, "sgd": 4.0 if job.train.optimizer.momentum else 0.0}
+    return replace(ADAMW, optimizer=moments[job.train.optimizer.name])
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ from torch import nn
 
 from orchestrator.data import Sampler, TokenStore, virtual_worker_hash
 from orchestrator.job import Job
+from orchestrator.planning.model import ModelCosts, describe_model
+from strategies.blueprint import Blueprint
 from strategies.compute import Fetch, StepSpec
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
+from strategies.state import TrainingState
 
 
 def choose_device(job: Job) -> torch.device:
@@ -114,6 +117,39 @@ def _vocabulary_rows(model: nn.Module) -> int | None:
     return getattr(embedding, "num_embeddings", None)
 
 
+def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
+    """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
+    or cut as the job wants it to be."""
+    blueprint = Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor, device=device)
+    if job.strategy.pipeline > 1:
+        blueprint.check_pipeline(job.strategy.pipeline)
+    return blueprint
+
+
+def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingState:
+    """The training state of step 0; raises like `build_blueprint`."""
+
+    def rebuild() -> dict[str, torch.Tensor]:
+        return Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor).initial
+
+    return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), rebuild)
+
+
+def computes_with_the_whole_model(job: Job) -> bool:
+    """Whether every rank of every layout of the job has all the model's weights."""
+    return job.strategy.tensor == job.strategy.pipeline == 1 and job.strategy.shard != "parameters"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What a worker on this device may use; 0 where that is not known (on a CPU, whose memory others share)."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
+def model_costs(job: Job) -> ModelCosts | None:
+    """What the model costs block by block, for a job that has a pipeline to cut it for. Raises PlanError."""
+    return describe_model(job) if job.strategy.pipeline > 1 else None
+
+
 def optimizer_spec(job: Job) -> OptimizerSpec:
     o = job.train.optimizer
     return OptimizerSpec(
@@ -127,6 +163,7 @@ def step_spec(job: Job) -> StepSpec:
     return StepSpec(
         seed=train.seed,
         micro_batch=train.micro_batch,
+        micro_batches=job.micro_batches_per_virtual_worker,
         tokens_per_batch=train.global_batch * job.data.sequence_length,
         base_lr=train.optimizer.lr,
         schedule=ScheduleSpec(

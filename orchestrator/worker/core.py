@@ -16,11 +16,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
+import numpy as np
 
 from orchestrator.checkpoint import store as checkpoints
 from orchestrator.data import TokenStore, step_hash
@@ -42,11 +42,13 @@ from orchestrator.messages import (
 )
 from orchestrator.worker import build
 from orchestrator.worker.faults import FaultInjector
-from strategies.flat import FlatState, state_digest
-from strategies.groups import Groups, PeerLost, serve_store
-from strategies.layout import ParallelLayout
-from strategies.state import StateCorrupt, chunks_of, execute, plan_transfers
-from strategies.step import StepEngine, StepRecord
+from strategies.fabric import Fabric
+from strategies.groups import PeerLost, serve_store
+from strategies.placement import Domain
+from strategies.relayout import Moved, StateCorrupt
+from strategies.state import state_digest
+from strategies.statemap import Spans, subtract, whole
+from strategies.step import StepEngine, StepRecord, exchange
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Worker:
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
         on_shutdown: Callable[[], None],
+        zone: str = "",
     ) -> None:
         self.worker = worker
         self.job = job
@@ -86,12 +89,10 @@ class Worker:
         self._wake = threading.Condition()
         self._reports: deque[StepReport] = deque(maxlen=10_000)
         self._lock = threading.Lock()
-        self._groups: Groups | None = None
+        self._fabric: Fabric | None = None
         self._generation: Generation | None = None
         self._left: Left | None = None
         self._is_joined = False
-        self._is_torn = False
-        self._vocab_size = store.vocab_size
         self._interrupted = -1
         self._pause_wanted = -1
         self._epoch = -1
@@ -107,16 +108,16 @@ class Worker:
         build.make_deterministic(job, device)
         self._rendezvous, port = serve_store(host)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._poison)
-        model = build.build_model(job, store.vocab_size)
-        model.to(device)
-        self.state = FlatState(model, build.optimizer_spec(job), device)
+        self.state = build.build_state(job, store.vocab_size, device)
         sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
-        self.engine = StepEngine(
-            model, self.state, build.step_spec(job), build.make_fetch(job, store, sampler), self._on_phase
-        )
-        self.engine.local.warm_up()
-        initial = xxhash.xxh3_64_hexdigest(self.state.weights.cpu().numpy().data)
-        self.ready = Ready(worker, node, pid, host, port, initial)
+        fetch = build.make_fetch(job, store, sampler)
+        self.engine = StepEngine(self.state, build.step_spec(job), fetch, self._on_phase)
+        self.engine.warm_up(keep=build.computes_with_the_whole_model(job))
+        self.ready = Ready(
+            worker, node, pid, host, port, self.state.initial_digest(),
+            elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
+            costs=build.model_costs(job),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Reports for duty, from a thread of its own."""
@@ -140,9 +141,9 @@ class Worker:
                 return
             self._interrupted = max(self._interrupted, generation)
             current = self._generation
-            groups = self._groups if current is not None and current.number <= generation else None
-        if groups is not None:
-            groups.abort()
+            fabric = self._fabric if current is not None and current.number <= generation else None
+        if fabric is not None:
+            fabric.abort()
 
     def pause(self, generation: int, epoch: int) -> None:
         """Asks, in the next vote of `generation`, that all ranks leave at that step boundary."""
@@ -170,6 +171,7 @@ class Worker:
                 generation=self._generation,
                 left=self._left,
                 committed=self.committed,
+                held=self.state.held,
                 prepared=self.engine.prepared_step == self.committed,
                 joined=self._is_joined,
                 epoch=self._epoch,
@@ -179,9 +181,9 @@ class Worker:
     def shutdown(self) -> None:
         """Ends `train` and the reports; groups are dropped so that no neighbour waits."""
         self._over = True
-        groups = self._groups
-        if groups is not None:
-            groups.abort()
+        fabric = self._fabric
+        if fabric is not None:
+            fabric.abort()
         self._commands.put(None)
         with self._wake:
             self._wake.notify_all()
@@ -205,19 +207,19 @@ class Worker:
         rank = generation.rank_of(self.worker)
         if rank is None:
             return
-        groups = Groups(rank=rank, world_size=len(generation.members), device=self.state.device)
+        fabric = Fabric(rank=rank, layout=generation.layout, device=self.state.device)
         with self._lock:
-            self._generation, self._groups, self._left, self._is_joined = generation, groups, None, False
+            self._generation, self._fabric, self._left, self._is_joined = generation, fabric, None, False
             self.engine.pause_requested = self._pause_wanted >= generation.number
             if self._interrupted >= generation.number:
-                groups.abort()
+                fabric.abort()
         self._phase, self._phase_step = "form", generation.committed
         self._faults.rank = rank
         self._faults.already_fired(generation.fired_faults)
         cause: LeftCause = "peer"
         detail = ""
         try:
-            cause = self._take_part(generation, rank, groups)
+            cause = self._take_part(generation, rank, fabric)
         except PeerLost as error:
             detail = str(error)
         except checkpoints.CheckpointError as error:
@@ -227,15 +229,16 @@ class Worker:
             cause, detail = "exception", f"{type(error).__name__}: {error}"
             if self.engine.applying:
                 self._tear()
-        groups.drop()
+        fabric.drop()
         self._phase = "idle"
         with self._lock:
-            self._groups = None
+            self._fabric = None
             left = self._left = Left(
                 self.worker,
                 generation.number,
                 cause,
                 self.committed,
+                self.state.held,
                 prepared=self.engine.prepared_step == self.committed,
                 detail=detail,
                 reports=tuple(self._reports),
@@ -243,59 +246,76 @@ class Worker:
             )
         self._send(left)
 
-    def _take_part(self, generation: Generation, rank: int, groups: Groups) -> LeftCause:
+    def _take_part(self, generation: Generation, rank: int, fabric: Fabric) -> LeftCause:
         if rank in generation.roll_forward and self.committed == generation.committed - 1:
-            self.engine.commit(self.committed)
+            assert generation.norm is not None
+            self.engine.commit(self.committed, generation.norm)
             self.committed += 1
-        master = generation.members[0]
-        groups.form(
-            store_address=(master.host, master.store_port),
+        first = generation.members[0]
+        fabric.form(
+            store_address=(first.host, first.store_port),
             prefix=f"{self.run}/{generation.epoch}/{generation.number}",
             host=self.host,
             timeout_s=FORM_TIMEOUT_S,
         )
-        moved = self._bring_state(generation, rank, groups)
-        layout = ParallelLayout(data=len(generation.members), assignment=generation.assignment)
-        self.engine.bind(groups, layout, generation.number)
+        # Steps that are to be run again will be reported again.
+        kept = [report for report in self._reports if report.step < generation.committed]
+        self._reports = deque(kept, maxlen=self._reports.maxlen)
+        if generation.collect:
+            return self._collect(generation, fabric)
+        moved = self._bring_state(generation, rank, fabric)
+        self.engine.bind(fabric, generation.layout, generation.number)
         self._is_joined = True
-        self._send(Joined(self.worker, generation.number, moved))
+        self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         while self.committed < self.job.train.steps:
             record, pause = self.engine.run(self.committed)
             self.committed += 1
             self._note(record)
-            self._checkpoint_if_due(rank)
+            self._checkpoint_if_due(generation, fabric)
             if pause:
                 return "pause"
         return "complete"
 
-    def _bring_state(self, generation: Generation, rank: int, groups: Groups) -> int:
-        """After this, every member holds the state of `generation.committed` steps; returns the bytes received."""
-        holders = set(generation.holders) | set(generation.roll_forward)
+    def _bring_state(self, generation: Generation, rank: int, fabric: Fabric) -> Moved:
+        """After this, every member has its part of the state of `generation.committed` steps."""
+        held = list(generation.held)
         if generation.restore is not None:
-            holders = {0}
             # Reading a checkpoint takes as long as it takes; the controller is told, and does not call it stuck.
             self._phase = "restore"
+            held = [whole(self.state.space.size, self.state.space.tensor), *[()] * (len(held) - 1)]
             if rank == 0:
                 saved = checkpoints.load(Path(generation.restore), self._moved)
                 self._tear()
                 self.state.load(saved)
-        elif rank in holders and self._is_torn:
-            self._start_over()
-        # The optimizer's own step count travels with the state. Nobody is past this before every holder is here.
-        updates = self._agree_on_updates(groups, holders)
-        if rank not in holders:
+        elif held[rank] and (self.committed != generation.committed or subtract(held[rank], self.state.held)):
+            self._start_over(generation)
+        updates = self._agree_on_updates(fabric, held)
+        if not held[rank]:
             self._tear()
-        ranges = self.state.ranges()
-        chunks = chunks_of(ranges)
-        needing = set(range(len(generation.members))) - holders
-        plan = plan_transfers(chunks, dict.fromkeys(chunks, holders), dict.fromkeys(chunks, needing))
+        domains = [Domain(member.zone, member.node) for member in generation.members]
         try:
-            moved = execute(plan, ranges, groups)
+            moved = self.state.take_place(
+                generation.layout, fabric, held, domains, self.job.elastic.state_copies, updates,
+                barrier=lambda: self._agree(fabric, 0),
+            )  # fmt: skip
         except StateCorrupt as error:
             raise PeerLost(str(error)) from error
-        self.state.updates = updates
-        self.committed, self._is_torn, self.engine.applying = generation.committed, False, False
+        self.committed, self.engine.applying = generation.committed, False
         return moved
+
+    def _collect(self, generation: Generation, fabric: Fabric) -> LeftCause:
+        """Brings the whole state to rank 0."""
+        self._phase = "collect"
+        self.state.updates = self._agree_on_updates(fabric, generation.held)
+        try:
+            moved = self.state.collect(generation.held, fabric)
+            self._agree(fabric, 0)
+        except StateCorrupt as error:
+            raise PeerLost(str(error)) from error
+        self.committed = generation.committed
+        self._is_joined = True
+        self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
+        return "complete"
 
     def _moved(self) -> None:
         self._moves += 1
@@ -303,29 +323,29 @@ class Worker:
     def _tear(self) -> None:
         """From here until another state is in place, nothing of this one counts: a worker that is interrupted now is
         back at step 0, which it can make again by itself."""
-        self.committed, self._is_torn, self.engine.prepared_step = 0, True, None
-        self.engine.local.discard()
+        self.committed, self.engine.prepared_step = 0, None
+        self.state.tear()
+        self.engine.discard()
 
-    def _start_over(self) -> None:
-        """Back to the state of step 0, as a function of the job alone."""
-        model = build.build_model(self.job, self._vocab_size).to(self.state.device)
-        fresh = FlatState(model, build.optimizer_spec(self.job), self.state.device)
-        self.state.load(dict(fresh.tensors()))
-        self._is_torn = False
+    def _start_over(self, generation: Generation) -> None:
+        """Makes the state of step 0 again, which is the only one that a worker can be taken to have and has not."""
+        if generation.committed:
+            raise RuntimeError(f"this worker has the state of step {self.committed}, not of {generation.committed}")
+        self._tear()
+        self.state.start_over()
 
-    def _agree_on_updates(self, groups: Groups, holders: set[int]) -> int:
-        import torch
-
-        if groups.world_size == 1:
-            return self.state.updates
-        mine = self.state.updates if groups.rank in holders else -1
-        sent = torch.full((groups.world_size,), mine, dtype=torch.int64, device=self.state.device)
-        received = torch.empty_like(sent)
-        groups.all_to_all(received, sent, [1] * groups.world_size, [1] * groups.world_size)
-        known = {int(value) for value in received.tolist() if value >= 0}
+    def _agree_on_updates(self, fabric: Fabric, held: Sequence[Spans]) -> int:
+        """The optimizer's own step count travels with the state. Nobody is past this before every rank is here."""
+        values = self._agree(fabric, self.state.updates if held[fabric.rank] else -1)
+        known = {value for value in values if value >= 0}
         if len(known) != 1:
             raise RuntimeError(f"the holders of the state disagree about its number of updates: {sorted(known)}")
         return known.pop()
+
+    def _agree(self, fabric: Fabric, value: int) -> list[int]:
+        """Everyone's value, by rank; nobody is past this before every rank is here."""
+        sizes = [1] * fabric.world.world_size
+        return [int(each) for each in exchange(fabric.world, np.array([value]), sizes, self.state.device)]
 
     def _note(self, record: StepRecord) -> None:
         self._reports.append(
@@ -358,17 +378,20 @@ class Worker:
 
     # ------------------------------------------------------------------------------------ checkpoints and the end
 
-    def _checkpoint_if_due(self, rank: int) -> None:
+    def _checkpoint_if_due(self, generation: Generation, fabric: Fabric) -> None:
         every = self.job.checkpoint.every_steps
-        if every is None or rank != 0 or self.committed % every or self.committed == self.job.train.steps:
+        if every is None or self.committed % every or self.committed == self.job.train.steps:
             return
         committed = self.committed
+        self.engine.collect()
+        if fabric.rank != 0:
+            return
         if self._saver is not None and self._saver.is_alive():
             # Training does not wait for a slow disk.
             why = "the checkpoint before is still being written"
             self._send(CheckpointSaved(self.worker, committed, "", 0.0, error=why))
             return
-        tensors = {name: tensor.detach().clone().cpu() for name, tensor in self.state.tensors()}
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.state.named()}
         self._saver = threading.Thread(
             target=lambda: self._send(self._save(tensors, committed)), name="checkpoint", daemon=True
         )
@@ -393,7 +416,7 @@ class Worker:
             if self._saver is not None:
                 self._saver.join()
             if save:
-                tensors = {name: tensor.detach().cpu() for name, tensor in self.state.tensors()}
+                tensors = {name: tensor.detach().cpu() for name, tensor in self.state.named()}
                 self._send(self._save(tensors, self.committed))
             self._send(Finalized(self.worker, state_digest(self.state)))
         except Exception as error:
@@ -468,7 +491,7 @@ class Worker:
             self.committed,
             reports=tuple(self._reports) if first else (),
             host_bytes=_resident_bytes(),
-            moves=self._moves + (0 if (groups := self._groups) is None else groups.moves),
+            moves=self._moves + (0 if (fabric := self._fabric) is None else fabric.moves),
         )
 
     def _heed(self, reply: Reply) -> None:

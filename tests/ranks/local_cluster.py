@@ -47,6 +47,7 @@ from orchestrator.controller.views import ControllerConfig, WorkerState
 from orchestrator.data import TokenStore, prepare
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Generation, Joined, Reply, Status, StepReport, WorkerId
+from orchestrator.planning.choose import LayoutChooser
 
 TICK_S = 0.05
 NODE = "local"
@@ -192,7 +193,7 @@ class LocalCluster:
         self.controller = Controller(
             ControllerConfig(
                 total_steps=job.train.steps,
-                virtual_workers=job.elastic.virtual_workers,
+                chooser=LayoutChooser.for_job(job),
                 min_workers=job.elastic.workers.min,
                 max_workers=job.elastic.workers.max,
                 standby=job.elastic.standby,
@@ -417,15 +418,17 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
 
 
 def _hold(worker: Any, spec: WorkerSpec) -> None:
-    fetch = worker.engine.local.fetch
+    fetch = worker.engine.fetch
 
     def held(step: int, virtual_worker: int) -> Any:
         while step in spec.held_steps and worker._is_joined and not _gate(spec.directory, step).exists():
-            worker.engine.groups.check()
+            worker.engine.fabric.check()
             time.sleep(0.005)
         return fetch(step, virtual_worker)
 
-    worker.engine.local.fetch = held
+    worker.engine.fetch = held
+    if worker.engine.local is not None:
+        worker.engine.local.fetch = held
 
 
 # ---------------------------------------------------------------------------------------- hooks
@@ -448,8 +451,8 @@ def miss_the_news(step: int, slot: int, worker: Any) -> None:
     vote = worker.engine.vote
     missed: list[int] = []
 
-    def deaf(at: int, losses: list[float], hashes: list[int]) -> Any:
-        result = vote(at, losses, hashes)
+    def deaf(at: int) -> Any:
+        result = vote(at)
         if at == step and not missed:
             missed.append(at)
             raise PeerLost("injected: the news of the vote did not arrive")
@@ -467,8 +470,9 @@ def vote_by_pairs(step: int, victim: int, lucky: int, worker: Any) -> None:
 
     bind = worker.engine.bind
 
-    def bind_and_replace(groups: Any, layout: Any, generation: int) -> None:
-        bind(groups, layout, generation)
+    def bind_and_replace(fabric: Any, layout: Any, generation: int) -> None:
+        bind(fabric, layout, generation)
+        groups = fabric.world
         usual = groups.all_to_all
 
         def all_to_all(
@@ -518,7 +522,7 @@ def linger_and_die(seconds: float) -> None:
 def when_forming(generation: int, rank: int, action: Callable[[], None], worker: Any) -> None:
     """Runs `action` when the rank is about to join the process group of `generation`."""
     core: Any = importlib.import_module("orchestrator.worker.core")
-    usual: Any = core.Groups
+    usual: Any = core.Fabric
 
     class Watched(usual):  # type: ignore[misc]
         def form(self, **arguments: Any) -> None:
@@ -526,21 +530,21 @@ def when_forming(generation: int, rank: int, action: Callable[[], None], worker:
                 action()
             super().form(**arguments)
 
-    core.Groups = Watched
+    core.Fabric = Watched
 
 
 def when_moving_state(generation: int, rank: int, worker: Any) -> None:
-    """The rank dies in the middle of the state transfer of `generation`: after the first of its chunks."""
-    core: Any = importlib.import_module("orchestrator.worker.core")
-    usual = core.execute
+    """The rank dies in the middle of the state transfer of `generation`: after the first of its transfers."""
+    state: Any = importlib.import_module("strategies.state")
+    usual = state.execute
 
-    def part_of(plan: Any, ranges: Any, groups: Any) -> Any:
+    def part_of(plan: Any, sources: Any, targets: Any, kinds: Any, groups: Any) -> Any:
         if worker._generation.number == generation and groups.rank == rank:
-            usual(plan[:1], ranges, groups)
+            usual(plan[:1], sources, targets, kinds, groups)
             die()
-        return usual(plan, ranges, groups)
+        return usual(plan, sources, targets, kinds, groups)
 
-    core.execute = part_of
+    state.execute = part_of
 
 
 partial = functools.partial

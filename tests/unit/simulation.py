@@ -2,7 +2,7 @@
 
 Workers behave as `orchestrator.worker.core` does: they refuse what is old, take part in one generation at a time, train
 by the vote, give up when a peer is lost, say what was not heard again. What they hold is checked where it matters: who
-is named a holder must have that state, whole. Nothing sleeps; an event queue moves the time on.
+is named a holder must have that part of that state. Nothing sleeps; an event queue moves the time on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from layouts_in_tests import MODEL
 
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
@@ -39,7 +41,7 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RunState
+from orchestrator.controller.views import ControllerConfig, RunState, computes_together
 from orchestrator.messages import (
     CheckpointSaved,
     FaultFired,
@@ -54,11 +56,36 @@ from orchestrator.messages import (
     StepReport,
     WorkerId,
 )
+from strategies.layout import ParallelLayout
+from strategies.statemap import Span, Spans, subtract, union, whole
 
 TICK_S = 0.25
 HEARTBEAT_S = 0.5
 FORM_TIMEOUT_S = 20.0
 COLLECTIVES = frozenset({"form", "reduce", "vote"})
+ELEMENTS = 960
+"""Of the state of each tensor-parallel coordinate."""
+
+
+def trained_spans(layout: ParallelLayout, copies: int) -> list[Spans]:
+    """What each rank of a layout trains: a share of its stage, and those of others as far as copies are wanted."""
+    shares, natural = [], 1
+    for rank in range(layout.num_placed):
+        place = layout.place(rank)
+        assert place is not None
+        size = ELEMENTS // layout.pipeline
+        start, stop = place.stage * size, (place.stage + 1) * size
+        if layout.shard == "none" or layout.data == 1:
+            natural = layout.data
+        else:
+            start, stop = start + size * place.data // layout.data, start + size * (place.data + 1) // layout.data
+        shares.append(Span(place.tensor, start, stop))
+    trained = [union([share]) for share in shares]
+    for copy in range(natural, min(copies, layout.num_placed)):
+        for rank, share in enumerate(shares):
+            mirror = (rank + copy * layout.tensor) % layout.num_placed
+            trained[mirror] = union(trained[mirror], [share])
+    return trained + [()] * layout.spares
 
 
 @dataclass
@@ -74,6 +101,12 @@ class Room:
 
     def __init__(self, world: World, generation: Generation) -> None:
         self.world, self.generation = world, generation
+        self.together = computes_together(generation.layout)
+        self.trained = trained_spans(generation.layout, world.copies)
+        if generation.collect:
+            self.trained = [world.whole, *generation.held[1:]]
+        world.check_layout(generation)
+        self.computing: defaultdict[int, set[WorkerId]] = defaultdict(set)
         self.members = [world.workers[member.worker] for member in generation.members]
         self.arrived: set[WorkerId] = set()
         self.broken = False
@@ -95,26 +128,31 @@ class Room:
         generation = self.generation
         if generation.restore is not None:
             first = self.members[0]
-            first.whole = False
+            first.held, first.committed, first.prepared = (), 0, False
             if generation.restore not in self.world.valid_checkpoints:
                 first.leave("restore", f"{generation.restore} is damaged")
                 return
-            sources = set()
         else:
-            sources = {self.members[rank].id for rank in (*generation.holders, *generation.roll_forward)}
-            assert sources, f"{generation} has no source for its state"
-        for worker in self.members:
-            if worker.id in sources:
-                assert worker.whole, f"{worker.id} is named a holder and is torn, {generation}"
-                assert worker.committed == generation.committed, f"{worker.id} holds {worker.committed}, {generation}"
-            else:
-                worker.whole = False
-        self.world.after(self.world.transfer_s, self.joined)
+            assert not subtract(self.world.whole, union(*generation.held)), f"{generation} lacks a part of its state"
+            for worker, held in zip(self.members, generation.held, strict=True):
+                worker.must_hold(held, generation)
+        self.world.after(self.world.transfer_s, self.in_place)
 
-    def joined(self) -> None:
-        if not self.broken and not any(worker.hung for worker in self.members):
-            for worker in self.members:
-                self.world.after(self.world.jitter(), lambda worker=worker: worker.join_done(self))
+    def in_place(self) -> None:
+        """All have received what they need, and know it of one another."""
+        if self.broken or any(worker.hung for worker in self.members):
+            return
+        for worker, trained in zip(self.members, self.trained, strict=True):
+            old = worker.held if worker.committed == self.generation.committed else ()
+            worker.held, worker.committed, worker.prepared = union(old, trained), self.generation.committed, False
+            self.world.after(self.world.jitter(), lambda worker=worker: worker.join_done(self))
+
+    def compute(self, worker: Worker, step: int) -> None:
+        """Ranks that need one another while they compute come to its end together."""
+        self.computing[step].add(worker.id)
+        if len(self.computing[step]) == len(self.members):
+            for member in self.members:
+                self.world.after(self.world.jitter(), lambda member=member: member.computed(self))
 
     def reduce(self, worker: Worker, step: int) -> None:
         self.computed[step].add(worker.id)
@@ -136,7 +174,7 @@ class Room:
             return
         self.broken = True
         for worker in self.members:
-            if worker.room is not self or worker.phase not in COLLECTIVES:
+            if worker.room is not self or not worker.in_collective:
                 continue
             if worker.phase == "vote" and len(self.prepared[worker.committed]) == len(self.members):
                 continue  # what the dead had to say may or may not have arrived: `voted` draws
@@ -149,7 +187,7 @@ class Worker:
     def __init__(self, world: World, worker: WorkerId, node: Node) -> None:
         self.world, self.id, self.node = world, worker, node
         self.alive, self.hung, self.doomed, self.warm = True, False, False, False
-        self.whole, self.committed, self.prepared = True, 0, False
+        self.held, self.committed, self.prepared = world.whole, 0, False
         self.generation: Generation | None = None
         self.left: Left | None = None
         self.joined = False
@@ -167,16 +205,18 @@ class Worker:
         return self.alive and not self.hung
 
     @property
-    def in_doubt(self) -> bool:
-        """Told to take over another's state, and out again before it had joined: from what it says nobody can know
-        whether its own (older) state has been touched."""
-        generation = self.generation
-        if generation is None or self.joined:
-            return False
-        return generation.restore is not None or generation.rank_of(self.id) not in (
-            *generation.holders,
-            *generation.roll_forward,
-        )
+    def in_collective(self) -> bool:
+        """Whether it hears of a lost peer, or that it is to leave, where it is."""
+        waits = self.phase == "compute" and self.room is not None and self.room.together and not self.will_deadlock
+        return self.phase in COLLECTIVES or waits
+
+    def must_hold(self, held: Spans, generation: Generation) -> None:
+        """It is said to bring this along. Any worker can make the state of step 0 again."""
+        if held == self.world.whole and generation.committed == 0 and (self.committed or self.held != held):
+            self.held, self.committed, self.prepared = held, 0, False
+        if held:
+            assert self.committed == generation.committed, f"{self.id} is at {self.committed}, {generation}"
+            assert not subtract(held, self.held), f"{self.id} has {self.held}, {generation}"
 
     # -------------------------------------------------------------------------------- commands
 
@@ -200,7 +240,7 @@ class Worker:
                 self.epoch = epoch
                 self.interrupted = max(self.interrupted, number)
                 room = self.room
-                if room is not None and room.generation.number <= number and self.phase in COLLECTIVES:
+                if room is not None and room.generation.number <= number and self.in_collective:
                     self.world.after(0.01, lambda: self.lose_peer(room))
             case Pause(generation=number):
                 self.epoch = epoch
@@ -214,17 +254,17 @@ class Worker:
             return None
         self.epoch = epoch
         return Status(
-            self.ready(), self.generation, self.left, self.committed, self.prepared, self.joined, epoch,
+            self.ready(), self.generation, self.left, self.committed, self.held, self.prepared, self.joined, epoch,
             tuple(self.reports),
         )  # fmt: skip
 
     def ready(self) -> Ready:
-        return Ready(self.id, self.node.name, 1000 + self.id.slot, "host", 1, "initial")
+        return Ready(self.id, self.node.name, 1000 + self.id.slot, "host", 1, "initial", ELEMENTS, costs=MODEL)
 
     def finalize(self, save: bool) -> None:
         if not self.running or self.mute:
             return
-        assert self.whole
+        assert self.held == self.world.whole
         if save:
             self.world.save_checkpoint(self, self.committed)
         self.send(Finalized(self.id, f"sha256:{self.world.digest_of(self)}"))
@@ -240,7 +280,10 @@ class Worker:
         self.phase = "form"
         rank = generation.rank_of(self.id)
         assert rank is not None, f"{self.id} is told to start a generation without it"
+        # What was committed of the state after is computed again.
+        self.reports = [report for report in self.reports if report.step < generation.committed]
         if rank in generation.roll_forward and self.committed == generation.committed - 1:
+            assert generation.norm == self.committed, f"{generation} has the norm of another step"
             assert self.prepared, f"{self.id} is told to roll forward and is not prepared"
             self.committed, self.prepared = self.committed + 1, False
         if self.interrupted >= generation.number:
@@ -251,9 +294,14 @@ class Worker:
     def join_done(self, room: Room) -> None:
         if self.room is not room or not self.running or room.broken:
             return
-        self.whole, self.joined, self.prepared = True, True, False
+        rank = room.generation.rank_of(self.id)
+        assert rank is not None
+        self.held, self.joined, self.prepared = room.trained[rank], True, False
         self.committed = room.generation.committed
         self.send(Joined(self.id, room.generation.number, 100))
+        if room.generation.collect:
+            self.leave("complete")
+            return
         self.next_step(room)
 
     def next_step(self, room: Room) -> None:
@@ -264,7 +312,12 @@ class Worker:
         if self.will_deadlock:
             self.world.note_failure(self)
         else:
-            self.world.after(self.world.compute_s(self), lambda: self.computed(room))
+            done = self.computed
+            if room.together:
+                step = self.committed
+                self.world.after(self.world.compute_s(self), lambda: room.compute(self, step))
+            else:
+                self.world.after(self.world.compute_s(self), lambda: done(room))
 
     def computed(self, room: Room) -> None:
         if self.room is not room or not self.running or self.will_deadlock:
@@ -296,7 +349,7 @@ class Worker:
         world = self.world
         number = room.generation.number
         self.reports.append(
-            StepReport(step, number, 1.0, 1.0, 0.1, 10, f"samples-{step}", False, world.now, world.step_s)
+            StepReport(step, number, 1.0, float(step), 0.1, 10, f"samples-{step}", False, world.now, world.step_s)
         )
         every = world.checkpoint_every
         if every and self.committed % every == 0 and room.members[0] is self:
@@ -307,7 +360,7 @@ class Worker:
             self.next_step(room)
 
     def lose_peer(self, room: Room | None) -> None:
-        if room is not None and self.room is room and self.running and self.phase != "compute":
+        if room is not None and self.room is room and self.running and self.in_collective:
             self.leave("peer", "connection reset by peer")
 
     def leave(self, cause: LeftCause, detail: str = "") -> None:
@@ -315,8 +368,8 @@ class Worker:
         assert room is not None
         self.room, self.phase = None, "idle"
         self.left = Left(
-            self.id, room.generation.number, cause, self.committed, self.prepared, detail, tuple(self.reports),
-            self.world.now,
+            self.id, room.generation.number, cause, self.committed, self.held, self.prepared, detail,
+            tuple(self.reports), self.world.now,
         )  # fmt: skip
         self.send(self.left)
         if cause not in ("pause", "complete") or self.world.random.random() < self.world.rude:
@@ -378,6 +431,7 @@ class World:
     config: ControllerConfig
     nodes: list[Node]
     checkpoint_every: int = 0
+    copies: int = 2
     step_s: float = 0.5
     transfer_s: float = 0.1
     start_s: tuple[float, float] = (0.5, 2.0)
@@ -458,7 +512,8 @@ class World:
         self._epoch += 1
         self.num_controllers += 1
         history = History.read(
-            self.records, [{"seconds": r.seconds, "committed_at": r.committed_at} for r in self.steps]
+            self.records,
+            [{"seconds": r.seconds, "committed_at": r.committed_at, "grad_norm": r.grad_norm} for r in self.steps],
         )
         config = ControllerConfig(**{**self.config.__dict__, "epoch": self._epoch})
         self.controller = Controller(config, history, dict(self.checkpoints))
@@ -554,6 +609,8 @@ class World:
                 self._pending.append(worker)
                 self.after(self.jitter(), self.place)
             case ReleaseWorker(worker) | KillWorker(worker):
+                if isinstance(action, ReleaseWorker):
+                    self._check_release(worker)
                 if worker in self.workers:
                     self.workers[worker].doomed = True
                 if not self._may_send():
@@ -568,6 +625,8 @@ class World:
             case StartGeneration(generation):
                 known = self.generations.setdefault(generation.number, generation)
                 assert known is generation, f"generation {generation.number} is made twice"
+                if generation.collect and self.random.random() < self.cruel_end:
+                    self._disturb_the_end(tuple(member.worker for member in generation.members))
                 for member in generation.members:
                     self._send(member.worker, action)
             case Interrupt(workers) | Pause(workers) | Finalize(workers):
@@ -589,26 +648,81 @@ class World:
         target = self.workers[worker]
         self.after(at - self.now, lambda: target.take(action, epoch))
 
+    @property
+    def whole(self) -> Spans:
+        return whole(ELEMENTS, self.config.tensor)
+
+    def check_layout(self, generation: Generation) -> None:
+        """Units are whole and share a node, and what is idle stays idle."""
+        layout, tensor = generation.layout, self.config.tensor
+        assert layout.world_size == len(generation.members) == len(generation.held)
+        if generation.collect:
+            return
+        assert layout.tensor == tensor
+        for rank in range(0, layout.num_placed, tensor):
+            unit = generation.members[rank : rank + tensor]
+            slots = [member.worker.slot for member in unit]
+            assert slots == list(range(slots[0], slots[0] + tensor)), f"{slots} are no unit"
+            assert slots[0] % tensor == 0, f"{slots} are no unit"
+            assert len({member.node for member in unit}) == 1, f"{unit} do not share a node"
+
+    def newest_state(self, workers: Iterable[Worker]) -> int:
+        """The most steps that these have all parts of the state of. What one has committed will be on record."""
+        living = [w for w in workers if w.running and w.warm and not w.doomed]
+        recorded = max([len(self.steps), *(w.committed for w in living if w.reports)])
+        for committed in sorted({w.committed for w in living} | {recorded}, reverse=True):
+            held = [
+                w.held
+                for w in living
+                if w.committed == committed or (committed == recorded and w.prepared and w.committed == committed - 1)
+            ]
+            if 0 < committed <= recorded and held and not subtract(self.whole, union(*held)):
+                return committed
+        return 0
+
     def _check_rollback(self, committed: int, controller: Controller) -> None:
-        for worker in self.workers.values():
-            if worker.running and worker.warm and not worker.doomed and worker.whole and not worker.in_doubt:
-                has = worker.committed + (worker.prepared and worker.committed + 1 == len(self.steps))
-                assert has <= committed, f"back to {committed}, but {worker.id} lives and has {has} (I2)"
+        newest = self.newest_state(self.workers.values())
+        assert newest <= committed, f"back to {committed}, but all parts of {newest} are held (I2)"
         for step, path in controller.checkpoints.items():
             if step <= len(self.steps) and path in self.valid_checkpoints:
                 assert step <= committed, f"back to {committed}, but {path} is valid (I2)"
 
+    def _check_release(self, worker: WorkerId) -> None:
+        leaving = self.workers.get(worker)
+        if leaving is not None and not leaving.doomed:
+            rest = [other for other in self.workers.values() if other is not leaving]
+            with_it, without = self.newest_state(self.workers.values()), self.newest_state(rest)
+            assert with_it == without, f"{worker} is let go with what nobody else has of step {with_it} (I2)"
+
     # -------------------------------------------------------------------------------- the cluster
 
     def place(self) -> None:
-        """Gives waiting workers whatever room there is."""
-        for node in self.nodes:
-            if node.draining or node.gone:
+        """Gives waiting workers whatever room there is. A unit is placed as one, and keeps its place while any of its
+        workers lives."""
+        tensor = self.config.tensor
+        for worker in list(self._pending):
+            unit = worker.slot // tensor
+            node = self._unit_nodes().get(unit)
+            if node is None:
+                node = next((node for node in self.nodes if self._has_room(node)), None)
+            elif sum(1 for w in self.workers.values() if w.alive and w.id.slot // tensor == unit) >= tensor:
                 continue
+            if node is not None and not node.gone:
+                self._pending.remove(worker)
+                self._start(worker, node)
+
+    def _unit_nodes(self) -> dict[int, Node]:
+        return {w.id.slot // self.config.tensor: w.node for w in self.workers.values() if w.alive}
+
+    def _has_room(self, node: Node) -> bool:
+        tensor = self.config.tensor
+        if node.draining or node.gone:
+            return False
+        if tensor == 1:
             taken = sum(1 for worker in self.workers.values() if worker.alive and worker.node is node)
-            while taken < node.places and self._pending:
-                self._start(self._pending.pop(0), node)
-                taken += 1
+        else:
+            taken = tensor * sum(1 for placed in self._unit_nodes().values() if placed is node)
+        return taken + tensor <= node.places
 
     def _start(self, worker_id: WorkerId, node: Node) -> None:
         worker = self.workers[worker_id] = Worker(self, worker_id, node)
@@ -704,9 +818,10 @@ class World:
 
     def restore_capacity(self, places: int) -> None:
         """Makes sure that so many workers fit."""
-        have = sum(node.places for node in self.nodes if not node.gone and not node.draining)
+        tensor = self.config.tensor
+        have = sum(node.places // tensor * tensor for node in self.nodes if not node.gone and not node.draining)
         if have < places:
-            self.nodes.append(Node(f"late-{len(self.nodes)}", places - have))
+            self.nodes.append(Node(f"late-{len(self.nodes)}", places - have + tensor - 1))
         self.place()
 
     def announce_fault(self, worker: Worker) -> None:

@@ -11,24 +11,30 @@ import os
 from collections import Counter
 
 import pytest
+from layouts_in_tests import MODEL, layouts
 from simulation import Node, World
 
 from orchestrator.controller.incidents import VOLUNTARY
-from orchestrator.controller.views import ControllerConfig
+from orchestrator.controller.views import ControllerConfig, is_replicated
+from orchestrator.messages import Generation
 
 NUM_HISTORIES = int(os.environ.get("CONTROLLER_HISTORIES", "2000"))
-TIME_LIMIT_S = 400.0
+TIME_LIMIT_S = 900.0
 
 
 def make_world(seed: int) -> World:
     """A cluster, a job and a list of misfortunes, drawn from the seed."""
-    world = World(seed, ControllerConfig(1, 1, 1, 1), [])
+    world = World(seed, ControllerConfig(1, layouts(), 1, 1), [])
     random = world.random
+    tensor, pipeline = random.choice([(1, 1), (1, 1), (1, 2), (1, 4), (2, 1), (2, 2)])
+    shard = random.choice(["none", "optimizer", "parameters"])
+    world.copies = random.choice([1, 2, 2])
     least = random.randint(1, 3)
-    most = random.randint(least, 6)
+    most = random.randint(max(least, tensor * pipeline), 6 if tensor * pipeline == 1 else 8)
+    virtual_workers = most + random.choice([0, 0, 2, 5])
     world.config = ControllerConfig(
         total_steps=random.choice([4, 8, 12, 20, 40, 80]),
-        virtual_workers=most + random.choice([0, 0, 2, 5]),
+        chooser=layouts(virtual_workers, tensor, pipeline, shard),
         min_workers=least,
         max_workers=most,
         standby=random.choice([0, 0, 1, 2]),
@@ -122,7 +128,9 @@ def live(world: World) -> None:
         controller = world.controller
         assert controller is not None
         assert controller.generation is not None
-        assert len(controller.generation.members) == controller.target, (
+        best = world.config.chooser.choose(controller.target, MODEL, 0, controller.generation.layout)
+        assert best is not None
+        assert len(controller.generation.members) == best.num_placed, (
             f"{len(controller.generation.members)} members, {controller.target} wanted, all quiet for 75 s"
         )
     world.run(TIME_LIMIT_S)
@@ -176,6 +184,24 @@ def check(world: World) -> None:
     assert len(world.generations) <= causes, f"{len(world.generations)} generations for {causes} causes"
 
 
+def kinds_of(generation: Generation) -> list[str]:
+    """What there is to a generation."""
+    layout = generation.layout
+    if generation.collect:
+        return ["collect"]
+    said = {
+        "hands over": layout.spares > 0,
+        "rolls": bool(generation.roll_forward),
+        "rolls a part": bool(generation.roll_forward) and not is_replicated(layout),
+        "whole": is_replicated(layout),
+        "parts": not is_replicated(layout),
+        "restore": generation.restore is not None,
+        "tensor": layout.tensor > 1,
+        "pipeline": layout.pipeline > 1,
+    }
+    return [kind for kind, is_so in said.items() if is_so]
+
+
 def history(seed: int, *, loud: bool = False) -> World:
     world = make_world(seed)
     if loud:
@@ -194,6 +220,7 @@ def test_random_histories() -> None:
     """Whatever happens: no step lost that somebody holds, every failure on the books, and the run comes to its end."""
     ends: Counter[str] = Counter()
     incidents: Counter[str] = Counter()
+    met: Counter[str] = Counter()
     failed = []
     for seed in range(NUM_HISTORIES):
         try:
@@ -208,11 +235,15 @@ def test_random_histories() -> None:
         assert world.outcome is not None
         ends[world.outcome.status] += 1
         incidents.update(r["incident"] for r in world.records if r["kind"] == "incident")
-    print(f"{sum(ends.values())} histories: {dict(ends)}, incidents {dict(incidents)}")
+        met.update(kind for generation in world.generations.values() for kind in kinds_of(generation))
+        met["rollback"] += len(world.rollbacks)
+    print(f"{sum(ends.values())} histories: {dict(ends)}, incidents {dict(incidents)}, generations {dict(met)}")
     if failed:
         print(f"failed seeds: {failed}")
         raise first
     assert ends["finished"] > 0.8 * NUM_HISTORIES
+    for kind in ("collect", "hands over", "rolls", "rolls a part", "whole", "parts", "restore", "tensor", "pipeline"):
+        assert met[kind] > 0, f"no history had a generation that {kind}"
     # A history that never meets a kind of trouble proves nothing about it.
     for kind in ("kill", "node", "hang", "stall", "crash", "drain", "grow", "shrink", "controller"):
         assert incidents[kind] > 0, f"no history had a {kind}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from orchestrator.job import Job, JobError, parse_fault
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+LAYOUT_EXAMPLES = {
+    "sharded": (1, 1, "optimizer", "1f1b"),
+    "fsdp": (1, 1, "parameters", "1f1b"),
+    "tensor": (2, 1, "none", "1f1b"),
+    "pipeline": (1, 2, "none", "1f1b"),
+    "tensor-pipeline": (2, 2, "optimizer", "1f1b"),
+    "zero-bubble": (1, 2, "none", "zero-bubble"),
+}
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MINIMAL = """\
 name: tiny
@@ -54,7 +64,8 @@ def test_every_example_loads_and_round_trips(path: Path) -> None:
 
 
 def test_the_examples_are_there() -> None:
-    assert {path.stem for path in EXAMPLES} >= {"quickstart", "text-files", "bf16", "factory", "chaos"}
+    names = {path.stem for path in EXAMPLES}
+    assert names >= {"quickstart", "text-files", "bf16", "factory", "chaos", *LAYOUT_EXAMPLES}
 
 
 def test_quickstart_means_what_it_says() -> None:
@@ -73,6 +84,16 @@ def test_chaos_is_quickstart_with_faults() -> None:
         (30, 2, "hang"),
         (40, 0, "raise"),
     ]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUT_EXAMPLES.items())
+def test_the_examples_of_layouts_are_the_quickstart_in_another_layout(name: str, layout: tuple[object, ...]) -> None:
+    job, quick = (Job.load(ROOT / f"examples/{file}.yaml") for file in (name, "quickstart"))
+    strategy = job.strategy
+    assert (strategy.tensor, strategy.pipeline, strategy.shard, strategy.schedule) == layout
+    # The same numbers, but for the tensor degree.
+    assert (job.digest() == quick.digest()) == (strategy.tensor == 1)
+    assert job.numerics() | {"strategy": None} == quick.numerics() | {"strategy": None}
 
 
 def test_the_example_factory_builds_a_model() -> None:
@@ -203,8 +224,7 @@ monitoring:
         ("checkpoint: {storage: 's3://bucket/x'}", "j:7:23 checkpoint.storage: s3://bucket/x is a URL, which is not"),
         ("faults: [{step: 4, worker: 0, kind: nan, phase: vote}]", "j:7:49 faults.0.phase: kind nan spoils the"),
         ("faults: [{step: 4, worker: 0, kind: kill, seconds: 3}]", "j:7:52 faults.0.seconds: says nothing about kind"),
-        ("strategy: {tensor: 2}", "j:7:20 strategy.tensor: tensor: 2 is not available in this version"),
-        ("strategy: {shard: gradients}", "j:7:19 strategy.shard: shard: gradients is not available in this"),
+        ("strategy: {schedule: 1f2b}", "j:7:22 strategy.schedule: must be one of 1f1b, gpipe, interleaved-1f1b, zero-"),
         ("monitoring: {port: 65536}", "j:7:20 monitoring.port: must be at most 65535, got 65536"),
         ("  clip_norm: .inf", "j:7:14 train.clip_norm: must be a finite number, got the number inf"),
         ("  optimizer: {betas: [0.9]}", "j:7:22 train.optimizer.betas: must be a list of two numbers, got"),
@@ -310,6 +330,162 @@ def test_a_job_made_in_python_is_checked_too() -> None:
 def test_a_job_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Job.loads(MINIMAL).name = "other"  # type: ignore[misc]
+
+
+# Layouts
+
+LAYOUT = """\
+name: tiny
+model: {hf: {model_type: llama, num_hidden_layers: 4, num_attention_heads: 8, num_key_value_heads: 4, vocab_size: 320}}
+data: {source: python-stdlib, sequence_length: 16}
+train: {steps: 40, global_batch: 32}
+elastic: {workers: {min: 4, max: 8}, virtual_workers: 8}
+"""
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "{tensor: 4, shard: optimizer}",
+        "{pipeline: 4}",
+        "{pipeline: 2, schedule: zero-bubble, shard: parameters}",
+        "{pipeline: 2, schedule: interleaved-1f1b}",
+        "{tensor: 2, pipeline: 4, schedule: gpipe, shard: gradients}",
+        "{tensor: 2, reduction: native, shard: optimizer}",
+        "{schedule: zero-bubble}",
+    ],
+)
+def test_every_synchronous_layout_loads(strategy: str) -> None:
+    assert Job.loads(f"{LAYOUT}strategy: {strategy}\n").strategy.update == "synchronous"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "overrides", "expected"),
+    [
+        (
+            "{tensor: 2}", ["elastic.workers.min=3"],
+            "workers.min = 3 must be a multiple of tensor = 2, as a tensor-parallel group works or waits as one; the "
+            "nearest that fit are 2 and 4",
+        ),
+        (
+            "{tensor: 4}", ["elastic.workers={min: 1, max: 8}"],
+            "workers.min = 1 must be a multiple of tensor = 4, as a tensor-parallel group works or waits as one; the "
+            "nearest is 4",
+        ),
+        (
+            "{tensor: 4, pipeline: 4}", [],
+            "workers.max = 8 is less than a replica of tensor 4 x pipeline 4 = 16 workers; raise workers.max to 16, or "
+            "lower pipeline to 2",
+        ),
+        (
+            "{tensor: 2}", ["elastic.workers.max=18"],
+            "virtual_workers = 8 cannot give each of workers.max / (tensor x pipeline) = 18 / 2 replicas a share; "
+            "raise virtual_workers to at least 9 or lower workers.max to 16",
+        ),
+        (
+            "{pipeline: 2}", ["elastic.workers.max=16", "train.global_batch=8"],
+            "a replica has 1 micro-batches, fewer than the 2 stages of the pipeline (schedule 1f1b; global_batch / "
+            "micro_batch = 8 micro-batches over workers.max / (tensor x pipeline) = 16 / 2, 8 replicas); "
+            "global_batch: 16 or workers.max: 8 would fit",
+        ),
+        (
+            "{pipeline: 2, schedule: zero-bubble}", ["elastic.workers.max=16", "train.global_batch=16"],
+            "a replica has 2 micro-batches; zero bubble over 2 stages needs 3 (schedule zero-bubble; global_batch / "
+            "micro_batch = 16 micro-batches over workers.max / (tensor x pipeline) = 16 / 2, 8 replicas); "
+            "global_batch: 24 or workers.max: 8 would fit",
+        ),
+        (
+            "{pipeline: 2, schedule: interleaved-1f1b}", ["elastic.workers.max=16", "train.global_batch=40"],
+            "a replica's 5 micro-batches do not divide into the 2 rounds of 2 stages (schedule interleaved-1f1b; "
+            "global_batch / micro_batch = 40 micro-batches over workers.max / (tensor x pipeline) = 16 / 2, 8 "
+            "replicas); global_batch: 48 would fit",
+        ),
+        (
+            "{pipeline: 5}", [],
+            "pipeline = 5 needs at least 5 layers, num_hidden_layers = 4; pipeline can be at most 4",
+        ),
+        (
+            "{pipeline: 4, schedule: interleaved-1f1b}", [],
+            "pipeline = 4 x 2 parts on each stage (schedule interleaved-1f1b) needs at least 8 layers, "
+            "num_hidden_layers = 4; pipeline can be at most 2",
+        ),
+        (
+            "{tensor: 8}", ["elastic.workers.min=8"],
+            "tensor = 8 does not divide num_key_value_heads = 4; tensor 1 or 2 or 4 would fit",
+        ),
+        (
+            "{tensor: 2}", ["model.hf.vocab_size=321"],
+            "tensor = 2 does not divide vocab_size = 321; tensor 1 would fit, and so would vocab_size: 322",
+        ),
+        (
+            "{tensor: 4}", ["model.hf.hidden_size=102", "model.hf.intermediate_size=250"],
+            "tensor = 4 does not divide hidden_size = 102, intermediate_size = 250; tensor 1 or 2 would fit",
+        ),
+        (
+            "{pipeline: 2}", ["model.hf.tie_word_embeddings=true"],
+            "tie_word_embeddings: true makes the first and the last stage of pipeline = 2 share a tensor; set "
+            "tie_word_embeddings: false or pipeline: 1",
+        ),
+        (
+            "{pipeline: 2, reduction: native}", [],
+            "reduction: native works with pipeline: 1 and shard: none or optimizer, got pipeline = 2 and shard = none; "
+            "set reduction: canonical",
+        ),
+        (
+            "{shard: gradients, reduction: native}", [],
+            "reduction: native works with pipeline: 1 and shard: none or optimizer, got pipeline = 1 and shard = "
+            "gradients; set reduction: canonical",
+        ),
+        (
+            "{tensor: 2, shard: optimizer}", ["train.compile=true"],
+            "compile: true needs a model that is whole on every worker, so tensor: 1, pipeline: 1 and a shard other "
+            "than parameters; got tensor = 2, pipeline = 1, shard = optimizer; set compile: false",
+        ),
+        (
+            "{shard: parameters}", ["train.compile=true"],
+            "compile: true needs a model that is whole on every worker, so tensor: 1, pipeline: 1 and a shard other "
+            "than parameters; got tensor = 1, pipeline = 1, shard = parameters; set compile: false",
+        ),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_is_refused_with_what_would_fit(
+    strategy: str, overrides: list[str], expected: str
+) -> None:
+    line = refused(f"{LAYOUT}strategy: {strategy}\n", overrides=tuple(overrides))
+    assert line.endswith(f" {expected}"), line
+
+
+@quick
+@given(
+    st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 12), st.integers(1, 6),
+    st.sampled_from(["1f1b", "gpipe", "interleaved-1f1b", "zero-bubble"]),
+)  # fmt: skip
+def test_what_is_said_to_fit_fits(
+    tensor: int, pipeline: int, replicas: int, shares: int, micro_batches: int, schedule: str
+) -> None:
+    replicas = min(replicas, shares)
+    overrides = [
+        f"elastic={{workers: {{min: {tensor}, max: {tensor * pipeline * replicas}}}, virtual_workers: {shares}}}",
+        f"train.global_batch={shares * micro_batches}", "model.hf.num_hidden_layers=8",
+    ]  # fmt: skip
+    text = f"{LAYOUT}strategy: {{tensor: {tensor}, pipeline: {pipeline}, schedule: {schedule}}}\n"
+    try:
+        Job.loads(text, overrides=overrides)
+    except JobError as error:
+        found = [re.search(r"replicas\); (.*) would fit", line) for line in str(error).split("\n")]
+        for hint in [hint for each in found if each for hint in each[1].split(" or ")]:
+            field, value = hint.split(": ")
+            section = "train" if field == "global_batch" else "elastic"
+            Job.loads(text, overrides=[*overrides, f"{section}.{field}={value}"])
+
+
+def test_a_layout_of_enormous_numbers_is_refused_at_once() -> None:
+    huge = 2**62
+    text = MINIMAL.replace("llama}", f"llama, num_attention_heads: {huge}, num_hidden_layers: {huge}}}")
+    for schedule in ("1f1b", "interleaved-1f1b", "zero-bubble"):
+        strategy = f"strategy={{tensor: 3, pipeline: {huge}, schedule: {schedule}}}"
+        problems(text, overrides=(strategy, f"elastic={{workers: {{max: {huge}}}, virtual_workers: {huge}}}"))
+        problems(text, overrides=(f"strategy={{pipeline: {huge // 4}}}", f"elastic.workers.max={huge}"))
 
 
 # Options
@@ -422,12 +598,14 @@ def test_file_first_then_options_in_order() -> None:
         "elastic.virtual_workers=16",
         "resources.cpu=2",
         "strategy.reduction=native",
+        "strategy={tensor: 2}",
         "data.shuffle=false",
         "model.hf.hidden_size=8",
     ],
 )
 def test_the_digest_changes_with_the_numbers(override: str) -> None:
-    assert Job.loads(MINIMAL, overrides=[override]).digest() != Job.loads(MINIMAL).digest()
+    job = Job.loads(MINIMAL, overrides=[override, "elastic.workers.min=2"])
+    assert job.digest() != Job.loads(MINIMAL).digest()
 
 
 @pytest.mark.parametrize(
@@ -442,6 +620,9 @@ def test_the_digest_changes_with_the_numbers(override: str) -> None:
         "train.log_every=10",
         "faults=[{step: 1, worker: 0, kind: kill}]",
         "train.optimizer.lr=0.0003",
+        "strategy.pipeline=2",
+        "strategy.shard=parameters",
+        "strategy={pipeline: 2, schedule: zero-bubble}",
     ],
 )
 def test_the_digest_does_not_change_with_the_rest(override: str) -> None:
@@ -453,7 +634,6 @@ def test_the_digest_does_not_change_with_the_rest(override: str) -> None:
 
 # Garbage
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 fields = st.sampled_from(
     ["name", "model", "hf", "factory", "args", "data", "source", "train", "steps", "elastic", "max", "faults"]

@@ -22,8 +22,8 @@ from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.schedule import Schedule, schedules
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.step_time import most_pieces
-from orchestrator.planning.work import SHARDS, Degrees, StateBytes, Work, most_held
-from strategies.layout import ParallelLayout, deal
+from orchestrator.planning.work import Degrees, StateBytes, Work, most_held
+from strategies.layout import SCHEDULES, SHARDS, ParallelLayout, deal
 from strategies.tree import cover
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +190,16 @@ def test_bubbles_are_those_of_the_papers() -> None:
     assert share(Schedule("1f1b", 4)) == share(Schedule("gpipe", 4)) == pytest.approx(3 / 16, rel=1e-3)
     assert share(Schedule("interleaved-1f1b", 4, 2)) == pytest.approx(3 / 32, rel=1e-3)
     assert share(Schedule("zero-bubble", 4, 2)) == 0
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_empty_micro_batches_are_planned_as_the_engine_makes_them_up(kind: str) -> None:
+    from strategies.pipeline import padded_micro_batches
+
+    for stages, wanted in itertools.product(range(2, 9), range(1, 40)):
+        schedule = Schedule(kind, stages)
+        assert schedule.padded(wanted) == padded_micro_batches(kind, stages, wanted)
+        assert not schedule.refuses(schedule.padded(wanted))
 
 
 @quick

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.job import Job
-from orchestrator.job.load import load_to_plan
 from orchestrator.planning.assume import MachineOptions, machine_for
 from orchestrator.planning.command import LimitOptions, limits_of
 from orchestrator.planning.units import PlanError, parse_bytes, parse_counts, parse_rate, parse_seconds, show_runs
-from orchestrator.planning.work import SHARDS
+from strategies.layout import SCHEDULES, SHARDS
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples/quickstart.yaml"
@@ -120,11 +119,14 @@ def test_a_machine_that_cannot_be_is_refused(options: MachineOptions, reason: st
         machine_for(Job.load(QUICKSTART), options)
 
 
-def test_the_job_decides_tensor_and_the_shard_if_it_says_one() -> None:
+def test_the_job_decides_tensor_and_what_else_it_says() -> None:
     silent = limits_of(Job.load(QUICKSTART), LimitOptions())
     assert (silent.tensor, silent.pipeline, silent.shards) == ((1,), None, SHARDS)
-    said = load_to_plan(QUICKSTART, ["strategy.tensor=2", "strategy.shard=gradients"])
+    said = Job.load(QUICKSTART, ["strategy.tensor=2", "strategy.shard=gradients", "elastic.workers.min=2"])
     assert (limits_of(said, LimitOptions()).tensor, limits_of(said, LimitOptions()).shards) == ((2,), ("gradients",))
+    scheduled = Job.load(QUICKSTART, ["strategy={pipeline: 2, schedule: gpipe}"])
+    assert limits_of(scheduled, LimitOptions()).schedules == ("gpipe",)
+    assert limits_of(said, LimitOptions()).schedules == SCHEDULES
     asked = limits_of(said, LimitOptions(tensor="1,4", pipeline="2", shard="parameters,none", schedule="gpipe"))
     assert (asked.tensor, asked.pipeline, asked.shards, asked.schedules) == (
         (1, 4), (2,), ("none", "parameters"), ("gpipe",),

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orchestrator.job import Job, JobError, checks
-from orchestrator.job.load import load_to_plan
+from orchestrator.job import Job
 from orchestrator.planning.model import ModelCosts, describe_model
 from orchestrator.planning.units import PlanError
 from orchestrator.planning.work import work_of
@@ -156,21 +155,11 @@ def test_a_factory_that_cannot_be_planned_says_what_is_missing(name: str, expect
 
 
 def test_the_7b_example_is_what_it_says() -> None:
-    loaded = load_to_plan(ROOT / "examples/llama-7b.yaml", ["strategy.tensor=8", "strategy.shard=parameters"])
+    loaded = Job.load(ROOT / "examples/llama-7b.yaml", ["strategy.tensor=8", "strategy.shard=parameters"])
     assert (loaded.strategy.tensor, loaded.strategy.shard) == (8, "parameters")
     asked = work_of(loaded, small())
     assert (asked.virtual_workers, asked.micro_batches, asked.tokens) == (64, 16, 4096)
     assert (asked.state.weights, asked.state.gradients, asked.state.optimizer) == (4, 4, 8)
-
-
-def test_what_cannot_be_run_yet_can_be_planned_and_still_not_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_NOT_YET", (("strategy.pipeline", 1),))
-    overrides = ["strategy.pipeline=2"]
-    assert load_to_plan(ROOT / "examples/llama-7b.yaml", overrides).strategy.pipeline == 2
-    with pytest.raises(JobError, match="pipeline: 2 is not available"):
-        Job.load(ROOT / "examples/llama-7b.yaml", overrides)
-    with pytest.raises(JobError, match="a multiple of"):
-        load_to_plan(ROOT / "examples/llama-7b.yaml", ["train.global_batch=3"])
 
 
 def small() -> ModelCosts:

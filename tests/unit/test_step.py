@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,18 +13,21 @@ import torch
 from tiny_model import (
     CPU,
     VOCABULARY,
+    TinyModel,
     bits,
     make,
     one_thread,  # noqa: F401 (autouse)
+    settle,
+    state_of,
 )
 from torch import nn
 
 from strategies.compute import LocalGradients, StepSpec
-from strategies.flat import state_digest
-from strategies.groups import Groups, PeerLost
-from strategies.layout import ParallelLayout
+from strategies.groups import PeerLost
+from strategies.holding import Holding
 from strategies.optimizers import ScheduleSpec
-from strategies.step import StepEngine, StepRecord
+from strategies.state import TrainingState, state_digest
+from strategies.step import PHASES, StepEngine, StepRecord
 from strategies.tree import Node, cover
 
 LENGTH = 4
@@ -35,6 +39,19 @@ def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
     return tokens, np.arange(2), 1000 * step + virtual_worker
 
 
+SPEC = StepSpec(
+    seed=1, micro_batch=1, micro_batches=2, tokens_per_batch=0, base_lr=1e-2, schedule=ScheduleSpec("constant")
+)  # fmt: skip
+
+
+def engine_of(state: TrainingState, virtual_workers: int = 4, **changes: object) -> StepEngine:
+    """An engine that has no place yet."""
+    on_phase = changes.pop("on_phase", lambda phase, step: None)
+    assert callable(on_phase)
+    spec = replace(SPEC, tokens_per_batch=virtual_workers * 2 * LENGTH, **changes)  # type: ignore[arg-type]
+    return StepEngine(state, spec, fetch, on_phase)
+
+
 def engine(
     dropout: float = 0.1,
     clip_norm: float | None = 1.0,
@@ -42,20 +59,25 @@ def engine(
     virtual_workers: int = 4,
     native: bool = False,
 ) -> StepEngine:
-    model, state = make(dropout)
-    spec = StepSpec(
-        seed=1,
-        micro_batch=1,
-        tokens_per_batch=virtual_workers * 2 * LENGTH,
-        base_lr=1e-2,
-        schedule=ScheduleSpec("constant"),
-        clip_norm=clip_norm,
-        native_reduction=native,
-    )
-    made = StepEngine(model, state, spec, fetch, on_phase)
-    layout = ParallelLayout(data=1, assignment=(tuple(range(virtual_workers)),))
-    made.bind(Groups(rank=0, world_size=1, device=CPU), layout, 0)
+    state = make(dropout)
+    made = engine_of(state, virtual_workers, clip_norm=clip_norm, native_reduction=native, on_phase=on_phase)
+    begin(made, virtual_workers)
     return made
+
+
+def begin(made: StepEngine, virtual_workers: int = 4) -> None:
+    fabric = settle(made.state, virtual_workers)
+    made.bind(fabric, fabric.layout, 0)
+
+
+def local_of(made: StepEngine) -> LocalGradients:
+    assert made.local is not None
+    return made.local
+
+
+def own_of(made: StepEngine) -> Holding:
+    assert made.state.arrangement.own is not None
+    return made.state.arrangement.own
 
 
 def gradient_of(local: LocalGradients, step: int, index: int, virtual_workers: int = 4) -> torch.Tensor:
@@ -84,22 +106,22 @@ def test_the_same_step_twice_gives_the_same_bits() -> None:
 def test_a_prepared_step_changes_nothing_until_its_commit() -> None:
     ours = engine()
     before = state_digest(ours.state)
-    losses, hashes = ours.prepare(0)
+    ours.prepare(0)
     assert ours.prepared_step == 0
-    vote = ours.vote(0, losses, hashes)
+    vote = ours.vote(0)
     assert state_digest(ours.state) == before
     ours.commit(0, vote.norm)
     assert state_digest(ours.state) != before
     with pytest.raises(RuntimeError, match=r"step 0 is not prepared here \(prepared: None\)"):
-        ours.commit(0)
+        ours.commit(0, vote.norm)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1e-3])
-def test_rolling_forward_without_the_vote_gives_the_same_bits(clip_norm: float | None) -> None:
+def test_rolling_forward_with_another_ranks_vote_gives_the_same_bits(clip_norm: float | None) -> None:
     usual, forward = engine(clip_norm=clip_norm), engine(clip_norm=clip_norm)
-    usual.run(0)
+    record, _ = usual.run(0)
     forward.prepare(0)
-    forward.commit(0)
+    forward.commit(0, record.grad_norm)
     assert state_digest(forward.state) == state_digest(usual.state)
 
 
@@ -108,8 +130,8 @@ def test_dropout_belongs_to_the_virtual_worker_not_to_its_holder() -> None:
     ours = engine(dropout=0.5)
 
     def gradients(order: Sequence[int]) -> dict[int, bytes]:
-        ours.local.discard()
-        return {index: bits(gradient_of(ours.local, 0, index)) for index in order}
+        local_of(ours).discard()
+        return {index: bits(gradient_of(local_of(ours), 0, index)) for index in order}
 
     together = gradients([0, 1, 2, 3])
     assert gradients([3, 1]) == {index: together[index] for index in (3, 1)}
@@ -119,23 +141,24 @@ def test_dropout_belongs_to_the_virtual_worker_not_to_its_holder() -> None:
 
 def test_dropout_differs_from_step_to_step() -> None:
     ours = engine(dropout=0.5)
-    ours.local.fetch = lambda step, index: fetch(0, index)
-    assert bits(gradient_of(ours.local, 0, 0)) != bits(gradient_of(ours.local, 1, 0))
+    local = local_of(ours)
+    local.fetch = lambda step, index: fetch(0, index)
+    assert bits(gradient_of(local, 0, 0)) != bits(gradient_of(local, 1, 0))
 
 
 def test_the_gradient_is_that_of_the_mean_loss_over_the_batch() -> None:
     ours = engine(dropout=0.0)
     ours.prepare(0)
-    reference: nn.Module = copy.deepcopy(ours.local.model)
+    reference: nn.Module = copy.deepcopy(local_of(ours).part.modules[0])
     for parameter in reference.parameters():
         parameter.grad = None
     rows = torch.from_numpy(np.concatenate([fetch(0, index)[0] for index in range(4)]))
     logits = reference(input_ids=rows[:, :-1])
     nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-    for slot in ours.state.slots:
+    for slot in ours.state.space.slots:
         expected = dict(reference.named_parameters())[slot.name].grad
         assert expected is not None
-        ours_here = ours.state.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape)
+        ours_here = own_of(ours).gradient[slot.offset : slot.offset + slot.numel].view(slot.shape)
         assert torch.allclose(ours_here, expected, atol=1e-6), slot.name
 
 
@@ -158,14 +181,15 @@ def test_a_gradient_that_is_never_finite_skips_the_update_and_says_so() -> None:
     ours = engine(on_phase=count)
     ours.run(0)
     before = state_digest(ours.state)
-    usual = ours.local._micro_loss
-    ours.local._loss = lambda rows: usual(rows) * math.nan
+    local = local_of(ours)
+    usual = local._loss
+    local._loss = lambda rows: usual(rows) * math.nan
     record, _ = ours.run(1)
     assert record.skipped
     assert math.isnan(record.grad_norm)
     assert computed == [0, 1, 1], "it is computed twice before it is believed"
     assert state_digest(ours.state) == before
-    ours.local._loss = usual
+    local._loss = usual
     record, _ = ours.run(2)
     assert not record.skipped
     assert math.isfinite(record.loss)
@@ -175,16 +199,17 @@ def test_a_gradient_that_is_never_finite_skips_the_update_and_says_so() -> None:
 def test_clipping_is_that_of_torch(clip_norm: float) -> None:
     clipped = engine(dropout=0.0, clip_norm=clip_norm)
     clipped.prepare(0)
-    parameters = [nn.Parameter(torch.zeros(slot.shape)) for slot in clipped.state.slots]
-    for slot, parameter in zip(clipped.state.slots, parameters, strict=True):
-        parameter.grad = clipped.state.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
+    slots, own = clipped.state.space.slots, own_of(clipped)
+    parameters = [nn.Parameter(torch.zeros(slot.shape)) for slot in slots]
+    for slot, parameter in zip(slots, parameters, strict=True):
+        parameter.grad = own.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     clipped.prepared_step = None
     record, _ = clipped.run(0)
     assert record.grad_norm == pytest.approx(float(norm), rel=1e-5)
-    for slot, parameter in zip(clipped.state.slots, parameters, strict=True):
+    for slot, parameter in zip(slots, parameters, strict=True):
         assert parameter.grad is not None
-        ours = clipped.state.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape)
+        ours = own.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape)
         # torch divides by (norm + 1e-6), we by the norm: "within rounding" is that much.
         assert torch.allclose(ours, parameter.grad, rtol=2e-6 / float(norm) + 1e-5, atol=1e-9)
 
@@ -194,7 +219,7 @@ def test_the_phases_come_in_order_and_their_times_add_up_to_the_step() -> None:
     ours = engine(on_phase=lambda phase, step: seen.append(phase))
     record, _ = ours.run(0)
     assert seen == ["data", "compute"] * 4 + ["reduce", "gather", "vote", "commit"]
-    assert set(record.phase_seconds) == {"data", "compute", "reduce", "gather", "vote", "commit"}
+    assert tuple(record.phase_seconds) == PHASES
     assert sum(record.phase_seconds.values()) <= record.seconds + 1e-3
     assert record.phase_seconds["compute"] > 0
 
@@ -206,18 +231,39 @@ def test_a_pause_is_told_by_the_vote() -> None:
     assert ours.run(1)[1] is True
 
 
-def test_warming_up_changes_no_bit() -> None:
-    ours, usual = engine(), engine()
-    ours.local.warm_up()
+@pytest.mark.parametrize("keep", [True, False])
+def test_warming_up_changes_no_bit(keep: bool) -> None:
+    ours, usual = engine_of(make(0.1)), engine()
+    before = state_digest(ours.state)
+    ours.warm_up(keep=keep)
+    kept = ours.local
+    assert state_digest(ours.state) == before
+    begin(ours)
+    assert (ours.local is kept) == keep, "what the warm-up has allocated is what the first step computes with"
+    for step in range(2):
+        assert numbers(ours.run(step)[0]) == numbers(usual.run(step)[0])
     assert state_digest(ours.state) == state_digest(usual.state)
-    assert numbers(ours.run(0)[0]) == numbers(usual.run(0)[0])
+
+
+class Counting(TinyModel):
+    """Counts its forward passes in a buffer that is part of the state."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.get_buffer("scale").add_(1.0)
+        return super().forward(input_ids)
+
+
+def test_a_model_that_changes_its_buffers_is_refused_when_it_is_warmed_up() -> None:
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match=r"buffer 'scale' in a forward pass.*persistent=False"):
+        engine_of(state_of(Counting())).warm_up(keep=True)
 
 
 def test_native_reduction_on_one_rank_is_close() -> None:
     ours, usual = engine(native=True), engine()
     a, b = ours.run(0)[0], usual.run(0)[0]
     assert a.loss == pytest.approx(b.loss, rel=1e-6)
-    assert torch.allclose(ours.state.weights, usual.state.weights, atol=1e-6)
+    assert torch.allclose(own_of(ours).weights, own_of(usual).weights, atol=1e-6)
 
 
 @pytest.mark.parametrize("virtual_workers", [1, 3, 5, 7])
@@ -234,7 +280,7 @@ class Work:
     """Computes shares of step 0 of eight virtual workers of two micro-batches each, and counts the passes."""
 
     def __init__(self) -> None:
-        self.local = engine(virtual_workers=8).local
+        self.local = local_of(engine(virtual_workers=8))
         self.passes = 0
         self.patience = 10**9
         inner = self.local._loss
@@ -338,8 +384,9 @@ def test_a_step_repeated_after_a_lost_vote_computes_nothing_again() -> None:
             raise PeerLost("a peer is gone")
 
     ours, usual = engine(on_phase=on_phase), engine()
-    inner = ours.local._loss
-    ours.local._loss = lambda rows: (computed.append(1), inner(rows))[1]
+    local = local_of(ours)
+    inner = local._loss
+    local._loss = lambda rows: (computed.append(1), inner(rows))[1]
     with pytest.raises(PeerLost):
         ours.run(0)
     lost.append(False)

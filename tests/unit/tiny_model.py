@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.flat import FlatState
+from strategies.blueprint import Blueprint
+from strategies.fabric import Fabric
+from strategies.layout import ParallelLayout
 from strategies.optimizers import OptimizerSpec
+from strategies.placement import Domain
+from strategies.state import TrainingState
+from strategies.statemap import Spans
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
@@ -47,7 +52,44 @@ class TinyModel(nn.Module):
         return output
 
 
-def make(dropout: float = 0.0, spec: OptimizerSpec | None = None) -> tuple[TinyModel, FlatState]:
-    torch.manual_seed(3)
-    model = TinyModel(dropout)
-    return model, FlatState(model, spec or OptimizerSpec(), CPU)
+def tiny(dropout: float = 0.0, seed: int = 3) -> TinyModel:
+    torch.manual_seed(seed)
+    return TinyModel(dropout)
+
+
+def state_of(model: nn.Module, spec: OptimizerSpec | None = None) -> TrainingState:
+    """The state of step 0 of a model, to which it can go back as often as wanted."""
+    blueprint = Blueprint(model, device=CPU)
+    initial = {name: tensor.clone() for name, tensor in blueprint.initial.items()}
+    return TrainingState(blueprint, spec or OptimizerSpec(), lambda: initial)
+
+
+def make(dropout: float = 0.0, spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:
+    return state_of(tiny(dropout, seed), spec)
+
+
+def settle(state: TrainingState, virtual_workers: int = 1, held: Spans | None = None) -> Fabric:
+    """Brings the state to its place in a layout of one rank."""
+    layout = ParallelLayout(data=1, assignment=(tuple(range(virtual_workers)),))
+    fabric = Fabric(rank=0, layout=layout, device=CPU)
+    here = state.held if held is None else held
+    state.take_place(layout, fabric, [here], [Domain("", "node")], 1, state.updates, lambda: None)
+    return fabric
+
+
+def random_gradient(state: TrainingState, seed: int) -> torch.Tensor:
+    """Random where parameters are, zero in the gaps between them, as backward passes leave it."""
+    gradient = torch.zeros(state.space.size)
+    generator = torch.Generator().manual_seed(seed)
+    for slot in state.space.slots:
+        gradient[slot.offset : slot.offset + slot.numel] = torch.randn(slot.numel, generator=generator)
+    return gradient
+
+
+def update(state: TrainingState, gradient: torch.Tensor, lr: float = 1e-2) -> None:
+    """One update of a state that is all on one rank, as a step commits it."""
+    own = state.arrangement.own
+    assert own is not None
+    own.gradient.copy_(gradient)
+    state.trained(lr)
+    state.moved_on()

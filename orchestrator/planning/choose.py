@@ -1,0 +1,221 @@
+"""Which layout a generation gets: the job's own degrees where they can be had, else what the planner finds best.
+
+Plain numbers in and out, and the same answer for the same question: the controller asks at every change of membership.
+Knows no torch, no Ray and no clock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
+from orchestrator.planning.machine import Machine
+from orchestrator.planning.model import ModelCosts
+from orchestrator.planning.schedule import NO_PIPELINE, Schedule, chunks_of
+from orchestrator.planning.search import Limits, Plan, Planner
+from orchestrator.planning.units import PlanError, show_bytes
+from orchestrator.planning.work import ADAMW, Degrees, StateBytes, Work, state_bytes
+from strategies.layout import ParallelLayout, deal, deal_in_turn
+
+if TYPE_CHECKING:
+    from orchestrator.job import Job
+
+
+class NoLayoutFits(PlanError):
+    """No layout of so many workers fits in their memory. `fits_from`: the fewest with which one would; None: none."""
+
+    def __init__(self, text: str, fits_from: int | None) -> None:
+        # All arguments go to BaseException, so that its own pickling rebuilds the error.
+        super().__init__(text, fits_from)
+        self.text, self.fits_from = text, fits_from
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class LayoutChooser:
+    """What a job says about its layout, and what is needed to compare others with it.
+
+    The tensor degree and the shard never change. The pipeline degree is the job's whenever whole pipelines of it use
+    every worker; otherwise it is what the planner predicts to be fastest, with the job's kind of schedule.
+    """
+
+    tensor: int
+    pipeline: int
+    shard: str
+    schedule: str
+    virtual_workers: int
+    micro_batches: int
+    """Of each virtual worker."""
+    max_workers: int
+    tokens: int = 1024
+    """Of a micro-batch."""
+    state: StateBytes = ADAMW
+    state_copies: int = 2
+    canonical: bool = True
+    machine: Machine = CPU_CORE
+    """What ranks and links are assumed to do; only what it says relative to itself matters."""
+
+    @classmethod
+    def for_job(cls, job: Job) -> LayoutChooser:
+        strategy = job.strategy
+        return cls(
+            tensor=strategy.tensor,
+            pipeline=strategy.pipeline,
+            shard=strategy.shard,
+            schedule=strategy.schedule,
+            virtual_workers=job.elastic.virtual_workers,
+            micro_batches=job.micro_batches_per_virtual_worker,
+            max_workers=job.elastic.workers.max,
+            tokens=job.train.micro_batch * job.data.sequence_length,
+            state=state_bytes(job),
+            state_copies=job.elastic.state_copies,
+            canonical=strategy.reduction == "canonical",
+            machine=machine_for(job, MachineOptions())[0],
+        )
+
+    @property
+    def most_workers(self) -> int:
+        """The most workers that can have something to do: a replica for each virtual worker, up to `workers.max`."""
+        return min(self.max_workers, self.virtual_workers * self.pipeline * self.tensor)
+
+    def choose(
+        self, workers: int, costs: ModelCosts | None, memory_bytes: int, current: ParallelLayout | None
+    ) -> ParallelLayout | None:
+        """The layout for at most `workers` ranks; None when they are fewer than a tensor-parallel group needs.
+
+        `costs` describes the model; without it there is nothing to cut a pipeline by, and one stage has everything.
+        `memory_bytes` is what a worker has, 0 when that is not known. Among layouts that are predicted to be equally
+        fast the one that moves least from `current` is taken, and a rank is left idle rather than slow the others down.
+
+        Raises NoLayoutFits when none fits in memory, and PlanError when the model cannot be split as the job asks.
+        """
+        if workers < self.tensor:
+            return None
+        if self.pipeline == 1 or costs is None:
+            data = min(workers // self.tensor, self.virtual_workers)
+            return self._layout(Degrees(data, self.tensor, Schedule(NO_PIPELINE, 1), self.shard), ())
+        planner = self._planner(costs, memory_bytes)
+        self._check_model(planner)
+        plan = self._own(planner, workers) or self._best(planner, workers, current)
+        if plan is None:
+            raise self._nothing_fits(planner, workers)
+        return self._layout(plan.degrees, plan.layers)
+
+    def _planner(self, costs: ModelCosts, memory_bytes: int) -> Planner:
+        per_node = max(self.machine.ranks_per_node, self.tensor)
+        if costs.heads is None:
+            # A module of the user's own that says how it is split need not have heads to count.
+            costs = replace(costs, heads=self.tensor, key_value_heads=self.tensor)
+        work = Work(
+            costs, self.virtual_workers, self.micro_batches, self.tokens, self.state, self.state_copies, self.canonical
+        )
+        machine = replace(self.machine, memory_bytes=memory_bytes or None, ranks_per_node=per_node)
+        limits = Limits(
+            tensor=(self.tensor,),
+            shards=(self.shard,),
+            schedules=(self.schedule,),
+            chunks=(1, chunks_of(self.schedule)),
+        )
+        return _planner(work, machine, limits)
+
+    def _check_model(self, planner: Planner) -> None:
+        refused = planner.refuses_tensor(self.tensor)
+        if refused:
+            raise PlanError(refused)
+        if planner.work.model.tied:
+            raise PlanError(
+                f"pipeline {self.pipeline} cannot share the {planner.work.model.tied:,} elements of a tied embedding "
+                "between its first and last stage; set model.hf.tie_word_embeddings: false or strategy.pipeline: 1"
+            )
+
+    def _own(self, planner: Planner, workers: int) -> Plan | None:
+        """The job's own degrees, if they use every worker and fit."""
+        data, over = divmod(workers, self.tensor * self.pipeline)
+        schedule = Schedule(self.schedule, self.pipeline, chunks_of(self.schedule))
+        if over or not 1 <= data <= self.virtual_workers or schedule.parts > planner.work.model.layers:
+            return None
+        plan = planner.predict(Degrees(data, self.tensor, schedule, self.shard), workers)
+        usable = planner.machine.usable_bytes
+        return plan if usable is None or plan.memory.total <= usable else None
+
+    def _best(self, planner: Planner, workers: int, current: ParallelLayout | None) -> Plan | None:
+        """The planner's choice; with empty micro-batches in the pipeline only if nothing else fits."""
+        before = None if current is None else _degrees_of(current)
+        for each in (planner, _with_padding(planner)):
+            plans = each.best(workers, keep=1, current=before)
+            if plans:
+                return plans[0]
+        return None
+
+    def _nothing_fits(self, planner: Planner, workers: int) -> NoLayoutFits:
+        padded = _with_padding(planner)
+        ranks = workers // self.tensor
+        found = [
+            padded.least_memory(self.tensor, schedule, self.shard, ranks) for schedule in padded.schedules_within(ranks)
+        ]
+        memory, degrees = min((each for each in found if each), key=lambda each: each[0].total)
+        usable = planner.machine.usable_bytes
+        assert usable is not None, "without a limit one stage always fits"
+        enough = self._fewest_that_fit(planner, workers)
+        hint = (
+            f"{enough} workers would be enough"
+            if enough
+            else f"no number up to workers.max = {self.max_workers} would be enough"
+        )
+        return NoLayoutFits(
+            f"no layout of {workers} workers fits in memory: with tensor {self.tensor}, shard {self.shard} and "
+            f"schedule {self.schedule} a worker needs {show_bytes(memory.total)} at the least (data {degrees.data}, "
+            f"pipeline {degrees.pipeline}), {show_bytes(usable)} are usable; {hint}",
+            enough,
+        )
+
+    def _fewest_that_fit(self, planner: Planner, too_few: int) -> int | None:
+        # More workers never rule a layout out, so the counts that fit are the last ones.
+        counts = range(too_few - too_few % self.tensor, self.max_workers + 1, self.tensor)
+        index = bisect_left(counts, True, lo=1, key=lambda count: self._best(planner, count, None) is not None)
+        return counts[index] if index < len(counts) else None
+
+    def _layout(self, degrees: Degrees, layers: tuple[int, ...]) -> ParallelLayout:
+        # What is sharded while it is computed is added up as it comes: owners fold early when neighbours come together.
+        in_turn = self.shard in ("gradients", "parameters")
+        dealt = (
+            deal_in_turn(self.virtual_workers, degrees.data)
+            if in_turn
+            else deal(self.virtual_workers, [1.0] * degrees.data)
+        )
+        parts = blocks_of(layers) if degrees.pipeline > 1 else ()
+        return ParallelLayout(
+            degrees.data, dealt, self.tensor, degrees.pipeline, self.shard, self.schedule, parts
+        )  # fmt: skip
+
+
+def blocks_of(layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The blocks of model parts with so many decoder layers each: the embedding is block 0, the norm and head the last.
+
+    >>> blocks_of((2, 1))
+    ((0, 3), (3, 5))
+    """
+    stops = [1 + layer for layer in accumulate(layers)]
+    return tuple(pairwise([0, *stops[:-1], stops[-1] + 1]))
+
+
+@lru_cache(maxsize=16)
+def _planner(work: Work, machine: Machine, limits: Limits) -> Planner:
+    # A planner keeps how it has cut the model, which is most of its work.
+    return Planner(work, machine, limits)
+
+
+def _with_padding(planner: Planner) -> Planner:
+    return _planner(planner.work, planner.machine, replace(planner.limits, padded=True))
+
+
+def _degrees_of(layout: ParallelLayout) -> Degrees:
+    chunks = len(layout.parts) // layout.pipeline if layout.pipeline > 1 else 1
+    kind = layout.schedule if layout.pipeline > 1 else NO_PIPELINE
+    return Degrees(layout.data, layout.tensor, Schedule(kind, layout.pipeline, chunks), layout.shard)

@@ -1,0 +1,357 @@
+"""A network without its weights: its blocks, its slots, how it is split over ranks, and the modules that compute it.
+
+Where a network can be cut and split is its own statement, in the vocabulary of transformers: `pp_plan` names, in order,
+the modules from the token embedding over the list of layers to the head; `tp_plan` gives modules, by pattern, a style
+of tensor parallelism. A module of a user's own may have the same two attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from strategies.randomness import uninstall
+from strategies.space import Space
+
+_SPLIT: dict[str, tuple[int, int, int | None]] = {
+    "colwise": (0, 1, 0),
+    "colwise_rep": (0, 1, 0),
+    "colwise_gather_output": (0, 1, 0),
+    "rowwise": (1, 0, None),
+    "rowwise_split_input": (1, 0, None),
+    "embedding_rowwise": (1, 0, None),
+    "embedding_colwise": (0, 1, None),
+}
+"""The dimension that each style splits: of a Linear's weight, of an Embedding's weight, of a bias."""
+_REDUCED = ("replicated_with_grad_allreduce",)
+"""Styles of modules that are whole everywhere but see a part of the activations only: their gradients are added up."""
+
+
+class Activations(NamedTuple):
+    """Shapes and types of what a layer, and the whole model, gives for one micro-batch."""
+
+    hidden_shape: torch.Size
+    hidden_dtype: torch.dtype
+    logits_shape: torch.Size
+    logits_dtype: torch.dtype
+
+
+class PassThrough(nn.Module):
+    """Stands where another pipeline stage has a module: gives its first argument back."""
+
+    def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return value
+
+
+class Blueprint:
+    """See the module. Takes `model` over: its trained parameters lose their values to `initial`, on the CPU.
+
+    `constants` are frozen parameters and persistent buffers, which all ranks have. Raises ValueError for models whose
+    buffers change in training, that train nothing, or that cannot be split over `tensor` ranks.
+    """
+
+    def __init__(self, model: nn.Module, *, tensor: int = 1, device: torch.device | None = None) -> None:
+        _refuse_running_statistics(model)
+        self.device = torch.device("cpu") if device is None else device
+        self.model = model
+        self.tensor = tensor
+        self.cannot_cut, self.before, self.layers, self.after = _read_plan(model)
+        self.styles = _read_styles(model) if tensor > 1 else {}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("the model has no parameter that requires a gradient; nothing to train")
+        self._sites = _sites(model, dict(trained))
+        if tensor > 1:
+            self._refuse_shared("tensor", tensor)
+        self.space = Space.of(
+            ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor
+        )
+        self.initial_shapes = {name: p.shape for name, p in trained}
+        self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        persistent = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+        self.release(model)
+        _move(model, self.device)
+        self.constants = {name: tensor.data for name, tensor in sorted((frozen | persistent).items())}
+
+    # ------------------------------------------------------------------------------------ what it is made of
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layer_list(self.model)) if self.layers else 0
+
+    def _block_of(self, name: str) -> int:
+        """0 for the embedding, then the layers, then norm and head; all 0 where that is not known."""
+        if self.layers is None:
+            return 0
+        if name.startswith(self.layers + "."):
+            return 1 + int(name[len(self.layers) + 1 :].split(".")[0])
+        if any(name == site or name.startswith(site + ".") for site in self.before):
+            return 0
+        return 1 + self.num_layers
+
+    def _dim_of(self, name: str) -> int | None:
+        owner, _, key = name.rpartition(".")
+        style = self.styles.get(owner)
+        if style is None or style in _REDUCED:
+            return None
+        linear, embedding, bias = _SPLIT[style]
+        if key == "bias":
+            return bias
+        return embedding if isinstance(self.model.get_submodule(owner), nn.Embedding) else linear
+
+    def _refuse_shared(self, what: str, degree: int) -> None:
+        shared = [name for name, sites in self._sites.items() if len(sites) > 1]
+        if shared:
+            raise ValueError(
+                f"{what} {degree} cannot be used with parameters that two modules share: {', '.join(shared)}. "
+                "Untie them (for transformers: tie_word_embeddings: false)"
+            )
+
+    def check_pipeline(self, stages: int) -> None:
+        """Raises ValueError when the network cannot be cut into stages."""
+        if self.cannot_cut:
+            raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {self.cannot_cut}")
+        self._refuse_shared("pipeline", stages)
+
+    def blocks(self, module: nn.Module) -> list[nn.Module]:
+        """The layers that `module` (the model, or a stage of it) has; the model's largest list where it has no plan."""
+        if self.layers is not None:
+            return [layer for layer in self._layer_list(module) if not isinstance(layer, PassThrough)]
+        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+        return list(max(lists, key=len, default=[]))
+
+    def numbered_layers(self, module: nn.Module) -> list[tuple[int, nn.Module]]:
+        """(number, layer) for those that `module` has; none where the model has no plan."""
+        if self.layers is None:
+            return []
+        layers = self._layer_list(module.module if isinstance(module, Stage) else module)
+        return [(number, layer) for number, layer in enumerate(layers) if not isinstance(layer, PassThrough)]
+
+    def _layer_list(self, module: nn.Module) -> nn.ModuleList:
+        found = module.get_submodule(self.layers or "")
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    # ------------------------------------------------------------------------------------ modules
+
+    def whole(self) -> nn.Module:
+        """The model itself; its trained parameters have no memory until they are bound."""
+        return self.model
+
+    def stage(self, run: tuple[int, int] | None) -> nn.Module:
+        """A copy with the blocks start..stop only (None: all). Constants are shared, parameters have no memory.
+
+        Takes token ids when it has the embedding, otherwise hidden states; gives logits when it has the head,
+        otherwise hidden states.
+        """
+        shared: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in self.model.buffers()}
+        for parameter in self.model.parameters():
+            empty = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
+            shared[id(parameter)] = empty if parameter.requires_grad else parameter
+        module: nn.Module = copy.deepcopy(self.model, shared)  # type: ignore[arg-type]
+        for part in module.modules():
+            uninstall(part)
+        if run is None:
+            return module
+        start, stop = run
+        last = 1 + self.num_layers
+        layers = self._layer_list(module)
+        for index in range(len(layers)):
+            if not start <= index + 1 < stop:
+                layers[index] = PassThrough()
+        if start > 0:
+            for name in self.before:
+                _replace(module, name)
+        if stop <= last:
+            for name in self.after:
+                _replace(module, name)
+        return Stage(module, first=start == 0)
+
+    def activations(self, batch: int, length: int, context: contextlib.AbstractContextManager[Any]) -> Activations:
+        """What stages hand on for so many token ids, found without computing anything: forward passes run in `context`
+        (autocast). Raises ValueError when the model cannot be traced."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        hidden: list[torch.Tensor] = []
+        layer = self._layer_list(self.model)[0]
+        handle = layer.register_forward_hook(lambda module, arguments, output: hidden.append(output))
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(), context:
+                fake = {
+                    f"{owner}.{key}" if owner else key: torch.empty(self.initial_shapes[name], device=self.device)
+                    for name, sites in self._sites.items() for owner, key in sites
+                }  # fmt: skip
+                tokens = torch.zeros((batch, length), dtype=torch.int64, device=self.device)
+                output = torch.func.functional_call(self.model, fake, kwargs={"input_ids": tokens})
+                logits = output if isinstance(output, torch.Tensor) else output.logits
+                if not hidden or not isinstance(hidden[0], torch.Tensor):
+                    raise ValueError(f"the layers of {type(self.model).__name__} do not hand on one tensor")
+                return Activations(hidden[0].shape, hidden[0].dtype, logits.shape, logits.dtype)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{type(self.model).__name__} cannot be traced: {error}") from error
+        finally:
+            handle.remove()
+
+    def bind(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Puts parameters (by name) into a module made by this blueprint."""
+        inner = module.module if isinstance(module, Stage) else module
+        for name, parameter in parameters.items():
+            for owner, key in self._sites[name]:
+                inner.get_submodule(owner)._parameters[key] = parameter
+
+    def release(self, module: nn.Module) -> None:
+        """Takes the memory of the trained parameters from a module."""
+        for name, sites in self._sites.items():
+            current = module.get_submodule(sites[0][0])._parameters[sites[0][1]]
+            assert current is not None
+            empty = nn.Parameter(torch.empty(current.shape, dtype=torch.float32, device="meta"))
+            self.bind(module, {name: empty})
+
+    def parallelize(self, module: nn.Module, mesh: Any) -> None:
+        """Splits a module over a tensor-parallel mesh by the model's plan; to be bound afterwards."""
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        inner = module.module if isinstance(module, Stage) else module
+        plan = {}
+        for owner, style in self.styles.items():
+            try:
+                target = inner.get_submodule(owner)
+            except AttributeError:
+                continue  # Another stage's.
+            if not isinstance(target, PassThrough) and style not in _REDUCED:
+                plan[owner] = _parallel_style(style, target)
+        parallelize_module(inner, mesh, plan, src_data_rank=None)
+
+    def is_reduced(self, name: str) -> bool:
+        """Whether a parameter's gradient is only this coordinate's part of it."""
+        return self.styles.get(name.rpartition(".")[0]) in _REDUCED
+
+
+class Stage(nn.Module):
+    """The model, cut down to some of its blocks, as a function of one tensor."""
+
+    def __init__(self, module: nn.Module, *, first: bool) -> None:
+        super().__init__()
+        self.module = module
+        takes = inspect.signature(module.forward).parameters
+        self.argument = "inputs_embeds" if not first and "inputs_embeds" in takes else "input_ids"
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [batch, length] or hidden states [batch, length, width] to hidden states or logits."""
+        output = self.module(**{self.argument: value})
+        return _not_a_view(output if isinstance(output, torch.Tensor) else output.logits)
+
+
+def _not_a_view(output: torch.Tensor) -> torch.Tensor:
+    """The same values as a tensor of its own: pipelining lets go of a stage's graph by detaching its output in place,
+    which views do not allow. (Transformers gives a view of all hidden states.)"""
+    base = output._base
+    if base is None:
+        return output
+    same = base.shape == output.shape and base.stride() == output.stride() and base.grad_fn is not None
+    return base if same else output.clone()
+
+
+def _replace(module: nn.Module, name: str) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(module.get_submodule(owner), key, PassThrough())
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Everything but the trained parameters, which have no memory, to the device."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
+
+
+def _sites(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[str, str]]]:
+    names = {id(parameter): name for name, parameter in trained.items()}
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in trained}
+    for owner, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in names:
+                found[names[id(parameter)]].append((owner, key))
+    return found
+
+
+def _refuse_running_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None:
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) keeps running statistics, which depend on which rank "
+                "saw which data; use a normalisation without them (layer, group or RMS norm)"
+            )
+
+
+def _read_plan(model: nn.Module) -> tuple[str, tuple[str, ...], str | None, tuple[str, ...]]:
+    """(why it cannot be cut, modules before the layers, the list of layers, modules after them)."""
+    plan: Iterable[str] | None = getattr(model, "pp_plan", None)
+    if not plan:
+        return f"{type(model).__name__} has no pp_plan that names its embedding, layers, norm and head", (), None, ()
+    names = [name for name in plan if _has(model, name)]
+    lists = [name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)]
+    if len(lists) != 1:
+        return f"the pp_plan of {type(model).__name__} names {len(lists)} lists of layers, not one", (), None, ()
+    layers = lists[0]
+    # A head comes last, wherever the plan has it.
+    depth = layers.count(".")
+    inner = [name for name in names if name.count(".") >= depth]
+    outer = [name for name in names if name.count(".") < depth]
+    at = inner.index(layers)
+    return "", tuple(inner[:at]), layers, (*inner[at + 1 :], *outer)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _read_styles(model: nn.Module) -> dict[str, str]:
+    """The style of every module that the model's plan splits. Raises ValueError where it has none or an unknown one."""
+    plan: Mapping[str, str] | None = getattr(model, "tp_plan", None)
+    if not plan:
+        raise ValueError(
+            f"{type(model).__name__} has no tp_plan, which says how its modules are split: use tensor: 1, or a model "
+            "with one (the decoder models of transformers have it; a model.factory may give its module one)"
+        )
+    patterns = [(re.compile(re.escape(p).replace(r"\*", r"[^.]+")), style) for p, style in plan.items()]
+    styles = {}
+    for name, module in model.named_modules():
+        style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
+        if style is None or not list(module.parameters(recurse=False)):
+            continue
+        if style not in _SPLIT and style not in _REDUCED:
+            known = ", ".join((*_SPLIT, *_REDUCED))
+            raise ValueError(
+                f"the tp_plan gives {name} the style {style!r}, which is not supported; supported: {known}"
+            )
+        styles[name] = style
+    return styles
+
+
+def _parallel_style(style: str, module: nn.Module) -> Any:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    if style in ("embedding_rowwise", "rowwise_split_input"):
+        return RowwiseParallel(input_layouts=Replicate())
+    if style == "rowwise":
+        return RowwiseParallel()
+    if style == "colwise":
+        return ColwiseParallel()
+    return ColwiseParallel(output_layouts=Replicate())

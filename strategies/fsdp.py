@@ -1,0 +1,206 @@
+"""Sharded parameters (ZeRO stage 3), on FSDP2 (torch.distributed.fsdp.fully_shard).
+
+FSDP2 gathers a block's parameters before it is computed and hands its gradients out after. What it communicates with is
+ours: the gather is an all-to-all (with gloo much faster than its all-gather), and in place of a reduce-scatter every
+owner is sent its rows from every replica, to add them up per virtual worker and along the tree. All replicas make the
+same backward passes, one virtual worker each at a time; one that has fewer computes made-up work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from strategies.blueprint import Blueprint, Stage
+from strategies.fabric import Fabric
+from strategies.groups import Groups
+from strategies.holding import Holding
+from strategies.layout import ParallelLayout
+from strategies.part import Runs
+from strategies.reduction import TreeSum
+from strategies.space import Slot, Strip
+
+
+class ShardedPart:
+    """The model parts of a rank, of whose parameters it has only its rows. Looks like a `Part` to what computes."""
+
+    def __init__(self, blueprint: Blueprint, runs: Runs, fabric: Fabric) -> None:
+        self.blueprint = blueprint
+        self.runs = None if runs is None else tuple(runs)
+        self.device = blueprint.device
+        self.modules: list[nn.Module] = [
+            blueprint.stage(run) for run in (self.runs if self.runs is not None else [None])
+        ]
+        self.groups: list[list[_Group]] = []
+        for module in self.modules:
+            if fabric.layout.tensor > 1:
+                blueprint.parallelize(module, fabric.mesh["tensor"])
+            inner: nn.Module = module.module if isinstance(module, Stage) else module
+            self.groups.append(self._shard(inner, fabric))
+            module.train()
+
+    def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
+        blocks = self.blueprint.blocks(inner)
+        for block in (*blocks, inner):
+            fully_shard(block, mesh=fabric.mesh["data"])
+        inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
+        # Transformers returns a view of the logits, of which nothing here makes anything in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        names = {id(parameter): name for name, parameter in inner.named_parameters()}
+        slots = {slot.name: slot for slot in self.blueprint.space.slots}
+        groups = []
+        sharded: list[Any] = [*blocks, inner]
+        for block in sharded:
+            group = block._get_fsdp_state()._fsdp_param_group
+            if group is None:
+                continue
+            params = group.fsdp_params
+            entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
+            groups.append(_Group(entries, fabric.plane))
+            block.set_custom_all_gather(_Gather(fabric.plane))
+            block.set_custom_reduce_scatter(groups[-1])
+            block.set_gradient_divide_factor(1.0)
+        return groups
+
+    def rows(self) -> Iterator[tuple[Slot, Any, _Group, int]]:
+        """(slot, FSDP2's parameter, its group, where its rows are in the group's slice) of all parameters."""
+        for groups in self.groups:
+            for group in groups:
+                offset = 0
+                for slot, parameter in group.entries:
+                    yield slot, parameter, group, offset
+                    offset += parameter.padded_sharded_param_size.numel()
+
+    def load(self, holding: Holding, strip: Strip) -> None:
+        """Takes this rank's rows of the weights from what it trains."""
+        with torch.no_grad():
+            for slot, parameter, _, _ in self.rows():
+                local = parameter.sharded_param._local_tensor.view(-1)
+                for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+                    local[:length].copy_(holding.weights[offset : offset + length])
+
+    def unload(self, gradient: torch.Tensor, strip: Strip) -> None:
+        """Puts this rank's rows of the reduced gradient into `gradient` [strip.size]."""
+        for slot, _, group, start in self.rows():
+            for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+                gradient[offset : offset + length].copy_(group.total()[start : start + length])
+
+    def close(self) -> None:
+        """Gives the modules up."""
+        self.modules, self.groups = [], []
+
+
+class _Gather(AllGather):
+    """An all-gather as an all-to-all of as many copies as there are ranks."""
+
+    def __init__(self, plane: Groups) -> None:
+        self._plane = plane
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> None:
+        ranks, length = self._plane.world_size, input_tensor.numel()
+        copies = input_tensor.reshape(1, -1).expand(ranks, -1).reshape(-1)
+        self._plane.all_to_all(output_tensor.view(-1), copies, [length] * ranks, [length] * ranks)
+
+
+class _Group(ReduceScatter):
+    """What FSDP2 treats as one: a block's parameters. Adds up this rank's rows of their gradients."""
+
+    def __init__(self, entries: list[tuple[Slot, Any]], plane: Groups) -> None:
+        self.entries = entries
+        self._plane = plane
+        self._length = sum(p.padded_sharded_param_size.numel() for _, p in entries)
+        self._pool: list[torch.Tensor] = []
+        self._open: dict[int, torch.Tensor] = {}
+        self._workers: list[tuple[int, int]] = []
+        self._sums: TreeSum | None = None
+        self.is_spoiled = False
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def start(self, virtual_workers: int) -> None:
+        """A step begins."""
+        self._pool += self._open.values()
+        self._open = {}
+        if self._sums is not None:
+            self._sums.clear()
+        self._sums = TreeSum(virtual_workers, self._pool)
+        for _, parameter in self.entries:
+            parameter.sharded_param.grad = None
+
+    def expect(self, workers: list[tuple[int, int]]) -> None:
+        """The next backward pass is of these (replica, virtual worker); other replicas' work is made up."""
+        self._workers = workers
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        ranks, length = self._plane.world_size, self._length
+        if input_tensor.numel() != ranks * length:
+            names = ", ".join(slot.name for slot, _ in self.entries[:3])
+            raise RuntimeError(f"a parameter of {names}, ... got no gradient; shard: parameters needs one for each")
+        if self.is_spoiled:
+            input_tensor.fill_(torch.nan)
+            self.is_spoiled = False
+        received = torch.empty_like(input_tensor)
+        self._plane.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)
+        parts = received.split(length) if length else [received] * ranks
+        for replica, worker in self._workers:
+            if worker not in self._open:
+                own = self._pool.pop() if self._pool else torch.empty(length, device=received.device)
+                self._open[worker] = own.zero_()
+            self._open[worker].add_(parts[replica])
+        output_tensor.zero_()
+
+    def finish(self) -> None:
+        """The virtual workers of the last backward pass are complete."""
+        assert self._sums is not None
+        for _, worker in self._workers:
+            self._sums.add((worker, worker + 1), self._open.pop(worker))
+
+    def total(self) -> torch.Tensor:
+        """The sum over all virtual workers of this rank's rows, padding included."""
+        assert self._sums is not None
+        return self._sums.total()
+
+
+class ShardedCollector:
+    """Tells the groups of a rank's model parts whose gradients they are given."""
+
+    computes_all = True
+
+    def __init__(self, part: ShardedPart, layout: ParallelLayout, micro_batches: int) -> None:
+        self.num_rounds = max(len(held) for held in layout.assignment)
+        self._part = part
+        self._layout = layout
+        self._micro_batches = micro_batches
+
+    def start(self) -> None:
+        for groups in self._part.groups:
+            for group in groups:
+                group.start(self._layout.virtual_workers)
+
+    def begin(self, number: int, micro: int, module: int) -> None:
+        dealt = enumerate(self._layout.assignment)
+        workers = [(replica, held[number]) for replica, held in dealt if number < len(held)]
+        for group in self._part.groups[module]:
+            group.expect(workers)
+
+    def end(self, number: int, micro: int, module: int) -> None:
+        if micro + 1 == self._micro_batches:
+            for group in self._part.groups[module]:
+                group.finish()
+
+    def spoil(self) -> None:
+        self._part.groups[0][0].is_spoiled = True

@@ -1,0 +1,178 @@
+"""A replica's share of a step when its model is cut into pipeline stages, on torch.distributed.pipelining.
+
+The schedules and the exchange of activations are torch's. Ours is that the gradient of each virtual worker is set
+apart: its micro-batches are neighbours in the schedule, and before each backward pass the collector is told which one
+it is for. Sources of the schedules: docs/layouts.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from strategies.blueprint import Activations
+from strategies.compute import Enter, Fetch, StepSpec, streams_for
+from strategies.fabric import Fabric
+from strategies.fsdp import ShardedPart
+from strategies.layout import ParallelLayout, Place, parts_of
+from strategies.part import Part
+from strategies.rounds import Collector
+
+_SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved-1f1b": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleZBVZeroBubble,
+}
+
+
+def padded_micro_batches(schedule: str, stages: int, wanted: int) -> int:
+    """The fewest micro-batches, from `wanted` on, that a schedule over `stages` can work with; the rest are made up."""
+    count = max(wanted, 2 * stages - 1 if schedule == "zero-bubble" else stages)
+    while schedule == "interleaved-1f1b" and count % max(1, count // stages):
+        count += 1
+    return count
+
+
+class PipelineGradients:
+    """Computes this rank's stage of its replica. `losses` are known on the last stage only, `hashes` on all."""
+
+    def __init__(
+        self,
+        part: Part | ShardedPart,
+        spec: StepSpec,
+        fetch: Fetch,
+        collector: Collector,
+        layout: ParallelLayout,
+        place: Place,
+        fabric: Fabric,
+    ) -> None:
+        self.part = part
+        self.spec = spec
+        self.fetch = fetch
+        self.collector = collector
+        self.held = layout.assignment[place.data]
+        self.losses: dict[int, torch.Tensor] = {}
+        self.hashes: dict[int, int] = {}
+        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self.check: Callable[[], None] = lambda: None
+        numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), place.stage)
+        self.is_first = 0 in numbers
+        self.is_last = len(layout.parts) - 1 in numbers
+        group = fabric.mesh.get_group("pipeline")
+        self._stages = []
+        length = fetch(0, 0)[0].shape[1] - 1
+        shapes = part.blueprint.activations(spec.micro_batch, length, spec.autocast(part.device))
+        for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
+            stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, shapes, length)
+            self._stages.append(stage)
+        rounds = collector.num_rounds if collector.computes_all else len(self.held)
+        self.num_micro_batches = padded_micro_batches(layout.schedule, layout.pipeline, rounds * spec.micro_batches)
+        # A virtual worker that is not there at all, or in part, is made up of another's tokens.
+        made_up = -(-self.num_micro_batches // spec.micro_batches) - len(self.held)
+        self._numbers = (*self.held, *([0] * max(0, made_up)))
+        kind = _SCHEDULES[layout.schedule]
+        stages = self._stages if layout.schedule in ("interleaved-1f1b", "zero-bubble") else self._stages[0]
+        self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
+
+    def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
+        """Runs the schedule once. Raises PeerLost, or what torch's collectives raise when a peer is gone."""
+        enter("data", step)
+        self.losses, self.hashes = {}, {}
+        self._step, self.check = step, check
+        batches = []
+        for number, index in enumerate(self._numbers):
+            samples, _, digest = self.fetch(step, index)
+            batches.append(samples)
+            if number < len(self.held):
+                self.hashes[index] = digest
+        rows = np.concatenate(batches)[: self.num_micro_batches * self.spec.micro_batch]
+        tokens = torch.from_numpy(rows).to(self.part.device)
+        enter("compute", step)
+        self.collector.start()
+        arguments = (tokens[:, :-1],) if self.is_first else ()
+        self._schedule.step(*arguments, target=tokens if self.is_last else None, return_outputs=False)
+
+    # ------------------------------------------------------------------------------------ what the stages ask
+
+    def locate(self, chunk: int) -> tuple[int, int]:
+        """(number of the virtual worker in this replica, micro-batch in it) of a chunk of the schedule."""
+        return divmod(chunk, self.spec.micro_batches)
+
+    def enter_forward(self, chunk: int) -> None:
+        self.check()
+        number, micro = self.locate(chunk)
+        self._chunk = chunk
+        self.streams.enter(self._step, self._numbers[number], micro)
+
+    def _loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        loss = self.spec.loss_of(logits, tokens)
+        number, _ = self.locate(self._chunk)
+        if number < len(self.held):
+            index = self.held[number]
+            if index not in self.losses:
+                self.losses[index] = torch.zeros((), dtype=torch.float64, device=loss.device)
+            self.losses[index] += loss.detach()
+        return loss
+
+
+class _Stage(PipelineStage):
+    """A pipeline stage that tells whose micro-batch it is at."""
+
+    def __init__(
+        self,
+        owner: PipelineGradients,
+        index: int,
+        module: Any,
+        number: int,
+        parts: int,
+        device: torch.device,
+        group: Any,
+        shapes: Activations,
+        length: int,
+    ) -> None:
+        hidden = torch.empty(shapes.hidden_shape, dtype=shapes.hidden_dtype, device="meta", requires_grad=True)
+        tokens = torch.empty((shapes.hidden_shape[0], length), dtype=torch.int64, device="meta")
+        logits = torch.empty(shapes.logits_shape, dtype=shapes.logits_dtype, device="meta", requires_grad=True)
+        super().__init__(  # type: ignore[no-untyped-call]
+            module, number, parts, device, group=group,
+            input_args=(tokens if number == 0 else hidden,),
+            output_args=(logits if number == parts - 1 else hidden,),
+        )  # fmt: skip
+        self._owner = owner
+        self._index = index
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._owner.enter_forward(fwd_chunk_id)
+        with self._owner.spec.autocast(self._owner.part.device):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        if full_backward:
+            self._collect(
+                bwd_chunk_id, lambda: super(_Stage, self).backward_one_chunk(bwd_chunk_id, loss, True, last_backward)
+            )
+        else:
+            super().backward_one_chunk(bwd_chunk_id, loss, False, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        self._collect(bwd_chunk_id, lambda: super(_Stage, self).backward_weight_one_chunk(bwd_chunk_id, last_backward))
+
+    def _collect(self, chunk: int, backward: Callable[[], None]) -> None:
+        self._owner.check()
+        number, micro = self._owner.locate(chunk)
+        self._owner.collector.begin(number, micro, self._index)
+        backward()
+        self._owner.collector.end(number, micro, self._index)

@@ -1,0 +1,199 @@
+"""Gradients that are sharded while they are made: one virtual worker of every replica at a time, in rounds.
+
+A collector is told which micro-batch of which round a backward pass is for, and takes what it leaves. All replicas go
+through the same rounds in the same order; one that has fewer virtual workers than another takes part with nothing to
+add (or, where the collectives are inside the model, with made-up work whose result nobody looks at).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from strategies.compute import Enter, Fetch, StepSpec, streams_for
+from strategies.fsdp import ShardedPart
+from strategies.part import Part
+from strategies.reduction import RoundReducer, TreeSum
+from strategies.tree import Node
+
+
+class Collector(Protocol):
+    """Takes the gradients of the backward passes of this replica, part by part of the model it has.
+
+    `number` counts the replica's virtual workers, `module` its model parts. `num_rounds` is how many every replica
+    must go through; with `computes_all` also those that it has no virtual worker for.
+    """
+
+    num_rounds: int
+    computes_all: bool
+
+    def start(self) -> None:
+        """A step begins."""
+
+    def begin(self, number: int, micro: int, module: int) -> None:
+        """The next backward pass is for this micro-batch."""
+
+    def end(self, number: int, micro: int, module: int) -> None:
+        """It is done."""
+
+    def spoil(self) -> None:
+        """The next gradient is to be not finite (fault injection)."""
+
+
+class _Buffers:
+    """The gradients [size] of the virtual workers under way; micro-batches add up in order."""
+
+    def __init__(self, part: Part, micro_batches: int) -> None:
+        self._part = part
+        self._micro_batches = micro_batches
+        self._open: dict[int, torch.Tensor] = {}
+        self._bound: dict[int, int] = {}
+        self._done: dict[tuple[int, int], int] = {}
+        self.pool: list[torch.Tensor] = []
+        self.is_spoiled = False
+
+    def start(self) -> None:
+        self.pool += self._open.values()
+        self._open, self._bound, self._done = {}, {}, {}
+        self._part.release_gradients()
+
+    def begin(self, number: int, micro: int, module: int) -> None:
+        assert self._done.get((number, module), 0) == micro, "micro-batches must be summed in order"
+        if self._bound.get(module) == number:
+            return
+        if number not in self._open:
+            buffer = self.pool.pop() if self.pool else torch.empty_like(self._part.weights)
+            self._open[number] = buffer.zero_()
+        self._part.accumulate_into(self._open[number], module)
+        self._bound[module] = number
+
+    def end(self, number: int, micro: int, module: int) -> torch.Tensor | None:
+        """The virtual worker's gradient, once all of it is there."""
+        self._done[number, module] = micro + 1
+        modules = range(len(self._part.modules))
+        if any(self._done.get((number, each), 0) < self._micro_batches for each in modules):
+            return None
+        gradient = self._open.pop(number)
+        if self.is_spoiled:
+            gradient[0] = torch.nan
+            self.is_spoiled = False
+        return gradient
+
+
+class TreeCollector:
+    """Keeps whole gradients, summed along the tree as far as this replica can; `pieces` are for a Reducer."""
+
+    computes_all = False
+
+    def __init__(self, part: Part, held: Sequence[int], virtual_workers: int, micro_batches: int) -> None:
+        self.num_rounds = len(held)
+        self._held = tuple(held)
+        self._buffers = _Buffers(part, micro_batches)
+        self._sums = TreeSum(virtual_workers, self._buffers.pool)
+
+    def start(self) -> None:
+        self._buffers.start()
+        self._sums.clear()
+
+    def begin(self, number: int, micro: int, module: int) -> None:
+        self._buffers.begin(number, micro, module)
+
+    def end(self, number: int, micro: int, module: int) -> None:
+        gradient = self._buffers.end(number, micro, module)
+        if gradient is None:
+            return
+        if number < len(self._held):
+            self._sums.add((self._held[number], self._held[number] + 1), gradient)
+        else:
+            self._buffers.pool.append(gradient)
+
+    def spoil(self) -> None:
+        self._buffers.is_spoiled = True
+
+    @property
+    def pieces(self) -> dict[Node, torch.Tensor]:
+        """The sums [size] of the largest whole subtrees; to be read, not written."""
+        return dict(self._sums.pieces)
+
+
+class RoundCollector:
+    """Hands every finished virtual worker's gradient to its owners (ZeRO stage 2)."""
+
+    def __init__(self, part: Part, reducer: RoundReducer, micro_batches: int, *, computes_all: bool) -> None:
+        self.num_rounds = reducer.num_rounds
+        self.computes_all = computes_all
+        self._reducer = reducer
+        self._buffers = _Buffers(part, micro_batches)
+        self._empty = torch.empty(0, device=part.device)
+
+    def start(self) -> None:
+        self._buffers.start()
+        self._reducer.begin()
+
+    def begin(self, number: int, micro: int, module: int) -> None:
+        self._buffers.begin(number, micro, module)
+
+    def end(self, number: int, micro: int, module: int) -> None:
+        gradient = self._buffers.end(number, micro, module)
+        if gradient is None:
+            return
+        if number < self.num_rounds:
+            self._reducer.add(number, gradient)
+        self._buffers.pool.append(gradient)
+
+    def skip(self, number: int) -> None:
+        """A round that this replica has no virtual worker for."""
+        self._reducer.add(number, self._empty)
+
+    def spoil(self) -> None:
+        self._buffers.is_spoiled = True
+
+
+class RoundGradients:
+    """Computes a replica's share of a step round by round, where the replica has one pipeline stage.
+
+    `losses` and `hashes` as in `LocalGradients`.
+    """
+
+    def __init__(
+        self, part: Part | ShardedPart, spec: StepSpec, fetch: Fetch, collector: Collector, held: Sequence[int]
+    ) -> None:
+        self.part = part
+        self.spec = spec
+        self.fetch = fetch
+        self.collector = collector
+        self.held = tuple(held)
+        self.losses: dict[int, torch.Tensor] = {}
+        self.hashes: dict[int, int] = {}
+        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+
+    def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
+        """Runs all rounds of a step. Raises PeerLost."""
+        self.losses, self.hashes = {}, {}
+        self.collector.start()
+        for number in range(self.collector.num_rounds):
+            enter("data", step)
+            if number >= len(self.held) and not self.collector.computes_all:
+                enter("compute", step)
+                assert isinstance(self.collector, RoundCollector)
+                self.collector.skip(number)
+                continue
+            index = self.held[number] if number < len(self.held) else 0
+            tokens, _, digest = self.fetch(step, index)
+            batch = torch.from_numpy(tokens).to(self.part.device, non_blocking=True)
+            enter("compute", step)
+            total = torch.zeros((), dtype=torch.float64, device=self.part.device)
+            for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
+                check()
+                self.streams.enter(step, index, micro)
+                with self.spec.autocast(self.part.device):
+                    output = self.part.modules[0](input_ids=rows[:, :-1])
+                loss = self.spec.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows)
+                self.collector.begin(number, micro, 0)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.collector.end(number, micro, 0)
+                total += loss.detach()
+            if number < len(self.held):
+                self.losses[index], self.hashes[index] = total, digest

@@ -1,0 +1,167 @@
+"""Training steps of a tiny model in any layout, over forked gloo ranks: for tests of layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from local_ranks import HOST, Endpoint
+
+from strategies.blueprint import Blueprint
+from strategies.compute import StepSpec
+from strategies.fabric import Fabric
+from strategies.layout import ParallelLayout, deal, parts_of
+from strategies.optimizers import OptimizerSpec, ScheduleSpec
+from strategies.placement import Domain, place_state, trained_spans
+from strategies.state import TrainingState, state_digest
+from strategies.statemap import Spans, whole
+from strategies.step import StepEngine, exchange
+
+CPU = torch.device("cpu")
+LAYERS = 4
+LENGTH = 8
+VIRTUAL_WORKERS = 8
+MICRO_BATCHES = 2
+
+
+def llama(dropout: float = 0.0) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=70, max_position_embeddings=32, attention_dropout=dropout,
+        tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).float().train()
+
+
+def even_parts(number: int) -> tuple[tuple[int, int], ...]:
+    """Embedding, four layers, norm and head in so many parts."""
+    bounds = [0, *(1 + LAYERS * part // number for part in range(1, number)), LAYERS + 2]
+    return tuple(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def layout_of(
+    data: int = 1, pipeline: int = 1, tensor: int = 1, shard: str = "none", schedule: str = "1f1b", spares: int = 0,
+    parts: tuple[tuple[int, int], ...] | None = None, virtual_workers: int = VIRTUAL_WORKERS,
+) -> ParallelLayout:  # fmt: skip
+    """Parts are even unless given; two for each stage of a schedule that wants two."""
+    chunks = 2 if schedule in ("interleaved-1f1b", "zero-bubble") else 1
+    if pipeline == 1:
+        parts = ()
+    elif parts is None:
+        parts = even_parts(pipeline * chunks)
+    dealt = deal(virtual_workers, [1.0] * data)
+    return ParallelLayout(data, dealt, tensor, pipeline, shard, schedule, parts, spares)
+
+
+def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
+    rng = np.random.default_rng((step, virtual_worker))
+    tokens = rng.integers(0, 70, size=(MICRO_BATCHES, LENGTH + 1), dtype=np.int64)
+    return tokens, np.arange(MICRO_BATCHES), 1000 * step + virtual_worker
+
+
+SPEC = StepSpec(
+    seed=1, micro_batch=1, micro_batches=MICRO_BATCHES, tokens_per_batch=VIRTUAL_WORKERS * MICRO_BATCHES * LENGTH,
+    base_lr=1e-2, schedule=ScheduleSpec("constant"), clip_norm=1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some steps in one layout. `ranks` says which process is which rank (None: in order)."""
+
+    layout: ParallelLayout
+    steps: int = 2
+    ranks: tuple[int, ...] | None = None
+
+
+@dataclass
+class Trained:
+    """What a process saw: losses and norms of all steps, the digest at the end (of the process that has it), bytes
+    received for each layout and the most its buffers took."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    digest: str = ""
+    received: list[int] = field(default_factory=list)
+    buffers: list[int] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+
+
+def make_engine(dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw") -> StepEngine:
+    blueprint = Blueprint(llama(dropout), tensor=tensor, device=CPU)
+    state = TrainingState(blueprint, OptimizerSpec(optimizer), lambda: Blueprint(llama(dropout), tensor=tensor).initial)
+    return StepEngine(state, spec, fetch)
+
+
+def train(
+    rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
+    precision: str = "fp32", domains: Sequence[str] | None = None,
+) -> Trained:  # fmt: skip
+    """Goes through all stretches, and collects the state on the first process of the last."""
+    engine = make_engine(dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision))
+    seen = Trained()
+    step = 0
+    space = engine.state.space
+    everything = whole(space.size, space.tensor)
+    held_by: dict[int, Spans] = {}
+    for number, stretch in enumerate(stretches):
+        members = stretch.ranks or tuple(range(stretch.layout.world_size))
+        nodes = [Domain("", domains[m] if domains else str(m)) for m in members]
+        held = [everything if number == 0 else held_by.get(member, ()) for member in members]
+        if rank in members:
+            fabric = Fabric(rank=members.index(rank), layout=stretch.layout, device=CPU)
+            fabric.form(store_address=address, prefix=f"stretch{number}", host=HOST, timeout_s=20.0)
+            if number and not held[fabric.rank]:
+                engine.state.tear()
+            try:
+                run_stretch(engine, fabric, stretch, held, nodes, copies, step, seen)
+            finally:
+                fabric.drop()
+        shards = place_state(stretch.layout, space, nodes, copies)
+        held_by = dict(zip(members, trained_spans(stretch.layout, shards), strict=True))
+        step += stretch.steps
+    return seen
+
+
+def run_stretch(
+    engine: StepEngine, fabric: Fabric, stretch: Stretch, held: list[Spans], nodes: list[Domain], copies: int,
+    step: int, seen: Trained,
+) -> None:  # fmt: skip
+    layout = stretch.layout
+    moved = engine.state.take_place(layout, fabric, held, nodes, copies, step, lambda: barrier(fabric))
+    seen.received.append(moved.received_bytes)
+    seen.buffers.append(moved.buffer_bytes)
+    engine.bind(fabric, layout, 0)
+    for number in range(step, step + stretch.steps):
+        record, _ = engine.run(number)
+        assert record.hashes == tuple(1000 * number + index for index in range(VIRTUAL_WORKERS))
+        seen.losses.append(record.loss)
+        seen.norms.append(record.grad_norm)
+        seen.phases.append(record.phase_seconds)
+    engine.collect()
+    if fabric.rank == 0:
+        seen.digest = state_digest(engine.state)
+    barrier(fabric)
+
+
+def barrier(fabric: Fabric) -> None:
+    exchange(fabric.world, np.array([0]), [1] * fabric.world.world_size, CPU)
+
+
+def last_stage(layout: ParallelLayout) -> int:
+    """The stage that has the head."""
+    last = len(layout.parts) - 1
+    return next(
+        stage for stage in range(layout.pipeline)
+        if last in parts_of(layout.schedule, layout.pipeline, last + 1, stage)
+    )  # fmt: skip
+
+
+def as_numbers(seen: Trained) -> tuple[Any, ...]:
+    return seen.losses, seen.norms, seen.digest
