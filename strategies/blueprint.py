@@ -35,11 +35,11 @@ _REDUCED = ("replicated_with_grad_allreduce",)
 
 
 class Activations(NamedTuple):
-    """Shapes and types of what a layer, and the whole model, gives for one micro-batch."""
+    """What a layer, and the whole model, gives for one micro-batch: sizes after [batch, length], and types."""
 
-    hidden_shape: torch.Size
+    hidden_size: torch.Size
     hidden_dtype: torch.dtype
-    logits_shape: torch.Size
+    logits_size: torch.Size
     logits_dtype: torch.dtype
 
 
@@ -73,6 +73,7 @@ class Blueprint:
         self.space = Space.of(
             ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor
         )
+        self._activations: Activations | None = None
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
@@ -115,11 +116,30 @@ class Blueprint:
                 "Untie them (for transformers: tie_word_embeddings: false)"
             )
 
-    def check_pipeline(self, stages: int) -> None:
-        """Raises ValueError when the network cannot be cut into stages."""
+    def check_pipeline(self, stages: int, context: contextlib.AbstractContextManager[Any] | None = None) -> None:
+        """Raises ValueError when the network, computed in `context` (autocast), cannot be cut into stages."""
         if self.cannot_cut:
             raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {self.cannot_cut}")
         self._refuse_shared("pipeline", stages)
+        self._refuse_work_between_modules(stages, contextlib.nullcontext() if context is None else context)
+
+    def _refuse_work_between_modules(self, stages: int, context: contextlib.AbstractContextManager[Any]) -> None:
+        """A stage runs the whole `forward`, with other stages' modules standing aside; what it does beside its modules,
+        every stage would do. So with all of them aside, it must give back what it is given."""
+        name = type(self.model).__name__
+        size = self.activations(context).hidden_size
+        given = torch.linspace(-100.0, 100.0, 2 * size.numel(), device=self.device).view(1, 2, *size)
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                output = self.stage((1, 1)).train()(given)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"pipeline {stages} cannot be used with {name}: {error}") from error
+        if not torch.equal(output, given):
+            raise ValueError(
+                f"pipeline {stages} cannot be used with {name}: its forward changes hidden states or logits outside of "
+                "the modules that its pp_plan names (it scales or caps them, or has dropout between modules), and each "
+                "stage would do so again. Use pipeline: 1, or a model.factory that does it inside of those modules"
+            )
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         """The layers that `module` (the model, or a stage of it) has; the model's largest list where it has no plan."""
@@ -175,28 +195,43 @@ class Blueprint:
                 _replace(module, name)
         return Stage(module, first=start == 0)
 
-    def activations(self, batch: int, length: int, context: contextlib.AbstractContextManager[Any]) -> Activations:
-        """What stages hand on for so many token ids, found without computing anything: forward passes run in `context`
-        (autocast). Raises ValueError when the model cannot be traced."""
+    def activations(self, context: contextlib.AbstractContextManager[Any]) -> Activations:
+        """What layers and the whole model hand on, when forward passes run in `context` (autocast). Found once, by
+        tracing, or where an operator cannot be traced by computing two tokens with the initial values.
+
+        Raises ValueError when neither works.
+        """
+        if self._activations is None:
+            try:
+                self._activations = self._trace(context, is_fake=True)
+            except (RuntimeError, TypeError):
+                self._activations = self._trace(context, is_fake=False)
+        return self._activations
+
+    def _trace(self, context: contextlib.AbstractContextManager[Any], *, is_fake: bool) -> Activations:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         hidden: list[torch.Tensor] = []
         layer = self._layer_list(self.model)[0]
         handle = layer.register_forward_hook(lambda module, arguments, output: hidden.append(output))
+        mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else contextlib.nullcontext()
+        places = {
+            f"{owner}.{key}" if owner else key: name for name, sites in self._sites.items() for owner, key in sites
+        }
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(), context:
-                fake = {
-                    f"{owner}.{key}" if owner else key: torch.empty(self.initial_shapes[name], device=self.device)
-                    for name, sites in self._sites.items() for owner, key in sites
-                }  # fmt: skip
-                tokens = torch.zeros((batch, length), dtype=torch.int64, device=self.device)
-                output = torch.func.functional_call(self.model, fake, kwargs={"input_ids": tokens})
+            with mode, torch.no_grad(), torch.random.fork_rng(), context:
+                values = {
+                    place: torch.empty(self.initial_shapes[name], device=self.device)
+                    if is_fake
+                    else self.initial[name].to(self.device)
+                    for place, name in places.items()
+                }
+                tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+                output = torch.func.functional_call(self.model, values, kwargs={"input_ids": tokens})
                 logits = output if isinstance(output, torch.Tensor) else output.logits
                 if not hidden or not isinstance(hidden[0], torch.Tensor):
                     raise ValueError(f"the layers of {type(self.model).__name__} do not hand on one tensor")
-                return Activations(hidden[0].shape, hidden[0].dtype, logits.shape, logits.dtype)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{type(self.model).__name__} cannot be traced: {error}") from error
+                return Activations(hidden[0].shape[2:], hidden[0].dtype, logits.shape[2:], logits.dtype)
         finally:
             handle.remove()
 
@@ -205,7 +240,12 @@ class Blueprint:
         inner = module.module if isinstance(module, Stage) else module
         for name, parameter in parameters.items():
             for owner, key in self._sites[name]:
-                inner.get_submodule(owner)._parameters[key] = parameter
+                try:
+                    place = inner.get_submodule(owner)
+                except AttributeError:
+                    continue  # Another stage's.
+                if key in place._parameters:
+                    place._parameters[key] = parameter
 
     def release(self, module: nn.Module) -> None:
         """Takes the memory of the trained parameters from a module."""

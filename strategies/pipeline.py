@@ -7,6 +7,7 @@ it is for. Sources of the schedules: docs/layouts.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,10 +72,10 @@ class PipelineGradients:
         self.is_last = len(layout.parts) - 1 in numbers
         group = fabric.mesh.get_group("pipeline")
         self._stages = []
-        length = fetch(0, 0)[0].shape[1] - 1
-        shapes = part.blueprint.activations(spec.micro_batch, length, spec.autocast(part.device))
+        batch = (spec.micro_batch, fetch(0, 0)[0].shape[1] - 1)
+        sizes = part.blueprint.activations(spec.autocast(part.device))
         for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
-            stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, shapes, length)
+            stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, sizes, batch)
             self._stages.append(stage)
         rounds = collector.num_rounds if collector.computes_all else len(self.held)
         self.num_micro_batches = padded_micro_batches(layout.schedule, layout.pipeline, rounds * spec.micro_batches)
@@ -138,12 +139,12 @@ class _Stage(PipelineStage):
         parts: int,
         device: torch.device,
         group: Any,
-        shapes: Activations,
-        length: int,
+        sizes: Activations,
+        batch: tuple[int, int],
     ) -> None:
-        hidden = torch.empty(shapes.hidden_shape, dtype=shapes.hidden_dtype, device="meta", requires_grad=True)
-        tokens = torch.empty((shapes.hidden_shape[0], length), dtype=torch.int64, device="meta")
-        logits = torch.empty(shapes.logits_shape, dtype=shapes.logits_dtype, device="meta", requires_grad=True)
+        tokens = torch.empty(batch, dtype=torch.int64, device="meta")
+        hidden = torch.empty((*batch, *sizes.hidden_size), dtype=sizes.hidden_dtype, device="meta", requires_grad=True)
+        logits = torch.empty((*batch, *sizes.logits_size), dtype=sizes.logits_dtype, device="meta", requires_grad=True)
         super().__init__(  # type: ignore[no-untyped-call]
             module, number, parts, device, group=group,
             input_args=(tokens if number == 0 else hidden,),
@@ -151,6 +152,8 @@ class _Stage(PipelineStage):
         )  # fmt: skip
         self._owner = owner
         self._index = index
+        # FSDP2 hands gradients out at the end of a whole backward pass; with it zero bubble keeps its order only.
+        self._splits_backward = not isinstance(owner.part, ShardedPart)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._owner.enter_forward(fwd_chunk_id)
@@ -160,15 +163,16 @@ class _Stage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        if full_backward:
-            self._collect(
-                bwd_chunk_id, lambda: super(_Stage, self).backward_one_chunk(bwd_chunk_id, loss, True, last_backward)
-            )
+        backward = functools.partial(super().backward_one_chunk, bwd_chunk_id, loss)
+        if full_backward or not self._splits_backward:
+            self._collect(bwd_chunk_id, lambda: backward(True, last_backward))
         else:
-            super().backward_one_chunk(bwd_chunk_id, loss, False, last_backward)
+            backward(False, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        self._collect(bwd_chunk_id, lambda: super(_Stage, self).backward_weight_one_chunk(bwd_chunk_id, last_backward))
+        if self._splits_backward:
+            backward = functools.partial(super().backward_weight_one_chunk, bwd_chunk_id, last_backward)
+            self._collect(bwd_chunk_id, backward)
 
     def _collect(self, chunk: int, backward: Callable[[], None]) -> None:
         self._owner.check()

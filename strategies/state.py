@@ -95,6 +95,7 @@ class TrainingState:
     def moved_on(self) -> None:
         """A step was committed: what is here is that of a later step than any copy beside it."""
         self.collected, self._initial, self.is_initial = [], None, False
+        self.blueprint.initial = {}
 
     def whole_part(self) -> Part:
         """The whole model, with the weights of step 0, to compute with before there is a layout."""
@@ -265,11 +266,11 @@ class TrainingState:
         if self.is_initial:
             return self._make_initial()
         everything = whole(self.space.size, self.space.tensor)
+        if subtract(everything, self.held):
+            return None
         own = self.arrangement.own
         if own is not None and own.spans == everything:
             return [own]
-        if subtract(everything, self.held):
-            return None
         # It is here in pieces: a shard of its own and those of others.
         pieced = self._whole_of({})
         copy_within(self.holdings, pieced, everything)

@@ -122,7 +122,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
     or cut as the job wants it to be."""
     blueprint = Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor, device=device)
     if job.strategy.pipeline > 1:
-        blueprint.check_pipeline(job.strategy.pipeline)
+        blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     return blueprint
 
 

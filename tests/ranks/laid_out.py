@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def llama(dropout: float = 0.0) -> torch.nn.Module:
 def even_parts(number: int) -> tuple[tuple[int, int], ...]:
     """Embedding, four layers, norm and head in so many parts."""
     bounds = [0, *(1 + LAYERS * part // number for part in range(1, number)), LAYERS + 2]
-    return tuple(zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(pairwise(bounds))
 
 
 def layout_of(

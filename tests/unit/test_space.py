@@ -84,13 +84,13 @@ def test_within_a_block_slots_are_in_the_order_of_the_model() -> None:
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("tensor", [1, 2, 3])
 def test_the_shares_of_all_coordinates_make_the_whole(dim: int | None, tensor: int) -> None:
-    whole = torch.arange(54.0).reshape(6, 9)
+    whole = torch.arange(72.0).reshape(6, 12)
     space = Space.of([("w", whole.shape, 0, dim)], tensor)
     (slot,) = space.slots
     shares = [space.share(slot, whole, coordinate) for coordinate in range(tensor)]
     assert all(share.shape == slot.shape for share in shares)
     assert torch.equal(space.assemble(slot, shares), whole)
-    assert slot.numel == 54 // (tensor if dim is not None else 1)
+    assert slot.numel == 72 // (tensor if dim is not None else 1)
 
 
 def test_dimensions_that_do_not_divide_are_all_named() -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_model import (
-    CPU,
     VOCABULARY,
     TinyModel,
     bits,

@@ -1,0 +1,75 @@
+"""Small language models of several families, and one of a user's own, for tests of cutting and splitting them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYERS = 4
+VOCABULARY = 70
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 4},
+    "gemma": {"head_dim": 8},
+    "gpt_neox": {},
+    "olmo2": {},
+}
+"""Families of models, with what their smallest configuration needs beside the usual."""
+UNCUT = {"gemma2": {"head_dim": 8}, "granite": {"embedding_multiplier": 12.0}, "cohere": {"logit_scale": 0.5}}
+"""Those whose forward does more than its modules: caps logits, scales embeddings, scales logits."""
+
+
+def family(name: str, **changes: Any) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    usual = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "tie_word_embeddings": False,
+        "use_cache": False, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(name, **{**usual, **(FAMILIES | UNCUT)[name], **changes})
+    model: nn.Module = AutoModelForCausalLM.from_config(config).float().train()
+    return model
+
+
+class OwnLayer(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 24)
+        self.down = nn.Linear(24, 16, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = hidden + self.down(self.dropout(torch.tanh(self.up(hidden))))
+        return output
+
+
+class Own(nn.Module):
+    """A user's own network: where it can be cut, and how it is split, are two attributes."""
+
+    pp_plan = ("embedding", "blocks", "norm", "head")
+    tp_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise", "head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.blocks = nn.ModuleList(OwnLayer(dropout) for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, VOCABULARY)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        output: torch.Tensor = self.head(self.norm(hidden))
+        return output
+
+
+def own(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(5)
+    return Own(dropout).train()

@@ -1,0 +1,265 @@
+"""Cutting and splitting networks: a chain of stages is the network, and what cannot be done is said with a way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import (
+    CPU,
+    TinyModel,
+    bits,
+    one_thread,  # noqa: F401 (autouse)
+    state_of,
+)
+from torch import nn
+
+from strategies.blueprint import Blueprint, PassThrough
+from strategies.part import Part, Runs
+from strategies.randomness import Streams
+from strategies.state import TrainingState
+from tests.small_models import FAMILIES, LAYERS, UNCUT, Own, family, own
+
+CUTS: list[tuple[tuple[int, int], ...]] = [
+    ((0, 3), (3, 6)),
+    ((0, 1), (1, 5), (5, 6)),
+    ((0, 2), (2, 3), (3, 4), (4, 6)),
+]
+"""Of an embedding, four layers, norm and head: in the middle, both ends alone, single layers alone."""
+# ---------------------------------------------------------------------------------------- a chain of stages
+
+
+def part_of(state: TrainingState, runs: Runs) -> Part:
+    """A part of the model with the weights of step 0."""
+    part = Part(state.blueprint, 0, runs)
+    with torch.no_grad():
+        for slot, offset in part.slots:
+            part.weights[offset : offset + slot.numel] = state.blueprint.initial[slot.name].reshape(-1)
+    return part
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 70, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(part: Part, streams: Streams | None = None) -> dict[str, bytes]:
+    """Of all parameters, and the logits, after one pass through the modules one after another."""
+    buffer = torch.zeros(part.size)
+    part.accumulate_into(buffer)
+    if streams is not None:
+        for module in part.modules:
+            for number, layer in part.blueprint.numbered_layers(module):
+                streams.install(layer, number)
+        streams.enter(0, 0, 0)
+    value: Any = tokens()[:, :-1]
+    for module in part.modules:
+        value = module(value)
+        value = value if isinstance(value, torch.Tensor) else value.logits
+    logits: torch.Tensor = value
+    nn.functional.cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten()).backward()
+    found = {slot.name: bits(buffer[offset : offset + slot.numel]) for slot, offset in part.slots}
+    assert all(buffer[offset : offset + slot.numel].any() for slot, offset in part.slots)
+    return {**found, "logits": bits(logits)}
+
+
+def assert_the_chain_is_the_model(model: nn.Module, cut: tuple[tuple[int, int], ...], dropout: bool = False) -> None:
+    state = state_of(model)
+    expected = gradients(part_of(state, None), Streams(7) if dropout else None)
+    assert set(expected) == {*state.blueprint.initial_shapes, "logits"}
+    found = gradients(part_of(state, cut), Streams(7) if dropout else None)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=["2 stages", "3 stages", "4 stages"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_chain_of_stages_is_the_model_to_the_last_bit(name: str, cut: tuple[tuple[int, int], ...]) -> None:
+    assert_the_chain_is_the_model(family(name), cut)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=["2 stages", "3 stages", "4 stages"])
+def test_a_chain_of_a_users_own_stages_is_the_model_to_the_last_bit(cut: tuple[tuple[int, int], ...]) -> None:
+    assert_the_chain_is_the_model(own(), cut)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropouts"),
+    [("own", {}), ("llama", {"attention_dropout": 0.3}), ("gpt_neox", {"hidden_dropout": 0.3})],
+)
+def test_stages_draw_the_random_numbers_of_the_model(name: str, dropouts: dict[str, float]) -> None:
+    model = own(0.3) if name == "own" else family(name, **dropouts)
+    assert_the_chain_is_the_model(model, CUTS[1], dropout=True)
+
+
+def test_stages_share_what_is_constant_and_have_no_parameters_of_others() -> None:
+    blueprint = state_of(own()).blueprint
+    first, last = blueprint.stage((0, 3)), blueprint.stage((3, 6))
+    memory = {stage.get_buffer("module.scale").data_ptr() for stage in (first, last)}
+    assert memory == {blueprint.constants["scale"].data_ptr()}
+    assert not any(name.startswith(("module.head", "module.blocks.2")) for name, _ in first.named_parameters())
+    assert not any(name.startswith(("module.embedding", "module.blocks.1")) for name, _ in last.named_parameters())
+    assert isinstance(first.get_submodule("module.head"), PassThrough)
+    assert [number for number, _ in blueprint.numbered_layers(last)] == [2, 3]
+    assert all(parameter.is_meta for parameter in first.parameters()), "memory comes with the weights"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "own"])
+def test_activations_are_those_that_stages_hand_on(name: str) -> None:
+    state = state_of(own() if name == "own" else family(name))
+    first, last = part_of(state, CUTS[0]).modules
+    before = torch.get_rng_state()
+    shapes = state.blueprint.activations(2, 8, torch.autocast("cpu", enabled=False))
+    assert torch.equal(torch.get_rng_state(), before)
+    hidden = first(tokens()[:, :-1])
+    assert (hidden.shape, hidden.dtype) == (shapes.hidden_shape, shapes.hidden_dtype)
+    logits = last(hidden)
+    assert (logits.shape, logits.dtype) == (shapes.logits_shape, shapes.logits_dtype)
+    half = state.blueprint.activations(2, 8, torch.autocast("cpu", dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = first(tokens()[:, :-1])
+        assert (hidden.dtype, last(hidden).dtype) == (half.hidden_dtype, half.logits_dtype)
+
+
+def test_blocks_are_numbered_from_the_embedding_to_the_head() -> None:
+    blueprint = state_of(own()).blueprint
+    blocks = {slot.name: slot.block for slot in blueprint.space.slots}
+    assert blueprint.num_layers == LAYERS
+    assert blocks["embedding.weight"] == 0
+    assert [blocks[f"blocks.{number}.up.weight"] for number in range(LAYERS)] == [1, 2, 3, 4]
+    assert blocks["norm.weight"] == blocks["head.weight"] == blocks["head.bias"] == 5
+
+
+# ---------------------------------------------------------------------------------------- what cannot be cut
+
+
+def test_a_model_without_a_plan_cannot_be_cut() -> None:
+    blueprint = Blueprint(TinyModel(), device=CPU)
+    with pytest.raises(
+        ValueError,
+        match="pipeline 2 needs to know where the model can be cut: TinyModel has no pp_plan that names its embedding",
+    ):
+        blueprint.check_pipeline(2)
+
+
+def test_a_plan_must_name_one_list_of_layers() -> None:
+    class Two(Own):
+        pp_plan = ("embedding", "norm", "head")
+
+    with pytest.raises(ValueError, match="the pp_plan of Two names 0 lists of layers, not one"):
+        Blueprint(Two(), device=CPU).check_pipeline(2)
+
+
+def test_tied_embeddings_cannot_be_cut_nor_split() -> None:
+    Blueprint(own(), device=CPU).check_pipeline(2)
+    expected = (
+        r"{} 2 cannot be used with parameters that two modules share: model.embed_tokens.weight. "
+        r"Untie them \(for transformers: tie_word_embeddings: false\)"
+    )
+    with pytest.raises(ValueError, match=expected.format("pipeline")):
+        Blueprint(family("llama", tie_word_embeddings=True), device=CPU).check_pipeline(2)
+    with pytest.raises(ValueError, match=expected.format("tensor")):
+        Blueprint(family("llama", tie_word_embeddings=True), tensor=2, device=CPU)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "own"])
+def test_models_whose_forward_only_chains_its_modules_can_be_cut(name: str) -> None:
+    blueprint = Blueprint(own() if name == "own" else family(name), device=CPU)
+    before = torch.get_rng_state()
+    blueprint.check_pipeline(2)
+    assert torch.equal(torch.get_rng_state(), before), "a check draws no random numbers of the model's"
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_models_whose_forward_does_more_than_its_modules_cannot_be_cut(name: str) -> None:
+    """Every stage runs the forward; scaled or capped once more on every stage, the model would be another."""
+    expected = (
+        r"pipeline 2 cannot be used with \w+: its forward changes hidden states or logits outside of .*"
+        r"Use pipeline: 1, or a model.factory that does it inside"
+    )
+    with pytest.raises(ValueError, match=expected):
+        Blueprint(family(name), device=CPU).check_pipeline(2)
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_a_computed_cut_tells_them_too(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be cut into pipeline stages: it does more between its layers than"):
+        Blueprint(family(name), device=CPU).check_cut(tokens())
+
+
+def test_a_computed_cut_leaves_the_model_as_it_was() -> None:
+    expected = {name: bits(p) for name, p in own(0.3).named_parameters()}
+    blueprint = Blueprint(own(0.3), device=CPU)
+    blueprint.check_cut(tokens())
+    model = blueprint.restore()
+    assert {name: bits(p) for name, p in model.named_parameters()} == expected
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dropout_between_modules_cannot_be_cut() -> None:
+    class Dropping(Own):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = nn.functional.dropout(self.embedding(input_ids), 0.5)
+            for block in self.blocks:
+                hidden = block(hidden)
+            output: torch.Tensor = self.head(self.norm(hidden))
+            return output
+
+    with pytest.raises(ValueError, match="Dropping: its forward changes hidden states"):
+        Blueprint(Dropping().train(), device=CPU).check_pipeline(2)
+
+
+def test_a_model_that_cannot_be_traced_says_so() -> None:
+    class Peeking(Own):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(input_ids)
+            if hidden.sum().item() > 1e9:
+                raise AssertionError
+            return super().forward(input_ids)
+
+    blueprint = Blueprint(Peeking(), device=CPU)
+    with pytest.raises(ValueError, match="Peeking cannot be traced"):
+        blueprint.activations(1, 8, torch.autocast("cpu", enabled=False))
+
+
+# ---------------------------------------------------------------------------------------- what cannot be split
+
+
+def test_a_model_without_a_plan_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match=r"TinyModel has no tp_plan.*use tensor: 1, or a model with one.*factory"):
+        Blueprint(TinyModel(), tensor=2, device=CPU)
+    Blueprint(TinyModel(), tensor=1, device=CPU)
+
+
+def test_an_unknown_style_is_named_with_those_that_are_known() -> None:
+    model = own()
+    model.tp_plan = {**Own.tp_plan, "blocks.*.up": "diagonal"}
+    with pytest.raises(
+        ValueError,
+        match=r"the tp_plan gives blocks\.0\.up the style 'diagonal', which is not supported; supported: ",
+    ):
+        Blueprint(model, tensor=2, device=CPU)
+
+
+def test_dimensions_that_do_not_divide_are_named() -> None:
+    with pytest.raises(ValueError, match=r"tensor 3 does not divide .*k_proj.weight \[16, 32\] in dimension 0"):
+        Blueprint(family("llama"), tensor=3, device=CPU)
+
+
+def test_a_split_model_has_the_shares_its_plan_asks_for() -> None:
+    model = own()
+    shapes = {slot.name: list(slot.shape) for slot in Blueprint(model, tensor=2, device=CPU).space.slots}
+    assert shapes["blocks.0.up.weight"] == [12, 16]
+    assert shapes["blocks.0.up.bias"] == [12]
+    assert shapes["blocks.0.down.weight"] == [16, 12]
+    assert shapes["head.weight"] == [35, 16]
+    assert shapes["embedding.weight"] == [70, 16]
+    assert shapes["norm.weight"] == [16]
+
+
+def test_norms_of_single_heads_are_whole_and_their_gradients_added_up() -> None:
+    blueprint = Blueprint(family("qwen3"), tensor=2, device=CPU)
+    norms = [slot for slot in blueprint.space.slots if "q_norm" in slot.name]
+    assert len(norms) == LAYERS
+    assert all(list(slot.shape) == [8] and blueprint.is_reduced(slot.name) for slot in norms)
+    assert not blueprint.is_reduced("model.layers.0.self_attn.q_proj.weight")

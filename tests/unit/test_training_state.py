@@ -1,0 +1,395 @@
+"""What a rank has of the training state: its parameters, its updates, its names, and what counts when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import (
+    CPU,
+    VOCABULARY,
+    bits,
+    make,
+    one_thread,  # noqa: F401 (autouse)
+    random_gradient,
+    settle,
+    state_of,
+    tiny,
+    update,
+)
+from torch import nn
+
+from strategies.blueprint import Blueprint
+from strategies.fabric import Fabric
+from strategies.holding import Holding
+from strategies.layout import ParallelLayout
+from strategies.optimizers import OptimizerSpec
+from strategies.part import Part
+from strategies.placement import Domain
+from strategies.space import ALIGNMENT
+from strategies.state import TrainingState, state_digest
+from strategies.statemap import NotCovered, whole
+
+
+def settled(spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:
+    state = make(spec=spec, seed=seed)
+    settle(state)
+    return state
+
+
+def own_of(state: TrainingState) -> Holding:
+    assert state.arrangement.own is not None
+    return state.arrangement.own
+
+
+def part_of(state: TrainingState) -> Part:
+    part = state.arrangement.part
+    assert isinstance(part, Part)
+    return part
+
+
+def saved(state: TrainingState) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.named()}
+
+
+# ---------------------------------------------------------------------------------------- parameters and updates
+
+
+def test_parameters_become_aligned_views_and_keep_their_values() -> None:
+    plain = dict(tiny().named_parameters())
+    state = settled()
+    model = part_of(state).modules[0]
+    weights = own_of(state).weights
+    start = weights.data_ptr()
+    assert start % 64 == 0
+    by_name = dict(model.named_parameters())
+    assert [slot.name for slot in state.space.slots] == [
+        "embedding.weight", "hidden.weight", "head.weight", "norm.weight", "norm.bias", "hidden.bias", "head.bias",
+    ]  # fmt: skip
+    for slot in state.space.slots:
+        parameter = by_name[slot.name]
+        assert slot.offset % ALIGNMENT == 0
+        assert parameter.data_ptr() == start + 4 * slot.offset
+        assert torch.equal(parameter, plain[slot.name])
+    weights.zero_()
+    assert all(not p.any() for name, p in model.named_parameters() if name != "frozen")
+    assert set(state.blueprint.constants) == {"frozen", "scale"}
+
+
+def test_gradients_are_accumulated_in_the_buffer_given() -> None:
+    part = part_of(settled())
+    first, second = torch.zeros(part.size), torch.zeros(part.size)
+    ids = torch.tensor([[1, 2, 3]])
+    for buffer in (first, second, second):
+        part.accumulate_into(buffer)
+        part.modules[0](input_ids=ids).square().sum().backward()
+    assert first.any()
+    assert torch.allclose(second, 2 * first)
+    part.release_gradients()
+    assert all(p.grad is None for p in part.modules[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        OptimizerSpec("adamw", betas=(0.9, 0.99), weight_decay=0.1),
+        OptimizerSpec("sgd", weight_decay=0.0),
+        OptimizerSpec("sgd", momentum=0.9, weight_decay=0.01),
+    ],
+    ids=["adamw", "sgd", "sgd with momentum"],
+)
+def test_updates_are_those_of_torchs_own_optimizer(spec: OptimizerSpec) -> None:
+    """Against the same optimizer over ordinary parameters: equal within rounding, of fused kernels and of others."""
+    state = settled(spec)
+    model = part_of(state).modules[0]
+    rates = [1e-2, 3e-2, 1e-3, 5e-3]
+    slots = {slot.name: slot for slot in state.space.slots}
+    copies: dict[bool, dict[str, nn.Parameter]] = {}
+    for fused in (True, False):
+        named = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        copies[fused] = {name: nn.Parameter(value) for name, value in named.items()}
+        groups = [
+            {"params": [p for p in copies[fused].values() if p.ndim >= 2], "weight_decay": spec.weight_decay},
+            {"params": [p for p in copies[fused].values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        other: torch.optim.Optimizer
+        if spec.name == "adamw":
+            other = torch.optim.AdamW(groups, lr=1.0, betas=spec.betas, eps=spec.eps, fused=fused)
+        else:
+            other = torch.optim.SGD(groups, lr=1.0, momentum=spec.momentum, fused=fused)
+        for step, rate in enumerate(rates):
+            gradient = random_gradient(state, step)
+            for name, parameter in copies[fused].items():
+                slot = slots[name]
+                parameter.grad = gradient[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
+            for group in other.param_groups:
+                group["lr"] = rate
+            other.step()
+    for step, rate in enumerate(rates):
+        update(state, random_gradient(state, step), rate)
+    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert state.updates == len(rates)
+    for name, parameter in ours.items():
+        assert torch.allclose(parameter, copies[False][name], rtol=1e-5, atol=1e-7)
+    largest = max(float((p - copies[True][name]).detach().abs().max()) for name, p in ours.items())
+    assert largest <= 1e-7, "fused kernels may treat the last elements of a tensor apart, but no more than that"
+
+
+def test_only_matrices_are_decayed() -> None:
+    state = settled(OptimizerSpec("sgd", weight_decay=0.5))
+    before = {slot.name: saved(state)[f"model.{slot.name}"] for slot in state.space.slots}
+    update(state, torch.zeros(state.space.size), 0.1)
+    for slot in state.space.slots:
+        factor = 0.95 if len(slot.shape) >= 2 else 1.0
+        assert torch.allclose(dict(state.named())[f"model.{slot.name}"], before[slot.name] * factor), slot.name
+
+
+# ---------------------------------------------------------------------------------------- names, saving, loading
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_saved_state_continues_as_if_it_had_not_been_saved(name: str) -> None:
+    spec = OptimizerSpec(name, momentum=0.9 if name == "sgd" else 0.0)
+    first = settled(spec)
+    update(first, random_gradient(first, 1))
+    kept = saved(first)
+    assert list(kept) == sorted(kept)
+    second = make(spec=spec, seed=99)
+    second.blueprint.constants["scale"].fill_(7.0)
+    assert state_digest(second) != state_digest(first)
+    second.load(kept)
+    assert second.updates == 1
+    assert second.held == whole(second.space.size, 1)
+    assert state_digest(second) == state_digest(first), "before it has a place in any layout"
+    settle(second)
+    assert state_digest(second) == state_digest(first)
+    for state in (first, second):
+        update(state, random_gradient(state, 2))
+    assert state_digest(second) == state_digest(first)
+    assert second.updates == 2
+
+
+def test_loading_in_the_middle_of_training_forgets_what_was_there() -> None:
+    state = settled()
+    update(state, random_gradient(state, 1))
+    kept, expected = saved(state), state_digest(state)
+    update(state, random_gradient(state, 2))
+    state.load(kept)
+    assert state_digest(state) == expected
+    settle(state)
+    assert state_digest(state) == expected
+    update(state, random_gradient(state, 2))
+    again = settled()
+    for step in (1, 2):
+        update(again, random_gradient(again, step))
+    assert state_digest(state) == state_digest(again)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    state = settled()
+    kept = saved(state)
+    del kept["model.norm.bias"]
+    kept["model.extra"] = torch.zeros(1)
+    kept["model.head.bias"] = torch.zeros(2)
+    kept["optimizer.exp_avg.head.bias"] = torch.zeros(VOCABULARY, dtype=torch.float64)
+    before = state_digest(state)
+    with pytest.raises(ValueError) as caught:
+        state.load(kept)
+    for part in (
+        "missing model.norm.bias",
+        "unknown model.extra",
+        "model.head.bias is torch.float32[2], needed torch.float32[11]",
+        "optimizer.exp_avg.head.bias is torch.float64[11], needed torch.float32[11]",
+    ):
+        assert part in str(caught.value)
+    assert state_digest(state) == before, "a refused state changes nothing"
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_names_and_shapes_do_not_depend_on_the_tensor_degree(tensor: int) -> None:
+    state = splittable(tensor)
+    expected = {f"model.{name}": p for name, p in Split().named_parameters()}
+    found = dict(state.named())
+    assert {name: t.shape for name, t in found.items() if name in expected} == {n: p.shape for n, p in expected.items()}
+    assert state_digest(state) == state_digest(splittable(1))
+    other = splittable(tensor, seed=8)
+    other.load(dict(splittable(1).named()))
+    assert state_digest(other) == state_digest(state), "a checkpoint of one degree is one of every degree"
+
+
+class Split(nn.Module):
+    """A model that says how tensor parallelism splits it."""
+
+    tp_plan: dict[str, str] = {"up": "colwise", "down": "rowwise"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(6)
+
+
+def splittable(tensor: int, seed: int = 3) -> TrainingState:
+    torch.manual_seed(seed)
+    blueprint = Blueprint(Split(), tensor=tensor, device=CPU)
+    return TrainingState(blueprint, OptimizerSpec(), dict)
+
+
+@settings(deadline=None, print_blob=True, max_examples=40)
+@given(data=st.data())
+def test_the_digest_tells_any_single_changed_element(data: st.DataObject) -> None:
+    state = settled()
+    before = state_digest(state)
+    assert before == state_digest(state)
+    assert before.startswith("sha256:")
+    tensors = dict(state.named())
+    name = data.draw(st.sampled_from(sorted(set(tensors) - {"optimizer.updates"})))
+    flat = tensors[name].detach().reshape(-1)
+    index = data.draw(st.integers(0, flat.numel() - 1))
+    raw = flat[index : index + 1].view(torch.int32)
+    raw ^= 1 << data.draw(st.integers(0, 30))
+    assert state_digest(state) != before
+    other = settled()
+    other.updates = 1
+    assert state_digest(other) != before
+
+
+def test_the_digest_of_step_0_tells_values_names_and_constants() -> None:
+    digest = make().initial_digest()
+    assert digest == make().initial_digest()
+    assert digest != make(seed=4).initial_digest()
+    for name in ("frozen", "scale"):
+        state = make()
+        state.blueprint.constants[name].view(-1)[0] += 1
+        assert state.initial_digest() != digest, name
+    renamed = tiny()
+    renamed.extra = renamed.hidden
+    del renamed.hidden
+    assert state_of(renamed).initial_digest() != digest
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def test_models_that_nothing_could_make_reproducible_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"module '1' \(BatchNorm1d\) keeps running statistics"):
+        state_of(model)
+    state_of(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)))
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        state_of(frozen)
+
+
+def test_models_of_vectors_only_and_tied_models_have_a_state() -> None:
+    bias_only = nn.Linear(3, 5)
+    bias_only.weight.requires_grad_(False)
+    state = state_of(bias_only)
+    settle(state)
+    update(state, torch.ones(state.space.size), 0.1)
+    assert state.updates == 1
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    state = state_of(tied)
+    settle(state)
+    assert [slot.name for slot in state.space.slots] == ["0.weight"]
+    own_of(state).weights.fill_(4.0)
+    assert float(tied[1].get_parameter("weight").detach().min()) == 4.0
+
+
+# ---------------------------------------------------------------------------------------- what counts when
+
+
+def test_everything_is_here_until_the_first_step_and_after_starting_over() -> None:
+    state = make()
+    everything = whole(state.space.size, 1)
+    first = state_digest(state)
+    assert state.held == everything
+    settle(state)
+    assert state.held == everything
+    assert state_digest(state) == first, "taking a place changes nothing"
+    update(state, random_gradient(state, 1))
+    assert state_digest(state) != first
+    state.start_over()
+    assert state.updates == 0
+    settle(state)
+    assert state_digest(state) == first, "also what the optimizer remembers is that of step 0"
+
+
+def test_a_torn_state_is_nowhere() -> None:
+    state = settled()
+    update(state, random_gradient(state, 1))
+    state.tear()
+    assert state.held == ()
+    with pytest.raises(NotCovered, match="no living holder"):
+        settle(state)
+
+
+@pytest.mark.parametrize("when", ["initial", "trained", "loaded"])
+def test_until_everyone_has_what_they_need_what_was_here_counts(when: str) -> None:
+    """The others' trouble is told by the barrier; the layout is then tried again, here or elsewhere."""
+    state = make()
+    if when != "initial":
+        settle(state)
+        update(state, random_gradient(state, 1))
+    if when == "loaded":
+        kept = saved(state)
+        state.load(kept)
+    before, held = state_digest(state), state.held
+
+    def fail() -> None:
+        raise ConnectionError("a peer is gone")
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            take(state, fail)
+        assert state.held == held
+        assert state_digest(state) == before
+    take(state, lambda: None)
+    assert state_digest(state) == before
+
+
+def take(state: TrainingState, barrier: Callable[[], None]) -> None:
+    layout = ParallelLayout(data=1, assignment=((0,),))
+    fabric = Fabric(rank=0, layout=layout, device=CPU)
+    state.take_place(layout, fabric, [state.held], [Domain("", "node")], 1, state.updates, barrier)
+
+
+def test_the_same_place_again_is_the_same_memory() -> None:
+    """Relayouts of large models must not need room for two states where nothing changes."""
+    state = settled()
+    own, part = own_of(state), part_of(state)
+    settle(state)
+    assert own_of(state) is own
+    assert part_of(state) is part
+
+
+def test_initial_values_are_made_again_when_they_are_needed_again() -> None:
+    made: list[int] = []
+    values = {name: tensor.clone() for name, tensor in Blueprint(tiny(), device=CPU).initial.items()}
+
+    def rebuild() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return values
+
+    state = TrainingState(Blueprint(tiny(), device=CPU), OptimizerSpec(), rebuild)
+    first = state_digest(state)
+    settle(state)
+    assert not made
+    update(state, random_gradient(state, 1))
+    state.start_over()
+    settle(state)
+    assert state_digest(state) == first
+    assert made == [1]
+
+
+def test_not_all_of_a_state_has_no_names() -> None:
+    state = settled()
+    update(state, random_gradient(state, 1))
+    assert bits(dict(state.named())["model.head.bias"]) == bits(part_of(state).modules[0].get_parameter("head.bias"))
+    state.tear()
+    with pytest.raises(RuntimeError, match="not all of the state is on this rank"):
+        state_digest(state)
