@@ -297,7 +297,8 @@ def _not_a_view(output: torch.Tensor) -> torch.Tensor:
     if base is None:
         return output
     same = base.shape == output.shape and base.stride() == output.stride() and base.grad_fn is not None
-    return base if same else output.clone()
+    # FSDP2 learns from a hook on what a module returns that a backward pass begins; then that must be part of it.
+    return base if same and not output._backward_hooks else output.clone()
 
 
 def _replace(module: nn.Module, name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group
 
 from strategies.groups import Groups, PeerLost
 from strategies.layout import ParallelLayout
@@ -111,6 +112,7 @@ class Fabric:
             )
             shape = (layout.data, layout.pipeline, layout.tensor)
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=AXES)
+            _name_by_axis(self.mesh)
             self.plane = self.groups_of(self.mesh.get_group("data"))
         finally:
             _forming = None
@@ -153,6 +155,21 @@ class Fabric:
             self.mesh = None
             dist.destroy_process_group()
         self._by_group = {}
+
+
+def _name_by_axis(mesh: Any) -> None:
+    """Gives the groups of a mesh names that are the same in every generation.
+
+    DTensor remembers what it has worked out, and the mesh with it, for the life of the process; it takes the mesh of
+    another generation with as many ranks for the same one, and finds the group of a collective by the name that the
+    remembered one has. c10d's own names are numbers, which depend on the shape of the mesh and on the rank.
+    """
+    names = [dist.GroupName(f"{BACKEND}/{axis}") for axis in AXES]
+    for name, axis in zip(names, AXES, strict=True):
+        _register_process_group(name, mesh.get_group(axis))
+    mesh._dim_group_names = names
+    # What is remembered must not keep the groups of its generation alive.
+    mesh._pg_registry = {}
 
 
 def _create(options: Any, _: Any = None) -> Any:

@@ -9,16 +9,21 @@ from torch import nn
 
 LAYERS = 4
 VOCABULARY = 70
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": 4},
     "gemma": {"head_dim": 8},
     "gpt_neox": {},
     "olmo2": {},
+    "mixtral": {"num_local_experts": 4},
 }
 """Families of models, with what their smallest configuration needs beside the usual."""
-UNCUT = {"gemma2": {"head_dim": 8}, "granite": {"embedding_multiplier": 12.0}, "cohere": {"logit_scale": 0.5}}
+UNCUT: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 8},
+    "granite": {"embedding_multiplier": 12.0},
+    "cohere": {"logit_scale": 0.5},
+}
 """Those whose forward does more than its modules: caps logits, scales embeddings, scales logits."""
 
 

@@ -31,7 +31,8 @@ def choose_ranks(idle: Sequence[WorkerView], origin: Origin, target: int, layout
 
     Units with state come first, then those of lower slots, as many as the layout for up to `target` workers has ranks
     for. Who has state that none of the chosen has comes along without work, to hand it over. Ranks are ordered by zone
-    and node, so that neighbours in a pipeline, and in the summation tree, share one.
+    and node, so that neighbours in a pipeline, and in the summation tree, share one; but where the layout stays the
+    same, so do they.
     """
     config = layouts.config
     able = policy.usable(idle, layouts.fewest(config.least, idle), config, now)
@@ -47,9 +48,9 @@ def choose_ranks(idle: Sequence[WorkerView], origin: Origin, target: int, layout
     layout = layouts.choose(len(candidates), candidates)
     if layout is None:
         return None
-    units = able[: layout.num_placed // config.tensor]
+    units = [tuple(unit) for unit in able[: layout.num_placed // config.tensor]]
     units.sort(key=lambda unit: (*_place(unit[0]), unit[0].worker))
-    chosen = [view for unit in units for view in unit]
+    chosen = [view for unit in layouts.seat(units, layout) for view in unit]
     spares = _bring_along(idle, chosen, origin)
     num_idle = sum(len(unit) for unit in able) - len(chosen)
     return Ranks((*chosen, *spares), replace(layout, spares=len(spares)), num_idle)

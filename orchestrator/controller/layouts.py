@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from orchestrator.controller.views import ControllerConfig, WorkerView
+from orchestrator.messages import Generation, WorkerId
 from orchestrator.planning.choose import NoLayoutFits
 from orchestrator.planning.units import PlanError
 from strategies.layout import ParallelLayout
@@ -21,16 +22,34 @@ class _Answer(NamedTuple):
 
 
 class Layouts:
-    """`current` is the layout that trains, or was the last to train."""
+    """`current` is the layout that trains, or was the last to train, and `seats` says which rank each worker had in it
+    (spares have none)."""
 
     def __init__(self, config: ControllerConfig) -> None:
         self.config = config
         self.current: ParallelLayout | None = None
+        self.seats: dict[WorkerId, int] = {}
         self._answers: dict[tuple[int, bool, int, ParallelLayout | None], _Answer] = {}
 
-    def trains(self, layout: ParallelLayout) -> None:
-        """The layout of a generation that trains; its spares are no part of what others are compared with."""
-        self.current = replace(layout, spares=0)
+    def trains(self, generation: Generation) -> None:
+        """A generation trains; its spares are no part of what others are compared with."""
+        self.current = replace(generation.layout, spares=0)
+        placed = generation.members[: generation.layout.num_placed]
+        self.seats = {member.worker: rank for rank, member in enumerate(placed)}
+
+    def seat(self, units: list[tuple[WorkerView, ...]], layout: ParallelLayout) -> list[tuple[WorkerView, ...]]:
+        """Units in the order of their ranks. In a layout like the one before each keeps its place, where it has its
+        part of the state and what it has computed of the step; the others fill the gaps, in the order given."""
+        if self.current is None or replace(layout, spares=0) != self.current:
+            return units
+        kept: dict[int, tuple[WorkerView, ...]] = {}
+        for unit in units:
+            ranks = [self.seats.get(view.worker, -1) for view in unit]
+            if ranks[0] >= 0 and ranks == list(range(ranks[0], ranks[0] + len(unit))):
+                kept[ranks[0] // len(unit)] = unit
+        seated = {unit[0].worker for unit in kept.values()}
+        others = iter([unit for unit in units if unit[0].worker not in seated])
+        return [kept[number] if number in kept else next(others) for number in range(len(units))]
 
     def choose(self, workers: int, views: Iterable[WorkerView]) -> ParallelLayout | None:
         """The layout for at most so many of these workers; None when there is none."""

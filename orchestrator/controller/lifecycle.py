@@ -60,7 +60,7 @@ class Lifecycle:
         """A generation of an earlier controller goes on, or is over when it is not `intact`."""
         self.membership, self._has_run = membership, True
         if membership.generation is not None and not membership.generation.collect:
-            self._layouts.trains(membership.generation.layout)
+            self._layouts.trains(membership.generation)
         if not intact:
             # Everyone is told to leave by the caller; the time to obey runs from here.
             self.state, membership.interrupted_at = RunState.SETTLING, now
@@ -224,7 +224,6 @@ class Lifecycle:
             if (refusal := self._layouts.refusal(self._wanted(), idle)) is not None:
                 self.finish("failed", refusal, now)
             return
-        self._layouts.trains(ranks.layout)
         self._out += record.roll_back(origin.committed, now)
         self._start_generation(origin, ranks, now, steps_lost=recorded - origin.committed)
         self.fill(now)
@@ -240,6 +239,8 @@ class Lifecycle:
             record.last_generation, self.config.epoch, causes or otherwise, origin, ranks, record.fired_faults,
             collect=collect,
         )  # fmt: skip
+        if not collect:
+            self._layouts.trains(generation)
         record.incidents.answered(generation.number, origin.kind, origin.committed)
         self.membership = Membership.formed(generation, ranks.members, now)
         self.state = RunState.FORMING

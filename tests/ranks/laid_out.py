@@ -20,24 +20,19 @@ from strategies.placement import Domain, place_state, trained_spans
 from strategies.state import TrainingState, state_digest
 from strategies.statemap import Spans, whole
 from strategies.step import StepEngine, exchange
+from tests.small_models import LAYERS, VOCABULARY, family, own
 
 CPU = torch.device("cpu")
-LAYERS = 4
 LENGTH = 8
 VIRTUAL_WORKERS = 8
 MICRO_BATCHES = 2
 
 
-def llama(dropout: float = 0.0) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=70, max_position_embeddings=32, attention_dropout=dropout,
-        tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).float().train()
+def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
+    """A model of tests.small_models; dropout in its attention, or where it has any."""
+    if name == "own":
+        return own(dropout)
+    return family(name, attention_dropout=dropout)
 
 
 def even_parts(number: int) -> tuple[tuple[int, int], ...]:
@@ -62,7 +57,7 @@ def layout_of(
 
 def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
     rng = np.random.default_rng((step, virtual_worker))
-    tokens = rng.integers(0, 70, size=(MICRO_BATCHES, LENGTH + 1), dtype=np.int64)
+    tokens = rng.integers(0, VOCABULARY, size=(MICRO_BATCHES, LENGTH + 1), dtype=np.int64)
     return tokens, np.arange(MICRO_BATCHES), 1000 * step + virtual_worker
 
 
@@ -94,18 +89,22 @@ class Trained:
     phases: list[dict[str, float]] = field(default_factory=list)
 
 
-def make_engine(dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw") -> StepEngine:
-    blueprint = Blueprint(llama(dropout), tensor=tensor, device=CPU)
-    state = TrainingState(blueprint, OptimizerSpec(optimizer), lambda: Blueprint(llama(dropout), tensor=tensor).initial)
+def make_engine(
+    dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama"
+) -> StepEngine:
+    def blueprint() -> Blueprint:
+        return Blueprint(model_of(model, dropout), tensor=tensor, device=CPU)
+
+    state = TrainingState(blueprint(), OptimizerSpec(optimizer), lambda: blueprint().initial)
     return StepEngine(state, spec, fetch)
 
 
 def train(
     rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
-    precision: str = "fp32", domains: Sequence[str] | None = None,
+    precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
-    engine = make_engine(dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision))
+    engine = make_engine(dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision), model=model)
     seen = Trained()
     step = 0
     space = engine.state.space
@@ -117,10 +116,10 @@ def train(
         held = [everything if number == 0 else held_by.get(member, ()) for member in members]
         if rank in members:
             fabric = Fabric(rank=members.index(rank), layout=stretch.layout, device=CPU)
-            fabric.form(store_address=address, prefix=f"stretch{number}", host=HOST, timeout_s=20.0)
-            if number and not held[fabric.rank]:
-                engine.state.tear()
             try:
+                fabric.form(store_address=address, prefix=f"{prefix}/{number}", host=HOST, timeout_s=20.0)
+                if number and not held[fabric.rank]:
+                    engine.state.tear()
                 run_stretch(engine, fabric, stretch, held, nodes, copies, step, seen)
             finally:
                 fabric.drop()
@@ -128,6 +127,17 @@ def train(
         held_by = dict(zip(members, trained_spans(stretch.layout, shards), strict=True))
         step += stretch.steps
     return seen
+
+
+def train_each(rank: int, address: Endpoint, layouts: Sequence[ParallelLayout], settings: dict[str, Any]) -> list[Any]:
+    """Two steps from the start in each layout: what was seen (`as_numbers`), None where not a rank."""
+    found: list[Any] = []
+    for number, layout in enumerate(layouts):
+        if rank < layout.world_size:
+            found.append(as_numbers(train(rank, address, [Stretch(layout)], prefix=f"layout{number}", **settings)))
+        else:
+            found.append(None)
+    return found
 
 
 def run_stretch(

@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -51,10 +51,13 @@ def prepare_child() -> None:
 Endpoint = tuple[str, int]
 
 
-def run_ranks(world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(
+    world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 60.0, lost: Collection[int] = ()
+) -> list[Any]:
     """Runs `program(rank, store_address, *args)` in `world_size` processes; returns their results in rank order.
 
-    Rank 0 serves the store. Raises AssertionError with the ranks' tracebacks, or which rank died or took too long.
+    Rank 0 serves the store. Ranks in `lost` are to die or to stop on the way; their result is None. Raises
+    AssertionError with the ranks' tracebacks, or which rank died or took too long.
     """
     processes, pipes = [], []
     deadline = time.monotonic() + timeout_s
@@ -69,11 +72,11 @@ def run_ranks(world_size: int, program: Callable[..., Any], *args: Any, timeout_
         port = _receive(pipes[0], 0, deadline)
         for pipe in pipes:
             pipe.send(port)
-        answers = [_receive(pipe, rank, deadline) for rank, pipe in enumerate(pipes)]
+        answers = [(True, None) if rank in lost else _receive(pipe, rank, deadline) for rank, pipe in enumerate(pipes)]
     finally:
-        for process, pipe in zip(processes, pipes, strict=True):
+        for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
             pipe.close()
-            process.join(2.0)
+            process.join(0.0 if rank in lost else 2.0)
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -9,6 +9,7 @@ import pytest
 from layouts_in_tests import MODEL, layouts
 from test_controller import ELEMENTS, W0, W1, W2, W3, WHOLE, Stage, of, ready_message, successor, the
 
+from orchestrator.controller.forming import choose_ranks, make_generation
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import (
     Died,
@@ -104,6 +105,23 @@ def test_few_holders_are_picked() -> None:
     assert pick_holders(WHOLE, held, held) == [W1, W3]
     assert pick_holders((Q0,), held, held) == [W0]
     assert pick_holders((), held, held) == []
+
+
+def test_in_the_same_layout_everybody_keeps_their_rank() -> None:
+    """There is each one's part of the state, so only a newcomer is sent anything."""
+    members = [holder(worker, 5, span) for worker, span in zip((W0, W1, W2, W3), (Q0, Q1, Q2, Q3), strict=True)]
+    choice = Layouts(ControllerConfig(total_steps=9, chooser=layouts(max_workers=4), min_workers=1, max_workers=4))
+    first = choose_ranks(members, Origin(5, {view.worker: view.held for view in members}), 4, choice, 0.0)
+    assert first is not None
+    choice.trains(make_generation(0, 0, "", Origin(5), first, ()))
+    rest = [view for view in members if view.worker != W1]
+    origin = Origin(5, {view.worker: view.held for view in rest})
+    again = choose_ranks([*rest, holder(W4, 0, trained=False)], origin, 4, choice, 0.0)
+    assert again is not None
+    assert [view.worker for view in again.members] == [W0, W4, W2, W3]
+    fewer = choose_ranks(rest, origin, 4, choice, 0.0)
+    assert fewer is not None
+    assert [view.worker for view in fewer.members] == [W0, W2, W3], "in another layout there are other parts"
 
 
 # ------------------------------------------------------------------------------------ shards

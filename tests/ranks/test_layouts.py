@@ -1,0 +1,271 @@
+"""Every layout, and every way from one to another, gives the losses, norms and state of one rank to the last bit."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from laid_out import Stretch, Trained, as_numbers, layout_of, make_engine, train, train_each
+from local_ranks import Endpoint, run_ranks
+
+import strategies.state
+from strategies.layout import SCHEDULES, SHARDS, ParallelLayout
+from strategies.relayout import WINDOW
+from strategies.statemap import plan_transfers
+
+TWO_PARTS = ("interleaved-1f1b", "zero-bubble")
+"""Schedules that have two model parts on a stage."""
+Numbers = tuple[list[float], list[float], str]
+
+
+@functools.cache
+def expected(steps: int = 2, dropout: float = 0.0, precision: str = "fp32", model: str = "llama") -> Numbers:
+    """What one rank computes."""
+    (alone,) = run_ranks(1, train, [Stretch(layout_of(), steps)], dropout, 2, precision, None, model)
+    assert len(set(alone.losses)) == steps
+    return as_numbers(alone)  # type: ignore[return-value]
+
+
+def assert_all_give(numbers: Numbers, layouts: list[ParallelLayout], **settings: Any) -> None:
+    """Losses and norms on every rank, the digest on the one that collects."""
+    by_rank = run_ranks(max(layout.world_size for layout in layouts), train_each, layouts, settings, timeout_s=60.0)
+    for number, layout in enumerate(layouts):
+        for rank in range(layout.world_size):
+            losses, norms, digest = by_rank[rank][number]
+            where = f"rank {rank} of {layout.describe()} {layout.schedule}"
+            assert (losses, norms) == numbers[:2], where
+            assert digest == (numbers[2] if rank == 0 else ""), where
+
+
+# ---------------------------------------------------------------------------------------- each by itself
+
+
+def schedules_of(pipeline: int) -> tuple[str, ...]:
+    """Five blocks can be cut into four parts, but not into six."""
+    if pipeline == 1:
+        return ("1f1b",)
+    return SCHEDULES if pipeline == 2 else ("gpipe", "1f1b")
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize(("data", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (2, 3)])
+def test_any_layout_with_dropout_is_one_rank(data: int, pipeline: int, shard: str) -> None:
+    if data == 1 and shard not in ("none", "parameters"):
+        pytest.skip("one replica has nobody to shard with")
+    layouts = [layout_of(data, pipeline, 1, shard, schedule) for schedule in schedules_of(pipeline)]
+    assert_all_give(expected(dropout=0.1), layouts, dropout=0.1)
+
+
+def test_layouts_without_dropout_are_one_rank() -> None:
+    layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
+    layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
+    assert_all_give(expected(), layouts)
+
+
+def uneven(pipeline: int, shard: str) -> ParallelLayout:
+    """Replicas with five, none and three virtual workers."""
+    even = layout_of(3, pipeline, 1, shard)
+    return ParallelLayout(3, ((0, 2, 3, 6, 7), (), (1, 4, 5)), 1, pipeline, shard, "1f1b", even.parts)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_replicas_may_have_any_virtual_workers_or_none(shard: str) -> None:
+    assert_all_give(expected(dropout=0.1), [uneven(1, shard), uneven(2, shard)], dropout=0.1)
+
+
+@pytest.mark.parametrize("shard", ["none", "parameters"])
+def test_stages_may_have_any_blocks(shard: str) -> None:
+    """Also the embedding alone, and norm and head alone."""
+    cuts = [((0, 1), (1, 6)), ((0, 5), (5, 6)), ((0, 1), (1, 2), (2, 5), (5, 6))]
+    layouts = [layout_of(2, 2, 1, shard, "1f1b" if len(parts) == 2 else "zero-bubble", parts=parts) for parts in cuts]
+    assert_all_give(expected(dropout=0.1), layouts, dropout=0.1)
+
+
+@pytest.mark.parametrize("model", ["qwen3", "own"])
+def test_layouts_of_other_models_are_one_rank(model: str) -> None:
+    layouts = [layout_of(2, 2, 1, "parameters"), layout_of(2, 2, 1, "gradients", "zero-bubble"), layout_of(3)]
+    assert_all_give(expected(dropout=0.1, model=model), layouts, dropout=0.1, model=model)
+
+
+def test_layouts_in_bf16_are_one_rank() -> None:
+    layouts = [layout_of(3), layout_of(2, 1, 1, "parameters"), layout_of(2, 1, 1, "gradients")]
+    layouts += [layout_of(1, 2, 1, "none", "zero-bubble"), layout_of(2, 2, 1, "optimizer", "gpipe")]
+    layouts += [layout_of(2, 2, 1, "parameters", "interleaved-1f1b")]
+    assert expected(precision="bf16") != expected()
+    assert_all_give(expected(precision="bf16"), layouts, precision="bf16")
+
+
+# ---------------------------------------------------------------------------------------- tensor parallelism
+
+
+@functools.cache
+def expected_split(model: str = "llama", precision: str = "fp32") -> Numbers:
+    """What one replica of one stage computes at tensor degree 2; the same to rounding as without."""
+    alone, other = run_ranks(2, train, [Stretch(layout_of(tensor=2))], 0.0, 2, precision, None, model)
+    assert (alone.losses, alone.norms) == (other.losses, other.norms)
+    losses, norms, digest = expected(precision=precision, model=model)
+    assert digest != alone.digest or model == "own"
+    assert alone.losses == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 1e-2)
+    assert alone.norms == pytest.approx(norms, rel=1e-4 if precision == "fp32" else 2e-2)
+    return as_numbers(alone)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_layouts_of_tensor_parallel_groups_are_one_such_group(shard: str) -> None:
+    layouts = [layout_of(2, 1, 2, shard), layout_of(2, 2, 2, shard)]
+    layouts += [layout_of(1, 2, 2, shard, schedule) for schedule in ("1f1b", "zero-bubble")]
+    assert_all_give(expected_split(), layouts)
+
+
+@pytest.mark.parametrize("model", ["qwen3", "olmo2", "gpt_neox", "own"])
+def test_other_models_are_split_by_their_own_plans(model: str) -> None:
+    """Among them norms of single heads (qwen3) and of all heads (olmo2), and one matrix for all inputs of attention."""
+    layouts = [layout_of(1, 2, 2), layout_of(2, 1, 2, "parameters")]
+    assert_all_give(expected_split(model), layouts, model=model)
+
+
+def test_tensor_parallel_groups_in_bf16_are_one_such_group() -> None:
+    layouts = [layout_of(2, 1, 2, "gradients"), layout_of(1, 2, 2), layout_of(2, 1, 2, "parameters")]
+    assert_all_give(expected_split(precision="bf16"), layouts, precision="bf16")
+
+
+# ---------------------------------------------------------------------------------------- from layout to layout
+
+
+def journey(seed: int, tensor: int, processes: int = 6, legs: int = 5) -> list[Stretch]:
+    """Random layouts one after another, a step each, on random ranks. Between two of them one of the ranks that have
+    state is lost, if it is not the only one; who has state and is left over is a spare, which hands it over.
+    """
+    rng = random.Random(seed)
+    stretches: list[Stretch] = []
+    for _ in range(legs):
+        placed = tensor * rng.choice([n for n in (1, 2, 3, 4, 5, 6) if n * tensor <= processes])
+        members = rng.sample(range(processes), placed)
+        if stretches:
+            before = stretches[-1]
+            had_state = list(before.ranks or ())[: before.layout.num_placed]
+            lost = rng.choice(had_state) if len(had_state) > 1 else None
+            members = [process for process in had_state if process != lost]
+            others = [process for process in range(processes) if process not in members and process != lost]
+            members += rng.sample(others, min(len(others), max(0, placed - len(members))))
+            placed = min(placed, len(members)) // tensor * tensor
+            rng.shuffle(members)
+        units = placed // tensor
+        pipeline = rng.choice([stages for stages in (1, 2, 3) if units % stages == 0])
+        schedule = rng.choice(schedules_of(pipeline))
+        layout = layout_of(
+            units // pipeline, pipeline, tensor, rng.choice(SHARDS), schedule, spares=len(members) - placed
+        )
+        stretches.append(Stretch(layout, 1, tuple(members)))
+    return stretches
+
+
+def travel(stretches: list[Stretch], **settings: Any) -> list[Trained]:
+    print([(*stretch.layout.describe().values(), stretch.layout.schedule, stretch.ranks) for stretch in stretches])
+    return run_ranks(6, functools.partial(train, **settings), stretches, timeout_s=60.0)
+
+
+def assert_arrived(stretches: list[Stretch], seen: list[Trained], numbers: Numbers) -> None:
+    """The digest, and the losses and norms of the steps that each process took part in."""
+    losses, norms, digest = numbers
+    members = [stretch.ranks or () for stretch in stretches for _ in range(stretch.steps)]
+    assert seen[members[-1][0]].digest == digest
+    for process, trained in enumerate(seen):
+        steps = [step for step, ranks in enumerate(members) if process in ranks]
+        assert trained.losses == [losses[step] for step in steps]
+        assert trained.norms == [norms[step] for step in steps]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layouts_may_change_and_ranks_be_lost_after_every_step(seed: int) -> None:
+    stretches = journey(seed, tensor=1)
+    assert_arrived(stretches, travel(stretches, dropout=0.1), expected(5, 0.1))
+
+
+@functools.cache
+def expected_journey(tensor: int) -> Numbers:
+    stretch = Stretch(layout_of(tensor=tensor), 5)
+    return as_numbers(run_ranks(tensor, train, [stretch])[0])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layouts_of_tensor_parallel_groups_may_change_too(seed: int) -> None:
+    stretches = journey(seed, tensor=2)
+    assert_arrived(stretches, travel(stretches), expected_journey(2))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_a_state_with_three_copies_outlives_two_of_three_nodes(shard: str) -> None:
+    nodes = ["a", "a", "b", "b", "c", "c"]
+    stretches = [
+        Stretch(layout_of(3, 2, 1, shard), 2, (0, 1, 2, 3, 4, 5)),
+        Stretch(layout_of(2, 1, 1, shard), 2, (5, 4)),
+        Stretch(layout_of(), 1, (4,)),
+    ]
+    assert_arrived(stretches, travel(stretches, dropout=0.1, copies=3, domains=nodes), expected(5, 0.1))
+
+
+# ---------------------------------------------------------------------------------------- what moves
+
+
+@dataclass(frozen=True)
+class Change:
+    """From a layout to another, and the processes that may receive anything."""
+
+    before: Stretch
+    after: Stretch
+    receive: tuple[int, ...] = ()
+
+
+STILL = {
+    "the same layout": Change(Stretch(layout_of(2, 2, 1, "parameters")), Stretch(layout_of(2, 2, 1, "parameters"))),
+    "another schedule": Change(Stretch(layout_of(2, 2)), Stretch(layout_of(2, 2, schedule="gpipe"))),
+    "the next ZeRO stage": Change(Stretch(layout_of(3, 1, 1, "optimizer")), Stretch(layout_of(3, 1, 1, "gradients"))),
+    "a replica less": Change(Stretch(layout_of(3)), Stretch(layout_of(2), ranks=(2, 0))),
+    "other stages of the same blocks": Change(Stretch(layout_of(2)), Stretch(layout_of(1, 2))),
+    "a replica more": Change(Stretch(layout_of(2)), Stretch(layout_of(3), ranks=(1, 2, 0)), (2,)),
+    "a replica of two stages more": Change(
+        Stretch(layout_of(1, 2, 1)), Stretch(layout_of(2, 2), ranks=(0, 1, 2, 3)), (2, 3)
+    ),
+    "a spare": Change(Stretch(layout_of(2)), Stretch(layout_of(2, spares=1))),
+}
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_nothing_moves_that_is_where_it_is_wanted(name: str) -> None:
+    change = STILL[name]
+    seen = run_ranks(4, train, [change.before, change.after], 0.0, 1, timeout_s=60.0)
+    for process, trained in enumerate(seen):
+        for number, received in enumerate(trained.received):
+            is_new = number == len(trained.received) - 1 and process in change.receive
+            assert (received > 0) == is_new, f"process {process} received {trained.received}"
+
+
+def test_a_new_replica_receives_the_state_once() -> None:
+    size = make_engine().state.space.size
+    seen = run_ranks(3, train, [Stretch(layout_of(2)), Stretch(layout_of(3))])
+    assert [trained.received for trained in seen] == [[0, 0], [0, 0], [4 * 3 * size]]
+
+
+MAX_ELEMENTS = 1000
+
+
+def train_in_small_transfers(rank: int, address: Endpoint, stretches: list[Stretch]) -> Trained:
+    """The tests' models are smaller than the largest transfer; here it is smaller than they are."""
+    small = functools.partial(plan_transfers, max_elements=MAX_ELEMENTS)
+    strategies.state.plan_transfers = small  # type: ignore[assignment]
+    return train(rank, address, stretches)
+
+
+@pytest.mark.parametrize("shard", ["none", "parameters"])
+def test_a_relayout_needs_buffers_for_a_few_transfers_only(shard: str) -> None:
+    after = layout_of(3, 1, 1, shard, spares=2)
+    stretches = [Stretch(layout_of(2, 2, 1, shard)), Stretch(after, 1, (3, 4, 1, 5, 2))]
+    seen = run_ranks(6, train_in_small_transfers, stretches)
+    most = WINDOW * 4 * (3 * MAX_ELEMENTS + 4)
+    assert max(max(trained.buffers, default=0) for trained in seen) == most
+    assert max(sum(trained.received) for trained in seen) > 10 * most, "a state of many transfers"
+    assert seen[3].digest == expected(3)[2]
