@@ -213,11 +213,9 @@ def relayout(job_path: str, kills: int, every: int) -> dict[str, Any]:
     from orchestrator import run
     from orchestrator.job import Job
 
-    faults = [
-        {"step": every * (number + 1), "worker": number % 4, "kind": "kill"} for number in range(kills)
-    ]  # fmt: skip
-    overrides = [f"train.steps={every * (kills + 1)}", f"faults={json.dumps(faults)}"]
-    job = Job.load(job_path, overrides=[*overrides, "checkpoint.every_steps=null"])
+    faults = [f"step={every * (number + 1)},worker={number % 4},kind=kill" for number in range(kills)]
+    overrides = [f"train.steps={every * (kills + 1)}", "checkpoint.every_steps=null"]
+    job = Job.load(job_path, overrides=overrides, faults=faults)
     with tempfile.TemporaryDirectory() as home:
         directory = Path(home) / "run"
         result = run(job, directory)
@@ -277,7 +275,8 @@ def planner(job_path: str, workers: int = 4096, times: int = 5) -> dict[str, Any
 
 
 def show_plans(figures: dict[str, Any]) -> None:
-    print(f"\nplanning for {figures['workers']:,} workers (describing the model, once: {figures['describe_seconds']:.2f} s)")
+    described = f"describing the model, once: {figures['describe_seconds']:.2f} s"
+    print(f"\nplanning for {figures['workers']:,} workers ({described})")
     for what, seconds in figures["seconds"].items():
         print(f"{what:<22}median {statistics.median(seconds):.3f} s, at most {max(seconds):.3f} s")
 

@@ -94,7 +94,7 @@ class _Batches:
 
 
 def _adamw(job: Job, parameters: Iterable[nn.Parameter], kind: Any = torch.optim.AdamW, **options: Any) -> Any:
-    """Distributed tensors of different meshes, and plain tensors, are groups of their own, as the fused kernel wants."""
+    """Distributed tensors of different meshes, and plain ones, are groups of their own, as the fused kernel wants."""
     spec = build.optimizer_spec(job)
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -221,7 +221,6 @@ def _fsdp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh,
     reshard = layout.shard == "parameters"
     for block in (*model.model.layers, model):
         fully_shard(block, mesh=mesh["data"], reshard_after_forward=reshard)
-    model.set_gradient_divide_factor(1.0)
     optimizer = _adamw(job, model.parameters())
     first = mesh.get_local_rank("tensor") == 0
     counted = [p for name, p in model.named_parameters() if name in split or first]
@@ -236,7 +235,7 @@ def _fsdp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh,
             model.set_requires_gradient_sync(last or syncs_always)
             model.set_reshard_after_backward(last or reshard or syncs_always)
             loss = batches.loss(model(input_ids=rows[:, :-1]).logits, rows)
-            loss.backward()
+            (loss * layout.data).backward()  # As for DDP.
             total += loss.detach()
         update(number)
         return Done(float(total) if first else 0.0, {})
@@ -320,7 +319,7 @@ def _pipelining(job: Job, batches: _Batches, layout: ParallelLayout, mesh: Devic
         if replicas is not None:
             _add_up([_local(p.grad) for p in parameters], replicas)
         update(number)
-        return Done(float(sum(losses)) if is_last and first else 0.0, {})
+        return Done(float(sum(loss.detach() for loss in losses)) if first else 0.0, {})
 
     return step
 

@@ -40,6 +40,7 @@ class Fabric:
         self.world = Groups(rank=rank, world_size=layout.world_size, device=device)
         self.plane = self.world
         self.mesh: Any = None
+        self._axes: tuple[str, ...] = AXES
         self._others: list[Groups] = []
         self._by_group: dict[int, Groups] = {}
         self._store: StoreClient | None = None
@@ -111,9 +112,12 @@ class Fabric:
                 BACKEND, store=store, rank=self.rank, world_size=layout.num_placed, timeout=timedelta(hours=24)
             )
             shape = (layout.data, layout.pipeline, layout.tensor)
-            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=AXES)
-            _name_by_axis(self.mesh)
-            self.plane = self.groups_of(self.mesh.get_group("data"))
+            # By their names too, DTensor is to tell the meshes of generations apart in which this process has another
+            # place: which share is whose is part of what it remembers.
+            self._axes = tuple(f"{axis} {at}" for axis, at in zip(AXES, layout.place(self.rank) or (), strict=True))
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=self._axes)
+            _name_groups(self.mesh)
+            self.plane = self.groups_of(self.group("data"))
         finally:
             _forming = None
 
@@ -124,6 +128,14 @@ class Fabric:
         group = groups.form_on(store, self._host, self._timeout_s)
         self._by_group[id(group)] = groups
         return group
+
+    def axis(self, name: str) -> Any:
+        """The part of the mesh along one of AXES that this rank is in."""
+        return self.mesh[self._axes[AXES.index(name)]]
+
+    def group(self, name: str) -> Any:
+        """The process group of `axis`."""
+        return self.mesh.get_group(AXES.index(name))
 
     def groups_of(self, group: Any) -> Groups:
         """Our groups behind a process group that c10d made of them."""
@@ -157,7 +169,7 @@ class Fabric:
         self._by_group = {}
 
 
-def _name_by_axis(mesh: Any) -> None:
+def _name_groups(mesh: Any) -> None:
     """Gives the groups of a mesh names that are the same in every generation.
 
     DTensor remembers what it has worked out, and the mesh with it, for the life of the process; it takes the mesh of
@@ -165,8 +177,8 @@ def _name_by_axis(mesh: Any) -> None:
     remembered one has. c10d's own names are numbers, which depend on the shape of the mesh and on the rank.
     """
     names = [dist.GroupName(f"{BACKEND}/{axis}") for axis in AXES]
-    for name, axis in zip(names, AXES, strict=True):
-        _register_process_group(name, mesh.get_group(axis))
+    for index, name in enumerate(names):
+        _register_process_group(name, mesh.get_group(index))
     mesh._dim_group_names = names
     # What is remembered must not keep the groups of its generation alive.
     mesh._pg_registry = {}

@@ -40,7 +40,7 @@ class ShardedPart:
         self.groups: list[list[_Group]] = []
         for module in self.modules:
             if fabric.layout.tensor > 1:
-                blueprint.parallelize(module, fabric.mesh["tensor"])
+                blueprint.parallelize(module, fabric.axis("tensor"))
             inner: nn.Module = module.module if isinstance(module, Stage) else module
             self.groups.append(self._shard(inner, fabric))
             module.train()
@@ -48,7 +48,7 @@ class ShardedPart:
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
         for block in (*blocks, inner):
-            fully_shard(block, mesh=fabric.mesh["data"])
+            fully_shard(block, mesh=fabric.axis("data"))
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -123,6 +123,7 @@ class _Group(ReduceScatter):
         self._pool: list[torch.Tensor] = []
         self._open: dict[int, torch.Tensor] = {}
         self._workers: list[tuple[int, int]] = []
+        self._is_last = False
         self._sums: TreeSum | None = None
         self.is_spoiled = False
 
@@ -139,9 +140,10 @@ class _Group(ReduceScatter):
         for _, parameter in self.entries:
             parameter.sharded_param.grad = None
 
-    def expect(self, workers: list[tuple[int, int]]) -> None:
-        """The next backward pass is of these (replica, virtual worker); other replicas' work is made up."""
-        self._workers = workers
+    def expect(self, workers: list[tuple[int, int]], *, is_last: bool) -> None:
+        """The next backward pass is of these (replica, virtual worker), for the last time if `is_last`; other replicas'
+        work is made up."""
+        self._workers, self._is_last = workers, is_last
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
@@ -161,13 +163,10 @@ class _Group(ReduceScatter):
                 own = self._pool.pop() if self._pool else torch.empty(length, device=received.device)
                 self._open[worker] = own.zero_()
             self._open[worker].add_(parts[replica])
+            if self._is_last:
+                assert self._sums is not None
+                self._sums.add((worker, worker + 1), self._open.pop(worker))
         output_tensor.zero_()
-
-    def finish(self) -> None:
-        """The virtual workers of the last backward pass are complete."""
-        assert self._sums is not None
-        for _, worker in self._workers:
-            self._sums.add((worker, worker + 1), self._open.pop(worker))
 
     def total(self) -> torch.Tensor:
         """The sum over all virtual workers of this rank's rows, padding included."""
@@ -195,12 +194,10 @@ class ShardedCollector:
         dealt = enumerate(self._layout.assignment)
         workers = [(replica, held[number]) for replica, held in dealt if number < len(held)]
         for group in self._part.groups[module]:
-            group.expect(workers)
+            group.expect(workers, is_last=micro + 1 == self._micro_batches)
 
     def end(self, number: int, micro: int, module: int) -> None:
-        if micro + 1 == self._micro_batches:
-            for group in self._part.groups[module]:
-                group.finish()
+        """The groups have taken it."""
 
     def spoil(self) -> None:
         self._part.groups[0][0].is_spoiled = True

@@ -70,7 +70,7 @@ class PipelineGradients:
         numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), place.stage)
         self.is_first = 0 in numbers
         self.is_last = len(layout.parts) - 1 in numbers
-        group = fabric.mesh.get_group("pipeline")
+        group = fabric.group("pipeline")
         self._stages = []
         batch = (spec.micro_batch, fetch(0, 0)[0].shape[1] - 1)
         sizes = part.blueprint.activations(spec.autocast(part.device))

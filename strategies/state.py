@@ -210,7 +210,7 @@ class TrainingState:
 
     def _part(self, coordinate: int, runs: tuple[tuple[int, int], ...] | None, fabric: Fabric) -> Part:
         old = self.arrangement.part
-        mesh = fabric.mesh["tensor"] if fabric.layout.tensor > 1 else None
+        mesh = fabric.axis("tensor") if fabric.layout.tensor > 1 else None
         if isinstance(old, Part) and old.is_plain and runs is None and mesh is None:
             return old
         weights = None

@@ -182,7 +182,12 @@ class StepEngine:
     def _explain(self, error: RuntimeError) -> NoReturn:
         """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""
         if not isinstance(error, PeerLost) and (self.fabric.is_aborted or is_connection_error(error)):
-            raise PeerLost((str(error).splitlines() or [type(error).__name__])[0][:300]) from error
+            # What runs the stages of a pipeline begins its own error with an empty line, and names the cause elsewhere.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            raise PeerLost(lines[0][:300]) from error
         raise error
 
     def prepare(self, step: int) -> None:

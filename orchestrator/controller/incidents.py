@@ -17,7 +17,8 @@ VOLUNTARY = frozenset({"grow", "shrink", "drain"})
 class Incident:
     """Something that made a generation end, from the event to the first step committed after it.
 
-    `generation` is the one formed after it, None until then.
+    `generation` is the one formed after it, None until then. `buffer_bytes` is the most that buffers took on any one of
+    its members.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Incident:
     steps_lost: int = 0
     source: str = "peers"
     bytes_moved: int = 0
+    buffer_bytes: int = 0
 
     def opening(self) -> Record:
         """The event for the log."""
@@ -69,6 +71,7 @@ class Incident:
             "steps_lost": self.steps_lost,
             "source": self.source,
             "bytes_moved": self.bytes_moved,
+            "buffer_bytes": self.buffer_bytes,
         }
 
 
@@ -118,12 +121,12 @@ class IncidentBook:
             if source == "checkpoint":
                 incident.source = source
 
-    def moved(self, generation: int, num_bytes: int) -> None:
-        """A member of `generation` received so much state."""
-        if num_bytes:
-            for incident in self.open:
-                if incident.generation == generation:
-                    incident.bytes_moved += num_bytes
+    def moved(self, generation: int, num_bytes: int, buffer_bytes: int) -> None:
+        """A member of `generation` received so much state, and its buffers for that took so much at once."""
+        for incident in self.open:
+            if incident.generation == generation:
+                incident.bytes_moved += num_bytes
+                incident.buffer_bytes = max(incident.buffer_bytes, buffer_bytes)
 
     def recovered(self, report: StepReport, committed_before: float | None, median_step_s: float) -> list[Record]:
         """Closes what a committed step is the recovery of; the records for the log."""

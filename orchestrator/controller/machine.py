@@ -276,7 +276,7 @@ class Controller:
         if view is None or view.joined:
             return
         membership.joined(view, now)
-        self._record.incidents.moved(event.generation, event.bytes_moved)
+        self._record.incidents.moved(event.generation, event.bytes_moved, event.buffer_bytes)
         if self.state is RunState.FORMING and not membership.unjoined:
             self._run.train(now)
 

@@ -71,14 +71,20 @@ def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) ->
 def _buffers(work: Work, rank: Rank, degrees: Degrees) -> float:
     """Whole gradients on their way, or one block's gathered weights and gradient; and weights cast to bf16."""
     cast = work.model.value_bytes if work.model.value_bytes < 4 else 0
+    # Who trains a shard keeps its weights beside those that are computed with.
+    own = 0.0 if degrees.shard == "none" or degrees.data == 1 else work.state.weights * rank.parameters / degrees.data
     if degrees.shard == "parameters" and degrees.data > 1:
-        # One block is computed with while the next is gathered; its gradient is whole until it is reduced.
-        return rank.largest_block * (2 * work.state.weights + work.state.gradients + cast)
+        # One block is computed with while the next is gathered; its gradient is whole until it is reduced. Virtual
+        # workers of several micro-batches, one of each replica, are summed side by side: a slice of each.
+        beside = rank.parameters if work.micro_batches > 1 else 0
+        blocks = rank.largest_block * (2 * work.state.weights + work.state.gradients + cast)
+        return blocks + beside * work.state.gradients + own
     exchange = 0.0
     if degrees.data > 1 and degrees.shard == "gradients":
-        exchange = rank.largest_block * work.state.gradients
+        # The virtual worker under way, and a slice of that of every replica.
+        exchange = 2 * rank.parameters * work.state.gradients
     elif degrees.data > 1:
         # The reducer keeps what it receives, and with unsharded state what it sends back.
         whole = 2 if work.canonical and degrees.shard == "none" else 1
         exchange = whole * rank.parameters * work.state.gradients
-    return exchange + rank.parameters * cast
+    return exchange + rank.parameters * cast + own

@@ -104,6 +104,5 @@ def schedules(stages: int) -> tuple[Schedule, ...]:
         Schedule("1f1b", stages),
         Schedule("gpipe", stages),
         Schedule("interleaved-1f1b", stages, 2),
-        Schedule("interleaved-1f1b", stages, 4),
         Schedule("zero-bubble", stages, 2),
     )

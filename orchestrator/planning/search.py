@@ -31,7 +31,7 @@ class Limits:
     pipeline: tuple[int, ...] | None = None
     shards: tuple[str, ...] = SHARDS
     schedules: tuple[str, ...] = SCHEDULES
-    chunks: tuple[int, ...] = (1, 2, 4)
+    chunks: tuple[int, ...] = (1, 2)
     padded: bool = False
 
 

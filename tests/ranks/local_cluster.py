@@ -43,7 +43,7 @@ from orchestrator.controller.protocol import (
     StepCommitted,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, WorkerState
+from orchestrator.controller.views import ControllerConfig, RunState, WorkerState
 from orchestrator.data import TokenStore, prepare
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Generation, Joined, Reply, Status, StepReport, WorkerId
@@ -221,6 +221,13 @@ class LocalCluster:
     def idle(self) -> list[WorkerId]:
         """The workers that are warm and in no generation."""
         return [worker for worker, view in self.controller.workers.items() if view.state is WorkerState.IDLE]
+
+    def is_whole(self, workers: int) -> bool:
+        """Whether so many workers train, or a membership is about to change at the next step boundary: a rank that is
+        held would keep it from doing so."""
+        state, generation = self.controller.state, self.controller.generation
+        whole = generation is not None and generation.layout.num_placed == workers
+        return state is RunState.SETTLING or (state is RunState.RUNNING and whole)
 
     def kill(self, slot: int) -> None:
         """SIGKILL to the newest process of a worker."""
@@ -545,6 +552,25 @@ def when_moving_state(generation: int, rank: int, worker: Any) -> None:
         return usual(plan, sources, targets, kinds, groups)
 
     state.execute = part_of
+
+
+def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: Any, *, passed: bool = False) -> None:
+    """Runs `action` when the rank has its state of `generation` and is about to wait for the others to have theirs, or
+    when that is `passed`: others may then have passed it too, or not."""
+    take_place = worker.state.take_place
+
+    def watched(*arguments: Any, barrier: Callable[[], object]) -> Any:
+        def wait_and_act() -> None:
+            here = worker._generation.number == generation and arguments[1].rank == rank
+            if here and not passed:
+                action()
+            barrier()
+            if here:
+                action()
+
+        return take_place(*arguments, barrier=wait_and_act)
+
+    worker.state.take_place = watched
 
 
 partial = functools.partial

@@ -6,15 +6,16 @@ import itertools
 import pickle
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.job import Job
+from orchestrator.planning import search
 from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
 from orchestrator.planning.choose import LayoutChooser, NoLayoutFits, blocks_of
 from orchestrator.planning.machine import Link
@@ -283,18 +284,24 @@ def test_a_model_that_names_no_heads_may_say_itself_how_it_is_split() -> None:
 # ---------------------------------------------------------------------------------------- in the controller
 
 
-def test_choosing_is_quick() -> None:
-    """Measured: 0.3 to 2 ms a time up to 64 workers, the first time with a model of 80 layers 13 ms."""
+def test_choosing_takes_few_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller asks at every change of membership: 0.3 to 2 ms a time up to 64 workers."""
+    predictions = 0
+    usual = search.predict_step
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal predictions
+        predictions += 1
+        return usual(*arguments)
+
+    monkeypatch.setattr(search, "predict_step", counted)
     costs = model(layers=80, hidden=8192, heads=64)
     chosen = chooser(2, 4, "parameters", "interleaved-1f1b", 64)
     current = None
-    seconds = []
     for workers in itertools.chain(range(2, 65), range(64, 1, -1)):
-        started = time.perf_counter()
+        predictions = 0
         current = chosen.choose(workers, costs, 2048 * GIB, current)
-        seconds.append(time.perf_counter() - started)
-    assert sorted(seconds)[len(seconds) // 2] < 0.02
-    assert max(seconds) < 1.0
+        assert predictions < 200, f"{predictions} predictions for {workers} workers"
 
 
 def test_choosing_needs_neither_torch_nor_ray() -> None:
