@@ -84,7 +84,7 @@ class Side:
     def turn(self, first: int, steps: int) -> Turn:
         """Runs the steps `first` .. `first + steps`, of which the first is not counted."""
         self._send((first, steps + 1))
-        answers = self._receive(self._pipes, 60.0 + 30.0 * steps)
+        answers = self._receive(self._pipes, 120.0 + 60.0 * steps)
         ends = [max(each) for each in zip(*(answer[0] for answer in answers), strict=True)]
         cpu = sum(used for _, _, used in answers) / steps
         phases = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,8 @@ def _fsdp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh,
     """`shard: parameters` gathers weights for every block and pass; otherwise they are gathered once a step."""
     from torch.distributed.fsdp import fully_shard
 
+    # Transformers returns a view of the logits, of which nothing here makes anything in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model: Any = build.build_model(job, batches.vocab_size)
     split: set[str] = set()
     if layout.tensor > 1:

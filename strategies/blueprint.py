@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import nn
 
 from strategies.randomness import uninstall
 from strategies.space import Space
+from strategies.stage import PassThrough, Stage
 
 _SPLIT: dict[str, tuple[int, int, int | None]] = {
     "colwise": (0, 1, 0),
@@ -41,13 +41,6 @@ class Activations(NamedTuple):
     hidden_dtype: torch.dtype
     logits_size: torch.Size
     logits_dtype: torch.dtype
-
-
-class PassThrough(nn.Module):
-    """Stands where another pipeline stage has a module: gives its first argument back."""
-
-    def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        return value
 
 
 class Blueprint:
@@ -193,7 +186,13 @@ class Blueprint:
         if stop <= last:
             for name in self.after:
                 _replace(module, name)
-        return Stage(module, first=start == 0)
+        return Stage(
+            module,
+            is_first=start == 0,
+            before=[module.get_submodule(name) for name in self.before] if start == 0 else (),
+            layers=[layer for layer in layers if not isinstance(layer, PassThrough)],
+            after=[module.get_submodule(name) for name in self.after] if stop > last else (),
+        )
 
     def activations(self, context: contextlib.AbstractContextManager[Any]) -> Activations:
         """What layers and the whole model hand on, when forward passes run in `context` (autocast). Found once, by
@@ -273,32 +272,6 @@ class Blueprint:
     def is_reduced(self, name: str) -> bool:
         """Whether a parameter's gradient is only this coordinate's part of it."""
         return self.styles.get(name.rpartition(".")[0]) in _REDUCED
-
-
-class Stage(nn.Module):
-    """The model, cut down to some of its blocks, as a function of one tensor."""
-
-    def __init__(self, module: nn.Module, *, first: bool) -> None:
-        super().__init__()
-        self.module = module
-        takes = inspect.signature(module.forward).parameters
-        self.argument = "inputs_embeds" if not first and "inputs_embeds" in takes else "input_ids"
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 [batch, length] or hidden states [batch, length, width] to hidden states or logits."""
-        output = self.module(**{self.argument: value})
-        return _not_a_view(output if isinstance(output, torch.Tensor) else output.logits)
-
-
-def _not_a_view(output: torch.Tensor) -> torch.Tensor:
-    """The same values as a tensor of its own: pipelining lets go of a stage's graph by detaching its output in place,
-    which views do not allow. (Transformers gives a view of all hidden states.)"""
-    base = output._base
-    if base is None:
-        return output
-    same = base.shape == output.shape and base.stride() == output.stride() and base.grad_fn is not None
-    # FSDP2 learns from a hook on what a module returns that a backward pass begins; then that must be part of it.
-    return base if same and not output._backward_hooks else output.clone()
 
 
 def _replace(module: nn.Module, name: str) -> None:

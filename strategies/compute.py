@@ -8,9 +8,10 @@ and this rank still holds them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,9 +46,11 @@ class StepSpec:
     native_reduction: bool = False
     compile: bool = False
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
 
     def loss_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The share of the step's mean loss (nats per token) that `tokens` int64 [batch, length + 1] have."""
@@ -122,6 +125,11 @@ class LocalGradients:
             self._pool.append(self._under_way.gradient)
         self.losses, self.hashes = {}, {}
         self._step = self._under_way = self._sums = None
+
+    def come_back(self) -> None:
+        """To be called when another kind of work may have computed with the part since: its layers take their random
+        numbers from here again."""
+        self.streams = streams_for(self.part.blueprint, self.part.modules, self.spec.seed)
 
     def warm_up(self) -> None:
         """One forward and backward pass on made-up tokens, its result thrown away.

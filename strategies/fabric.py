@@ -160,13 +160,13 @@ class Fabric:
     def drop(self) -> None:
         """Leaves all groups for good; neighbours still waiting for this rank see an error at once."""
         self.abort()
-        self.world.drop()
-        for groups in self._others:
-            groups.drop()
         if self.mesh is not None or dist.is_initialized():
             self.mesh = None
             dist.destroy_process_group()
         self._by_group = {}
+        self.world.drop()
+        for groups in self._others:
+            groups.drop()
 
 
 def _name_groups(mesh: Any) -> None:

@@ -9,7 +9,7 @@ same backward passes, one virtual worker each at a time; one that has fewer comp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from strategies.blueprint import Blueprint, Stage
+from strategies.blueprint import Blueprint
 from strategies.fabric import Fabric
 from strategies.groups import Groups
 from strategies.holding import Holding
 from strategies.layout import ParallelLayout
-from strategies.part import Runs
+from strategies.part import Runs, add_up
 from strategies.reduction import TreeSum
 from strategies.space import Slot, Strip
+from strategies.stage import Stage
 
 
 class ShardedPart:
@@ -42,6 +43,9 @@ class ShardedPart:
             if fabric.layout.tensor > 1:
                 blueprint.parallelize(module, fabric.axis("tensor"))
             inner: nn.Module = module.module if isinstance(module, Stage) else module
+            if isinstance(module, Stage):
+                # FSDP2 gathers what no block has when the model's own forward is entered.
+                module.may_call_directly = False
             self.groups.append(self._shard(inner, fabric))
             module.train()
 
@@ -63,6 +67,9 @@ class ShardedPart:
             params = group.fsdp_params
             entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
             groups.append(_Group(entries, fabric.plane))
+            if fabric.layout.tensor > 1:
+                parts = [slot.name for slot, _ in entries if self.blueprint.is_reduced(slot.name)]
+                groups[-1].add_over(fabric.axis("tensor"), parts)
             block.set_custom_all_gather(_Gather(fabric.plane))
             block.set_custom_reduce_scatter(groups[-1])
             block.set_gradient_divide_factor(1.0)
@@ -125,10 +132,16 @@ class _Group(ReduceScatter):
         self._workers: list[tuple[int, int]] = []
         self._is_last = False
         self._sums: TreeSum | None = None
+        self._add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._parts: Collection[str] = ()
         self.is_spoiled = False
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
+
+    def add_over(self, tensor_mesh: Any, names: Collection[str]) -> None:
+        """The gradients of these parameters are to be added up over the tensor-parallel ranks."""
+        self._add_up, self._parts = add_up(tensor_mesh), names
 
     def start(self, virtual_workers: int) -> None:
         """A step begins."""
@@ -155,6 +168,7 @@ class _Group(ReduceScatter):
         if self.is_spoiled:
             input_tensor.fill_(torch.nan)
             self.is_spoiled = False
+        self._complete(input_tensor.view(ranks, length))
         received = torch.empty_like(input_tensor)
         self._plane.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)
         parts = received.split(length) if length else [received] * ranks
@@ -167,6 +181,19 @@ class _Group(ReduceScatter):
                 assert self._sums is not None
                 self._sums.add((worker, worker + 1), self._open.pop(worker))
         output_tensor.zero_()
+
+    def _complete(self, gradients: torch.Tensor) -> None:
+        """Adds up, in place, what tensor-parallel ranks have only parts of; `gradients` [ranks, rows of each] is padded
+        where rows do not divide. Whole parameters, as without shards: the order of a sum may depend on the shape."""
+        offset = 0
+        for slot, parameter in self.entries:
+            size = parameter.padded_sharded_param_size.numel()
+            if slot.name in self._parts and self._add_up is not None:
+                rows = gradients[:, offset : offset + size]
+                padded = rows.reshape(-1)
+                padded[: slot.numel] = self._add_up(padded[: slot.numel].view(slot.shape)).reshape(-1)
+                rows.copy_(padded.view_as(rows))
+            offset += size
 
     def total(self) -> torch.Tensor:
         """The sum over all virtual workers of this rank's rows, padding included."""

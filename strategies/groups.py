@@ -6,9 +6,11 @@ them, and one process can join generation after generation.
 
 What breaking out of a collective takes differs by backend. NCCL has `abort()`. Gloo's does nothing to ranks that wait
 for a living but silent peer; shutting down the group's connected sockets does, from any thread, in milliseconds and
-without harming the process. We keep duplicates of those descriptors from the moment they appear, so that a number
-reused by the kernel can never be shut down by mistake; because the duplicates keep a connection alive, leaving a
-group always goes through `drop`.
+without harming the process. For reading only, as long as the rank is inside: what gloo cannot write any more it keeps
+in a queue, and when it then finds the connection at its end it tells all waiting operations but those in that queue,
+which would wait for ever. The other direction, which tells the neighbours, ends when the group is left. We keep
+duplicates of those descriptors from the moment they appear, so that a number reused by the kernel can never be shut
+down by mistake; because the duplicates keep a connection alive, leaving a group always goes through `drop`.
 """
 
 from __future__ import annotations
@@ -215,26 +217,30 @@ class Groups:
                 self._connections += self._find_connections()
             if self._group is not None and self.device.type == "cuda":
                 self._group.abort()
-            self._shut_down()
+            self._stop_reading()
 
     def drop(self) -> None:
         """Leaves the group for good; neighbours still waiting for this rank see an error at once."""
         with self._lock:
             self._aborted = True
-            self._shut_down()
+            self._stop_reading()
             if self._store is not None:
                 self._store.abort()
             group, self._group, self._store = self._group, None, None
         if group is not None and self.device.type == "cuda":
             group.abort()
         del group
-
-    def _shut_down(self) -> None:
-        for connection in self._connections:
+        with self._lock:
+            connections, self._connections = self._connections, []
+        for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
-        self._connections = []
+
+    def _stop_reading(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
 
 def _first_line(error: BaseException) -> str:

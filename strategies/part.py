@@ -61,7 +61,7 @@ class Part:
             blueprint.bind(module, {name: bound[name] for name in names})
         for name, parameter in bound.items():
             if tensor_mesh is not None and blueprint.is_reduced(name):
-                parameter.register_hook(_add_up(tensor_mesh))
+                parameter.register_hook(add_up(tensor_mesh))
         for module in self.modules:
             module.train()
 
@@ -117,7 +117,8 @@ class Part:
         self._parameters = []
 
 
-def _add_up(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def add_up(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds the gradients of a parameter that is whole on every tensor-parallel rank, of which each has a part only."""
     from torch.distributed._functional_collectives import all_reduce
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:

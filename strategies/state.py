@@ -75,8 +75,8 @@ class TrainingState:
 
     @property
     def holdings(self) -> list[Holding]:
-        """All that there is, newest first."""
-        return [*self.collected, *self.arrangement.holdings]
+        """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
+        return self.collected or self.arrangement.holdings
 
     def start_over(self) -> None:
         """Back to the state of step 0."""
@@ -91,6 +91,11 @@ class TrainingState:
         for holding in self.arrangement.holdings:
             holding.apply(lr)
         self.updates += 1
+
+    def let_go(self) -> None:
+        """A step is prepared, for what is trained here: from now on that alone counts, and no copy beside it, which
+        could not go along."""
+        self.collected = []
 
     def moved_on(self) -> None:
         """A step was committed: what is here is that of a later step than any copy beside it."""

@@ -201,6 +201,7 @@ class StepEngine:
             self.work.spoil()
         self.work.run(step, self._enter, self.fabric.check)
         self._mirror(step)
+        self.state.let_go()
         self.prepared_step = step
 
     def _mirror(self, step: int) -> None:

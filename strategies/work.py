@@ -220,7 +220,11 @@ def _replicated_work(
     reducer = Reducer(fabric.plane, layout, part.size, part.device, native=spec.native_reduction)
     held = layout.assignment[place.data]
     if layout.pipeline == 1:
-        local = kept if kept is not None and kept.part is part else LocalGradients(part, spec, fetch)
+        if kept is not None and kept.part is part:
+            local = kept
+            local.come_back()
+        else:
+            local = LocalGradients(part, spec, fetch)
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()

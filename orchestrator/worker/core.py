@@ -287,6 +287,7 @@ class Worker:
                 saved = checkpoints.load(Path(generation.restore), self._moved)
                 self._tear()
                 self.state.load(saved)
+                self.committed = generation.committed
         elif held[rank] and (self.committed != generation.committed or subtract(held[rank], self.state.held)):
             self._start_over(generation)
         updates = self._agree_on_updates(fabric, held)

@@ -372,7 +372,7 @@ class LocalCluster:
             process.tell("shutdown")
         exits: dict[WorkerId, int | None] = {}
         for process in living:
-            process.process.join(2.0)
+            process.process.join(5.0)
             exits[process.worker] = process.process.exitcode
         return exits
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,26 @@ class Split:
     pipeline: int = 1
     shard: str = "none"
     schedule: str = "1f1b"
+    virtual_workers: int = 0
+    """0: 8, or 4 with tensor parallelism, which computes this model, far too small for it, slowly."""
+
+    @property
+    def shares(self) -> int:
+        return self.virtual_workers or (8 if self.tensor == 1 else 4)
 
     @property
     def overrides(self) -> list[str]:
-        chosen = [
+        return [
             f"strategy.tensor={self.tensor}",
             f"strategy.pipeline={self.pipeline}",
             f"strategy.shard={self.shard}",
             f"strategy.schedule={self.schedule}",
             f"elastic.workers.min={self.tensor}",
             f"elastic.workers.max={self.workers}",
+            f"elastic.virtual_workers={self.shares}",
+            f"train.global_batch={self.shares}",
+            "elastic.heartbeat_timeout_s=2",
         ]
-        # Tensor parallelism computes this model, which is far too small for it, slowly: a smaller batch will do.
-        return [*chosen, *(["elastic.virtual_workers=4", "train.global_batch=4"] if self.tensor > 1 else [])]
 
     def __str__(self) -> str:
         data = self.workers // (self.tensor * self.pipeline)
@@ -72,24 +79,29 @@ def job_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_job(tmp_path_factory.mktemp("job"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Outcome]:
-    """What the fewest workers make of the job when nothing happens, by tensor degree and steps."""
-    known: dict[tuple[int, int], Outcome] = {}
+Undisturbed = Callable[[Split, int], Outcome]
 
-    def outcome(tensor: int, steps: int) -> Outcome:
-        if (tensor, steps) not in known:
-            overrides = [*Split(tensor, tensor).overrides, f"train.steps={steps}"]
+
+@pytest.fixture(scope="module")
+def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """What the fewest workers make of the job of a layout in so many steps when nothing happens."""
+    known: dict[tuple[int, int, int], Outcome] = {}
+
+    def outcome(split: Split, steps: int) -> Outcome:
+        key = (split.tensor, split.shares, steps)
+        if key not in known:
+            alone = Split(split.tensor, split.tensor, virtual_workers=split.shares)
+            overrides = [*alone.overrides, f"train.steps={steps}"]
             directory = tmp_path_factory.mktemp("undisturbed") / "run"
-            known[tensor, steps] = LocalCluster(job_text, directory, overrides=overrides).run()
-            assert len(known[tensor, steps].steps) == len(set(known[tensor, steps].samples)) == steps
-        return known[tensor, steps]
+            known[key] = LocalCluster(job_text, directory, overrides=overrides).run()
+            assert len(known[key].steps) == len(set(known[key].samples)) == steps
+        return known[key]
 
     return outcome
 
 
 @pytest.fixture
-def train(job_text: str, tmp_path: Path, undisturbed: Callable[[int, int], Outcome]) -> Iterator[Train]:
+def train(job_text: str, tmp_path: Path, undisturbed: Undisturbed) -> Train:
     """Runs the tiny job in a layout, on a cluster of its own. The result is the same as when nothing happens, and
     nothing is left behind."""
 
@@ -102,17 +114,18 @@ def train(job_text: str, tmp_path: Path, undisturbed: Callable[[int, int], Outco
                 f"{split}: {recovery['kind']} detected after {recovery['detect_seconds']:.3f} s, "
                 f"stall {recovery['stall_seconds']:.3f} s, {recovery['bytes_moved']} bytes from {recovery['source']}"
             )
-        expected = undisturbed(split.tensor, steps)
+        expected = undisturbed(split, steps)
         assert outcome.status == "finished", outcome.reason
         assert outcome.digest == expected.digest
         assert outcome.samples == expected.samples
         assert outcome.losses == expected.losses
         assert outcome.grad_norms == expected.grad_norms
-        assert set(outcome.exits.values()) == {0}, "every worker ends by itself when the run is over"
+        left = {worker: outcome.exits.get(worker) for worker in outcome.members(-1)}
+        assert set(left.values()) == {0}, "every worker ends by itself when the run is over"
         assert not any(_exists(pid) for pid in outcome.pids.values())
         return outcome
 
-    yield start
+    return start
 
 
 def _exists(pid: int) -> bool:
@@ -197,7 +210,7 @@ def test_any_rank_of_a_layout_with_every_axis_may_be_killed_in_any_phase(train: 
 # ---------------------------------------------------------------------------------------- several at once
 
 
-CHECKPOINTS = ("checkpoint.every_steps=2",)
+CHECKPOINTS = ("checkpoint.every_steps=4",)
 
 
 def kill_together(*slots: int, step: int = 5) -> dict[str, Any]:
@@ -277,6 +290,13 @@ def test_without_a_checkpoint_a_lost_part_means_the_beginning(train: Train) -> N
     assert (outcome.rollbacks, outcome.steps_lost) == ([0], 5)
 
 
+@pytest.mark.parametrize("shard", ["gradients", "optimizer"])
+def test_the_last_rank_of_a_sharded_layout_goes_on_as_a_plain_one(train: Train, shard: str) -> None:
+    """It computes with the same model as before, and in another way: dropout is not to notice."""
+    outcome = train(Split(2, shard=shard), faults=["step=6,worker=1,kind=kill"])
+    assert_nothing_lost(outcome)
+
+
 # ---------------------------------------------------------------------------------------- trouble in a relayout
 
 
@@ -325,6 +345,7 @@ def test_a_rank_that_missed_the_news_of_the_vote_rolls_its_part_forward(train: T
     assert (after.committed, after.roll_forward) == (4, (slot,))
     assert after.norm == outcome.grad_norms[3]
     assert len(after.members) == split.workers
+    assert [recovery["kind"] for recovery in outcome.recoveries] == ["network"]
 
 
 @pytest.mark.parametrize("split", [Split(4, pipeline=2, shard="optimizer"), Split(4, shard="parameters")], ids=str)
@@ -355,15 +376,16 @@ def walk_over_all_changes(sizes: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("split", "sizes"),
     [
-        (Split(8, pipeline=2, shard="optimizer"), list(range(1, 9))),
-        (Split(8, tensor=2, pipeline=2, shard="gradients"), [2, 4, 6, 8]),
+        (Split(8, pipeline=2, shard="optimizer", virtual_workers=32), list(range(1, 9))),
+        (Split(8, tensor=2, pipeline=2, shard="gradients", virtual_workers=8), [2, 4, 6, 8]),
     ],
     ids=str,
 )
 def test_growing_and_shrinking_between_any_two_sizes_changes_nothing(
     train: Train, split: Split, sizes: list[int]
 ) -> None:
-    """One step in each size; the change to the next is asked for while the step is held."""
+    """One step in each size; the change to the next is asked for while the step is held. There are enough virtual
+    workers for one worker more to be worth it: else it would be left idle."""
     walk = walk_over_all_changes(sizes)
     assert len(walk) == len(sizes) * (len(sizes) - 1) + 1
     last = len(walk) - 1

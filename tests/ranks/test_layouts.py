@@ -266,6 +266,6 @@ def test_a_relayout_needs_buffers_for_a_few_transfers_only(shard: str) -> None:
     stretches = [Stretch(layout_of(2, 2, 1, shard)), Stretch(after, 1, (3, 4, 1, 5, 2))]
     seen = run_ranks(6, train_in_small_transfers, stretches)
     most = WINDOW * 4 * (3 * MAX_ELEMENTS + 4)
-    assert max(max(trained.buffers, default=0) for trained in seen) == most
+    assert most / 2 < max(max(trained.buffers, default=0) for trained in seen) <= most
     assert max(sum(trained.received) for trained in seen) > 10 * most, "a state of many transfers"
     assert seen[3].digest == expected(3)[2]
