@@ -46,7 +46,7 @@ from orchestrator.controller.protocol import (
 from orchestrator.controller.views import ControllerConfig, RunState, WorkerState
 from orchestrator.data import TokenStore, prepare
 from orchestrator.job import Job
-from orchestrator.messages import FaultFired, Generation, Joined, Reply, Status, StepReport, WorkerId
+from orchestrator.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
 from orchestrator.planning.choose import LayoutChooser
 
 TICK_S = 0.05
@@ -167,7 +167,8 @@ class _Process:
 
 class LocalCluster:
     """One run of a job. `holds` keeps every rank at the start of a step until a condition on this cluster is true;
-    each pair of `script` is an action taken once, as soon as its condition is true."""
+    each pair of `script` is an action taken once, as soon as its condition is true. Workers are ready one by one, or
+    with `all_ready_at_once` when no other is on its way, so that a run grows in one step."""
 
     def __init__(
         self,
@@ -179,12 +180,15 @@ class LocalCluster:
         hooks: Sequence[Hook] = (),
         holds: Mapping[int, Callable[[LocalCluster], bool]] | None = None,
         script: Iterable[tuple[Callable[[LocalCluster], bool], Callable[[LocalCluster], None]]] = (),
+        all_ready_at_once: bool = False,
     ) -> None:
         self.job = Job.loads(job_text, overrides=overrides, faults=faults)
         self.directory = directory
         self.hooks = tuple(hooks)
         self.holds = dict(holds or {})
         self.script = list(script)
+        self.all_ready_at_once = all_ready_at_once
+        self.warm: list[Ready] = []
         job = self.job
         store: TokenStore = prepare(
             source=job.data.source, tokenizer=job.data.tokenizer, cache=job.data.cache, verify=False
@@ -305,7 +309,10 @@ class LocalCluster:
             message = process.reports.recv()
         except (EOFError, OSError):
             return False
-        self.feed(message)
+        if self.all_ready_at_once and isinstance(message, Ready):
+            self.warm.append(message)
+        else:
+            self.feed(message)
         if isinstance(message, FaultFired):
             self._carry_out_fault(message)
         with contextlib.suppress(OSError):
@@ -318,6 +325,11 @@ class LocalCluster:
             self.feed(Notice((fired.worker,), "injected", time.time() + (fault.seconds or 30.0)))
 
     def _follow_script(self) -> None:
+        on_their_way = {w for w, v in self.controller.workers.items() if v.state is WorkerState.STARTING}
+        if on_their_way <= {ready.worker for ready in self.warm}:
+            for ready in self.warm:
+                self.feed(ready)
+            self.warm = []
         for step in [step for step, condition in self.holds.items() if condition(self)]:
             del self.holds[step]
             _gate(self.directory, step).touch()

@@ -154,6 +154,7 @@ def whole_at_every_step(split: Split, steps: int) -> dict[int, Callable[[LocalCl
 # ---------------------------------------------------------------------------------------- one fault after the other
 
 
+FAST_STALL = ("elastic.progress_timeout_s=3",)
 EVERY_KIND = (
     ("kill", "compute", "kill"),
     ("segfault", "reduce", "kill"),
@@ -170,7 +171,6 @@ EVERY_KIND = (
     "split",
     [
         Split(4, pipeline=2, shard="optimizer"),
-        Split(4, shard="gradients"),
         Split(4, pipeline=2, shard="parameters"),
         Split(4, tensor=2, pipeline=2),
         Split(4, tensor=2, shard="gradients"),
@@ -179,12 +179,9 @@ EVERY_KIND = (
 )
 def test_every_kind_of_fault_costs_no_step_and_changes_nothing(train: Train, split: Split) -> None:
     steps = 3 * len(EVERY_KIND) + 3
-    faults = []
+    faults = ["step=0,worker=1,kind=slow,factor=2,seconds=1", "step=0,worker=2,kind=nan"]
     for number, (kind, phase, _) in enumerate(EVERY_KIND):
-        if phase == "gather" and split.shard == "none" and split.pipeline == 1:
-            phase = "vote"
         faults.append(f"step={3 * number + 1},worker={(number + 1) % 4},kind={kind},phase={phase}")
-    faults += ["step=2,worker=1,kind=slow,factor=2,seconds=1", "step=3,worker=2,kind=nan"]
     outcome = train(split, steps=steps, faults=faults, overrides=FAST_STALL, holds=whole_at_every_step(split, steps))
     assert_nothing_lost(outcome)
     assert len(outcome.of("fault_injected")) == len(faults)
@@ -193,12 +190,9 @@ def test_every_kind_of_fault_costs_no_step_and_changes_nothing(train: Train, spl
     assert not any(step.skipped for step in outcome.steps)
 
 
-FAST_STALL = ("elastic.progress_timeout_s=3",)
-
-
 def test_any_rank_of_a_layout_with_every_axis_may_be_killed_in_any_phase(train: Train) -> None:
     split = Split(8, tensor=2, pipeline=2, shard="optimizer")
-    phases = ("refresh", "data", "compute", "reduce", "gather", "vote", "commit", "compute")
+    phases = ("refresh", "data", "compute", "reduce", "gather", "vote", "compute", "commit")
     steps = 3 * len(phases) + 3
     faults = [f"step={3 * rank + 1},worker={rank},kind=kill,phase={phase}" for rank, phase in enumerate(phases)]
     outcome = train(split, steps=steps, faults=faults, holds=whole_at_every_step(split, steps))
@@ -376,7 +370,8 @@ def walk_over_all_changes(sizes: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("split", "sizes"),
     [
-        (Split(8, pipeline=2, shard="optimizer", virtual_workers=32), list(range(1, 9))),
+        (Split(8, shard="optimizer"), list(range(1, 9))),
+        (Split(8, pipeline=2, shard="parameters"), [2, 4, 6, 8]),
         (Split(8, tensor=2, pipeline=2, shard="gradients", virtual_workers=8), [2, 4, 6, 8]),
     ],
     ids=str,
@@ -384,28 +379,35 @@ def walk_over_all_changes(sizes: list[int]) -> list[int]:
 def test_growing_and_shrinking_between_any_two_sizes_changes_nothing(
     train: Train, split: Split, sizes: list[int]
 ) -> None:
-    """One step in each size; the change to the next is asked for while the step is held. There are enough virtual
-    workers for one worker more to be worth it: else it would be left idle."""
-    walk = walk_over_all_changes(sizes)
+    """A change takes one step or two (the second without those who only handed over state), the next is asked for when
+    it is done. With pipelines the planner leaves some workers of other sizes idle."""
+    walk = walk_over_all_changes(sizes[::-1])  # a run begins with all it may have
     assert len(walk) == len(sizes) * (len(sizes) - 1) + 1
-    last = len(walk) - 1
+    ahead = walk[::-1]
 
-    def at(step: int) -> Callable[[LocalCluster], bool]:
-        return lambda c: c.committed == step and c.controller.state is RunState.RUNNING
+    def is_there(cluster: LocalCluster) -> bool:
+        layout = None if cluster.controller.generation is None else cluster.controller.generation.layout
+        settled = cluster.controller.state is RunState.RUNNING and layout is not None and not layout.spares
+        return settled and layout is not None and layout.num_placed == ahead[-1] and not cluster.idle()
 
+    def go_on(cluster: LocalCluster) -> None:
+        ahead.pop()
+        if ahead:
+            cluster.feed(Resize(ahead[-1]))
+            cluster.script.append((is_there, go_on))
+
+    def may_end(step: int) -> Callable[[LocalCluster], bool]:
+        return lambda c: not ahead or (c.committed == step and c.controller.state is RunState.SETTLING)
+
+    steps = 2 * len(walk)
     outcome = train(
         split,
-        steps=len(walk),
-        overrides=(f"elastic.workers.max={max(sizes)}",),
-        holds={
-            step: lambda c, step=step: c.committed == step and c.controller.state is RunState.SETTLING  # type: ignore[misc]
-            for step in range(last)
-        },
-        script=[
-            (at(step), lambda cluster, size=walk[step + 1]: cluster.feed(Resize(size)))  # type: ignore[misc]
-            for step in range(last)
-        ],
+        steps=steps,
+        holds={step: may_end(step) for step in range(steps)},
+        script=[(is_there, go_on)],
+        all_ready_at_once=True,
     )
+    assert not ahead
     assert_nothing_lost(outcome)
     placed = [g.layout.num_placed for g in outcome.generations if not g.collect]
     assert [size for index, size in enumerate(placed) if index == 0 or size != placed[index - 1]] == walk
@@ -414,7 +416,7 @@ def test_growing_and_shrinking_between_any_two_sizes_changes_nothing(
 # ---------------------------------------------------------------------------------------- anything at all
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(16))
 def test_any_mixture_of_layouts_and_faults_gives_the_same_result(train: Train, seed: int) -> None:
     rng = random.Random(seed)
     tensor = 2 if seed % 5 == 4 else 1

@@ -155,7 +155,7 @@ def test_a_sum_made_in_rounds_has_the_same_bits(virtual_workers: int, size: int)
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dealings = partitions(virtual_workers, random.Random(seed))
-    cases = [(assignment, size) for assignment in dealings if len(assignment) > 1]
+    cases = [(assignment, size) for assignment in dealings[1::3] if len(assignment) > 1]
     by_rank = run_ranks(8, reduce_in_rounds, cases)
     expected = partial_sum((0, virtual_workers), size)
     for index, (assignment, _) in enumerate(cases):
