@@ -66,7 +66,7 @@ class Blueprint:
         self.space = Space.of(
             ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor
         )
-        self._activations: Activations | None = None
+        self._activations: dict[bool, Activations] = {}
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
@@ -200,12 +200,14 @@ class Blueprint:
 
         Raises ValueError when neither works.
         """
-        if self._activations is None:
+        with context:
+            casts = torch.is_autocast_enabled(self.device.type)
+        if casts not in self._activations:
             try:
-                self._activations = self._trace(context, is_fake=True)
+                self._activations[casts] = self._trace(context, is_fake=True)
             except (RuntimeError, TypeError):
-                self._activations = self._trace(context, is_fake=False)
-        return self._activations
+                self._activations[casts] = self._trace(context, is_fake=False)
+        return self._activations[casts]
 
     def _trace(self, context: contextlib.AbstractContextManager[Any], *, is_fake: bool) -> Activations:
         from torch._subclasses.fake_tensor import FakeTensorMode

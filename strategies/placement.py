@@ -116,7 +116,7 @@ def row_ranges(space: Space, ranges: Sequence[tuple[int, int]], parts: int, part
     found = []
     for slot in space.slots:
         if any(start <= slot.offset < stop for start, stop in ranges):
-            rows = slot.shape[0]
+            rows = slot.shape[0] if slot.shape else 1
             width = slot.numel // rows if rows else 0
             chunk = -(-rows // parts)
             first, last = min(rows, chunk * part), min(rows, chunk * (part + 1))

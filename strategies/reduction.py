@@ -50,8 +50,7 @@ class TreeSum:
 
     def total(self) -> torch.Tensor:
         """The sum over all virtual workers, which must all have been added."""
-        (total,) = (self.pieces[node] for node in [(0, self.virtual_workers)])
-        return total
+        return self.pieces[0, self.virtual_workers]
 
     def clear(self) -> None:
         self._pool += self.pieces.values()
@@ -76,11 +75,9 @@ class Reducer:
         self.covers = tuple(cover(held, layout.virtual_workers) for held in layout.assignment)
         self._start = sum(self.slices[: groups.rank])
         self._device = device
-        self._received = torch.empty(
-            0 if native else sum(len(nodes) for nodes in self.covers) * self.slices[groups.rank],
-            device=device,
-        )
-        # Kept for the life of the generation: fresh memory of this size costs the kernel a page fault every 4 KiB.
+        # Kept for the life of the generation from their first use on: fresh memory of this size costs the kernel a page
+        # fault every 4 KiB.
+        self._received = torch.empty(0, device=device)
         self._outgoing = torch.empty(0, device=device)
 
     def own_slice(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -112,10 +109,13 @@ class Reducer:
             ordered = [part[peer] for peer in range(ranks) for part in parts]
             outgoing = torch.cat(ordered) if ordered else torch.empty(0, device=self._device)
         length = self.slices[rank]
+        sizes = [len(nodes) * length for nodes in self.covers]
+        if self._received.numel() != sum(sizes):
+            self._received = torch.empty(sum(sizes), device=self._device)
         self.groups.all_to_all(
             self._received,
             outgoing,
-            [len(nodes) * length for nodes in self.covers],
+            sizes,
             [len(mine) * other for other in self.slices],
         )
         arrived = dict(

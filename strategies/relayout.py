@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,25 +101,25 @@ class _Move:
         self._is_source = transfer.source == groups.rank
         self._work: Any
         if self._is_source:
-            self._each(lambda inside, part: part.copy_(inside), only_first=True)
+            found = self._each(lambda inside, part: part.copy_(inside))
+            assert found >= length, f"{transfer.span} is not here to be sent"
             self.buffer[-_DIGEST:].copy_(self._digest())
             self._work = groups.send(self.buffer, transfer.target, tag)
         else:
             self._work = groups.receive(self.buffer, transfer.source, tag)
 
-    def _each(self, copy: Any, *, only_first: bool) -> None:
-        """Calls `copy` with a view of the state and the view of the buffer that goes with it."""
+    def _each(self, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> int:
+        """Calls `copy` with a view of the state and the view of the buffer that goes with it, for all of the span that
+        is here; how many elements that is (one that two holdings have counts twice)."""
         span = self.transfer.span
-        done = 0
+        found = 0
         for holding in self._holdings:
             for start, offset, length in holding.locate(span):
                 at = start - span.start
                 for kind, tensor in holding.kinds().items():
                     copy(tensor[offset : offset + length], self._parts[kind][at : at + length])
-                done += length
-        if not only_first:
-            return
-        assert done >= span.length, f"{span} is not here to be sent"
+                found += length
+        return found
 
     def _digest(self) -> torch.Tensor:
         host = self.buffer[:-_DIGEST].detach().cpu().contiguous().view(torch.uint8)
@@ -136,4 +136,4 @@ class _Move:
         arrived = self.buffer[-_DIGEST:].cpu().view(torch.int32)
         if not torch.equal(self._digest().view(torch.int32), arrived):
             raise StateCorrupt(f"{self.transfer.span} arrived with other bytes than were sent")
-        self._each(lambda inside, part: inside.copy_(part), only_first=False)
+        self._each(lambda inside, part: inside.copy_(part))

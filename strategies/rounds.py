@@ -42,8 +42,9 @@ class Collector(Protocol):
         """The next gradient is to be not finite (fault injection)."""
 
 
-class _Buffers:
-    """The gradients [size] of the virtual workers under way; micro-batches add up in order."""
+class _Buffered:
+    """Gradients [size] of the virtual workers under way; micro-batches add up in order. `_take` is given each when all of
+    it is there, and its buffer with it."""
 
     def __init__(self, part: Part, micro_batches: int) -> None:
         self._part = part
@@ -51,11 +52,11 @@ class _Buffers:
         self._open: dict[int, torch.Tensor] = {}
         self._bound: dict[int, int] = {}
         self._done: dict[tuple[int, int], int] = {}
-        self.pool: list[torch.Tensor] = []
-        self.is_spoiled = False
+        self._pool: list[torch.Tensor] = []
+        self._is_spoiled = False
 
     def start(self) -> None:
-        self.pool += self._open.values()
+        self._pool += self._open.values()
         self._open, self._bound, self._done = {}, {}, {}
         self._part.release_gradients()
 
@@ -64,53 +65,49 @@ class _Buffers:
         if self._bound.get(module) == number:
             return
         if number not in self._open:
-            buffer = self.pool.pop() if self.pool else torch.empty_like(self._part.weights)
+            buffer = self._pool.pop() if self._pool else torch.empty_like(self._part.weights)
             self._open[number] = buffer.zero_()
         self._part.accumulate_into(self._open[number], module)
         self._bound[module] = number
 
-    def end(self, number: int, micro: int, module: int) -> torch.Tensor | None:
-        """The virtual worker's gradient, once all of it is there."""
+    def end(self, number: int, micro: int, module: int) -> None:
         self._done[number, module] = micro + 1
         modules = range(len(self._part.modules))
         if any(self._done.get((number, each), 0) < self._micro_batches for each in modules):
-            return None
+            return
         gradient = self._open.pop(number)
-        if self.is_spoiled:
+        if self._is_spoiled:
             gradient[0] = torch.nan
-            self.is_spoiled = False
-        return gradient
+            self._is_spoiled = False
+        self._take(number, gradient)
+
+    def spoil(self) -> None:
+        self._is_spoiled = True
+
+    def _take(self, number: int, gradient: torch.Tensor) -> None:
+        raise NotImplementedError
 
 
-class TreeCollector:
+class TreeCollector(_Buffered):
     """Keeps whole gradients, summed along the tree as far as this replica can; `pieces` are for a Reducer."""
 
     computes_all = False
 
     def __init__(self, part: Part, held: Sequence[int], virtual_workers: int, micro_batches: int) -> None:
+        super().__init__(part, micro_batches)
         self.num_rounds = len(held)
         self._held = tuple(held)
-        self._buffers = _Buffers(part, micro_batches)
-        self._sums = TreeSum(virtual_workers, self._buffers.pool)
+        self._sums = TreeSum(virtual_workers, self._pool)
 
     def start(self) -> None:
-        self._buffers.start()
+        super().start()
         self._sums.clear()
 
-    def begin(self, number: int, micro: int, module: int) -> None:
-        self._buffers.begin(number, micro, module)
-
-    def end(self, number: int, micro: int, module: int) -> None:
-        gradient = self._buffers.end(number, micro, module)
-        if gradient is None:
-            return
+    def _take(self, number: int, gradient: torch.Tensor) -> None:
         if number < len(self._held):
             self._sums.add((self._held[number], self._held[number] + 1), gradient)
         else:
-            self._buffers.pool.append(gradient)
-
-    def spoil(self) -> None:
-        self._buffers.is_spoiled = True
+            self._pool.append(gradient)
 
     @property
     def pieces(self) -> dict[Node, torch.Tensor]:
@@ -118,37 +115,28 @@ class TreeCollector:
         return dict(self._sums.pieces)
 
 
-class RoundCollector:
+class RoundCollector(_Buffered):
     """Hands every finished virtual worker's gradient to its owners (ZeRO stage 2)."""
 
     def __init__(self, part: Part, reducer: RoundReducer, micro_batches: int, *, computes_all: bool) -> None:
+        super().__init__(part, micro_batches)
         self.num_rounds = reducer.num_rounds
         self.computes_all = computes_all
         self._reducer = reducer
-        self._buffers = _Buffers(part, micro_batches)
         self._empty = torch.empty(0, device=part.device)
 
     def start(self) -> None:
-        self._buffers.start()
+        super().start()
         self._reducer.begin()
 
-    def begin(self, number: int, micro: int, module: int) -> None:
-        self._buffers.begin(number, micro, module)
-
-    def end(self, number: int, micro: int, module: int) -> None:
-        gradient = self._buffers.end(number, micro, module)
-        if gradient is None:
-            return
+    def _take(self, number: int, gradient: torch.Tensor) -> None:
         if number < self.num_rounds:
             self._reducer.add(number, gradient)
-        self._buffers.pool.append(gradient)
+        self._pool.append(gradient)
 
     def skip(self, number: int) -> None:
         """A round that this replica has no virtual worker for."""
         self._reducer.add(number, self._empty)
-
-    def spoil(self) -> None:
-        self._buffers.is_spoiled = True
 
 
 class RoundGradients:

@@ -225,16 +225,14 @@ class TrainingState:
         return Part(self.blueprint, coordinate, runs, mesh, weights)
 
     def _room(self, shard: Shard, strip: Strip, weights: torch.Tensor | None = None) -> Holding:
+        """A holding with these `weights`, or with weights of its own, which nothing computes with."""
+        part = self.arrangement.part
+        computed_with = part.weights if isinstance(part, Part) else None
         for old in self.arrangement.holdings:
-            same = old.coordinate == shard.coordinate and old.strip == strip
-            if same and (weights is None or old.weights is weights) and not self._is_view(old, weights):
+            fits = old.weights is not computed_with if weights is None else old.weights is weights
+            if fits and old.coordinate == shard.coordinate and old.strip == strip:
                 return old
         return Holding(shard.coordinate, strip, self.spec, self.device, weights)
-
-    def _is_view(self, old: Holding, weights: torch.Tensor | None) -> bool:
-        """Whether a holding's weights are those the model computes with, where a buffer of its own is wanted."""
-        part = self.arrangement.part
-        return weights is None and isinstance(part, Part) and old.weights is part.weights
 
     # ------------------------------------------------------------------------------------ the whole state
 

@@ -123,7 +123,7 @@ def plan_transfers(held: Sequence[Spans], wanted: Sequence[Spans], max_elements:
     sent = [0] * len(held)
     plan = []
     for (tensor, start), ranks in sorted(targets.items()):
-        stop = next_bound(bounds[tensor], start)
+        stop = bounds[tensor][bisect_right(bounds[tensor], start)]
         for target in ranks:
             for first in range(start, stop, max_elements):
                 span = Span(tensor, first, min(stop, first + max_elements))
@@ -134,11 +134,6 @@ def plan_transfers(held: Sequence[Spans], wanted: Sequence[Spans], max_elements:
                 sent[source] += span.length
                 plan.append(Transfer(span, source, target))
     return plan
-
-
-def next_bound(bounds: Sequence[int], start: int) -> int:
-    """The bound after `start`, which is one itself."""
-    return bounds[bisect_right(bounds, start)]
 
 
 def _pieces(spans: Spans, bounds: dict[int, list[int]]) -> Iterable[tuple[int, int]]:

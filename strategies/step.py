@@ -104,6 +104,8 @@ class StepEngine:
         self._is_stale = True
         self.work = work_for(arrangement, layout, fabric, self.spec, self.fetch, self.local)
         self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
+        # By rank, the virtual workers it tells about in the vote; and what of the gradient's norm this one does.
+        self._voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
         self._counted = (
             [] if arrangement.own is None else _counted(self.state.space, arrangement.own, layout, self.place)
         )
@@ -227,8 +229,7 @@ class StepEngine:
     def vote(self, step: int) -> Vote:
         """Tells everyone that this rank holds the reduced gradient, and learns that all others do."""
         self._enter("vote", step)
-        layout, world = self.layout, self.fabric.world
-        voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
+        world, voiced = self.fabric.world, self._voiced
         mine = voiced[self.fabric.rank]
         words = to_words(self._square_sum())
         losses = [float(self.work.losses[index]) for index in mine]
@@ -247,7 +248,7 @@ class StepEngine:
             loss_of |= dict(zip(held, values[1:].tolist(), strict=True))
             sums.append(from_words(part[1 + len(held) :][:WORDS].tolist()))
             hash_of |= dict(zip(held, part[1 + len(held) + WORDS :].tolist(), strict=True))
-        order = range(layout.virtual_workers)
+        order = range(self.layout.virtual_workers)
         return Vote(norm_of(sums), [loss_of[i] for i in order], tuple(hash_of[i] for i in order), pause)
 
     def _square_sum(self) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import ray
 from conftest import Outcome, Runner, steps_done, wait_for
 from ray.util.placement_group import placement_group_table
 from test_faults import assert_nothing_lost, assert_same_result
@@ -56,4 +55,3 @@ def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(
     assert all(len(counts) == 1 for counts in bundles.values()), "a tensor-parallel group shares a node"
     first = outcome.result.generations[0]["workers"]
     assert [worker["worker"] // 2 for worker in first] == [0, 0, 1, 1], "units are neighbours in rank order"
-    assert ray.is_initialized()
