@@ -43,8 +43,8 @@ class Collector(Protocol):
 
 
 class _Buffered:
-    """Gradients [size] of the virtual workers under way; micro-batches add up in order. `_take` is given each when all of
-    it is there, and its buffer with it."""
+    """Gradients [size] of the virtual workers under way; micro-batches add up in order. `_take` is given each when all
+    of it is there, and its buffer with it."""
 
     def __init__(self, part: Part, micro_batches: int) -> None:
         self._part = part
