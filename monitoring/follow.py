@@ -67,7 +67,11 @@ def describe_event(event: dict[str, Any]) -> str | None:
         case "waiting":
             return f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)"
         case "checkpoint_saved":
-            return f"checkpoint of {event['committed']} steps ({megabytes(event['bytes'])}, {event['seconds']:.2f} s)"
+            held = f", training held up {event['blocked_seconds']:.3f} s" if "blocked_seconds" in event else ""
+            size = megabytes(event["bytes"])
+            return f"checkpoint of {event['committed']} steps ({size}, {event['seconds']:.2f} s{held})"
+        case "checkpoint_delayed":
+            return f"checkpoint due after {event['committed']} steps waits: the one before is still being written"
         case "checkpoint_failed":
             return f"checkpoint of {event['committed']} steps failed: {event['error']}"
         case "checkpoint_invalid":

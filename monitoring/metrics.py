@@ -7,6 +7,7 @@ again disappear.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -30,6 +31,15 @@ class RunMetrics:
         self.tokens = self._counter("tokens", "Tokens in committed steps.")
         self.steps_lost = self._counter("steps_lost", "Committed steps that had to be replayed.")
         self.nonfinite = self._counter("nonfinite", "Steps whose update was skipped for a non-finite gradient.")
+        self.checkpoint_step = self._gauge("checkpoint_step", "Steps in the newest complete checkpoint.")
+        self.checkpoint_time = self._gauge(
+            "checkpoint_timestamp_seconds", "When the newest checkpoint was complete, in seconds since the epoch."
+        )
+        self.checkpoints_failed = self._counter("checkpoints_failed", "Checkpoints that could not be made.")
+        self.checkpoints_delayed = self._counter(
+            "checkpoints_delayed", "Checkpoints that had to wait for the one before."
+        )
+        self.checkpoints_invalid = self._counter("checkpoints_invalid", "Checkpoints set aside as not what was saved.")
         self._world = Gauge("orchestrator_world_size", "Workers by state.", ["run", "state"], registry=self.registry)
         self._failures = Counter("orchestrator_failures", "Incidents by kind.", ["run", "kind"], registry=self.registry)
         self._recovery = Histogram(
@@ -39,6 +49,14 @@ class RunMetrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._save = Histogram(
+            "orchestrator_checkpoint_seconds", "From a checkpoint's first to its last byte.", ["run"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._save_blocked = Histogram(
+            "orchestrator_checkpoint_blocked_seconds", "How long a checkpoint held training up.", ["run"],
+            buckets=(0.001, 0.0025, *_SECONDS), registry=self.registry,
+        )  # fmt: skip
         self._step_seconds = Histogram(
             "orchestrator_step_duration_seconds", "Duration of committed steps.", ["run"], buckets=_SECONDS,
             registry=self.registry,
@@ -85,6 +103,18 @@ class RunMetrics:
         elif kind == "recovery":
             self._recovery.labels(self._run).observe(fields["stall_seconds"])
             self.steps_lost.inc(fields["steps_lost"])
+        elif kind == "checkpoint_saved":
+            self.checkpoint_step.set(fields["committed"])
+            self.checkpoint_time.set(fields.get("time", time.time()))
+            self._save.labels(self._run).observe(fields["seconds"])
+            if "blocked_seconds" in fields:
+                self._save_blocked.labels(self._run).observe(fields["blocked_seconds"])
+        elif kind == "checkpoint_failed":
+            self.checkpoints_failed.inc()
+        elif kind == "checkpoint_delayed":
+            self.checkpoints_delayed.inc()
+        elif kind == "checkpoint_invalid":
+            self.checkpoints_invalid.inc()
 
 
 def _number(value: float | None) -> float:

@@ -42,22 +42,28 @@ def run(
     json_: AsJson = False,
 ) -> None:
     """Train a job to its end."""
-    from orchestrator.api import run as run_job
     from orchestrator.job import Job
     from orchestrator.rundir import RunDirectory
 
     loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
     name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = RunDirectory(run_dir if run_dir is not None else _unused(Path("runs") / name))
+    _run(loaded, directory, job.read_text(), local_nodes=local_nodes, json_=json_)
+
+
+def _run(job: Any, directory: Any, text: str, *, local_nodes: int, json_: bool) -> None:
+    """Trains, shows how it goes and what came of it, and exits."""
+    from orchestrator.api import run as run_job
+
     if json_:
-        result = run_job(loaded, directory.path, job_text=job.read_text(), local_nodes=local_nodes)
+        result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes)
     else:
         from monitoring.display import Display
 
-        with Display(directory.path, loaded.train.steps, loaded.train.log_every) as display:
+        with Display(directory.path, job.train.steps, job.train.log_every) as display:
             display.note(f"run {directory.path}")
             result = run_job(
-                loaded, directory.path, job_text=job.read_text(), local_nodes=local_nodes,
+                job, directory.path, job_text=text, local_nodes=local_nodes,
                 on_update=display.update, on_note=display.note,
             )  # fmt: skip
     content = _result_json(directory.path)
@@ -81,6 +87,21 @@ def _unused(path: Path) -> Path:
 
 def _result_json(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "result.json").read_text()))
+
+
+@app.command()
+def resume(
+    run: Run,
+    local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
+    json_: AsJson = False,
+) -> None:
+    """Go on with an unfinished run, from its newest valid checkpoint."""
+    from orchestrator.checkpoint.command import job_of
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    text = (directory.path / "job.yaml").read_text() if (directory.path / "job.yaml").exists() else ""
+    _run(job_of(directory), directory, text, local_nodes=local_nodes, json_=json_)
 
 
 @app.command()
@@ -175,7 +196,7 @@ def status(run: Run, json_: AsJson = False) -> None:
     for event in recoveries[-5:]:
         print(f"{event['incident']:<11}at step {event['step']}: {describe_recovery(event)}")
     if state == "interrupted":
-        print(f"{'next':<11}orchestrator run JOB --run-dir {directory.path} goes on from the newest checkpoint")
+        print(f"{'next':<11}orchestrator resume {directory.path} goes on from the newest checkpoint")
 
 
 @app.command()
@@ -225,6 +246,84 @@ def resize(run: Run, workers: Annotated[int, typer.Argument(min=1, help="How man
         _refuse(f"{workers} workers is outside elastic.workers of this run: {limits['min']} to {limits['max']}")
     _ask(directory, "resize", workers=workers)
     print(f"{directory.path.name}: {workers} workers from the next step boundary on")
+
+
+@app.command()
+def checkpoint(
+    run: Run,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is complete.")] = 600.0,
+) -> None:
+    """Save a live run at its next step boundary."""
+    from monitoring.follow import Tail, describe_event
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    tail = Tail(directory.events)
+    list(tail.new())
+    _ask(directory, "checkpoint")
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline:
+        for event in tail.new():
+            if event["kind"] in ("checkpoint_saved", "checkpoint_failed"):
+                print(f"{directory.path.name}: {describe_event(event)}")
+                raise typer.Exit(EXIT_FAILED if event["kind"] == "checkpoint_failed" else 0)
+            if event["kind"] == "run_finished":
+                print(f"orchestrator: {directory.path} ended before it was saved", file=sys.stderr)
+                raise typer.Exit(EXIT_FAILED)
+        time.sleep(0.1)
+    print(f"orchestrator: {directory.path} was not saved within {wait:.0f} s; it may be still", file=sys.stderr)
+    raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def checkpoints(
+    run: Run,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """The checkpoints of a run: step, age, size, layout, and whether they are what was saved."""
+    from dataclasses import asdict
+
+    from orchestrator.checkpoint import command
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    catalog = command.catalog_of(directory, command.job_of(directory))
+    found = command.rows(catalog, verify=verify)
+    if json_:
+        print(json.dumps([asdict(row) for row in found]))
+    elif not found:
+        print(f"no checkpoints in {catalog.storage.locate('')}")
+    else:
+        print(command.HEADER)
+        for row in found:
+            print(command.describe(row, verified=verify))
+    raise typer.Exit(EXIT_FAILED if verify and any(not row.valid for row in found) else 0)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory, in Hugging Face's format.")],
+    step: Annotated[int | None, typer.Option(min=1, help="The checkpoint of so many steps; else the newest.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="bf16|fp16|fp32", help="Type of the weights.")] = None,
+) -> None:
+    """Write the model of a checkpoint for `transformers` to load."""
+    from orchestrator.checkpoint import command
+    from orchestrator.checkpoint.export import export as write
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    job = command.job_of(directory)
+    catalog = command.catalog_of(directory, job, command.secret_of(job))
+    steps = catalog.steps()
+    if not steps or (step is not None and step not in steps):
+        there = ", ".join(map(str, steps)) or "none"
+        _refuse(f"{directory.path} has no checkpoint{'' if step is None else f' of {step} steps'} (there: {there})")
+    chosen = steps[0] if step is None else step
+    files = write(catalog.open(chosen), job, to, dtype)
+    size = sum(file.stat().st_size for file in files)
+    print(f"{to}: the model after {chosen} steps, {len(files)} files, {size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -306,6 +405,9 @@ _USER_ERRORS = {
     "RunDirectoryError": EXIT_BAD_INPUT,
     "DataError": EXIT_BAD_INPUT,
     "PlanError": EXIT_BAD_INPUT,
+    "KeyProblem": EXIT_BAD_INPUT,
+    "CheckpointError": EXIT_FAILED,
+    "ExportError": EXIT_BAD_INPUT,
     "ClusterError": EXIT_FAILED,
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from orchestrator.checkpoint.names import Save
 from orchestrator.planning.model import ModelCosts
 from strategies.layout import ParallelLayout
 from strategies.statemap import Spans
@@ -41,9 +42,9 @@ class Generation:
 
     `committed` is the number of steps the state holds when the generation starts, so also the first step to run.
     `held` is by rank what of that state each has, those in `roll_forward` after they have applied the reduced gradient
-    of its last step, whose global norm is `norm`: they missed the news of the vote. With `restore`, rank 0 loads that
-    checkpoint first, and nobody holds anything. A generation to `collect` trains nothing: rank 0 is given the whole
-    state, for the digest and the last checkpoint of the run, and all leave.
+    of its last step, whose global norm is `norm`: they missed the news of the vote. With `restore`, the place of the
+    checkpoint of that many steps, nobody holds anything, and all read it. A generation to `collect` trains nothing:
+    rank 0 is given the whole state, for the digest of the run's end, and all leave.
     """
 
     number: int
@@ -135,7 +136,7 @@ class Joined:
     buffer_bytes: int = 0
 
 
-LeftCause = Literal["pause", "complete", "peer", "exception", "restore"]
+LeftCause = Literal["pause", "complete", "peer", "exception", "restore", "storage", "unusable"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class Left:
 
     `held` is what it has of the state after `committed` steps; `prepared` says that it also holds the reduced gradient
     of step `committed` for all of that. Causes: a pause all agreed to; all steps done; a peer lost; its own exception;
-    an unusable checkpoint.
+    a checkpoint that is not what was saved; a storage that cannot be read; a checkpoint that cannot be used with this
+    job or key.
     """
 
     worker: WorkerId
@@ -160,11 +162,10 @@ class Left:
 
 @dataclass(frozen=True)
 class Finalized:
-    """The worker's digest of its final state, and the checkpoint it wrote when it was asked to."""
+    """The worker's digest of its final state."""
 
     worker: WorkerId
     digest: str
-    checkpoint: str | None = None
     error: str = ""
 
 
@@ -178,11 +179,51 @@ class FaultFired:
 
 
 @dataclass(frozen=True)
-class CheckpointSaved:
-    """A checkpoint of the state after `committed` steps is complete and durable at `path`, or failed with `error`."""
+class SavePlan:
+    """What the ranks of one attempt at a checkpoint agreed on: who writes a part of it, and what layout it is from."""
+
+    save: Save
+    writers: tuple[WorkerId, ...]
+    layout: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SaveBegun:
+    """The ranks are saving; training was held up for `blocked_seconds` by the copy that the first of them took."""
+
+    worker: WorkerId
+    plan: SavePlan
+    blocked_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SaveDelayed:
+    """A checkpoint was due after `committed` steps, but the one before is still being written; it is made as soon as
+    that is done."""
 
     worker: WorkerId
     committed: int
+
+
+@dataclass(frozen=True)
+class PartSaved:
+    """The part of `rank` is complete and durable; `digest` is that of its list of chunks. Or it failed with `error`."""
+
+    worker: WorkerId
+    plan: SavePlan
+    rank: int
+    digest: str
+    seconds: float = 0.0
+    num_bytes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is complete and durable at `path`, or could not be completed for `error`."""
+
+    worker: WorkerId
+    save: Save
     path: str
     seconds: float = 0.0
     num_bytes: int = 0
@@ -202,6 +243,8 @@ class Status:
     joined: bool
     epoch: int
     reports: tuple[StepReport, ...] = ()
+    part: PartSaved | None = None
+    """The last part of a checkpoint that it wrote."""
 
 
 @dataclass(frozen=True)

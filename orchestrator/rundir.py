@@ -4,7 +4,7 @@ job.yaml             the job file as given          events.jsonl    one record p
 job.resolved.json    with all defaults              metrics.jsonl   one record per committed step
 environment.json     versions, machine, data        result.json     written when the run ends
 checkpoints/         step-00000120/ ...             control/        requests of `orchestrator resize` and `stop`
-logs/                                               .epoch-*        one per controller there ever was (fencing)
+logs/                .run            its identity   .epoch-*        one per controller there ever was (fencing)
 """
 
 from __future__ import annotations
@@ -39,16 +39,30 @@ class RunDirectory:
         return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
 
     @property
+    def uid(self) -> str:
+        """What makes this run another than all others, wherever its directory is moved. Made when it is first asked
+        for."""
+        path = self.path / ".run"
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(uuid.uuid4().hex)
+        return path.read_text().strip()
+
+    def checkpoint_storage(self, storage: str | None) -> str:
+        """Where this run's checkpoints are: in it, or in a directory of its own below a path or URL."""
+        if storage is None:
+            return str(self.path / "checkpoints")
+        base = storage if "://" in storage else str(Path(storage).resolve())
+        return f"{base.rstrip('/')}/{self.path.name}-{self.uid[:8]}"
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     @property
     def has_begun(self) -> bool:

@@ -14,6 +14,11 @@ from strategies.statemap import Span, Spans, union
 WEIGHTS = "weights"
 
 
+def name_of(kind: str, parameter: str) -> str:
+    """The name of a full tensor of the state: a parameter itself, or what the optimizer keeps for it."""
+    return f"model.{parameter}" if kind == WEIGHTS else f"optimizer.{kind}.{parameter}"
+
+
 class Holding:
     """A strip of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [strip.size].
 

@@ -8,6 +8,7 @@ parameter has the share of one coordinate; all coordinates have the same slots.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -85,6 +86,15 @@ class Space:
             return [(0, self.size)]
         inside = [slot for slot in self.slots if any(first <= slot.block < last for first, last in blocks)]
         return merge((slot.offset, slot.stop) for slot in inside)
+
+    def overlapping(self, start: int, stop: int) -> Iterator[Slot]:
+        """The slots that have elements in start..stop, ascending."""
+        slots = self.slots
+        for index in range(max(0, bisect_right(slots, start, key=lambda slot: slot.offset) - 1), len(slots)):
+            if slots[index].offset >= stop:
+                return
+            if slots[index].offset + slots[index].numel > start:
+                yield slots[index]
 
     def share(self, slot: Slot, whole: torch.Tensor, coordinate: int) -> torch.Tensor:
         """A coordinate's share (a view) of a whole parameter."""

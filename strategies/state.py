@@ -15,16 +15,18 @@ import torch
 import xxhash
 
 from strategies.blueprint import Blueprint
+from strategies.chunks import full_shape
 from strategies.fabric import Fabric
 from strategies.fsdp import ShardedPart
-from strategies.holding import WEIGHTS, Holding
+from strategies.holding import WEIGHTS, Holding, name_of
+from strategies.intake import Intake
 from strategies.layout import ParallelLayout
 from strategies.optimizers import OptimizerSpec
 from strategies.part import Part
 from strategies.placement import Domain, Shard, effective_shard, place_state, trained_spans
 from strategies.relayout import Moved, copy_within, execute
 from strategies.space import Strip
-from strategies.statemap import Spans, intersect, plan_transfers, subtract, whole
+from strategies.statemap import Span, Spans, intersect, plan_transfers, share_out, subtract, whole
 
 
 @dataclass
@@ -78,6 +80,21 @@ class TrainingState:
         """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
         return self.collected or self.arrangement.holdings
 
+    def whereabouts(self, span: Span) -> Iterator[tuple[int, int, int, Holding]]:
+        """Where the elements of a span are: (from, position in the buffers, length, of which holding), each once.
+
+        Raises RuntimeError when not all of it is here.
+        """
+        left: Spans = (span,)
+        for holding in self.holdings:
+            for part in left:
+                for start, offset, length in holding.locate(part):
+                    yield start, offset, length, holding
+            left = subtract(left, holding.spans)
+            if not left:
+                return
+        raise RuntimeError(f"{left[0]} is not on this rank")
+
     def start_over(self) -> None:
         """Back to the state of step 0."""
         self.collected, self._held, self.updates, self.is_initial = [], (), 0, True
@@ -130,18 +147,25 @@ class TrainingState:
         copies: int,
         updates: int,
         barrier: Callable[[], object],
+        read: Callable[[Intake], object] | None = None,
     ) -> Moved:
-        """Brings this rank's part of the state here. `held` is what all ranks have, by rank.
+        """Brings this rank's part of the state here. `held` is what all ranks have, by rank. With `read` nobody has
+        anything: what each is to have is shared out, so that all together `read` everything once, and then passed on.
 
         Until `barrier` has been passed, which is when every rank has what it needs, what was here before still counts.
-        Raises PeerLost, StateCorrupt, and NotCovered when some of the state is nowhere.
+        Raises PeerLost, StateCorrupt, and NotCovered when some of the state is nowhere; and what `read` raises.
         """
         rank = fabric.rank
         shards = place_state(layout, self.space, domains, copies)
         new = self._arrange(layout, fabric, shards)
         wanted = trained_spans(layout, shards)
+        if read is not None:
+            held = share_out(wanted)
         plan = plan_transfers(held, wanted)
-        if self.is_initial and held[rank]:
+        if read is not None:
+            read(Intake(self.space, new.holdings, held[rank], self.blueprint.constants))
+            sources = new.holdings
+        elif self.is_initial and held[rank]:
             self._fill(new.holdings)
             sources = self._make_initial() if any(transfer.source == rank for transfer in plan) else []
         else:
@@ -256,7 +280,7 @@ class TrainingState:
             for holding in holdings:
                 for slot in self.space.slots:
                     for kind, buffer in holding.kinds().items():
-                        found = tensors.get(_name_of(kind, slot.name))
+                        found = tensors.get(name_of(kind, slot.name))
                         if found is not None:
                             view = buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
                             view.copy_(self.space.share(slot, found, holding.coordinate))
@@ -289,7 +313,7 @@ class TrainingState:
             raise RuntimeError("not all of the state is on this rank")
         slots = {slot.name: slot for slot in self.space.slots}
         sources: dict[str, tuple[str, str]] = {f"model.{name}": ("", name) for name in self.blueprint.constants}
-        sources |= {_name_of(kind, name): (kind, name) for name in slots for kind in self._kinds}
+        sources |= {name_of(kind, name): (kind, name) for name in slots for kind in self._kinds}
         sources["optimizer.updates"] = ("", "")
         for name, (kind, inner) in sorted(sources.items()):
             if kind:
@@ -301,37 +325,13 @@ class TrainingState:
             else:
                 yield name, torch.tensor(self.updates, dtype=torch.int64)
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over a whole saved state, by the names that `named` gives.
-
-        Raises ValueError naming every tensor that is missing, unknown or of another shape or dtype.
-        """
-        expected = {f"model.{n}": (t.shape, t.dtype) for n, t in self.blueprint.constants.items()}
+    def tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """What `named` gives, but for the number of updates: dtype and full shape by name."""
+        found = {f"model.{name}": (tensor.dtype, tensor.shape) for name, tensor in self.blueprint.constants.items()}
         for slot in self.space.slots:
-            shape = list(slot.shape)
-            if slot.dim is not None:
-                shape[slot.dim] *= self.space.tensor
-            for kind in self._kinds:
-                expected[_name_of(kind, slot.name)] = (torch.Size(shape), torch.float32)
-        expected["optimizer.updates"] = (torch.Size([]), torch.int64)
-        problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
-        problems += [f"unknown {name}" for name in tensors.keys() - expected.keys()]
-        problems += [
-            f"{name} is {tensors[name].dtype}{list(tensors[name].shape)}, needed {dtype}{list(shape)}"
-            for name, (shape, dtype) in expected.items()
-            if name in tensors and (tensors[name].shape != shape or tensors[name].dtype != dtype)
-        ]
-        if problems:
-            raise ValueError("the saved state does not fit this model: " + "; ".join(sorted(problems)[:20]))
-        self.tear()
-        for name, tensor in self.blueprint.constants.items():
-            tensor.copy_(tensors[f"model.{name}"])
-        self.collected = self._whole_of(tensors)
-        self.updates = int(tensors["optimizer.updates"])
-
-
-def _name_of(kind: str, parameter: str) -> str:
-    return f"model.{parameter}" if kind == WEIGHTS else f"optimizer.{kind}.{parameter}"
+            shape = torch.Size(full_shape(self.space, slot))
+            found |= {name_of(kind, slot.name): (torch.float32, shape) for kind in self._kinds}
+        return found
 
 
 def state_digest(state: TrainingState) -> str:

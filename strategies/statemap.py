@@ -141,3 +141,46 @@ def _pieces(spans: Spans, bounds: dict[int, list[int]]) -> Iterable[tuple[int, i
         points = bounds[span.tensor]
         for index in range(bisect_left(points, span.start), bisect_left(points, span.stop)):
             yield span.tensor, points[index]
+
+
+def share_out(held: Sequence[Spans], granule: int = 16) -> list[Spans]:
+    """Divides the state among its holders: all that anybody holds comes up exactly once, at a rank that holds it, and
+    loads are as even as that allows (whoever has least so far is filled up first); cuts are multiples of `granule` away
+    from where holders change. Both are by rank. The answer depends on the arguments only."""
+    cuts: dict[int, set[int]] = {}
+    for spans in held:
+        for span in spans:
+            cuts.setdefault(span.tensor, set()).update((span.start, span.stop))
+    bounds = {tensor: sorted(points) for tensor, points in cuts.items()}
+    holders: dict[tuple[int, int], list[int]] = {}
+    for rank, spans in enumerate(held):
+        for piece in _pieces(spans, bounds):
+            holders.setdefault(piece, []).append(rank)
+    load = [0] * len(held)
+    shares: list[list[Span]] = [[] for _ in held]
+    # What few have goes first, so that what many have can make up for it.
+    for (tensor, start), ranks in sorted(holders.items(), key=lambda entry: (len(entry[1]), entry[0])):
+        stop = bounds[tensor][bisect_right(bounds[tensor], start)]
+        for rank, length in _fill_up(load, ranks, stop - start, granule):
+            shares[rank].append(Span(tensor, start, start + length))
+            load[rank] += length
+            start += length
+    return [union(spans) for spans in shares]
+
+
+def _fill_up(load: Sequence[int], ranks: Sequence[int], total: int, granule: int) -> Iterable[tuple[int, int]]:
+    """How much of `total` each of these ranks takes, so that those with the least load come level; in rank order."""
+    order = sorted(ranks, key=lambda rank: (load[rank], rank))
+    level, count, left = load[order[0]], 1, total
+    while count < len(order) and (load[order[count]] - level) * count <= left:
+        left -= (load[order[count]] - level) * count
+        level = load[order[count]]
+        count += 1
+    level += -(-left // count)
+    left = total
+    for rank in sorted(order[:count]):
+        length = min(left, -(-max(0, level - load[rank]) // granule) * granule)
+        left -= length
+        if length:
+            yield rank, length
+    assert left == 0

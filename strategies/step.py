@@ -22,8 +22,7 @@ from strategies.groups import PATIENCE, Groups, PeerLost
 from strategies.holding import Holding
 from strategies.layout import ParallelLayout, Place, even, parts_of
 from strategies.norm import WORDS, from_words, norm_of, square_sum, to_words
-from strategies.placement import effective_shard, trained_spans
-from strategies.relayout import StateCorrupt
+from strategies.placement import effective_shard
 from strategies.space import ALIGNMENT, Space, merge
 from strategies.state import TrainingState
 from strategies.work import IdleWork, LocalWork, Work, work_for
@@ -51,15 +50,32 @@ class StepRecord:
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
 
+PAUSE, SAVE, SAVING = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What any rank wants to happen after a step, and so happens on all: leave the generation, save the state; and
+    whether any of them is still busy with an earlier save."""
+
+    pause: bool = False
+    save: bool = False
+    saving: bool = False
+
+    @classmethod
+    def of(cls, flags: int) -> Agreement:
+        return cls(bool(flags & PAUSE), bool(flags & SAVE), bool(flags & SAVING))
+
+
 @dataclass(frozen=True)
 class Vote:
     """What all ranks agreed on at the end of a step: the gradient's norm (NaN when it is not finite), the losses and
-    hashes of all virtual workers, and any request to pause after this step."""
+    hashes of all virtual workers, and what happens after this step."""
 
     norm: float
     losses: list[float]
     hashes: tuple[int, ...]
-    pause: bool
+    agreement: Agreement
 
 
 class StepEngine:
@@ -83,6 +99,8 @@ class StepEngine:
         self.local: LocalGradients | None = None
         """What is kept of an interrupted step."""
         self.pause_requested = False
+        self.save_requested = False
+        self.is_saving: Callable[[], bool] = lambda: False
         self.poison_step: int | None = None
         self.prepared_step: int | None = None
         # True after an exception in the middle of an update: the state is then neither the old nor the new one.
@@ -133,18 +151,8 @@ class StepEngine:
         if self.local is not None:
             self.local.discard()
 
-    def collect(self) -> None:
-        """Brings the whole state to rank 0, if it does not have it. Raises PeerLost."""
-        layout = self.layout
-        if layout.tensor == layout.pipeline == 1 and effective_shard(layout) == "none":
-            return
-        try:
-            self.state.collect(trained_spans(layout, self.shards), self.fabric)
-        except StateCorrupt as error:
-            raise PeerLost(str(error)) from error
-
-    def run(self, step: int) -> tuple[StepRecord, bool]:
-        """Prepares, votes and commits `step`; returns its record and whether all agreed to pause after it.
+    def run(self, step: int) -> tuple[StepRecord, Agreement]:
+        """Prepares, votes and commits `step`; returns its record and what all agreed to do after it.
 
         A gradient that is not finite is computed once more from the start: what a failing device corrupted comes out
         right, and what the data caused comes out the same and then skips the update on every rank alike.
@@ -179,7 +187,7 @@ class StepEngine:
             seconds=time.perf_counter() - started,
             phase_seconds=self._times,
         )
-        return record, vote.pause
+        return record, vote.agreement
 
     def _explain(self, error: RuntimeError) -> NoReturn:
         """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""
@@ -234,22 +242,23 @@ class StepEngine:
         words = to_words(self._square_sum())
         losses = [float(self.work.losses[index]) for index in mine]
         hashes = [self.work.hashes[index] for index in mine]
-        floats = np.array([float(self.pause_requested), *losses], dtype=np.float64)
+        flags = self.pause_requested * PAUSE + self.save_requested * SAVE + self.is_saving() * SAVING
+        floats = np.array([float(flags), *losses], dtype=np.float64)
         row = np.concatenate([floats.view(np.int64), np.array([*words, *hashes], dtype=np.int64)])
         sizes = [1 + WORDS + 2 * len(held) for held in voiced]
         everyone = exchange(world, row, sizes, self.state.device)
         sums: list[int | None] = []
         loss_of: dict[int, float] = {}
         hash_of: dict[int, int] = {}
-        pause = False
+        flags = 0
         for held, part in zip(voiced, np.split(everyone, np.cumsum(sizes)[:-1]), strict=True):
             values = part[: 1 + len(held)].view(np.float64)
-            pause = pause or bool(values[0])
+            flags |= int(values[0])
             loss_of |= dict(zip(held, values[1:].tolist(), strict=True))
             sums.append(from_words(part[1 + len(held) :][:WORDS].tolist()))
             hash_of |= dict(zip(held, part[1 + len(held) + WORDS :].tolist(), strict=True))
         order = range(self.layout.virtual_workers)
-        return Vote(norm_of(sums), [loss_of[i] for i in order], tuple(hash_of[i] for i in order), pause)
+        return Vote(norm_of(sums), [loss_of[i] for i in order], tuple(hash_of[i] for i in order), Agreement.of(flags))
 
     def _square_sum(self) -> int | None:
         """Of the reduced gradient that this rank speaks for."""

@@ -1,11 +1,12 @@
-"""Where checkpoints are, without opening them (and without importing torch)."""
+"""What checkpoints and their files are called."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import NamedTuple
 
-_NAME = re.compile(r"step-(\d{8,})")
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
+_PART = re.compile(r"part-e\d+-g\d+-a\d+-r\d+\.(safetensors|json)")
 
 
 def directory_name(committed: int) -> str:
@@ -13,9 +14,35 @@ def directory_name(committed: int) -> str:
     return f"step-{committed:08d}"
 
 
-def find(directory: Path) -> list[tuple[int, Path]]:
-    """(committed steps, path) of every checkpoint in `directory`, newest first; whether it is valid, `load` tells."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
+def step_of(name: str) -> int | None:
+    """The number of committed steps in a checkpoint's name; None for another name."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name is a rank's part of some attempt."""
+    return _PART.fullmatch(name) is not None
+
+
+class Save(NamedTuple):
+    """One attempt to save the state after `committed` steps, by ranks of a generation of the controller `epoch`. Its
+    files have names that no other attempt uses."""
+
+    committed: int
+    epoch: int
+    generation: int
+    attempt: int = 0
+
+    @property
+    def directory(self) -> str:
+        return directory_name(self.committed)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all its parts begin with."""
+        return f"part-e{self.epoch}-g{self.generation}-a{self.attempt}-"
+
+    def part(self, rank: int) -> str:
+        """What the names of a rank's files begin with."""
+        return f"{self.prefix}r{rank:05d}"

@@ -17,7 +17,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,7 +26,8 @@ from ray._private.state import state as ray_state
 from monitoring.goodput import goodput_ratio
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
-from orchestrator.checkpoint.names import find as find_checkpoints
+from orchestrator.checkpoint.catalog import Catalog
+from orchestrator.checkpoint.storage import open_storage
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
     NAMESPACE,
@@ -44,7 +44,9 @@ from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Abort,
     Action,
+    CommitCheckpoint,
     Died,
+    DiscardCheckpoint,
     Event,
     Finalize,
     Finish,
@@ -55,9 +57,12 @@ from orchestrator.controller.protocol import (
     Placed,
     Record,
     ReleaseWorker,
+    RequestSave,
     RequestWorker,
     Resize,
     Rollback,
+    SaveRequested,
+    SaveState,
     Start,
     StartGeneration,
     StepCommitted,
@@ -126,7 +131,8 @@ class ControllerActor:
                 min_workers=job.elastic.workers.min,
                 max_workers=job.elastic.workers.max,
                 standby=job.elastic.standby,
-                checkpointing=job.checkpoint.every_steps is not None,
+                checkpointing=True,
+                save_every_s=job.checkpoint.every_seconds,
                 heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
                 progress_timeout_s=job.elastic.progress_timeout_s,
                 start_timeout_s=job.elastic.start_timeout_s,
@@ -135,7 +141,7 @@ class ControllerActor:
                 epoch=self._epoch,
             ),
             self._history(past_events, past_steps),
-            checkpoints={step: str(path) for step, path in find_checkpoints(self._checkpoint_dir)},
+            checkpoints=self._checkpoints(),
         )
         self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
@@ -155,11 +161,14 @@ class ControllerActor:
         history.fired_faults = {e["fault"] for e in fired if e.get("what") == faults.get(e["fault"])}
         return history
 
+    def _checkpoints(self) -> dict[int, str]:
+        """Those that are complete, by the number of committed steps."""
+        catalog = Catalog(open_storage(self._checkpoint_url), self._directory.uid)
+        return {step: catalog.locate(step) for step in catalog.steps()}
+
     @property
-    def _checkpoint_dir(self) -> Path:
-        storage = self._job.checkpoint.storage
-        # A directory of each run's own: several runs may share a storage.
-        return Path(storage).resolve() / self._directory.run_id if storage else self._directory.checkpoints
+    def _checkpoint_url(self) -> str:
+        return self._directory.checkpoint_storage(self._job.checkpoint.storage)
 
     # ------------------------------------------------------------------------------------ what others call
 
@@ -381,8 +390,18 @@ class ControllerActor:
                 for worker in action.workers:
                     self._tell(worker, "pause", action.generation, self._epoch)
             case Finalize():
-                for index, worker in enumerate(action.workers):
-                    self._tell(worker, "finalize", action.save and index == 0, self._epoch)
+                for worker in action.workers:
+                    self._tell(worker, "finalize", self._epoch)
+            case RequestSave():
+                for worker in action.workers:
+                    self._tell(worker, "request_save", action.generation, self._epoch)
+            case SaveState():
+                for worker in action.workers:
+                    self._tell(worker, "save_state", action.workers, action.save, self._epoch)
+            case CommitCheckpoint():
+                self._tell(action.worker, "commit_checkpoint", action.save, action.parts, action.layout, self._epoch)
+            case DiscardCheckpoint():
+                self._tell(action.worker, "discard_checkpoint", action.save, self._epoch)
             case Rollback():
                 self._steps_file.keep(lambda record: int(record["step"]) < action.committed)
                 self._recorded = min(self._recorded, action.committed)
@@ -427,7 +446,9 @@ class ControllerActor:
             "store": self._spec["store"],
             "store_digest": self._spec["store_digest"],
             "run_dir": str(self._directory.path),
-            "checkpoint_dir": str(self._checkpoint_dir),
+            "checkpoint_url": self._checkpoint_url,
+            "run_uid": self._directory.uid,
+            "secret": self._spec.get("secret"),
             "resources": self._job.resources.model_dump(),
         }
 
@@ -481,6 +502,8 @@ class ControllerActor:
             answer = {"id": request["id"], "request": request["kind"]}
             if request["kind"] == "resize":
                 self._queue.put((Resize(int(request["workers"])), now))
+            elif request["kind"] == "checkpoint":
+                self._queue.put((SaveRequested(), now))
             elif request["kind"] == "stop":
                 self._queue.put((Stop(str(request.get("reason", "stop requested"))), now))
             else:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from monitoring.goodput import goodput_ratio
 from monitoring.records import RecordFile, read_records
+from orchestrator.checkpoint.command import secret_of
 from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
@@ -86,7 +87,7 @@ def drive(
     """Runs `job` in `directory` to its end and returns the content of result.json.
 
     `on_update` gets the controller's snapshot a few times a second. Raises ClusterError, DataError or
-    RunDirectoryError when the run cannot start.
+    RunDirectoryError when the run cannot start, KeyProblem when there is no key for its checkpoints.
     """
     try:
         return _drive(job, directory, local_nodes, on_update, on_note)
@@ -101,6 +102,7 @@ def drive(
 def _drive(
     job: Job, directory: RunDirectory, local_nodes: int, on_update: Update, on_note: Callable[[str], None]
 ) -> dict[str, Any]:
+    secret = secret_of(job)  # Whoever has none is told before anything is started.
     with Interruption().listening() as interruption, ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
@@ -112,6 +114,7 @@ def _drive(
             with suppress(FileNotFoundError):
                 (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
             spec = {
+                "secret": secret,
                 "run_dir": str(directory.path),
                 "job": job.resolved(),
                 "cwd": os.getcwd(),

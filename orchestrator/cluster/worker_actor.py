@@ -68,16 +68,17 @@ class WorkerActor:
         os.chdir(self._spec["cwd"])
         if self._spec["cwd"] not in sys.path:
             sys.path.insert(0, self._spec["cwd"])
+        from orchestrator.checkpoint.catalog import Catalog
+        from orchestrator.checkpoint.storage import open_storage
         from orchestrator.data import open_store, prepare
         from orchestrator.job import Job
         from orchestrator.worker.core import Worker
 
         job = Job.model_validate(self._spec["job"])
-        inside = job.checkpoint.every_steps is not None and job.checkpoint.storage is None
-        if inside and not Path(self._spec["run_dir"]).is_dir():
+        if job.checkpoint.storage is None and not Path(self._spec["run_dir"]).is_dir():
             raise ValueError(
                 f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "
-                "a run that makes checkpoints needs one that every node mounts (--run-dir), or checkpoint.storage"
+                "checkpoints need one that every node mounts (--run-dir), or checkpoint.storage"
             )
         # Where the driver's store can be seen (one machine, a shared disk) the sources need not be looked at again.
         store = open_store(Path(self._spec["store"]), self._spec["store_digest"]) or prepare(
@@ -98,7 +99,7 @@ class WorkerActor:
             host=ray.util.get_node_ip_address(),
             zone=str(ray.get_runtime_context().get_node_labels().get(ZONE_LABEL, "")),
             store=store,
-            checkpoint_dir=Path(self._spec["checkpoint_dir"]),
+            catalog=Catalog(open_storage(self._spec["checkpoint_url"]), self._spec["run_uid"], self._spec["secret"]),
             report=self._report,
             on_orphaned=lambda: os._exit(3),
             on_shutdown=lambda: os._exit(0),

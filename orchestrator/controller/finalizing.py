@@ -9,9 +9,10 @@ from orchestrator.messages import WorkerId
 
 
 class Finalization:
-    """Who was asked, at what time, and what came back."""
+    """Who was asked about the state of how many steps, at what time, and what came back."""
 
-    def __init__(self, asked: Sequence[WorkerView], now: float) -> None:
+    def __init__(self, committed: int, asked: Sequence[WorkerView], now: float) -> None:
+        self.committed = committed
         self.asked = {view.worker: view for view in asked}
         self.since = now
         self._answers: dict[WorkerId, str] = {}
@@ -20,6 +21,10 @@ class Finalization:
 
     def answer(self, worker: WorkerId, digest: str) -> None:
         self._answers[worker] = digest
+
+    def living(self) -> list[WorkerId]:
+        """Those asked that live."""
+        return [worker for worker, view in self.asked.items() if view.alive]
 
     def unanswered(self) -> list[WorkerView]:
         """The living that have not answered yet."""

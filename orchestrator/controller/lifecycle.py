@@ -7,7 +7,7 @@ state they hold, and forms the next generation or waits for workers. It ends thr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from orchestrator.controller import detection, forming, policy, state
 from orchestrator.controller.detection import Trouble
@@ -16,12 +16,21 @@ from orchestrator.controller.forming import Ranks
 from orchestrator.controller.history import History
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.membership import Membership
-from orchestrator.controller.protocol import Action, Finalize, Finish, Record, StartGeneration
+from orchestrator.controller.protocol import (
+    Action,
+    Finalize,
+    Finish,
+    Record,
+    RequestSave,
+    SaveState,
+    StartGeneration,
+)
 from orchestrator.controller.roster import Roster
 from orchestrator.controller.run_record import RunRecord
+from orchestrator.controller.saving import Saving
 from orchestrator.controller.state import Origin
 from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
-from orchestrator.messages import Left, StepReport, WorkerId
+from orchestrator.messages import Left, PartSaved, SavePlan, StepReport, WorkerId
 from strategies.statemap import union
 
 
@@ -32,7 +41,13 @@ class Lifecycle:
     """
 
     def __init__(
-        self, config: ControllerConfig, history: History, roster: Roster, record: RunRecord, out: list[Action]
+        self,
+        config: ControllerConfig,
+        history: History,
+        roster: Roster,
+        record: RunRecord,
+        checkpoints: Mapping[int, str],
+        out: list[Action],
     ) -> None:
         self.config = config
         self.state = RunState.WAITING
@@ -41,6 +56,7 @@ class Lifecycle:
         self.stop = history.stop
         self.membership = Membership()
         self.finalization: Finalization | None = None
+        self.saving = Saving(checkpoints, config.save_every_s)
         self.waiting_since: float | None = None
         self._has_run = False
         self._layouts = Layouts(config)
@@ -72,6 +88,7 @@ class Lifecycle:
         self.membership.overslept(gap_s, now)
         if self.finalization is not None:
             self.finalization.overslept(gap_s)
+        self.saving.overslept(gap_s)
         if self.waiting_since is not None:
             self.waiting_since += gap_s
 
@@ -154,7 +171,10 @@ class Lifecycle:
         return self._layouts.fewest(self.target, self._roster.alive())
 
     def _may_leave(self, view: WorkerView) -> bool:
-        """Whether an idle worker is of no use if it cannot stay: the next generation may need its state."""
+        """Whether an idle worker is of no use if it cannot stay: the next generation may need its state, and a
+        checkpoint its part."""
+        if view.worker in self.saving.writing():
+            return False
         if self.state is RunState.SETTLING:
             return False
         if self.state is RunState.FORMING:
@@ -166,8 +186,8 @@ class Lifecycle:
         until there is a generation in which others do."""
         idle = self._roster.idle()
         if self.state not in (RunState.WAITING, RunState.SETTLING, RunState.FORMING):
-            return ()
-        parts = {view.worker for view in idle if view.holds_part}
+            return self.saving.writing()
+        parts = {view.worker for view in idle if view.holds_part} | self.saving.writing()
         origin = state.state_at_hand(idle, self._record.progress)
         if origin is None or not origin.committed or self.state is RunState.FORMING:
             return parts
@@ -217,7 +237,7 @@ class Lifecycle:
         record, recorded = self._record, self._record.progress.committed
         self._out += state.refuse_unrecorded(self._roster.idle(), recorded)
         idle = self._roster.idle()
-        origin = state.newest_state(idle, record.progress, record.checkpoints)
+        origin = state.newest_state(idle, record.progress, self.saving.checkpoints)
         assert origin is not None, "workers can always make the state of step 0"
         ranks = forming.choose_ranks(idle, origin, self.target, self._layouts, now)
         if ranks is None:
@@ -259,6 +279,7 @@ class Lifecycle:
         if self.stop is not None:
             self.pause()
         else:
+            self._order_save()
             self.adjust(now)
 
     def adjust(self, now: float) -> None:
@@ -279,6 +300,7 @@ class Lifecycle:
 
     def pause(self) -> None:
         """All members leave at the next step boundary, by agreement in the vote."""
+        self._order_save()
         self.state = RunState.SETTLING
         self._out += self.membership.pause()
 
@@ -300,6 +322,7 @@ class Lifecycle:
     def end_early(self, reason: str, now: float) -> None:
         """Somebody wants the run to end. While a generation forms or settles, that takes its turn after it."""
         self.stop = reason
+        self.save_soon()
         if self.state is RunState.RUNNING and not self._collecting:
             self.pause()
         elif self.state is RunState.WAITING:
@@ -356,6 +379,52 @@ class Lifecycle:
         elif (trouble := detection.lost_each_other(lefts, now)) is not None:
             self.meet(trouble, now)
 
+    # ------------------------------------------------------------------------------------ checkpoints
+
+    def save_soon(self) -> None:
+        """There is reason to save at the next step boundary."""
+        if self.config.checkpointing:
+            self.saving.is_due = True
+            self._order_save()
+
+    def _order_save(self) -> None:
+        generation = self.membership.generation
+        if self.state is not RunState.RUNNING or generation is None or generation.collect:
+            return
+        if self.saving.order(generation.number):
+            self._out.append(RequestSave(tuple(sorted(self.membership.inside)), generation.number))
+
+    def review_saves(self, now: float) -> None:
+        """What is under way goes on, and what is due is begun."""
+        if self.state is RunState.RUNNING:
+            self.saving.tick(now)
+        alive = self._roster.alive()
+        hands = {view.worker for view in alive if view.state in (WorkerState.IDLE, WorkerState.MEMBER)}
+        self._out += self.saving.review(hands, {view.worker for view in alive})
+        self._order_save()
+        if self.state is RunState.FINALIZING and self.finalization is not None:
+            self._out += self.saving.give_up(self.finalization.committed, now, self.config.finalize_timeout_s)
+            self._save_final(now)
+            self.conclude(now)
+
+    def recall_saves(self, parts: list[PartSaved], now: float) -> None:
+        """What the workers of an earlier controller wrote last. What is older has been dealt with."""
+        newest = max((part.plan.save for part in parts), key=lambda save: (save.epoch, *save), default=None)
+        for part in parts:
+            if part.plan.save == newest:
+                self.saving.wrote(part, now)
+        self.review_saves(now)
+
+    def _save_final(self, now: float) -> None:
+        """The state that the run ends with is saved by those that have it, unless it was at its last step boundary."""
+        asked = self.finalization
+        if not self.config.checkpointing or asked is None or not (writers := tuple(asked.living())):
+            return
+        save = self.saving.attempt_at(asked.committed, self.config.epoch, self._record.last_generation)
+        if save is not None:
+            self.saving.expect(SavePlan(save, writers), now)
+            self._out.append(SaveState(writers, save))
+
     # ------------------------------------------------------------------------------------ the end
 
     def _finalize(self, final: Origin, lefts: list[Left], now: float) -> None:
@@ -364,8 +433,9 @@ class Lifecycle:
         assert generation is not None, "it has been trained"
         if holders := state.whole_holders(final, idle):
             self.state = RunState.FINALIZING
-            self.finalization = Finalization(holders, now)
-            self._out.append(Finalize(tuple(self.finalization.asked), save=self.config.checkpointing))
+            self.finalization = Finalization(final.committed, holders, now)
+            self._out.append(Finalize(tuple(self.finalization.asked)))
+            self._save_final(now)
             return
         if generation.collect:
             # Another try; what fails again and again must come to an end.
@@ -379,6 +449,8 @@ class Lifecycle:
         if self.finalization.unanswered():
             return
         digests = self.finalization.digests()
+        if self.saving.is_saving(self.finalization.committed) and digests:
+            return
         if not digests:
             # The last holders died while they were asked: back to the newest checkpoint.
             self._after_settled(now)

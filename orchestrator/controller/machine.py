@@ -28,6 +28,7 @@ from orchestrator.controller.protocol import (
     Record,
     ReleaseWorker,
     Resize,
+    SaveRequested,
     Start,
     Stop,
     TakeOver,
@@ -44,7 +45,10 @@ from orchestrator.messages import (
     Heartbeat,
     Joined,
     Left,
+    PartSaved,
     Ready,
+    SaveBegun,
+    SaveDelayed,
     Status,
     WorkerId,
 )
@@ -69,8 +73,8 @@ class Controller:
         self.config = config
         self._out: list[Action] = []
         self._roster = Roster(config, history)
-        self._record = RunRecord(config, history, checkpoints or {})
-        self._run = Lifecycle(config, history, self._roster, self._record, self._out)
+        self._record = RunRecord(config, history)
+        self._run = Lifecycle(config, history, self._roster, self._record, checkpoints or {}, self._out)
         self._last_members = set(history.members)
         self._now: float | None = None
 
@@ -106,7 +110,7 @@ class Controller:
 
     @property
     def checkpoints(self) -> dict[int, str]:
-        return self._record.checkpoints
+        return self._run.saving.checkpoints
 
     @property
     def fired_faults(self) -> set[int]:
@@ -161,10 +165,26 @@ class Controller:
                 self._finalized(event, now)
             case FaultFired():
                 self._fault_fired(event)
-            case CheckpointSaved():
-                self._out += self._record.checkpoint_saved(event)
+            case SaveRequested():
+                self._run.save_soon()
+            case SaveDelayed():
+                self._out.append(Record("checkpoint_delayed", {"committed": event.committed}))
+            case SaveBegun() | PartSaved() | CheckpointSaved():
+                self._saving(event, now)
+                self._run.review_saves(now)
         ends = next((number for number, action in enumerate(self._out, 1) if isinstance(action, Finish)), None)
         return self._out[:ends]  # Nothing follows the end of a run.
+
+    def _saving(self, event: SaveBegun | PartSaved | CheckpointSaved, now: float) -> None:
+        if self._roster.living(event.worker) is None:
+            return
+        match event:
+            case SaveBegun():
+                self._run.saving.begun(event, now)
+            case PartSaved():
+                self._run.saving.wrote(event, now)
+            case CheckpointSaved():
+                self._out += self._run.saving.saved(event)
 
     def _overslept(self, gap_s: float, now: float) -> None:
         """The controller itself slept (an overloaded or suspended machine): nobody could be heard meanwhile, and no
@@ -181,6 +201,7 @@ class Controller:
             self._out += roster.kill(view, late)
             run.start_failed("start timed out", now)
         self._find_slow_finishers(now)
+        run.review_saves(now)
         run.fill(now)
         run.reconsider(now)
         run.wait_no_longer(now)
@@ -225,6 +246,7 @@ class Controller:
             self._run.meet(trouble, now)
         if never_ready:
             self._run.start_failed(event.detail, now)
+        self._run.review_saves(now)
         self._run.fill(now)
         self._run.conclude(now)
 
@@ -234,6 +256,8 @@ class Controller:
             if view.worker in self._run.membership.inside:
                 cause = f"worker {view.worker.slot} must leave: {event.reason}"
                 self._out += self._record.incident("drain", cause, now, view)
+                # Who is told of one node may soon be told of all.
+                self._run.save_soon()
             elif view.state in _ON_ITS_WAY:
                 self._out += self._roster.release(view, "its node drains")
             # An idle one may hold state that is needed; `fill` knows.
@@ -289,7 +313,7 @@ class Controller:
     def _take_leave(self, view: WorkerView, event: Left, now: float) -> None:
         run, generation = self._run, self.generation
         assert generation is not None
-        if event.cause == "restore" and (generation.restore is None or view.joined):
+        if event.cause in ("restore", "storage", "unusable") and (generation.restore is None or view.joined):
             # Nothing was restored here: something else could not be read.
             event = replace(event, cause="exception")
         run.membership.left(view, event, now)
@@ -300,8 +324,13 @@ class Controller:
                 alone = state.holds_alone(view, run.membership.members.values())
                 run.meet(detection.raised(view, event, spared=alone), now)
             case "restore":
-                self._out += self._record.checkpoint_invalid(generation.restore, event.detail)
+                self._out += run.saving.invalid(generation.restore, event.detail)
                 run.settle(now, interrupt=True)
+            case "storage":
+                run.settle(now, interrupt=True)
+                run.count_failure(event.detail, 1.0, now)
+            case "unusable":
+                run.finish("failed", event.detail, now)
             case "peer":
                 run.settle(now, interrupt=True)
             case "pause" | "complete":
@@ -352,6 +381,7 @@ class Controller:
             if not members and not record.incidents.unanswered():
                 what = f"the controller was lost before anybody heard of generation {record.last_generation}"
                 self._out += record.incident("controller", what, now)
+        run.recall_saves([status.part for status in statuses.values() if status.part is not None], now)
         if run.stop is not None and self.state is RunState.RUNNING:
             run.pause()
         if self.state is RunState.WAITING:

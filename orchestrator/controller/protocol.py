@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.checkpoint.names import Save
 from orchestrator.messages import (
     CheckpointSaved,
     FaultFired,
@@ -13,7 +14,10 @@ from orchestrator.messages import (
     Heartbeat,
     Joined,
     Left,
+    PartSaved,
     Ready,
+    SaveBegun,
+    SaveDelayed,
     Status,
     StepReport,
     WorkerId,
@@ -73,6 +77,11 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class SaveRequested:
+    """A user asks for a checkpoint."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """A user asks the run to end at the next step boundary."""
 
@@ -95,6 +104,7 @@ Event = (
     | Died
     | Notice
     | Resize
+    | SaveRequested
     | Stop
     | Ready
     | Heartbeat
@@ -102,6 +112,9 @@ Event = (
     | Left
     | Finalized
     | FaultFired
+    | SaveBegun
+    | SaveDelayed
+    | PartSaved
     | CheckpointSaved
 )
 
@@ -155,11 +168,44 @@ class Pause:
 
 
 @dataclass(frozen=True)
-class Finalize:
-    """Ask these workers for the digest of their state; the first also saves a checkpoint when `save`."""
+class RequestSave:
+    """Tell these workers to agree on saving the state at a step boundary of the generation."""
 
     workers: tuple[WorkerId, ...]
-    save: bool
+    generation: int
+
+
+@dataclass(frozen=True)
+class SaveState:
+    """Let these workers, who all have the whole state and are in no generation, save it together."""
+
+    workers: tuple[WorkerId, ...]
+    save: Save
+
+
+@dataclass(frozen=True)
+class CommitCheckpoint:
+    """Let a worker complete the checkpoint that others wrote the parts of: (rank, digest of its list of chunks)."""
+
+    worker: WorkerId
+    save: Save
+    parts: tuple[tuple[int, str], ...]
+    layout: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DiscardCheckpoint:
+    """Let a worker remove what is left of an attempt."""
+
+    worker: WorkerId
+    save: Save
+
+
+@dataclass(frozen=True)
+class Finalize:
+    """Ask these workers for the digest of their state."""
+
+    workers: tuple[WorkerId, ...]
 
 
 @dataclass(frozen=True)
@@ -201,6 +247,10 @@ Action = (
     | StartGeneration
     | Interrupt
     | Pause
+    | RequestSave
+    | SaveState
+    | CommitCheckpoint
+    | DiscardCheckpoint
     | Finalize
     | StepCommitted
     | Rollback

@@ -1,26 +1,23 @@
-"""What is on the record of a run: steps, checkpoints, incidents, the number of the last generation.
+"""What is on the record of a run: steps, incidents, the number of the last generation.
 
 Others write it down; what is added to it comes back as actions that say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from orchestrator.controller.history import History
 from orchestrator.controller.incidents import Incident, IncidentBook, StepFailures
 from orchestrator.controller.protocol import Action, Record, Rollback, StepCommitted
 from orchestrator.controller.views import ControllerConfig, Progress, WorkerView
-from orchestrator.messages import CheckpointSaved, FaultFired, StepReport
+from orchestrator.messages import FaultFired, StepReport
 
 
 class RunRecord:
-    """`checkpoints` maps a number of committed steps to a checkpoint of them, `last_generation` is the last number used
-    (-1: none), `incidents` are those that the run has not recovered from yet."""
+    """`last_generation` is the last number used (-1: none), `incidents` are those that the run has not recovered from
+    yet."""
 
-    def __init__(self, config: ControllerConfig, history: History, checkpoints: Mapping[int, str]) -> None:
+    def __init__(self, config: ControllerConfig, history: History) -> None:
         self.progress = Progress(history.committed, history.last_commit_at, list(history.step_seconds), history.norm)
-        self.checkpoints = dict(checkpoints)
         self.fired_faults = set(history.fired_faults)
         self.incidents = IncidentBook(history.incidents)
         self.last_generation = history.generation
@@ -84,18 +81,3 @@ class RunRecord:
         self.fired_faults.add(event.index)
         slot = None if event.worker is None else event.worker.slot
         return [Record("fault_injected", {"fault": event.index, "worker": slot, "at": event.at})]
-
-    # ------------------------------------------------------------------------------------ checkpoints
-
-    def checkpoint_saved(self, event: CheckpointSaved) -> list[Action]:
-        fields = {"committed": event.committed, "path": event.path, "seconds": round(event.seconds, 3)}
-        if event.error:
-            return [Record("checkpoint_failed", fields | {"error": event.error})]
-        self.checkpoints[event.committed] = event.path
-        return [Record("checkpoint_saved", fields | {"bytes": event.num_bytes})]
-
-    def checkpoint_invalid(self, path: str | None, reason: str) -> list[Action]:
-        """What was restored from this checkpoint is not what was saved: it is not used again."""
-        for step in [step for step, known in self.checkpoints.items() if known == path]:
-            del self.checkpoints[step]
-        return [Record("checkpoint_invalid", {"path": path, "reason": reason})]

@@ -83,6 +83,7 @@ class ControllerConfig:
     max_workers: int
     standby: int = 0
     checkpointing: bool = False
+    save_every_s: float | None = None
     heartbeat_timeout_s: float = 3.0
     progress_timeout_s: float = 60.0
     start_timeout_s: float = 300.0

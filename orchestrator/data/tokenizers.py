@@ -85,6 +85,29 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
 
 
+def byte_backend() -> tuple[Any, str]:
+    """The same ids from the `tokenizers` library, which other tools can load: its tokenizer, and the token that ends a
+    document."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    end = _END_TOKENS[0]
+    letters = _byte_letters()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(end, special=True)])
+    assert tokenizer.token_to_id(end) == ByteTokenizer.end_of_document
+    return tokenizer, end
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level tokenizers write for each byte: itself if it can be seen, else one from 256 on
+    (Radford et al. 2019, GPT-2)."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
 class FastTokenizer:
     """A `tokenizers.Tokenizer` (transformers calls these fast)."""
 

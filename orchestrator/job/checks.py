@@ -8,6 +8,7 @@ schema. Those about the layout are in `layout_checks`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -168,8 +169,21 @@ def _fault_step(get: Get, fault: str) -> list[Finding]:
 def _storage(get: Get) -> Iterator[Finding]:
     storage = get("checkpoint.storage")
     if storage is not None and "://" in storage:
-        reason = f"{storage} is a URL, which is not available in this version: name a directory that every node sees"
-        yield Finding(("checkpoint.storage",), reason)
+        from orchestrator.checkpoint.storage import why_not
+
+        if (reason := why_not(storage)) is not None:
+            yield Finding(("checkpoint.storage",), reason)
+
+
+def _encryption(get: Get) -> Iterator[Finding]:
+    if get("checkpoint.encryption") is None:
+        return
+    key, file = get("checkpoint.encryption.key"), get("checkpoint.encryption.file")
+    if (key is None) == (file is None):
+        yield Finding(("checkpoint.encryption",), "needs either key: ${env:NAME} or file: PATH")
+    elif key is not None and not re.fullmatch(r"\$\{env:[A-Za-z_][A-Za-z0-9_]*\}", key):
+        reason = "must be ${env:NAME}, the name of an environment variable: a key has no place in a job file"
+        yield Finding(("checkpoint.encryption.key",), reason)
 
 
 _RULES: tuple[Rule, ...] = (
@@ -183,5 +197,6 @@ _RULES: tuple[Rule, ...] = (
     _fault_kinds,
     _fault_steps,
     _storage,
+    _encryption,
     *LAYOUT_RULES,
 )

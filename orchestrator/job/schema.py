@@ -211,13 +211,27 @@ class Resources(_Section):
     gpu: CountFloat = 0.0
 
 
+class Encryption(_Section):
+    """Where the key of encrypted checkpoints is: 32 bytes in hexadecimal or base64. One of the two."""
+
+    key: Text | None = None
+    """`${env:NAME}`: in that environment variable of whoever starts the run."""
+    file: Text | None = None
+    """In that file, on the machine where the run is started."""
+
+
 class Checkpoint(_Section):
+    """A checkpoint is made when either interval is over, when the run ends, and on request."""
+
     storage: Text | None = None
     """A directory or fsspec URL. None: the run directory."""
     every_steps: PositiveInt | None = None
-    """None: only when the run ends or is asked to."""
+    every_seconds: PositiveFloat | None = None
     keep: PositiveInt = 3
-    """How many checkpoints stay."""
+    """How many of the newest stay."""
+    keep_every: PositiveInt | None = None
+    """Those of a multiple of so many steps stay for ever."""
+    encryption: Encryption | None = None
 
 
 class Monitoring(_Section):

@@ -73,6 +73,23 @@ def build_model(job: Job, vocab_size: int) -> nn.Module:
     return model.float().train()
 
 
+def empty_model(job: Job) -> Any:
+    """The job's transformers model by its configuration alone; on the meta device it takes no memory.
+
+    Raises ValueError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from orchestrator.data import load_tokenizer
+
+    if isinstance(job.model.hf, str):
+        try:
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model.hf), dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model.hf: transformers cannot load {job.model.hf!r}: {_first_line(error)}") from error
+    return _from_config(dict(job.model.hf or {}), load_tokenizer(job.data.tokenizer).vocab_size)
+
+
 def _from_config(config: dict[str, Any], vocab_size: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.checkpoint import store as checkpoints
+from orchestrator.checkpoint.catalog import Catalog
+from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
+from orchestrator.checkpoint.names import Save
 from orchestrator.data import TokenStore, step_hash
 from orchestrator.job import Job
 from orchestrator.messages import (
-    CheckpointSaved,
     FaultFired,
     Finalized,
     Generation,
@@ -36,19 +37,23 @@ from orchestrator.messages import (
     LeftCause,
     Ready,
     Reply,
+    SaveDelayed,
     Status,
     StepReport,
     WorkerId,
 )
 from orchestrator.worker import build
 from orchestrator.worker.faults import FaultInjector
+from orchestrator.worker.restoring import StorageFailed, open_checkpoint, read_checkpoint
+from orchestrator.worker.saving import Saver
 from strategies.fabric import Fabric
 from strategies.groups import PeerLost, serve_store
-from strategies.placement import Domain
+from strategies.intake import Intake
+from strategies.placement import Domain, trained_spans
 from strategies.relayout import Moved, StateCorrupt
 from strategies.state import state_digest
-from strategies.statemap import Spans, subtract, whole
-from strategies.step import StepEngine, StepRecord, exchange
+from strategies.statemap import Spans, share_out, subtract
+from strategies.step import Agreement, StepEngine, StepRecord, exchange
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +75,7 @@ class Worker:
         pid: int,
         host: str,
         store: TokenStore,
-        checkpoint_dir: Path,
+        catalog: Catalog,
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
         on_shutdown: Callable[[], None],
@@ -83,7 +88,6 @@ class Worker:
         self._report = report
         self._on_orphaned = on_orphaned
         self._on_shutdown = on_shutdown
-        self._checkpoint_dir = checkpoint_dir
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
         self._outbox: deque[tuple[Any, threading.Event]] = deque()
         self._wake = threading.Condition()
@@ -95,6 +99,7 @@ class Worker:
         self._is_joined = False
         self._interrupted = -1
         self._pause_wanted = -1
+        self._save_wanted = False
         self._epoch = -1
         self._accepted = -1
         self._over = False
@@ -102,16 +107,19 @@ class Worker:
         self._spoken = 0
         self._moves = 0
         self._phase, self._phase_step = "idle", 0
-        self._saver: threading.Thread | None = None
 
         device = build.choose_device(job)
         build.make_deterministic(job, device)
         self._rendezvous, port = serve_store(host)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._poison)
         self.state = build.build_state(job, store.vocab_size, device)
-        sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
+        num_samples = store.num_samples(job.data.sequence_length)
+        sampler = build.make_sampler(job, num_samples)
         fetch = build.make_fetch(job, store, sampler)
+        self._catalog = catalog
+        self._saver = Saver(worker, job, catalog, self.state, num_samples, self._send)
         self.engine = StepEngine(self.state, build.step_spec(job), fetch, self._on_phase)
+        self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.warm_up(keep=build.computes_with_the_whole_model(job))
         self.ready = Ready(
             worker, node, pid, host, port, self.state.initial_digest(),
@@ -154,12 +162,41 @@ class Worker:
             if self._generation is not None and self._generation.number == generation:
                 self.engine.pause_requested = True
 
-    def finalize(self, save: bool, epoch: int) -> None:
-        """Digests the state, and saves it when `save`."""
+    def request_save(self, generation: int, epoch: int) -> None:
+        """Asks, in the next vote of `generation`, that all ranks save the state at that step boundary."""
+        with self._lock:
+            if self._obey(epoch) and self._generation is not None and self._generation.number == generation:
+                self._save_wanted = self.engine.save_requested = True
+
+    def save_state(self, writers: tuple[WorkerId, ...], save: Save, epoch: int) -> None:
+        """Saves a share of the state, of which all `writers` have all."""
         with self._lock:
             if not self._obey(epoch):
                 return
-        self._commands.put((self._finalize, (save,)))
+        self._commands.put((self._save_share, (writers, save)))
+
+    def commit_checkpoint(
+        self, save: Save, parts: tuple[tuple[int, str], ...], layout: dict[str, Any], epoch: int
+    ) -> None:
+        """Completes a checkpoint that is written."""
+        with self._lock:
+            if not self._obey(epoch):
+                return
+        self._saver.commit(save, dict(parts), layout)
+
+    def discard_checkpoint(self, save: Save, epoch: int) -> None:
+        """Removes what is left of an attempt at a checkpoint."""
+        with self._lock:
+            if not self._obey(epoch):
+                return
+        self._saver.discard(save)
+
+    def finalize(self, epoch: int) -> None:
+        """Digests the state."""
+        with self._lock:
+            if not self._obey(epoch):
+                return
+        self._commands.put((self._finalize, ()))
 
     def status(self, epoch: int) -> Status | None:
         """This worker's whole situation for the controller of `epoch`, which it obeys from now on."""
@@ -176,6 +213,7 @@ class Worker:
                 joined=self._is_joined,
                 epoch=self._epoch,
                 reports=tuple(self._reports),
+                part=self._saver.last_part,
             )
 
     def shutdown(self) -> None:
@@ -211,6 +249,7 @@ class Worker:
         with self._lock:
             self._generation, self._fabric, self._left, self._is_joined = generation, fabric, None, False
             self.engine.pause_requested = self._pause_wanted >= generation.number
+            self.engine.save_requested = self._save_wanted
             if self._interrupted >= generation.number:
                 fabric.abort()
         self._phase, self._phase_step = "form", generation.committed
@@ -222,8 +261,13 @@ class Worker:
             cause = self._take_part(generation, rank, fabric)
         except PeerLost as error:
             detail = str(error)
-        except checkpoints.CheckpointError as error:
+        except UnusableCheckpoint as error:
+            cause, detail = "unusable", str(error)
+        except StorageFailed as error:
+            cause, detail = "storage", str(error)
+        except CheckpointError as error:
             cause, detail = "restore", str(error)
+            self._saver.set_aside(generation.committed, detail)
         except Exception as error:
             log.exception("worker %s failed in generation %d", self.worker, generation.number)
             cause, detail = "exception", f"{type(error).__name__}: {error}"
@@ -268,36 +312,36 @@ class Worker:
         self._is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         while self.committed < self.job.train.steps:
-            record, pause = self.engine.run(self.committed)
+            record, agreement = self.engine.run(self.committed)
             self.committed += 1
             self._note(record)
-            self._checkpoint_if_due(generation, fabric)
-            if pause:
+            self._save_if_due(generation, rank, agreement)
+            if agreement.pause:
                 return "pause"
         return "complete"
 
     def _bring_state(self, generation: Generation, rank: int, fabric: Fabric) -> Moved:
         """After this, every member has its part of the state of `generation.committed` steps."""
         held = list(generation.held)
+        read: Callable[[Intake], None] | None = None
         if generation.restore is not None:
             # Reading a checkpoint takes as long as it takes; the controller is told, and does not call it stuck.
             self._phase = "restore"
-            held = [whole(self.state.space.size, self.state.space.tensor), *[()] * (len(held) - 1)]
-            if rank == 0:
-                saved = checkpoints.load(Path(generation.restore), self._moved)
-                self._tear()
-                self.state.load(saved)
-                self.committed = generation.committed
-        elif held[rank] and (self.committed != generation.committed or subtract(held[rank], self.state.held)):
-            self._start_over(generation)
-        updates = self._agree_on_updates(fabric, held)
-        if not held[rank]:
+            saved = open_checkpoint(self._catalog, generation.committed, self.state)
+            read = lambda intake: read_checkpoint(saved, intake, self._moved)  # noqa: E731
             self._tear()
+            updates = saved.manifest.updates
+        else:
+            if held[rank] and (self.committed != generation.committed or subtract(held[rank], self.state.held)):
+                self._start_over(generation)
+            updates = self._agree_on_updates(fabric, held)
+            if not held[rank]:
+                self._tear()
         domains = [Domain(member.zone, member.node) for member in generation.members]
         try:
             moved = self.state.take_place(
                 generation.layout, fabric, held, domains, self.job.elastic.state_copies, updates,
-                barrier=lambda: self._agree(fabric, 0),
+                barrier=lambda: self._agree(fabric, 0), read=read,
             )  # fmt: skip
         except StateCorrupt as error:
             raise PeerLost(str(error)) from error
@@ -379,46 +423,30 @@ class Worker:
 
     # ------------------------------------------------------------------------------------ checkpoints and the end
 
-    def _checkpoint_if_due(self, generation: Generation, fabric: Fabric) -> None:
-        every = self.job.checkpoint.every_steps
-        if every is None or self.committed % every or self.committed == self.job.train.steps:
+    def _save_if_due(self, generation: Generation, rank: int, agreement: Agreement) -> None:
+        """Saves at this step boundary if it is time to, which all ranks find alike."""
+        every, last = self.job.checkpoint.every_steps, self.committed == self.job.train.steps
+        is_due = last or agreement.save or (every is not None and self.committed % every == 0)
+        self._save_wanted = self.engine.save_requested = is_due and agreement.saving and not last
+        if self._save_wanted and rank == 0:
+            # Training does not wait for a slow storage, and snapshots do not pile up.
+            self._send(SaveDelayed(self.worker, self.committed))
+        if not is_due or self._save_wanted:
             return
-        committed = self.committed
-        self.engine.collect()
-        if fabric.rank != 0:
-            return
-        if self._saver is not None and self._saver.is_alive():
-            # Training does not wait for a slow disk.
-            why = "the checkpoint before is still being written"
-            self._send(CheckpointSaved(self.worker, committed, "", 0.0, error=why))
-            return
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.state.named()}
-        self._saver = threading.Thread(
-            target=lambda: self._send(self._save(tensors, committed)), name="checkpoint", daemon=True
-        )
-        self._saver.start()
+        self._saver.wait()
+        layout = generation.layout
+        shares = share_out(trained_spans(layout, self.state.arrangement.shards))
+        writers = [member.worker for member in generation.members]
+        save = Save(self.committed, generation.epoch, generation.number)
+        self._saver.save(save, shares, writers, rank, layout.describe())
 
-    def _save(self, tensors: dict[str, Any], committed: int) -> CheckpointSaved:
-        started = time.perf_counter()
-        try:
-            path, num_bytes = checkpoints.save(
-                self._checkpoint_dir,
-                committed,
-                tensors,
-                {"run": self.run, "job": self.job.digest()},
-                keep=self.job.checkpoint.keep,
-            )
-        except (OSError, checkpoints.CheckpointError) as error:
-            return CheckpointSaved(self.worker, committed, "", time.perf_counter() - started, error=str(error))
-        return CheckpointSaved(self.worker, committed, str(path), time.perf_counter() - started, num_bytes)
+    def _save_share(self, writers: tuple[WorkerId, ...], save: Save) -> None:
+        self._saver.wait()
+        shares = share_out([self.state.held] * len(writers))
+        self._saver.save(save, shares, writers, writers.index(self.worker), {})
 
-    def _finalize(self, save: bool) -> None:
+    def _finalize(self) -> None:
         try:
-            if self._saver is not None:
-                self._saver.join()
-            if save:
-                tensors = {name: tensor.detach().cpu() for name, tensor in self.state.named()}
-                self._send(self._save(tensors, self.committed))
             self._send(Finalized(self.worker, state_digest(self.state)))
         except Exception as error:
             log.exception("worker %s could not finish", self.worker)

@@ -25,7 +25,9 @@ from local_ranks import HOST, context, prepare_child
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Action,
+    CommitCheckpoint,
     Died,
+    DiscardCheckpoint,
     Event,
     Finalize,
     Finish,
@@ -36,8 +38,10 @@ from orchestrator.controller.protocol import (
     Placed,
     Record,
     ReleaseWorker,
+    RequestSave,
     RequestWorker,
     Rollback,
+    SaveState,
     Start,
     StartGeneration,
     StepCommitted,
@@ -201,7 +205,8 @@ class LocalCluster:
                 min_workers=job.elastic.workers.min,
                 max_workers=job.elastic.workers.max,
                 standby=job.elastic.standby,
-                checkpointing=job.checkpoint.every_steps is not None,
+                checkpointing=True,
+                save_every_s=job.checkpoint.every_seconds,
                 heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
                 progress_timeout_s=job.elastic.progress_timeout_s,
                 max_failures_per_step=job.elastic.max_failures_per_step,
@@ -364,8 +369,18 @@ class LocalCluster:
                 for worker in action.workers:
                     self.processes[worker].tell("pause", action.generation, epoch)
             case Finalize():
-                for index, worker in enumerate(action.workers):
-                    self.processes[worker].tell("finalize", action.save and index == 0, epoch)
+                for worker in action.workers:
+                    self.processes[worker].tell("finalize", epoch)
+            case RequestSave():
+                for worker in action.workers:
+                    self.processes[worker].tell("request_save", action.generation, epoch)
+            case SaveState():
+                for worker in action.workers:
+                    self.processes[worker].tell("save_state", action.workers, action.save, epoch)
+            case CommitCheckpoint():
+                self.processes[action.worker].tell("commit_checkpoint", action.save, action.parts, action.layout, epoch)
+            case DiscardCheckpoint():
+                self.processes[action.worker].tell("discard_checkpoint", action.save, epoch)
             case Rollback():
                 self.rollbacks.append(action.committed)
                 self.steps = {step: report for step, report in self.steps.items() if step < action.committed}
@@ -398,6 +413,8 @@ def _gate(directory: Path, step: int) -> Path:
 
 def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) -> None:
     prepare_child()
+    from orchestrator.checkpoint.catalog import Catalog
+    from orchestrator.checkpoint.storage import open_storage
     from orchestrator.worker.core import Worker
 
     lock = threading.Lock()
@@ -416,7 +433,7 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
         pid=os.getpid(),
         host=HOST,
         store=TokenStore(spec.store),
-        checkpoint_dir=spec.directory / "checkpoints",
+        catalog=Catalog(open_storage(str(spec.directory / "checkpoints")), "test"),
         report=report,
         on_orphaned=lambda: os._exit(3),
         on_shutdown=lambda: os._exit(0),

@@ -16,11 +16,14 @@ from typing import Any
 
 from layouts_in_tests import MODEL
 
+from orchestrator.checkpoint.names import Save
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Action,
+    CommitCheckpoint,
     Died,
+    DiscardCheckpoint,
     Event,
     Finalize,
     Finish,
@@ -31,9 +34,11 @@ from orchestrator.controller.protocol import (
     Placed,
     Record,
     ReleaseWorker,
+    RequestSave,
     RequestWorker,
     Resize,
     Rollback,
+    SaveState,
     Start,
     StartGeneration,
     StepCommitted,
@@ -51,7 +56,11 @@ from orchestrator.messages import (
     Joined,
     Left,
     LeftCause,
+    PartSaved,
     Ready,
+    SaveBegun,
+    SaveDelayed,
+    SavePlan,
     Status,
     StepReport,
     WorkerId,
@@ -113,6 +122,8 @@ class Room:
         self.computed: defaultdict[int, set[WorkerId]] = defaultdict(set)
         self.prepared: defaultdict[int, set[WorkerId]] = defaultdict(set)
         self.pausing: set[int] = set()
+        self.saving: set[int] = set()
+        self.busy: set[int] = set()
 
     def arrive(self, worker: Worker) -> None:
         self.arrived.add(worker.id)
@@ -164,6 +175,10 @@ class Room:
         self.prepared[step].add(worker.id)
         if worker.pause_wanted >= self.generation.number:
             self.pausing.add(step)
+        if worker.save_wanted:
+            self.saving.add(step)
+        if worker.writing:
+            self.busy.add(step)
         if len(self.prepared[step]) == len(self.members):
             for member in self.members:
                 self.world.after(self.world.jitter(), lambda member=member: member.voted(self, step))
@@ -198,6 +213,8 @@ class Worker:
         self.sending = False
         self.queued: list[Generation] = []
         self.started: defaultdict[int, int] = defaultdict(int)
+        self.save_wanted = self.writing = False
+        self.last_part: PartSaved | None = None
         self.will_raise = self.will_deadlock = self.mute = False
 
     @property
@@ -245,9 +262,23 @@ class Worker:
             case Pause(generation=number):
                 self.epoch = epoch
                 self.pause_wanted = max(self.pause_wanted, number)
+            case RequestSave(generation=number):
+                self.epoch = epoch
+                if self.generation is not None and self.generation.number == number:
+                    self.save_wanted = True
+            case SaveState(workers, save):
+                self.epoch = epoch
+                assert self.held == self.world.whole
+                self.write(SavePlan(save, workers), workers.index(self.id))
+            case CommitCheckpoint():
+                self.epoch = epoch
+                self.world.after(self.world.random.uniform(0.05, 0.5), lambda: self.world.complete(self, command))
+            case DiscardCheckpoint(save=save):
+                self.epoch = epoch
+                self.world.after(0.05, lambda: self.world.written.pop(save, None))
             case Finalize():
                 self.epoch = epoch
-                self.world.after(self.world.random.uniform(0.05, 0.5), lambda: self.finalize(command.save))
+                self.world.after(self.world.random.uniform(0.05, 0.5), self.finalize)
 
     def status(self, epoch: int) -> Status | None:
         if epoch < self.epoch:
@@ -255,18 +286,16 @@ class Worker:
         self.epoch = epoch
         return Status(
             self.ready(), self.generation, self.left, self.committed, self.held, self.prepared, self.joined, epoch,
-            tuple(self.reports),
+            tuple(self.reports), self.last_part,
         )  # fmt: skip
 
     def ready(self) -> Ready:
         return Ready(self.id, self.node.name, 1000 + self.id.slot, "host", 1, "initial", ELEMENTS, costs=MODEL)
 
-    def finalize(self, save: bool) -> None:
+    def finalize(self) -> None:
         if not self.running or self.mute:
             return
         assert self.held == self.world.whole
-        if save:
-            self.world.save_checkpoint(self, self.committed)
         self.send(Finalized(self.id, f"sha256:{self.world.digest_of(self)}"))
 
     # -------------------------------------------------------------------------------- a generation
@@ -351,13 +380,42 @@ class Worker:
         self.reports.append(
             StepReport(step, number, 1.0, float(step), 0.1, 10, f"samples-{step}", False, world.now, world.step_s)
         )
-        every = world.checkpoint_every
-        if every and self.committed % every == 0 and room.members[0] is self:
-            world.save_checkpoint(self, self.committed)
+        self.save_if_due(room, step)
         if step in room.pausing:
             self.leave("pause")
         else:
             self.next_step(room)
+
+    def save_if_due(self, room: Room, step: int) -> None:
+        world, every = self.world, self.world.checkpoint_every
+        last = self.committed == world.config.total_steps and world.config.checkpointing
+        is_due = last or step in room.saving or bool(every and self.committed % every == 0)
+        self.save_wanted = is_due and step in room.busy and not last
+        first = room.members[0] is self
+        if self.save_wanted and first:
+            self.send(SaveDelayed(self.id, self.committed))
+        members = room.generation.members[: room.generation.layout.num_placed]
+        writers = tuple(member.worker for member in members)
+        if is_due and not self.save_wanted and self.id in writers:
+            plan = SavePlan(Save(self.committed, room.generation.epoch, room.generation.number), writers)
+            if first:
+                self.send(SaveBegun(self.id, plan, 0.01))
+            self.write(plan, writers.index(self.id))
+
+    def write(self, plan: SavePlan, rank: int) -> None:
+        """Its part of a checkpoint, behind training."""
+        self.writing = True
+        self.world.after(self.world.random.uniform(0.05, 2.0), lambda: self.wrote(plan, rank))
+
+    def wrote(self, plan: SavePlan, rank: int) -> None:
+        if not self.running:
+            return
+        self.writing = False
+        error = "disk full" if self.world.random.random() < 0.03 else ""
+        if not error:
+            self.world.written[plan.save].add((rank, f"part {rank}"))
+        self.last_part = PartSaved(self.id, plan, rank, f"part {rank}", error=error)
+        self.send(self.last_part)
 
     def lose_peer(self, room: Room | None) -> None:
         if room is not None and self.room is room and self.running and self.in_collective:
@@ -448,6 +506,7 @@ class World:
     generations: dict[int, Generation] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
     valid_checkpoints: set[str] = field(default_factory=set)
+    written: defaultdict[Save, set[tuple[int, str]]] = field(default_factory=lambda: defaultdict(set))
     cursed_steps: set[int] = field(default_factory=set)
     rollbacks: list[int] = field(default_factory=list)
     failures: list[tuple[WorkerId, float, int]] = field(default_factory=list)
@@ -629,14 +688,18 @@ class World:
                     self._disturb_the_end(tuple(member.worker for member in generation.members))
                 for member in generation.members:
                     self._send(member.worker, action)
-            case Interrupt(workers) | Pause(workers) | Finalize(workers):
+            case Interrupt(workers) | Pause(workers) | Finalize(workers) | RequestSave(workers) | SaveState(workers):
                 if isinstance(action, Finalize) and self.random.random() < self.cruel_end:
                     self._disturb_the_end(workers)
-                for index, worker in enumerate(workers):
-                    order = Finalize((worker,), action.save and index == 0) if isinstance(action, Finalize) else action
-                    self._send(worker, order)
+                for worker in workers:
+                    self._send(worker, action)
+            case CommitCheckpoint(worker) | DiscardCheckpoint(worker):
+                self._send(worker, action)
             case Finish(status, reason, digest):
                 self.outcome = Outcome(status, reason, digest, self.now)
+                if status == "finished" and self.config.checkpointing:
+                    failed = any(record["kind"] == "checkpoint_failed" for record in self.records)
+                    assert failed or self.config.total_steps in controller.checkpoints, "the end was not saved"
 
     def _send(self, worker: WorkerId, action: Action) -> None:
         """Orders reach each worker in order, but not all workers at the same time, and also after their sender died."""
@@ -760,20 +823,21 @@ class World:
         if event.worker in self._watched:
             self.handle(event)
 
-    def save_checkpoint(self, worker: Worker, committed: int) -> None:
-        path = f"step-{committed:08d}"
-
-        def saved() -> None:
-            if not worker.running:
+    def complete(self, worker: Worker, order: CommitCheckpoint) -> None:
+        """All parts of a checkpoint are there, and so it becomes one."""
+        if not worker.running:
+            return
+        path = f"step-{order.save.committed:08d}"
+        if path not in self.checkpoints.values():
+            whole = self.written[order.save] == set(order.parts)
+            # A successor hears of parts again that its predecessor had discarded.
+            assert whole or self.num_controllers > 1, f"{order} of {self.written[order.save]}"
+            if not whole or self.random.random() < 0.03:
+                worker.send(CheckpointSaved(worker.id, order.save, path, error="a part is missing"))
                 return
-            if self.random.random() < 0.1:
-                worker.send(CheckpointSaved(worker.id, committed, "", error="disk full"))
-                return
-            self.checkpoints[committed] = path
-            self.valid_checkpoints.add(path)
-            worker.send(CheckpointSaved(worker.id, committed, path))
-
-        self.after(self.random.uniform(0.05, 0.5), saved)
+        self.checkpoints[order.save.committed] = path
+        self.valid_checkpoints.add(path)
+        worker.send(CheckpointSaved(worker.id, order.save, path))
 
     def room(self, generation: Generation) -> Room:
         key = (generation.epoch, generation.number)

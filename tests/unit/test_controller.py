@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 import pytest
 from layouts_in_tests import MODEL, layouts
 
+from orchestrator.checkpoint.names import Save
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Abort,
     Action,
+    CommitCheckpoint,
     Died,
+    DiscardCheckpoint,
     Event,
     Finalize,
     Finish,
@@ -25,9 +28,12 @@ from orchestrator.controller.protocol import (
     Placed,
     Record,
     ReleaseWorker,
+    RequestSave,
     RequestWorker,
     Resize,
     Rollback,
+    SaveRequested,
+    SaveState,
     Start,
     StartGeneration,
     StepCommitted,
@@ -45,7 +51,10 @@ from orchestrator.messages import (
     Joined,
     Left,
     LeftCause,
+    PartSaved,
     Ready,
+    SaveBegun,
+    SavePlan,
     Status,
     StepReport,
     WorkerId,
@@ -64,7 +73,7 @@ class Stage:
 
     def __init__(self, controller: Controller | None = None, **config: Any) -> None:
         given = {name: config.pop(name) for name in SHAPE if name in config}
-        defaults = {"total_steps": 100, "min_workers": 1, "max_workers": 4, "checkpointing": True}
+        defaults = {"total_steps": 100, "min_workers": 1, "max_workers": 4}
         config = {**defaults, "chooser": layouts(**given), **config}
         self.controller = controller or Controller(ControllerConfig(**config))
         self.now = 1000.0
@@ -386,8 +395,8 @@ def test_the_prepared_are_holders_when_the_last_that_committed_is_gone() -> None
 def test_all_dead_goes_back_to_the_newest_checkpoint() -> None:
     stage = Stage(max_workers=2).running(W0, W1)
     stage.train(10)
-    stage.tell(CheckpointSaved(W0, 5, "ckpt-5"))
-    stage.tell(CheckpointSaved(W0, 10, "", error="disk full"))
+    stage.tell(CheckpointSaved(W0, Save(5, 0, 0), "ckpt-5"))
+    stage.tell(CheckpointSaved(W0, Save(10, 0, 0), "", error="disk full"))
     stage.train(3)
     stage.tell(Died(W0, "SIGKILL", node_lost=True))
     stage.tell(Died(W1, "SIGKILL", node_lost=True))
@@ -734,7 +743,7 @@ def test_a_deadline_that_nobody_waited_for() -> None:
     """No replacement in time: the worker stops 5 s before the end, and the run waits with its state while it can."""
     stage = Stage(max_workers=1).running(W0)
     stage.train(2)
-    stage.tell(CheckpointSaved(W0, 2, "c2"))
+    stage.tell(CheckpointSaved(W0, Save(2, 0, 0), "c2"))
     stage.tell(Notice((W0,), "spot", stage.now + 10.0))
     assert not of(Pause, stage.wait(4.0, W0))
     the(Pause, stage.wait(2.0, W0))
@@ -820,11 +829,127 @@ def test_the_end_compares_what_all_hold() -> None:
     stage = Stage(total_steps=3, max_workers=2).running(W0, W1)
     stage.train(3)
     ask = the(Finalize, stage.leave_all("complete", 3))
-    assert (ask.workers, ask.save) == ((W0, W1), True)
+    assert ask.workers == (W0, W1)
     assert not of(Finish, stage.tell(Finalized(W0, "sha256:a")))
     finish = the(Finish, stage.tell(Finalized(W1, "sha256:a")))
     assert (finish.status, finish.digest) == ("finished", "sha256:a")
     assert stage.tell(Tick()) == []
+
+
+def test_the_end_is_saved_by_all_that_have_it() -> None:
+    stage = Stage(total_steps=3, max_workers=2, checkpointing=True).running(W0, W1)
+    stage.train(3)
+    order = the(SaveState, stage.leave_all("complete", 3))
+    assert order == SaveState((W0, W1), Save(3, 0, 0, attempt=1))
+    plan = SavePlan(order.save, order.workers)
+    assert not of(Finish, stage.tell(Finalized(W0, "sha256:a")) + stage.tell(Finalized(W1, "sha256:a")))
+    stage.tell(PartSaved(W0, plan, 0, "a"))
+    commit = the(CommitCheckpoint, stage.tell(PartSaved(W1, plan, 1, "b")))
+    assert (commit.worker, commit.parts) == (W0, ((0, "a"), (1, "b")))
+    finish = the(Finish, stage.tell(CheckpointSaved(W0, order.save, "c3")))
+    assert (finish.status, finish.digest) == ("finished", "sha256:a")
+    assert stage.controller.checkpoints == {3: "c3"}
+
+
+def test_what_was_saved_at_the_last_step_boundary_is_not_saved_again() -> None:
+    stage = Stage(total_steps=3, max_workers=2, checkpointing=True).running(W0, W1)
+    stage.train(3)
+    plan = SavePlan(Save(3, 0, 0), (W0, W1))
+    stage.tell(SaveBegun(W0, plan))
+    assert not of(SaveState, stage.leave_all("complete", 3))
+    stage.tell(PartSaved(W0, plan, 0, "a"))
+    for worker in (W0, W1):
+        assert not of(Finish, stage.tell(Finalized(worker, "sha256:a")))
+    stage.tell(PartSaved(W1, plan, 1, "b"))
+    the(Finish, stage.tell(CheckpointSaved(W0, plan.save, "c3")))
+
+
+def test_who_dies_at_the_end_is_saved_for_by_the_others() -> None:
+    stage = Stage(total_steps=3, max_workers=2, checkpointing=True).running(W0, W1)
+    stage.train(3)
+    first = the(SaveState, stage.leave_all("complete", 3)).save
+    stage.tell(PartSaved(W1, SavePlan(first, (W0, W1)), 1, "b"))
+    decided = stage.tell(Finalized(W1, "sha256:a")) + stage.tell(Died(W0, "SIGKILL"))
+    assert the(DiscardCheckpoint, decided) == DiscardCheckpoint(W1, first)
+    again = the(SaveState, decided)
+    assert again == SaveState((W1,), Save(3, 0, 0, attempt=2))
+    stage.tell(PartSaved(W1, SavePlan(again.save, (W1,)), 0, "a"))
+    the(Finish, stage.tell(CheckpointSaved(W1, again.save, "c3")))
+
+
+def test_an_end_that_cannot_be_saved_is_an_end_all_the_same() -> None:
+    stage = Stage(total_steps=3, max_workers=1, checkpointing=True).running(W0)
+    stage.train(3)
+    save = the(SaveState, stage.leave_all("complete", 3)).save
+    stage.tell(Finalized(W0, "sha256:a"))
+    finish = the(Finish, stage.tell(PartSaved(W0, SavePlan(save, (W0,)), 0, "", error="No space left on device")))
+    assert finish.status == "finished"
+    assert stage.recorded("checkpoint_failed") == [{"committed": 3, "error": "No space left on device"}]
+
+
+def test_a_checkpoint_that_is_asked_for_is_made_at_the_next_step_boundary() -> None:
+    stage = Stage(max_workers=2, checkpointing=True).running(W0, W1)
+    assert the(RequestSave, stage.tell(SaveRequested())) == RequestSave((W0, W1), 0)
+    assert not of(RequestSave, stage.tell(SaveRequested()) + stage.wait(2.0, W0, W1)), "they are told once"
+    plan = SavePlan(Save(1, 0, 0), (W0, W1))
+    stage.train(1)
+    stage.tell(SaveBegun(W0, plan))
+    stage.tell(PartSaved(W1, plan, 1, "b"))
+    decided = stage.tell(Died(W0, "SIGKILL")) + stage.leave(W1, "peer", 1)
+    assert the(DiscardCheckpoint, decided).worker == W1
+    the(StartGeneration, decided)
+    assert the(RequestSave, stage.join()) == RequestSave((W1,), 1), "lost with a writer, it is made again at once"
+
+
+@pytest.mark.parametrize("why", ["a stop", "a drain notice", "time"])
+def test_there_are_reasons_to_save(why: str) -> None:
+    stage = Stage(max_workers=2, checkpointing=True, save_every_s=30.0).running(W0, W1)
+    match why:
+        case "a stop":
+            decided = stage.tell(Stop("enough"))
+        case "a drain notice":
+            decided = stage.tell(Notice((W0,), "spot", stage.now + 60.0))
+        case _:
+            assert not of(RequestSave, stage.wait(25.0, W0, W1))
+            decided = stage.wait(15.0, W0, W1)
+    kinds = [type(action) for action in decided if isinstance(action, (RequestSave, Pause))]
+    assert kinds == ([RequestSave] if why == "time" else [RequestSave, Pause]), "it is saved before it is left"
+
+
+def test_a_draining_worker_stays_until_it_has_written_its_part() -> None:
+    stage = Stage(max_workers=2, checkpointing=True).running(W0, W1, W2)
+    stage.tell(Notice((W0,), "spot", stage.now + 60.0))
+    stage.train(1)
+    plan = SavePlan(Save(1, 0, 0), (W0, W1))
+    stage.tell(SaveBegun(W0, plan))
+    stage.leave_all("pause", 1)
+    assert not of(ReleaseWorker, stage.join() + stage.wait(1.0, *stage.members))
+    stage.tell(PartSaved(W1, plan, 1, "b"))
+    decided = stage.tell(PartSaved(W0, plan, 0, "a")) + stage.wait(1.0, *stage.members)
+    assert [action.worker for action in of(ReleaseWorker, decided)] == [W0]
+
+
+def test_a_storage_that_cannot_be_read_does_not_condemn_the_checkpoint() -> None:
+    config = ControllerConfig(100, layouts(), 1, 1, checkpointing=True)
+    stage = Stage(Controller(config, History(committed=10), {10: "c10"}))
+    stage.tell(Start())
+    assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
+    again = stage.leave(W0, "storage", 0, detail="connection refused", held=())
+    assert the(StartGeneration, again).generation.restore == "c10"
+    assert stage.controller.checkpoints == {10: "c10"}
+    stage.leave(W0, "storage", 0, detail="connection refused", held=())
+    finish = the(Finish, stage.leave(W0, "storage", 0, detail="connection refused", held=()))
+    assert finish.status == "failed"
+    assert "connection refused" in finish.reason
+
+
+def test_a_checkpoint_that_is_not_for_this_job_is_for_a_person_to_sort_out() -> None:
+    config = ControllerConfig(100, layouts(), 1, 1, checkpointing=True)
+    stage = Stage(Controller(config, History(committed=10), {10: "c10", 5: "c5"}))
+    stage.tell(Start())
+    stage.ready(W0)
+    finish = the(Finish, stage.leave(W0, "unusable", 0, detail="encrypted with another key", held=()))
+    assert (finish.status, finish.reason) == ("failed", "encrypted with another key")
 
 
 def test_states_that_differ_fail_the_run() -> None:
@@ -859,7 +984,7 @@ def test_one_of_those_asked_for_the_end_fails(how: str) -> None:
 def test_all_of_those_asked_for_the_end_die() -> None:
     stage = Stage(total_steps=3, max_workers=1).running(W0)
     stage.train(3)
-    stage.tell(CheckpointSaved(W0, 2, "c2"))
+    stage.tell(CheckpointSaved(W0, Save(2, 0, 0), "c2"))
     stage.leave(W0, "complete", 3)
     stage.tell(Died(W0, "SIGKILL"))
     assert the(StartGeneration, stage.ready(WorkerId(0, 1))).generation.restore == "c2"

@@ -9,6 +9,7 @@ import pytest
 from layouts_in_tests import MODEL, layouts
 from test_controller import ELEMENTS, W0, W1, W2, W3, WHOLE, Stage, of, ready_message, successor, the
 
+from orchestrator.checkpoint.names import Save
 from orchestrator.controller.forming import choose_ranks, make_generation
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import (
@@ -142,7 +143,7 @@ def test_a_lost_shard_that_has_a_copy_costs_no_step() -> None:
 def test_a_lost_shard_without_a_copy_costs_the_steps_since_the_checkpoint() -> None:
     stage = sharded(W0, W1)
     stage.train(4)
-    stage.tell(CheckpointSaved(W0, 3, "c3"))
+    stage.tell(CheckpointSaved(W0, Save(3, 0, 0), "c3"))
     stage.tell(Died(W1, "SIGKILL"))
     decided = stage.leave(W0, "peer")
     assert the(Rollback, decided).committed == 3
@@ -191,7 +192,7 @@ def test_who_leaves_while_joining_has_what_it_says() -> None:
     stage.leave(W0, "peer")
     the(StartGeneration, stage.leave(W1, "peer"))
     stage.tell(Died(W1, "SIGKILL"))
-    stage.tell(CheckpointSaved(W0, 1, "c1"))
+    stage.tell(CheckpointSaved(W0, Save(1, 0, 0), "c1"))
     decided = stage.leave(W0, "peer", 2, held=WHOLE)
     assert not of(Rollback, decided)
     assert the(StartGeneration, decided).generation.held == (WHOLE,)
@@ -297,7 +298,7 @@ def test_a_collection_that_fails_for_ever_ends_the_run() -> None:
 def test_a_final_state_with_a_part_lost_is_trained_again() -> None:
     stage = sharded(W0, W1, total_steps=3)
     stage.train(2)
-    stage.tell(CheckpointSaved(W0, 2, "c2"))
+    stage.tell(CheckpointSaved(W0, Save(2, 0, 0), "c2"))
     stage.train(1)
     stage.leave_all("complete", 3)
     stage.tell(Died(W1, "SIGKILL"))

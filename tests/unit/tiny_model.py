@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 from torch import nn
 
 from strategies.blueprint import Blueprint
+from strategies.chunks import Box
 from strategies.fabric import Fabric
+from strategies.intake import Intake
 from strategies.layout import ParallelLayout
 from strategies.optimizers import OptimizerSpec
 from strategies.placement import Domain
@@ -75,6 +77,23 @@ def settle(state: TrainingState, virtual_workers: int = 1, held: Spans | None = 
     here = state.held if held is None else held
     state.take_place(layout, fabric, [here], [Domain("", "node")], 1, state.updates, lambda: None)
     return fabric
+
+
+def load(state: TrainingState, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Brings a saved state to its place in a layout of one rank, as a checkpoint is restored."""
+    layout = ParallelLayout(data=1, assignment=((0,),))
+    fabric = Fabric(rank=0, layout=layout, device=CPU)
+
+    def read(intake: Intake) -> None:
+        for name, tensor in tensors.items():
+            box = Box((0,) * tensor.dim(), tuple(tensor.shape))
+            if intake.wants(name, box):
+                intake.put(name, box, tensor)
+        assert intake.missing == 0
+
+    state.tear()
+    updates = int(tensors["optimizer.updates"])
+    state.take_place(layout, fabric, [()], [Domain("", "node")], 1, updates, lambda: None, read)
 
 
 def random_gradient(state: TrainingState, seed: int) -> torch.Tensor:

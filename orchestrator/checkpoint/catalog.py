@@ -1,0 +1,329 @@
+"""The checkpoints of a run: opening, completing, setting aside and removing them.
+
+A checkpoint is a directory `step-00000120` of parts, MANIFEST.json and COMMIT, written in this order and removed in the
+reverse one. So whatever happens in between, one that has its COMMIT is complete; whether it is still what was
+written, digests tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.checkpoint.encryption import Cipher, Secret
+from orchestrator.checkpoint.manifest import (
+    COMMIT,
+    INVALID,
+    MANIFEST,
+    CheckpointError,
+    ChunkEntry,
+    Commit,
+    Manifest,
+    Part,
+    TensorEntry,
+    UnusableCheckpoint,
+    digest_of,
+)
+from orchestrator.checkpoint.names import Save, directory_name, is_part, step_of
+from orchestrator.checkpoint.storage import Storage
+
+READ_AT_ONCE = 32 << 20
+"""Bytes of neighbouring chunks that are read in one go."""
+THREADS = 4
+
+
+class Checkpoint:
+    """A complete checkpoint whose manifest is the one that was written. Its chunks are verified as they are read."""
+
+    def __init__(self, storage: Storage, commit: Commit, manifest: Manifest, cipher: Cipher | None) -> None:
+        self.storage = storage
+        self.directory = directory_name(commit.committed)
+        self.saved_at = commit.at
+        self.manifest = manifest
+        self._cipher = cipher
+        self._by_tensor: dict[str, list[ChunkEntry]] | None = None
+
+    @property
+    def save(self) -> Save:
+        """The attempt that it is from."""
+        manifest = self.manifest
+        return Save(manifest.committed, manifest.epoch, manifest.generation, manifest.attempt)
+
+    @property
+    def location(self) -> str:
+        return self.storage.locate(self.directory)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in self.manifest.files)
+
+    def chunks_of(self, tensor: str) -> list[ChunkEntry]:
+        """Those of one tensor. Raises KeyError when there is no such tensor."""
+        if self._by_tensor is None:
+            self._by_tensor = {name: [] for name in self.manifest.tensors}
+            for chunk in self.manifest.chunks:
+                self._by_tensor[chunk.tensor].append(chunk)
+        return self._by_tensor[tensor]
+
+    def read(self, chunks: Iterable[ChunkEntry], take: Callable[[ChunkEntry, memoryview], None]) -> None:
+        """Calls `take` with each of these chunks and its verified contents, which are gone when it returns. Several
+        threads do this at once, in no particular order.
+
+        Raises CheckpointError when what is there is not what was written, OSError when it cannot be read.
+        """
+        runs = list(_runs(chunks))
+        with ThreadPoolExecutor(min(THREADS, len(runs)) or 1, "checkpoint-read") as pool:
+            futures = [pool.submit(self._read_run, run, take) for run in runs]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+
+    def _read_run(self, run: Sequence[ChunkEntry], take: Callable[[ChunkEntry, memoryview], None]) -> None:
+        file, start = run[0].file, run[0].start
+        buffer = memoryview(bytearray(run[-1].stop - start))
+        self._fill(file, start, buffer)
+        for chunk in run:
+            stored = buffer[chunk.start - start : chunk.stop - start]
+            if digest_of(stored) != chunk.xxh3_128:
+                raise CheckpointError(f"{self.location}/{file}: {chunk} is not what was saved (digest differs)")
+            take(chunk, self._decrypted(chunk, stored))
+
+    def _decrypted(self, chunk: ChunkEntry, stored: memoryview) -> memoryview:
+        if self._cipher is None:
+            return stored
+        # In memory of its own that may be written to, as tensors want it.
+        clear = memoryview(
+            bytearray(self._cipher.decrypt(stored, file=chunk.file, chunk=str(chunk), start=chunk.start))
+        )
+        if clear.nbytes != chunk.num_bytes:
+            raise CheckpointError(f"{self.location}/{chunk.file}: {chunk} has the wrong length")
+        return clear
+
+    def _fill(self, file: str, start: int, buffer: memoryview) -> None:
+        try:
+            self.storage.read_into(f"{self.directory}/{file}", start, buffer)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.location}/{file}: the file is gone") from error
+        except EOFError as error:
+            raise CheckpointError(f"{self.location}/{file}: cut off: {error}") from error
+
+    def verify(self) -> None:
+        """Reads every byte. Raises CheckpointError when anything is not what was written, OSError."""
+        for file in self.manifest.files:
+            header = memoryview(bytearray(file.header_bytes))
+            self._fill(file.name, 0, header)
+            if digest_of(header) != file.header_xxh3_128:
+                raise CheckpointError(f"{self.location}/{file.name}: its header is not what was saved (digest differs)")
+        self.read(self.manifest.chunks, lambda chunk, data: None)
+
+
+def _runs(chunks: Iterable[ChunkEntry]) -> Iterator[list[ChunkEntry]]:
+    """Chunks that lie next to each other, as many at once as READ_AT_ONCE allows."""
+    run: list[ChunkEntry] = []
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.file, chunk.start)):
+        if run and (
+            (run[-1].file, run[-1].stop) != (chunk.file, chunk.start) or chunk.stop - run[0].start > READ_AT_ONCE
+        ):
+            yield run
+            run = []
+        run.append(chunk)
+    if run:
+        yield run
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a manifest says beside where the chunks are; see there."""
+
+    job: str
+    layout: Mapping[str, Any]
+    data: Mapping[str, Any]
+    randomness: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+
+class Catalog:
+    """All checkpoints of a `run`, in one storage; with a `secret` they are encrypted."""
+
+    def __init__(self, storage: Storage, run: str, secret: Secret | None = None) -> None:
+        self.storage = storage
+        self.run = run
+        self.secret = secret
+
+    # ------------------------------------------------------------------------------------ finding and opening
+
+    def steps(self) -> list[int]:
+        """The committed steps of all that are complete and not set aside, newest first. Raises OSError."""
+        return [step for step, names in self._all() if COMMIT in names and INVALID not in names]
+
+    def all_steps(self) -> list[int]:
+        """Those of all there are, also incomplete and damaged ones, newest first. Raises OSError."""
+        return [step for step, _ in self._all()]
+
+    def locate(self, committed: int) -> str:
+        """What a user calls the checkpoint of so many steps."""
+        return self.storage.locate(directory_name(committed))
+
+    def _all(self) -> list[tuple[int, set[str]]]:
+        """Every directory that is, was or was to become a checkpoint, newest first, and the names in it."""
+        found = [step for name in self.storage.names("") if (step := step_of(name)) is not None]
+        return [(step, set(self.storage.names(directory_name(step)))) for step in sorted(found, reverse=True)]
+
+    def open(self, committed: int, *, keyless: bool = False) -> Checkpoint:
+        """The checkpoint after so many steps, as far as can be told without reading its parts. A `keyless` one may be
+        encrypted, and can be verified, but not read.
+
+        Raises CheckpointError when it is not complete, not what was written, or of another run or key; OSError when
+        the storage cannot be read.
+        """
+        directory = directory_name(committed)
+        where = self.storage.locate(directory)
+        names = set(self.storage.names(directory))
+        if INVALID in names:
+            reason = self.storage.read(f"{directory}/{INVALID}").decode("utf-8", "replace").strip()
+            raise CheckpointError(f"{where} was set aside: {reason}")
+        if COMMIT not in names:
+            raise CheckpointError(f"{where}: {'never completed' if names else 'not there'} (it has no {COMMIT})")
+        try:
+            commit = Commit.from_bytes(self.storage.read(f"{directory}/{COMMIT}"), f"{where}/{COMMIT}")
+            raw = self.storage.read(f"{directory}/{MANIFEST}")
+            if len(raw) != commit.manifest_bytes or digest_of(raw) != commit.manifest_xxh3_128:
+                raise CheckpointError(f"{where}/{MANIFEST} is not what was saved (digest differs)")
+            manifest = Manifest.from_bytes(raw, f"{where}/{MANIFEST}")
+            self._check_identity(manifest, commit, committed, where)
+            cipher = None if keyless else self._cipher(manifest, where)
+            if cipher is not None:
+                cipher.check(commit.seal, raw, f"{where}/{COMMIT}")
+            for file in manifest.files:
+                size = self.storage.size(f"{directory}/{file.name}")
+                if size != file.size:
+                    raise CheckpointError(f"{where}/{file.name} has {size} bytes, {file.size} were saved")
+        except (FileNotFoundError, EOFError) as error:
+            raise CheckpointError(f"{where}: incomplete: {error}") from error
+        return Checkpoint(self.storage, commit, manifest, cipher)
+
+    def _check_identity(self, manifest: Manifest, commit: Commit, committed: int, where: str) -> None:
+        if not committed == manifest.committed == commit.committed:
+            raise CheckpointError(f"{where} holds the state of step {manifest.committed}, not what its name says")
+        if manifest.run != self.run:
+            raise UnusableCheckpoint(f"{where} is of the run {manifest.run}, not of {self.run}")
+
+    def _cipher(self, manifest: Manifest, where: str) -> Cipher | None:
+        if self.secret is None and manifest.encryption is None:
+            return None
+        if self.secret is None:
+            raise UnusableCheckpoint(f"{where} is encrypted, and there is no key (checkpoint.encryption)")
+        if manifest.encryption is None:
+            raise UnusableCheckpoint(f"{where} is not encrypted, but the job says that its checkpoints are")
+        save = Save(manifest.committed, manifest.epoch, manifest.generation, manifest.attempt)
+        cipher = self.secret.cipher(manifest.run, save)
+        if manifest.encryption.get("key_check") != cipher.key_check:
+            raise UnusableCheckpoint(f"{where} is encrypted with another key than that of checkpoint.encryption")
+        return cipher
+
+    # ------------------------------------------------------------------------------------ writing
+
+    def cipher(self, save: Save) -> Cipher | None:
+        """What the parts of this attempt are encrypted with."""
+        return None if self.secret is None else self.secret.cipher(self.run, save)
+
+    def commit(self, save: Save, parts: Mapping[int, str], description: Description) -> int:
+        """Makes a checkpoint of what the ranks of a save wrote; `parts` has the digest of each rank's list of chunks.
+        Returns its bytes. To be called again when it was interrupted; a complete one stays as it is.
+
+        Raises CheckpointError when the parts are not all there, OSError.
+        """
+        directory = save.directory
+        where = self.storage.locate(directory)
+        names = set(self.storage.names(directory))
+        if COMMIT in names and INVALID not in names:
+            found = self.open(save.committed)
+            # What is left of this attempt, whether it was the one that succeeded or came too late.
+            for name in sorted(names - {COMMIT, MANIFEST} - {file.name for file in found.manifest.files}):
+                self.storage.remove(f"{directory}/{name}")
+            return found.num_bytes
+        lists = [self._part(save, rank, digest, where) for rank, digest in sorted(parts.items())]
+        updates = {part.updates for part in lists}
+        if len(updates) != 1:
+            raise CheckpointError(f"{where}: the ranks wrote states of different numbers of updates: {sorted(updates)}")
+        cipher = self.cipher(save)
+        manifest = Manifest(
+            run=self.run, job=description.job, committed=save.committed, updates=updates.pop(), epoch=save.epoch,
+            generation=save.generation, attempt=save.attempt, layout=dict(description.layout),
+            data=dict(description.data), randomness=dict(description.randomness), schedule=dict(description.schedule),
+            tensors=dict(description.tensors), files=[part.file for part in lists],
+            chunks=[chunk for part in lists for chunk in part.chunks],
+            encryption=None if cipher is None else cipher.describe(),
+        )  # fmt: skip
+        if (problem := next(manifest.problems(), None)) is not None:
+            raise CheckpointError(f"{where}: what was written is not the whole state: {problem}")
+        raw = manifest.to_bytes()
+        ours = {file.name for file in manifest.files}
+        # What an earlier attempt left, and one that was set aside, go first; its word that it is complete before all.
+        for name in sorted(names - ours, key=lambda name: (name != COMMIT, name != MANIFEST, name)):
+            if not name.startswith(save.prefix):
+                self.storage.remove(f"{directory}/{name}")
+        self.storage.put(f"{directory}/{MANIFEST}", lambda: [raw])
+        commit = Commit(
+            committed=save.committed, at=time.time(), manifest_bytes=len(raw), manifest_xxh3_128=digest_of(raw),
+            seal=None if cipher is None else cipher.seal(raw),
+        )  # fmt: skip
+        self.storage.put(f"{directory}/{COMMIT}", lambda: [commit.to_bytes()])
+        for rank in parts:
+            self.storage.remove(f"{directory}/{save.part(rank)}.json")
+        return sum(file.size for file in manifest.files)
+
+    def _part(self, save: Save, rank: int, digest: str, where: str) -> Part:
+        name = f"{save.part(rank)}.json"
+        try:
+            raw = self.storage.read(f"{save.directory}/{name}")
+        except (FileNotFoundError, EOFError) as error:
+            raise CheckpointError(f"{where}: rank {rank} said that it wrote {name}, which is not there") from error
+        if digest_of(raw) != digest:
+            raise CheckpointError(f"{where}/{name} is not what rank {rank} wrote (digest differs)")
+        return Part.from_bytes(raw, f"{where}/{name}")
+
+    # ------------------------------------------------------------------------------------ taking away
+
+    def discard(self, save: Save) -> None:
+        """Removes what an attempt left that will not be completed. Raises OSError."""
+        for name in self.storage.names(save.directory):
+            if name.startswith(save.prefix):
+                self.storage.remove(f"{save.directory}/{name}")
+        self.storage.remove_directory(save.directory)
+
+    def set_aside(self, committed: int, reason: str) -> None:
+        """Keeps a checkpoint that is not what was saved from being used again, and says why. Raises OSError."""
+        with contextlib.suppress(FileExistsError):
+            self.storage.put(f"{directory_name(committed)}/{INVALID}", lambda: [reason.encode() + b"\n"])
+
+    def prune(self, newest: int, keep: int, keep_every: int | None) -> list[int]:
+        """Removes checkpoints up to that of `newest` which need not stay: all but the `keep` last of them and those of
+        every `keep_every` steps; and what never became one. Returns the steps of those removed. Raises OSError."""
+        known = [(step, names) for step, names in self._all() if step <= newest]
+        valid = [step for step, names in known if COMMIT in names and INVALID not in names]
+        kept = set(valid[:keep]) | {step for step in valid if keep_every and step % keep_every == 0}
+        oldest = min(kept, default=newest)
+        removed = []
+        for step, names in known:
+            is_broken = INVALID in names and step >= oldest
+            if step not in kept and step != newest and not is_broken:
+                self._remove(step, names)
+                removed.append(step)
+        return removed
+
+    def _remove(self, step: int, names: Iterable[str]) -> None:
+        directory = directory_name(step)
+        for name in sorted(names, key=lambda name: (name != COMMIT, name != MANIFEST, name)):
+            if name in (COMMIT, MANIFEST, INVALID) or is_part(name):
+                self.storage.remove(f"{directory}/{name}")
+        self.storage.remove_directory(directory)

@@ -1,0 +1,187 @@
+"""A checkpoint as a Hugging Face directory: config.json, safetensors with an index, tokenizer.
+
+Tensor by tensor: each is put together from its chunks, cast, and written before the next is read, so that never more
+than the largest one is in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.checkpoint.catalog import Checkpoint
+from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
+from orchestrator.checkpoint.storage import LocalStorage
+from orchestrator.checkpoint.tensors import DTYPES, TYPES, as_tensor, bytes_of
+from orchestrator.job import Job
+
+SHARD_BYTES = 4 << 30
+"""Of one file at most, where a tensor allows."""
+EXPORT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ExportError(ValueError):
+    """What was asked for cannot be exported; says why."""
+
+
+def export(
+    checkpoint: Checkpoint, job: Job, target: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Writes the model of a checkpoint to the new directory `target`, its floating-point tensors as `dtype` (fp32, bf16
+    or fp16; None: as they are). Returns the files.
+
+    `transformers.AutoModelForCausalLM.from_pretrained` loads it. Raises ExportError, CheckpointError, OSError.
+    """
+    if dtype is not None and dtype not in EXPORT_TYPES:
+        raise ExportError(f"--dtype {dtype!r}: one of {', '.join(EXPORT_TYPES)}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"--to {target}: there is something already; name a new directory")
+    skeleton = _skeleton(job)
+    names = _exported_names(skeleton, checkpoint)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_weights(checkpoint, target, names, dtype, shard_bytes)
+        _write_config(skeleton, target, dtype)
+        _write_tokenizer(job.data.tokenizer, target)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return sorted(target.iterdir())
+
+
+def _skeleton(job: Job) -> nn.Module:
+    """The job's model without weights."""
+    from orchestrator.worker import build
+
+    if job.model.factory is not None:
+        raise ExportError(
+            f"model.factory {job.model.factory!r} makes a model of your own, which has no Hugging Face format; "
+            "docs/checkpoints.md tells how to read its tensors"
+        )
+    with torch.device("meta"):
+        skeleton: nn.Module = build.empty_model(job)
+    return skeleton
+
+
+def _exported_names(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors of the model, by the names that transformers gives them, and their names in the checkpoint."""
+    wanted = {name: f"model.{name}" for name in skeleton.state_dict()}
+    there = checkpoint.manifest.tensors
+    found = {name: ours for name, ours in wanted.items() if ours in there}
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
+    missing = sorted(name for name in wanted.keys() - found.keys() if name not in tied)
+    if missing:
+        raise CheckpointError(f"{checkpoint.location} has no {', '.join(missing[:5])} of this model")
+    return found
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A whole tensor of a checkpoint, put together from its chunks and verified.
+
+    Raises CheckpointError, OSError, KeyError when there is no such tensor.
+    """
+    entry = checkpoint.manifest.tensors[name]
+    whole = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
+
+    def take(chunk: ChunkEntry, data: memoryview) -> None:
+        part = whole
+        for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            part = part.narrow(dim, start, size)
+        part.copy_(as_tensor(chunk, data))
+
+    checkpoint.read(checkpoint.chunks_of(name), take)
+    return whole
+
+
+def _write_weights(
+    checkpoint: Checkpoint, target: Path, names: Mapping[str, str], dtype: str | None, shard_bytes: int
+) -> None:
+    types, sizes = {}, {}
+    for name, ours in names.items():
+        entry = checkpoint.manifest.tensors[ours]
+        stored = TYPES[entry.dtype]
+        kind = EXPORT_TYPES[dtype] if dtype is not None and stored.is_floating_point else stored
+        types[name] = kind
+        sizes[name] = math.prod(entry.shape) * ITEM_BYTES[DTYPES[kind]]
+    shards = _deal(sizes, shard_bytes)
+    storage = LocalStorage(target)
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        index |= dict.fromkeys(shard, file)
+        storage.put(file, functools.partial(_contents, checkpoint, names, shard, types, sizes))
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _deal(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, in groups of at most so many bytes where one alone does not have more."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _contents(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    shard: Sequence[str],
+    types: Mapping[str, torch.dtype],
+    sizes: Mapping[str, int],
+) -> Iterator[bytes | memoryview]:
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in shard:
+        shape = list(checkpoint.manifest.tensors[names[name]].shape)
+        described[name] = {
+            "dtype": DTYPES[types[name]], "shape": shape, "data_offsets": [offset, offset + sizes[name]],
+        }  # fmt: skip
+        offset += sizes[name]
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in shard:
+        values = read_tensor(checkpoint, names[name]).to(types[name]).contiguous()
+        yield bytes_of(values)
+
+
+def _write_config(skeleton: Any, target: Path, dtype: str | None) -> None:
+    config = skeleton.config
+    config.dtype = EXPORT_TYPES[dtype or "fp32"]
+    config.architectures = [type(skeleton).__name__]
+    config.use_cache = True
+    config.save_pretrained(target)
+    if getattr(skeleton, "generation_config", None) is not None and skeleton.can_generate():
+        skeleton.generation_config.save_pretrained(target)
+
+
+def _write_tokenizer(name: str, target: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from orchestrator.data.tokenizers import BYTES, byte_backend
+
+    if name == BYTES:
+        backend, end = byte_backend()
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end).save_pretrained(target)
+        return
+    path = Path(name).expanduser()
+    if path.is_dir():
+        AutoTokenizer.from_pretrained(str(path), local_files_only=True).save_pretrained(target)
+        return
+    shutil.copyfile(path, target / "tokenizer.json")
+    if (config := path.with_name("tokenizer_config.json")).is_file():
+        shutil.copyfile(config, target / "tokenizer_config.json")

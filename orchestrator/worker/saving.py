@@ -1,0 +1,205 @@
+"""Saving from a worker: a copy of its share at a step boundary, and everything else behind training."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orchestrator.checkpoint.catalog import Catalog, Description
+from orchestrator.checkpoint.manifest import CheckpointError, TensorEntry
+from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.parts import ChunkData, write_part
+from orchestrator.checkpoint.tensors import DTYPES, bytes_of
+from orchestrator.job import Job
+from orchestrator.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
+from orchestrator.worker import build
+from strategies.snapshot import Snapshot
+from strategies.state import TrainingState
+from strategies.statemap import Spans
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own.
+
+    `send` tells the controller.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerId,
+        job: Job,
+        catalog: Catalog,
+        state: TrainingState,
+        num_samples: int,
+        send: Callable[[Any], object],
+    ) -> None:
+        self.worker = worker
+        self.catalog = catalog
+        self.last_part: PartSaved | None = None
+        self._job = job
+        self._state = state
+        self._num_samples = num_samples
+        self._send = send
+        self._snapshot = Snapshot(state.space, state.device)
+        self._tasks: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something under way, so that another snapshot would have to wait."""
+        return not self._idle.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until nothing is under way; False when that takes too long."""
+        return self._idle.wait(timeout_s)
+
+    # ------------------------------------------------------------------------------------ the training thread
+
+    def save(
+        self,
+        save: Save,
+        shares: Sequence[Spans],
+        workers: Sequence[WorkerId],
+        rank: int,
+        layout: dict[str, Any],
+    ) -> None:
+        """Copies this rank's share now and writes it behind training. `shares` and `workers` are by rank.
+
+        Nothing else may be under way.
+        """
+        started = time.perf_counter()
+        sharing = [number for number, share in enumerate(shares) if share] or [0]
+        first = sharing[0] == rank
+        if rank in sharing:
+            self._snapshot.take(self._state, shares[rank], constants=first)
+        blocked_s = time.perf_counter() - started
+        plan = SavePlan(save, tuple(workers[number] for number in sharing), layout)
+        if first:
+            self._send(SaveBegun(self.worker, plan, blocked_s))
+        if rank in sharing:
+            updates = self._state.updates
+            self._submit(lambda: self._write(plan, rank, updates))
+
+    # ------------------------------------------------------------------------------------ any thread
+
+    def commit(self, save: Save, parts: dict[int, str], layout: dict[str, Any]) -> None:
+        """Completes a checkpoint of the parts that all ranks wrote."""
+        self._submit(lambda: self._commit(save, parts, layout))
+
+    def discard(self, save: Save) -> None:
+        """Removes what is left of an attempt."""
+        self._submit(lambda: self._discard(save))
+
+    def set_aside(self, committed: int, reason: str) -> None:
+        """Keeps a checkpoint that is not what was saved from being used again."""
+        try:
+            self.catalog.set_aside(committed, reason)
+        except OSError as error:
+            # The controller remembers it as long as it lives.
+            log.warning("the checkpoint of %d steps could not be set aside: %s", committed, error)
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        with self._lock:
+            self._waiting += 1
+            self._idle.clear()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="checkpoint", daemon=True)
+                self._thread.start()
+        self._tasks.put(task)
+
+    def _loop(self) -> None:
+        while True:
+            task = self._tasks.get()
+            try:
+                task()
+            except Exception:
+                log.exception("a task of the checkpoint thread failed")
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._idle.set()
+
+    # ------------------------------------------------------------------------------------ the checkpoint thread
+
+    def _write(self, plan: SavePlan, rank: int, updates: int) -> None:
+        save = plan.save
+        started = time.perf_counter()
+        digest, num_bytes, error = "", 0, ""
+        try:
+            chunks = [
+                ChunkData(
+                    copied.name, DTYPES[copied.values.dtype], copied.box.offsets, copied.box.sizes,
+                    bytes_of(copied.values),
+                )
+                for copied in self._snapshot.contents()
+            ]  # fmt: skip
+            part, digest = write_part(self.catalog.storage, save, rank, updates, chunks, self.catalog.cipher(save))
+            num_bytes = part.file.size
+        except Exception as caught:
+            log.warning("part %d of %s was not written", rank, save.directory, exc_info=not isinstance(caught, OSError))
+            error = _told(caught)
+        seconds = time.perf_counter() - started
+        self.last_part = PartSaved(self.worker, plan, rank, digest, seconds, num_bytes, error)
+        self._send(self.last_part)
+
+    def _commit(self, save: Save, parts: dict[int, str], layout: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        path, num_bytes, error = self.catalog.storage.locate(save.directory), 0, ""
+        try:
+            num_bytes = self.catalog.commit(save, parts, self._describe(save.committed, layout))
+        except Exception as caught:
+            log.warning("%s was not completed", save.directory, exc_info=not isinstance(caught, OSError))
+            error = _told(caught)
+        self._send(CheckpointSaved(self.worker, save, path, time.perf_counter() - started, num_bytes, error))
+        if not error:
+            self._prune(save.committed)
+
+    def _prune(self, newest: int) -> None:
+        settings = self._job.checkpoint
+        try:
+            self.catalog.prune(newest, settings.keep, settings.keep_every)
+        except (OSError, CheckpointError) as error:
+            # They take room, and that is all; the next one tries again.
+            log.warning("old checkpoints could not be removed: %s", error)
+
+    def _discard(self, save: Save) -> None:
+        try:
+            self.catalog.discard(save)
+        except OSError as error:
+            log.warning("what is left of %s could not be removed: %s", save.directory, error)
+
+    def _describe(self, committed: int, layout: dict[str, Any]) -> Description:
+        job = self._job
+        spec = build.step_spec(job)
+        samples = committed * job.train.global_batch
+        return Description(
+            job=job.digest(),
+            layout=layout,
+            data={
+                "step": committed, "global_batch": job.train.global_batch, "samples": samples,
+                "epoch": samples // self._num_samples, "position": samples % self._num_samples,
+                "samples_per_epoch": self._num_samples, "seed": job.train.seed,
+            },
+            randomness={"seed": job.train.seed, "streams": "step, virtual worker, micro-batch, layer"},
+            schedule={
+                "name": spec.schedule.name, "step": committed, "lr": spec.base_lr * spec.schedule.factor(committed),
+            },
+            tensors={
+                name: TensorEntry(dtype=DTYPES[dtype], shape=list(shape))
+                for name, (dtype, shape) in self._state.tensors().items()
+            },
+        )  # fmt: skip
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, (OSError, CheckpointError)) else f"{type(error).__name__}: {error}"
