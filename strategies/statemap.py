@@ -143,9 +143,12 @@ def _pieces(spans: Spans, bounds: dict[int, list[int]]) -> Iterable[tuple[int, i
             yield span.tensor, points[index]
 
 
+_ROUNDS = 4
+
+
 def share_out(held: Sequence[Spans], granule: int = 16) -> list[Spans]:
     """Divides the state among its holders: all that anybody holds comes up exactly once, at a rank that holds it, and
-    loads are as even as that allows (whoever has least so far is filled up first); cuts are multiples of `granule` away
+    loads are about as even as that allows; cuts are multiples of `granule` away
     from where holders change. Both are by rank. The answer depends on the arguments only."""
     cuts: dict[int, set[int]] = {}
     for spans in held:
@@ -157,14 +160,21 @@ def share_out(held: Sequence[Spans], granule: int = 16) -> list[Spans]:
         for piece in _pieces(spans, bounds):
             holders.setdefault(piece, []).append(rank)
     load = [0] * len(held)
+    dealt: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    # The first round does not know what is to come; the others mend what it did.
+    for _ in range(_ROUNDS):
+        for (tensor, start), ranks in sorted(holders.items()):
+            for rank, length in dealt.get((tensor, start), ()):
+                load[rank] -= length
+            stop = bounds[tensor][bisect_right(bounds[tensor], start)]
+            dealt[tensor, start] = list(_fill_up(load, ranks, stop - start, granule))
+            for rank, length in dealt[tensor, start]:
+                load[rank] += length
     shares: list[list[Span]] = [[] for _ in held]
-    # What few have goes first, so that what many have can make up for it.
-    for (tensor, start), ranks in sorted(holders.items(), key=lambda entry: (len(entry[1]), entry[0])):
-        stop = bounds[tensor][bisect_right(bounds[tensor], start)]
-        for rank, length in _fill_up(load, ranks, stop - start, granule):
+    for (tensor, start), pieces in dealt.items():
+        for rank, length in pieces:
             shares[rank].append(Span(tensor, start, start + length))
-            load[rank] += length
-            start += length
+            start += length  # noqa: PLW2901
     return [union(spans) for spans in shares]
 
 

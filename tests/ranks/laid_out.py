@@ -155,7 +155,7 @@ def run_stretch(
         seen.losses.append(record.loss)
         seen.norms.append(record.grad_norm)
         seen.phases.append(record.phase_seconds)
-    engine.collect()
+    engine.state.collect(trained_spans(layout, engine.shards), fabric)
     if fabric.rank == 0:
         seen.digest = state_digest(engine.state)
     barrier(fabric)

@@ -398,7 +398,7 @@ def test_when_all_die_the_newest_checkpoint_is_replayed_to_the_same_bits(run: Ru
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(run: Run, undisturbed: Outcome, tmp_path: Path) -> None:
     def damage(cluster: LocalCluster) -> None:
-        data = Path(cluster.controller.checkpoints[4]) / "state.safetensors"
+        data = max(Path(cluster.controller.checkpoints[4]).glob("*.safetensors"), key=lambda path: path.stat().st_size)
         content = bytearray(data.read_bytes())
         content[-100] ^= 1
         data.write_bytes(content)

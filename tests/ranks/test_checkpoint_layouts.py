@@ -1,0 +1,173 @@
+"""Saved in one layout and restored in any other, by other ranks, training goes on to the same bits."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+from laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
+from local_ranks import HOST, Endpoint, run_ranks
+
+from orchestrator.checkpoint.catalog import Catalog, Checkpoint, Description
+from orchestrator.checkpoint.manifest import ChunkEntry, TensorEntry, digest_of
+from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.parts import ChunkData, write_part
+from orchestrator.checkpoint.storage import LocalStorage
+from orchestrator.checkpoint.tensors import DTYPES, bytes_of
+from orchestrator.worker.restoring import open_checkpoint, read_checkpoint
+from strategies.fabric import Fabric
+from strategies.intake import Intake
+from strategies.layout import ParallelLayout
+from strategies.placement import Domain, trained_spans
+from strategies.snapshot import Snapshot
+from strategies.state import state_digest
+from strategies.statemap import share_out, whole
+from strategies.step import StepEngine
+
+SAVE = Save(2, 1, 0)
+MODEL = "llama"
+
+LAYOUTS = {
+    "d1": layout_of(),
+    "d4": layout_of(4),
+    "d3 optimizer": layout_of(3, shard="optimizer"),
+    "d2 gradients": layout_of(2, shard="gradients"),
+    "d3 parameters": layout_of(3, shard="parameters"),
+    "p2": layout_of(1, 2),
+    "p2 zero-bubble": layout_of(1, 2, schedule="zero-bubble"),
+    "p4": layout_of(1, 4),
+    "d2 p2 parameters": layout_of(2, 2, shard="parameters"),
+    "d2 p2 optimizer interleaved": layout_of(2, 2, shard="optimizer", schedule="interleaved-1f1b"),
+    "t2": layout_of(tensor=2),
+    "d2 t2 parameters": layout_of(2, 1, 2, "parameters"),
+    "t2 p2": layout_of(1, 2, 2),
+    "d2 t2 optimizer": layout_of(2, 1, 2, "optimizer"),
+}
+
+
+def save_state(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, catalog: Catalog) -> None:
+    """What the workers of one layout do, without a controller."""
+    shares = share_out(trained_spans(layout, engine.shards))
+    snapshot = Snapshot(engine.state.space, CPU)
+    snapshot.take(engine.state, shares[fabric.rank], constants=fabric.rank == 0)
+    chunks = [
+        ChunkData(each.name, DTYPES[each.values.dtype], each.box.offsets, each.box.sizes, bytes_of(each.values))
+        for each in snapshot.contents()
+    ]
+    write_part(catalog.storage, SAVE, fabric.rank, engine.state.updates, chunks, None)
+    barrier(fabric)
+    if fabric.rank == 0:
+        parts = {
+            rank: digest_of(catalog.storage.read(f"{SAVE.directory}/{SAVE.part(rank)}.json"))
+            for rank in range(layout.world_size)
+        }
+        tensors = {
+            name: TensorEntry(dtype=DTYPES[dtype], shape=list(shape))
+            for name, (dtype, shape) in engine.state.tensors().items()
+        }
+        catalog.commit(SAVE, parts, Description("sha256:0", layout.describe(), {}, {}, {}, tensors))
+    barrier(fabric)
+
+
+def go(rank: int, address: Endpoint, layout: ParallelLayout, directory: str, steps: int, restored: bool) -> list[str]:
+    """Some steps in a layout, from the beginning or from what is saved; saves or not. Rank 0 tells the digests of the
+    state it begins and ends with."""
+    engine = make_engine(0.1 if layout.tensor == 1 else 0.0, layout.tensor, model=MODEL)
+    catalog = Catalog(LocalStorage(Path(directory)), "test")
+    fabric = Fabric(rank=rank, layout=layout, device=CPU)
+    fabric.form(store_address=address, prefix=f"go/{restored}", host=HOST, timeout_s=20.0)
+    nodes = [Domain("", str(member)) for member in range(layout.world_size)]
+    state = engine.state
+    digests = []
+
+    def digest() -> None:
+        state.collect(trained_spans(layout, state.arrangement.shards), fabric)
+        if rank == 0:
+            digests.append(state_digest(state))
+        state.collected = []
+
+    try:
+        first = 0
+        if restored:
+            checkpoint: Checkpoint = open_checkpoint(catalog, SAVE.committed, state)
+            chunks: list[ChunkEntry] = []
+
+            def read(intake: Intake) -> None:
+                read_checkpoint(checkpoint, intake, lambda: chunks.append(checkpoint.manifest.chunks[0]))
+
+            state.tear()
+            first = SAVE.committed
+            updates = checkpoint.manifest.updates
+            held = [()] * layout.world_size
+            state.take_place(layout, fabric, held, nodes, 2, updates, lambda: barrier(fabric), read)
+            digest()
+        else:
+            everything = whole(state.space.size, state.space.tensor)
+            held_by_all = [everything] * layout.world_size
+            state.take_place(layout, fabric, held_by_all, nodes, 2, 0, lambda: barrier(fabric))
+        engine.bind(fabric, layout, 0)
+        for number in range(first, first + steps):
+            engine.run(number)
+        if not restored:
+            save_state(engine, fabric, layout, catalog)
+        digest()
+    finally:
+        fabric.drop()
+    return digests
+
+
+@functools.cache
+def saved_by(name: str) -> tuple[str, str]:
+    """Where two steps of a layout were saved, and their digest."""
+    layout = LAYOUTS[name]
+    directory = tempfile.mkdtemp(prefix="saved-")
+    digests = run_ranks(layout.world_size, go, layout, directory, 2, False)[0]
+    return directory, digests[-1]
+
+
+@functools.cache
+def expected(tensor: int, steps: int) -> str:
+    """The digest after so many steps without a break."""
+    stretch = Stretch(layout_of(tensor=tensor), steps)
+    dropout = 0.1 if tensor == 1 else 0.0
+    digest: str = run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, MODEL)[0].digest
+    return digest
+
+
+PAIRS = [
+    ("d1", "d4"), ("d4", "d1"), ("d4", "p4"), ("d3 optimizer", "d2 gradients"), ("d2 gradients", "d3 parameters"),
+    ("d3 parameters", "p2"), ("p2", "d3 optimizer"), ("p2 zero-bubble", "d2 p2 parameters"), ("p4", "d1"),
+    ("d2 p2 parameters", "p2 zero-bubble"), ("d2 p2 optimizer interleaved", "d3 parameters"),
+    ("d3 parameters", "d2 p2 optimizer interleaved"), ("t2", "d2 t2 parameters"), ("d2 t2 parameters", "t2 p2"),
+    ("t2 p2", "d2 t2 optimizer"), ("d2 t2 optimizer", "t2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), PAIRS, ids=[f"{old} to {new}" for old, new in PAIRS])
+def test_what_one_layout_saved_another_goes_on_with(old: str, new: str) -> None:
+    directory, digest = saved_by(old)
+    layout = LAYOUTS[new]
+    begun, ended = run_ranks(layout.world_size, go, layout, directory, 2, True)[0]
+    assert begun == digest == expected(layout.tensor, 2)
+    assert ended == expected(layout.tensor, 4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_writes_its_share_and_no_more(name: str) -> None:
+    """Each element once, and as evenly as those who hold it allow; replicas share what all of them have."""
+    directory, _ = saved_by(name)
+    manifest = Catalog(LocalStorage(Path(directory)), "test").open(SAVE.committed).manifest
+    assert len(manifest.files) == LAYOUTS[name].world_size
+    sizes = [file.size - file.header_bytes for file in manifest.files]
+    if LAYOUTS[name].pipeline == 1:
+        assert max(sizes) < 1.2 * min(sizes) + 4096, sizes
+
+
+def test_a_state_saved_at_one_tensor_degree_is_that_of_any_other() -> None:
+    """Names, shapes and values are of full tensors: so it can be exported, and a new job can begin with it."""
+    for old, new in [("d3 parameters", "d2 t2 optimizer"), ("t2 p2", "d1")]:
+        directory, digest = saved_by(old)
+        layout = LAYOUTS[new]
+        assert run_ranks(layout.world_size, go, layout, directory, 1, True)[0][0] == digest
