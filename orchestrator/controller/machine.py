@@ -113,6 +113,11 @@ class Controller:
         return self._run.saving.checkpoints
 
     @property
+    def is_saving_soon(self) -> bool:
+        """Whether a checkpoint is due at the next step boundary."""
+        return self._run.saving.is_due
+
+    @property
     def fired_faults(self) -> set[int]:
         return self._record.fired_faults
 
