@@ -74,7 +74,7 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
     if differing and directory.has_begun:
         raise RunDirectoryError(
             f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "
-            "Choose another --run-dir, or use the job file of that run"
+            "Choose another --run-dir, use the job file of that run, or start a new run from it with --fork"
         )
     with directory.probe_lock() as free:
         if not free:

@@ -39,6 +39,9 @@ def run(
         typer.Option(metavar="step=N,worker=W,kind=K", help="Inject a fault (kill, hang, raise, ...); repeatable."),
     ] = None,
     local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
+    fork: Annotated[
+        bool, typer.Option("--fork", help="A new run beside --run-dir, from its newest checkpoint, with this job.")
+    ] = False,
     json_: AsJson = False,
 ) -> None:
     """Train a job to its end."""
@@ -48,7 +51,22 @@ def run(
     loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
     name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = RunDirectory(run_dir if run_dir is not None else _unused(Path("runs") / name))
+    if fork:
+        directory = _fork(loaded, directory)
     _run(loaded, directory, job.read_text(), local_nodes=local_nodes, json_=json_)
+
+
+def _fork(job: Any, parent: Any) -> Any:
+    """The directory of a new run that goes on where another one is."""
+    from orchestrator.checkpoint import command
+    from orchestrator.rundir import RunDirectory
+
+    if parent.read_json("job.resolved.json") is None:
+        _refuse(f"--fork: {parent.path} is not a run directory; say with --run-dir which run to fork")
+    target = RunDirectory(_unused(parent.path.with_name(f"{parent.path.name}-fork")))
+    step = command.fork(parent, target, job, command.secret_of(job))
+    print(f"forked from {parent.path} after {step} steps: {target.path}", file=sys.stderr)
+    return target
 
 
 def _run(job: Any, directory: Any, text: str, *, local_nodes: int, json_: bool) -> None:

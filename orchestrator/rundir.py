@@ -65,6 +65,12 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def forked_at(self) -> int:
+        """The first step of a run that was forked from another; 0 for one that was not."""
+        forked = self.read_json("fork.json")
+        return 0 if forked is None else int(forked["step"])
+
+    @property
     def has_begun(self) -> bool:
         """Whether anything was trained: a job that could not start may be mended and tried again in the same place."""
         return self.metrics.exists() and self.metrics.stat().st_size > 0
@@ -81,7 +87,8 @@ class RunDirectory:
 
     def _lay_out(self, job_text: str, resolved: dict[str, Any]) -> None:
         known = self.read_json("job.resolved.json")
-        if known is None and self.path.is_dir() and any(self.path.iterdir()):
+        is_fork = (self.path / "fork.json").exists()
+        if known is None and not is_fork and self.path.is_dir() and any(self.path.iterdir()):
             raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,20 @@ class Intake:
         """Whether anything of this box of a tensor is to be given."""
         return any(target.overlap(box) is not None for target, _ in self._targets.get(name, ()))
 
+    def room(self, name: str, box: Box) -> torch.Tensor | None:
+        """Where all of a box of a tensor is wanted once, in host memory and in order: then it may be written there at
+        once, and `filled` said. None where that is not so."""
+        found = [(target, view) for target, view in self._targets.get(name, ()) if target.overlap(box) is not None]
+        if len(found) != 1 or found[0][0].overlap(box) != box:
+            return None
+        view = box.view_in(*found[0])
+        return view if view.is_contiguous() and view.device.type == "cpu" else None
+
+    def filled(self, box: Box) -> None:
+        """The room for this box has its contents."""
+        with self._lock:
+            self.missing -= box.numel
+
     def put(self, name: str, box: Box, values: torch.Tensor) -> None:
         """Takes what is wanted of a box of a tensor, whose contents `values` [box.sizes] are."""
         taken = 0

@@ -26,7 +26,7 @@ from strategies.part import Part
 from strategies.placement import Domain, Shard, effective_shard, place_state, trained_spans
 from strategies.relayout import Moved, copy_within, execute
 from strategies.space import Strip
-from strategies.statemap import Span, Spans, intersect, plan_transfers, share_out, subtract, whole
+from strategies.statemap import Span, Spans, intersect, plan_transfers, share_out, subtract, union, whole
 
 
 @dataclass
@@ -148,9 +148,12 @@ class TrainingState:
         updates: int,
         barrier: Callable[[], object],
         read: Callable[[Intake], object] | None = None,
+        *,
+        read_by_node: bool = False,
     ) -> Moved:
         """Brings this rank's part of the state here. `held` is what all ranks have, by rank. With `read` nobody has
         anything: what each is to have is shared out, so that all together `read` everything once, and then passed on.
+        With `read_by_node` each node reads it once: there a second reader costs less than passing on does.
 
         Until `barrier` has been passed, which is when every rank has what it needs, what was here before still counts.
         Raises PeerLost, StateCorrupt, and NotCovered when some of the state is nowhere; and what `read` raises.
@@ -160,7 +163,7 @@ class TrainingState:
         new = self._arrange(layout, fabric, shards)
         wanted = trained_spans(layout, shards)
         if read is not None:
-            held = share_out(wanted)
+            held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
         plan = plan_transfers(held, wanted)
         if read is not None:
             read(Intake(self.space, new.holdings, held[rank], self.blueprint.constants))
@@ -332,6 +335,17 @@ class TrainingState:
             shape = torch.Size(full_shape(self.space, slot))
             found |= {name_of(kind, slot.name): (torch.float32, shape) for kind in self._kinds}
         return found
+
+
+def _by_node(wanted: Sequence[Spans], domains: Sequence[Domain]) -> list[Spans]:
+    """What each rank reads of what it wants, so that every node reads its share of everything, and all ranks of it
+    theirs of that."""
+    # Of ranks whose node is not known, each is taken to be on one of its own.
+    names = [domain if domain.node else rank for rank, domain in enumerate(domains)]
+    nodes = list(dict.fromkeys(names))
+    by_node = [union(*(want for want, name in zip(wanted, names, strict=True) if name == node)) for node in nodes]
+    shares = dict(zip(nodes, share_out(by_node), strict=True))
+    return [intersect(want, shares[name]) for want, name in zip(wanted, names, strict=True)]
 
 
 def state_digest(state: TrainingState) -> str:

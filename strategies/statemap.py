@@ -174,7 +174,7 @@ def share_out(held: Sequence[Spans], granule: int = 16) -> list[Spans]:
     for (tensor, start), pieces in dealt.items():
         for rank, length in pieces:
             shares[rank].append(Span(tensor, start, start + length))
-            start += length  # noqa: PLW2901
+            start += length
     return [union(spans) for spans in shares]
 
 

@@ -8,6 +8,7 @@ written, digests tell.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,15 +70,30 @@ class Checkpoint:
                 self._by_tensor[chunk.tensor].append(chunk)
         return self._by_tensor[tensor]
 
-    def read(self, chunks: Iterable[ChunkEntry], take: Callable[[ChunkEntry, memoryview], None]) -> None:
-        """Calls `take` with each of these chunks and its verified contents, which are gone when it returns. Several
-        threads do this at once, in no particular order.
+    def read(
+        self,
+        chunks: Iterable[ChunkEntry],
+        take: Callable[[ChunkEntry, memoryview], None],
+        room: Callable[[ChunkEntry], memoryview | None] = lambda chunk: None,
+    ) -> None:
+        """Calls `take` with each of these chunks and its verified contents, which are gone when it returns. Where there
+        is `room` for a chunk its contents are in that, which saves a copy. Several threads do this at once, in no
+        particular order.
 
         Raises CheckpointError when what is there is not what was written, OSError when it cannot be read.
         """
-        runs = list(_runs(chunks))
-        with ThreadPoolExecutor(min(THREADS, len(runs)) or 1, "checkpoint-read") as pool:
-            futures = [pool.submit(self._read_run, run, take) for run in runs]
+        direct: list[tuple[ChunkEntry, memoryview]] = []
+        others: list[ChunkEntry] = []
+        for chunk in chunks:
+            found = room(chunk) if self._cipher is None else None
+            if found is None:
+                others.append(chunk)
+            else:
+                direct.append((chunk, found))
+        tasks = [functools.partial(self._read_direct, chunk, buffer, take) for chunk, buffer in direct]
+        tasks += [functools.partial(self._read_run, run, take) for run in _runs(others)]
+        with ThreadPoolExecutor(min(THREADS, len(tasks)) or 1, "checkpoint-read") as pool:
+            futures = [pool.submit(task) for task in tasks]
             try:
                 for future in futures:
                     future.result()
@@ -86,14 +102,24 @@ class Checkpoint:
                     future.cancel()
                 raise
 
+    def _read_direct(
+        self, chunk: ChunkEntry, buffer: memoryview, take: Callable[[ChunkEntry, memoryview], None]
+    ) -> None:
+        self._fill(chunk.file, chunk.start, buffer)
+        self._check(chunk, buffer)
+        take(chunk, buffer)
+
+    def _check(self, chunk: ChunkEntry, stored: memoryview) -> None:
+        if digest_of(stored) != chunk.xxh3_128:
+            raise CheckpointError(f"{self.location}/{chunk.file}: {chunk} is not what was saved (digest differs)")
+
     def _read_run(self, run: Sequence[ChunkEntry], take: Callable[[ChunkEntry, memoryview], None]) -> None:
         file, start = run[0].file, run[0].start
         buffer = memoryview(bytearray(run[-1].stop - start))
         self._fill(file, start, buffer)
         for chunk in run:
             stored = buffer[chunk.start - start : chunk.stop - start]
-            if digest_of(stored) != chunk.xxh3_128:
-                raise CheckpointError(f"{self.location}/{file}: {chunk} is not what was saved (digest differs)")
+            self._check(chunk, stored)
             take(chunk, self._decrypted(chunk, stored))
 
     def _decrypted(self, chunk: ChunkEntry, stored: memoryview) -> memoryview:
@@ -152,18 +178,25 @@ class Description:
 
 
 class Catalog:
-    """All checkpoints of a `run`, in one storage; with a `secret` they are encrypted."""
+    """All checkpoints of a `run`, in one storage; with a `secret` they are encrypted. A run that was forked from
+    another has one more, `origin`: a step of the other's catalog, which is read and never changed."""
 
-    def __init__(self, storage: Storage, run: str, secret: Secret | None = None) -> None:
+    def __init__(
+        self, storage: Storage, run: str, secret: Secret | None = None, origin: tuple[int, Catalog] | None = None
+    ) -> None:
         self.storage = storage
         self.run = run
         self.secret = secret
+        self.origin = origin
 
     # ------------------------------------------------------------------------------------ finding and opening
 
     def steps(self) -> list[int]:
         """The committed steps of all that are complete and not set aside, newest first. Raises OSError."""
-        return [step for step, names in self._all() if COMMIT in names and INVALID not in names]
+        own = [step for step, names in self._all() if COMMIT in names and INVALID not in names]
+        if self.origin is not None and self.origin[0] not in own:
+            own = sorted([*own, self.origin[0]], reverse=True)
+        return own
 
     def all_steps(self) -> list[int]:
         """Those of all there are, also incomplete and damaged ones, newest first. Raises OSError."""
@@ -171,7 +204,16 @@ class Catalog:
 
     def locate(self, committed: int) -> str:
         """What a user calls the checkpoint of so many steps."""
+        return self.holder_of(committed)._locate(committed)
+
+    def _locate(self, committed: int) -> str:
         return self.storage.locate(directory_name(committed))
+
+    def holder_of(self, committed: int) -> Catalog:
+        """Where the checkpoint of so many steps is: here, or where this run was forked from."""
+        if self.origin is None or self.origin[0] != committed:
+            return self
+        return self if COMMIT in self.storage.names(directory_name(committed)) else self.origin[1]
 
     def _all(self) -> list[tuple[int, set[str]]]:
         """Every directory that is, was or was to become a checkpoint, newest first, and the names in it."""
@@ -185,6 +227,8 @@ class Catalog:
         Raises CheckpointError when it is not complete, not what was written, or of another run or key; OSError when
         the storage cannot be read.
         """
+        if (holder := self.holder_of(committed)) is not self:
+            return holder.open(committed, keyless=keyless)
         directory = directory_name(committed)
         where = self.storage.locate(directory)
         names = set(self.storage.names(directory))
@@ -303,6 +347,8 @@ class Catalog:
 
     def set_aside(self, committed: int, reason: str) -> None:
         """Keeps a checkpoint that is not what was saved from being used again, and says why. Raises OSError."""
+        if self.holder_of(committed) is not self:
+            return  # It is another run's, which will find out for itself.
         with contextlib.suppress(FileExistsError):
             self.storage.put(f"{directory_name(committed)}/{INVALID}", lambda: [reason.encode() + b"\n"])
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from monitoring.records import read_records
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret, find_key
 from orchestrator.checkpoint.manifest import CheckpointError
@@ -42,7 +46,53 @@ def job_of(directory: RunDirectory) -> Job:
 
 def catalog_of(directory: RunDirectory, job: Job, secret: Secret | None = None) -> Catalog:
     """The checkpoints of a run. Raises ValueError for a storage that cannot be used here."""
-    return Catalog(open_storage(directory.checkpoint_storage(job.checkpoint.storage)), directory.uid, secret)
+    return open_catalog(catalog_spec(directory, job), secret)
+
+
+def catalog_spec(directory: RunDirectory, job: Job) -> dict[str, Any]:
+    """Where the checkpoints of a run are, in words that any process understands."""
+    spec: dict[str, Any] = {"url": directory.checkpoint_storage(job.checkpoint.storage), "run": directory.uid}
+    forked = directory.read_json("fork.json")
+    return spec if forked is None else spec | {"origin": {key: forked[key] for key in ("step", "url", "run")}}
+
+
+def open_catalog(spec: Mapping[str, Any], secret: Secret | None = None) -> Catalog:
+    """The catalog that `catalog_spec` describes. Raises ValueError for a storage that cannot be used here."""
+    origin = spec.get("origin")
+    other = None if origin is None else (int(origin["step"]), open_catalog(origin, secret))
+    return Catalog(open_storage(spec["url"]), spec["run"], secret, other)
+
+
+def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | None) -> int:
+    """Makes `target` a run of `job` that goes on from the newest valid checkpoint of another run; returns its step.
+
+    The steps until then come along in its metrics. Raises RunDirectoryError.
+    """
+    there = job_of(parent)
+    catalog = catalog_of(parent, there, secret)
+    reasons = []
+    for step in catalog.steps():
+        try:
+            catalog.open(step)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        break
+    else:
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        raise RunDirectoryError(f"{parent.path} has no valid checkpoint to fork from{why}")
+    if step >= job.train.steps:
+        raise RunDirectoryError(
+            f"{parent.path} is at step {step}, and train.steps = {job.train.steps}: a fork would have nothing to do"
+        )
+    holder = catalog.holder_of(step)
+    target.path.mkdir(parents=True, exist_ok=False)
+    records = itertools.islice(read_records(parent.metrics), step)
+    target.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    target.write_json(
+        "fork.json", {"step": step, "from": str(parent.path), "url": holder.storage.locate(""), "run": holder.run}
+    )
+    return step
 
 
 def secret_of(job: Job) -> Secret | None:

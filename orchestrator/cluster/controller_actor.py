@@ -26,8 +26,7 @@ from ray._private.state import state as ray_state
 from monitoring.goodput import goodput_ratio
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
-from orchestrator.checkpoint.catalog import Catalog
-from orchestrator.checkpoint.storage import open_storage
+from orchestrator.checkpoint.command import catalog_of, catalog_spec
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
     NAMESPACE,
@@ -112,12 +111,13 @@ class ControllerActor:
         self._steps_file = RecordFile(self._directory.metrics)
         past_events = list(read_records(self._directory.events))
         past_steps = list(read_records(self._directory.metrics))
+        self._forked_at = self._directory.forked_at
         self._started_at = next((e["time"] for e in past_events if e["kind"] == "run_started"), None)
         self._generations = [generation_entry(e) for e in past_events if is_training(e)]
         self._recoveries = [recovery_entry(e) for e in past_events if e["kind"] == "recovery"]
         self._last_step: dict[str, Any] | None = past_steps[-1] if past_steps else None
         self._recorded = len(past_steps)
-        self._productive_s = sum(float(record["seconds"]) for record in past_steps)
+        self._productive_s = sum(float(record["seconds"]) for record in self._own(past_steps))
         self._incident: dict[str, Any] | None = None
         self._metrics = RunMetrics(self._directory.run_id)
         for event in past_events:
@@ -161,14 +161,14 @@ class ControllerActor:
         history.fired_faults = {e["fault"] for e in fired if e.get("what") == faults.get(e["fault"])}
         return history
 
+    def _own(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of this run, without what was done before it was forked."""
+        return [record for record in steps if record["step"] >= self._forked_at]
+
     def _checkpoints(self) -> dict[int, str]:
         """Those that are complete, by the number of committed steps."""
-        catalog = Catalog(open_storage(self._checkpoint_url), self._directory.uid)
+        catalog = catalog_of(self._directory, self._job)
         return {step: catalog.locate(step) for step in catalog.steps()}
-
-    @property
-    def _checkpoint_url(self) -> str:
-        return self._directory.checkpoint_storage(self._job.checkpoint.storage)
 
     # ------------------------------------------------------------------------------------ what others call
 
@@ -405,7 +405,8 @@ class ControllerActor:
             case Rollback():
                 self._steps_file.keep(lambda record: int(record["step"]) < action.committed)
                 self._recorded = min(self._recorded, action.committed)
-                self._productive_s = sum(float(r["seconds"]) for r in read_records(self._directory.metrics))
+                steps = list(read_records(self._directory.metrics))
+                self._productive_s = sum(float(record["seconds"]) for record in self._own(steps))
             case Finish():
                 self._end(action.status, action.reason, action.digest)
 
@@ -446,8 +447,7 @@ class ControllerActor:
             "store": self._spec["store"],
             "store_digest": self._spec["store_digest"],
             "run_dir": str(self._directory.path),
-            "checkpoint_url": self._checkpoint_url,
-            "run_uid": self._directory.uid,
+            "catalog": catalog_spec(self._directory, self._job),
             "secret": self._spec.get("secret"),
             "resources": self._job.resources.model_dump(),
         }
@@ -564,7 +564,7 @@ class ControllerActor:
             "tokens": sum(int(record["tokens"]) for record in steps),
             "final_loss": steps[-1]["loss"] if steps else None,
             "wall_seconds": round(wall, 3),
-            "goodput_ratio": round(goodput_ratio(steps, wall), 4),
+            "goodput_ratio": round(goodput_ratio(self._own(steps), wall), 4),
             "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,
             "reduction": self._job.strategy.reduction,
             "bit_exact": self._job.strategy.reduction == "canonical",

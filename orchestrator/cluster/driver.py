@@ -108,7 +108,7 @@ def _drive(
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             on_note("preparing the data")
             store = _prepare(job)
-            data = _describe_data(job, store)
+            data = _describe_data(job, store, directory.forked_at)
             _same_data(directory, store)
             directory.write_json("environment.json", _environment(data, store))
             with suppress(FileNotFoundError):
@@ -177,7 +177,7 @@ def _same_data(directory: RunDirectory, store: TokenStore) -> None:
         )
 
 
-def _describe_data(job: Job, store: TokenStore) -> dict[str, Any]:
+def _describe_data(job: Job, store: TokenStore, first_step: int) -> dict[str, Any]:
     """What an audit needs to know; kept in environment.json so that the run directory is enough."""
     return {
         "num_samples": store.num_samples(job.data.sequence_length),
@@ -185,6 +185,7 @@ def _describe_data(job: Job, store: TokenStore) -> dict[str, Any]:
         "virtual_workers": job.elastic.virtual_workers,
         "seed": job.train.seed,
         "shuffle": job.data.shuffle,
+        "first_step": first_step,
     }
 
 

@@ -68,8 +68,7 @@ class WorkerActor:
         os.chdir(self._spec["cwd"])
         if self._spec["cwd"] not in sys.path:
             sys.path.insert(0, self._spec["cwd"])
-        from orchestrator.checkpoint.catalog import Catalog
-        from orchestrator.checkpoint.storage import open_storage
+        from orchestrator.checkpoint.command import open_catalog
         from orchestrator.data import open_store, prepare
         from orchestrator.job import Job
         from orchestrator.worker.core import Worker
@@ -99,7 +98,7 @@ class WorkerActor:
             host=ray.util.get_node_ip_address(),
             zone=str(ray.get_runtime_context().get_node_labels().get(ZONE_LABEL, "")),
             store=store,
-            catalog=Catalog(open_storage(self._spec["checkpoint_url"]), self._spec["run_uid"], self._spec["secret"]),
+            catalog=open_catalog(self._spec["catalog"], self._spec["secret"]),
             report=self._report,
             on_orphaned=lambda: os._exit(3),
             on_shutdown=lambda: os._exit(0),

@@ -341,7 +341,7 @@ class Worker:
         try:
             moved = self.state.take_place(
                 generation.layout, fabric, held, domains, self.job.elastic.state_copies, updates,
-                barrier=lambda: self._agree(fabric, 0), read=read,
+                barrier=lambda: self._agree(fabric, 0), read=read, read_by_node=not self._catalog.storage.is_remote,
             )  # fmt: skip
         except StateCorrupt as error:
             raise PeerLost(str(error)) from error

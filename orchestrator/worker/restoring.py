@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from orchestrator.checkpoint.catalog import Catalog, Checkpoint
 from orchestrator.checkpoint.manifest import CheckpointError, ChunkEntry, UnusableCheckpoint
-from orchestrator.checkpoint.tensors import DTYPES, as_tensor, box_of
+from orchestrator.checkpoint.tensors import DTYPES, as_tensor, box_of, bytes_of
 from strategies.intake import Intake
 from strategies.state import TrainingState
 
@@ -44,13 +44,25 @@ def read_checkpoint(checkpoint: Checkpoint, intake: Intake, on_chunk: Callable[[
     Raises CheckpointError, StorageFailed.
     """
 
+    in_place: set[int] = set()
+
+    def room(chunk: ChunkEntry) -> memoryview | None:
+        found = intake.room(chunk.tensor, box_of(chunk))
+        if found is None or DTYPES[found.dtype] != chunk.dtype:
+            return None
+        in_place.add(id(chunk))
+        return bytes_of(found)
+
     def take(chunk: ChunkEntry, data: memoryview) -> None:
-        intake.put(chunk.tensor, box_of(chunk), as_tensor(chunk, data))
+        if id(chunk) in in_place:
+            intake.filled(box_of(chunk))
+        else:
+            intake.put(chunk.tensor, box_of(chunk), as_tensor(chunk, data))
         on_chunk()
 
     wanted = [chunk for chunk in checkpoint.manifest.chunks if intake.wants(chunk.tensor, box_of(chunk))]
     try:
-        checkpoint.read(wanted, take)
+        checkpoint.read(wanted, take, room)
     except OSError as error:
         raise StorageFailed(f"{checkpoint.location} cannot be read: {error}") from error
     if intake.missing:

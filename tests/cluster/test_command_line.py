@@ -3,83 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import JOB, Outcome, wait_for
-
-from monitoring.records import read_records
-
-FEW = ("--set", "train.schedule.warmup_steps=1")
-
-
-class CommandLine:
-    """Starts `python -m orchestrator` and knows every process that came of it."""
-
-    def __init__(self, home: Path, cache: Path) -> None:
-        self.home = home
-        self.cache = cache
-        self.run_dir = home / "run"
-        self.job = home / "job.yaml"
-        self.job.write_text(JOB)
-        self.family: dict[int, psutil.Process] = {}
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [
-            sys.executable, "-m", "orchestrator", "run", str(self.job), "--run-dir", str(self.run_dir),
-            "--set", f"data.cache={self.cache}", *arguments,
-        ]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        return subprocess.Popen(
-            command, cwd=Path(__file__).parents[2], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def steps(self) -> int:
-        return sum(1 for _ in read_records(self.run_dir / "metrics.jsonl"))
-
-    def until_step(self, process: subprocess.Popen[str], step: int) -> None:
-        def there() -> bool:
-            assert process.poll() is None, process.communicate()[0]
-            self.remember(process.pid)
-            return self.steps() >= step
-
-        wait_for(there, timeout_s=90, what=f"step {step}")
-        self.remember(process.pid)
-
-    def remember(self, pid: int) -> None:
-        with suppress(psutil.Error):
-            for child in psutil.Process(pid).children(recursive=True):
-                self.family.setdefault(child.pid, child)
-
-    def left(self) -> list[str]:
-        alive = []
-        for process in self.family.values():
-            with suppress(psutil.Error):
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(f"{process.pid} {process.name()} ({process.status()}, child of {process.ppid()})")
-        return alive
-
-    def nothing_left(self) -> None:
-        wait_for(lambda: not self.left(), timeout_s=20, what=lambda: f"the end of {self.left()}")
+from command_line import FEW, CommandLine, orchestrator
+from conftest import Outcome, wait_for
 
 
 @pytest.fixture
 def command(tmp_path: Path, cache: Path) -> CommandLine:
     return CommandLine(tmp_path, cache)
-
-
-def orchestrator(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
 
 
 def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, undisturbed: Outcome) -> None:
