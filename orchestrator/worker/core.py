@@ -99,7 +99,7 @@ class Worker:
         self._is_joined = False
         self._interrupted = -1
         self._pause_wanted = -1
-        self._save_wanted = False
+        self._save_wanted = self._save_delayed = False
         self._epoch = -1
         self._accepted = -1
         self._over = False
@@ -427,13 +427,13 @@ class Worker:
         """Saves at this step boundary if it is time to, which all ranks find alike."""
         every, last = self.job.checkpoint.every_steps, self.committed == self.job.train.steps
         is_due = last or agreement.save or (every is not None and self.committed % every == 0)
-        self._save_wanted = self.engine.save_requested = is_due and agreement.saving and not last
-        if self._save_wanted and rank == 0:
-            # Training does not wait for a slow storage, and snapshots do not pile up.
+        # Training does not wait for a slow storage, and snapshots do not pile up.
+        is_delayed = is_due and agreement.saving and not last
+        if is_delayed and not self._save_delayed and rank == 0:
             self._send(SaveDelayed(self.worker, self.committed))
-        if not is_due or self._save_wanted:
-            return
-        self._saver.wait()
+        self._save_delayed = self._save_wanted = self.engine.save_requested = is_delayed
+        if not is_due or agreement.saving:
+            return  # At the very end those that have the state are asked to save it when they are free.
         layout = generation.layout
         shares = share_out(trained_spans(layout, self.state.arrangement.shards))
         writers = [member.worker for member in generation.members]
