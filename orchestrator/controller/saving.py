@@ -186,7 +186,9 @@ class Saving:
         return max((step for step in self.checkpoints if step <= committed), default=0)
 
     def invalid(self, path: str | None, reason: str) -> list[Action]:
-        """What was restored from this checkpoint is not what was saved: it is not used again."""
-        for step in [step for step, known in self.checkpoints.items() if known == path]:
+        """What was restored from this checkpoint is not what was saved: it is not used again. Several ranks may find
+        that out; it is said once."""
+        steps = [step for step, known in self.checkpoints.items() if known == path]
+        for step in steps:
             del self.checkpoints[step]
-        return [Record("checkpoint_invalid", {"path": path, "reason": reason})]
+        return [] if not steps else [Record("checkpoint_invalid", {"path": path, "reason": reason})]
