@@ -26,7 +26,7 @@ from strategies.groups import PeerLost
 from strategies.holding import Holding
 from strategies.optimizers import ScheduleSpec
 from strategies.state import TrainingState, state_digest
-from strategies.step import PHASES, StepEngine, StepRecord
+from strategies.step import PHASES, Agreement, StepEngine, StepRecord
 from strategies.tree import Node, cover
 
 LENGTH = 4
@@ -223,11 +223,15 @@ def test_the_phases_come_in_order_and_their_times_add_up_to_the_step() -> None:
     assert record.phase_seconds["compute"] > 0
 
 
-def test_a_pause_is_told_by_the_vote() -> None:
+def test_what_happens_after_a_step_is_told_by_the_vote() -> None:
     ours = engine()
-    assert ours.run(0)[1] is False
+    assert ours.run(0)[1] == Agreement()
     ours.pause_requested = True
-    assert ours.run(1)[1] is True
+    assert ours.run(1)[1] == Agreement(pause=True)
+    ours.pause_requested, ours.save_requested = False, True
+    assert ours.run(2)[1] == Agreement(save=True)
+    ours.is_saving = lambda: True
+    assert ours.run(3)[1] == Agreement(save=True, saving=True)
 
 
 @pytest.mark.parametrize("keep", [True, False])
