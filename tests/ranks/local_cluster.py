@@ -588,7 +588,7 @@ def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: A
     when that is `passed`: others may then have passed it too, or not."""
     take_place = worker.state.take_place
 
-    def watched(*arguments: Any, barrier: Callable[[], object]) -> Any:
+    def watched(*arguments: Any, barrier: Callable[[], object], **reading: Any) -> Any:
         def wait_and_act() -> None:
             here = worker._generation.number == generation and arguments[1].rank == rank
             if here and not passed:
@@ -597,7 +597,7 @@ def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: A
             if here:
                 action()
 
-        return take_place(*arguments, barrier=wait_and_act)
+        return take_place(*arguments, barrier=wait_and_act, **reading)
 
     worker.state.take_place = watched
 
