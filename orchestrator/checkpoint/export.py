@@ -19,6 +19,7 @@ from torch import nn
 
 from orchestrator.checkpoint.catalog import Checkpoint
 from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
+from orchestrator.checkpoint.parts import safetensors_header
 from orchestrator.checkpoint.storage import LocalStorage
 from orchestrator.checkpoint.tensors import DTYPES, TYPES, as_tensor, bytes_of
 from orchestrator.job import Job
@@ -151,9 +152,7 @@ def _contents(
             "dtype": DTYPES[types[name]], "shape": shape, "data_offsets": [offset, offset + sizes[name]],
         }  # fmt: skip
         offset += sizes[name]
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield safetensors_header(described)
     for name in shard:
         values = read_tensor(checkpoint, names[name]).to(types[name]).contiguous()
         yield bytes_of(values)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.checkpoint.encryption import OVERHEAD, Cipher
 from orchestrator.checkpoint.manifest import ChunkEntry, FileEntry, Part, chunk_name, digest_of
@@ -75,7 +76,12 @@ def layout_of(chunks: Sequence[ChunkData], overhead: int, *, encrypted: bool) ->
         dtype, shape = ("U8", [length]) if encrypted else (chunk.dtype, list(chunk.sizes))
         described[chunk.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + length]}
         offset += length
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = safetensors_header(described)
     return header, [(len(header) + start, len(header) + stop) for start, stop in places]
+
+
+def safetensors_header(described: Mapping[str, Any]) -> bytes:
+    """What comes before the data of a safetensors file: `dtype`, `shape` and `data_offsets` of each entry by name."""
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # The data begin at a multiple of eight bytes.
+    return len(text).to_bytes(8, "little") + text

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from monitoring.goodput import goodput_ratio
 from monitoring.records import RecordFile, read_records
-from orchestrator.checkpoint.command import secret_of
+from orchestrator.checkpoint.command import catalog_of, secret_of
 from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
@@ -102,7 +102,9 @@ def drive(
 def _drive(
     job: Job, directory: RunDirectory, local_nodes: int, on_update: Update, on_note: Callable[[str], None]
 ) -> dict[str, Any]:
-    secret = secret_of(job)  # Whoever has none is told before anything is started.
+    # Whoever has no key, or no access, is told before anything is started.
+    secret = secret_of(job)
+    _check_storage(job, directory)
     with Interruption().listening() as interruption, ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
@@ -162,6 +164,14 @@ def _run_on_ray(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) 
         for reference in done:
             results[pending.pop(reference)] = ray.get(reference)
     return [results[index] for index in range(len(arguments))]
+
+
+def _check_storage(job: Job, directory: RunDirectory) -> None:
+    try:
+        catalog_of(directory, job).steps()
+    except (OSError, ValueError) as error:
+        where = job.checkpoint.storage or directory.path
+        raise ClusterError(f"checkpoint.storage {where} cannot be read from here: {error}") from error
 
 
 def _same_data(directory: RunDirectory, store: TokenStore) -> None:

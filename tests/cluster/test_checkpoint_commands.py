@@ -147,3 +147,12 @@ def test_a_changed_job_goes_on_as_a_run_of_its_own(tmp_path: Path, cache: Path) 
     assert nothing_to_do.returncode == 2
     assert "a fork would have nothing to do" in output
     command.nothing_left()
+
+
+def test_a_storage_that_cannot_be_reached_is_told_before_anything_starts(tmp_path: Path, cache: Path) -> None:
+    command = CommandLine(tmp_path, cache)
+    refused = command.start("--set", "checkpoint.storage=http://127.0.0.1:9/there")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 1, output
+    assert "checkpoint.storage http://127.0.0.1:9/there cannot be read from here" in output
+    command.nothing_left()

@@ -11,6 +11,7 @@ import pytest
 from conftest import Outcome, Runner, steps_done, wait_for
 
 from monitoring.records import read_records
+from orchestrator.checkpoint.command import catalog_of
 from orchestrator.rundir import RunDirectory
 
 
@@ -106,6 +107,21 @@ def test_the_controller_is_killed_and_then_a_worker(runner: Runner, undisturbed:
     assert taken_over["workers_found"] == 4
     before = [e for e in outcome.events if e["kind"] == "generation" and e["time"] < taken_over["time"]]
     assert len(before) == 1
+
+
+def test_the_controller_is_killed_while_checkpoints_are_made(runner: Runner, undisturbed: Outcome) -> None:
+    """At the beginning of the step after a snapshot, twice; whatever was under way is completed or removed."""
+    outcome = runner(
+        "checkpoint.every_steps=10", "checkpoint.keep=20", "elastic.workers.max=2",
+        faults=("step=20,kind=controller", "step=60,kind=controller"),
+    )  # fmt: skip
+    assert_same_result(outcome, undisturbed)
+    assert sum(1 for e in outcome.events if e["kind"] == "controller") == 3
+    catalog = catalog_of(outcome.directory, runner.job())
+    assert catalog.steps()[0] == 120
+    assert catalog.steps() == catalog.all_steps(), "none is half there"
+    for step in catalog.steps():
+        catalog.open(step).verify()
 
 
 def test_notice_bad_gradient_and_slow_worker(runner: Runner, undisturbed: Outcome) -> None:

@@ -241,6 +241,7 @@ def test_no_damage_is_ever_loaded(tmp_path: Path, secret: Secret | None) -> None
             ):
                 with pytest.raises(CheckpointError):
                     catalog.open(120).verify()
+    print(f"{found} of 1,000 found, {harmless} without effect on what is loaded, 0 loaded")
     assert found + harmless == 1000
     assert found > 700
 

@@ -1328,3 +1328,42 @@ def test_a_heartbeat_costs_the_same_among_many() -> None:
         return best
 
     assert cost(400) < 5 * cost(4) + 0.01
+
+
+def test_a_controller_lost_while_a_checkpoint_is_made_is_told_what_was_written() -> None:
+    stage = Stage(max_workers=3, checkpointing=True).running(W0, W1, W2)
+    stage.train(2)
+    plan = SavePlan(Save(2, 0, 0), (W0, W1, W2), {"data": 3})
+    stage.tell(SaveBegun(W0, plan))
+    stage.tell(PartSaved(W0, plan, 0, "a"))
+    after = successor(stage)
+    # One said it to the predecessor, one to nobody yet, one is still writing.
+    parts = {W0: PartSaved(W0, plan, 0, "a"), W1: PartSaved(W1, plan, 1, "b"), W2: None}
+    told = after.tell(TakeOver(tuple(status_of(stage, worker, part=part) for worker, part in parts.items())))
+    assert not of(CommitCheckpoint, told)
+    commit = the(CommitCheckpoint, after.tell(PartSaved(W2, plan, 2, "c")))
+    assert commit == CommitCheckpoint(W0, plan.save, ((0, "a"), (1, "b"), (2, "c")), {"data": 3})
+
+
+def test_a_controller_lost_with_a_writer_has_the_rest_discarded() -> None:
+    stage = Stage(max_workers=2, checkpointing=True).running(W0, W1)
+    stage.train(2)
+    plan = SavePlan(Save(2, 0, 0), (W0, W1), {"data": 2})
+    stage.tell(SaveBegun(W0, plan))
+    after = successor(stage)
+    told = after.tell(TakeOver((status_of(stage, W0, part=PartSaved(W0, plan, 0, "a")),)))
+    assert the(DiscardCheckpoint, told) == DiscardCheckpoint(W0, plan.save)
+    assert after.controller.is_saving_soon
+
+
+def test_what_was_complete_before_the_controller_was_lost_is_left_alone() -> None:
+    stage = Stage(max_workers=1, checkpointing=True).running(W0)
+    stage.train(2)
+    plan = SavePlan(Save(2, 0, 0), (W0,))
+    stage.tell(SaveBegun(W0, plan))
+    stage.tell(PartSaved(W0, plan, 0, "a"))
+    stage.tell(CheckpointSaved(W0, plan.save, "c2"))
+    after = successor(stage)
+    told = after.tell(TakeOver((status_of(stage, W0, part=PartSaved(W0, plan, 0, "a")),)))
+    assert not of(CommitCheckpoint, told)
+    assert not of(DiscardCheckpoint, told)
