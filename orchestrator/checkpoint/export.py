@@ -22,6 +22,7 @@ from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkE
 from orchestrator.checkpoint.parts import safetensors_header
 from orchestrator.checkpoint.storage import LocalStorage
 from orchestrator.checkpoint.tensors import DTYPES, TYPES, as_tensor, bytes_of
+from orchestrator.data import load_tokenizer
 from orchestrator.job import Job
 
 SHARD_BYTES = 4 << 30
@@ -50,7 +51,7 @@ def export(
     target.mkdir(parents=True, exist_ok=True)
     try:
         _write_weights(checkpoint, target, names, dtype, shard_bytes)
-        _write_config(skeleton, target, dtype)
+        _write_config(skeleton, job, target, dtype)
         _write_tokenizer(job.data.tokenizer, target)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
@@ -158,14 +159,19 @@ def _contents(
         yield bytes_of(values)
 
 
-def _write_config(skeleton: Any, target: Path, dtype: str | None) -> None:
-    config = skeleton.config
+def _write_config(skeleton: Any, job: Job, target: Path, dtype: str | None) -> None:
+    config, generation = skeleton.config, getattr(skeleton, "generation_config", None)
+    if not isinstance(job.model.hf, str):
+        # What a model type has by default are the tokens of somebody else's tokenizer.
+        end = load_tokenizer(job.data.tokenizer).end_of_document
+        for each in (config, *([] if generation is None else [generation])):
+            each.bos_token_id, each.eos_token_id = None, end
     config.dtype = EXPORT_TYPES[dtype or "fp32"]
     config.architectures = [type(skeleton).__name__]
     config.use_cache = True
     config.save_pretrained(target)
-    if getattr(skeleton, "generation_config", None) is not None and skeleton.can_generate():
-        skeleton.generation_config.save_pretrained(target)
+    if generation is not None and skeleton.can_generate():
+        generation.save_pretrained(target)
 
 
 def _write_tokenizer(name: str, target: Path) -> None:

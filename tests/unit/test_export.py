@@ -103,6 +103,9 @@ def test_the_tokenizer_gives_the_ids_that_the_model_was_trained_with(tmp_path: P
         assert ids == ByteTokenizer().encode(text).tolist()
         assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == ByteTokenizer.end_of_document
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == ByteTokenizer.end_of_document
+    assert model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=4).shape[0] == 1
     assert len(tokenizer) == ByteTokenizer.vocab_size
 
 
