@@ -58,13 +58,13 @@ def run(
 
 def _fork(job: Any, parent: Any) -> Any:
     """The directory of a new run that goes on where another one is."""
-    from orchestrator.checkpoint import command
+    from orchestrator.checkpoint import of_run
     from orchestrator.rundir import RunDirectory
 
     if parent.read_json("job.resolved.json") is None:
         _refuse(f"--fork: {parent.path} is not a run directory; say with --run-dir which run to fork")
     target = RunDirectory(_unused(parent.path.with_name(f"{parent.path.name}-fork")))
-    step = command.fork(parent, target, job, command.secret_of(job))
+    step = of_run.fork(parent, target, job, of_run.secret_of(job))
     print(f"forked from {parent.path} after {step} steps: {target.path}", file=sys.stderr)
     return target
 
@@ -114,7 +114,7 @@ def resume(
     json_: AsJson = False,
 ) -> None:
     """Go on with an unfinished run, from its newest valid checkpoint."""
-    from orchestrator.checkpoint.command import job_of
+    from orchestrator.checkpoint.of_run import job_of
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
@@ -302,20 +302,20 @@ def checkpoints(
     """The checkpoints of a run: step, age, size, layout, and whether they are what was saved."""
     from dataclasses import asdict
 
-    from orchestrator.checkpoint import command
+    from orchestrator.checkpoint import listing, of_run
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    catalog = command.catalog_of(directory, command.job_of(directory))
-    found = command.rows(catalog, verify=verify)
+    catalog = of_run.catalog_of(directory, of_run.job_of(directory))
+    found = listing.rows(catalog, verify=verify)
     if json_:
         print(json.dumps([asdict(row) for row in found]))
     elif not found:
         print(f"no checkpoints in {catalog.storage.locate('')}")
     else:
-        print(command.HEADER)
+        print(listing.HEADER)
         for row in found:
-            print(command.describe(row, verified=verify))
+            print(listing.describe(row, verified=verify))
     raise typer.Exit(EXIT_FAILED if verify and any(not row.valid for row in found) else 0)
 
 
@@ -327,13 +327,13 @@ def export(
     dtype: Annotated[str | None, typer.Option(metavar="bf16|fp16|fp32", help="Type of the weights.")] = None,
 ) -> None:
     """Write the model of a checkpoint for `transformers` to load."""
-    from orchestrator.checkpoint import command
+    from orchestrator.checkpoint import of_run
     from orchestrator.checkpoint.export import export as write
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    job = command.job_of(directory)
-    catalog = command.catalog_of(directory, job, command.secret_of(job))
+    job = of_run.job_of(directory)
+    catalog = of_run.catalog_of(directory, job, of_run.secret_of(job))
     steps = catalog.steps()
     if not steps or (step is not None and step not in steps):
         there = ", ".join(map(str, steps)) or "none"

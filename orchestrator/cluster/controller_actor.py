@@ -26,7 +26,7 @@ from ray._private.state import state as ray_state
 from monitoring.goodput import goodput_ratio
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
-from orchestrator.checkpoint.command import catalog_of, catalog_spec
+from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
     NAMESPACE,

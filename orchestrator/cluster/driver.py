@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from monitoring.goodput import goodput_ratio
 from monitoring.records import RecordFile, read_records
-from orchestrator.checkpoint.command import catalog_of, secret_of
+from orchestrator.checkpoint.of_run import catalog_of, secret_of
 from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session

@@ -68,7 +68,7 @@ class WorkerActor:
         os.chdir(self._spec["cwd"])
         if self._spec["cwd"] not in sys.path:
             sys.path.insert(0, self._spec["cwd"])
-        from orchestrator.checkpoint.command import open_catalog
+        from orchestrator.checkpoint.of_run import open_catalog
         from orchestrator.data import open_store, prepare
         from orchestrator.job import Job
         from orchestrator.worker.core import Worker

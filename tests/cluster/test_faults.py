@@ -11,7 +11,7 @@ import pytest
 from conftest import Outcome, Runner, steps_done, wait_for
 
 from monitoring.records import read_records
-from orchestrator.checkpoint.command import catalog_of
+from orchestrator.checkpoint.of_run import catalog_of
 from orchestrator.rundir import RunDirectory
 
 

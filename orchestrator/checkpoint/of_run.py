@@ -1,12 +1,10 @@
-"""`orchestrator checkpoints`: what checkpoints a run has, and whether they are what was saved."""
+"""The checkpoints of a run directory: where they are, with which key, and a new run that goes on from them."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from monitoring.records import read_records
@@ -16,21 +14,6 @@ from orchestrator.checkpoint.manifest import CheckpointError
 from orchestrator.checkpoint.storage import open_storage
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
-
-
-@dataclass(frozen=True)
-class Row:
-    """One checkpoint. `age_seconds`, `num_bytes` and `layout` are None where they cannot be known."""
-
-    step: int
-    location: str
-    valid: bool
-    why: str = ""
-    age_seconds: float | None = None
-    num_bytes: int | None = None
-    writers: int | None = None
-    layout: dict[str, Any] | None = None
-    encrypted: bool = False
 
 
 def job_of(directory: RunDirectory) -> Job:
@@ -99,72 +82,3 @@ def secret_of(job: Job) -> Secret | None:
     """The key that a job's checkpoints are encrypted with, if they are. Raises KeyProblem."""
     encryption = job.checkpoint.encryption
     return None if encryption is None else find_key(encryption.key, encryption.file)
-
-
-def rows(catalog: Catalog, *, verify: bool) -> list[Row]:
-    """All checkpoints, newest first; with `verify` every byte of them is read. Raises OSError."""
-    found = []
-    for step in catalog.all_steps():
-        location = catalog.locate(step)
-        try:
-            checkpoint = catalog.open(step, keyless=True)
-        except CheckpointError as error:
-            found.append(Row(step, location, valid=False, why=str(error)))
-            continue
-        why = ""
-        if verify:
-            try:
-                checkpoint.verify()
-            except CheckpointError as error:
-                why = str(error)
-        manifest = checkpoint.manifest
-        found.append(
-            Row(
-                step, location, valid=not why, why=why, age_seconds=max(0.0, time.time() - checkpoint.saved_at),
-                num_bytes=checkpoint.num_bytes, writers=len(manifest.files), layout=manifest.layout,
-                encrypted=manifest.encryption is not None,
-            )
-        )  # fmt: skip
-    return found
-
-
-def describe(row: Row, *, verified: bool) -> str:
-    """One line about a checkpoint."""
-    if row.num_bytes is None or row.age_seconds is None:
-        return f"{row.step:>10}  {'':>10}  {'':>10}  {'':<28}  invalid: {row.why}"
-    state = f"invalid: {row.why}" if not row.valid else "valid, every byte verified" if verified else "valid"
-    if row.encrypted:
-        state += ", encrypted"
-    return f"{row.step:>10}  {_age(row.age_seconds):>10}  {_size(row.num_bytes):>10}  {_layout(row):<28}  {state}"
-
-
-HEADER = f"{'step':>10}  {'age':>10}  {'size':>10}  {'saved by':<28}  state"
-
-
-def _layout(row: Row) -> str:
-    layout = row.layout or {}
-    degrees = "·".join(
-        f"{letter}{layout[key]}"
-        for letter, key in (("d", "data"), ("t", "tensor"), ("p", "pipeline"))
-        if layout.get(key, 1) != 1
-    )
-    shard = layout.get("shard", "none")
-    parts = [degrees, "" if shard == "none" else shard]
-    described = " ".join(part for part in parts if part)
-    return f"{row.writers} {'rank' if row.writers == 1 else 'ranks'}" + (f" ({described})" if described else "")
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
