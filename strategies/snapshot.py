@@ -33,11 +33,6 @@ class Snapshot:
         self._copies: list[tuple[str, Span, torch.Tensor]] = []
         self._constants: Mapping[str, torch.Tensor] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Of host memory that it has."""
-        return 4 * self._memory.numel()
-
     def take(self, state: TrainingState, spans: Spans, *, constants: bool) -> None:
         """Copies all tensors of these spans, which this rank has, and with `constants` what training never changes.
 

@@ -26,10 +26,9 @@ Pieces = Callable[[], Iterable[memoryview | bytes]]
 class StorageError(OSError):
     """A storage that did not do what it was asked; says which, where and why. `transient` says that it may later."""
 
-    def __init__(self, text: str, *, transient: bool = False, code: int | None = None) -> None:
+    def __init__(self, text: str, *, transient: bool = False) -> None:
         super().__init__(text)
         self.transient = transient
-        self.errno = code
 
 
 class Storage(ABC):
@@ -40,7 +39,7 @@ class Storage(ABC):
     """
 
     is_remote = False
-    """Whether every request is a round trip, so that several at once are faster."""
+    """Whether what one process of a node has read is no nearer to the next one: there is no page cache before it."""
 
     @abstractmethod
     def locate(self, path: str) -> str:

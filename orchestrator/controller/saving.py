@@ -181,10 +181,6 @@ class Saving:
 
     # ------------------------------------------------------------------------------------ using them
 
-    def newest(self, committed: int) -> int:
-        """The newest checkpoint of at most so many steps; 0 when there is none."""
-        return max((step for step in self.checkpoints if step <= committed), default=0)
-
     def invalid(self, path: str | None, reason: str) -> list[Action]:
         """What was restored from this checkpoint is not what was saved: it is not used again. Several ranks may find
         that out; it is said once."""

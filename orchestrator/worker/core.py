@@ -100,6 +100,7 @@ class Worker:
         self._interrupted = -1
         self._pause_wanted = -1
         self._save_wanted = self._save_delayed = False
+        self._shares: list[Spans] | None = None
         self._epoch = -1
         self._accepted = -1
         self._over = False
@@ -266,7 +267,10 @@ class Worker:
         except StorageFailed as error:
             cause, detail = "storage", str(error)
         except CheckpointError as error:
-            cause, detail = "restore", str(error)
+            # What a fork begins with is another run's: there is none before it to fall back to.
+            origin = self._catalog.origin
+            is_ours = origin is None or generation.restore != origin[1].locate(generation.committed)
+            cause, detail = "restore" if is_ours else "unusable", str(error)
             self._saver.set_aside(generation.committed, detail)
         except Exception as error:
             log.exception("worker %s failed in generation %d", self.worker, generation.number)
@@ -309,6 +313,7 @@ class Worker:
             return self._collect(generation, fabric)
         moved = self._bring_state(generation, rank, fabric)
         self.engine.bind(fabric, generation.layout, generation.number)
+        self._shares = None
         self._is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         while self.committed < self.job.train.steps:
@@ -435,10 +440,11 @@ class Worker:
         if not is_due or agreement.saving:
             return  # At the very end those that have the state are asked to save it when they are free.
         layout = generation.layout
-        shares = share_out(trained_spans(layout, self.state.arrangement.shards))
+        if self._shares is None:  # Once in a generation: training waits for this.
+            self._shares = share_out(trained_spans(layout, self.state.arrangement.shards))
         writers = [member.worker for member in generation.members]
         save = Save(self.committed, generation.epoch, generation.number)
-        self._saver.save(save, shares, writers, rank, layout.describe())
+        self._saver.save(save, self._shares, writers, rank, layout.describe())
 
     def _save_share(self, writers: tuple[WorkerId, ...], save: Save) -> None:
         self._saver.wait()

@@ -59,9 +59,9 @@ class Saver:
         """Whether there is something under way, so that another snapshot would have to wait."""
         return not self._idle.is_set()
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Until nothing is under way; False when that takes too long."""
-        return self._idle.wait(timeout_s)
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        self._idle.wait()
 
     # ------------------------------------------------------------------------------------ the training thread
 

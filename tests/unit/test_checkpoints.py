@@ -492,3 +492,25 @@ def test_a_bad_key_is_not_repeated() -> None:
         assert text not in str(caught.value)
     assert "00" not in repr(Secret(bytes(32)))
     assert "00" not in f"{Secret(bytes(32))}"
+
+
+# ---------------------------------------------------------------------------------------- forks
+
+
+def test_a_fork_begins_with_anothers_checkpoint_and_never_touches_it(tmp_path: Path) -> None:
+    parent = catalog_in(tmp_path / "parent")
+    write(parent, 120, tensors(1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "parent" / STEP).iterdir()}
+    fork = Catalog(LocalStorage(tmp_path / "fork"), "the fork", origin=(120, parent))
+    assert fork.steps() == [120]
+    assert fork.holder_of(120) is parent
+    assert fork.locate(120) == parent.locate(120)
+    assert same(load(fork.open(120)), tensors(1))
+    fork.set_aside(120, "found damaged by the fork")
+    write(fork, 130, tensors(2))
+    fork.prune(130, keep=1, keep_every=None)
+    assert fork.steps() == [130, 120]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parent" / STEP).iterdir()} == before
+    write(fork, 120, tensors(3))
+    assert fork.holder_of(120) is fork, "rolled back, it makes one of its own"
+    assert same(load(fork.open(120)), tensors(3))
