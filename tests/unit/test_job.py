@@ -678,3 +678,10 @@ def test_garbage_text_raises_nothing_but_job_errors(text: str) -> None:
 def test_garbage_values_raise_nothing_but_job_errors(data: dict[str, Any]) -> None:
     loads_or_job_error(yaml.safe_dump(data))
     loads_or_job_error(yaml.safe_dump({**yaml.safe_load(MINIMAL), **data}))
+
+
+def test_a_key_given_as_an_override_is_not_repeated() -> None:
+    with pytest.raises(JobError) as caught:
+        Job.loads(MINIMAL, overrides=["checkpoint.encryption.key=swordfish"])
+    assert "--set checkpoint.encryption.key=...: " in str(caught.value)
+    assert "swordfish" not in str(caught.value)
