@@ -51,6 +51,21 @@ def describe_recovery(event: dict[str, Any]) -> str:
     )
 
 
+def describe_rebalance(event: dict[str, Any]) -> str:
+    """One line about work that is moved."""
+    speeds = ", ".join(f"{worker}: {speed:.2f}" for worker, speed in list(event["speeds"].items())[:8])
+    more = ", ..." if len(event["speeds"]) > 8 else ""
+    if event["change"] == "stages":
+        what = "stages cut anew, blocks " + " ".join(str(stop - start) for start, stop in event["stages"][:16])
+    else:
+        what = f"virtual workers dealt {_counts(event['from'])} -> {_counts(event['to'])}"
+    return f"{what} for speeds {speeds}{more}; saves {event['predicted_gain']:.0%} of a step by prediction"
+
+
+def _counts(counts: list[int]) -> str:
+    return " ".join(map(str, counts[:8])) + (" ..." if len(counts) > 8 else "")
+
+
 def describe_event(event: dict[str, Any]) -> str | None:
     """What an event record means, in one line; None for what only tools care about."""
     match event["kind"]:
@@ -76,6 +91,26 @@ def describe_event(event: dict[str, Any]) -> str | None:
             return f"checkpoint of {event['committed']} steps failed: {event['error']}"
         case "checkpoint_invalid":
             return f"checkpoint {event['path']} cannot be used: {event['reason']}"
+        case "skew_found":
+            who = f" of worker {event['workers'][0]}" if event["workers"] else ""
+            return f"{event['finding']}{who}: {event['detail']}"
+        case "skew_over":
+            who = f" of worker {event['workers'][0]}" if event["workers"] else ""
+            return f"{event['finding']}{who} is over"
+        case "rebalance":
+            return describe_rebalance(event)
+        case "rebalance_measured":
+            return (
+                f"the change of {event['change']} saved {event['measured_gain']:.0%} of a step, "
+                f"{event['predicted_gain']:.0%} were predicted"
+            )
+        case "eviction":
+            return (
+                f"worker {event['worker']} is to be replaced: at {event['speed']:.2f} of the fastest's speed "
+                f"for {event['seconds']:.0f} s"
+            )
+        case "eviction_withdrawn":
+            return f"worker {event['worker']} may stay: at {event['speed']:.2f} of the fastest's speed"
         case "controller_restarted":
             return f"the controller was restarted (epoch {event['epoch']}) and found {event['workers_found']} workers"
         case "drain_notice":

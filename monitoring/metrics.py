@@ -31,6 +31,8 @@ class RunMetrics:
         self.tokens = self._counter("tokens", "Tokens in committed steps.")
         self.steps_lost = self._counter("steps_lost", "Committed steps that had to be replayed.")
         self.nonfinite = self._counter("nonfinite", "Steps whose update was skipped for a non-finite gradient.")
+        self.rebalances = self._counter("rebalances", "Changes of who does how much work.")
+        self.evictions = self._counter("evictions", "Workers found too slow to stay.")
         self.checkpoint_step = self._gauge("checkpoint_step", "Steps in the newest complete checkpoint.")
         self.checkpoint_time = self._gauge(
             "checkpoint_timestamp_seconds", "When the newest checkpoint was complete, in seconds since the epoch."
@@ -103,6 +105,10 @@ class RunMetrics:
         elif kind == "recovery":
             self._recovery.labels(self._run).observe(fields["stall_seconds"])
             self.steps_lost.inc(fields["steps_lost"])
+        elif kind == "rebalance":
+            self.rebalances.inc()
+        elif kind == "eviction":
+            self.evictions.inc()
         elif kind == "checkpoint_saved":
             self.checkpoint_step.set(fields["committed"])
             self.checkpoint_time.set(fields.get("time", time.time()))

@@ -9,6 +9,7 @@ from orchestrator.checkpoint.names import Save
 from orchestrator.planning.model import ModelCosts
 from strategies.layout import ParallelLayout
 from strategies.statemap import Spans
+from strategies.timing import RankTimes
 
 
 class WorkerId(NamedTuple):
@@ -69,7 +70,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch."""
+    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch.
+
+    `ranks` is what each rank of the generation spent on it, told by the first only; `deal` the number of the deal by
+    which they held virtual workers.
+    """
 
     step: int
     generation: int
@@ -82,6 +87,8 @@ class StepReport:
     committed_at: float
     seconds: float
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    ranks: tuple[RankTimes, ...] = ()
+    deal: int = 0
 
 
 # ---------------------------------------------------------------------------------------- from a worker
@@ -93,7 +100,8 @@ class Ready:
 
     `initial` digests its step-0 state, of which every warm worker can make any part: `elements` for each
     tensor-parallel coordinate. `memory_bytes` is what the worker may use, 0 when that is not known; `costs` describes
-    the model, when the job has a pipeline to cut it for.
+    the model, when the job has a pipeline to cut it for. `unit_seconds` is what its device was measured to need for a
+    fixed piece of work, the same for all workers of a run; 0 when it was not measured.
     """
 
     worker: WorkerId
@@ -106,6 +114,7 @@ class Ready:
     zone: str = ""
     memory_bytes: int = 0
     costs: ModelCosts | None = None
+    unit_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,8 @@ class Status:
     reports: tuple[StepReport, ...] = ()
     part: PartSaved | None = None
     """The last part of a checkpoint that it wrote."""
+    assignment: tuple[tuple[int, ...], ...] = ()
+    """The virtual workers of each replica of its generation by the newest deal it knows; empty: its layout's."""
 
 
 @dataclass(frozen=True)

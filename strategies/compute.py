@@ -23,6 +23,7 @@ from strategies.optimizers import ScheduleSpec
 from strategies.part import Part
 from strategies.randomness import Streams, draws_random_numbers
 from strategies.reduction import TreeSum
+from strategies.stopwatch import Stopwatch
 from strategies.tree import Node
 
 Fetch = Callable[[int, int], tuple[np.ndarray, np.ndarray, int]]
@@ -83,8 +84,9 @@ class LocalGradients:
     `losses` (its share of the global mean, nats per token) and `hashes` (of the sample ids) are by virtual worker.
     """
 
-    def __init__(self, part: Part, spec: StepSpec, fetch: Fetch) -> None:
+    def __init__(self, part: Part, spec: StepSpec, fetch: Fetch, watch: Stopwatch | None = None) -> None:
         self.part = part
+        self.watch = Stopwatch(part.device) if watch is None else watch
         self.spec = spec
         self.fetch = fetch
         self.losses: dict[int, torch.Tensor] = {}
@@ -132,7 +134,7 @@ class LocalGradients:
         self.streams = streams_for(self.part.blueprint, self.part.modules, self.spec.seed)
 
     def warm_up(self) -> None:
-        """One forward and backward pass on made-up tokens, its result thrown away.
+        """Tries the model out before it is needed.
 
         The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
         has done it joins at full speed.
@@ -140,19 +142,23 @@ class LocalGradients:
         Raises ValueError for a model whose persistent buffers it changes.
         """
         before = {name: tensor.clone() for name, tensor in self.part.blueprint.constants.items()}
-        tokens, _, _ = self.fetch(0, 0)
-        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.part.device)
-        scratch = torch.zeros_like(self.part.weights)
-        self.part.accumulate_into(scratch)
-        self._loss(rows).backward()  # type: ignore[no-untyped-call]
-        self.part.release_gradients()
-        self._pool.append(scratch)
+        self.try_out()
         for name, tensor in self.part.blueprint.constants.items():
             if not torch.equal(tensor, before[name]):
                 raise ValueError(
                     f"the model changes its buffer {name!r} in a forward pass; it would depend on which rank saw which "
                     "data. Make it a function of the input, or keep it out of the state (persistent=False)"
                 )
+
+    def try_out(self) -> None:
+        """One forward and backward pass, its result thrown away."""
+        tokens, _, _ = self.fetch(0, 0)
+        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.part.device)
+        scratch = self._pool.pop() if self._pool else torch.zeros_like(self.part.weights)
+        self.part.accumulate_into(scratch)
+        self._loss(rows).backward()  # type: ignore[no-untyped-call]
+        self.part.release_gradients()
+        self._pool.append(scratch)
 
     def _drop_others(self, held: Sequence[int]) -> None:
         """Lets go of sums that contain a virtual worker which somebody else holds now."""
@@ -182,10 +188,11 @@ class LocalGradients:
             except BaseException:
                 self._under_way = _UnderWay(index, micro, gradient, total)
                 raise
-            self.streams.enter(step, index, micro)
-            loss = self._loss(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            with self.watch.on(index):
+                self.streams.enter(step, index, micro)
+                loss = self._loss(rows)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
         self.losses[index], self.hashes[index] = total, digest
         return gradient
 

@@ -58,6 +58,11 @@ class Fabric:
         return self.world.moves + sum(groups.moves for groups in self._others)
 
     @property
+    def waited_s(self) -> float:
+        """Seconds spent in exchanges of any of the groups."""
+        return self.world.waited_s + sum(groups.waited_s for groups in self._others)
+
+    @property
     def is_aborted(self) -> bool:
         return self._aborted
 

@@ -19,6 +19,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -70,7 +71,7 @@ class Groups:
 
     `abort` may be called from any thread at any time, also while `form` runs; it makes collectives in flight raise.
     `drop` leaves the group and must be called once the rank is out of its collectives, which in turn frees every
-    neighbour that still waits for this rank.
+    neighbour that still waits for this rank. `waited_s` is how long this rank has been in exchanges with all others.
     """
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
@@ -85,6 +86,7 @@ class Groups:
         self._lock = threading.Lock()
         self._aborted = False
         self.moves = 0
+        self.waited_s = 0.0
         self._patience = dist.AllToAllOptions()
         self._patience.timeout = PATIENCE
 
@@ -170,12 +172,15 @@ class Groups:
         group = self._group
         if group is None:
             raise PeerLost("the process group was left")
+        started = time.perf_counter()
         try:
             group.alltoall_base(output, input, output_sizes, input_sizes, self._patience).wait()
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         except RuntimeError as error:
             raise PeerLost(_first_line(error)) from error
+        finally:
+            self.waited_s += time.perf_counter() - started
         self.check()
 
     def all_reduce(self, tensor: torch.Tensor) -> None:

@@ -27,7 +27,8 @@ from strategies.fabric import Fabric
 from strategies.fsdp import ShardedPart
 from strategies.layout import ParallelLayout, Place, parts_of
 from strategies.part import Part
-from strategies.rounds import Collector
+from strategies.rounds import MADE_UP, Collector
+from strategies.stopwatch import Stopwatch, Stretch
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -57,8 +58,10 @@ class PipelineGradients:
         layout: ParallelLayout,
         place: Place,
         fabric: Fabric,
+        watch: Stopwatch,
     ) -> None:
         self.part = part
+        self.watch = watch
         self.spec = spec
         self.fetch = fetch
         self.collector = collector
@@ -110,6 +113,11 @@ class PipelineGradients:
         """(number of the virtual worker in this replica, micro-batch in it) of a chunk of the schedule."""
         return divmod(chunk, self.spec.micro_batches)
 
+    def busy_with(self, chunk: int) -> Stretch:
+        """The stretch of work that a pass of this chunk is."""
+        number, _ = self.locate(chunk)
+        return self.watch.on(self.held[number] if number < len(self.held) else MADE_UP)
+
     def enter_forward(self, chunk: int) -> None:
         self.check()
         number, micro = self.locate(chunk)
@@ -157,7 +165,7 @@ class _Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._owner.enter_forward(fwd_chunk_id)
-        with self._owner.spec.autocast(self._owner.part.device):
+        with self._owner.busy_with(fwd_chunk_id), self._owner.spec.autocast(self._owner.part.device):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
@@ -167,7 +175,8 @@ class _Stage(PipelineStage):
         if full_backward or not self._splits_backward:
             self._collect(bwd_chunk_id, lambda: backward(True, last_backward))
         else:
-            backward(False, last_backward)
+            with self._owner.busy_with(bwd_chunk_id):
+                backward(False, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         if self._splits_backward:
@@ -178,5 +187,6 @@ class _Stage(PipelineStage):
         self._owner.check()
         number, micro = self._owner.locate(chunk)
         self._owner.collector.begin(number, micro, self._index)
-        backward()
+        with self._owner.busy_with(chunk):
+            backward()
         self._owner.collector.end(number, micro, self._index)

@@ -16,7 +16,11 @@ from strategies.compute import Enter, Fetch, StepSpec, streams_for
 from strategies.fsdp import ShardedPart
 from strategies.part import Part
 from strategies.reduction import RoundReducer, TreeSum
+from strategies.stopwatch import Stopwatch
 from strategies.tree import Node
+
+MADE_UP = -1
+"""Stands for a virtual worker where work is made up."""
 
 
 class Collector(Protocol):
@@ -146,9 +150,16 @@ class RoundGradients:
     """
 
     def __init__(
-        self, part: Part | ShardedPart, spec: StepSpec, fetch: Fetch, collector: Collector, held: Sequence[int]
+        self,
+        part: Part | ShardedPart,
+        spec: StepSpec,
+        fetch: Fetch,
+        collector: Collector,
+        held: Sequence[int],
+        watch: Stopwatch,
     ) -> None:
         self.part = part
+        self.watch = watch
         self.spec = spec
         self.fetch = fetch
         self.collector = collector
@@ -168,20 +179,28 @@ class RoundGradients:
                 assert isinstance(self.collector, RoundCollector)
                 self.collector.skip(number)
                 continue
-            index = self.held[number] if number < len(self.held) else 0
+            is_real = number < len(self.held)
+            index = self.held[number] if is_real else 0
             tokens, _, digest = self.fetch(step, index)
             batch = torch.from_numpy(tokens).to(self.part.device, non_blocking=True)
             enter("compute", step)
             total = torch.zeros((), dtype=torch.float64, device=self.part.device)
             for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
                 check()
-                self.streams.enter(step, index, micro)
-                with self.spec.autocast(self.part.device):
-                    output = self.part.modules[0](input_ids=rows[:, :-1])
-                loss = self.spec.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows)
-                self.collector.begin(number, micro, 0)
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.collector.end(number, micro, 0)
-                total += loss.detach()
-            if number < len(self.held):
+                # Nobody looks at made-up work: one token of it is enough to take part.
+                with self.watch.on(index if is_real else MADE_UP):
+                    loss = self._micro_batch(step, index, number, micro, rows if is_real else rows[:1, :2])
+                total += loss
+            if is_real:
                 self.losses[index], self.hashes[index] = total, digest
+
+    def _micro_batch(self, step: int, index: int, number: int, micro: int, rows: torch.Tensor) -> torch.Tensor:
+        """Its share of the mean loss; the collector has its gradient."""
+        self.streams.enter(step, index, micro)
+        with self.spec.autocast(self.part.device):
+            output = self.part.modules[0](input_ids=rows[:, :-1])
+        loss = self.spec.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows)
+        self.collector.begin(number, micro, 0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.collector.end(number, micro, 0)
+        return loss.detach()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import numpy as np
@@ -25,6 +25,8 @@ from strategies.norm import WORDS, from_words, norm_of, square_sum, to_words
 from strategies.placement import effective_shard
 from strategies.space import ALIGNMENT, Space, merge
 from strategies.state import TrainingState
+from strategies.stopwatch import Stopwatch
+from strategies.timing import HEADER, RankTimes, from_row, to_row
 from strategies.work import IdleWork, LocalWork, Work, work_for
 
 PHASES = ("refresh", "data", "compute", "reduce", "gather", "vote", "commit")
@@ -35,7 +37,9 @@ collectives; the last is local."""
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a committed step was; identical on every rank but for the times. `loss` is nats per token."""
+    """What a committed step was; identical on every rank but for `seconds` and `phase_seconds`. `loss` is nats per
+    token, `ranks` what each rank spent on it, `deal` the number of the deal by which virtual workers were held (0: that
+    of the generation)."""
 
     step: int
     loss: float
@@ -48,34 +52,42 @@ class StepRecord:
     committed_at: float
     seconds: float
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    ranks: tuple[RankTimes, ...] = ()
+    deal: int = 0
 
 
 PAUSE, SAVE, SAVING = 1, 2, 4
+
+Deal = tuple[int, tuple[tuple[int, ...], ...]]
+"""A number, and the virtual workers of each replica."""
 
 
 @dataclass(frozen=True)
 class Agreement:
     """What any rank wants to happen after a step, and so happens on all: leave the generation, save the state; and
-    whether any of them is still busy with an earlier save."""
+    whether any of them is still busy with an earlier save. `deal` is the number of the deal that all of them know to be
+    the newest; 0 while they do not agree, or know of none."""
 
     pause: bool = False
     save: bool = False
     saving: bool = False
+    deal: int = 0
 
     @classmethod
-    def of(cls, flags: int) -> Agreement:
-        return cls(bool(flags & PAUSE), bool(flags & SAVE), bool(flags & SAVING))
+    def of(cls, flags: int, deals: set[int]) -> Agreement:
+        return cls(bool(flags & PAUSE), bool(flags & SAVE), bool(flags & SAVING), deals.pop() if len(deals) == 1 else 0)
 
 
 @dataclass(frozen=True)
 class Vote:
     """What all ranks agreed on at the end of a step: the gradient's norm (NaN when it is not finite), the losses and
-    hashes of all virtual workers, and what happens after this step."""
+    hashes of all virtual workers, what happens after this step, and what each rank has spent on it."""
 
     norm: float
     losses: list[float]
     hashes: tuple[int, ...]
     agreement: Agreement
+    ranks: tuple[RankTimes, ...]
 
 
 class StepEngine:
@@ -106,8 +118,13 @@ class StepEngine:
         # True after an exception in the middle of an update: the state is then neither the old nor the new one.
         self.applying = False
         self.work: Work = IdleWork()
+        self.watch = Stopwatch(state.device)
         self._is_stale = True
-        self._times: dict[str, float] = {}
+        self._times = dict.fromkeys(PHASES, 0.0)
+        self._before: dict[str, float] = {}
+        self._loads: dict[int, tuple[float, int, int]] = {}
+        self._offered: Deal = (0, ())
+        self._voted: Deal = (0, ())
 
     def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
         """Takes a place in a generation, whose state has been taken: collectives go over `fabric`, the work is dealt by
@@ -120,13 +137,36 @@ class StepEngine:
         self.shards = arrangement.shards
         self.prepared_step = None
         self._is_stale = True
-        self.work = work_for(arrangement, layout, fabric, self.spec, self.fetch, self.local)
-        self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
-        # By rank, the virtual workers it tells about in the vote; and what of the gradient's norm this one does.
-        self._voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
+        self.watch.waited = lambda: fabric.waited_s
+        self._before = {}
+        self.deal, self._offered = 0, (0, ())
+        self._deal_work(layout)
         self._counted = (
             [] if arrangement.own is None else _counted(self.state.space, arrangement.own, layout, self.place)
         )
+
+    def _deal_work(self, layout: ParallelLayout) -> None:
+        """Sets up this rank's work in `layout`, and what it tells in votes."""
+        self.layout = layout
+        self.work = work_for(
+            self.state.arrangement, layout, self.fabric, self.spec, self._fetch, self.watch, self.local
+        )  # fmt: skip
+        self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
+        # By rank, the virtual workers it tells about in the vote, and those that it has.
+        self._voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
+        self._held = [_held(layout, rank) for rank in range(layout.world_size)]
+
+    def offer(self, number: int, assignment: tuple[tuple[int, ...], ...]) -> None:
+        """A new deal of the virtual workers to replicas, in force from the step on before which all ranks know that it
+        is the newest. Numbers are unique for a deal, and grow. From any thread."""
+        if number > self._offered[0]:
+            self._offered = (number, assignment)
+
+    def _fetch(self, step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """What `fetch` gives, with a note of how much it is."""
+        batch = self.fetch(step, virtual_worker)
+        self._loads[virtual_worker] = (1.0, batch[0].shape[0] * (batch[0].shape[1] - 1), 0)
+        return batch
 
     def warm_up(self, *, keep: bool) -> None:
         """One pass through the whole model, its result thrown away; with `keep` its memory is kept for layouts in which
@@ -137,13 +177,38 @@ class StepEngine:
         if self.state.space.tensor > 1:
             return
         part = self.state.whole_part()
-        local = LocalGradients(part, self.spec, self.fetch)
+        local = LocalGradients(part, self.spec, self._fetch, self.watch)
         local.warm_up()
         if keep:
             self.local = local
         else:
             part.close()
             self.state.arrangement.part = None
+
+    def calibrate(self) -> float:
+        """Seconds that this device needs for a fixed piece of work, to compare it with others before they have trained:
+        a virtual worker where the whole model can be computed with alone, else products of matrices.
+
+        On a CPU it is time of its processor, as the machine may be busy with starting other workers.
+        """
+        device = self.state.device
+        local = self.local
+        if local is not None and self.state.arrangement.part is local.part:
+            return min(_seconds_of(local.try_out, device) for _ in range(2)) * self.spec.micro_batches
+        matrix = torch.ones((512, 512), device=device)
+
+        def multiply() -> None:
+            for _ in range(8):
+                torch.mm(matrix, matrix)
+
+        multiply()
+        return min(_seconds_of(multiply, device) for _ in range(3))
+
+    @property
+    def newest_assignment(self) -> tuple[tuple[int, ...], ...]:
+        """Of the deal in force, or of a newer one that has been offered."""
+        number, assignment = self._offered
+        return assignment if number > self.deal else self.layout.assignment
 
     def discard(self) -> None:
         """Forgets what is kept of an interrupted step."""
@@ -161,7 +226,8 @@ class StepEngine:
         `prepared_step` says that only the news of the vote is missing.
         """
         started = time.perf_counter()
-        self._times = dict.fromkeys(PHASES, 0.0)
+        self._times, self._loads = dict.fromkeys(PHASES, 0.0), {}
+        self.watch.reset()
         try:
             for attempt in range(2):
                 self.prepare(step)
@@ -186,7 +252,14 @@ class StepEngine:
             committed_at=time.time(),
             seconds=time.perf_counter() - started,
             phase_seconds=self._times,
+            ranks=vote.ranks,
+            deal=self.deal,
         )
+        self._before = self._times
+        number, assignment = self._voted
+        if vote.agreement.deal == number > self.deal:
+            self.deal = number
+            self._deal_work(replace(self.layout, assignment=assignment))
         return record, vote.agreement
 
     def _explain(self, error: RuntimeError) -> NoReturn:
@@ -239,26 +312,49 @@ class StepEngine:
         self._enter("vote", step)
         world, voiced = self.fabric.world, self._voiced
         mine = voiced[self.fabric.rank]
+        times = to_row(self._rank_times())
+        self._voted = self._offered  # Another may come while the vote is on.
         words = to_words(self._square_sum())
         losses = [float(self.work.losses[index]) for index in mine]
         hashes = [self.work.hashes[index] for index in mine]
         flags = self.pause_requested * PAUSE + self.save_requested * SAVE + self.is_saving() * SAVING
-        floats = np.array([float(flags), *losses], dtype=np.float64)
-        row = np.concatenate([floats.view(np.int64), np.array([*words, *hashes], dtype=np.int64)])
-        sizes = [1 + WORDS + 2 * len(held) for held in voiced]
+        floats = np.array([*losses, *times], dtype=np.float64)
+        whole = np.array([flags, self._voted[0], *words, *hashes], dtype=np.int64)
+        row = np.concatenate([whole, floats.view(np.int64)])
+        sizes = [
+            2 + WORDS + 2 * len(told) + HEADER + len(held) for told, held in zip(voiced, self._held, strict=True)
+        ]  # fmt: skip
         everyone = exchange(world, row, sizes, self.state.device)
         sums: list[int | None] = []
         loss_of: dict[int, float] = {}
         hash_of: dict[int, int] = {}
-        flags = 0
-        for held, part in zip(voiced, np.split(everyone, np.cumsum(sizes)[:-1]), strict=True):
-            values = part[: 1 + len(held)].view(np.float64)
-            flags |= int(values[0])
-            loss_of |= dict(zip(held, values[1:].tolist(), strict=True))
-            sums.append(from_words(part[1 + len(held) :][:WORDS].tolist()))
-            hash_of |= dict(zip(held, part[1 + len(held) + WORDS :].tolist(), strict=True))
+        flags, deals, ranks = 0, set(), []
+        for told, part in zip(voiced, np.split(everyone, np.cumsum(sizes)[:-1]), strict=True):
+            ints, values = np.split(part, [2 + WORDS + len(told)])
+            flag, deal, *rest = ints.tolist()
+            flags |= flag
+            deals.add(deal)
+            sums.append(from_words(rest[:WORDS]))
+            hash_of |= dict(zip(told, rest[WORDS:], strict=True))
+            numbers = values.view(np.float64).tolist()
+            loss_of |= dict(zip(told, numbers, strict=False))
+            ranks.append(from_row(numbers[len(told) :]))
         order = range(self.layout.virtual_workers)
-        return Vote(norm_of(sums), [loss_of[i] for i in order], tuple(hash_of[i] for i in order), Agreement.of(flags))
+        losses = [loss_of[i] for i in order]
+        agreement = Agreement.of(flags, deals)
+        return Vote(norm_of(sums), losses, tuple(hash_of[i] for i in order), agreement, tuple(ranks))
+
+    def _rank_times(self) -> RankTimes:
+        """This rank's, up to now."""
+        held, seconds = self._held[self.fabric.rank], self.watch.seconds()
+        busy = tuple(seconds.get(index, 0.0) for index in held)
+        loads = [self._loads.get(index, (1.0, 0, 0)) for index in held]
+        times, before = self._times, self._before
+        exchanged = times["refresh"] + times["reduce"] + times["gather"] + before.get("vote", 0.0)
+        # What is no pass through the model, in a phase that computes, is waiting for others (or fault injection).
+        wait = exchanged + max(0.0, times["compute"] - sum(seconds.values()))
+        cost, tokens, padding = (sum(each) for each in zip(*loads, strict=True)) if loads else (0.0, 0, 0)
+        return RankTimes(busy, times["data"], wait, before.get("commit", 0.0), float(cost), int(tokens), int(padding))
 
     def _square_sum(self) -> int | None:
         """Of the reduced gradient that this rank speaks for."""
@@ -308,6 +404,18 @@ class StepEngine:
         self._phase = None
 
 
+def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 def exchange(world: Groups, row: np.ndarray, sizes: list[int], device: torch.device) -> np.ndarray:
     """Everyone's int64 `row`s, end to end in the order of ranks; `sizes` are their lengths. Raises PeerLost."""
     if world.world_size == 1:
@@ -340,6 +448,12 @@ def _voiced(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
     if layout.pipeline > 1 and last not in parts_of(layout.schedule, layout.pipeline, last + 1, place.stage):
         return ()
     return layout.assignment[place.data]
+
+
+def _held(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
+    """The virtual workers that a rank computes, or a part of the model for."""
+    place = layout.place(rank)
+    return () if place is None else layout.assignment[place.data]
 
 
 def _counted(space: Space, own: Holding, layout: ParallelLayout, place: Place | None) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from strategies.placement import effective_shard
 from strategies.reduction import Reducer, RoundReducer
 from strategies.rounds import Collector, RoundCollector, RoundGradients, TreeCollector
 from strategies.state import Arrangement
+from strategies.stopwatch import Stopwatch
 from strategies.tree import Node
 
 
@@ -195,27 +196,29 @@ class RoundWork:
 
 def work_for(
     arrangement: Arrangement, layout: ParallelLayout, fabric: Fabric, spec: StepSpec, fetch: Fetch,
-    kept: LocalGradients | None,
+    watch: Stopwatch, kept: LocalGradients | None,
 ) -> Work:  # fmt: skip
-    """This rank's work in `layout`. `kept` is what an earlier generation computed with the same part of the model."""
+    """This rank's work in `layout`, timed by `watch`. `kept` is what an earlier generation computed with the same part
+    of the model."""
     place, part, own = layout.place(fabric.rank), arrangement.part, arrangement.own
     if place is None or part is None or own is None:
         return IdleWork()
     match effective_shard(layout):
         case "parameters":
             assert isinstance(part, ShardedPart)
-            return _sharded_work(part, own, layout, place, fabric, spec, fetch)
+            return _sharded_work(part, own, layout, place, fabric, spec, fetch, watch)
         case "gradients":
             assert isinstance(part, Part)
-            return _round_work(part, own, layout, place, fabric, spec, fetch)
+            return _round_work(part, own, layout, place, fabric, spec, fetch, watch)
         case kind:
             assert isinstance(part, Part)
-            return _replicated_work(part, own, layout, place, fabric, spec, fetch, kept, sharded=kind == "optimizer")
+            sharded = kind == "optimizer"
+            return _replicated_work(part, own, layout, place, fabric, spec, fetch, watch, kept, sharded=sharded)
 
 
 def _replicated_work(
     part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
-    kept: LocalGradients | None, *, sharded: bool,
+    watch: Stopwatch, kept: LocalGradients | None, *, sharded: bool,
 ) -> Work:  # fmt: skip
     reducer = Reducer(fabric.plane, layout, part.size, part.device, native=spec.native_reduction)
     held = layout.assignment[place.data]
@@ -224,19 +227,20 @@ def _replicated_work(
             local = kept
             local.come_back()
         else:
-            local = LocalGradients(part, spec, fetch)
+            local = LocalGradients(part, spec, fetch, watch)
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()
         return LocalWork(local, part, own, reducer, held, sharded=sharded)
     collector = TreeCollector(part, held, layout.virtual_workers, spec.micro_batches)
-    pipeline = PipelineGradients(part, spec, fetch, collector, layout, place, fabric)
+    pipeline = PipelineGradients(part, spec, fetch, collector, layout, place, fabric, watch)
     return PipelineWork(pipeline, collector, part, own, reducer, sharded=sharded)
 
 
 def _round_work(
-    part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch
-) -> Work:
+    part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
+    watch: Stopwatch,
+) -> Work:  # fmt: skip
     slices = Reducer(fabric.plane, layout, part.size, part.device)
     rounds = RoundReducer(fabric.plane, layout, slices.slices, part.device)
     collector = RoundCollector(part, rounds, spec.micro_batches, computes_all=layout.pipeline > 1)
@@ -245,15 +249,16 @@ def _round_work(
         enter("refresh")
         slices.gather(own.weights, part.weights)
 
-    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch)
+    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch, watch)
     return RoundWork(gradients, collector, own, gather, lambda gradient: gradient.copy_(rounds.total()))
 
 
 def _sharded_work(
-    part: ShardedPart, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch
-) -> Work:
+    part: ShardedPart, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
+    watch: Stopwatch,
+) -> Work:  # fmt: skip
     collector = ShardedCollector(part, layout, spec.micro_batches)
-    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch)
+    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch, watch)
     return RoundWork(
         gradients, collector, own,
         lambda enter: part.load(own, own.strip), lambda gradient: part.unload(gradient, own.strip),
@@ -262,8 +267,8 @@ def _sharded_work(
 
 def _gradients(
     part: Part | ShardedPart, collector: Collector, layout: ParallelLayout, place: Place, fabric: Fabric,
-    spec: StepSpec, fetch: Fetch,
+    spec: StepSpec, fetch: Fetch, watch: Stopwatch,
 ) -> RoundGradients | PipelineGradients:  # fmt: skip
     if layout.pipeline == 1:
-        return RoundGradients(part, spec, fetch, collector, layout.assignment[place.data])
-    return PipelineGradients(part, spec, fetch, collector, layout, place, fabric)
+        return RoundGradients(part, spec, fetch, collector, layout.assignment[place.data], watch)
+    return PipelineGradients(part, spec, fetch, collector, layout, place, fabric, watch)

@@ -44,6 +44,7 @@ from orchestrator.controller.protocol import (
     Abort,
     Action,
     CommitCheckpoint,
+    Deal,
     Died,
     DiscardCheckpoint,
     Event,
@@ -69,7 +70,7 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, WorkerState
+from orchestrator.controller.views import ControllerConfig, RebalanceRules, WorkerState
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
@@ -139,6 +140,7 @@ class ControllerActor:
                 wait_timeout_s=job.elastic.wait_timeout_s,
                 max_failures_per_step=job.elastic.max_failures_per_step,
                 epoch=self._epoch,
+                rebalance=RebalanceRules(**job.elastic.rebalance.model_dump()),
             ),
             self._history(past_events, past_steps),
             checkpoints=self._checkpoints(),
@@ -368,6 +370,7 @@ class ControllerActor:
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me,
                     tensor=self._job.strategy.tensor, place=self._place_of_unit(action.worker),
+                    avoid=action.avoid, must_avoid=action.must_avoid,
                 )  # fmt: skip
                 self._handles[action.worker] = handle
                 self._watch(handle)
@@ -389,6 +392,9 @@ class ControllerActor:
             case Pause():
                 for worker in action.workers:
                     self._tell(worker, "pause", action.generation, self._epoch)
+            case Deal():
+                for worker in action.workers:
+                    self._tell(worker, "deal", action.generation, action.number, action.assignment, self._epoch)
             case Finalize():
                 for worker in action.workers:
                     self._tell(worker, "finalize", self._epoch)

@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 import psutil
 import ray
+from ray._private import state as ray_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -79,13 +80,18 @@ class WorkerHandle:
         *,
         tensor: int,
         place: Place | None = None,
+        avoid: Collection[str] = (),
+        must_avoid: bool = False,
     ) -> WorkerHandle:
         """Asks Ray for an actor in the `place` of its unit of `tensor` workers, or in a new one when there is none;
-        returns at once, also when there is no room yet."""
+        returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if another has
+        room, or in any case when it `must_avoid` them."""
         resources = spec["resources"]
         name = worker_name(run_id, worker)
         if place is None or not place.take(worker):
-            place = Place(_reserve(name, resources, tensor))
+            if avoid and not must_avoid and not _has_room_elsewhere(resources, tensor, avoid):
+                avoid = ()
+            place = Place(_reserve(name, resources, tensor, avoid))
             place.take(worker)
         actor = (
             ray.remote(WorkerActor)
@@ -169,14 +175,40 @@ class WorkerHandle:
         timer.start()
 
 
-def _reserve(name: str, resources: Mapping[str, Any], tensor: int) -> PlacementGroup:
+def _has_room_elsewhere(resources: Mapping[str, Any], tensor: int, avoid: Collection[str]) -> bool:
+    """Whether a node that is not to be avoided has so much free."""
+    free: Mapping[str, Mapping[str, float]] = ray_state.state.available_resources_per_node()
+    wanted = {"CPU": float(resources["cpu"]) * tensor, "GPU": float(resources["gpu"]) * tensor}
+    return any(
+        all(has.get(kind, 0.0) >= amount for kind, amount in wanted.items())
+        for node, has in free.items()
+        if node not in avoid
+    )
+
+
+def _labels(resources: Mapping[str, Any], avoid: Collection[str]) -> dict[str, str]:
+    """What a node's labels must be: its kind of GPU, if the job says which, and not one to avoid."""
+    labels = {}
+    if kinds := resources.get("accelerators"):
+        labels["ray.io/accelerator-type"] = f"in({','.join(kinds)})"
+    if avoid:
+        labels["ray.io/node-id"] = f"!in({','.join(sorted(avoid))})"
+    return labels
+
+
+def _reserve(name: str, resources: Mapping[str, Any], tensor: int, avoid: Collection[str]) -> PlacementGroup:
     bundle = {"CPU": float(resources["cpu"])}
     if resources["gpu"]:
         bundle["GPU"] = float(resources["gpu"])
     bundles = [dict(bundle) for _ in range(tensor)]
+    labels = _labels(resources, avoid)
     # It is named after the first worker in it.
     group: PlacementGroup = placement_group(
-        bundles, strategy="STRICT_PACK" if tensor > 1 else "PACK", lifetime="detached", name=name
+        bundles,
+        strategy="STRICT_PACK" if tensor > 1 else "PACK",
+        lifetime="detached",
+        name=name,
+        bundle_label_selector=[labels] * tensor if labels else None,
     )
     return group
 

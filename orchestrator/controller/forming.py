@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,19 +26,27 @@ class Ranks:
     num_idle: int = 0
 
 
-def choose_ranks(idle: Sequence[WorkerView], origin: Origin, target: int, layouts: Layouts, now: float) -> Ranks | None:
+def choose_ranks(
+    idle: Sequence[WorkerView],
+    origin: Origin,
+    target: int,
+    layouts: Layouts,
+    now: float,
+    deal: Callable[[ParallelLayout, Sequence[WorkerView]], ParallelLayout] = lambda layout, views: layout,
+) -> Ranks | None:
     """Who is in the next generation, which starts from `origin`; None when there is no layout for these.
 
     Units with state come first, then those of lower slots, as many as the layout for up to `target` workers has ranks
     for. Who has state that none of the chosen has comes along without work, to hand it over. Ranks are ordered by zone
     and node, so that neighbours in a pipeline, and in the summation tree, share one; but where the layout stays the
-    same, so do they.
+    same, so do they. `deal` deals work to those chosen, by what is known of their speeds.
     """
     config = layouts.config
     able = policy.usable(idle, layouts.fewest(config.least, idle), config, now)
     able.sort(
         key=lambda unit: (
             any(view.draining for view in unit),
+            any(view.condemned for view in unit),
             not any(view.worker in origin.held for view in unit),
             unit[0].worker,
         )
@@ -53,7 +61,7 @@ def choose_ranks(idle: Sequence[WorkerView], origin: Origin, target: int, layout
     chosen = [view for unit in layouts.seat(units, layout) for view in unit]
     spares = _bring_along(idle, chosen, origin)
     num_idle = sum(len(unit) for unit in able) - len(chosen)
-    return Ranks((*chosen, *spares), replace(layout, spares=len(spares)), num_idle)
+    return Ranks((*chosen, *spares), replace(deal(layout, chosen), spares=len(spares)), num_idle)
 
 
 def _bring_along(idle: Sequence[WorkerView], chosen: Sequence[WorkerView], origin: Origin) -> list[WorkerView]:
@@ -114,6 +122,7 @@ def generation_record(generation: Generation, origin: Origin, num_idle: int, ste
     described: dict[str, Any] = dict(layout.describe())
     if layout.pipeline > 1:
         described["stages"] = [[start, stop] for start, stop in layout.parts]
+    described["dealt"] = [len(held) for held in layout.assignment]
     fields: dict[str, Any] = {
         "generation": generation.number,
         "start_step": generation.committed,

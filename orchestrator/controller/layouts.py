@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from orchestrator.controller.views import ControllerConfig, WorkerView
 from orchestrator.messages import Generation, WorkerId
+from orchestrator.planning.balance import best_parts
 from orchestrator.planning.choose import NoLayoutFits
+from orchestrator.planning.model import ModelCosts
 from orchestrator.planning.units import PlanError
-from strategies.layout import ParallelLayout
+from strategies.layout import ParallelLayout, deal
 
 
 class _Answer(NamedTuple):
@@ -29,18 +31,19 @@ class Layouts:
         self.config = config
         self.current: ParallelLayout | None = None
         self.seats: dict[WorkerId, int] = {}
+        self._cuts: dict[tuple[str, int, int], tuple[tuple[int, int], ...]] = {}
         self._answers: dict[tuple[int, bool, int, ParallelLayout | None], _Answer] = {}
 
     def trains(self, generation: Generation) -> None:
         """A generation trains; its spares are no part of what others are compared with."""
-        self.current = replace(generation.layout, spares=0)
+        self.current = _plain(generation.layout)
         placed = generation.members[: generation.layout.num_placed]
         self.seats = {member.worker: rank for rank, member in enumerate(placed)}
 
     def seat(self, units: list[tuple[WorkerView, ...]], layout: ParallelLayout) -> list[tuple[WorkerView, ...]]:
         """Units in the order of their ranks. In a layout like the one before each keeps its place, where it has its
         part of the state and what it has computed of the step; the others fill the gaps, in the order given."""
-        if self.current is None or replace(layout, spares=0) != self.current:
+        if self.current is None or _plain(layout) != self.current:
             return units
         kept: dict[int, tuple[WorkerView, ...]] = {}
         for unit in units:
@@ -53,7 +56,28 @@ class Layouts:
 
     def choose(self, workers: int, views: Iterable[WorkerView]) -> ParallelLayout | None:
         """The layout for at most so many of these workers; None when there is none."""
-        return self._ask(workers, views).layout
+        layout = self._ask(workers, views).layout
+        return None if layout is None else replace(layout, parts=self._cuts.get(_key(layout), layout.parts))
+
+    def costs(self, views: Iterable[WorkerView]) -> ModelCosts | None:
+        """What the model costs block by block, if any of these workers was asked to say."""
+        return next((v.ready.costs for v in views if v.ready is not None and v.ready.costs is not None), None)
+
+    def recut(
+        self, layout: ParallelLayout, views: Sequence[WorkerView], rates: Sequence[float]
+    ) -> ParallelLayout | None:
+        """The layout with its pipeline cut for ranks of these rates (see `orchestrator.planning.balance`); None when
+        that is the cut there is, or would not fit in memory."""
+        costs = self.costs(views)
+        if layout.pipeline == 1 or costs is None:
+            return None
+        found = replace(layout, parts=best_parts(layout, costs, rates))
+        fits = found.parts != layout.parts and self.config.chooser.fits(found, costs, _memory_bytes(views))
+        return found if fits else None
+
+    def cut_like(self, layout: ParallelLayout) -> None:
+        """From here on pipelines of as many parts are cut like this one."""
+        self._cuts[_key(layout)] = layout.parts
 
     def refusal(self, workers: int, views: Iterable[WorkerView]) -> str | None:
         """Why there is no layout for so many workers like these, nor for any other number that the job allows."""
@@ -80,9 +104,8 @@ class Layouts:
         return workers
 
     def _ask(self, workers: int, views: Iterable[WorkerView]) -> _Answer:
-        ready = [view.ready for view in views if view.ready is not None]
-        costs = next((each.costs for each in ready if each.costs is not None), None)
-        memory_bytes = min((each.memory_bytes for each in ready if each.memory_bytes), default=0)
+        views = list(views)
+        costs, memory_bytes = self.costs(views), _memory_bytes(views)
         question = (workers, costs is not None, memory_bytes, self.current)
         if question not in self._answers:
             try:
@@ -95,3 +118,17 @@ class Layouts:
                 self._answers.clear()
             self._answers[question] = answer
         return self._answers[question]
+
+
+def _plain(layout: ParallelLayout) -> ParallelLayout:
+    """The layout without what says nothing about who has which part of the state."""
+    return replace(layout, spares=0, assignment=deal(layout.virtual_workers, [1.0] * layout.data))
+
+
+def _key(layout: ParallelLayout) -> tuple[str, int, int]:
+    return layout.schedule, layout.pipeline, len(layout.parts)
+
+
+def _memory_bytes(views: Iterable[WorkerView]) -> int:
+    ready = [view.ready for view in views if view.ready is not None]
+    return min((each.memory_bytes for each in ready if each.memory_bytes), default=0)

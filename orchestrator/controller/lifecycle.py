@@ -25,12 +25,14 @@ from orchestrator.controller.protocol import (
     SaveState,
     StartGeneration,
 )
+from orchestrator.controller.rebalance import Rebalancer
 from orchestrator.controller.roster import Roster
 from orchestrator.controller.run_record import RunRecord
 from orchestrator.controller.saving import Saving
 from orchestrator.controller.state import Origin
 from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
 from orchestrator.messages import Left, PartSaved, SavePlan, StepReport, WorkerId
+from orchestrator.planning.balance import Assignment
 from strategies.statemap import union
 
 
@@ -60,6 +62,7 @@ class Lifecycle:
         self.waiting_since: float | None = None
         self._has_run = False
         self._layouts = Layouts(config)
+        self.balance = Rebalancer(config.rebalance, self._layouts, config.epoch, config.total_steps)
         self._roster = roster
         self._record = record
         self._out = out
@@ -72,11 +75,14 @@ class Lifecycle:
         self.waiting_since = now
         self.fill(now)
 
-    def resume(self, membership: Membership, now: float, *, intact: bool) -> None:
-        """A generation of an earlier controller goes on, or is over when it is not `intact`."""
+    def resume(self, membership: Membership, now: float, *, intact: bool, assignment: Assignment = ()) -> None:
+        """A generation of an earlier controller goes on, or is over when it is not `intact`. `assignment` is the newest
+        deal that its members know of."""
         self.membership, self._has_run = membership, True
         if membership.generation is not None and not membership.generation.collect:
             self._layouts.trains(membership.generation)
+            self.balance.begin(membership.generation, assignment)
+            self.balance.condemned |= {view.worker for view in membership.members.values() if view.condemned}
         if not intact:
             # Everyone is told to leave by the caller; the time to obey runs from here.
             self.state, membership.interrupted_at = RunState.SETTLING, now
@@ -100,6 +106,28 @@ class Lifecycle:
             if actions := self._record.commit(report):
                 self.membership.moved_at = now
                 self._out += actions
+                self.balance.learn(actions)
+                self._weigh(report, now)
+
+    def _weigh(self, report: StepReport, now: float) -> None:
+        """Looks at what ranks spent on a step, and acts on uneven speeds."""
+        generation = self.membership.generation
+        if self.state is not RunState.RUNNING or generation is None or generation.collect or self.stop is not None:
+            return
+        verdict = self.balance.observe(report, generation, self._roster.workers)
+        self._out += verdict.actions
+        for worker in verdict.evict:
+            self._roster.condemn(worker)
+        for worker in verdict.pardon:
+            self._roster.pardon(worker)
+        if verdict.evict or verdict.pardon:
+            self.fill(now)
+            self.adjust(now)
+        if verdict.cut is not None and self.state is RunState.RUNNING:
+            self._layouts.cut_like(verdict.cut)
+            stages = ", ".join(f"{stop - start}" for start, stop in verdict.cut.parts)
+            self._out += self._record.incident("rebalance", f"stages are cut anew: {stages} blocks", now)
+            self.pause()
 
     def meet(self, trouble: Trouble, now: float) -> None:
         """Acts on trouble. Callers `conclude` when they are through with all there is.
@@ -239,7 +267,7 @@ class Lifecycle:
         idle = self._roster.idle()
         origin = state.newest_state(idle, record.progress, self.saving.checkpoints)
         assert origin is not None, "workers can always make the state of step 0"
-        ranks = forming.choose_ranks(idle, origin, self.target, self._layouts, now)
+        ranks = forming.choose_ranks(idle, origin, self.target, self._layouts, now, self.balance.deal)
         if ranks is None:
             if (refusal := self._layouts.refusal(self._wanted(), idle)) is not None:
                 self.finish("failed", refusal, now)
@@ -276,6 +304,7 @@ class Lifecycle:
         self._out.append(Record("generation_running", {"generation": self.membership.generation.number}))
         if self._collecting:
             return
+        self.balance.begin(self.membership.generation)
         if self.stop is not None:
             self.pause()
         else:

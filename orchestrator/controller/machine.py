@@ -399,7 +399,9 @@ class Controller:
     def _retake(self, current: Generation, statuses: Mapping[WorkerId, Status], now: float) -> bool:
         """Goes on with the newest generation, or with what is left of it; whether it is intact."""
         found = takeover.retake(current, statuses, self._roster, now)
-        self._run.resume(found.membership, now, intact=found.intact)
+        first = statuses.get(current.members[0].worker)
+        assignment = () if first is None or first.generation != current else first.assignment
+        self._run.resume(found.membership, now, intact=found.intact, assignment=assignment)
         for left in found.lefts:
             self._take_leave(self.workers[left.worker], left, now)
         for view in found.missing:

@@ -29,13 +29,14 @@ def whole_units(views: Iterable[WorkerView], config: ControllerConfig) -> list[U
 
 
 def staying_units(views: Iterable[WorkerView], config: ControllerConfig) -> list[Unit]:
-    return [unit for unit in whole_units(views, config) if not any(view.draining for view in unit)]
+    return [unit for unit in whole_units(views, config) if not any(view.leaving for view in unit)]
 
 
 def usable(idle: Sequence[WorkerView], least: int, config: ControllerConfig, now: float) -> list[Unit]:
     """The units that can be given work: those that stay, and while they have fewer than the `least` workers also those
-    that must leave later (the latest first)."""
-    staying = staying_units(idle, config)
+    that must leave later (the latest first). Those that are too slow stay for as long as nobody is there instead."""
+    staying = [unit for unit in whole_units(idle, config) if not any(view.draining for view in unit)]
+    staying.sort(key=lambda unit: any(view.condemned for view in unit))
     leaving = [unit for unit in whole_units(idle, config) if any(view.draining for view in unit)]
     until = {unit[0].worker: min(v.draining_until for v in unit if v.draining_until is not None) for unit in leaving}
     leaving = [unit for unit in leaving if until[unit[0].worker] - now >= NEAR_S]
@@ -86,9 +87,12 @@ def wanted_change(
         return "handover", f"worker {_slots([view for view in members if view.worker in spares])} has handed over"
     if draining:
         return None
-    if len(staying) > target:
-        return "shrink", f"{len(staying)} workers, {target} wanted"
+    slow = [view for view in working if view.condemned]
+    if len(staying) + len(slow) > target:
+        return "shrink", f"{len(staying) + len(slow)} workers, {target} wanted"
     joining = layouts.ranks(min(target, len(staying) + len(fresh)), [*staying, *fresh]) - len(staying)
+    if fresh and joining > 0 and slow:
+        return "evict", f"worker {_slots(fresh[:joining])} takes the place of worker {_slots(slow)}, which is too slow"
     if fresh and joining > 0:
         return "grow", f"worker {_slots(fresh[:joining])} joins"
     return None

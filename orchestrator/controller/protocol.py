@@ -123,9 +123,12 @@ Event = (
 
 @dataclass(frozen=True)
 class RequestWorker:
-    """Ask the cluster for one more worker."""
+    """Ask the cluster for one more worker: on another node than those to `avoid`, if there is room on any; on no
+    account on those when it `must_avoid` them."""
 
     worker: WorkerId
+    avoid: tuple[str, ...] = ()
+    must_avoid: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,16 @@ class Pause:
 
     workers: tuple[WorkerId, ...]
     generation: int
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Tell these workers that the virtual workers of their generation are dealt anew; `assignment` is by replica."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+    number: int
+    assignment: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -247,6 +260,7 @@ Action = (
     | StartGeneration
     | Interrupt
     | Pause
+    | Deal
     | RequestSave
     | SaveState
     | CommitCheckpoint

@@ -5,7 +5,7 @@ What the roster does about them comes back as actions, for the caller to put amo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from orchestrator.controller.history import History
@@ -26,6 +26,7 @@ from strategies.statemap import whole
 MAX_PAUSE_S = 30.0
 """The longest time between two tries when workers die while they start."""
 _TOO_MANY = "more workers than the job wants"
+_TOO_SLOW = "another took its place, as it was too slow"
 
 
 class Roster:
@@ -37,6 +38,8 @@ class Roster:
         self._incarnations = dict(history.incarnations)
         self._draining = dict(history.draining)
         self._given_up = set(history.gone)
+        self._condemned = set(history.condemned)
+        self._avoided = set(history.avoided)
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
@@ -66,17 +69,18 @@ class Roster:
         so are those `needed` for their state; of the draining workers that are idle, those go that `may_leave`."""
         actions: list[Action] = []
         units = self._units()
-        staying = {unit: views for unit, views in units.items() if not any(view.draining for view in views)}
+        staying = {unit: views for unit, views in units.items() if not any(view.leaving for view in views)}
         surplus = len(staying) - -(-wanted // self._config.tensor)
         if surplus > 0:
             actions += self._release_units(staying, surplus, members, needed())
         if now >= self._next_request_at:
-            actions += self._request(self._missing_slots(units, staying, -surplus), now)
+            replaced = sum(any(view.condemned for view in views) for views in units.values())
+            actions += self._request(self._missing_slots(units, staying, -surplus), now, replaced * self._config.tensor)
         if len(staying) < len(units):
             for view in self.idle():
                 leaving = self._config.unit_of(view.worker) not in staying
                 if leaving and view.worker not in members and view.alive and may_leave(view):
-                    actions += self.release(view, "its node drains")
+                    actions += self.release(view, _TOO_SLOW if view.condemned else "its node drains")
         return actions
 
     def _units(self) -> dict[int, list[WorkerView]]:
@@ -127,18 +131,23 @@ class Roster:
         wanted = sorted([*(unit for unit, views in staying.items() if len(views) < tensor), *new])
         return [slot for unit in wanted for slot in range(unit * tensor, (unit + 1) * tensor) if slot not in taken]
 
-    def _request(self, slots: Iterable[int], now: float) -> list[Action]:
+    def _request(self, slots: Sequence[int], now: float, num_replacing: int) -> list[Action]:
+        """Asks for workers. The last `num_replacing` are for those that are too slow: where these are, or were, they
+        would be of no use."""
         actions: list[Action] = []
-        for slot in slots:
+        avoid = tuple(sorted(self._avoided))
+        for number, slot in enumerate(slots):
+            must = bool(avoid) and number >= len(slots) - num_replacing
             worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
             self._incarnations[slot] = worker.incarnation
             self.add(WorkerView(worker, requested_at=now))
-            actions += [Record("worker_requested", _named(worker)), RequestWorker(worker)]
+            actions += [Record("worker_requested", _named(worker)), RequestWorker(worker, avoid, must)]
         return actions
 
     def add(self, view: WorkerView) -> None:
         self.workers[view.worker] = self._alive[view.worker] = view
         view.draining_until = self._draining.get(view.worker)
+        view.condemned = view.worker in self._condemned
 
     def adopt(self, view: WorkerView) -> list[Action]:
         """Takes over a worker of an earlier controller, unless that one had given it up."""
@@ -194,6 +203,22 @@ class Roster:
                 noticed.append(view)
             view.draining_until = event.deadline
         return noticed
+
+    def condemn(self, worker: WorkerId) -> None:
+        """It is too slow: another is to take its place, elsewhere."""
+        view = self.living(worker)
+        if view is not None:
+            view.condemned = True
+            self._condemned.add(worker)
+            self._avoided |= {view.node} - {""}
+
+    def pardon(self, worker: WorkerId) -> None:
+        """It is no longer too slow."""
+        self._condemned.discard(worker)
+        view = self.living(worker)
+        if view is not None:
+            view.condemned = False
+            self._avoided.discard(view.node)
 
     def release(self, view: WorkerView, reason: str) -> list[Action]:
         """Lets go of a worker that is not needed."""

@@ -51,6 +51,9 @@ class Chooser(Protocol):
     ) -> ParallelLayout | None:
         """The layout for at most `workers`; None when they are too few for any."""
 
+    def fits(self, layout: ParallelLayout, costs: ModelCosts, memory_bytes: int) -> bool:
+        """Whether a pipeline that is cut otherwise fits in memory."""
+
 
 class RunState(Enum):
     """Where the run is. The value is what users read."""
@@ -74,6 +77,16 @@ class WorkerState(Enum):
 
 
 @dataclass(frozen=True)
+class RebalanceRules:
+    """What is done about workers that are slower than others; see `elastic.rebalance` of the job file."""
+
+    enabled: bool = True
+    min_gain: float = 0.05
+    evict_below: float = 0.5
+    evict_after_s: float = 60.0
+
+
+@dataclass(frozen=True)
 class ControllerConfig:
     """The part of the job that the controller's decisions depend on; times in seconds."""
 
@@ -94,6 +107,7 @@ class ControllerConfig:
     max_failures_per_step: int = 3
     max_start_failures: int = 5
     epoch: int = 0
+    rebalance: RebalanceRules = field(default_factory=RebalanceRules)
 
     @property
     def tensor(self) -> int:
@@ -148,6 +162,8 @@ class WorkerView:
     fault_at: float | None = None
     fault_committed: int | None = None
     draining_until: float | None = None
+    condemned: bool = False
+    """It is too slow, and goes when another can take its place."""
 
     @property
     def alive(self) -> bool:
@@ -156,6 +172,11 @@ class WorkerView:
     @property
     def draining(self) -> bool:
         return self.draining_until is not None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is to be replaced."""
+        return self.draining or self.condemned
 
     @property
     def has_state(self) -> bool:

@@ -137,7 +137,7 @@ def _at(get: Get, index: int, rule: Callable[[Get, str], list[Finding]]) -> list
         return []
 
 
-_FAULT_DETAILS = {"seconds": ("slow", "drain"), "factor": ("slow",)}
+_FAULT_DETAILS = {"seconds": ("slow", "drain"), "factor": ("slow",), "steps": ("slow",)}
 """Which kinds of fault can be told more, and what."""
 
 
@@ -149,6 +149,9 @@ def fault_kind(get: Get, fault: str) -> list[Finding]:
         findings.append(Finding((f"{fault}worker",), f"is required for kind {kind}: which worker it happens to"))
     if kind == "nan" and phase not in ("data", "compute"):
         reason = f"kind nan spoils the gradient before it is reduced, so its phase is data or compute, not {phase}"
+        findings.append(Finding((f"{fault}phase",), reason))
+    if kind == "slow" and phase not in ("data", "compute"):
+        reason = f"kind slow is about reading (data) or the device (compute), so its phase is one of these, not {phase}"
         findings.append(Finding((f"{fault}phase",), reason))
     for detail, kinds in _FAULT_DETAILS.items():
         if get(f"{fault}{detail}") is not None and kind not in kinds:
@@ -164,6 +167,13 @@ def _fault_step(get: Get, fault: str) -> list[Finding]:
         return []
     reason = f"the fault's step = {step} never comes: train.steps = {steps}, so the last step is {steps - 1}"
     return [Finding((f"{fault}step", "train.steps"), reason)]
+
+
+def _accelerators(get: Get) -> Iterator[Finding]:
+    if get("resources.accelerators") and not get("resources.gpu"):
+        yield Finding(
+            ("resources.accelerators",), "names kinds of GPU, but resources.gpu is 0; set it, or leave this out"
+        )
 
 
 def _storage(get: Get) -> Iterator[Finding]:
@@ -196,6 +206,7 @@ _RULES: tuple[Rule, ...] = (
     _heartbeat,
     _fault_kinds,
     _fault_steps,
+    _accelerators,
     _storage,
     _encryption,
     *LAYOUT_RULES,

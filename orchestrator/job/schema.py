@@ -184,6 +184,17 @@ class Workers(_Section):
     max: PositiveInt = 4
 
 
+class Rebalance(_Section):
+    """What is done about workers that are slower than others. None of it changes the numbers."""
+
+    enabled: bool = True
+    min_gain: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The least share of a step's time that moving work must be predicted to save."""
+    evict_below: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """A worker that stays slower than this share of the fastest is replaced, if another can be had."""
+    evict_after_s: PositiveFloat = 60.0
+
+
 class Elastic(_Section):
     """What may change while the job runs, and how long to wait before it does. `_s` is seconds."""
 
@@ -202,6 +213,7 @@ class Elastic(_Section):
     """How long to wait below `workers.min`. None: for ever."""
     lease_s: PositiveFloat = 30.0
     max_failures_per_step: PositiveInt = 3
+    rebalance: Rebalance = Field(default_factory=Rebalance)
 
 
 class Resources(_Section):
@@ -209,6 +221,8 @@ class Resources(_Section):
 
     cpu: PositiveFloat = 1.0
     gpu: CountFloat = 0.0
+    accelerators: list[Text] = Field(default_factory=list)
+    """The kinds of GPU that workers may be given, by Ray's names (A100, T4, ...); any kind when empty."""
 
 
 class Encryption(_Section):
@@ -248,7 +262,11 @@ class Fault(_Section):
     kind: Literal["kill", "segfault", "raise", "exit", "hang", "deadlock", "slow", "nan", "drain", "node", "controller"]
     phase: Literal["data", "compute", "reduce", "gather", "vote", "commit", "refresh"] = "compute"
     seconds: PositiveFloat | None = None
-    factor: PositiveFloat | None = None
+    """How long it lasts (slow), or the time that is left (drain)."""
+    steps: PositiveInt | None = None
+    """How many steps it lasts (slow)."""
+    factor: Annotated[float, Field(gt=1)] | None = None
+    """How many times as long a virtual worker takes (slow); 2 when it is not said."""
 
 
 class Job(_Section):
@@ -321,6 +339,9 @@ class Job(_Section):
         # The tensor degree splits sums inside a matrix product; the rest of a layout changes no bit.
         full["strategy"] = {key: full["strategy"][key] for key in ("tensor", "reduction", "update")}
         del full["data"]["cache"], full["train"]["log_every"]
+        # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
+        if not full["resources"]["accelerators"]:
+            del full["resources"]["accelerators"]
         return {part: full[part] for part in ("model", "data", "train", "strategy", "elastic", "resources")}
 
     def digest(self) -> str:

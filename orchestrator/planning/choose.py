@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
 from orchestrator.planning.machine import Machine
+from orchestrator.planning.memory import predict_memory
 from orchestrator.planning.model import ModelCosts
 from orchestrator.planning.schedule import NO_PIPELINE, Schedule, chunks_of
 from orchestrator.planning.search import Limits, Plan, Planner
+from orchestrator.planning.stages import stages_of
 from orchestrator.planning.units import PlanError, show_bytes
 from orchestrator.planning.work import ADAMW, Degrees, StateBytes, Work, state_bytes
 from strategies.layout import ParallelLayout, deal, deal_in_turn
@@ -106,6 +108,17 @@ class LayoutChooser:
         if plan is None:
             raise self._nothing_fits(planner, workers)
         return self._layout(plan.degrees, plan.layers)
+
+    def fits(self, layout: ParallelLayout, costs: ModelCosts, memory_bytes: int) -> bool:
+        """Whether a pipeline that is cut otherwise than the planner would fits in memory; True where none is known."""
+        planner = self._planner(costs, memory_bytes)
+        usable = planner.machine.usable_bytes
+        if usable is None:
+            return True
+        degrees = _degrees_of(layout)
+        parts = [range(start, stop) for start, stop in layout.parts]
+        stages = stages_of(costs, degrees.schedule, layout.tensor, parts)
+        return predict_memory(planner.work, stages, degrees).total <= usable
 
     def _planner(self, costs: ModelCosts, memory_bytes: int) -> Planner:
         per_node = max(self.machine.ranks_per_node, self.tensor)

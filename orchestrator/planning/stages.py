@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestrator.planning.model import Block, ModelCosts
 from orchestrator.planning.partition import cut
 from orchestrator.planning.schedule import Schedule
@@ -19,12 +21,17 @@ def cut_model(model: ModelCosts, schedule: Schedule, tensor: int) -> Stages:
     bounds = cut([block.flops_per_token for block in model.blocks[1:]], schedule.parts)
     parts = [list(range(start + 1, stop + 1)) for start, stop in bounds]
     parts[0].insert(0, 0)
+    return stages_of(model, schedule, tensor, parts)
+
+
+def stages_of(model: ModelCosts, schedule: Schedule, tensor: int, parts: Sequence[Sequence[int]]) -> Stages:
+    """The model cut into these parts, each given by the numbers of its blocks."""
     head = len(model.blocks) - 1
     borrowed = 0 if schedule.ends_meet else model.tied
     ranks = []
     for place in range(schedule.stages):
         mine = schedule.parts_of(place)
-        ranks.append(_rank(model, {part: parts[part] for part in mine}, tensor, borrowed))
+        ranks.append(_rank(model, {part: list(parts[part]) for part in mine}, tensor, borrowed))
     layers = tuple(sum(1 for block in part if 0 < block < head) for part in parts)
     return Stages(layers, tuple(ranks), borrowed)
 

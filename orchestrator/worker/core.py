@@ -46,6 +46,7 @@ from orchestrator.worker import build
 from orchestrator.worker.faults import FaultInjector
 from orchestrator.worker.restoring import StorageFailed, open_checkpoint, read_checkpoint
 from orchestrator.worker.saving import Saver
+from strategies.compute import Fetch
 from strategies.fabric import Fabric
 from strategies.groups import PeerLost, serve_store
 from strategies.intake import Intake
@@ -117,15 +118,19 @@ class Worker:
         num_samples = store.num_samples(job.data.sequence_length)
         sampler = build.make_sampler(job, num_samples)
         fetch = build.make_fetch(job, store, sampler)
+        if self._faults.may_be_slow:
+            fetch = self._slowly(fetch)
         self._catalog = catalog
         self._saver = Saver(worker, job, catalog, self.state, num_samples, self._send)
         self.engine = StepEngine(self.state, build.step_spec(job), fetch, self._on_phase)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.warm_up(keep=build.computes_with_the_whole_model(job))
+        if self._faults.may_be_slow:
+            self.engine.watch.drag = self._faults.drag
         self.ready = Ready(
             worker, node, pid, host, port, self.state.initial_digest(),
             elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
-            costs=build.model_costs(job),
+            costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
         )  # fmt: skip
 
     def start(self) -> None:
@@ -168,6 +173,12 @@ class Worker:
         with self._lock:
             if self._obey(epoch) and self._generation is not None and self._generation.number == generation:
                 self._save_wanted = self.engine.save_requested = True
+
+    def deal(self, generation: int, number: int, assignment: tuple[tuple[int, ...], ...], epoch: int) -> None:
+        """Deals the virtual workers of `generation` anew, from the step on before which all its ranks know."""
+        with self._lock:
+            if self._obey(epoch) and self._generation is not None and self._generation.number == generation:
+                self.engine.offer(number, assignment)
 
     def save_state(self, writers: tuple[WorkerId, ...], save: Save, epoch: int) -> None:
         """Saves a share of the state, of which all `writers` have all."""
@@ -215,6 +226,7 @@ class Worker:
                 epoch=self._epoch,
                 reports=tuple(self._reports),
                 part=self._saver.last_part,
+                assignment=self.engine.newest_assignment if self._generation is not None and self._is_joined else (),
             )
 
     def shutdown(self) -> None:
@@ -319,7 +331,7 @@ class Worker:
         while self.committed < self.job.train.steps:
             record, agreement = self.engine.run(self.committed)
             self.committed += 1
-            self._note(record)
+            self._note(record, rank)
             self._save_if_due(generation, rank, agreement)
             if agreement.pause:
                 return "pause"
@@ -397,7 +409,7 @@ class Worker:
         sizes = [1] * fabric.world.world_size
         return [int(each) for each in exchange(fabric.world, np.array([value]), sizes, self.state.device)]
 
-    def _note(self, record: StepRecord) -> None:
+    def _note(self, record: StepRecord, rank: int) -> None:
         self._reports.append(
             StepReport(
                 step=record.step,
@@ -411,8 +423,19 @@ class Worker:
                 committed_at=record.committed_at,
                 seconds=record.seconds,
                 phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()},
+                ranks=record.ranks if rank == 0 else (),
+                deal=record.deal,
             )
         )
+
+    def _slowly(self, fetch: Fetch) -> Fetch:
+        """Reading, by a worker whose job has it slow at some time."""
+
+        def read(step: int, virtual_worker: int) -> Any:
+            self._faults.delay()
+            return fetch(step, virtual_worker)
+
+        return read
 
     def _on_phase(self, phase: str, step: int) -> None:
         self._phase, self._phase_step = phase, step

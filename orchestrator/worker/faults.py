@@ -1,4 +1,4 @@
-"""Injected faults, for tests and for users' game days: a real signal, a real crash, a real hang."""
+"""Injected faults, for tests and for users' game days: a real signal, a real crash, a real hang, a real wait."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from orchestrator.job import Job
+from orchestrator.job.schema import Fault
 
 
 class InjectedFault(RuntimeError):
     """Raised by the fault kind `raise`."""
+
+
+@dataclass(frozen=True)
+class _Slowness:
+    """Virtual workers take `factor` times as long, from a step until another (excluded) or a time."""
+
+    factor: float
+    until_step: float
+    until: float
+
+    def lasts(self, step: int) -> bool:
+        return step < self.until_step and time.monotonic() < self.until
 
 
 class FaultInjector:
@@ -29,10 +43,15 @@ class FaultInjector:
         self._announce = announce
         self._poison = poison
         self._fired: set[int] = set()
-        self._slow_factor = 1.0
-        self._slow_until = float("inf")
-        self._compute_started: float | None = None
+        self._slow: dict[str, _Slowness] = {}
+        self._step = 0
+        self._last_busy_s = 0.0
         self.rank = 0
+
+    @property
+    def may_be_slow(self) -> bool:
+        """Whether the job has this worker slow at some time; only then `drag` and `delay` need to be asked."""
+        return any(fault.kind == "slow" and fault.worker == self._slot for _, fault in self._faults)
 
     def already_fired(self, indices: tuple[int, ...]) -> None:
         self._fired |= set(indices)
@@ -41,17 +60,17 @@ class FaultInjector:
         """Called at the start of every phase of every step."""
         if not self._faults:
             return
-        self._be_slow(phase)
+        self._step = step
         for index, fault in self._faults:
             mine = fault.worker == self._slot or (fault.worker is None and self.rank == 0)
             if index in self._fired or not mine or fault.step != step or fault.phase != phase:
                 continue
             self._fired.add(index)
             self._announce(index)
-            self._fire(fault.kind, step, fault.seconds, fault.factor)
+            self._fire(fault, step)
 
-    def _fire(self, kind: str, step: int, seconds: float | None, factor: float | None) -> None:
-        match kind:
+    def _fire(self, fault: Fault, step: int) -> None:
+        match fault.kind:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "segfault":
@@ -67,18 +86,23 @@ class FaultInjector:
             case "nan":
                 self._poison(step)
             case "slow":
-                self._slow_factor = factor or 2.0
-                self._slow_until = time.monotonic() + (seconds if seconds is not None else float("inf"))
+                until_step = float("inf") if fault.steps is None else step + fault.steps
+                until = float("inf") if fault.seconds is None else time.monotonic() + fault.seconds
+                self._slow[fault.phase] = _Slowness(fault.factor or 2.0, until_step, until)
             case _:
                 # drain, node and controller are carried out by the controller when the fault is announced.
                 pass
 
-    def _be_slow(self, phase: str) -> None:
-        """Stretches the compute phase by the factor of an active `slow` fault."""
-        now = time.monotonic()
-        if phase == "compute":
-            self._compute_started = now
-        elif self._compute_started is not None:
-            spent, self._compute_started = now - self._compute_started, None
-            if self._slow_factor > 1.0 and now < self._slow_until:
-                time.sleep(spent * (self._slow_factor - 1.0))
+    def drag(self, busy_s: float) -> None:
+        """A stretch of computing took so long, on a device that is to be slow."""
+        self._last_busy_s = busy_s
+        self._wait("compute")
+
+    def delay(self) -> None:
+        """Input is read, and is to be slow."""
+        self._wait("data")
+
+    def _wait(self, phase: str) -> None:
+        slowness = self._slow.get(phase)
+        if slowness is not None and slowness.lasts(self._step):
+            time.sleep(self._last_busy_s * (slowness.factor - 1.0))

@@ -26,6 +26,7 @@ from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Action,
     CommitCheckpoint,
+    Deal,
     Died,
     DiscardCheckpoint,
     Event,
@@ -47,7 +48,7 @@ from orchestrator.controller.protocol import (
     StepCommitted,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RunState, WorkerState
+from orchestrator.controller.views import ControllerConfig, RebalanceRules, RunState, WorkerState
 from orchestrator.data import TokenStore, prepare
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
@@ -210,6 +211,7 @@ class LocalCluster:
                 heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
                 progress_timeout_s=job.elastic.progress_timeout_s,
                 max_failures_per_step=job.elastic.max_failures_per_step,
+                rebalance=RebalanceRules(**job.elastic.rebalance.model_dump()),
             )
         )
         self.processes: dict[WorkerId, _Process] = {}
@@ -368,6 +370,9 @@ class LocalCluster:
             case Pause():
                 for worker in action.workers:
                     self.processes[worker].tell("pause", action.generation, epoch)
+            case Deal():
+                for worker in action.workers:
+                    self.processes[worker].tell("deal", action.generation, action.number, action.assignment, epoch)
             case Finalize():
                 for worker in action.workers:
                     self.processes[worker].tell("finalize", epoch)
@@ -463,8 +468,6 @@ def _hold(worker: Any, spec: WorkerSpec) -> None:
         return fetch(step, virtual_worker)
 
     worker.engine.fetch = held
-    if worker.engine.local is not None:
-        worker.engine.local.fetch = held
 
 
 # ---------------------------------------------------------------------------------------- hooks
