@@ -14,6 +14,10 @@ from statistics import median
 WINDOW_STEPS = 4
 WINDOW_SECONDS = 1.0
 """A window has at least so many steps, and takes at least so long: hiccups of the machine are shorter."""
+MAX_NOISE = 0.06
+MAX_WINDOW_STEPS = 24
+"""It goes on until what it says of nine in ten workers is this certain (the standard error of a median, as a share of
+it), or has so many steps."""
 SLOW, RECOVERED = 0.75, 0.85
 """Speeds, as shares of the fastest, below which a worker counts as slow, and above which it no longer does."""
 WINDOWS_TO_TELL = 2
@@ -48,12 +52,16 @@ class Account:
 
 @dataclass(frozen=True)
 class Rating:
-    """A worker in a window. `rate` is its seconds (input and computing) for an average virtual worker of the whole
-    model, `device_rate` those of computing alone. `speed` and `device_speed` compare with the fastest (1.0),
-    `own_speed` with its own best. The shares are of the step's time; `cost` is a step's."""
+    """A worker in a window.
+
+    `rate` is its seconds (input and computing) for an average virtual worker of the whole model, `noise` how uncertain
+    that is, as a share of it; `device_rate` is computing alone. `speed` and `device_speed` compare with the fastest
+    (1.0), `own_speed` with its own best. The other shares are of the step's time; `cost` is a step's.
+    """
 
     node: str
     stage: int
+    noise: float
     rate: float
     device_rate: float
     speed: float
@@ -70,10 +78,12 @@ class Rating:
 @dataclass(frozen=True)
 class Window:
     """Some steps in a row. `data_skew` is the largest by the mean of what workers were dealt (predicted cost),
-    `token_skew` the same of tokens, `padding_share` what was computed for nothing."""
+    `token_skew` the same of tokens, `padding_share` what was computed for nothing. `noise` is how uncertain the rates
+    of nine in ten workers are at the most."""
 
     steps: int
     step_seconds: float
+    noise: float
     workers: Mapping[Worker, Rating]
     data_skew: float
     token_skew: float
@@ -90,6 +100,15 @@ def skew(values: Sequence[float]) -> float:
     """Largest by mean; 1.0 where there is nothing."""
     total = sum(values)
     return max(values) * len(values) / total if total > 0 else 1.0
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the median of some values, as a share of it; from their median deviation, so that single outliers count for
+    little (Rousseeuw and Croux 1993, "Alternatives to the Median Absolute Deviation": 1.4826 makes it consistent for
+    normal values, for which a median has 1.25 times the error of a mean)."""
+    middle = median(values)
+    deviation = median(abs(value - middle) for value in values)
+    return 1.4826 * 1.2533 * deviation / len(values) ** 0.5 / middle if middle > 0 else 0.0
 
 
 class Windows:
@@ -113,20 +132,33 @@ class Windows:
         self._open.append((seconds, accounts))
         if len(self._open) < self._steps or sum(each for each, _ in self._open) < self._seconds:
             return None
+        noise = {worker: standard_error(rates) for worker, rates in self._rates_of(self._open).items()}
+        usual = sorted(noise.values())[(len(noise) - 1) * 9 // 10] if noise else 0.0
+        if usual > MAX_NOISE and len(self._open) < MAX_WINDOW_STEPS:
+            return None
         steps, self._open = self._open, []
-        return self._rate(steps)
+        return self._rate(steps, noise, usual)
 
-    def _rate(self, steps: Sequence[tuple[float, Mapping[Worker, Account]]]) -> Window:
+    @staticmethod
+    def _rates_of(steps: Sequence[tuple[float, Mapping[Worker, Account]]]) -> dict[Worker, list[float]]:
+        """Seconds for an average virtual worker in every step that a worker was seen at work in."""
+        found: dict[Worker, list[float]] = {}
+        for _, accounts in steps:
+            for worker, a in accounts.items():
+                if a.cost > 0 and a.busy > 0:
+                    found.setdefault(worker, []).append((a.busy + a.data) / (a.cost * a.share))
+        return found
+
+    def _rate(
+        self, steps: Sequence[tuple[float, Mapping[Worker, Account]]], noise: Mapping[Worker, float], usual: float
+    ) -> Window:
         step_seconds = median(seconds for seconds, _ in steps)
-        rates: dict[Worker, float] = {}
+        rates = {worker: median(each) for worker, each in self._rates_of(steps).items()}
         device_rates: dict[Worker, float] = {}
-        for worker in steps[0][1]:
-            accounts = [accounts[worker] for _, accounts in steps]
-            worked = [a for a in accounts if a.cost > 0 and a.busy > 0]
-            if worked:
-                rates[worker] = median((a.busy + a.data) / (a.cost * a.share) for a in worked)
-                device_rates[worker] = median(a.busy / (a.cost * a.share) for a in worked)
-                self._best[worker] = min(rates[worker], self._best.get(worker, rates[worker]))
+        for worker, rate in rates.items():
+            worked = [accounts[worker] for _, accounts in steps]
+            device_rates[worker] = median(a.busy / (a.cost * a.share) for a in worked if a.cost > 0 and a.busy > 0)
+            self._best[worker] = min(rate, self._best.get(worker, rate))
         self._best = {worker: best for worker, best in self._best.items() if worker in steps[0][1]}
         best_rate, best_device = fastest(rates.values()), fastest(device_rates.values())
         ratings = {}
@@ -136,6 +168,7 @@ class Windows:
             ratings[worker] = Rating(
                 node=last.node,
                 stage=last.stage,
+                noise=noise[worker],
                 rate=rate,
                 device_rate=device_rates[worker],
                 speed=min(1.0, best_rate / rate),
@@ -152,6 +185,7 @@ class Windows:
         return Window(
             steps=len(steps),
             step_seconds=step_seconds,
+            noise=usual,
             workers=ratings,
             data_skew=skew([rating.cost for rating in ratings.values()]),
             token_skew=skew([float(each) for each in tokens]),
@@ -225,8 +259,10 @@ def suspects(window: Window) -> tuple[dict[tuple[str, Worker], Finding], set[tup
     starved = median(rating.data_share for rating in ratings.values()) if ratings else 0.0
     slow_devices = []
     for worker, rating in ratings.items():
-        by_device = rating.device_speed < SLOW
-        if rating.speed < SLOW and not by_device:
+        # Speeds compare two uncertain numbers; who is named is slow even if both are off by twice their error.
+        doubt = 1 + 2 * (rating.noise**2 + window.noise**2) ** 0.5
+        by_device = rating.device_speed * doubt < SLOW
+        if rating.speed * doubt < SLOW and not by_device:
             found["slow input", worker] = Finding(
                 "slow input", (worker,), rating.speed,
                 f"works at {rating.speed:.2f} of the fastest's speed, {rating.data_share:.0%} of a step for input",

@@ -122,7 +122,6 @@ def generation_record(generation: Generation, origin: Origin, num_idle: int, ste
     described: dict[str, Any] = dict(layout.describe())
     if layout.pipeline > 1:
         described["stages"] = [[start, stop] for start, stop in layout.parts]
-    described["dealt"] = [len(held) for held in layout.assignment]
     fields: dict[str, Any] = {
         "generation": generation.number,
         "start_step": generation.committed,
@@ -132,6 +131,7 @@ def generation_record(generation: Generation, origin: Origin, num_idle: int, ste
             for m in generation.members
         ],
         "layout": described,
+        "dealt": [len(held) for held in layout.assignment],
         "restore": generation.restore,
         "source": origin.kind,
         "steps_lost": steps_lost,

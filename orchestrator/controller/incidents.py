@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.controller.protocol import Record
 from orchestrator.messages import StepReport, WorkerId
 
-VOLUNTARY = frozenset({"grow", "shrink", "drain"})
+VOLUNTARY = frozenset({"grow", "shrink", "drain", "rebalance", "evict"})
 """Incident kinds that are no failures: everyone leaves at a step boundary, by agreement."""
 
 

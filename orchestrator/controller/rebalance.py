@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from monitoring.skew import Account, Detector, Finding, Rating, Window, Windows
+from orchestrator.controller.incidents import VOLUNTARY
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import Action, Deal, Record
 from orchestrator.controller.views import RebalanceRules, WorkerView
@@ -21,12 +22,12 @@ from orchestrator.messages import Generation, StepReport, WorkerId
 from orchestrator.planning.balance import Assignment, best_deal, replica_seconds, seconds_of, stage_shares
 from strategies.layout import ParallelLayout
 
-MIN_CALIBRATED = 0.8
-"""Devices whose measured speeds, before they have trained, are within this share of each other count as equal."""
+CALIBRATION_ERROR = 0.25
+"""Devices whose speeds differ by no more than this share, before they have trained, count as equal."""
+CERTAINTY = 3.0
+"""How many times its own uncertainty a predicted gain must be."""
 MOVE_STATE_S = 1.0
 """What a change of stages is taken to cost while none was measured, in seconds."""
-_BY_PLAN = ("grow", "shrink", "rebalance", "evict")
-"""Kinds of changes that nothing had to be found out for."""
 WORTH = 3.0
 """How many times over a change must win back what it costs, in the steps that are left."""
 MAX_PATIENCE = 64
@@ -35,14 +36,15 @@ MAX_PATIENCE = 64
 
 @dataclass
 class _Change:
-    """What was changed, until its gain is measured."""
+    """What was changed, from `before` to `after`, until its gain is measured in the windows that follow."""
 
     what: str
     number: int
-    parts: tuple[tuple[int, int], ...]
+    before: ParallelLayout
+    after: ParallelLayout
     predicted_gain: float
     before_s: float
-    after_s: list[float] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,9 @@ class Rebalancer:
             return None
         both = sorted(rate / seconds for rate, seconds in zip(measured, tried, strict=True) if rate is not None)
         scale = both[len(both) // 2] if both else 1.0
-        fastest = min(tried)
-        alike = [fastest if fastest / seconds >= MIN_CALIBRATED else seconds for seconds in tried]
+        tried = alike(tried, CALIBRATION_ERROR)
         return [
-            seconds * scale if rate is None else rate for rate, seconds in zip(measured, alike, strict=True)
+            seconds * scale if rate is None else rate for rate, seconds in zip(measured, tried, strict=True)
         ]  # fmt: skip
 
     def deal(self, layout: ParallelLayout, views: Sequence[WorkerView]) -> ParallelLayout:
@@ -127,13 +128,14 @@ class Rebalancer:
         self._generation, self._deal, self._deals = generation.number, 0, {}
         self._windows.restart()
         self._last = None
-        if self._change is not None and (self._change.what, self._change.parts) != ("stages", generation.layout.parts):
+        change = self._change
+        if change is not None and (change.what, change.after.parts) != ("stages", generation.layout.parts):
             self._change = None
 
     def learn(self, actions: Sequence[Action]) -> None:
         """What it costs to change to another generation is known once that was done."""
         for action in actions:
-            if isinstance(action, Record) and action.kind == "recovery" and action.fields["kind"] in _BY_PLAN:
+            if isinstance(action, Record) and action.kind == "recovery" and action.fields["kind"] in VOLUNTARY:
                 self._move_s = action.fields["stall_seconds"]
 
     # ------------------------------------------------------------------------------------ while a generation trains
@@ -189,7 +191,7 @@ class Rebalancer:
         news = self.findings.look(window)
         actions: list[Action] = [Record("skew_found", _described(finding)) for finding in news.opened]
         actions += [Record("skew_over", _described(finding)) for finding in news.closed]
-        actions += self._measure(window, report)
+        actions += self._measure(window, report, members)
         evict, pardon = self._look_for_hopeless(window, report.committed_at)
         actions += [Record("eviction", self._reasons(worker, window, report.committed_at)) for worker in evict]
         for worker in pardon:
@@ -219,19 +221,17 @@ class Rebalancer:
         if not all(both):
             return None
         mean = [(first + second) / 2 for first, second in zip(*both, strict=True)]
+        mean = alike(mean, 2 * max(before.noise, window.noise))
         found = self._best(layout, members, shares, mean, window.step_seconds, steps_left)
         if found is None:
             return None
-        costs = self._layouts.costs(members)
+        held = replace(layout, assignment=self.assignment)
         for rates in both:
-            now = seconds_of(layout, self.assignment, replica_seconds(layout, rates, shares))
-            then = seconds_of(
-                found.layout,
-                found.layout.assignment,
-                replica_seconds(found.layout, rates, stage_shares(found.layout, costs)),
-            )
-            if now - then < self.rules.min_gain * window.step_seconds:
+            saved_s = self._work_s(held, rates, members) - self._work_s(found.layout, rates, members)
+            if saved_s < self.rules.min_gain * window.step_seconds:
                 return None
+        if found.now_s - found.then_s < CERTAINTY * max(before.noise, window.noise) * found.now_s:
+            return None
         return found
 
     def _best(
@@ -271,7 +271,8 @@ class Rebalancer:
     ) -> list[Action]:
         self._number += 1
         predicted = (found.now_s - found.then_s) / window.step_seconds
-        self._change = _Change(found.what, self._number, found.layout.parts, predicted, window.step_seconds)
+        before = replace(generation.layout, assignment=self.assignment)
+        self._change = _Change(found.what, self._number, before, found.layout, predicted, window.step_seconds)
         fields = {
             "change": found.what,
             "deal": self._number,
@@ -290,26 +291,38 @@ class Rebalancer:
         order = Deal(workers, report.generation, self._number, found.layout.assignment)
         return [Record("rebalance", fields), order]
 
-    def _measure(self, window: Window, report: StepReport) -> list[Action]:
-        """Two windows after a change it is seen what it brought. One that brought little, or nothing, is no reason to
-        try the next one soon."""
+    def _measure(self, window: Window, report: StepReport, members: Sequence[WorkerView]) -> list[Action]:
+        """Two windows after a change it is seen what it brought. One that brought little is no reason to try the next
+        one soon; that is judged by what the work would take now had nothing been changed, as speeds may have changed
+        since."""
         change = self._change
         if change is None or (change.what == "deal" and self._deal != change.number):
             return []
-        change.after_s.append(window.step_seconds)
-        if len(change.after_s) < 2:
+        change.windows.append(window)
+        if len(change.windows) < 2:
             return []
-        measured = 1 - sum(change.after_s) / len(change.after_s) / change.before_s
         self._change = None
-        self._patience = 1 if measured >= change.predicted_gain / 2 else min(MAX_PATIENCE, 2 * self._patience)
+        after_s = sum(each.step_seconds for each in change.windows) / len(change.windows)
+        rates = [_rates_of(each, members) for each in change.windows]
+        saved = 0.0
+        if all(rates):
+            mean = [sum(each) / len(each) for each in zip(*rates, strict=True)]
+            saved = (self._work_s(change.before, mean, members) - self._work_s(change.after, mean, members)) / after_s
+        self._patience = 1 if saved >= change.predicted_gain / 2 else min(MAX_PATIENCE, 2 * self._patience)
         self._rest = self._patience
         return [
             Record(
                 "rebalance_measured",
                 {"change": change.what, "deal": change.number, "step": report.step,
-                 "predicted_gain": round(change.predicted_gain, 4), "measured_gain": round(measured, 4)},
+                 "predicted_gain": round(change.predicted_gain, 4), "work_gain": round(saved, 4),
+                 "measured_gain": round(1 - after_s / change.before_s, 4)},
             )
         ]  # fmt: skip
+
+    def _work_s(self, layout: ParallelLayout, rates: Sequence[float], members: Sequence[WorkerView]) -> float:
+        """Seconds of work in a step of a layout, with ranks of these rates."""
+        shares = stage_shares(layout, self._layouts.costs(members))
+        return seconds_of(layout, layout.assignment, replica_seconds(layout, rates, shares))
 
     # ------------------------------------------------------------------------------------ those that stay behind
 
@@ -338,6 +351,24 @@ class Rebalancer:
             "own_speed": round(rating.own_speed, 3),
             "seconds": round(now - self._slow_since[worker], 1),
         }
+
+
+def alike(rates: Sequence[float], tolerance: float) -> list[float]:
+    """Rates that differ by no more than a share of the lowest of them count as equal, to their mean: what is dealt is
+    not to follow chance.
+
+    >>> alike([1.0, 2.0, 1.1, 2.1], 0.1)
+    [1.05, 2.05, 1.05, 2.05]
+    """
+    ordered = sorted(range(len(rates)), key=lambda rank: rates[rank])
+    groups: list[list[int]] = []
+    for rank in ordered:
+        if groups and rates[rank] <= rates[groups[-1][0]] * (1 + tolerance + 1e-9):
+            groups[-1].append(rank)
+        else:
+            groups.append([rank])
+    means = {rank: sum(rates[other] for other in group) / len(group) for group in groups for rank in group}
+    return [means[rank] for rank in range(len(rates))]
 
 
 def _rates_of(window: Window, members: Sequence[WorkerView]) -> list[float]:

@@ -22,6 +22,7 @@ from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Action,
     CommitCheckpoint,
+    Deal,
     Died,
     DiscardCheckpoint,
     Event,
@@ -67,6 +68,7 @@ from orchestrator.messages import (
 )
 from strategies.layout import ParallelLayout
 from strategies.statemap import Span, Spans, subtract, union, whole
+from strategies.timing import RankTimes
 
 TICK_S = 0.25
 HEARTBEAT_S = 0.5
@@ -116,6 +118,8 @@ class Room:
             self.trained = [world.whole, *generation.held[1:]]
         world.check_layout(generation)
         self.computing: defaultdict[int, set[WorkerId]] = defaultdict(set)
+        self.newest: defaultdict[int, set[int]] = defaultdict(set)
+        self.accounts: defaultdict[int, dict[WorkerId, RankTimes]] = defaultdict(dict)
         self.members = [world.workers[member.worker] for member in generation.members]
         self.arrived: set[WorkerId] = set()
         self.broken = False
@@ -168,11 +172,22 @@ class Room:
     def reduce(self, worker: Worker, step: int) -> None:
         self.computed[step].add(worker.id)
         if len(self.computed[step]) == len(self.members):
+            layout = self.generation.layout
+            for stage in range(layout.pipeline):
+                held = [self.members[layout.rank_of(replica, stage)].held_work(self) for replica in range(layout.data)]
+                dealt = sorted(index for each in held for index in each)
+                assert dealt == list(range(layout.virtual_workers)), f"step {step} is computed by {held}"
             for member in self.members:
                 self.world.after(self.world.jitter(), lambda member=member: member.gathered(self, step))
 
     def vote(self, worker: Worker, step: int) -> None:
         self.prepared[step].add(worker.id)
+        self.newest[step].add(worker.offered[0])
+        worker.voted_deal = worker.offered
+        self.accounts[step][worker.id] = RankTimes(
+            (worker.busy_s / max(1, len(worker.held_work(self))),) * len(worker.held_work(self)),
+            0.0, 0.0, 0.0, float(len(worker.held_work(self))), 10, 0,
+        )  # fmt: skip
         if worker.pause_wanted >= self.generation.number:
             self.pausing.add(step)
         if worker.save_wanted:
@@ -216,10 +231,20 @@ class Worker:
         self.save_wanted = self.writing = False
         self.last_part: PartSaved | None = None
         self.will_raise = self.will_deadlock = self.mute = False
+        self.slowness = 1.0
+        self.busy_s = 0.0
+        self.deal: tuple[int, tuple[tuple[int, ...], ...]] = (0, ())
+        self.offered = self.voted_deal = self.deal
 
     @property
     def running(self) -> bool:
         return self.alive and not self.hung
+
+    def held_work(self, room: Room) -> tuple[int, ...]:
+        """Its virtual workers by the deal in force."""
+        layout = room.generation.layout
+        place = layout.place(room.generation.rank_of(self.id) or 0)
+        return () if place is None else (self.deal[1] or layout.assignment)[place.data]
 
     @property
     def in_collective(self) -> bool:
@@ -262,6 +287,14 @@ class Worker:
             case Pause(generation=number):
                 self.epoch = epoch
                 self.pause_wanted = max(self.pause_wanted, number)
+            case Deal(generation=number):
+                self.epoch = epoch
+                if (
+                    self.generation is not None
+                    and self.generation.number == number
+                    and command.number > self.offered[0]
+                ):
+                    self.offered = (command.number, command.assignment)
             case RequestSave(generation=number):
                 self.epoch = epoch
                 if self.generation is not None and self.generation.number == number:
@@ -286,11 +319,14 @@ class Worker:
         self.epoch = epoch
         return Status(
             self.ready(), self.generation, self.left, self.committed, self.held, self.prepared, self.joined, epoch,
-            tuple(self.reports), self.last_part,
+            tuple(self.reports), self.last_part, self.offered[1],
         )  # fmt: skip
 
     def ready(self) -> Ready:
-        return Ready(self.id, self.node.name, 1000 + self.id.slot, "host", 1, "initial", ELEMENTS, costs=MODEL)
+        return Ready(
+            self.id, self.node.name, 1000 + self.id.slot, "host", 1, "initial", ELEMENTS, costs=MODEL,
+            unit_seconds=self.world.calibrate(self),
+        )  # fmt: skip
 
     def finalize(self) -> None:
         if not self.running or self.mute:
@@ -305,6 +341,7 @@ class Worker:
             return
         generation = self.queued.pop(0)
         self.generation, self.left, self.joined = generation, None, False
+        self.deal = self.offered = self.voted_deal = (0, ())
         self.room = room = self.world.room(generation)
         self.phase = "form"
         rank = generation.rank_of(self.id)
@@ -337,16 +374,30 @@ class Worker:
         if self.committed >= self.world.config.total_steps:
             self.leave("complete")
             return
-        self.phase = "compute"
+        self.phase, self.begun_at = "compute", self.world.now
         if self.will_deadlock:
             self.world.note_failure(self)
         else:
             done = self.computed
             if room.together:
                 step = self.committed
-                self.world.after(self.world.compute_s(self), lambda: room.compute(self, step))
+                self.world.after(self.compute_s(room), lambda: room.compute(self, step))
             else:
-                self.world.after(self.world.compute_s(self), lambda: done(room))
+                self.world.after(self.compute_s(room), lambda: done(room))
+
+    def compute_s(self, room: Room) -> float:
+        """As long as its work takes, at its speed; a share of the model takes a share of the time."""
+        layout, noise = room.generation.layout, self.world.noise
+        share = len(self.held_work(room)) * layout.data / layout.virtual_workers
+        stage = 1.0
+        place = layout.place(room.generation.rank_of(self.id) or 0)
+        if layout.parts and place is not None:
+            flops = [block.flops_per_token for block in MODEL.blocks]
+            parts = layout.blocks_of(place.stage) or ()
+            stage = layout.pipeline * sum(sum(flops[start:stop]) for start, stop in parts) / sum(flops)
+        swing = self.world.random.uniform(1 - noise, 1 + noise)
+        self.busy_s = self.world.step_s * share * stage * self.slowness * swing
+        return self.busy_s
 
     def computed(self, room: Room) -> None:
         if self.room is not room or not self.running or self.will_deadlock:
@@ -376,10 +427,17 @@ class Worker:
             return
         self.committed, self.prepared = self.committed + 1, False
         world = self.world
-        number = room.generation.number
+        number, first = room.generation.number, room.members[0] is self
+        ranks = tuple(room.accounts[step][member.id] for member in room.members) if first else ()
+        took = world.now - self.begun_at
         self.reports.append(
-            StepReport(step, number, 1.0, float(step), 0.1, 10, f"samples-{step}", False, world.now, world.step_s)
-        )
+            StepReport(
+                step, number, 1.0, float(step), 0.1, 10, f"samples-{step}", False, world.now, took,
+                ranks=ranks, deal=self.deal[0],
+            )
+        )  # fmt: skip
+        if room.newest[step] == {self.voted_deal[0]} and self.voted_deal[0] > self.deal[0]:
+            self.deal = self.voted_deal
         self.save_if_due(room, step)
         if step in room.pausing:
             self.leave("pause")
@@ -491,6 +549,9 @@ class World:
     checkpoint_every: int = 0
     copies: int = 2
     step_s: float = 0.5
+    noise: float = 0.2
+    """Step times are uniform within this share of their mean."""
+    calibrate: Callable[[Worker], float] = lambda worker: 0.0
     transfer_s: float = 0.1
     start_s: tuple[float, float] = (0.5, 2.0)
     slow_news: float = 0.0
@@ -522,7 +583,7 @@ class World:
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self._rooms: dict[tuple[int, int], Room] = {}
-        self._pending: list[WorkerId] = []
+        self._pending: list[RequestWorker] = []
         self._watched: set[WorkerId] = set()
         self._channel_free: defaultdict[WorkerId, float] = defaultdict(float)
         self.controller: Controller | None = None
@@ -552,9 +613,6 @@ class World:
         if self.random.random() < self.slow_news:
             return self.random.uniform(0.1, 0.8)
         return 0.005
-
-    def compute_s(self, worker: Worker) -> float:
-        return self.step_s * self.random.uniform(0.8, 1.2)
 
     # -------------------------------------------------------------------------------- the controller
 
@@ -665,7 +723,7 @@ class World:
                 if not self._may_send():
                     return
                 self._watched.add(worker)
-                self._pending.append(worker)
+                self._pending.append(action)
                 self.after(self.jitter(), self.place)
             case ReleaseWorker(worker) | KillWorker(worker):
                 if isinstance(action, ReleaseWorker):
@@ -675,8 +733,8 @@ class World:
                 if not self._may_send():
                     return
                 self.dealt_with.add(worker)
-                if worker in self._pending:
-                    self._pending.remove(worker)
+                if any(request.worker == worker for request in self._pending):
+                    self._pending = [request for request in self._pending if request.worker != worker]
                 elif worker in self.workers:
                     process = self.workers[worker]
                     slow = isinstance(action, ReleaseWorker) and process.hung
@@ -688,7 +746,10 @@ class World:
                     self._disturb_the_end(tuple(member.worker for member in generation.members))
                 for member in generation.members:
                     self._send(member.worker, action)
-            case Interrupt(workers) | Pause(workers) | Finalize(workers) | RequestSave(workers) | SaveState(workers):
+            case (
+                Interrupt(workers) | Pause(workers) | Deal(workers) | Finalize(workers) | RequestSave(workers)
+                | SaveState(workers)
+            ):  # fmt: skip
                 if isinstance(action, Finalize) and self.random.random() < self.cruel_end:
                     self._disturb_the_end(workers)
                 for worker in workers:
@@ -763,15 +824,18 @@ class World:
         """Gives waiting workers whatever room there is. A unit is placed as one, and keeps its place while any of its
         workers lives."""
         tensor = self.config.tensor
-        for worker in list(self._pending):
+        for request in list(self._pending):
+            worker = request.worker
             unit = worker.slot // tensor
             node = self._unit_nodes().get(unit)
             if node is None:
-                node = next((node for node in self.nodes if self._has_room(node)), None)
+                free = [node for node in self.nodes if self._has_room(node)]
+                elsewhere = [node for node in free if node.name not in request.avoid]
+                node = next(iter(elsewhere if elsewhere or request.must_avoid else free), None)
             elif sum(1 for w in self.workers.values() if w.alive and w.id.slot // tensor == unit) >= tensor:
                 continue
             if node is not None and not node.gone:
-                self._pending.remove(worker)
+                self._pending.remove(request)
                 self._start(worker, node)
 
     def _unit_nodes(self) -> dict[int, Node]:

@@ -15,7 +15,7 @@ from layouts_in_tests import MODEL, layouts
 from simulation import Node, World
 
 from orchestrator.controller.incidents import VOLUNTARY
-from orchestrator.controller.views import ControllerConfig, is_replicated
+from orchestrator.controller.views import ControllerConfig, RebalanceRules, is_replicated
 from orchestrator.messages import Generation
 
 NUM_HISTORIES = int(os.environ.get("CONTROLLER_HISTORIES", "2000"))
@@ -43,6 +43,7 @@ def make_world(seed: int) -> World:
         start_timeout_s=20.0,
         finalize_timeout_s=5.0,
         max_failures_per_step=4,
+        rebalance=RebalanceRules(enabled=random.random() < 0.8, evict_after_s=random.choice([3.0, 60.0])),
     )
     places = most + world.config.standby + random.choice([-2, 0, 0, 1, 2])
     while places > 0:
@@ -77,8 +78,8 @@ def disturb(world: World) -> None:
     nodes = [node for node in world.nodes if not node.gone and not node.draining]
     kind = random.choices(
         ["kill", "kill two", "kill any", "hang", "deadlock", "raise", "node", "drain", "resize", "controller",
-         "half-said", "add node", "spoil checkpoint", "hang any", "sleep"],
-        [6, 2, 2, 3, 3, 3, 2, 3, 3, 3, 3, 2, 2, 1, 1],
+         "half-said", "add node", "spoil checkpoint", "hang any", "sleep", "slow"],
+        [6, 2, 2, 3, 3, 3, 2, 3, 3, 3, 3, 2, 2, 1, 1, 4],
     )[0]  # fmt: skip
     if world.trace is not None:
         world.trace(f"{world.now:8.3f} *** {kind}")
@@ -100,6 +101,10 @@ def disturb(world: World) -> None:
         random.choice(members).will_deadlock = True
     elif kind == "raise" and members:
         random.choice(members).will_raise = True
+    elif kind == "slow" and members:
+        slowed, slowness = random.choice(members), random.choice([1.5, 2.5, 4.0])
+        slowed.slowness = slowness
+        world.after(random.uniform(2.0, 30.0), lambda: setattr(slowed, "slowness", 1.0))
     elif kind == "node" and nodes:
         world.lose_node(random.choice(nodes))
     elif kind == "drain" and nodes:
@@ -130,7 +135,8 @@ def live(world: World) -> None:
         assert controller.generation is not None
         best = world.config.chooser.choose(controller.target, MODEL, 0, controller.generation.layout)
         assert best is not None
-        assert len(controller.generation.members) == best.num_placed, (
+        # It may have more than that, from a layout that is predicted to be as fast.
+        assert best.num_placed <= len(controller.generation.members) <= controller.target, (
             f"{len(controller.generation.members)} members, {controller.target} wanted, all quiet for 75 s"
         )
     world.run(TIME_LIMIT_S)
