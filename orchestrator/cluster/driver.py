@@ -141,7 +141,9 @@ def _prepare(job: Job) -> TokenStore:
         source=data.source,
         format=data.format,
         field=data.field,
+        document=data.document,
         tokenizer=data.tokenizer,
+        mirrors=data.mirrors,
         cache=data.cache,
         run_tasks=_run_on_ray if total >= _PARALLEL_BYTES else None,
     )

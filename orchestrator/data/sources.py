@@ -11,9 +11,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
-
-import xxhash
+from typing import Any
 
 STANDARD_LIBRARY = "python-stdlib"
 
@@ -29,18 +27,6 @@ _SUFFIXES = {
 # to build.
 _STDLIB_SKIPPED = frozenset(["site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"])
 _STDLIB_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
-# What object stores and web servers report that changes whenever the content does. Times do not qualify.
-_REMOTE_VALIDATORS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "crc32c",
-    "Content-MD5",
-    "content_md5",
-    "Digest",
-    "generation",
-)
-_CHUNK_BYTES = 1 << 20
 
 
 class DataError(ValueError):
@@ -92,39 +78,6 @@ def resolve_files(source: str | list[str], format: str | None = None) -> list[So
             )
         urls.add(file.url)
     return files
-
-
-def fingerprint(file: SourceFile) -> str:
-    """A string that changes when the file's content does.
-
-    The XXH3-128 digest of the content, or, for a remote file, the validator its storage reports (an ETag, a
-    checksum) where there is one, so that terabytes need not be read to find that they are unchanged.
-
-    Raises DataError naming the file when it cannot be read.
-    """
-    try:
-        if "://" in file.url:
-            filesystem, path = _filesystem(file.url)
-            info = filesystem.info(path)
-            validators = [f"{key}={info[key]}" for key in _REMOTE_VALIDATORS if info.get(key)]
-            if validators:
-                return ";".join(validators)
-        digest = xxhash.xxh3_128()
-        with open_file(file) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        return f"xxh3:{digest.hexdigest()}"
-    except OSError as error:
-        raise DataError(f"{file.url}: cannot be read: {error}") from error
-
-
-def open_file(file: SourceFile) -> BinaryIO:
-    """The file opened for reading. Raises OSError, or DataError when its file system is not installed."""
-    if "://" not in file.url:
-        return open(file.url, "rb")
-    filesystem, path = _filesystem(file.url)
-    stream: BinaryIO = filesystem.open(path, "rb")
-    return stream
 
 
 def _find(source: str, format: str | None) -> list[tuple[str, str, int]]:
@@ -190,7 +143,7 @@ def _standard_library() -> list[tuple[str, str, int]]:
 
 
 def _find_remote(url: str) -> list[tuple[str, str, int]]:
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     is_web = url.startswith(("http://", "https://"))  # where ? belongs to the query
     magic = "*" in path or (not is_web and glob.has_magic(path))
     try:
@@ -210,7 +163,8 @@ def _find_remote(url: str) -> list[tuple[str, str, int]]:
     return [(name, filesystem.unstrip_protocol(p), -1 if size is None else int(size)) for name, p, size in named]
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Raises DataError when its driver is not installed."""
     import fsspec
 
     try:
