@@ -8,6 +8,7 @@ cluster or the job file, and importing it costs numpy and xxhash only.
 from orchestrator.data.formats import documents
 from orchestrator.data.ledger import AuditReport, audit, data_digest, step_hash, virtual_worker_hash
 from orchestrator.data.read_ahead import ReadAhead
+from orchestrator.data.reading import Library
 from orchestrator.data.sampler import Sampler, permute
 from orchestrator.data.sources import DataError, SourceFile, resolve_files
 from orchestrator.data.store import TokenStore, open_store, prepare
@@ -16,6 +17,7 @@ from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 __all__ = [
     "AuditReport",
     "DataError",
+    "Library",
     "ReadAhead",
     "Sampler",
     "SourceFile",

@@ -15,18 +15,9 @@ from typing import Any
 
 import xxhash
 
-from orchestrator.data.places import (
-    Begun,
-    Changed,
-    Patience,
-    Place,
-    Ranges,
-    RemotePlace,
-    Unreadable,
-    persist,
-    place_at,
-)
-from orchestrator.data.sources import DataError, SourceFile
+from orchestrator.data.places import Changed, Patience, Place, RemotePlace, persist, place_at
+from orchestrator.data.ranges import Begun, Ranges, Unreadable
+from orchestrator.data.sources import DataError, SourceFile, resolve_files
 
 RANGE_BYTES = 4 << 20
 """Files are read, and known again, by ranges of this size."""
@@ -63,9 +54,25 @@ class Library:
     """
 
     def __init__(self, mirrors: Sequence[str] = (), patience: Patience | None = None) -> None:
-        self.mirrors = tuple(mirrors)
+        plain = [mirror.removeprefix("file://") for mirror in mirrors]
+        # Whoever is given a library's mirrors may be in another working directory.
+        self.mirrors = tuple(one if "://" in one else os.path.abspath(os.path.expanduser(one)) for one in plain)
         self.patience = patience or Patience()
         self._first = 0
+
+    def files(self, source: str | list[str], format: str | None) -> list[SourceFile]:
+        """The files of a source (see `resolve_files`), also of those named outright that only a mirror has."""
+        return resolve_files(source, format, self._size_in_a_mirror)
+
+    def _size_in_a_mirror(self, name: str) -> int | None:
+        for mirror in self.mirrors:
+            place = place_at(join(mirror, name))
+            try:
+                size_bytes = persist(self.patience, place.reopen, place.size)
+            except Exception:  # every storage library has its own errors; the source's own is told
+                continue
+            return -1 if size_bytes is None else size_bytes
+        return None
 
     def examine(self, file: SourceFile) -> Content:
         """What a file holds now.

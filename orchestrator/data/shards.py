@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, BrokenStoreError, Manifest, ShardEntry
-from orchestrator.data.places import Descriptor, LocalPlace, Patience, Ranges, Unreadable, persist, place_at
+from orchestrator.data.places import Descriptor, LocalPlace, Patience, persist, place_at
+from orchestrator.data.ranges import Ranges, Unreadable
 from orchestrator.data.reading import join
 from orchestrator.data.sources import DataError
 

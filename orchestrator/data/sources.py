@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +48,18 @@ class SourceFile:
     format: str
 
 
-def resolve_files(source: str | list[str], format: str | None = None) -> list[SourceFile]:
+def resolve_files(
+    source: str | list[str],
+    format: str | None = None,
+    size_elsewhere: Callable[[str], int | None] = lambda name: None,
+) -> list[SourceFile]:
     """The files of a source in their order.
 
     source: `python-stdlib`, or a path, directory (all its files, hidden ones aside), glob (`**` allowed) or
     fsspec URL, or a list of those, kept in the list's order. format: text, jsonl or parquet for every file,
-    or None to infer it from each file's suffix.
+    or None to infer it from each file's suffix. size_elsewhere: the size in bytes (-1: not known) of a file of
+    some name (as in SourceFile) in another place, or None; asked for a file that the source names outright and
+    that is not there. What a directory or pattern holds is never told by another place: it may hold more, or less.
 
     Raises DataError when nothing is found, a file is empty or listed twice, or its format is unknown.
     """
@@ -67,7 +73,12 @@ def resolve_files(source: str | list[str], format: str | None = None) -> list[So
         # With several sources the place in the list leads the name: it keeps names unique and the user's
         # order.
         prefix = f"{position:04d}/" if len(sources) > 1 else ""
-        found = sorted(_find(one, format))
+        try:
+            found = sorted(_find(one, format))
+        except DataError:
+            found = _named_outright(one, prefix, format, size_elsewhere)
+            if not found:
+                raise
         files += [_source_file(prefix + name, url, size, format) for name, url, size in found]
     urls: set[str] = set()
     for file in files:
@@ -92,6 +103,19 @@ def _find(source: str, format: str | None) -> list[tuple[str, str, int]]:
     if not found:
         raise DataError(f"data.source: nothing found at {source!r} (working directory {os.getcwd()}); check the path")
     return found
+
+
+def _named_outright(
+    source: str, prefix: str, format: str | None, size_elsewhere: Callable[[str], int | None]
+) -> list[tuple[str, str, int]]:
+    """What `_find` would have found of a file that is in another place only."""
+    source = source.removeprefix("file://")
+    name = source.rsplit("/", 1)[-1]
+    if glob.has_magic(source) or (format is None and os.path.splitext(name)[1].lower() not in _SUFFIXES):
+        return []
+    size_bytes = size_elsewhere(prefix + name)
+    url = source if "://" in source else os.path.abspath(os.path.expanduser(source))
+    return [] if size_bytes is None else [(name, url, size_bytes)]
 
 
 def _find_local(source: str) -> list[tuple[str, str, int]]:

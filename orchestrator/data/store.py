@@ -21,7 +21,7 @@ from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError
 from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library, join
 from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest
-from orchestrator.data.sources import DataError, SourceFile, resolve_files
+from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import BYTES, load_tokenizer
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class TokenStore:
 def open_store(directory: Path, digest: str, mirrors: Sequence[str] = ()) -> TokenStore | None:
     """The store of that digest in that directory, or else in one of the mirrors (directories or URLs with stores under
     the same names); None when it is in none of them (or torn, or another)."""
-    copies = [str(directory), *_copies(mirrors, directory.name)]
+    copies = [str(directory), *(join(mirror, directory.name) for mirror in Library(mirrors).mirrors)]
     for location in copies:
         try:
             store = TokenStore(location, mirrors=[other for other in copies if other != location])
@@ -155,16 +155,6 @@ def open_store(directory: Path, digest: str, mirrors: Sequence[str] = ()) -> Tok
         if store.digest == digest:
             return store
     return None
-
-
-def _copies(mirrors: Sequence[str], name: str) -> list[str]:
-    """Where mirrors have a store. Relative paths start at the current working directory."""
-    return [join(mirror, name) for mirror in _absolute(mirrors)]
-
-
-def _absolute(mirrors: Sequence[str]) -> list[str]:
-    plain = [mirror.removeprefix("file://") for mirror in mirrors]
-    return [one if "://" in one else os.path.abspath(os.path.expanduser(one)) for one in plain]
 
 
 def prepare(
@@ -197,19 +187,19 @@ def prepare(
     Raises DataError when the source or tokenizer cannot be used, the cache cannot be written, the source
     changes meanwhile, or the digest is not the expected one.
     """
-    files = resolve_files(source, format)
+    library = Library(mirrors, patience)
+    files = library.files(source, format)
     for file in files:
         document_of(file, document)
-    # Tasks may run in another working directory, so what they are given must not depend on it.
-    library = Library(_absolute(mirrors), patience)
     contents = [library.examine(file) for file in files]
     loaded = load_tokenizer(tokenizer)
+    # Tasks may run in another working directory, so what they are given must not depend on it.
     directory = default_cache() if cache is None else Path(cache).expanduser().absolute()
     if tokenizer != BYTES:
         tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
     key = _key(files, [content.fingerprint for content in contents], field, document, loaded.identity)
     target = directory / f"tokens-{key}"
-    copies = _copies(mirrors, target.name)
+    copies = [join(mirror, target.name) for mirror in library.mirrors]
     described = source if isinstance(source, str) else ", ".join(source)
 
     def open_store() -> TokenStore | None:

@@ -226,6 +226,30 @@ def test_the_error_names_every_place_and_what_went_wrong_there(tmp_path: Path) -
     assert text.endswith("make it readable, or name a place that holds the same files in data.mirrors")
 
 
+def test_a_file_that_only_a_mirror_has_is_found_when_it_is_named_outright(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"document": "line", "tokenizer": "bytes", "patience": Quick()}
+    for place in ("here", "mirror", "mirror/0001", "empty"):
+        (tmp_path / place).mkdir()
+    for name in ("here/big.txt", "here/other.txt", "mirror/big.txt", "mirror/0001/big.txt"):
+        (tmp_path / name).write_bytes(CONTENT)
+    here = str(tmp_path / "here" / "big.txt")
+    mirrors = [str(tmp_path / "empty"), str(tmp_path / "mirror")]
+    both = [str(tmp_path / "here" / "other.txt"), here]
+    sources: list[str | list[str]] = [here, both]
+    before = [prepare(source=source, cache=str(tmp_path / "cache"), **options) for source in sources]
+    os.unlink(here)
+    for source, expected in zip(sources, before, strict=True):
+        for cache in ("cache", "cache2"):
+            found = prepare(source=source, cache=str(tmp_path / cache), mirrors=mirrors, **options)
+            assert (found.digest, found.manifest.key) == (expected.digest, expected.manifest.key)
+    with pytest.raises(DataError, match="nothing found at"):
+        prepare(source=here, mirrors=mirrors[:1], **options)
+    with pytest.raises(DataError, match="nothing found at"):
+        prepare(source=str(tmp_path / "here" / "b*.txt"), mirrors=mirrors, **options)
+    with pytest.raises(DataError, match="nothing found at"):
+        prepare(source=str(tmp_path / "gone"), mirrors=mirrors, **options)
+
+
 def test_a_mirror_with_other_content_of_the_same_size_does_not_count(tmp_path: Path) -> None:
     other = CONTENT.replace(b"line 40", b"lime 40")
     Flaky.files |= {"a/big.txt": CONTENT, "b/big.txt": other, "c/big.txt": CONTENT}
