@@ -92,17 +92,38 @@ class Library:
                 whole.update(data)
                 ranges.append(xxhash.xxh3_64_digest(data))
                 size_bytes += len(data)
-        return Content(f"xxh3:{whole.hexdigest()}", size_bytes, b"".join(ranges))
+        content = Content(f"xxh3:{whole.hexdigest()}", size_bytes, b"".join(ranges))
+        if len(stream.used) > 1:
+            self._confirm_mixture(file, content, stream.used)
+        return content
 
-    def open(self, file: SourceFile, content: Content | None = None, stop: int | None = None) -> SourceReader:
+    def _confirm_mixture(self, file: SourceFile, content: Content, used: Sequence[str]) -> None:
+        """Raises DataError when the last of the places that a file came from does not have all that was read: the places
+        hold different files of one size, and a mixture of them is no file at all."""
+        try:
+            with self.open(file, content, only=used[-1]) as stream:
+                while stream.next_range():
+                    pass
+        except DataError as error:
+            raise DataError(
+                f"{file.url}: only a part of it could be read, and {used[-1]}, where the rest was read, does not have "
+                f"that part: {error}"
+            ) from error
+
+    def open(
+        self, file: SourceFile, content: Content | None = None, stop: int | None = None, only: str | None = None
+    ) -> SourceReader:
         """The file, for reading from any place that has it.
 
-        content: what it must hold; stop: the byte up to which it will be read, or a little further. Raises DataError,
-        as reading from it does, when no place gives it; it names all of them.
+        content: what it must hold; stop: the byte up to which it will be read, or a little further; only: the one place
+        that it may come from. Raises DataError, as reading from it does, when no place gives it; it names all of them.
         """
         size_bytes = file.size_bytes if content is None else content.size_bytes
         places: list[Place] = [place_at(file.url, has_size=file.size_bytes >= 0)]
         places += [place_at(join(mirror, file.name), has_size=size_bytes >= 0) for mirror in self.mirrors]
+        first = self._first
+        if only is not None:
+            places, first = [place for place in places if place.where == only], 0
 
         def identify(number: int) -> None:
             size = places[number].size() if size_bytes >= 0 else None
@@ -129,7 +150,7 @@ class Library:
             patience=self.patience,
             # A thread for each of thousands of small files would cost more than it could save.
             own_thread=size_bytes > RANGE_BYTES or any("://" in place.where for place in places),
-            first=self._first,
+            first=first,
         )
         return SourceReader(self, file, ranges, size_bytes, stop)
 
@@ -186,6 +207,8 @@ class SourceReader(io.RawIOBase):
         self._latest: int | None = None
         self._kept: dict[int, bytes] = {}
         self._begun: dict[int, Begun] = {}
+        self.used: list[str] = []
+        """The places that ranges came from, in the order of their first one."""
 
     def readable(self) -> bool:
         return True
@@ -257,6 +280,8 @@ class SourceReader(io.RawIOBase):
                 self._size = start + len(data)
             if self._ranges.current != first:
                 self._note_failure(first)
+            if (where := self._ranges.places[self._ranges.current].where) not in self.used:
+                self.used.append(where)
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[number] = data

@@ -264,6 +264,17 @@ def test_a_mirror_with_other_content_of_the_same_size_does_not_count(tmp_path: P
         _read(str(tmp_path), content=content)
 
 
+def test_a_mixture_of_two_files_of_one_size_is_no_file() -> None:
+    Flaky.files |= {"a/big.txt": CONTENT, "b/big.txt": CONTENT.replace(b"line 1", b"lime 1")}
+    (file,) = resolve_files("flaky://a/big.txt")
+    expected = Library().examine(file)
+    _fail(1000)
+    with pytest.raises(DataError, match=r"a/big\.txt: only a part of it could be read, and flaky://b/big\.txt, where"):
+        Library(["flaky://b"], Quick()).examine(file)
+    Flaky.files["b/big.txt"] = CONTENT
+    assert Library(["flaky://b"], Quick()).examine(file) == expected
+
+
 def test_validators_of_the_storage_are_compared() -> None:
     Flaky.files |= {"a/big.txt": CONTENT, "b/big.txt": CONTENT}
     Flaky.tags = {"a/big.txt": {"ETag": "1", "md5Hash": "x"}, "b/big.txt": {"ETag": "2", "md5Hash": "x"}}
