@@ -98,8 +98,8 @@ class Library:
         return content
 
     def _confirm_mixture(self, file: SourceFile, content: Content, used: Sequence[str]) -> None:
-        """Raises DataError when the last of the places that a file came from does not have all that was read: the places
-        hold different files of one size, and a mixture of them is no file at all."""
+        """Raises DataError when the last of the places that a file came from does not have all that was read: the
+        places hold different files of one size, and a mixture of them is no file at all."""
         try:
             with self.open(file, content, only=used[-1]) as stream:
                 while stream.next_range():
