@@ -23,7 +23,7 @@ from orchestrator.checkpoint.of_run import catalog_of, secret_of
 from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
-from orchestrator.data import TokenStore, prepare, resolve_files
+from orchestrator.data import Library, TokenStore, prepare
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -136,12 +136,14 @@ def _drive(
 
 def _prepare(job: Job) -> TokenStore:
     data = job.data
-    total = sum(max(0, file.size_bytes) for file in resolve_files(data.source, data.format))
+    total = sum(max(0, file.size_bytes) for file in Library(data.mirrors).files(data.source, data.format))
     store = prepare(
         source=data.source,
         format=data.format,
         field=data.field,
+        document=data.document,
         tokenizer=data.tokenizer,
+        mirrors=data.mirrors,
         cache=data.cache,
         run_tasks=_run_on_ray if total >= _PARALLEL_BYTES else None,
     )

@@ -79,12 +79,15 @@ class WorkerActor:
                 f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "
                 "checkpoints need one that every node mounts (--run-dir), or checkpoint.storage"
             )
-        # Where the driver's store can be seen (one machine, a shared disk) the sources need not be looked at again.
-        store = open_store(Path(self._spec["store"]), self._spec["store_digest"]) or prepare(
+        # Where the driver's store can be seen (one machine, a shared disk, a mirror) the sources need not be looked at
+        # again.
+        store = open_store(Path(self._spec["store"]), self._spec["store_digest"], job.data.mirrors) or prepare(
             source=job.data.source,
             format=job.data.format,
             field=job.data.field,
+            document=job.data.document,
             tokenizer=job.data.tokenizer,
+            mirrors=job.data.mirrors,
             cache=job.data.cache,
             expect=self._spec["store_digest"],
             verify=False,

@@ -7,6 +7,8 @@ cluster or the job file, and importing it costs numpy and xxhash only.
 
 from orchestrator.data.formats import documents
 from orchestrator.data.ledger import AuditReport, audit, data_digest, step_hash, virtual_worker_hash
+from orchestrator.data.read_ahead import ReadAhead
+from orchestrator.data.reading import Library
 from orchestrator.data.sampler import Sampler, permute
 from orchestrator.data.sources import DataError, SourceFile, resolve_files
 from orchestrator.data.store import TokenStore, open_store, prepare
@@ -15,6 +17,8 @@ from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 __all__ = [
     "AuditReport",
     "DataError",
+    "Library",
+    "ReadAhead",
     "Sampler",
     "SourceFile",
     "TokenStore",

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from orchestrator.data.formats import documents
-from orchestrator.data.manifest import MANIFEST_NAME, FileEntry, Manifest, ShardEntry
-from orchestrator.data.sources import DataError, SourceFile, fingerprint
+from orchestrator.data.cutting import cut
+from orchestrator.data.formats import Span, can_be_cut, documents, no_document, row_groups
+from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, FileEntry, Manifest, ShardEntry
+from orchestrator.data.places import Patience
+from orchestrator.data.reading import Content, Library
+from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 
 MAX_TASKS = 16
@@ -32,28 +35,36 @@ MAX_TASKS = 16
 # What renaming a directory onto something that is there already can answer.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _PUBLISH_ATTEMPTS = 10
+_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What one task must do: what all tasks share, and its own files. Plain data, so that it can travel."""
+    """What one task must do: what all tasks share, and its own files, or parts of them. Plain data, so that it can
+    travel."""
 
     directory: str
     shard: str
     dtype: str
     field: str | None
+    document: str | None
     tokenizer: str
     tokenizer_identity: str
     files: tuple[SourceFile, ...]
-    fingerprints: tuple[str, ...]
+    contents: tuple[Content, ...]
+    spans: tuple[Span, ...]
+    mirrors: tuple[str, ...]
+    patience: Patience
 
 
 def build_store(
     target: Path,
     key: str,
     files: Sequence[SourceFile],
-    fingerprints: Sequence[str],
+    contents: Sequence[Content],
     field: str | None,
+    document: str | None,
+    library: Library,
     tokenizer: str,
     loaded: Tokenizer,
     run_tasks: Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]],
@@ -71,22 +82,33 @@ def build_store(
         for leftover in target.parent.glob(f"{_beside(target)}*"):
             _discard(leftover)
     build = target.with_name(_beside(target) + secrets.token_hex(8))
-    build.mkdir()
     dtype = "uint16" if loaded.vocab_size <= 1 << 16 else "uint32"
-    groups = group([file.size_bytes for file in files], MAX_TASKS)
+    groups = cut(
+        [file.size_bytes for file in files],
+        [
+            _grain(file, content, field, document, library) if can_be_cut(file, document) else None
+            for file, content in zip(files, contents, strict=True)
+        ],
+        MAX_TASKS,
+    )
     tasks = [
         ShardTask(
             directory=str(build),
             shard=f"shard-{number:05d}.bin",
             dtype=dtype,
             field=field,
+            document=document,
             tokenizer=tokenizer,
             tokenizer_identity=loaded.identity,
-            files=tuple(files[i] for i in members),
-            fingerprints=tuple(fingerprints[i] for i in members),
+            files=tuple(files[piece.file] for piece in pieces),
+            contents=tuple(contents[piece.file] for piece in pieces),
+            spans=tuple(piece.span for piece in pieces),
+            mirrors=library.mirrors,
+            patience=library.patience,
         )
-        for number, members in enumerate(groups)
+        for number, pieces in enumerate(groups)
     ]
+    build.mkdir()
     try:
         results: list[tuple[ShardEntry, list[FileEntry]]] = run_tasks(write_shard, [(task,) for task in tasks])
         assert [shard.name for shard, _ in results] == [task.shard for task in tasks], "run_tasks changed the order"
@@ -94,9 +116,12 @@ def build_store(
             key=key,
             dtype=dtype,
             vocab_size=loaded.vocab_size,
-            files=tuple(entry for _, entries in results for entry in entries),
-            shards=tuple(shard for shard, _ in results),
+            files=_whole_files(build, dtype, files, results),
+            shards=tuple(shard for shard, _ in results if shard.tokens),
         )
+        for shard, _ in results:
+            if not shard.tokens:  # no document begins in what was the task's share
+                (build / shard.name).unlink()
         with open(build / MANIFEST_NAME, "w", encoding="utf-8") as stream:
             stream.write(manifest.to_json())
             stream.flush()
@@ -108,8 +133,57 @@ def build_store(
     return build
 
 
+def _grain(
+    file: SourceFile, content: Content, field: str | None, document: str | None, library: Library
+) -> Callable[[], Sequence[int]]:
+    """Where a file can be cut, for `cut`."""
+    if file.format == "parquet":
+        return lambda: row_groups(file, field, library, content)
+    return lambda: ()
+
+
+def _whole_files(
+    build: Path, dtype: str, files: Sequence[SourceFile], results: Sequence[tuple[ShardEntry, list[FileEntry]]]
+) -> tuple[FileEntry, ...]:
+    """The entries of whole files, from those of their parts: the same however they were cut.
+
+    The digest of a file that was cut is made from the shards that hold it. Raises DataError for a file without any
+    document.
+    """
+    parts: dict[str, list[tuple[str, int, FileEntry]]] = {}
+    for shard, entries in results:
+        offset = 0
+        for entry in entries:
+            parts.setdefault(entry.name, []).append((shard.name, offset, entry))
+            offset += entry.tokens * DTYPES[dtype]
+    whole = []
+    for file in files:
+        found = parts[file.name]
+        first = found[0][2]
+        if len(found) == 1:
+            whole.append(first)
+            continue
+        digest = xxhash.xxh3_128()
+        for name, offset, entry in found:
+            with open(build / name, "rb") as stream:
+                stream.seek(offset)
+                left = entry.tokens * DTYPES[dtype]
+                while left and (data := stream.read(min(left, _CHUNK_BYTES))):
+                    digest.update(data)
+                    left -= len(data)
+            if left:
+                raise OSError(errno.EIO, "it is shorter than what was written", str(build / name))
+        num_documents = sum(entry.documents for *_, entry in found)
+        num_tokens = sum(entry.tokens for *_, entry in found)
+        if not num_documents:
+            raise no_document(file)
+        whole.append(FileEntry(file.name, first.fingerprint, num_documents, num_tokens, digest.hexdigest()))
+    return tuple(whole)
+
+
 def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
-    """Tokenise the files of one task, in order, into one shard, synced to disk.
+    """Tokenise the files (or parts of files) of one task, in order, into one shard, synced to disk; and an entry for
+    each of them.
 
     Runs wherever run_tasks takes it. Raises DataError when a file cannot be used, or the files or the
     tokenizer are not the ones the builder saw (it changed, or this is another machine), or the cache is not
@@ -123,12 +197,13 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
     tokenizer = _load(task.tokenizer, task.tokenizer_identity)
     shard_digest = xxhash.xxh3_128()
     entries = []
+    library = Library(task.mirrors, task.patience)
     path = os.path.join(task.directory, task.shard)
     with open(path, "wb") as stream:
-        for file, content in zip(task.files, task.fingerprints, strict=True):
+        for file, content, span in zip(task.files, task.contents, task.spans, strict=True):
             num_documents = num_tokens = 0
             file_digest = xxhash.xxh3_128()
-            for document in documents(file, task.field):
+            for document in documents(file, task.field, task.document, library=library, content=content, span=span):
                 tokens = np.append(tokenizer.encode(document), np.uint32(tokenizer.end_of_document))
                 data = tokens.astype(np.dtype(task.dtype).newbyteorder("<")).tobytes()
                 stream.write(data)
@@ -136,12 +211,10 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
                 shard_digest.update(data)
                 num_documents += 1
                 num_tokens += len(tokens)
-            if fingerprint(file) != content:
-                raise DataError(
-                    f"{file.url}: on {socket.gethostname()} it is not what it was when the build began; "
-                    "the source must stay as it is, and be the same wherever a task runs"
-                )
-            entries.append(FileEntry(file.name, content, num_documents, num_tokens, file_digest.hexdigest()))
+            library.confirm(file, content)
+            entries.append(
+                FileEntry(file.name, content.fingerprint, num_documents, num_tokens, file_digest.hexdigest())
+            )
         size_bytes = stream.tell()
         stream.flush()
         os.fsync(stream.fileno())
@@ -159,19 +232,6 @@ def _load(name: str, identity: str) -> Tokenizer:
             f"with {identity}; give every node the same tokenizer files and library versions"
         )
     return tokenizer
-
-
-def group(sizes: Sequence[int], max_groups: int) -> list[list[int]]:
-    """Indices of `sizes` [n] in runs of similar total, in order: at most max_groups of them, none empty."""
-    weights = [max(size, 1) for size in sizes]  # a size that is not known counts for nothing
-    total = sum(weights)
-    groups: list[list[int]] = [[] for _ in range(max_groups)]
-    before = 0
-    for i, weight in enumerate(weights):
-        middle = before + weight // 2
-        groups[min(middle * max_groups // total, max_groups - 1)].append(i)
-        before += weight
-    return [members for members in groups if members]
 
 
 def publish(build: Path, target: Path, is_right: Callable[[], bool]) -> None:

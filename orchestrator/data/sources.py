@@ -9,11 +9,9 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
-
-import xxhash
+from typing import Any
 
 STANDARD_LIBRARY = "python-stdlib"
 
@@ -29,18 +27,6 @@ _SUFFIXES = {
 # to build.
 _STDLIB_SKIPPED = frozenset(["site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"])
 _STDLIB_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
-# What object stores and web servers report that changes whenever the content does. Times do not qualify.
-_REMOTE_VALIDATORS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "crc32c",
-    "Content-MD5",
-    "content_md5",
-    "Digest",
-    "generation",
-)
-_CHUNK_BYTES = 1 << 20
 
 
 class DataError(ValueError):
@@ -62,12 +48,18 @@ class SourceFile:
     format: str
 
 
-def resolve_files(source: str | list[str], format: str | None = None) -> list[SourceFile]:
+def resolve_files(
+    source: str | list[str],
+    format: str | None = None,
+    size_elsewhere: Callable[[str], int | None] = lambda name: None,
+) -> list[SourceFile]:
     """The files of a source in their order.
 
     source: `python-stdlib`, or a path, directory (all its files, hidden ones aside), glob (`**` allowed) or
     fsspec URL, or a list of those, kept in the list's order. format: text, jsonl or parquet for every file,
-    or None to infer it from each file's suffix.
+    or None to infer it from each file's suffix. size_elsewhere: the size in bytes (-1: not known) of a file of
+    some name (as in SourceFile) in another place, or None; asked for a file that the source names outright and
+    that is not there. What a directory or pattern holds is never told by another place: it may hold more, or less.
 
     Raises DataError when nothing is found, a file is empty or listed twice, or its format is unknown.
     """
@@ -81,7 +73,12 @@ def resolve_files(source: str | list[str], format: str | None = None) -> list[So
         # With several sources the place in the list leads the name: it keeps names unique and the user's
         # order.
         prefix = f"{position:04d}/" if len(sources) > 1 else ""
-        found = sorted(_find(one, format))
+        try:
+            found = sorted(_find(one, format))
+        except DataError:
+            found = _named_outright(one, prefix, format, size_elsewhere)
+            if not found:
+                raise
         files += [_source_file(prefix + name, url, size, format) for name, url, size in found]
     urls: set[str] = set()
     for file in files:
@@ -92,39 +89,6 @@ def resolve_files(source: str | list[str], format: str | None = None) -> list[So
             )
         urls.add(file.url)
     return files
-
-
-def fingerprint(file: SourceFile) -> str:
-    """A string that changes when the file's content does.
-
-    The XXH3-128 digest of the content, or, for a remote file, the validator its storage reports (an ETag, a
-    checksum) where there is one, so that terabytes need not be read to find that they are unchanged.
-
-    Raises DataError naming the file when it cannot be read.
-    """
-    try:
-        if "://" in file.url:
-            filesystem, path = _filesystem(file.url)
-            info = filesystem.info(path)
-            validators = [f"{key}={info[key]}" for key in _REMOTE_VALIDATORS if info.get(key)]
-            if validators:
-                return ";".join(validators)
-        digest = xxhash.xxh3_128()
-        with open_file(file) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        return f"xxh3:{digest.hexdigest()}"
-    except OSError as error:
-        raise DataError(f"{file.url}: cannot be read: {error}") from error
-
-
-def open_file(file: SourceFile) -> BinaryIO:
-    """The file opened for reading. Raises OSError, or DataError when its file system is not installed."""
-    if "://" not in file.url:
-        return open(file.url, "rb")
-    filesystem, path = _filesystem(file.url)
-    stream: BinaryIO = filesystem.open(path, "rb")
-    return stream
 
 
 def _find(source: str, format: str | None) -> list[tuple[str, str, int]]:
@@ -139,6 +103,19 @@ def _find(source: str, format: str | None) -> list[tuple[str, str, int]]:
     if not found:
         raise DataError(f"data.source: nothing found at {source!r} (working directory {os.getcwd()}); check the path")
     return found
+
+
+def _named_outright(
+    source: str, prefix: str, format: str | None, size_elsewhere: Callable[[str], int | None]
+) -> list[tuple[str, str, int]]:
+    """What `_find` would have found of a file that is in another place only."""
+    source = source.removeprefix("file://")
+    name = source.rsplit("/", 1)[-1]
+    if glob.has_magic(source) or (format is None and os.path.splitext(name)[1].lower() not in _SUFFIXES):
+        return []
+    size_bytes = size_elsewhere(prefix + name)
+    url = source if "://" in source else os.path.abspath(os.path.expanduser(source))
+    return [] if size_bytes is None else [(name, url, size_bytes)]
 
 
 def _find_local(source: str) -> list[tuple[str, str, int]]:
@@ -190,7 +167,7 @@ def _standard_library() -> list[tuple[str, str, int]]:
 
 
 def _find_remote(url: str) -> list[tuple[str, str, int]]:
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     is_web = url.startswith(("http://", "https://"))  # where ? belongs to the query
     magic = "*" in path or (not is_web and glob.has_magic(path))
     try:
@@ -210,7 +187,8 @@ def _find_remote(url: str) -> list[tuple[str, str, int]]:
     return [(name, filesystem.unstrip_protocol(p), -1 if size is None else int(size)) for name, p, size in named]
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Raises DataError when its driver is not installed."""
     import fsspec
 
     try:

@@ -1,4 +1,4 @@
-"""The tokenised store: a source as one memory-mapped line of tokens, and `prepare`, which finds or builds it.
+"""The tokenised store: a source as one line of tokens, read where it lies, and `prepare`, which finds or builds it.
 
 A store is a directory `tokens-<key>` in a cache. Its key is a digest of everything that decides its content,
 so a store never changes once it has its name: it is built beside, synced, and renamed into place.
@@ -16,9 +16,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from orchestrator.data.build import build_store, building_lock, publish
-from orchestrator.data.formats import DEFAULT_FIELD
-from orchestrator.data.manifest import FORMAT_VERSION, MANIFEST_NAME, BrokenStoreError, Manifest
-from orchestrator.data.sources import DataError, SourceFile, fingerprint, resolve_files
+from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, document_of
+from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError
+from orchestrator.data.places import Patience
+from orchestrator.data.reading import Library, join
+from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest
+from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import BYTES, load_tokenizer
 
 T = TypeVar("T")
@@ -28,35 +31,42 @@ _CHUNK_BYTES = 1 << 24
 
 
 class TokenStore:
-    """A prepared store, memory mapped: nothing is read until a sample is.
+    """A prepared store: nothing but its manifest is read until a sample is.
 
     With sequence length L, sample i is the L + 1 tokens from i * L on: inputs are its first L, targets its
     last L. So neighbouring samples share one token, every token but the first is a target exactly once, and
     at most L - 1 tokens at the end are left over.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, verify: bool = False, source: str = "") -> None:
-        """Open the store in a directory. verify: also check every shard's digest; source: its name in errors.
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        verify: bool = False,
+        source: str = "",
+        mirrors: Sequence[str] = (),
+        patience: Patience = TRAINING_PATIENCE,
+    ) -> None:
+        """Open the store in a directory, or at an fsspec URL.
+
+        verify: also check every shard's digest; source: its name in errors; mirrors: directories or URLs, each of a
+        copy of the store that is read where this one fails.
 
         Raises BrokenStoreError when the manifest is torn or missing, or a shard's size (or digest) is not
         right.
         """
-        self.directory = Path(directory)
-        self._source = source or str(directory)
-        try:
-            self.manifest = Manifest.from_json((self.directory / MANIFEST_NAME).read_text("utf-8"))
-            for shard in self.manifest.shards:
-                size_bytes = (self.directory / shard.name).stat().st_size
-                if size_bytes != shard.size_bytes:
-                    raise BrokenStoreError(f"{shard.name}: {size_bytes} bytes, should be {shard.size_bytes}")
-        except OSError as error:
-            raise BrokenStoreError(f"{directory}: {error}") from error
+        self.location = str(directory)
+        self._source = source or self.location
+        self.manifest = read_manifest(self.location, patience)
+        self._shards = Shards(self.location, self.manifest, mirrors, patience)
+        self._num_tokens = self.manifest.total_tokens
         if verify:
             self.verify()
-        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._shards = [np.memmap(self.directory / s.name, dtype=dtype, mode="r") for s in self.manifest.shards]
-        # Where each shard begins in the line of tokens, and where the last one ends.
-        self._bounds = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)])
+
+    @property
+    def directory(self) -> Path:
+        """Where a store is that is not at a URL."""
+        return Path(self.location)
 
     @property
     def digest(self) -> str:
@@ -71,7 +81,7 @@ class TokenStore:
     @property
     def num_tokens(self) -> int:
         """Tokens in the store, ends of documents included."""
-        return self.manifest.total_tokens
+        return self._num_tokens
 
     def num_samples(self, sequence_length: int) -> int:
         """Samples of an epoch. Raises DataError when there is none, or the length is not positive."""
@@ -88,47 +98,63 @@ class TokenStore:
     def samples(self, ids: NDArray[np.integer], sequence_length: int) -> NDArray[np.int64]:
         """The tokens of some samples: ids [n] -> int64 [n, sequence_length + 1].
 
-        Raises IndexError for an id outside range(num_samples(sequence_length)).
+        Neighbouring ids are read in one go. Safe to call from several threads at once.
+
+        Raises IndexError for an id outside range(num_samples(sequence_length)), DataError when a shard cannot be read
+        anywhere.
         """
         places = np.asarray(ids, dtype=np.int64)
         num_samples = self.num_samples(sequence_length)
         if places.size and not (places.min() >= 0 and places.max() < num_samples):
             raise IndexError(f"sample ids {places.min()} to {places.max()} are outside range({num_samples})")
-        out = np.empty((len(places), sequence_length + 1), dtype=np.int64)
-        starts = places * sequence_length
-        first_shards = np.searchsorted(self._bounds, starts, side="right") - 1
-        for row, start, shard in zip(out, starts.tolist(), first_shards.tolist(), strict=True):
-            self._read(row, start, shard)
+        width = sequence_length + 1
+        rows = np.empty((len(places), width), dtype=self._shards.dtype)
+        flat = rows.reshape(-1)
+        numbers = places.tolist()
+        runs = []
+        first = 0
+        while first < len(numbers):
+            stop = first + 1
+            while stop < len(numbers) and numbers[stop] == numbers[stop - 1] + 1:
+                stop += 1
+            at = first * width
+            self._shards.fill(flat[at : at + (stop - first) * sequence_length + 1], numbers[first] * sequence_length)
+            if stop > first + 1:
+                runs.append((first, stop))
+            first = stop
+        out = rows.astype(np.int64)
+        for first, stop in runs:
+            # Neighbours share a token, which was read once.
+            run = flat[first * width :][: (stop - first) * sequence_length + 1]
+            out[first:stop] = np.lib.stride_tricks.sliding_window_view(run, width)[::sequence_length]
         return out
-
-    def _read(self, row: NDArray[np.int64], start: int, shard: int) -> None:
-        """Fill row [length] with the tokens from start on, which is in the given shard, across borders."""
-        filled = 0
-        while filled < len(row):
-            offset = start + filled - int(self._bounds[shard])
-            part = self._shards[shard][offset : offset + len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
 
     def verify(self) -> None:
         """Read every shard and compare its digest. Raises BrokenStoreError naming the first that differs."""
         for shard in self.manifest.shards:
             digest = xxhash.xxh3_128()
-            with open(self.directory / shard.name, "rb") as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    digest.update(chunk)
+            try:
+                with open(self.directory / shard.name, "rb") as stream:
+                    while chunk := stream.read(_CHUNK_BYTES):
+                        digest.update(chunk)
+            except OSError as error:
+                raise BrokenStoreError(f"{self.directory / shard.name}: {error}") from error
             if digest.hexdigest() != shard.digest:
                 raise BrokenStoreError(f"{self.directory / shard.name}: its content is not what was written")
 
 
-def open_store(directory: Path, digest: str) -> TokenStore | None:
-    """The store of that digest in that directory; None when it is not there (or torn, or another)."""
-    try:
-        store = TokenStore(directory)
-    except DataError:
-        return None
-    return store if store.digest == digest else None
+def open_store(directory: Path, digest: str, mirrors: Sequence[str] = ()) -> TokenStore | None:
+    """The store of that digest in that directory, or else in one of the mirrors (directories or URLs with stores under
+    the same names); None when it is in none of them (or torn, or another)."""
+    copies = [str(directory), *(join(mirror, directory.name) for mirror in Library(mirrors).mirrors)]
+    for location in copies:
+        try:
+            store = TokenStore(location, mirrors=[other for other in copies if other != location])
+        except DataError:
+            continue
+        if store.digest == digest:
+            return store
+    return None
 
 
 def prepare(
@@ -136,40 +162,49 @@ def prepare(
     source: str | list[str],
     format: str | None = None,
     field: str | None = None,
+    document: str | None = None,
     tokenizer: str,
+    mirrors: Sequence[str] = (),
     cache: str | None = None,
     run_tasks: RunTasks[Any] | None = None,
     expect: str | None = None,
     verify: bool = True,
+    patience: Patience | None = None,
 ) -> TokenStore:
     """Find the token store of a source in the cache, or build it.
 
-    source, format: as for `resolve_files`; field: as for `documents`; tokenizer: as for `load_tokenizer`;
+    source, format: as for `resolve_files`; field, document: as for `documents`; tokenizer: as for `load_tokenizer`.
+    mirrors: directories or URLs that hold the same files under the same relative names, and the same stores under
+    theirs; they are read where the source, or the store, fails.
     cache: a directory, by default `$XDG_CACHE_HOME/elastic-orchestrator` or `~/.cache/elastic-orchestrator`.
     run_tasks(function, argument tuples) returns the results in order; it may use other processes, and other
     machines where the source and the cache have the same paths. expect: the digest another node's store has.
     verify: check the digests of a store found in the cache, at the speed of reading it (the source is read as
-    fast anyway, to see if it changed).
+    fast anyway, to see if it changed). patience: how long to wait for a range of a source.
 
     Any number of processes may prepare the same store at once. A store found torn or altered is built again.
 
     Raises DataError when the source or tokenizer cannot be used, the cache cannot be written, the source
     changes meanwhile, or the digest is not the expected one.
     """
-    files = resolve_files(source, format)
-    fingerprints = [fingerprint(file) for file in files]
+    library = Library(mirrors, patience)
+    files = library.files(source, format)
+    for file in files:
+        document_of(file, document)
+    contents = [library.examine(file) for file in files]
     loaded = load_tokenizer(tokenizer)
     # Tasks may run in another working directory, so what they are given must not depend on it.
     directory = default_cache() if cache is None else Path(cache).expanduser().absolute()
     if tokenizer != BYTES:
         tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
-    key = _key(files, fingerprints, field, loaded.identity)
+    key = _key(files, [content.fingerprint for content in contents], field, document, loaded.identity)
     target = directory / f"tokens-{key}"
+    copies = [join(mirror, target.name) for mirror in library.mirrors]
     described = source if isinstance(source, str) else ", ".join(source)
 
     def open_store() -> TokenStore | None:
         try:
-            store = TokenStore(target, verify=verify, source=described)
+            store = TokenStore(target, verify=verify, source=described, mirrors=copies)
         except BrokenStoreError:
             return None
         return store if store.manifest.key == key else None
@@ -185,15 +220,17 @@ def prepare(
                         target,
                         key,
                         files,
-                        fingerprints,
+                        contents,
                         field,
+                        document,
+                        library,
                         tokenizer,
                         loaded,
                         run_tasks or _run_here,
                         is_locked,
                     )
                     publish(build, target, lambda: open_store() is not None)
-                    store = TokenStore(target, source=described)
+                    store = TokenStore(target, source=described, mirrors=copies)
         except OSError as error:
             raise DataError(
                 f"the token store {target} cannot be written: {error}; free space or name another cache"
@@ -217,13 +254,21 @@ def _run_here(function: Callable[..., T], arguments: list[tuple[Any, ...]]) -> l
     return [function(*one) for one in arguments]
 
 
-def _key(files: Sequence[SourceFile], fingerprints: Sequence[str], field: str | None, tokenizer_identity: str) -> str:
+def _key(
+    files: Sequence[SourceFile],
+    fingerprints: Sequence[str],
+    field: str | None,
+    document: str | None,
+    tokenizer_identity: str,
+) -> str:
     """32 hex digits over everything that decides a store's content, and no path of this machine."""
     digest = xxhash.xxh3_128()
     parts: list[object] = [FORMAT_VERSION, tokenizer_identity]
     for file, content in zip(files, fingerprints, strict=True):
         parts += [file.name, file.size_bytes, file.format, content]
         parts.append("" if file.format == "text" else field or DEFAULT_FIELD)
+        if (kind := document_of(file, document)) != DOCUMENTS[file.format][0]:
+            parts.append(f"document: {kind}")
     for part in parts:
         encoded = str(part).encode("utf-8", "surrogateescape")  # file names may be any bytes
         digest.update(len(encoded).to_bytes(8, "little"))

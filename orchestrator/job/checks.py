@@ -100,6 +100,17 @@ def _worker_bounds(get: Get) -> Iterator[Finding]:
         )
 
 
+def _document(get: Get) -> Iterator[Finding]:
+    document, kind = get("data.document"), get("data.format")
+    if document is None or kind is None:
+        return
+    fitting = ("file", "line") if kind == "text" else ("record",)
+    if document not in fitting:
+        yield Finding(
+            ("data.document", "data.format"), f"{document} does not go with {kind}, which takes {' or '.join(fitting)}"
+        )
+
+
 def _warmup(get: Get) -> Iterator[Finding]:
     warmup, steps = get("train.schedule.warmup_steps"), get("train.steps")
     if warmup > steps:
@@ -202,6 +213,7 @@ _RULES: tuple[Rule, ...] = (
     _free_form,
     _batch,
     _worker_bounds,
+    _document,
     _warmup,
     _heartbeat,
     _fault_kinds,

@@ -119,6 +119,8 @@ class Data(_Section):
     """None: told from each file's suffix."""
     field: Text = "text"
     """The field of a jsonl or parquet record that holds the text."""
+    document: Literal["file", "line", "record"] | None = None
+    """What one document is. None: text files are one each, of jsonl and parquet each record is one."""
     tokenizer: Text = "bytes"
     """`bytes` (257 ids; 256 ends a document), or a path or hub id."""
     sequence_length: Annotated[int, Field(ge=2)]
@@ -126,6 +128,8 @@ class Data(_Section):
     shuffle: bool = True
     cache: Text | None = None
     """The directory for token stores. None: the platform's choice."""
+    mirrors: list[Text] = Field(default_factory=list)
+    """Directories or URLs with copies of the source's files, and of token stores, to be read where those fail."""
 
 
 class Optimizer(_Section):
@@ -338,7 +342,9 @@ class Job(_Section):
         full["elastic"] = {"virtual_workers": full["elastic"]["virtual_workers"]}
         # The tensor degree splits sums inside a matrix product; the rest of a layout changes no bit.
         full["strategy"] = {key: full["strategy"][key] for key in ("tensor", "reduction", "update")}
-        del full["data"]["cache"], full["train"]["log_every"]
+        del full["data"]["cache"], full["data"]["mirrors"], full["train"]["log_every"]
+        if full["data"]["document"] is None:
+            del full["data"]["document"]
         # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
         if not full["resources"]["accelerators"]:
             del full["resources"]["accelerators"]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from orchestrator.data import Sampler, TokenStore, virtual_worker_hash
+from orchestrator.data import ReadAhead, Sampler, TokenStore, virtual_worker_hash
 from orchestrator.job import Job
 from orchestrator.planning.model import ModelCosts, describe_model
 from strategies.blueprint import Blueprint
-from strategies.compute import Fetch, StepSpec
+from strategies.compute import StepSpec
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
 from strategies.state import TrainingState
@@ -206,12 +206,12 @@ def make_sampler(job: Job, num_samples: int) -> Sampler:
     )
 
 
-def make_fetch(job: Job, store: TokenStore, sampler: Sampler) -> Fetch:
-    """How a step gets its tokens: by (step, virtual worker) alone."""
+def make_fetch(job: Job, store: TokenStore, sampler: Sampler) -> ReadAhead[Any]:
+    """How a step gets its tokens: by (step, virtual worker) alone; before they are asked for, where reading is slow."""
     length = job.data.sequence_length
 
     def fetch(step: int, virtual_worker: int) -> Any:
         ids = sampler.sample_ids(step, virtual_worker)
         return store.samples(ids, length), ids, virtual_worker_hash(ids)
 
-    return fetch
+    return ReadAhead(fetch, num_steps=job.train.steps)

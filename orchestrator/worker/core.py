@@ -117,9 +117,7 @@ class Worker:
         self.state = build.build_state(job, store.vocab_size, device)
         num_samples = store.num_samples(job.data.sequence_length)
         sampler = build.make_sampler(job, num_samples)
-        fetch = build.make_fetch(job, store, sampler)
-        if self._faults.may_be_slow:
-            fetch = self._slowly(fetch)
+        self._fetch = fetch = build.make_fetch(job, store, sampler)
         self._catalog = catalog
         self._saver = Saver(worker, job, catalog, self.state, num_samples, self._send)
         self.engine = StepEngine(self.state, build.step_spec(job), fetch, self._on_phase)
@@ -232,6 +230,7 @@ class Worker:
     def shutdown(self) -> None:
         """Ends `train` and the reports; groups are dropped so that no neighbour waits."""
         self._over = True
+        self._fetch.close()
         fabric = self._fabric
         if fabric is not None:
             fabric.abort()
@@ -325,6 +324,8 @@ class Worker:
             return self._collect(generation, fabric)
         moved = self._bring_state(generation, rank, fabric)
         self.engine.bind(fabric, generation.layout, generation.number)
+        place = generation.layout.place(rank)
+        self._fetch.expect(() if place is None else generation.layout.assignment[place.data])
         self._shares = None
         self._is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))

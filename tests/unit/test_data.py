@@ -26,6 +26,7 @@ from orchestrator.data import (
     TokenStore,
     audit,
     build,
+    cutting,
     data_digest,
     documents,
     load_tokenizer,
@@ -491,7 +492,7 @@ def test_tasks_may_run_in_another_working_directory(
 @settings(print_blob=True)
 @given(sizes=st.lists(st.integers(-1, 10**12), min_size=1, max_size=60), max_groups=st.integers(1, 16))
 def test_groups_keep_the_order_and_are_balanced(sizes: list[int], max_groups: int) -> None:
-    groups = build.group(sizes, max_groups)
+    groups = cutting.group(sizes, max_groups)
     assert [i for members in groups for i in members] == list(range(len(sizes)))
     assert 1 <= len(groups) <= max_groups
     weights = [max(size, 1) for size in sizes]

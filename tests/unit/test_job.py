@@ -290,6 +290,19 @@ def test_models(model: str, line: str) -> None:
     assert found.startswith(line), found
 
 
+def test_a_document_is_what_its_format_can_hold() -> None:
+    line = refused(MINIMAL, overrides=("data.format=jsonl", "data.document=line"))
+    assert "data.document line does not go with jsonl, which takes record" in line
+    line = refused(MINIMAL, overrides=("data.format=text", "data.document=record"))
+    assert "record does not go with text, which takes file or line" in line
+    assert Job.loads(MINIMAL, overrides=("data.format=text", "data.document=line")).data.document == "line"
+
+
+def test_the_digest_of_a_job_without_newer_fields_is_pinned() -> None:
+    """Otherwise a run could not be resumed by a later version."""
+    assert Job.loads(MINIMAL).digest() == "sha256:4f671b6e385e693c151793f0206ea1922686443c9e131cf08a64052571a1239e"
+
+
 def test_what_is_not_a_job_at_all(tmp_path: Path) -> None:
     assert refused("# nothing\n").startswith("j:1:1: the file is empty; a job needs at least name, model,")
     assert refused("- a\n").startswith("j:1:1: the file must hold a mapping of fields")
@@ -606,6 +619,7 @@ def test_file_first_then_options_in_order() -> None:
         "strategy.reduction=native",
         "strategy={tensor: 2}",
         "data.shuffle=false",
+        "data.document=line",
         "model.hf.hidden_size=8",
     ],
 )
@@ -623,6 +637,7 @@ def test_the_digest_changes_with_the_numbers(override: str) -> None:
         "checkpoint.every_steps=5",
         "monitoring.port=8000",
         "data.cache=/tmp/x",
+        "data.mirrors=[/mnt/copy]",
         "train.log_every=10",
         "faults=[{step: 1, worker: 0, kind: kill}]",
         "train.optimizer.lr=0.0003",

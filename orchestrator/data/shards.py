@@ -1,0 +1,141 @@
+"""Reading tokens out of a store's shards while a job trains: quickly where all is well, and patiently where it is not.
+
+A read that fails or comes short is tried again, then done from a mirror's copy of the store, then an error that names
+the shard and every place. Shards are not memory mapped: what is behind a mapping that fails ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, BrokenStoreError, Manifest, ShardEntry
+from orchestrator.data.places import Descriptor, LocalPlace, Patience, persist, place_at
+from orchestrator.data.ranges import Ranges, Unreadable
+from orchestrator.data.reading import join
+from orchestrator.data.sources import DataError
+
+TRAINING_PATIENCE = Patience(attempts=3, timeout_s=10.0, pause_s=0.2, longest_pause_s=1.0)
+"""Ranks wait for each other: a shard that does not come in seconds is better read elsewhere."""
+
+
+def read_manifest(location: str, patience: Patience) -> Manifest:
+    """The manifest of the store in a directory or at a URL. Raises BrokenStoreError when it is torn or missing."""
+    place = place_at(join(location, MANIFEST_NAME))
+    try:
+        text = persist(patience, place.reopen, lambda: place.read(0, place.size() or 0)).decode("utf-8")
+    except Exception as error:  # every storage library has its own errors
+        raise BrokenStoreError(f"{location}: {error}") from error
+    return Manifest.from_json(text)
+
+
+class Shards:
+    """The shards of a store as one line of tokens. Any number of threads may read at once."""
+
+    def __init__(self, location: str, manifest: Manifest, mirrors: Sequence[str], patience: Patience) -> None:
+        """location, mirrors: directories or URLs, each of a copy of the store.
+
+        Raises BrokenStoreError when a shard at the location is missing or has another size.
+        """
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._width = DTYPES[manifest.dtype]
+        self._manifest = manifest
+        self._locations = (location, *mirrors)
+        self._patience = patience
+        self._ends = list(accumulate(shard.tokens for shard in manifest.shards))
+        self._lock = threading.Lock()
+        self._ranges: dict[int, Ranges] = {}
+        self._files: list[Descriptor | None] = [self._open(shard) for shard in manifest.shards]
+        self._confirmed: set[str] = {location}
+
+    def fill(self, tokens: NDArray[np.unsignedinteger], first: int) -> None:
+        """Fill tokens [length], of dtype `dtype` and contiguous, with those from place `first` on, across borders of
+        shards. Raises DataError."""
+        shard = bisect_right(self._ends, first)
+        before = self._ends[shard - 1] if shard else 0
+        view = tokens.view(np.uint8).data
+        while view:
+            end = self._ends[shard]
+            length = min((end - first) * self._width, len(view))
+            self._read(shard, (first - before) * self._width, view[:length])
+            view = view[length:]
+            first = before = end
+            shard += 1
+
+    def _read(self, shard: int, start: int, view: memoryview) -> None:
+        file = self._files[shard]
+        if file is not None:
+            try:
+                if os.preadv(file.number, [view], start) == len(view):
+                    return
+            except OSError:
+                pass  # the patient way finds out what it is, and whether it lasts
+        view[:] = self._read_patiently(shard, start, len(view))
+
+    def _read_patiently(self, shard: int, start: int, length: int) -> bytes:
+        entry = self._manifest.shards[shard]
+        with self._lock:
+            ranges = self._ranges.get(shard)
+            if ranges is None:
+                ranges = self._ranges[shard] = self._make_ranges(entry)
+            try:
+                data = ranges.read(start, length)
+            except Unreadable as error:
+                where = join(self._locations[0], entry.name)
+                raise DataError(
+                    f"{where}: cannot be read on {socket.gethostname()}: {error}; restore it, or name a place that "
+                    "holds a copy of the token store in data.mirrors"
+                ) from error
+            place = ranges.places[ranges.current]
+            self._files[shard] = place.open() if isinstance(place, LocalPlace) else None
+            return data
+
+    def _make_ranges(self, entry: ShardEntry) -> Ranges:
+        places = [place_at(join(location, entry.name)) for location in self._locations]
+
+        def identify(number: int) -> None:
+            self._confirm(self._locations[number], entry)
+            size_bytes = places[number].size()
+            if size_bytes != entry.size_bytes:
+                raise OSError(f"it has {size_bytes} bytes, not {entry.size_bytes}")
+
+        def read_whole(number: int, start: int, data: bytes, length: int) -> None:
+            if len(data) != length:
+                raise OSError(f"only {len(data)} of {length} bytes could be read at byte {start}")
+
+        return Ranges(
+            places,
+            identify=identify,
+            verify=read_whole,
+            patience=self._patience,
+            own_thread=any("://" in location for location in self._locations),
+        )
+
+    def _confirm(self, location: str, entry: ShardEntry) -> None:
+        """Raises DataError when what is at a location is no copy of this store, shard by shard."""
+        if location in self._confirmed:
+            return
+        other = read_manifest(location, self._patience)
+        if other.digest != self._manifest.digest or entry not in other.shards:
+            raise DataError(
+                f"it is another store ({other.digest}, not {self._manifest.digest}), or cut in other shards"
+            )
+        self._confirmed.add(location)
+
+    def _open(self, shard: ShardEntry) -> Descriptor | None:
+        """The shard's descriptor, where it has one: the store may lose its name while somebody has it open."""
+        place = place_at(join(self._locations[0], shard.name))
+        try:
+            size_bytes = persist(self._patience, place.reopen, place.size)
+        except Exception as error:
+            raise BrokenStoreError(f"{place.where}: {error}") from error
+        if size_bytes != shard.size_bytes:
+            raise BrokenStoreError(f"{shard.name}: {size_bytes} bytes, should be {shard.size_bytes}")
+        return place.open() if isinstance(place, LocalPlace) else None
