@@ -69,7 +69,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch."""
+    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch; `tokens`
+    are targets that count, `padding` positions computed without one."""
 
     step: int
     generation: int
@@ -82,6 +83,7 @@ class StepReport:
     committed_at: float
     seconds: float
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    padding: int = 0
 
 
 # ---------------------------------------------------------------------------------------- from a worker

@@ -169,19 +169,17 @@ class RoundGradients:
                 self.collector.skip(number)
                 continue
             index = self.held[number] if number < len(self.held) else 0
-            tokens, _, digest = self.fetch(step, index)
-            batch = torch.from_numpy(tokens).to(self.part.device, non_blocking=True)
+            batch = self.fetch(step, index)
+            micro_batches, targets = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
             enter("compute", step)
             total = torch.zeros((), dtype=torch.float64, device=self.part.device)
-            for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
+            for micro, rows in enumerate(micro_batches):
                 check()
                 self.streams.enter(step, index, micro)
-                with self.spec.autocast(self.part.device):
-                    output = self.part.modules[0](input_ids=rows[:, :-1])
-                loss = self.spec.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows)
+                loss = self.spec.loss(self.part.modules[0], rows, targets)
                 self.collector.begin(number, micro, 0)
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.collector.end(number, micro, 0)
                 total += loss.detach()
             if number < len(self.held):
-                self.losses[index], self.hashes[index] = total, digest
+                self.losses[index], self.hashes[index] = total, batch.digest

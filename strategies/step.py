@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from strategies.batch import Batch
 from strategies.compute import Fetch, LocalGradients, StepSpec
 from strategies.fabric import Fabric
 from strategies.groups import PATIENCE, Groups, PeerLost
@@ -42,12 +43,15 @@ class StepRecord:
     grad_norm: float
     lr: float
     tokens: int
+    """Targets that count."""
     hashes: tuple[int, ...]
     skipped: bool
     generation: int
     committed_at: float
     seconds: float
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    padding: int = 0
+    """Positions that were computed without a target that counts."""
 
 
 PAUSE, SAVE, SAVING = 1, 2, 4
@@ -108,6 +112,7 @@ class StepEngine:
         self.work: Work = IdleWork()
         self._is_stale = True
         self._times: dict[str, float] = {}
+        self._totals = (-1, 0, 0)
 
     def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
         """Takes a place in a generation, whose state has been taken: collectives go over `fabric`, the work is dealt by
@@ -120,7 +125,7 @@ class StepEngine:
         self.shards = arrangement.shards
         self.prepared_step = None
         self._is_stale = True
-        self.work = work_for(arrangement, layout, fabric, self.spec, self.fetch, self.local)
+        self.work = work_for(arrangement, layout, fabric, self.spec, self._fetch, self.local)
         self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
         # By rank, the virtual workers it tells about in the vote; and what of the gradient's norm this one does.
         self._voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
@@ -137,7 +142,7 @@ class StepEngine:
         if self.state.space.tensor > 1:
             return
         part = self.state.whole_part()
-        local = LocalGradients(part, self.spec, self.fetch)
+        local = LocalGradients(part, self.spec, self._fetch)
         local.warm_up()
         if keep:
             self.local = local
@@ -173,13 +178,17 @@ class StepEngine:
                     self.work.discard()
         except RuntimeError as error:
             self._explain(error)
+        if self._totals[0] != step:
+            self._fetch(step, 0)  # A rank without virtual workers, or that had computed all of them before.
+        _, targets, padding = self._totals
         lr = self.commit(step, vote.norm)
         record = StepRecord(
             step=step,
             loss=math.fsum(vote.losses),
             grad_norm=vote.norm,
             lr=lr,
-            tokens=self.spec.tokens_per_batch,
+            tokens=targets,
+            padding=padding,
             hashes=vote.hashes,
             skipped=not math.isfinite(vote.norm),
             generation=self.generation,
@@ -188,6 +197,12 @@ class StepEngine:
             phase_seconds=self._times,
         )
         return record, vote.agreement
+
+    def _fetch(self, step: int, virtual_worker: int) -> Batch:
+        """A batch; any one knows what its whole step is."""
+        batch = self.fetch(step, virtual_worker)
+        self._totals = (step, batch.targets, batch.step_padding)
+        return batch
 
     def _explain(self, error: RuntimeError) -> NoReturn:
         """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""

@@ -123,6 +123,7 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
     tokenizer = _load(task.tokenizer, task.tokenizer_identity)
     shard_digest = xxhash.xxh3_128()
     entries = []
+    lengths: list[int] = []
     path = os.path.join(task.directory, task.shard)
     with open(path, "wb") as stream:
         for file, content in zip(task.files, task.fingerprints, strict=True):
@@ -136,6 +137,7 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
                 shard_digest.update(data)
                 num_documents += 1
                 num_tokens += len(tokens)
+                lengths.append(len(tokens))
             if fingerprint(file) != content:
                 raise DataError(
                     f"{file.url}: on {socket.gethostname()} it is not what it was when the build began; "
@@ -145,8 +147,15 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
         size_bytes = stream.tell()
         stream.flush()
         os.fsync(stream.fileno())
-    total = sum(entry.tokens for entry in entries)
-    return ShardEntry(task.shard, total, size_bytes, shard_digest.hexdigest()), entries
+    sizes = np.array(lengths, dtype="<i8").tobytes()
+    shard = ShardEntry(
+        task.shard, sum(lengths), size_bytes, shard_digest.hexdigest(), len(lengths), xxhash.xxh3_128_hexdigest(sizes)
+    )  # fmt: skip
+    with open(os.path.join(task.directory, shard.documents_name), "wb") as stream:
+        stream.write(sizes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return shard, entries
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ so a store never changes once it has its name: it is built beside, synced, and r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,13 +42,14 @@ class TokenStore:
         right.
         """
         self.directory = Path(directory)
-        self._source = source or str(directory)
+        self.source = source or str(directory)
+        """What it was made from, for errors."""
         try:
             self.manifest = Manifest.from_json((self.directory / MANIFEST_NAME).read_text("utf-8"))
-            for shard in self.manifest.shards:
-                size_bytes = (self.directory / shard.name).stat().st_size
-                if size_bytes != shard.size_bytes:
-                    raise BrokenStoreError(f"{shard.name}: {size_bytes} bytes, should be {shard.size_bytes}")
+            for name, expected, _ in self._files():
+                size_bytes = (self.directory / name).stat().st_size
+                if size_bytes != expected:
+                    raise BrokenStoreError(f"{name}: {size_bytes} bytes, should be {expected}")
         except OSError as error:
             raise BrokenStoreError(f"{directory}: {error}") from error
         if verify:
@@ -80,7 +81,7 @@ class TokenStore:
         num_samples = (self.num_tokens - 1) // sequence_length
         if num_samples < 1:
             raise DataError(
-                f"data.source: {self._source} has {self.num_tokens} tokens, too few for one sample of "
+                f"data.source: {self.source} has {self.num_tokens} tokens, too few for one sample of "
                 f"sequence length {sequence_length}, which needs {sequence_length + 1}; add text or lower it"
             )
         return num_samples
@@ -101,6 +102,23 @@ class TokenStore:
             self._read(row, start, shard)
         return out
 
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The tokens of every document, its end included, in their order: int64 [documents], whose sum is `num_tokens`.
+
+        Raises BrokenStoreError when they do not add up.
+        """
+        shards = self.manifest.shards
+        lengths = np.concatenate([np.fromfile(self.directory / shard.documents_name, dtype="<i8") for shard in shards])
+        if (len(lengths) and lengths.min() < 1) or int(lengths.sum()) != self.num_tokens:
+            raise BrokenStoreError(f"{self.directory}: its documents' lengths do not add up to its tokens; remove it")
+        return lengths.astype(np.int64, copy=False)
+
+    def read(self, start: int, out: NDArray[np.int64]) -> None:
+        """Fill out [n] with the tokens of the line from `start` on. Raises IndexError when they are not all there."""
+        if not 0 <= start <= self.num_tokens - len(out):
+            raise IndexError(f"tokens {start} to {start + len(out)} are outside range({self.num_tokens})")
+        self._read(out, start, int(np.searchsorted(self._bounds, start, side="right")) - 1)
+
     def _read(self, row: NDArray[np.int64], start: int, shard: int) -> None:
         """Fill row [length] with the tokens from start on, which is in the given shard, across borders."""
         filled = 0
@@ -112,14 +130,20 @@ class TokenStore:
             shard += 1
 
     def verify(self) -> None:
-        """Read every shard and compare its digest. Raises BrokenStoreError naming the first that differs."""
-        for shard in self.manifest.shards:
+        """Read every file and compare its digest. Raises BrokenStoreError naming the first that differs."""
+        for name, _, expected in self._files():
             digest = xxhash.xxh3_128()
-            with open(self.directory / shard.name, "rb") as stream:
+            with open(self.directory / name, "rb") as stream:
                 while chunk := stream.read(_CHUNK_BYTES):
                     digest.update(chunk)
-            if digest.hexdigest() != shard.digest:
-                raise BrokenStoreError(f"{self.directory / shard.name}: its content is not what was written")
+            if digest.hexdigest() != expected:
+                raise BrokenStoreError(f"{self.directory / name}: its content is not what was written")
+
+    def _files(self) -> Iterator[tuple[str, int, str]]:
+        """(name, bytes, digest) of every file but the manifest."""
+        for shard in self.manifest.shards:
+            yield shard.name, shard.size_bytes, shard.digest
+            yield shard.documents_name, shard.documents_bytes, shard.documents_digest
 
 
 def open_store(directory: Path, digest: str) -> TokenStore | None:

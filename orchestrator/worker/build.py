@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from orchestrator.data import Sampler, TokenStore, virtual_worker_hash
 from orchestrator.job import Job
 from orchestrator.planning.model import ModelCosts, describe_model
 from strategies.blueprint import Blueprint
-from strategies.compute import Fetch, StepSpec
+from strategies.compute import StepSpec
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
 from strategies.state import TrainingState
@@ -138,6 +137,8 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
     """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
     or cut as the job wants it to be."""
     blueprint = Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor, device=device)
+    if job.data.document_mask:
+        blueprint.refuse_document_mask()
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     return blueprint
@@ -181,7 +182,6 @@ def step_spec(job: Job) -> StepSpec:
         seed=train.seed,
         micro_batch=train.micro_batch,
         micro_batches=job.micro_batches_per_virtual_worker,
-        tokens_per_batch=train.global_batch * job.data.sequence_length,
         base_lr=train.optimizer.lr,
         schedule=ScheduleSpec(
             name=train.schedule.name,
@@ -193,25 +193,5 @@ def step_spec(job: Job) -> StepSpec:
         precision=train.precision,
         native_reduction=job.strategy.reduction == "native",
         compile=train.compile,
+        document_mask=job.data.document_mask,
     )
-
-
-def make_sampler(job: Job, num_samples: int) -> Sampler:
-    return Sampler(
-        num_samples,
-        job.train.global_batch,
-        job.elastic.virtual_workers,
-        job.train.seed,
-        shuffle=job.data.shuffle,
-    )
-
-
-def make_fetch(job: Job, store: TokenStore, sampler: Sampler) -> Fetch:
-    """How a step gets its tokens: by (step, virtual worker) alone."""
-    length = job.data.sequence_length
-
-    def fetch(step: int, virtual_worker: int) -> Any:
-        ids = sampler.sample_ids(step, virtual_worker)
-        return store.samples(ids, length), ids, virtual_worker_hash(ids)
-
-    return fetch

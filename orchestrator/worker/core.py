@@ -25,7 +25,7 @@ import numpy as np
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
-from orchestrator.data import TokenStore, step_hash
+from orchestrator.data import Dataset, step_hash
 from orchestrator.job import Job
 from orchestrator.messages import (
     FaultFired,
@@ -74,7 +74,7 @@ class Worker:
         node: str,
         pid: int,
         host: str,
-        store: TokenStore,
+        dataset: Dataset,
         catalog: Catalog,
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
@@ -113,13 +113,10 @@ class Worker:
         build.make_deterministic(job, device)
         self._rendezvous, port = serve_store(host)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._poison)
-        self.state = build.build_state(job, store.vocab_size, device)
-        num_samples = store.num_samples(job.data.sequence_length)
-        sampler = build.make_sampler(job, num_samples)
-        fetch = build.make_fetch(job, store, sampler)
+        self.state = build.build_state(job, dataset.vocab_size, device)
         self._catalog = catalog
-        self._saver = Saver(worker, job, catalog, self.state, num_samples, self._send)
-        self.engine = StepEngine(self.state, build.step_spec(job), fetch, self._on_phase)
+        self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send)
+        self.engine = StepEngine(self.state, build.step_spec(job), dataset.batch, self._on_phase)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.warm_up(keep=build.computes_with_the_whole_model(job))
         self.ready = Ready(
@@ -406,6 +403,7 @@ class Worker:
                 grad_norm=record.grad_norm,
                 lr=record.lr,
                 tokens=record.tokens,
+                padding=record.padding,
                 samples=step_hash(record.hashes),
                 skipped=record.skipped,
                 committed_at=record.committed_at,
