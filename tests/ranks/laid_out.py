@@ -152,6 +152,7 @@ def run_stretch(
     for number in range(step, step + stretch.steps):
         record, _ = engine.run(number)
         assert record.hashes == tuple(1000 * number + index for index in range(VIRTUAL_WORKERS))
+        assert (record.tokens, record.padding) == (VIRTUAL_WORKERS * MICRO_BATCHES * LENGTH, 0)
         seen.losses.append(record.loss)
         seen.norms.append(record.grad_norm)
         seen.phases.append(record.phase_seconds)
