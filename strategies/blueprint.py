@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -108,41 +107,6 @@ class Blueprint:
             raise ValueError(
                 f"{what} {degree} cannot be used with parameters that two modules share: {', '.join(shared)}. "
                 "Untie them (for transformers: tie_word_embeddings: false)"
-            )
-
-    @property
-    def takes_positions(self) -> bool:
-        """Whether the model can be told where each token is in its document."""
-        return "position_ids" in inspect.signature(self.model.forward).parameters
-
-    def refuse_document_mask(self) -> None:
-        """Raises ValueError when the model cannot be told where documents begin."""
-        if not self.takes_positions:
-            raise ValueError(
-                f"data.document_mask: true needs a model that is told where documents begin, and the forward of "
-                f"{type(self.model).__name__} takes no position_ids (int64 [batch, length], from 0 at each document); "
-                "give it that argument and let it keep attention within documents, or set document_mask: false"
-            )
-
-    def check_document_mask(self, module: nn.Module, context: contextlib.AbstractContextManager[Any]) -> None:
-        """Raises ValueError when `module`, the whole model with its weights, computed in `context` (autocast), takes
-        positions and yet lets a document attend to the one before: then another first document changes the second."""
-        first = torch.tensor([[1, 2, 3, 1, 2, 3, 1]], device=self.device)
-        other = torch.tensor([[3, 3, 1, 1, 2, 3, 1]], device=self.device)
-        places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=self.device)
-        was_training = module.training
-        module.eval()
-        try:
-            with torch.no_grad(), context:
-                outputs = [module(input_ids=tokens, position_ids=places) for tokens in (first, other)]
-        finally:
-            module.train(was_training)
-        one, two = (output if isinstance(output, torch.Tensor) else output.logits for output in outputs)
-        if not torch.equal(one[:, 3:], two[:, 3:]):
-            raise ValueError(
-                f"data.document_mask: true, but in {type(self.model).__name__} what a document gives depends on the "
-                "document before it in its row: it does not start attention anew where position_ids start at 0; use "
-                "a model that does, or set document_mask: false"
             )
 
     def check_pipeline(self, stages: int, context: contextlib.AbstractContextManager[Any] | None = None) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from strategies.batch import Batch, counting, positions
 from strategies.blueprint import Blueprint
+from strategies.document_mask import refuse_leaks
 from strategies.optimizers import ScheduleSpec
 from strategies.part import Part
 from strategies.randomness import Streams, draws_random_numbers
@@ -185,13 +186,14 @@ class LocalGradients:
         The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
         has done it joins at full speed.
 
-        Raises ValueError for a model whose persistent buffers it changes.
+        Raises ValueError for a model whose persistent buffers it changes, and for one that does not keep documents
+        apart where it should.
         """
         before = {name: tensor.clone() for name, tensor in self.part.blueprint.constants.items()}
         batch = self.fetch(0, 0)
         rows = self.spec.micro_batches_of(batch, self.part.device)[0]
         if self.spec.document_mask:
-            self.part.blueprint.check_document_mask(self.part.modules[0], self.spec.autocast(self.part.device))
+            refuse_leaks(self.part.modules[0], self.part.device)
         scratch = torch.zeros_like(self.part.weights)
         self.part.accumulate_into(scratch)
         self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]

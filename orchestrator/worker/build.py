@@ -14,6 +14,7 @@ from orchestrator.job import Job
 from orchestrator.planning.model import ModelCosts, describe_model
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
+from strategies.document_mask import refuse_without_positions
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
 from strategies.state import TrainingState
@@ -135,10 +136,11 @@ def _vocabulary_rows(model: nn.Module) -> int | None:
 
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
     """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
-    or cut as the job wants it to be."""
-    blueprint = Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor, device=device)
+    or cut, or keep documents apart, as the job wants it to."""
+    model = build_model(job, vocab_size)
     if job.data.document_mask:
-        blueprint.refuse_document_mask()
+        refuse_without_positions(model)
+    blueprint = Blueprint(model, tensor=job.strategy.tensor, device=device)
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     return blueprint
