@@ -87,7 +87,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     import numpy as np
     import torch
 
-    from orchestrator.data import prepare
+    from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.worker import build
     from strategies.fabric import Fabric
     from strategies.placement import Domain
@@ -96,10 +96,9 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
 
     device = torch.device("cpu")
     build.make_deterministic(job, device)
-    store = prepare(source=job.data.source, tokenizer=job.data.tokenizer, verify=False)
-    sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
-    state = build.build_state(job, store.vocab_size, device)
-    engine = StepEngine(state, build.step_spec(job), build.make_fetch(job, store, sampler))
+    dataset = dataset_of(job, prepare_stores(job, verify=False))
+    state = build.build_state(job, dataset.vocab_size, device)
+    engine = StepEngine(state, build.step_spec(job), dataset.batch)
     engine.warm_up(keep=build.computes_with_the_whole_model(job))
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
     fabric.form(store_address=(HOST, start.port), prefix="layouts", host=HOST, timeout_s=120.0)

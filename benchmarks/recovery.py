@@ -180,7 +180,7 @@ def ray_train_loop(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import prepare_model
 
-    from orchestrator.data import prepare
+    from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
     from orchestrator.worker import build
 
@@ -188,9 +188,8 @@ def ray_train_loop(config: dict[str, Any]) -> None:
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     job = Job.load(config["job"])
-    store = prepare(source=job.data.source, tokenizer=job.data.tokenizer, verify=False)
-    sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
-    model = prepare_model(build.build_model(job, store.vocab_size))
+    dataset = dataset_of(job, prepare_stores(job, verify=False))
+    model = prepare_model(build.build_model(job, dataset.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr)
     first = 0
     if (checkpoint := train.get_checkpoint()) is not None:
@@ -204,8 +203,8 @@ def ray_train_loop(config: dict[str, Any]) -> None:
         torch.distributed.broadcast_object_list(session, src=0)
     note(config["log"], {"pid": os.getpid(), "session": session[0], "world": world})
     for step in range(first, config["steps"]):
-        ids = sampler.step_ids(step)[rank::world]
-        rows = torch.from_numpy(store.samples(ids, job.data.sequence_length))
+        ids = dataset.step_ids(step)[rank::world]
+        rows = torch.from_numpy(dataset.stores[0].samples(ids, job.data.sequence_length))
         pieces = rows.split(job.train.micro_batch)
         for index, piece in enumerate(pieces):
             quiet = index < len(pieces) - 1 and world > 1

@@ -71,16 +71,15 @@ def _ddp_rank(rank: int, world_size: int, port: int, job_path: str, steps: int, 
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
 
-    from orchestrator.data import prepare
+    from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
     from orchestrator.worker import build
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     job = Job.load(job_path)
-    store = prepare(source=job.data.source, tokenizer=job.data.tokenizer, verify=False)
-    sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
-    model = build.build_model(job, store.vocab_size)
+    dataset = dataset_of(job, prepare_stores(job, verify=False))
+    model = build.build_model(job, dataset.vocab_size)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     spec = build.optimizer_spec(job)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -92,8 +91,8 @@ def _ddp_rank(rank: int, world_size: int, port: int, job_path: str, steps: int, 
     step_spec = build.step_spec(job)
     times = []
     for step in range(steps):
-        ids = sampler.step_ids(step).reshape(world_size, -1)[rank]
-        batch = torch.from_numpy(store.samples(ids, job.data.sequence_length))
+        ids = dataset.step_ids(step).reshape(world_size, -1)[rank]
+        batch = torch.from_numpy(dataset.stores[0].samples(ids, job.data.sequence_length))
         pieces = batch.split(job.train.micro_batch)
         for index, rows in enumerate(pieces):
             last = index == len(pieces) - 1
@@ -107,7 +106,7 @@ def _ddp_rank(rank: int, world_size: int, port: int, job_path: str, steps: int, 
             group["lr"] = spec.lr * step_spec.schedule.factor(step)
         optimizer.step()
         optimizer.zero_grad()
-        times.append((time.time(), step_spec.tokens_per_batch))
+        times.append((time.time(), job.train.global_batch * job.data.sequence_length))
     if rank == 0:
         queue.put(times)
     dist.barrier()

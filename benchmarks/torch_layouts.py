@@ -21,7 +21,7 @@ from paired import HOST, Done, Start
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from orchestrator.data import prepare
+from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.job import Job
 from orchestrator.worker import build
 from strategies.layout import ParallelLayout, parts_of
@@ -78,15 +78,14 @@ class _Batches:
 
     @classmethod
     def of(cls, job: Job, replicas: int, replica: int) -> _Batches:
-        store = prepare(source=job.data.source, tokenizer=job.data.tokenizer, verify=False)
-        sampler = build.make_sampler(job, store.num_samples(job.data.sequence_length))
+        dataset = dataset_of(job, prepare_stores(job, verify=False))
 
         def samples(step: int) -> torch.Tensor:
-            ids = sampler.step_ids(step).reshape(replicas, -1)[replica]
-            return torch.from_numpy(store.samples(ids, job.data.sequence_length))
+            ids = dataset.step_ids(step).reshape(replicas, -1)[replica]
+            return torch.from_numpy(dataset.stores[0].samples(ids, job.data.sequence_length))
 
         tokens = job.train.global_batch * job.data.sequence_length
-        return cls(store.vocab_size, job.train.micro_batch, tokens, samples)
+        return cls(dataset.vocab_size, job.train.micro_batch, tokens, samples)
 
     def loss(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The share that `rows` int64 [batch, length + 1] have in the step's mean loss."""

@@ -389,9 +389,10 @@ def audit(run: Run, json_: AsJson = False) -> None:
     elif problems:
         print("audit failed:\n  " + "\n  ".join(problems))
     else:
+        several = " of its sources" if "sources" in environment["data"] else ""
         print(
             f"audit passed: {report.steps} steps, {report.samples:,} samples, each exactly once "
-            f"({report.epochs_complete} whole epochs, {report.partial_epoch_samples:,} samples of the next)"
+            f"({report.epochs_complete} whole epochs{several}, {report.partial_epoch_samples:,} samples of the next)"
         )
         print(report.data_digest)
     raise typer.Exit(EXIT_FAILED if problems else 0)

@@ -70,7 +70,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch.
+    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch; `tokens`
+    are targets that count, `padding` positions computed without one.
 
     `ranks` is what each rank of the generation spent on it, told by the first only; `deal` the number of the deal by
     which they held virtual workers.
@@ -87,6 +88,7 @@ class StepReport:
     committed_at: float
     seconds: float
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    padding: int = 0
     ranks: tuple[RankTimes, ...] = ()
     deal: int = 0
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from strategies.batch import Batch, counting, positions
 from strategies.blueprint import Blueprint
+from strategies.document_mask import refuse_leaks
 from strategies.optimizers import ScheduleSpec
 from strategies.part import Part
 from strategies.randomness import Streams, draws_random_numbers
@@ -26,26 +27,47 @@ from strategies.reduction import TreeSum
 from strategies.stopwatch import Stopwatch
 from strategies.tree import Node
 
-Fetch = Callable[[int, int], tuple[np.ndarray, np.ndarray, int]]
-"""(step, virtual worker) -> token ids int64 [samples, length + 1], sample ids int64 [samples], hash of the ids."""
+Fetch = Callable[[int, int], Batch]
+"""(step, virtual worker) -> what it computes."""
+IGNORED = -100
+"""The label of a target that does not count."""
 Enter = Callable[[str, int], None]
 """Called with (phase, step) at the start of a phase; what it raises interrupts the work."""
 
 
+class Rows(NamedTuple):
+    """A micro-batch: tokens int64 [batch, length + 1]; which targets count, bool [batch, length] (None: all); and where
+    each input is in its document, int64 [batch, length] (None: documents are not told apart)."""
+
+    tokens: torch.Tensor
+    counting: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    def first_token(self) -> Rows:
+        """The least that a model can compute of it."""
+        return Rows(
+            self.tokens[:1, :2],
+            None if self.counting is None else self.counting[:1, :1],
+            None if self.positions is None else self.positions[:1, :1],
+        )
+
+
 @dataclass(frozen=True)
 class StepSpec:
-    """What decides the numbers of a step; a function of the job file."""
+    """What decides the numbers of a step; a function of the job file.
+
+    With `document_mask` the model is told where documents begin, and must not attend across."""
 
     seed: int
     micro_batch: int
     micro_batches: int
-    tokens_per_batch: int
     base_lr: float
     schedule: ScheduleSpec
     clip_norm: float | None = 1.0
     precision: str = "fp32"
     native_reduction: bool = False
     compile: bool = False
+    document_mask: bool = False
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -53,10 +75,45 @@ class StepSpec:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    def loss_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The share of the step's mean loss (nats per token) that `tokens` int64 [batch, length + 1] have."""
-        summed = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-        return summed / self.tokens_per_batch
+    def micro_batches_of(self, batch: Batch, device: torch.device) -> list[Rows]:
+        """A virtual worker's micro-batches, on the device."""
+        if batch.documents is None:
+            tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
+            return [Rows(rows) for rows in tokens.split(self.micro_batch)]
+        found = []
+        for tokens_, documents in batch.micro_batches(self.micro_batch):
+            assert documents is not None
+            arrays = [tokens_, counting(documents)]
+            if self.document_mask:
+                arrays.append(positions(documents[:, :-1]))
+            found.append(Rows(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)))
+        return found
+
+    def loss(self, module: nn.Module, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
+        """The share that a micro-batch has of the mean loss (nats per token) of a step with so many targets."""
+        with self.autocast(rows.tokens.device):
+            if rows.positions is None:
+                output = module(input_ids=rows.tokens[:, :-1])
+            else:
+                output = module(input_ids=rows.tokens[:, :-1], position_ids=rows.positions)
+        return self.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows, targets)
+
+    def loss_of(self, logits: torch.Tensor, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
+        """The same from the model's `logits` [batch, length, vocabulary]."""
+        labels = rows.tokens[:, 1:]
+        if rows.counting is not None:
+            labels = labels.masked_fill(~rows.counting, IGNORED)
+        summed = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        )  # fmt: skip
+        return summed / targets
+
+    def divisor(self, batch: Batch) -> float | torch.Tensor:
+        """The targets of the step that a batch is of, to divide by: 1 for a step that has none, whose loss is 0.
+
+        Where it differs from step to step a compiled model must not be compiled for each: then it is a tensor."""
+        targets = max(1, batch.targets)
+        return torch.tensor(float(targets)) if self.compile and batch.documents is not None else targets
 
 
 def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:
@@ -139,9 +196,12 @@ class LocalGradients:
         The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
         has done it joins at full speed.
 
-        Raises ValueError for a model whose persistent buffers it changes.
+        Raises ValueError for a model whose persistent buffers it changes, and for one that does not keep documents
+        apart where it should.
         """
         before = {name: tensor.clone() for name, tensor in self.part.blueprint.constants.items()}
+        if self.spec.document_mask:
+            refuse_leaks(self.part.modules[0], self.part.device)
         self.try_out()
         for name, tensor in self.part.blueprint.constants.items():
             if not torch.equal(tensor, before[name]):
@@ -152,11 +212,11 @@ class LocalGradients:
 
     def try_out(self) -> None:
         """One forward and backward pass, its result thrown away."""
-        tokens, _, _ = self.fetch(0, 0)
-        rows = torch.from_numpy(tokens[: self.spec.micro_batch]).to(self.part.device)
+        batch = self.fetch(0, 0)
+        rows = self.spec.micro_batches_of(batch, self.part.device)[0]
         scratch = self._pool.pop() if self._pool else torch.zeros_like(self.part.weights)
         self.part.accumulate_into(scratch)
-        self._loss(rows).backward()  # type: ignore[no-untyped-call]
+        self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
         self.part.release_gradients()
         self._pool.append(scratch)
 
@@ -175,12 +235,12 @@ class LocalGradients:
     def _virtual_worker(self, step: int, index: int, enter: Enter, check: Callable[[], None]) -> torch.Tensor:
         """The gradient [size] of one virtual worker, summed in micro-batch order."""
         enter("data", step)
-        tokens, _, digest = self.fetch(step, index)
-        batch = torch.from_numpy(tokens).to(self.part.device, non_blocking=True)
+        batch = self.fetch(step, index)
+        micro_batches, targets = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
         enter("compute", step)
         done, gradient, total = self._begin(index)
         self.part.accumulate_into(gradient)
-        for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
+        for micro, rows in enumerate(micro_batches):
             if micro < done:
                 continue
             try:
@@ -190,10 +250,10 @@ class LocalGradients:
                 raise
             with self.watch.on(index):
                 self.streams.enter(step, index, micro)
-                loss = self._loss(rows)
+                loss = self._loss(rows, targets)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-        self.losses[index], self.hashes[index] = total, digest
+        self.losses[index], self.hashes[index] = total, batch.digest
         return gradient
 
     def _begin(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -206,8 +266,5 @@ class LocalGradients:
         gradient.zero_()
         return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.part.device)
 
-    def _micro_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        with self.spec.autocast(self.part.device):
-            output = self.part.modules[0](input_ids=rows[:, :-1])
-        logits = output if isinstance(output, torch.Tensor) else output.logits
-        return self.spec.loss_of(logits, rows)
+    def _micro_loss(self, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
+        return self.spec.loss(self.part.modules[0], rows, targets)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -21,8 +22,9 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from strategies.batch import counting, positions
 from strategies.blueprint import Activations
-from strategies.compute import Enter, Fetch, StepSpec, streams_for
+from strategies.compute import Enter, Fetch, Rows, StepSpec, streams_for
 from strategies.fabric import Fabric
 from strategies.fsdp import ShardedPart
 from strategies.layout import ParallelLayout, Place, parts_of
@@ -75,7 +77,7 @@ class PipelineGradients:
         self.is_last = len(layout.parts) - 1 in numbers
         group = fabric.group("pipeline")
         self._stages = []
-        batch = (spec.micro_batch, fetch(0, 0)[0].shape[1] - 1)
+        batch = (spec.micro_batch, fetch(0, 0).tokens.shape[1] - 1)
         sizes = part.blueprint.activations(spec.autocast(part.device))
         for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
             stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, sizes, batch)
@@ -96,16 +98,28 @@ class PipelineGradients:
         self._step, self.check = step, check
         batches = []
         for number, index in enumerate(self._numbers):
-            samples, _, digest = self.fetch(step, index)
-            batches.append(samples)
+            batch = self.fetch(step, index)
+            batches.append(batch)
             if number < len(self.held):
-                self.hashes[index] = digest
-        rows = np.concatenate(batches)[: self.num_micro_batches * self.spec.micro_batch]
-        tokens = torch.from_numpy(rows).to(self.part.device)
+                self.hashes[index] = batch.digest
+        self._targets = self.spec.divisor(batches[0])
+        tokens = self._joined([batch.tokens for batch in batches])
+        arguments = (tokens[:, :-1],) if self.is_first else ()
+        target, more = tokens, {}
+        if batches[0].documents is not None:
+            documents = [batch.documents for batch in batches if batch.documents is not None]
+            # One tensor is cut into micro-batches: tokens, and whether each counts as a target (the first never does).
+            target = torch.stack([tokens, F.pad(self._joined([counting(each) for each in documents]), (1, 0))], dim=1)
+            if self.spec.document_mask:
+                more["position_ids"] = self._joined([positions(each[:, :-1]) for each in documents])
         enter("compute", step)
         self.collector.start()
-        arguments = (tokens[:, :-1],) if self.is_first else ()
-        self._schedule.step(*arguments, target=tokens if self.is_last else None, return_outputs=False)
+        self._schedule.step(*arguments, target=target if self.is_last else None, return_outputs=False, **more)
+
+    def _joined(self, arrays: list[np.ndarray]) -> torch.Tensor:
+        """Rows of virtual workers end to end, as many as the schedule goes through."""
+        rows = np.concatenate(arrays)[: self.num_micro_batches * self.spec.micro_batch]
+        return torch.from_numpy(rows).to(self.part.device)
 
     # ------------------------------------------------------------------------------------ what the stages ask
 
@@ -124,8 +138,9 @@ class PipelineGradients:
         self._chunk = chunk
         self.streams.enter(self._step, self._numbers[number], micro)
 
-    def _loss(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        loss = self.spec.loss_of(logits, tokens)
+    def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        rows = Rows(target) if target.dim() == 2 else Rows(target[:, 0], target[:, 1, 1:].bool())
+        loss = self.spec.loss_of(logits, rows, self._targets)
         number, _ = self.locate(self._chunk)
         if number < len(self.held):
             index = self.held[number]

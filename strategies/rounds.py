@@ -181,26 +181,19 @@ class RoundGradients:
                 continue
             is_real = number < len(self.held)
             index = self.held[number] if is_real else 0
-            tokens, _, digest = self.fetch(step, index)
-            batch = torch.from_numpy(tokens).to(self.part.device, non_blocking=True)
+            batch = self.fetch(step, index)
+            micro_batches, targets = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
             enter("compute", step)
             total = torch.zeros((), dtype=torch.float64, device=self.part.device)
-            for micro, rows in enumerate(batch.split(self.spec.micro_batch)):
+            for micro, rows in enumerate(micro_batches):
                 check()
                 # Nobody looks at made-up work: one token of it is enough to take part.
                 with self.watch.on(index if is_real else MADE_UP):
-                    loss = self._micro_batch(step, index, number, micro, rows if is_real else rows[:1, :2])
-                total += loss
+                    self.streams.enter(step, index, micro)
+                    loss = self.spec.loss(self.part.modules[0], rows if is_real else rows.first_token(), targets)
+                    self.collector.begin(number, micro, 0)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    self.collector.end(number, micro, 0)
+                    total += loss.detach()
             if is_real:
-                self.losses[index], self.hashes[index] = total, digest
-
-    def _micro_batch(self, step: int, index: int, number: int, micro: int, rows: torch.Tensor) -> torch.Tensor:
-        """Its share of the mean loss; the collector has its gradient."""
-        self.streams.enter(step, index, micro)
-        with self.spec.autocast(self.part.device):
-            output = self.part.modules[0](input_ids=rows[:, :-1])
-        loss = self.spec.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows)
-        self.collector.begin(number, micro, 0)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.collector.end(number, micro, 0)
-        return loss.detach()
+                self.losses[index], self.hashes[index] = total, batch.digest

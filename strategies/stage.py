@@ -57,8 +57,11 @@ class Stage(nn.Module):
         self._parts = (tuple(before), tuple(layers), tuple(after))
         self._prepared: dict[tuple[torch.Size, torch.dtype], _Prepared] = {}
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 [batch, length] or hidden states [batch, length, width] to hidden states or logits."""
+    def forward(self, value: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids int64 [batch, length] or hidden states [batch, length, width] to hidden states or logits. With
+        `position_ids` int64 [batch, length] what the layers are given depends on more than the shape."""
+        if position_ids is not None:
+            return self._of_the_model(value, position_ids=position_ids)
         known = self._prepared.get((value.shape, value.dtype))
         if not self.may_call_directly or (known is not None and known.is_same is False):
             return self._of_the_model(value)
@@ -71,8 +74,8 @@ class Stage(nn.Module):
             known.is_same = _same(known.arguments, arguments)
         return output
 
-    def _of_the_model(self, value: torch.Tensor) -> torch.Tensor:
-        output = self.module(**{self._argument: value})
+    def _of_the_model(self, value: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        output = self.module(**{self._argument: value}, **more)
         return _not_a_view(output if isinstance(output, torch.Tensor) else output.logits)
 
     def _directly(self, value: torch.Tensor, arguments: Arguments) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from strategies.batch import Batch
 from strategies.compute import Fetch, LocalGradients, StepSpec
 from strategies.fabric import Fabric
 from strategies.groups import PATIENCE, Groups, PeerLost
@@ -46,12 +47,15 @@ class StepRecord:
     grad_norm: float
     lr: float
     tokens: int
+    """Targets that count."""
     hashes: tuple[int, ...]
     skipped: bool
     generation: int
     committed_at: float
     seconds: float
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    padding: int = 0
+    """Positions that were computed without a target that counts."""
     ranks: tuple[RankTimes, ...] = ()
     deal: int = 0
 
@@ -112,6 +116,8 @@ class StepEngine:
         """What is kept of an interrupted step."""
         self.pause_requested = False
         self.save_requested = False
+        self.on_deal: Callable[[tuple[int, ...]], None] = lambda held: None
+        """Called with the virtual workers that this rank has from the next step on."""
         self.is_saving: Callable[[], bool] = lambda: False
         self.poison_step: int | None = None
         self.prepared_step: int | None = None
@@ -125,6 +131,7 @@ class StepEngine:
         self._loads: dict[int, tuple[float, int, int]] = {}
         self._offered: Deal = (0, ())
         self._voted: Deal = (0, ())
+        self._totals = (-1, 0, 0)
 
     def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
         """Takes a place in a generation, whose state has been taken: collectives go over `fabric`, the work is dealt by
@@ -155,18 +162,13 @@ class StepEngine:
         # By rank, the virtual workers it tells about in the vote, and those that it has.
         self._voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
         self._held = [_held(layout, rank) for rank in range(layout.world_size)]
+        self.on_deal(self._held[self.fabric.rank])
 
     def offer(self, number: int, assignment: tuple[tuple[int, ...], ...]) -> None:
         """A new deal of the virtual workers to replicas, in force from the step on before which all ranks know that it
         is the newest. Numbers are unique for a deal, and grow. From any thread."""
         if number > self._offered[0]:
             self._offered = (number, assignment)
-
-    def _fetch(self, step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """What `fetch` gives, with a note of how much it is."""
-        batch = self.fetch(step, virtual_worker)
-        self._loads[virtual_worker] = (1.0, batch[0].shape[0] * (batch[0].shape[1] - 1), 0)
-        return batch
 
     def warm_up(self, *, keep: bool) -> None:
         """One pass through the whole model, its result thrown away; with `keep` its memory is kept for layouts in which
@@ -239,13 +241,17 @@ class StepEngine:
                     self.work.discard()
         except RuntimeError as error:
             self._explain(error)
+        if self._totals[0] != step:
+            self._fetch(step, 0)  # A rank without virtual workers, or that had computed all of them before.
+        _, targets, padding = self._totals
         lr = self.commit(step, vote.norm)
         record = StepRecord(
             step=step,
             loss=math.fsum(vote.losses),
             grad_norm=vote.norm,
             lr=lr,
-            tokens=self.spec.tokens_per_batch,
+            tokens=targets,
+            padding=padding,
             hashes=vote.hashes,
             skipped=not math.isfinite(vote.norm),
             generation=self.generation,
@@ -261,6 +267,13 @@ class StepEngine:
             self.deal = number
             self._deal_work(replace(self.layout, assignment=assignment))
         return record, vote.agreement
+
+    def _fetch(self, step: int, virtual_worker: int) -> Batch:
+        """A batch, with a note of how much it is; any one knows what its whole step is."""
+        batch = self.fetch(step, virtual_worker)
+        self._totals = (step, batch.targets, batch.step_padding)
+        self._loads[virtual_worker] = (batch.cost, batch.num_targets, batch.num_padding)
+        return batch
 
     def _explain(self, error: RuntimeError) -> NoReturn:
         """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""

@@ -23,7 +23,9 @@ from orchestrator.checkpoint.of_run import catalog_of, secret_of
 from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
-from orchestrator.data import Library, TokenStore, prepare
+from orchestrator.data import Dataset
+from orchestrator.data.of_job import dataset_of, prepare_stores
+from orchestrator.data.store import RunTasks
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -109,10 +111,12 @@ def _drive(
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             on_note("preparing the data")
-            store = _prepare(job)
-            data = _describe_data(job, store, directory.forked_at)
-            _same_data(directory, store)
-            directory.write_json("environment.json", _environment(data, store))
+            dataset = _prepare(job)
+            if dataset.padding:
+                on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
+            _same_data(directory, dataset)
+            data = dataset.describe(directory.path, directory.forked_at)
+            directory.write_json("environment.json", _environment(data, dataset))
             with suppress(FileNotFoundError):
                 (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
             spec = {
@@ -120,8 +124,8 @@ def _drive(
                 "run_dir": str(directory.path),
                 "job": job.resolved(),
                 "cwd": os.getcwd(),
-                "store": str(store.directory),
-                "store_digest": store.digest,
+                "stores": [str(store.directory) for store in dataset.stores],
+                "store_digests": [store.digest for store in dataset.stores],
                 "data": data,
                 "own_cluster": own,
                 "session": uuid.uuid4().hex[:12],
@@ -134,21 +138,11 @@ def _drive(
             end_run(directory.run_id)
 
 
-def _prepare(job: Job) -> TokenStore:
-    data = job.data
-    total = sum(max(0, file.size_bytes) for file in Library(data.mirrors).files(data.source, data.format))
-    store = prepare(
-        source=data.source,
-        format=data.format,
-        field=data.field,
-        document=data.document,
-        tokenizer=data.tokenizer,
-        mirrors=data.mirrors,
-        cache=data.cache,
-        run_tasks=_run_on_ray if total >= _PARALLEL_BYTES else None,
-    )
-    store.num_samples(data.sequence_length)
-    return store
+def _prepare(job: Job) -> Dataset:
+    def tasks(size_bytes: int) -> RunTasks[Any] | None:
+        return _run_on_ray if size_bytes >= _PARALLEL_BYTES else None
+
+    return dataset_of(job, prepare_stores(job, run_tasks=tasks))
 
 
 def _run_on_ray(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
@@ -176,32 +170,20 @@ def _check_storage(job: Job, directory: RunDirectory) -> None:
         raise ClusterError(f"checkpoint.storage {where} cannot be read from here: {error}") from error
 
 
-def _same_data(directory: RunDirectory, store: TokenStore) -> None:
+def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
     """Refuses to go on with other data than a run has begun with."""
     known = directory.read_json("environment.json")
     if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
         return
-    if known["store"]["digest"] != store.digest:
+    if known["store"]["digest"] != dataset.digest:
         raise RunDirectoryError(
             f"{directory.path} was begun with other data ({known['store']['tokens']:,} tokens then, "
-            f"{store.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
+            f"{dataset.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
             "restore it, or choose another --run-dir"
         )
 
 
-def _describe_data(job: Job, store: TokenStore, first_step: int) -> dict[str, Any]:
-    """What an audit needs to know; kept in environment.json so that the run directory is enough."""
-    return {
-        "num_samples": store.num_samples(job.data.sequence_length),
-        "global_batch": job.train.global_batch,
-        "virtual_workers": job.elastic.virtual_workers,
-        "seed": job.train.seed,
-        "shuffle": job.data.shuffle,
-        "first_step": first_step,
-    }
-
-
-def _environment(data: dict[str, Any], store: TokenStore) -> dict[str, Any]:
+def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
     versions = {}
     for name in packages:
@@ -214,7 +196,12 @@ def _environment(data: dict[str, Any], store: TokenStore) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "data": data,
-        "store": {"directory": str(store.directory), "digest": store.digest, "tokens": store.num_tokens},
+        "store": {
+            "directory": ", ".join(str(store.directory) for store in dataset.stores),
+            "digest": dataset.digest,
+            "tokens": dataset.num_tokens,
+            "padding": round(dataset.padding, 6),
+        },
     }
 
 

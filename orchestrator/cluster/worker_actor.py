@@ -69,7 +69,7 @@ class WorkerActor:
         if self._spec["cwd"] not in sys.path:
             sys.path.insert(0, self._spec["cwd"])
         from orchestrator.checkpoint.of_run import open_catalog
-        from orchestrator.data import open_store, prepare
+        from orchestrator.data.of_job import dataset_of, open_stores
         from orchestrator.job import Job
         from orchestrator.worker.core import Worker
 
@@ -79,19 +79,7 @@ class WorkerActor:
                 f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "
                 "checkpoints need one that every node mounts (--run-dir), or checkpoint.storage"
             )
-        # Where the driver's store can be seen (one machine, a shared disk, a mirror) the sources need not be looked at
-        # again.
-        store = open_store(Path(self._spec["store"]), self._spec["store_digest"], job.data.mirrors) or prepare(
-            source=job.data.source,
-            format=job.data.format,
-            field=job.data.field,
-            document=job.data.document,
-            tokenizer=job.data.tokenizer,
-            mirrors=job.data.mirrors,
-            cache=job.data.cache,
-            expect=self._spec["store_digest"],
-            verify=False,
-        )
+        stores = open_stores(job, self._spec["stores"], self._spec["store_digests"])
         return Worker(
             self._id,
             job,
@@ -100,7 +88,7 @@ class WorkerActor:
             pid=os.getpid(),
             host=ray.util.get_node_ip_address(),
             zone=str(ray.get_runtime_context().get_node_labels().get(ZONE_LABEL, "")),
-            store=store,
+            dataset=dataset_of(job, stores),
             catalog=open_catalog(self._spec["catalog"], self._spec["secret"]),
             report=self._report,
             on_orphaned=lambda: os._exit(3),

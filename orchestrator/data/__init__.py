@@ -1,10 +1,11 @@
-"""What a job trains on: sources, the tokenised store, the sampler, and the ledger that proves its use.
+"""What a job trains on: sources, the tokenised store, samples, the sampler, and the ledger that proves their use.
 
-Everything here is a function of its arguments: which tokens exist (`prepare`), which sample a step uses
-(`Sampler`), and whether a run used them as its job file says (`audit`). Nothing here knows of Ray, torch, the
-cluster or the job file, and importing it costs numpy and xxhash only.
+Everything here is a function of its arguments: which tokens exist (`prepare`), what a virtual worker gets of them
+at a step (`Dataset`), and whether a run used them as its job file says (`audit`). Nothing here knows of Ray, torch,
+the cluster or (but for `of_job`) the job file, and importing it costs numpy and xxhash only.
 """
 
+from orchestrator.data.dataset import DataPlan, Dataset
 from orchestrator.data.formats import documents
 from orchestrator.data.ledger import AuditReport, audit, data_digest, step_hash, virtual_worker_hash
 from orchestrator.data.read_ahead import ReadAhead
@@ -17,6 +18,8 @@ from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 __all__ = [
     "AuditReport",
     "DataError",
+    "DataPlan",
+    "Dataset",
     "Library",
     "ReadAhead",
     "Sampler",

@@ -122,6 +122,7 @@ def build_store(
         for shard, _ in results:
             if not shard.tokens:  # no document begins in what was the task's share
                 (build / shard.name).unlink()
+                (build / shard.documents_name).unlink()
         with open(build / MANIFEST_NAME, "w", encoding="utf-8") as stream:
             stream.write(manifest.to_json())
             stream.flush()
@@ -198,6 +199,7 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
     shard_digest = xxhash.xxh3_128()
     entries = []
     library = Library(task.mirrors, task.patience)
+    lengths: list[int] = []
     path = os.path.join(task.directory, task.shard)
     with open(path, "wb") as stream:
         for file, content, span in zip(task.files, task.contents, task.spans, strict=True):
@@ -211,6 +213,7 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
                 shard_digest.update(data)
                 num_documents += 1
                 num_tokens += len(tokens)
+                lengths.append(len(tokens))
             library.confirm(file, content)
             entries.append(
                 FileEntry(file.name, content.fingerprint, num_documents, num_tokens, file_digest.hexdigest())
@@ -218,8 +221,15 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
         size_bytes = stream.tell()
         stream.flush()
         os.fsync(stream.fileno())
-    total = sum(entry.tokens for entry in entries)
-    return ShardEntry(task.shard, total, size_bytes, shard_digest.hexdigest()), entries
+    sizes = np.array(lengths, dtype="<i8").tobytes()
+    shard = ShardEntry(
+        task.shard, sum(lengths), size_bytes, shard_digest.hexdigest(), len(lengths), xxhash.xxh3_128_hexdigest(sizes)
+    )  # fmt: skip
+    with open(os.path.join(task.directory, shard.documents_name), "wb") as stream:
+        stream.write(sizes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return shard, entries
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,15 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from orchestrator.data.compose import Composer
+from orchestrator.data.mix import MixedSampler
 from orchestrator.data.sampler import Sampler
 from orchestrator.data.sources import DataError
 
@@ -36,7 +40,45 @@ def step_hash(hashes: Sequence[int]) -> str:
     return xxhash.xxh3_128_hexdigest(struct.pack(f"<{len(hashes)}q", *hashes))
 
 
-def data_digest(records: Iterable[Mapping[str, Any]], sampler: Sampler) -> str:
+class Steps(Protocol):
+    """What says which samples a step uses: a sampler, or a dataset."""
+
+    @property
+    def virtual_workers(self) -> int:
+        """Into how many equal runs a step's samples are cut."""
+
+    def step_ids(self, step: int) -> NDArray[np.int64]:
+        """The ids of a whole step in the order of its virtual workers, int64 [global_batch]."""
+
+
+def write_lengths(path: str | os.PathLike[str], lengths: NDArray[np.integer]) -> str:
+    """Keep the lengths of all samples [samples], in tokens, in a file as little-endian uint32; returns its digest.
+
+    The file appears whole or not at all. Raises OSError, and ValueError for a length of 2**32 or more.
+    """
+    if len(lengths) and int(lengths.max()) >= 1 << 32:
+        raise ValueError(f"a sample of {lengths.max()} tokens is longer than its length can be kept")
+    data = np.asarray(lengths).astype("<u4").tobytes()
+    draft = f"{os.fspath(path)}.{secrets.token_hex(4)}"
+    with open(draft, "wb") as stream:
+        stream.write(data)
+    os.replace(draft, path)
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
+
+
+def read_lengths(path: str | os.PathLike[str], digest: str) -> NDArray[np.int64]:
+    """What `write_lengths` has kept, int64 [samples]. Raises DataError when it is not there or not what was written."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)}: cannot be read: {error}; it belongs to the run directory") from error
+    if f"xxh3:{xxhash.xxh3_128_hexdigest(data)}" != digest:
+        raise DataError(f"{os.fspath(path)}: not the lengths of samples that environment.json names; it was altered")
+    return np.frombuffer(data, dtype="<u4").astype(np.int64)
+
+
+def data_digest(records: Iterable[Mapping[str, Any]], sampler: Steps) -> str:
     """The `data_digest` of result.json: which virtual worker used which sample at which committed step.
 
     records: the committed steps in order, each with `step` and, where it was recorded, `samples`. Returns
@@ -64,8 +106,8 @@ class AuditReport:
 
     ok: the ledger is exactly what the job says; steps, samples: how many were committed; epochs_complete:
     epochs whose every sample was used exactly once; partial_epoch_samples: distinct samples used of the epoch
-    still under way; data_digest: as in result.json, empty unless ok; problems: what is wrong, one sentence
-    each.
+    still under way (both are sums over the sources of a mix); data_digest: as in result.json, empty unless ok;
+    problems: what is wrong, one sentence each.
     """
 
     ok: bool
@@ -86,6 +128,8 @@ def audit(
     seed: int,
     shuffle: bool = True,
     first_step: int = 0,
+    sources: Sequence[Mapping[str, Any]] | None = None,
+    composition: Mapping[str, Any] | None = None,
 ) -> AuditReport:
     """Check the ledger of a run against its job.
 
@@ -96,15 +140,30 @@ def audit(
     (`step_hash`); a last line torn by a crash is left out. The rest is as for `Sampler`. Uses num_samples
     bytes per epoch under way.
 
+    sources: of a mix, `num_samples` and `weight` of each; every source has epochs of its own. composition: of samples
+    that differ in length, `lengths` (a file beside metrics.jsonl), its `digest`, `micro_batch` and `token_cost`.
+
     Three checks: the steps are 0, 1, 2 ... in order; each record's hash is that of the ids the job gives the
     step; and, counted id by id, no epoch uses a sample twice and no finished epoch leaves one out.
 
     Raises DataError when the file cannot be read, ValueError for impossible arguments.
     """
-    sampler = Sampler(num_samples, global_batch, virtual_workers, seed, shuffle)
+    sampler: Sampler | MixedSampler
+    if sources is None:
+        sampler = Sampler(num_samples, global_batch, virtual_workers, seed, shuffle)
+    else:
+        sizes, weights = ([source[key] for source in sources] for key in ("num_samples", "weight"))
+        sampler = MixedSampler(sizes, weights, global_batch, virtual_workers, seed, shuffle)
+    composer = None
+    if composition is not None:
+        lengths = read_lengths(Path(metrics_path).parent / composition["lengths"], composition["digest"])
+        composer = Composer(lengths, composition["micro_batch"], virtual_workers, composition["token_cost"])
     digest = hashlib.sha256()
     problems: list[str] = []
-    usage = _Usage(num_samples, problems)
+    usages = [
+        _Usage(size, "" if sources is None else f"source {number}: ", problems)
+        for number, size in enumerate([num_samples] if sources is None else sizes)
+    ]
     steps = expected_step = 0
     for number, record in _records(metrics_path, problems):
         where = f"{os.fspath(metrics_path)}:{number}"
@@ -115,22 +174,26 @@ def audit(
         if step != expected_step:
             problems.append(f"{where}: step {step} where step {expected_step} was expected")
         steps, expected_step = steps + 1, step + 1
-        ids = sampler.step_ids(step)
+        line = sampler.step_ids(step)
+        ids = line if composer is None else composer.compose(line).ids
+        if composer is not None and not np.array_equal(np.sort(ids), np.sort(line)):
+            problems.append(f"{where}: step {step} is composed of other samples than it has")
         expected = _expected_hash(ids, sampler)
         if step >= first_step and record.get("samples") != expected:
             problems.append(f"{where}: step {step} used samples {record.get('samples')!r}, the job says {expected!r}")
             continue
-        usage.add(step * global_batch, ids, where)
+        for number, first_place, used in sampler.uses(step, line):
+            usages[number].add(first_place, used, where)
         digest.update(_triples(step, ids, sampler))
-    epochs_complete, partial = usage.finish()
+    finished = [usage.finish() for usage in usages]
     if len(problems) > _MAX_PROBLEMS:
         problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
     return AuditReport(
         ok=not problems,
         steps=steps,
         samples=steps * global_batch,
-        epochs_complete=epochs_complete,
-        partial_epoch_samples=partial,
+        epochs_complete=sum(complete for complete, _ in finished),
+        partial_epoch_samples=sum(partial for _, partial in finished),
         data_digest="" if problems else f"sha256:{digest.hexdigest()}",
         problems=problems,
     )
@@ -139,8 +202,9 @@ def audit(
 class _Usage:
     """Which ids each epoch has used, marked id by id: no trust in the sampler's theory is needed."""
 
-    def __init__(self, num_samples: int, problems: list[str]) -> None:
+    def __init__(self, num_samples: int, source: str, problems: list[str]) -> None:
         self._num_samples = num_samples
+        self._source = source
         self._problems = problems
         self._open: dict[int, NDArray[np.bool_]] = {}
         self._counts: dict[int, int] = {}  # distinct ids seen, by epoch
@@ -157,7 +221,9 @@ class _Usage:
 
     def _mark(self, epoch: int, ids: NDArray[np.int64], where: str) -> None:
         if epoch in self._complete:
-            self._problems.append(f"{where}: epoch {epoch} was complete, yet sample {ids[0]} is used again")
+            self._problems.append(
+                f"{where}: {self._source}epoch {epoch} was complete, yet sample {ids[0]} is used again"
+            )
             return
         if epoch not in self._open:
             self._open[epoch] = np.zeros(self._num_samples, dtype=np.bool_)
@@ -167,7 +233,7 @@ class _Usage:
         again = unique[seen[unique] | (times > 1)]
         if len(again):
             self._problems.append(
-                f"{where}: epoch {epoch} uses {len(again)} samples again, among them {again[:3].tolist()}"
+                f"{where}: {self._source}epoch {epoch} uses {len(again)} samples again, among them {again[:3].tolist()}"
             )
         self._counts[epoch] += int(np.count_nonzero(~seen[unique]))
         seen[unique] = True
@@ -183,7 +249,7 @@ class _Usage:
                 seen = self._open.get(epoch, np.zeros(self._num_samples, dtype=np.bool_))
                 missing = np.flatnonzero(~seen)
                 self._problems.append(
-                    f"epoch {epoch} is over, yet {len(missing)} of its {self._num_samples} samples were "
+                    f"{self._source}epoch {epoch} is over, yet {len(missing)} of its {self._num_samples} samples were "
                     f"never used, among them {missing[:3].tolist()}"
                 )
         return len(self._complete), self._counts[newest] if newest in self._open else 0
@@ -208,11 +274,11 @@ def _records(path: str | os.PathLike[str], problems: list[str]) -> Iterator[tupl
         raise DataError(f"{os.fspath(path)}: cannot be read: {error}; is this a run directory?") from error
 
 
-def _expected_hash(ids: NDArray[np.int64], sampler: Sampler) -> str:
+def _expected_hash(ids: NDArray[np.int64], sampler: Steps) -> str:
     return step_hash([virtual_worker_hash(part) for part in ids.reshape(sampler.virtual_workers, -1)])
 
 
-def _triples(step: int, ids: NDArray[np.int64], sampler: Sampler) -> bytes:
+def _triples(step: int, ids: NDArray[np.int64], sampler: Steps) -> bytes:
     """(step, virtual worker, sample id) of a step, little-endian int64 [global_batch, 3] in memory order."""
     triples = np.empty((len(ids), 3), dtype="<i8")
     triples[:, 0] = step

@@ -13,10 +13,14 @@ from typing import Any
 
 from orchestrator.data.sources import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of the files in a store: 2 has the lengths of documents."""
+_CONTENT_VERSION = 1
+"""Of how tokens lie in a store, which is what its digest is of."""
 MANIFEST_NAME = "MANIFEST.json"
 
 DTYPES = {"uint16": 2, "uint32": 4}
+LENGTH_BYTES = 8
 
 
 class BrokenStoreError(DataError):
@@ -36,12 +40,25 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One file of tokens: its name in the store, tokens, bytes and XXH3-128 digest."""
+    """One file of tokens: its name in the store, tokens, bytes and XXH3-128 digest; and how many documents it has,
+    whose lengths are in a file beside it with that digest."""
 
     name: str
     tokens: int
     size_bytes: int
     digest: str
+    documents: int
+    documents_digest: str
+
+    @property
+    def documents_name(self) -> str:
+        """The file with the lengths of the documents in tokens (ends included), little-endian int64 [documents]."""
+        return self.name.rpartition(".")[0] + ".documents"
+
+    @property
+    def documents_bytes(self) -> int:
+        """The size of that file."""
+        return LENGTH_BYTES * self.documents
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,7 @@ class Manifest:
                 content["digest"] == manifest.digest
                 and content["total_tokens"] == manifest.total_tokens == sum(file.tokens for file in manifest.files)
                 and all(shard.size_bytes == shard.tokens * width > 0 for shard in manifest.shards)
+                and sum(shard.documents for shard in manifest.shards) == sum(file.documents for file in manifest.files)
             )
         except BrokenStoreError:
             raise
@@ -105,5 +123,5 @@ class Manifest:
 
 def store_digest(dtype: str, vocab_size: int, files: Sequence[FileEntry]) -> str:
     """A store's digest, from the digests of each file's tokens in order: the same however it was sharded."""
-    content = [FORMAT_VERSION, dtype, vocab_size, [(file.tokens, file.digest) for file in files]]
+    content = [_CONTENT_VERSION, dtype, vocab_size, [(file.tokens, file.digest) for file in files]]
     return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"

@@ -7,6 +7,7 @@ ids for the same step. Knows nothing of ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,11 @@ def _round_keys(key: int) -> list[np.uint64]:
     return [np.uint64(_splitmix64((key + i * _GOLDEN) & _MASK)) for i in range(1, _NUM_ROUNDS + 1)]
 
 
+def mixed_seed(seed: int, source: int) -> int:
+    """The seed of the shuffled line of a job's source by its number; the first has the job's own."""
+    return seed if source == 0 else _splitmix64((_splitmix64(seed & _MASK) ^ source * _GOLDEN) & _MASK)
+
+
 class Sampler:
     """The sample ids of every step of a job.
 
@@ -139,11 +145,18 @@ class Sampler:
         """The epoch, counted from 0, of the first sample of a step."""
         return step * self.global_batch // self.num_samples
 
-    def _ids(self, step: int, offset: int, count: int) -> NDArray[np.int64]:
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
+    def uses(self, step: int, ids: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """(source, first place in its line, ids in it): the one source's, of a step whose `ids` [n] these are."""
+        yield 0, step * self.global_batch, ids
+
+    def position(self, samples: int) -> dict[str, object]:
+        """Where the line is after so many samples."""
+        epoch, position = divmod(samples, self.num_samples)
+        return {"epoch": epoch, "position": position, "samples_per_epoch": self.num_samples}
+
+    def line(self, place: int, count: int) -> NDArray[np.int64]:
+        """The ids at `count` places of the endless line from `place` on, int64 [count]."""
         parts = []
-        place = step * self.global_batch + offset
         while count:
             epoch, first = divmod(place, self.num_samples)
             length = min(count, self.num_samples - first)
@@ -151,6 +164,11 @@ class Sampler:
             place += length
             count -= length
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _ids(self, step: int, offset: int, count: int) -> NDArray[np.int64]:
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        return self.line(step * self.global_batch + offset, count)
 
     def _epoch_ids(self, epoch: int, first: int, length: int) -> NDArray[np.int64]:
         index = np.arange(first, first + length, dtype=np.int64)

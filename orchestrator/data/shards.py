@@ -26,14 +26,21 @@ TRAINING_PATIENCE = Patience(attempts=3, timeout_s=10.0, pause_s=0.2, longest_pa
 """Ranks wait for each other: a shard that does not come in seconds is better read elsewhere."""
 
 
-def read_manifest(location: str, patience: Patience) -> Manifest:
-    """The manifest of the store in a directory or at a URL. Raises BrokenStoreError when it is torn or missing."""
-    place = place_at(join(location, MANIFEST_NAME))
+def read_whole(location: str, name: str, patience: Patience) -> bytes:
+    """A small file of the store in a directory or at a URL. Raises BrokenStoreError when it cannot be read."""
+    place = place_at(join(location, name))
     try:
-        text = persist(patience, place.reopen, lambda: place.read(0, place.size() or 0)).decode("utf-8")
+        return persist(patience, place.reopen, lambda: place.read(0, place.size() or 0))
     except Exception as error:  # every storage library has its own errors
         raise BrokenStoreError(f"{location}: {error}") from error
-    return Manifest.from_json(text)
+
+
+def read_manifest(location: str, patience: Patience) -> Manifest:
+    """The manifest of the store in a directory or at a URL. Raises BrokenStoreError when it is torn or missing."""
+    try:
+        return Manifest.from_json(read_whole(location, MANIFEST_NAME, patience).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BrokenStoreError(f"{location}: {error}") from error
 
 
 class Shards:

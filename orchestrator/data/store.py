@@ -7,7 +7,7 @@ so a store never changes once it has its name: it is built beside, synced, and r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, document_of
 from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError
 from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library, join
-from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest
+from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest, read_whole
 from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import BYTES, load_tokenizer
 
@@ -56,7 +56,9 @@ class TokenStore:
         right.
         """
         self.location = str(directory)
-        self._source = source or self.location
+        self.source = source or self.location
+        """What it was made from, for errors."""
+        self._patience = patience
         self.manifest = read_manifest(self.location, patience)
         self._shards = Shards(self.location, self.manifest, mirrors, patience)
         self._num_tokens = self.manifest.total_tokens
@@ -90,7 +92,7 @@ class TokenStore:
         num_samples = (self.num_tokens - 1) // sequence_length
         if num_samples < 1:
             raise DataError(
-                f"data.source: {self._source} has {self.num_tokens} tokens, too few for one sample of "
+                f"data.source: {self.source} has {self.num_tokens} tokens, too few for one sample of "
                 f"sequence length {sequence_length}, which needs {sequence_length + 1}; add text or lower it"
             )
         return num_samples
@@ -129,18 +131,44 @@ class TokenStore:
             out[first:stop] = np.lib.stride_tricks.sliding_window_view(run, width)[::sequence_length]
         return out
 
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The tokens of every document, its end included, in their order: int64 [documents], whose sum is `num_tokens`.
+
+        Raises BrokenStoreError when they cannot be read, or do not add up.
+        """
+        names = [shard.documents_name for shard in self.manifest.shards]
+        parts = [np.frombuffer(read_whole(self.location, name, self._patience), dtype="<i8") for name in names]
+        lengths = np.concatenate(parts)
+        if (len(lengths) and lengths.min() < 1) or int(lengths.sum()) != self.num_tokens:
+            raise BrokenStoreError(f"{self.location}: its documents' lengths do not add up to its tokens; remove it")
+        return lengths.astype(np.int64)
+
+    def read(self, start: int, out: NDArray[np.int64]) -> None:
+        """Fill out [n] with the tokens of the line from `start` on. Raises IndexError when they are not all there."""
+        if not 0 <= start <= self.num_tokens - len(out):
+            raise IndexError(f"tokens {start} to {start + len(out)} are outside range({self.num_tokens})")
+        tokens = np.empty(len(out), dtype=self._shards.dtype)
+        self._shards.fill(tokens, start)
+        out[:] = tokens
+
     def verify(self) -> None:
-        """Read every shard and compare its digest. Raises BrokenStoreError naming the first that differs."""
-        for shard in self.manifest.shards:
+        """Read every file and compare its digest. Raises BrokenStoreError naming the first that differs."""
+        for name, _, expected in self._files():
             digest = xxhash.xxh3_128()
             try:
-                with open(self.directory / shard.name, "rb") as stream:
+                with open(self.directory / name, "rb") as stream:
                     while chunk := stream.read(_CHUNK_BYTES):
                         digest.update(chunk)
             except OSError as error:
-                raise BrokenStoreError(f"{self.directory / shard.name}: {error}") from error
-            if digest.hexdigest() != shard.digest:
-                raise BrokenStoreError(f"{self.directory / shard.name}: its content is not what was written")
+                raise BrokenStoreError(f"{self.directory / name}: {error}") from error
+            if digest.hexdigest() != expected:
+                raise BrokenStoreError(f"{self.directory / name}: its content is not what was written")
+
+    def _files(self) -> Iterator[tuple[str, int, str]]:
+        """(name, bytes, digest) of every file but the manifest."""
+        for shard in self.manifest.shards:
+            yield shard.name, shard.size_bytes, shard.digest
+            yield shard.documents_name, shard.documents_bytes, shard.documents_digest
 
 
 def open_store(directory: Path, digest: str, mirrors: Sequence[str] = ()) -> TokenStore | None:

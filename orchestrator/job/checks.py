@@ -207,8 +207,26 @@ def _encryption(get: Get) -> Iterator[Finding]:
         yield Finding(("checkpoint.encryption.key",), reason)
 
 
+def _data(get: Get) -> Iterator[Finding]:
+    given = [key for key in ("source", "mix") if get(f"data.{key}") is not None]
+    if len(given) != 1:
+        what = "has both" if given else "has neither"
+        fields = ("data.mix",) if given else ("data",)
+        yield Finding(fields, f"must have exactly one of source and mix, and {what}")
+
+
+def _document_mask(get: Get) -> Iterator[Finding]:
+    if get("data.document_mask") and get("data.packing") == "pad":
+        yield Finding(
+            ("data.document_mask", "data.packing"),
+            "says nothing about packing: pad, where a sample is one document; leave it out, or use packing: pack",
+        )
+
+
 _RULES: tuple[Rule, ...] = (
     _model,
+    _data,
+    _document_mask,
     _hf_model_type,
     _free_form,
     _batch,

@@ -169,6 +169,24 @@ def _compile(get: Get) -> Iterator[Finding]:
         )
 
 
+def _padded(get: Get) -> Iterator[Finding]:
+    if get("data.packing") != "pad":
+        return
+    pipeline = get("strategy.pipeline")
+    if pipeline > 1:
+        yield Finding(
+            ("data.packing", "strategy.pipeline"),
+            f"packing: pad makes micro-batches of many lengths, and the stages of pipeline = {pipeline} hand on "
+            "activations of one size; use packing: pack, or pipeline: 1",
+        )
+    if get("train.compile"):
+        yield Finding(
+            ("data.packing", "train.compile"),
+            "packing: pad makes micro-batches of many lengths, and compile: true would compile the model for each; "
+            "use packing: pack, or compile: false",
+        )
+
+
 LAYOUT_RULES: tuple[Rule, ...] = (
     _group_of_workers,
     _whole_pipeline,
@@ -179,4 +197,5 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     _tied,
     _native,
     _compile,
+    _padded,
 )

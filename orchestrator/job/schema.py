@@ -107,15 +107,31 @@ class Model(_Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-class Data(_Section):
-    """What is read, and how it becomes samples of `sequence_length` tokens."""
+Source = Annotated[
+    Annotated[Text, Tag("str")] | Annotated[list[Text], Field(min_length=1), Tag("list")],
+    _one_of("str", "list", reason="must be a path, glob, URL or python-stdlib, or a list of them"),
+]
+Format = Literal["text", "jsonl", "parquet"]
 
-    source: Annotated[
-        Annotated[Text, Tag("str")] | Annotated[list[Text], Field(min_length=1), Tag("list")],
-        _one_of("str", "list", reason="must be a path, glob, URL or python-stdlib, or a list of them"),
-    ]
+
+class MixEntry(_Section):
+    """One of several sources; `format` and `field` are those of `data` where they are not given."""
+
+    source: Source
+    weight: PositiveFloat
+    """Relative to the weights of the others: how many of its samples are used for one of theirs."""
+    format: Format | None = None
+    field: Text | None = None
+
+
+class Data(_Section):
+    """What is read, and how it becomes samples of `sequence_length` tokens: exactly one of `source` and `mix`."""
+
+    source: Source | None = None
     """Relative paths start at the current working directory."""
-    format: Literal["text", "jsonl", "parquet"] | None = None
+    mix: Annotated[list[MixEntry], Field(min_length=1)] | None = None
+    """Several sources, each with epochs of its own."""
+    format: Format | None = None
     """None: told from each file's suffix."""
     field: Text = "text"
     """The field of a jsonl or parquet record that holds the text."""
@@ -124,7 +140,11 @@ class Data(_Section):
     tokenizer: Text = "bytes"
     """`bytes` (257 ids; 256 ends a document), or a path or hub id."""
     sequence_length: Annotated[int, Field(ge=2)]
-    """Tokens per sample."""
+    """Tokens per sample; the most, with packing pad."""
+    packing: Literal["stream", "pack", "pad"] = "stream"
+    """How documents become samples. stream: end to end, cut anywhere. pack: whole ones side by side. pad: one each."""
+    document_mask: bool = False
+    """Whether a document is kept from attending to those before it in its sample."""
     shuffle: bool = True
     cache: Text | None = None
     """The directory for token stores. None: the platform's choice."""
@@ -343,8 +363,10 @@ class Job(_Section):
         # The tensor degree splits sums inside a matrix product; the rest of a layout changes no bit.
         full["strategy"] = {key: full["strategy"][key] for key in ("tensor", "reduction", "update")}
         del full["data"]["cache"], full["data"]["mirrors"], full["train"]["log_every"]
-        if full["data"]["document"] is None:
-            del full["data"]["document"]
+        # Fields that came later: a job that does without them is what it was.
+        for key, default in (("mix", None), ("packing", "stream"), ("document_mask", False), ("document", None)):
+            if full["data"][key] == default:
+                del full["data"][key]
         # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
         if not full["resources"]["accelerators"]:
             del full["resources"]["accelerators"]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from orchestrator.data import ReadAhead, Sampler, TokenStore, virtual_worker_hash
+from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
 from orchestrator.planning.model import ModelCosts, describe_model
+from strategies.batch import Batch
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
+from strategies.document_mask import refuse_without_positions
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
 from strategies.state import TrainingState
@@ -136,8 +139,11 @@ def _vocabulary_rows(model: nn.Module) -> int | None:
 
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
     """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
-    or cut as the job wants it to be."""
-    blueprint = Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor, device=device)
+    or cut, or keep documents apart, as the job wants it to."""
+    model = build_model(job, vocab_size)
+    if job.data.document_mask:
+        refuse_without_positions(model)
+    blueprint = Blueprint(model, tensor=job.strategy.tensor, device=device)
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     return blueprint
@@ -181,7 +187,6 @@ def step_spec(job: Job) -> StepSpec:
         seed=train.seed,
         micro_batch=train.micro_batch,
         micro_batches=job.micro_batches_per_virtual_worker,
-        tokens_per_batch=train.global_batch * job.data.sequence_length,
         base_lr=train.optimizer.lr,
         schedule=ScheduleSpec(
             name=train.schedule.name,
@@ -193,25 +198,17 @@ def step_spec(job: Job) -> StepSpec:
         precision=train.precision,
         native_reduction=job.strategy.reduction == "native",
         compile=train.compile,
+        document_mask=job.data.document_mask,
     )
 
 
-def make_sampler(job: Job, num_samples: int) -> Sampler:
-    return Sampler(
-        num_samples,
-        job.train.global_batch,
-        job.elastic.virtual_workers,
-        job.train.seed,
-        shuffle=job.data.shuffle,
-    )
+def make_fetch(job: Job, dataset: Dataset, delay: Callable[[], None] | None = None) -> ReadAhead[Batch]:
+    """How a step gets its samples: by (step, virtual worker) alone; before they are asked for, where reading is slow.
+    `delay` is called before each reading (an injected slow input)."""
 
+    def read(step: int, virtual_worker: int) -> Batch:
+        if delay is not None:
+            delay()
+        return dataset.batch(step, virtual_worker)
 
-def make_fetch(job: Job, store: TokenStore, sampler: Sampler) -> ReadAhead[Any]:
-    """How a step gets its tokens: by (step, virtual worker) alone; before they are asked for, where reading is slow."""
-    length = job.data.sequence_length
-
-    def fetch(step: int, virtual_worker: int) -> Any:
-        ids = sampler.sample_ids(step, virtual_worker)
-        return store.samples(ids, length), ids, virtual_worker_hash(ids)
-
-    return ReadAhead(fetch, num_steps=job.train.steps)
+    return ReadAhead(read, num_steps=job.train.steps)

@@ -25,7 +25,7 @@ import numpy as np
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
-from orchestrator.data import TokenStore, step_hash
+from orchestrator.data import Dataset, step_hash
 from orchestrator.job import Job
 from orchestrator.messages import (
     FaultFired,
@@ -46,7 +46,6 @@ from orchestrator.worker import build
 from orchestrator.worker.faults import FaultInjector
 from orchestrator.worker.restoring import StorageFailed, open_checkpoint, read_checkpoint
 from orchestrator.worker.saving import Saver
-from strategies.compute import Fetch
 from strategies.fabric import Fabric
 from strategies.groups import PeerLost, serve_store
 from strategies.intake import Intake
@@ -75,7 +74,7 @@ class Worker:
         node: str,
         pid: int,
         host: str,
-        store: TokenStore,
+        dataset: Dataset,
         catalog: Catalog,
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
@@ -114,14 +113,14 @@ class Worker:
         build.make_deterministic(job, device)
         self._rendezvous, port = serve_store(host)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._poison)
-        self.state = build.build_state(job, store.vocab_size, device)
-        num_samples = store.num_samples(job.data.sequence_length)
-        sampler = build.make_sampler(job, num_samples)
-        self._fetch = fetch = build.make_fetch(job, store, sampler)
+        self.state = build.build_state(job, dataset.vocab_size, device)
+        delay = self._faults.delay if self._faults.may_be_slow else None
+        self._fetch = build.make_fetch(job, dataset, delay)
         self._catalog = catalog
-        self._saver = Saver(worker, job, catalog, self.state, num_samples, self._send)
-        self.engine = StepEngine(self.state, build.step_spec(job), fetch, self._on_phase)
+        self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send)
+        self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase)
         self.engine.is_saving = lambda: self._saver.is_busy
+        self.engine.on_deal = self._fetch.expect
         self.engine.warm_up(keep=build.computes_with_the_whole_model(job))
         if self._faults.may_be_slow:
             self.engine.watch.drag = self._faults.drag
@@ -324,8 +323,6 @@ class Worker:
             return self._collect(generation, fabric)
         moved = self._bring_state(generation, rank, fabric)
         self.engine.bind(fabric, generation.layout, generation.number)
-        place = generation.layout.place(rank)
-        self._fetch.expect(() if place is None else generation.layout.assignment[place.data])
         self._shares = None
         self._is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
@@ -419,6 +416,7 @@ class Worker:
                 grad_norm=record.grad_norm,
                 lr=record.lr,
                 tokens=record.tokens,
+                padding=record.padding,
                 samples=step_hash(record.hashes),
                 skipped=record.skipped,
                 committed_at=record.committed_at,
@@ -428,15 +426,6 @@ class Worker:
                 deal=record.deal,
             )
         )
-
-    def _slowly(self, fetch: Fetch) -> Fetch:
-        """Reading, by a worker whose job has it slow at some time."""
-
-        def read(step: int, virtual_worker: int) -> Any:
-            self._faults.delay()
-            return fetch(step, virtual_worker)
-
-        return read
 
     def _on_phase(self, phase: str, step: int) -> None:
         self._phase, self._phase_step = phase, step

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own.
 
-    `send` tells the controller.
+    `position` says where in its data's epochs a run is after so many samples, `send` tells the controller.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Saver:
         job: Job,
         catalog: Catalog,
         state: TrainingState,
-        num_samples: int,
+        position: Callable[[int], dict[str, Any]],
         send: Callable[[Any], object],
     ) -> None:
         self.worker = worker
@@ -44,7 +44,7 @@ class Saver:
         self.last_part: PartSaved | None = None
         self._job = job
         self._state = state
-        self._num_samples = num_samples
+        self._position = position
         self._send = send
         self._snapshot = Snapshot(state.space, state.device)
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue()
@@ -187,8 +187,7 @@ class Saver:
             layout=layout,
             data={
                 "step": committed, "global_batch": job.train.global_batch, "samples": samples,
-                "epoch": samples // self._num_samples, "position": samples % self._num_samples,
-                "samples_per_epoch": self._num_samples, "seed": job.train.seed,
+                **self._position(samples), "seed": job.train.seed,
             },
             randomness={"seed": job.train.seed, "streams": "step, virtual worker, micro-batch, layer"},
             schedule={

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from local_ranks import HOST, Endpoint
 
+from strategies.batch import Batch, plain_batch
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
 from strategies.fabric import Fabric
@@ -55,15 +56,14 @@ def layout_of(
     return ParallelLayout(data, dealt, tensor, pipeline, shard, schedule, parts, spares)
 
 
-def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
+def fetch(step: int, virtual_worker: int) -> Batch:
     rng = np.random.default_rng((step, virtual_worker))
     tokens = rng.integers(0, VOCABULARY, size=(MICRO_BATCHES, LENGTH + 1), dtype=np.int64)
-    return tokens, np.arange(MICRO_BATCHES), 1000 * step + virtual_worker
+    return plain_batch(tokens, np.arange(MICRO_BATCHES), 1000 * step + virtual_worker, VIRTUAL_WORKERS)
 
 
 SPEC = StepSpec(
-    seed=1, micro_batch=1, micro_batches=MICRO_BATCHES, tokens_per_batch=VIRTUAL_WORKERS * MICRO_BATCHES * LENGTH,
-    base_lr=1e-2, schedule=ScheduleSpec("constant"), clip_norm=1.0,
+    seed=1, micro_batch=1, micro_batches=MICRO_BATCHES, base_lr=1e-2, schedule=ScheduleSpec("constant"), clip_norm=1.0,
 )  # fmt: skip
 
 
@@ -152,6 +152,7 @@ def run_stretch(
     for number in range(step, step + stretch.steps):
         record, _ = engine.run(number)
         assert record.hashes == tuple(1000 * number + index for index in range(VIRTUAL_WORKERS))
+        assert (record.tokens, record.padding) == (VIRTUAL_WORKERS * MICRO_BATCHES * LENGTH, 0)
         seen.losses.append(record.loss)
         seen.norms.append(record.grad_norm)
         seen.phases.append(record.phase_seconds)

@@ -49,7 +49,7 @@ from orchestrator.controller.protocol import (
     Tick,
 )
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, RunState, WorkerState
-from orchestrator.data import TokenStore, prepare
+from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
 from orchestrator.planning.choose import LayoutChooser
@@ -97,7 +97,7 @@ class WorkerSpec:
     worker: WorkerId
     job: Job
     directory: Path
-    store: Path
+    stores: tuple[tuple[Path, str], ...]
     hooks: tuple[Hook, ...]
     held_steps: tuple[int, ...]
 
@@ -195,10 +195,9 @@ class LocalCluster:
         self.all_ready_at_once = all_ready_at_once
         self.warm: list[Ready] = []
         job = self.job
-        store: TokenStore = prepare(
-            source=job.data.source, tokenizer=job.data.tokenizer, cache=job.data.cache, verify=False
-        )
-        self.store_directory = Path(store.directory)
+        stores = prepare_stores(job, verify=False)
+        self.stores = tuple((store.directory, store.digest) for store in stores)
+        self.dataset = dataset_of(job, stores)
         self.controller = Controller(
             ControllerConfig(
                 total_steps=job.train.steps,
@@ -348,9 +347,7 @@ class LocalCluster:
         epoch = self.controller.config.epoch
         match action:
             case RequestWorker():
-                spec = WorkerSpec(
-                    action.worker, self.job, self.directory, self.store_directory, self.hooks, tuple(self.holds)
-                )
+                spec = WorkerSpec(action.worker, self.job, self.directory, self.stores, self.hooks, tuple(self.holds))
                 process = self.processes[action.worker] = _Process(spec)
                 assert process.process.pid is not None
                 self.pids[action.worker] = process.process.pid
@@ -437,7 +434,7 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
         node=NODE,
         pid=os.getpid(),
         host=HOST,
-        store=TokenStore(spec.store),
+        dataset=dataset_of(spec.job, open_stores(spec.job, *zip(*spec.stores, strict=True))),
         catalog=Catalog(open_storage(str(spec.directory / "checkpoints")), "test"),
         report=report,
         on_orphaned=lambda: os._exit(3),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from local_ranks import HOST, Endpoint, run_ranks
 
+from strategies.batch import Batch, plain_batch
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
 from strategies.fabric import Fabric
@@ -183,7 +184,6 @@ def llama_engine(native: bool = False) -> StepEngine:
         seed=3,
         micro_batch=1,
         micro_batches=2,
-        tokens_per_batch=8 * 2 * 16,
         base_lr=1e-2,
         schedule=ScheduleSpec("cosine", warmup_steps=1, total_steps=3),
         clip_norm=0.5,
@@ -192,9 +192,11 @@ def llama_engine(native: bool = False) -> StepEngine:
     return StepEngine(TrainingState(blueprint(), OptimizerSpec(), lambda: blueprint().initial), spec, fetch)
 
 
-def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
+def fetch(step: int, virtual_worker: int) -> Batch:
     rng = np.random.default_rng((step, virtual_worker))
-    return rng.integers(0, 97, size=(2, 17), dtype=np.int64), np.arange(2), (virtual_worker << 50) + step
+    return plain_batch(
+        rng.integers(0, 97, size=(2, 17), dtype=np.int64), np.arange(2), (virtual_worker << 50) + step, 8
+    )
 
 
 def train(rank: int, address: Endpoint, layouts: list[Assignment], native: bool) -> list[Any]:

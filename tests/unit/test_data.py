@@ -503,10 +503,12 @@ def test_groups_keep_the_order_and_are_balanced(sizes: list[int], max_groups: in
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "truncated shard": lambda store: os.truncate(store / "shard-00000.bin", 2),
     "shard gone": lambda store: os.unlink(store / "shard-00000.bin"),
+    "length of a document": lambda store: _flip(store / "shard-00000.documents"),
+    "documents gone": lambda store: os.unlink(store / "shard-00000.documents"),
     "flipped bit": lambda store: _flip(store / "shard-00000.bin"),
     "torn manifest": lambda store: os.truncate(store / "MANIFEST.json", 100),
     "manifest gone": lambda store: os.unlink(store / "MANIFEST.json"),
-    "other version": lambda store: _replace(store, '"format_version": 1', '"format_version": 0'),
+    "other version": lambda store: _replace(store, '"format_version": 2', '"format_version": 1'),
     "altered manifest": lambda store: _replace(store, '"vocab_size": 257', '"vocab_size": 300'),
     "not an object": lambda store: (store / "MANIFEST.json").write_text("[]"),
     "not a directory": lambda store: (store.rename(store.parent / "away"), store.write_text("")),

@@ -65,7 +65,7 @@ def test_every_example_loads_and_round_trips(path: Path) -> None:
 
 def test_the_examples_are_there() -> None:
     names = {path.stem for path in EXAMPLES}
-    assert names >= {"quickstart", "text-files", "bf16", "factory", "chaos", *LAYOUT_EXAMPLES}
+    assert names >= {"quickstart", "text-files", "bf16", "factory", "chaos", "packed", "mixed", *LAYOUT_EXAMPLES}
 
 
 def test_quickstart_means_what_it_says() -> None:
@@ -298,9 +298,71 @@ def test_a_document_is_what_its_format_can_hold() -> None:
     assert Job.loads(MINIMAL, overrides=("data.format=text", "data.document=line")).data.document == "line"
 
 
-def test_the_digest_of_a_job_without_newer_fields_is_pinned() -> None:
-    """Otherwise a run could not be resumed by a later version."""
-    assert Job.loads(MINIMAL).digest() == "sha256:4f671b6e385e693c151793f0206ea1922686443c9e131cf08a64052571a1239e"
+DATA = "{source: python-stdlib, sequence_length: 16"
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "line"),
+    [
+        ("{sequence_length: 16}", "", "j:3:7 data: must have exactly one of source and mix, and has neither"),
+        (
+            DATA + ", mix: [{source: a, weight: 1}]}",
+            "",
+            "j:3:57 data.mix: must have exactly one of source and mix, and has both",
+        ),
+        ("{mix: [], sequence_length: 16}", "", "j:3:13 data.mix: must not be empty"),
+        ("{mix: [{source: a}], sequence_length: 16}", "", "j:3:14 data.mix.0.weight: is required, but missing"),
+        (
+            "{mix: [{source: a, weight: 0}], sequence_length: 16}",
+            "",
+            "j:3:34 data.mix.0.weight: must be more than 0, got 0",
+        ),
+        (
+            "{mix: [{source: a, weight: 1, formt: text}], sequence_length: 16}",
+            "",
+            'j:3:37 data.mix.0.formt: unknown field, did you mean "format"?',
+        ),
+        (
+            "{mix: [{source: 3, weight: 1}], sequence_length: 16}",
+            "",
+            "j:3:23 data.mix.0.source: must be a path, glob, URL or python-stdlib, or a list of them, got the",
+        ),
+        (DATA + ", packing: packed}", "", "j:3:61 data.packing: must be one of stream, pack, pad, got the string"),
+        (
+            DATA + ", packing: pad, document_mask: true}",
+            "",
+            "j:3:81 data.document_mask: says nothing about packing: pad, where a sample is one document",
+        ),
+        (
+            DATA + ", packing: pad}",
+            "strategy: {pipeline: 2}",
+            "j:3:61 data.packing: packing: pad makes micro-batches of many lengths, and the stages of pipeline = 2",
+        ),
+        (
+            DATA + ", packing: pad}",
+            "  compile: true",
+            "j:3:61 data.packing: packing: pad makes micro-batches of many lengths, and compile: true would",
+        ),
+    ],
+)
+def test_data(data: str, more: str, line: str) -> None:
+    found = refused(MINIMAL.replace("{source: python-stdlib, sequence_length: 16}", data) + more + "\n")
+    assert found.startswith(line), found
+
+
+def test_a_mix_is_part_of_the_numbers() -> None:
+    def digest(weight: str) -> str:
+        mix = f"mix: [{{source: a, weight: 3}}, {{source: b, weight: {weight}, field: body}}]"
+        return Job.loads(MINIMAL.replace("source: python-stdlib", mix)).digest()
+
+    assert digest("1") == digest("1.0") != digest("2")
+
+
+def test_the_digest_of_a_job_without_the_newer_fields_is_what_it_was() -> None:
+    pinned = "sha256:4f671b6e385e693c151793f0206ea1922686443c9e131cf08a64052571a1239e"
+    assert Job.loads(MINIMAL).digest() == pinned
+    later = ["data.mix=null", "data.packing=stream", "data.document_mask=false"]
+    assert Job.loads(MINIMAL, overrides=later).digest() == pinned
 
 
 def test_what_is_not_a_job_at_all(tmp_path: Path) -> None:
@@ -621,6 +683,9 @@ def test_file_first_then_options_in_order() -> None:
         "data.shuffle=false",
         "data.document=line",
         "model.hf.hidden_size=8",
+        "data.packing=pack",
+        "data.packing=pad",
+        "data.document_mask=true",
     ],
 )
 def test_the_digest_changes_with_the_numbers(override: str) -> None:

@@ -21,7 +21,8 @@ from tiny_model import (
 )
 from torch import nn
 
-from strategies.compute import LocalGradients, StepSpec
+from strategies.batch import Batch, plain_batch
+from strategies.compute import Fetch, LocalGradients, Rows, StepSpec
 from strategies.groups import PeerLost
 from strategies.holding import Holding
 from strategies.optimizers import ScheduleSpec
@@ -32,23 +33,25 @@ from strategies.tree import Node, cover
 LENGTH = 4
 
 
-def fetch(step: int, virtual_worker: int) -> tuple[np.ndarray, np.ndarray, int]:
-    rng = np.random.default_rng((step, virtual_worker))
-    tokens = rng.integers(0, VOCABULARY, size=(2, LENGTH + 1), dtype=np.int64)
-    return tokens, np.arange(2), 1000 * step + virtual_worker
+def fetch_for(virtual_workers: int) -> Fetch:
+    def fetch(step: int, virtual_worker: int) -> Batch:
+        rng = np.random.default_rng((step, virtual_worker))
+        tokens = rng.integers(0, VOCABULARY, size=(2, LENGTH + 1), dtype=np.int64)
+        return plain_batch(tokens, np.arange(2), 1000 * step + virtual_worker, virtual_workers)
+
+    return fetch
 
 
-SPEC = StepSpec(
-    seed=1, micro_batch=1, micro_batches=2, tokens_per_batch=0, base_lr=1e-2, schedule=ScheduleSpec("constant")
-)  # fmt: skip
+fetch = fetch_for(4)
+SPEC = StepSpec(seed=1, micro_batch=1, micro_batches=2, base_lr=1e-2, schedule=ScheduleSpec("constant"))
 
 
 def engine_of(state: TrainingState, virtual_workers: int = 4, **changes: object) -> StepEngine:
     """An engine that has no place yet."""
     on_phase = changes.pop("on_phase", lambda phase, step: None)
     assert callable(on_phase)
-    spec = replace(SPEC, tokens_per_batch=virtual_workers * 2 * LENGTH, **changes)  # type: ignore[arg-type]
-    return StepEngine(state, spec, fetch, on_phase)
+    spec = replace(SPEC, **changes)  # type: ignore[arg-type]
+    return StepEngine(state, spec, fetch_for(virtual_workers), on_phase)
 
 
 def engine(
@@ -151,7 +154,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_batch() -> None:
     reference: nn.Module = copy.deepcopy(local_of(ours).part.modules[0])
     for parameter in reference.parameters():
         parameter.grad = None
-    rows = torch.from_numpy(np.concatenate([fetch(0, index)[0] for index in range(4)]))
+    rows = torch.from_numpy(np.concatenate([fetch(0, index).tokens for index in range(4)]))
     logits = reference(input_ids=rows[:, :-1])
     nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
     for slot in ours.state.space.slots:
@@ -182,7 +185,7 @@ def test_a_gradient_that_is_never_finite_skips_the_update_and_says_so() -> None:
     before = state_digest(ours.state)
     local = local_of(ours)
     usual = local._loss
-    local._loss = lambda rows: usual(rows) * math.nan
+    local._loss = lambda *given: usual(*given) * math.nan
     record, _ = ours.run(1)
     assert record.skipped
     assert math.isnan(record.grad_norm)
@@ -288,9 +291,9 @@ class Work:
         self.patience = 10**9
         inner = self.local._loss
 
-        def counted(rows: torch.Tensor) -> torch.Tensor:
+        def counted(rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
             self.passes += 1
-            return inner(rows)
+            return inner(rows, targets)
 
         self.local._loss = counted
 
@@ -363,12 +366,12 @@ def test_a_pass_that_fails_leaves_nothing_half_done() -> None:
     inner = work.local._loss
     calls = 0
 
-    def failing(rows: torch.Tensor) -> torch.Tensor:
+    def failing(rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise RuntimeError("out of memory")
-        return inner(rows)
+        return inner(rows, targets)
 
     work.local._loss = failing
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -389,7 +392,7 @@ def test_a_step_repeated_after_a_lost_vote_computes_nothing_again() -> None:
     ours, usual = engine(on_phase=on_phase), engine()
     local = local_of(ours)
     inner = local._loss
-    local._loss = lambda rows: (computed.append(1), inner(rows))[1]
+    local._loss = lambda *given: (computed.append(1), inner(*given))[1]
     with pytest.raises(PeerLost):
         ours.run(0)
     lost.append(False)

@@ -1,0 +1,139 @@
+"""How the tokens of one store become samples: cut every so many tokens, packed from whole documents, or one by one.
+
+A `Cut` knows the samples of a store by their ids, and no step, seed or virtual worker.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.pieces import best_fit, cut
+from orchestrator.data.sources import DataError
+from orchestrator.data.store import TokenStore
+
+Packing = Literal["stream", "pack", "pad"]
+Rows = tuple[NDArray[np.int64], NDArray[np.int32] | None]
+"""Tokens int64 [n, width + 1], and of which document of its row each is: int32 of that shape, -1 for padding. None when
+all are of one."""
+
+
+class Cut(Protocol):
+    """The samples of a store, whose ids are 0 to num_samples - 1."""
+
+    num_samples: int
+
+    def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many tokens each of these samples [n] trains the model to predict: int64 [n]."""
+
+    def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
+        """The tokens of these samples [n], as rows of width + 1."""
+
+
+class Stream:
+    """Documents end to end, cut every `length` tokens. With `mask`, tokens of different documents are told apart."""
+
+    def __init__(self, store: TokenStore, length: int, *, mask: bool) -> None:
+        self.num_samples = store.num_samples(length)
+        self._store = store
+        self._length = length
+        self._starts = np.cumsum(lengths := store.document_lengths()) - lengths if mask else None
+
+    def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Cut`. The first token of a document is not predicted from another document."""
+        if self._starts is None:
+            return np.full(len(ids), self._length, dtype=np.int64)
+        first = ids * self._length
+        before, until = (np.searchsorted(self._starts, place, side="right") for place in (first, first + self._length))
+        return self._length - (until - before)
+
+    def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
+        """See `Cut`; the width is always the length."""
+        tokens = self._store.samples(ids, width)
+        if self._starts is None:
+            return tokens, None
+        places = ids[:, None] * self._length + np.arange(width + 1)
+        documents = np.searchsorted(self._starts, places, side="right")
+        return tokens, (documents - documents[:, :1]).astype(np.int32)
+
+
+class Packed:
+    """Whole documents (those longer than a row in pieces) packed into rows of length + 1 tokens, padded at the end.
+
+    `padding` is the share of the rows' tokens that is padding. With `mask`, the documents of a row are told apart.
+    """
+
+    def __init__(self, store: TokenStore, length: int, *, mask: bool) -> None:
+        pieces = cut(store.document_lengths(), length + 1)
+        _need(len(pieces), store)
+        row = best_fit(pieces.lengths, length + 1)
+        order = np.argsort(row, kind="stable")
+        self.num_samples = int(row.max()) + 1
+        self._store = store
+        self._mask = mask
+        self._starts, self._lengths = pieces.starts[order], pieces.lengths[order]
+        counts = np.bincount(row, minlength=self.num_samples)
+        self._bounds = np.concatenate([[0], np.cumsum(counts)])
+        tokens = np.add.reduceat(self._lengths, self._bounds[:-1])
+        self._targets: NDArray[np.int64] = tokens - (counts if mask else np.ones_like(counts))
+        self.padding = 1.0 - int(tokens.sum()) / (self.num_samples * (length + 1))
+
+    def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Cut`."""
+        found: NDArray[np.int64] = self._targets[ids]
+        return found
+
+    def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
+        """See `Cut`; the width is always the length."""
+        tokens = np.zeros((len(ids), width + 1), dtype=np.int64)
+        documents = np.full(tokens.shape, -1, dtype=np.int32)
+        for index, (first, stop) in enumerate(zip(self._bounds[ids], self._bounds[ids + 1], strict=True)):
+            at = 0
+            for number in range(stop - first):
+                start, length = int(self._starts[first + number]), int(self._lengths[first + number])
+                self._store.read(start, tokens[index, at : at + length])
+                documents[index, at : at + length] = number if self._mask else 0
+                at += length
+        return tokens, documents
+
+
+class Padded:
+    """A document (or a piece of one longer than a row) is a sample. `lengths` are in tokens, int64 [samples]."""
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        pieces = cut(store.document_lengths(), length + 1)
+        _need(len(pieces), store)
+        self.num_samples = len(pieces)
+        self.lengths = pieces.lengths
+        self._starts = pieces.starts
+        self._store = store
+
+    def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Cut`."""
+        return self.lengths[ids] - 1
+
+    def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
+        """See `Cut`; the width is at least that of the longest."""
+        tokens = np.zeros((len(ids), width + 1), dtype=np.int64)
+        documents = np.full(tokens.shape, -1, dtype=np.int32)
+        for index, (start, length) in enumerate(zip(self._starts[ids], self.lengths[ids], strict=True)):
+            self._store.read(int(start), tokens[index, :length])
+            documents[index, :length] = 0
+        return tokens, documents
+
+
+def cut_of(store: TokenStore, packing: Packing, length: int, *, mask: bool) -> Cut:
+    """The samples of a store. Raises DataError when there are none."""
+    if packing == "stream":
+        return Stream(store, length, mask=mask)
+    return Packed(store, length, mask=mask) if packing == "pack" else Padded(store, length)
+
+
+def _need(pieces: int, store: TokenStore) -> None:
+    if not pieces:
+        raise DataError(
+            f"data.source: {store.source} has no document of at least two tokens (its end included), so there is "
+            "nothing to predict; add text"
+        )
