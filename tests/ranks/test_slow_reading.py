@@ -68,7 +68,7 @@ def test_batches_fetched_ahead_change_nothing(job_text: str, alone: Outcome, tmp
 
 def test_a_mirror_takes_over_for_lost_shards(job_text: str, alone: Outcome, tmp_path: Path) -> None:
     cluster = LocalCluster(job_text, tmp_path / "run")
-    store, mirror = cluster.store_directory, tmp_path / "mirror"
+    store, mirror = cluster.stores[0][0], tmp_path / "mirror"
     shutil.copytree(store, mirror / store.name)
     outcome = _run(job_text, tmp_path / "run", hooks=[partial(lose_shards, str(store), str(mirror))])
     assert (outcome.digest, outcome.samples) == (alone.digest, alone.samples)
