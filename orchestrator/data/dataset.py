@@ -7,6 +7,7 @@ A pure function of what it is made from, on the driver and on every worker alike
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from orchestrator.data.store import TokenStore
 from strategies.batch import Batch
 
 LENGTHS_NAME = "sample-lengths.bin"
-_PLANS_KEPT = 4
+_STEPS_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Step:
 
 class Dataset:
     """See the module. `num_samples` is that of all stores together; ids are global: those of a store follow those of
-    the store before."""
+    the store before. Safe to be asked by several threads at once."""
 
     def __init__(self, stores: Sequence[TokenStore], plan: DataPlan) -> None:
         """Raises DataError when a store has no sample or a weight is too small, ValueError like `Sampler`."""
@@ -83,6 +84,7 @@ class Dataset:
         if lengths is not None:
             self._composer = Composer(lengths, plan.micro_batch, plan.virtual_workers, plan.token_cost)
         self._steps: OrderedDict[int, _Step] = OrderedDict()
+        self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------ what it is
 
@@ -175,8 +177,14 @@ class Dataset:
 
     def _step(self, step: int) -> _Step:
         """The same for all virtual workers of a step, so it is kept for a while."""
-        if (known := self._steps.get(step)) is not None:
-            return known
+        with self._lock:
+            if step not in self._steps:
+                self._steps[step] = self._compose(step)
+                if len(self._steps) > _STEPS_KEPT:
+                    self._steps.popitem(last=False)
+            return self._steps[step]
+
+    def _compose(self, step: int) -> _Step:
         plan = self.plan
         line = self.sampler.step_ids(step)
         costs: list[float] | None = None
@@ -192,11 +200,7 @@ class Dataset:
         ids = ids.reshape(plan.virtual_workers, -1)
         num_targets: list[int] = self._targets(ids.reshape(-1)).reshape(ids.shape).sum(axis=1).tolist()
         # A step may be without any target (documents of one token); its loss is then the sum of none, 0.
-        found = _Step(ids, sum(num_targets), sum(positions), num_targets, positions, costs, widths)
-        self._steps[step] = found
-        if len(self._steps) > _PLANS_KEPT:
-            self._steps.popitem(last=False)
-        return found
+        return _Step(ids, sum(num_targets), sum(positions), num_targets, positions, costs, widths)
 
     @cached_property
     def _usual_cost(self) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,18 @@ def test_positions_begin_anew_with_every_document() -> None:
         [True, True, False, False, True, False, False],
         [True, False, True, True, True, True, True],
     ]
+
+
+def test_threads_may_ask_at_once_and_in_any_order(stores: list[TokenStore]) -> None:
+    """More steps than are kept, forth and back."""
+    dataset, alone = dataset_of_kind(stores, "pad", True), dataset_of_kind(stores, "pad", True)
+    asked = [(step, worker) for step in [*range(12), *reversed(range(12))] for worker in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda key: dataset.batch(*key), asked))
+    for key, batch in zip(asked, found, strict=True):
+        expected = alone.batch(*key)
+        assert (batch.tokens == expected.tokens).all()
+        assert (batch.digest, batch.targets, batch.widths) == (expected.digest, expected.targets, expected.widths)
 
 
 def test_a_mix_takes_its_samples_from_the_sources_they_are_of(stores: list[TokenStore]) -> None:
