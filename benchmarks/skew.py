@@ -43,7 +43,7 @@ model:
        num_attention_heads: 4, num_key_value_heads: 4, max_position_embeddings: 512, vocab_size: 320}}
 data: {{{data}, tokenizer: bytes, cache: {cache}}}
 train: {{steps: {steps}, global_batch: {batch}, micro_batch: {micro}, optimizer: {{lr: 1.0e-3}}, seed: 3}}
-elastic: {{workers: {{min: 4, max: 4}}, virtual_workers: {shares}}}
+elastic: {{workers: {{min: 4, max: 4}}, virtual_workers: {shares}, rebalance: {{enabled: {moves}}}}}
 faults: {faults}
 """
 
@@ -176,7 +176,7 @@ def slow(rounds: int, home: Path) -> dict[str, Any]:
     """See the module."""
     shape: dict[str, Any] = {
         "hidden": 64, "wide": 128, "data": "source: python-stdlib, sequence_length: 64", "cache": home / "cache",
-        "steps": STEPS, "batch": 64, "micro": 1, "shares": 64,
+        "steps": STEPS, "batch": 64, "micro": 1, "shares": 64, "moves": "true",
     }  # fmt: skip
     text = MODEL.format(**shape, faults=json.dumps(devices(2.0)))
     theirs = Side("DDP", WORKERS, serve, ddp, text, slowed_device, False)
@@ -228,7 +228,7 @@ def lengths(rounds: int, home: Path) -> dict[str, Any]:
     def text(packing: str) -> str:
         data = f"source: {functions(home)}, sequence_length: 512, packing: {packing}"
         return MODEL.format(
-            hidden=64, wide=128, data=data, cache=home / "cache", steps=36, batch=64, micro=4, shares=16,
+            hidden=64, wide=128, data=data, cache=home / "cache", steps=36, batch=64, micro=4, shares=16, moves="true",
             faults=json.dumps(devices()),
         )  # fmt: skip
 
@@ -270,7 +270,7 @@ def files(rounds: int, home: Path) -> dict[str, Any]:
         (directory / f"shard-{number}.jsonl").write_text("".join(records[start : start + size]))
     text = MODEL.format(
         hidden=32, wide=64, data=f"source: {directory}, sequence_length: 64", cache=home / "cache", steps=40, batch=64,
-        micro=2, shares=16, faults="[]",
+        micro=2, shares=16, moves="false", faults="[]",
     )  # fmt: skip
     job = Job.loads(text)
     num_samples = dataset_of(job, prepare_stores(job, verify=False)).num_samples
@@ -278,18 +278,15 @@ def files(rounds: int, home: Path) -> dict[str, Any]:
     text = text.replace("steps: 40", f"steps: {steps}")
     done = our_run(text + "checkpoint: {}\n", home)
     held = [[len(rank[0]) * 4 for rank in step["ranks"]] for step in done if len(step["ranks"]) == WORKERS]
-    worst = max(max(each) - min(each) for each in held if sum(each) == 64 and step_is_even(each))
     sizes_mb = [round((directory / f"shard-{n}.jsonl").stat().st_size / 1e6, 2) for n in range(4)]
+    per_worker = [sum(counts) for counts in zip(*held, strict=True)]
+    print(f"\none of 4 input files is 10 times as large: {sizes_mb} MB, {num_samples:,} samples an epoch")
+    print(f"  samples of each worker in {len(held)} steps: {per_worker}")
+    print(f"  samples of each worker, largest difference in a step: {max(max(n) - min(n) for n in held)} (goal <= 1)")
     print(
-        f"\none of 4 input files is 10 times as large: {sizes_mb} MB, {num_samples:,} samples an epoch, {len(done)} steps"
+        f"  an epoch ends inside step {num_samples // 64}, which has 64 samples like all others: {len(done)} committed"
     )
-    print(f"  samples of each worker in a step: {held[5]}, largest difference in any even deal {worst} (goal <= 1)")
-    print(f"  samples left over at the end of an epoch: 0 ({len(done) * 64 - num_samples:,} of the next one used)")
-    return {"files": held[5]}
-
-
-def step_is_even(counts: list[int]) -> bool:
-    return max(counts) == min(counts)
+    return {"files": per_worker}
 
 
 def without_measuring(step: Callable[[int], Done], engine: Any) -> None:
@@ -326,9 +323,8 @@ def overhead(rounds: int, home: Path) -> dict[str, Any]:
         ("measured / not, processor time of all ranks", cpu, "<= 1.005"),
     ])  # fmt: skip
     alone = measuring_seconds()
-    print(
-        f"  measuring a step of 8 micro-batches, by itself: {1e6 * alone:.0f} us = {alone / seconds:.4%} of {seconds:.3f} s"
-    )
+    share = f"{alone / seconds:.4%} of {seconds:.3f} s"
+    print(f"  measuring a step of 8 micro-batches, by itself: {1e6 * alone:.0f} us = {share}")
     for ranks, each in policy.items():
         print(f"  policy, a step of {ranks} ranks, in the controller: {1e6 * each:,.0f} us")
     return {"overhead": ratios}

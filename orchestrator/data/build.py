@@ -198,8 +198,8 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
     tokenizer = _load(task.tokenizer, task.tokenizer_identity)
     shard_digest = xxhash.xxh3_128()
     entries = []
-    library = Library(task.mirrors, task.patience)
     lengths: list[int] = []
+    library = Library(task.mirrors, task.patience)
     path = os.path.join(task.directory, task.shard)
     with open(path, "wb") as stream:
         for file, content, span in zip(task.files, task.contents, task.spans, strict=True):

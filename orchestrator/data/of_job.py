@@ -30,7 +30,7 @@ def sources_of(job: Job) -> list[dict[str, Any]]:
             "source": entry.source,
             "format": entry.format or data.format,
             "field": entry.field or data.field,
-            "document": data.document,
+            "document": entry.document or data.document,
         }
         for entry in data.mix
     ]
@@ -62,8 +62,9 @@ def prepare_stores(
 def open_stores(job: Job, directories: Sequence[str | Path], digests: Sequence[str]) -> list[TokenStore]:
     """The stores that the driver has prepared: opened where they can be seen (one machine, a shared disk, a mirror), so
     that the sources need not be looked at again; else prepared here. Raises DataError."""
-    mirrors = job.data.mirrors
-    known = [open_store(Path(path), digest, mirrors) for path, digest in zip(directories, digests, strict=True)]
+    known = [
+        open_store(Path(path), digest, job.data.mirrors) for path, digest in zip(directories, digests, strict=True)
+    ]
     found = [store for store in known if store is not None]
     return found if len(found) == len(known) else prepare_stores(job, expect=digests, verify=False)
 

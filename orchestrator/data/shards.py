@@ -6,6 +6,7 @@ the shard and every place. Shards are not memory mapped: what is behind a mappin
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, BrokenStoreError, Manifest, ShardEntry
@@ -26,21 +28,14 @@ TRAINING_PATIENCE = Patience(attempts=3, timeout_s=10.0, pause_s=0.2, longest_pa
 """Ranks wait for each other: a shard that does not come in seconds is better read elsewhere."""
 
 
-def read_whole(location: str, name: str, patience: Patience) -> bytes:
-    """A small file of the store in a directory or at a URL. Raises BrokenStoreError when it cannot be read."""
-    place = place_at(join(location, name))
-    try:
-        return persist(patience, place.reopen, lambda: place.read(0, place.size() or 0))
-    except Exception as error:  # every storage library has its own errors
-        raise BrokenStoreError(f"{location}: {error}") from error
-
-
 def read_manifest(location: str, patience: Patience) -> Manifest:
     """The manifest of the store in a directory or at a URL. Raises BrokenStoreError when it is torn or missing."""
+    place = place_at(join(location, MANIFEST_NAME))
     try:
-        return Manifest.from_json(read_whole(location, MANIFEST_NAME, patience).decode("utf-8"))
-    except UnicodeDecodeError as error:
+        text = persist(patience, place.reopen, lambda: place.read(0, place.size() or 0)).decode("utf-8")
+    except Exception as error:  # every storage library has its own errors
         raise BrokenStoreError(f"{location}: {error}") from error
+    return Manifest.from_json(text)
 
 
 class Shards:
@@ -75,6 +70,28 @@ class Shards:
             view = view[length:]
             first = before = end
             shard += 1
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The lengths of all documents in tokens, int64 [documents]. Raises DataError."""
+        found = [np.frombuffer(self._documents(shard), dtype="<i8") for shard in self._manifest.shards]
+        return np.concatenate(found).astype(np.int64)
+
+    def _documents(self, shard: ShardEntry) -> bytes:
+        """The file with the lengths of a shard's documents, from the first place that has it whole."""
+        problems = []
+        for location in self._locations:
+            place = place_at(join(location, shard.documents_name))
+            try:
+                data = persist(
+                    self._patience, place.reopen, functools.partial(place.read, 0, shard.documents_bytes)
+                )  # fmt: skip
+            except Exception as error:  # every storage library has its own errors
+                problems.append(f"{place.where}: {error}")
+                continue
+            if xxhash.xxh3_128_hexdigest(data) == shard.documents_digest:
+                return data
+            problems.append(f"{place.where}: its content is not what was written")
+        raise DataError(f"the lengths of documents cannot be read on {socket.gethostname()}: {'; '.join(problems)}")
 
     def _read(self, shard: int, start: int, view: memoryview) -> None:
         file = self._files[shard]

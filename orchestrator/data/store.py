@@ -20,7 +20,7 @@ from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, document_of
 from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError
 from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library, join
-from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest, read_whole
+from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest
 from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import BYTES, load_tokenizer
 
@@ -58,7 +58,6 @@ class TokenStore:
         self.location = str(directory)
         self.source = source or self.location
         """What it was made from, for errors."""
-        self._patience = patience
         self.manifest = read_manifest(self.location, patience)
         self._shards = Shards(self.location, self.manifest, mirrors, patience)
         self._num_tokens = self.manifest.total_tokens
@@ -134,17 +133,18 @@ class TokenStore:
     def document_lengths(self) -> NDArray[np.int64]:
         """The tokens of every document, its end included, in their order: int64 [documents], whose sum is `num_tokens`.
 
-        Raises BrokenStoreError when they cannot be read, or do not add up.
+        Raises DataError when they cannot be read anywhere, or are not what was written.
         """
-        names = [shard.documents_name for shard in self.manifest.shards]
-        parts = [np.frombuffer(read_whole(self.location, name, self._patience), dtype="<i8") for name in names]
-        lengths = np.concatenate(parts)
+        lengths = self._shards.document_lengths()
         if (len(lengths) and lengths.min() < 1) or int(lengths.sum()) != self.num_tokens:
             raise BrokenStoreError(f"{self.location}: its documents' lengths do not add up to its tokens; remove it")
-        return lengths.astype(np.int64)
+        return lengths
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
-        """Fill out [n] with the tokens of the line from `start` on. Raises IndexError when they are not all there."""
+        """Fill out [n] with the tokens of the line from `start` on. Safe to call from several threads at once.
+
+        Raises IndexError when they are not all there, DataError when a shard cannot be read anywhere.
+        """
         if not 0 <= start <= self.num_tokens - len(out):
             raise IndexError(f"tokens {start} to {start + len(out)} are outside range({self.num_tokens})")
         tokens = np.empty(len(out), dtype=self._shards.dtype)

@@ -115,13 +115,14 @@ Format = Literal["text", "jsonl", "parquet"]
 
 
 class MixEntry(_Section):
-    """One of several sources; `format` and `field` are those of `data` where they are not given."""
+    """One of several sources; `format`, `field` and `document` are those of `data` where they are not given."""
 
     source: Source
     weight: PositiveFloat
     """Relative to the weights of the others: how many of its samples are used for one of theirs."""
     format: Format | None = None
     field: Text | None = None
+    document: Literal["file", "line", "record"] | None = None
 
 
 class Data(_Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -59,6 +60,37 @@ def test_the_lengths_of_documents_are_kept(store: TokenStore) -> None:
     assert {len(document) for document in documents} > {1, 2}
     with pytest.raises(IndexError):
         store.read(store.num_tokens - 1, np.empty(2, dtype=np.int64))
+
+
+def test_the_lengths_of_documents_come_from_a_mirror_where_they_are_lost(store: TokenStore, tmp_path: Path) -> None:
+    torn, mirror = tmp_path / "torn", tmp_path / "mirror"
+    shutil.copytree(store.directory, torn)
+    shutil.copytree(store.directory, mirror)
+    (torn / "shard-00000.documents").write_bytes(b"torn")
+    found = TokenStore(torn, mirrors=[str(mirror)])
+    assert (found.document_lengths() == store.document_lengths()).all()
+    with pytest.raises(DataError, match=r"lengths of documents cannot be read .*shard-00000\.documents"):
+        TokenStore(torn).document_lengths()
+
+
+@pytest.mark.parametrize("document", ["file", "line"])
+def test_lengths_do_not_depend_on_how_files_are_cut_among_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: str
+) -> None:
+    rng = random.Random(4)
+    lines = ["x" * rng.randint(1, 300) for _ in range(500)]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
+
+    def lengths(cache: str) -> list[int]:
+        arguments: dict[str, Any] = {"source": str(tmp_path / "a.txt"), "document": document, "tokenizer": "bytes"}
+        made = prepare(**arguments, cache=str(tmp_path / cache))
+        return made.document_lengths().tolist()
+
+    cut = lengths("cut")
+    monkeypatch.setattr("orchestrator.data.build.MAX_TASKS", 1)
+    assert lengths("whole") == cut
+    # The tokens of a line and of its end; how a line's own end is kept is for `documents` to say.
+    assert len(cut) == (500 if document == "line" else 1)
 
 
 def test_a_stream_is_what_it_was(store: TokenStore) -> None:
