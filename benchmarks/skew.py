@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import random
 import statistics
 import sysconfig
 import tempfile
@@ -34,13 +35,16 @@ from paired import Done, Side, Start
 WORKERS = 4
 DEVICE = 6.0
 """How many times as long a pass takes on a device as on a processor of this machine."""
+LONG_DEVICE = 4.0
+"""The same for long records, of which a pass takes long anyway."""
 ONSET, LATER, STEPS = 30, 50, 80
+LONG_FIRST, LONG_STEPS = 5, 20
 
 MODEL = """
 name: skew
 model:
   hf: {{model_type: llama, hidden_size: {hidden}, intermediate_size: {wide}, num_hidden_layers: 2,
-       num_attention_heads: 4, num_key_value_heads: 4, max_position_embeddings: 512, vocab_size: 320}}
+       num_attention_heads: 4, num_key_value_heads: 4, max_position_embeddings: 1024, vocab_size: 320}}
 data: {{{data}, tokenizer: bytes, cache: {cache}}}
 train: {{steps: {steps}, global_batch: {batch}, micro_batch: {micro}, optimizer: {{lr: 1.0e-3}}, seed: 3}}
 elastic: {{workers: {{min: 4, max: 4}}, virtual_workers: {shares}, rebalance: {{enabled: {moves}}}}}
@@ -48,11 +52,11 @@ faults: {faults}
 """
 
 
-def devices(slow: float = 1.0) -> list[dict[str, Any]]:
+def devices(factor: float, slow: float = 1.0) -> list[dict[str, Any]]:
     """A device for every worker; worker 1's takes `slow` times as long from the step ONSET on."""
-    found = [{"step": 0, "worker": slot, "kind": "slow", "factor": DEVICE} for slot in range(WORKERS)]
+    found = [{"step": 0, "worker": slot, "kind": "slow", "factor": factor} for slot in range(WORKERS)]
     if slow > 1:
-        found.append({"step": ONSET, "worker": 1, "kind": "slow", "factor": DEVICE * slow})
+        found.append({"step": ONSET, "worker": 1, "kind": "slow", "factor": slow})
     return found
 
 
@@ -155,7 +159,7 @@ def ddp(start: Start, text: str, factor: Callable[[int, int], float], padded: bo
 
 
 def plain_device(rank: int, step: int) -> float:
-    return DEVICE
+    return LONG_DEVICE
 
 
 def slowed_device(rank: int, step: int) -> float:
@@ -178,7 +182,7 @@ def slow(rounds: int, home: Path) -> dict[str, Any]:
         "hidden": 64, "wide": 128, "data": "source: python-stdlib, sequence_length: 64", "cache": home / "cache",
         "steps": STEPS, "batch": 64, "micro": 1, "shares": 64, "moves": "true",
     }  # fmt: skip
-    text = MODEL.format(**shape, faults=json.dumps(devices(2.0)))
+    text = MODEL.format(**shape, faults=json.dumps(devices(DEVICE, 2.0)))
     theirs = Side("DDP", WORKERS, serve, ddp, text, slowed_device, False)
     ideal = (WORKERS - 0.5) / WORKERS
     rows = []
@@ -226,10 +230,10 @@ def lengths(rounds: int, home: Path) -> dict[str, Any]:
     from orchestrator.job import Job
 
     def text(packing: str) -> str:
-        data = f"source: {functions(home)}, sequence_length: 512, packing: {packing}"
+        data = f"source: {functions(home)}, sequence_length: 1024, packing: {packing}"
         return MODEL.format(
-            hidden=64, wide=128, data=data, cache=home / "cache", steps=36, batch=64, micro=4, shares=16, moves="true",
-            faults=json.dumps(devices()),
+            hidden=64, wide=128, data=data, cache=home / "cache", steps=LONG_STEPS, batch=128, micro=4, shares=16,
+            moves="true", faults=json.dumps(devices(LONG_DEVICE)),
         )  # fmt: skip
 
     theirs = Side("DDP", WORKERS, serve, ddp, text("pad"), plain_device, True)
@@ -237,10 +241,10 @@ def lengths(rounds: int, home: Path) -> dict[str, Any]:
     skews: list[float] = []
     for number in range(rounds):
         padded, packed = (our_run(text(packing), home) for packing in ("pad", "pack"))
-        turn = theirs.turn(0, 24)
+        turn = theirs.turn(0, LONG_STEPS - LONG_FIRST)
         plain = sum(phases["tokens"] for phases in turn.phases) / turn.seconds
-        rows.append((rate(padded, 10, 36), rate(packed, 10, 36), plain))
-        costs = [[rank[4] for rank in step["ranks"]] for step in padded[10:] if step["ranks"]]
+        rows.append((rate(padded, LONG_FIRST, LONG_STEPS), rate(packed, LONG_FIRST, LONG_STEPS), plain))
+        costs = [[rank[4] for rank in step["ranks"]] for step in padded if step["ranks"] and not step["deal"]]
         skews += [max(each) * len(each) / sum(each) for each in costs]
         print(f"lengths, round {number + 1}: padded {rows[-1][0]:,.0f}, packed {rows[-1][1]:,.0f}, "
               f"DDP padded {plain:,.0f} useful tokens/s", flush=True)  # fmt: skip
@@ -264,6 +268,7 @@ def files(rounds: int, home: Path) -> dict[str, Any]:
     directory = home / "shards"
     directory.mkdir(exist_ok=True)
     records = functions(home).read_text().splitlines(keepends=True)
+    random.Random(1).shuffle(records)
     sizes = [60, 60, 600, 60]
     for number, size in enumerate(sizes):
         start = sum(sizes[:number])
@@ -392,8 +397,6 @@ def measuring_seconds() -> float:
 
 def policy_seconds(ranks: int) -> float:
     """Seconds that the policy takes for a step of so many equal ranks."""
-    import random
-
     from orchestrator.controller.layouts import Layouts
     from orchestrator.controller.rebalance import Rebalancer
     from orchestrator.controller.views import ControllerConfig, RebalanceRules, WorkerView

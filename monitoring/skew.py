@@ -18,6 +18,8 @@ MAX_NOISE = 0.06
 MAX_WINDOW_STEPS = 24
 """It goes on until what it says of nine in ten workers is this certain (the standard error of a median, as a share of
 it), or has so many steps."""
+CLEAR = 6.0
+"""Or until somebody is behind by so many times that error: who is that slow need not be measured any closer."""
 SLOW, RECOVERED = 0.75, 0.85
 """Speeds, as shares of the fastest, below which a worker counts as slow, and above which it no longer does."""
 WINDOWS_TO_TELL = 2
@@ -132,10 +134,13 @@ class Windows:
         self._open.append((seconds, accounts))
         if len(self._open) < self._steps or sum(each for each, _ in self._open) < self._seconds:
             return None
-        noise = {worker: standard_error(rates) for worker, rates in self._rates_of(self._open).items()}
+        rates = self._rates_of(self._open)
+        noise = {worker: standard_error(each) for worker, each in rates.items()}
         usual = sorted(noise.values())[(len(noise) - 1) * 9 // 10] if noise else 0.0
         if usual > MAX_NOISE and len(self._open) < MAX_WINDOW_STEPS:
-            return None
+            middles = {worker: median(each) for worker, each in rates.items() if noise[worker] <= 2 * usual}
+            if not middles or 1 - fastest(middles.values()) / max(middles.values()) < CLEAR * usual:
+                return None
         steps, self._open = self._open, []
         return self._rate(steps, noise, usual)
 

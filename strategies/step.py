@@ -196,7 +196,7 @@ class StepEngine:
         device = self.state.device
         local = self.local
         if local is not None and self.state.arrangement.part is local.part:
-            return min(_seconds_of(local.try_out, device) for _ in range(2)) * self.spec.micro_batches
+            return min(_seconds_of(local.try_out, device) for _ in range(4)) * self.spec.micro_batches
         matrix = torch.ones((512, 512), device=device)
 
         def multiply() -> None:
@@ -204,7 +204,7 @@ class StepEngine:
                 torch.mm(matrix, matrix)
 
         multiply()
-        return min(_seconds_of(multiply, device) for _ in range(3))
+        return min(_seconds_of(multiply, device) for _ in range(4))
 
     @property
     def newest_assignment(self) -> tuple[tuple[int, ...], ...]:

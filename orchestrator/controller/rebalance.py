@@ -9,6 +9,7 @@ Pure like everything here: times are those that workers report. What is decided 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +23,12 @@ from orchestrator.messages import Generation, StepReport, WorkerId
 from orchestrator.planning.balance import Assignment, best_deal, replica_seconds, seconds_of, stage_shares
 from strategies.layout import ParallelLayout
 
-CALIBRATION_ERROR = 0.25
+CALIBRATION_ERROR = 0.35
 """Devices whose speeds differ by no more than this share, before they have trained, count as equal."""
 CERTAINTY = 3.0
 """How many times its own uncertainty a predicted gain must be."""
+EVIDENCE = (2, 4, 8)
+"""Over how many windows in a row speeds are looked at: over few to act soon, over more to be sure of small gains."""
 MOVE_STATE_S = 1.0
 """What a change of stages is taken to cost while none was measured, in seconds."""
 WORTH = 3.0
@@ -78,7 +81,7 @@ class Rebalancer:
         self._layouts = layouts
         self._windows = Windows()
         self._rates: dict[WorkerId, float] = {}
-        self._last: Window | None = None
+        self._recent: deque[Window] = deque(maxlen=max(EVIDENCE))
         self._deals: dict[int, Assignment] = {}
         self._number = epoch << 32
         self._deal = 0
@@ -127,7 +130,7 @@ class Rebalancer:
         self.assignment = assignment or generation.layout.assignment
         self._generation, self._deal, self._deals = generation.number, 0, {}
         self._windows.restart()
-        self._last = None
+        self._recent.clear()
         change = self._change
         if change is not None and (change.what, change.after.parts) != ("stages", generation.layout.parts):
             self._change = None
@@ -149,6 +152,7 @@ class Rebalancer:
             self._deal = report.deal
             self.assignment = self._deals.get(report.deal, self.assignment)
             self._windows.restart()
+            self._recent.clear()
             return Verdict()  # The first step of a deal sets things up.
         if report.step == generation.committed:
             return Verdict()
@@ -184,7 +188,7 @@ class Rebalancer:
         shares: Sequence[float],
     ) -> Verdict:
         layout = generation.layout
-        before, self._last = self._last, window
+        self._recent.append(window)
         for worker, rating in window.workers.items():
             assert isinstance(worker, WorkerId)
             self._rates[worker] = rating.rate
@@ -200,8 +204,11 @@ class Rebalancer:
             actions.append(Record("eviction_withdrawn", _named(worker) | fields))
         self._rest = max(0, self._rest - 1)
         cut = None
-        if self.rules.enabled and before is not None and self._change is None and not self._rest:
-            found = self._propose(layout, members, shares, before, window, self._total_steps - report.step - 1)
+        if self.rules.enabled and self._change is None and not self._rest:
+            steps_left = self._total_steps - report.step - 1
+            found = None
+            for number in EVIDENCE:
+                found = found or self._propose(layout, members, shares, number, steps_left)
             if found is not None:
                 actions += self._carry_out(found, window, report, members, generation)
                 cut = found.layout if found.what == "stages" else None
@@ -212,26 +219,28 @@ class Rebalancer:
         layout: ParallelLayout,
         members: Sequence[WorkerView],
         shares: Sequence[float],
-        before: Window,
-        window: Window,
+        number: int,
         steps_left: int,
     ) -> Proposal | None:
-        """The best change for the mean of two windows, if each of them alone speaks for it too."""
-        both = [_rates_of(each, members) for each in (before, window)]
-        if not all(both):
+        """The best change for the mean of the last `number` windows, if each half of them speaks for it too. The more
+        there are, the smaller a gain is certain."""
+        windows = list(self._recent)[-number:]
+        rates = [_rates_of(window, members) for window in windows]
+        if len(windows) < number or not all(rates):
             return None
-        mean = [(first + second) / 2 for first, second in zip(*both, strict=True)]
-        mean = alike(mean, 2 * max(before.noise, window.noise))
-        found = self._best(layout, members, shares, mean, window.step_seconds, steps_left)
-        if found is None:
+        half = number // 2
+        first, second = _mean(rates[:half]), _mean(rates[half:])
+        noise = max(window.noise for window in windows) / half**0.5
+        mean = alike(_mean([first, second]), 2 * noise)
+        step_s = windows[-1].step_seconds
+        found = self._best(layout, members, shares, mean, step_s, steps_left)
+        if found is None or found.now_s - found.then_s < CERTAINTY * noise * found.now_s:
             return None
         held = replace(layout, assignment=self.assignment)
-        for rates in both:
-            saved_s = self._work_s(held, rates, members) - self._work_s(found.layout, rates, members)
-            if saved_s < self.rules.min_gain * window.step_seconds:
+        for each in (first, second):
+            saved_s = self._work_s(held, each, members) - self._work_s(found.layout, each, members)
+            if saved_s < self.rules.min_gain * step_s:
                 return None
-        if found.now_s - found.then_s < CERTAINTY * max(before.noise, window.noise) * found.now_s:
-            return None
         return found
 
     def _best(
@@ -306,7 +315,7 @@ class Rebalancer:
         rates = [_rates_of(each, members) for each in change.windows]
         saved = 0.0
         if all(rates):
-            mean = [sum(each) / len(each) for each in zip(*rates, strict=True)]
+            mean = _mean(rates)
             saved = (self._work_s(change.before, mean, members) - self._work_s(change.after, mean, members)) / after_s
         self._patience = 1 if saved >= change.predicted_gain / 2 else min(MAX_PATIENCE, 2 * self._patience)
         self._rest = self._patience
@@ -369,6 +378,11 @@ def alike(rates: Sequence[float], tolerance: float) -> list[float]:
             groups.append([rank])
     means = {rank: sum(rates[other] for other in group) / len(group) for group in groups for rank in group}
     return [means[rank] for rank in range(len(rates))]
+
+
+def _mean(rates: Sequence[Sequence[float]]) -> list[float]:
+    """Rank by rank."""
+    return [sum(each) / len(each) for each in zip(*rates, strict=True)]
 
 
 def _rates_of(window: Window, members: Sequence[WorkerView]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import threading
@@ -43,7 +44,7 @@ class FaultInjector:
         self._announce = announce
         self._poison = poison
         self._fired: set[int] = set()
-        self._slow: dict[str, _Slowness] = {}
+        self._slow: dict[str, list[_Slowness]] = {"data": [], "compute": []}
         self._step = 0
         self._last_busy_s = 0.0
         self.rank = 0
@@ -88,7 +89,7 @@ class FaultInjector:
             case "slow":
                 until_step = float("inf") if fault.steps is None else step + fault.steps
                 until = float("inf") if fault.seconds is None else time.monotonic() + fault.seconds
-                self._slow[fault.phase] = _Slowness(fault.factor or 2.0, until_step, until)
+                self._slow[fault.phase].append(_Slowness(fault.factor or 2.0, until_step, until))
             case _:
                 # drain, node and controller are carried out by the controller when the fault is announced.
                 pass
@@ -103,6 +104,7 @@ class FaultInjector:
         self._wait("data")
 
     def _wait(self, phase: str) -> None:
-        slowness = self._slow.get(phase)
-        if slowness is not None and slowness.lasts(self._step):
-            time.sleep(self._last_busy_s * (slowness.factor - 1.0))
+        """Slowness of the same kind multiplies."""
+        factor = math.prod(each.factor for each in self._slow[phase] if each.lasts(self._step))
+        if factor > 1:
+            time.sleep(self._last_busy_s * (factor - 1.0))
