@@ -28,6 +28,13 @@ class RankTimes(NamedTuple):
         return sum(self.busy) + self.data
 
 
+def rounded(times: RankTimes) -> RankTimes:
+    """To the microsecond, for records that are read by people and kept for long."""
+    busy = tuple(round(each, 6) for each in times.busy)
+    data, wait, optimizer = (round(each, 6) for each in (times.data, times.wait, times.optimizer))
+    return RankTimes(busy, data, wait, optimizer, round(times.cost, 4), times.tokens, times.padding)
+
+
 HEADER = len(RankTimes._fields) - 1
 """Numbers beside those of virtual workers."""
 

@@ -85,6 +85,8 @@ POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
+RANKS_PER_STEP = 64
+"""How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -140,7 +142,7 @@ class ControllerActor:
                 wait_timeout_s=job.elastic.wait_timeout_s,
                 max_failures_per_step=job.elastic.max_failures_per_step,
                 epoch=self._epoch,
-                rebalance=RebalanceRules(**job.elastic.rebalance.model_dump()),
+                rebalance=RebalanceRules.for_job(job),
             ),
             self._history(past_events, past_steps),
             checkpoints=self._checkpoints(),
@@ -354,6 +356,9 @@ class ControllerActor:
     def _take_step(self, report: StepReport) -> None:
         """Puts a committed step on record."""
         record = asdict(report)
+        every = -(-len(report.ranks) // RANKS_PER_STEP)
+        if every > 1 and report.step % every:
+            record["ranks"] = ()
         self._steps_file.append(record)
         self._recorded += 1
         self._productive_s += report.seconds

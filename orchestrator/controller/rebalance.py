@@ -33,6 +33,10 @@ MOVE_STATE_S = 1.0
 """What a change of stages is taken to cost while none was measured, in seconds."""
 WORTH = 3.0
 """How many times over a change must win back what it costs, in the steps that are left."""
+MAX_WAITED = 4
+"""Windows to wait for a deal to be in force; it takes a step or two."""
+PARDON = 1.2
+"""How far above the limit a speed must be to count as no longer below it."""
 MAX_PATIENCE = 64
 """The most windows to wait after changes that did not help."""
 
@@ -48,6 +52,8 @@ class _Change:
     predicted_gain: float
     before_s: float
     windows: list[Window] = field(default_factory=list)
+    waited: int = 0
+    """Windows for which a deal was not in force yet."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class Rebalancer:
         actions: list[Action] = [Record("skew_found", _described(finding)) for finding in news.opened]
         actions += [Record("skew_over", _described(finding)) for finding in news.closed]
         actions += self._measure(window, report, members)
-        evict, pardon = self._look_for_hopeless(window, report.committed_at)
+        evict, pardon = self._look_for_hopeless(window, members, report.committed_at)
         actions += [Record("eviction", self._reasons(worker, window, report.committed_at)) for worker in evict]
         for worker in pardon:
             rating = window.workers[worker]
@@ -305,7 +311,12 @@ class Rebalancer:
         one soon; that is judged by what the work would take now had nothing been changed, as speeds may have changed
         since."""
         change = self._change
-        if change is None or (change.what == "deal" and self._deal != change.number):
+        if change is None:
+            return []
+        if change.what == "deal" and self._deal != change.number:
+            change.waited += 1
+            # Somebody did not hear of it, and so it never will be; another may.
+            self._change = change if change.waited < MAX_WAITED else None
             return []
         change.windows.append(window)
         if len(change.windows) < 2:
@@ -335,22 +346,35 @@ class Rebalancer:
 
     # ------------------------------------------------------------------------------------ those that stay behind
 
-    def _look_for_hopeless(self, window: Window, now: float) -> tuple[list[WorkerId], list[WorkerId]]:
-        """Who has been too slow for too long, and who no longer is."""
+    def _look_for_hopeless(
+        self, window: Window, members: Sequence[WorkerView], now: float
+    ) -> tuple[list[WorkerId], list[WorkerId]]:
+        """Who has been too slow for too long, and who no longer is. Where a job has several kinds of devices, each is
+        compared with what its kind can do."""
         evict, pardon = [], []
+        expected = self._expected(members)
         for worker, rating in window.workers.items():
             assert isinstance(worker, WorkerId)
-            if rating.speed >= self.rules.evict_below:
+            speed = rating.speed / expected.get(worker, 1.0)
+            if speed >= PARDON * self.rules.evict_below:
                 self._slow_since.pop(worker, None)
                 if worker in self.condemned:
                     self.condemned.discard(worker)
                     pardon.append(worker)
-                continue
-            since = self._slow_since.setdefault(worker, now)
-            if self.rules.enabled and now - since >= self.rules.evict_after_s and worker not in self.condemned:
-                self.condemned.add(worker)
-                evict.append(worker)
+            elif speed < self.rules.evict_below:
+                since = self._slow_since.setdefault(worker, now)
+                if self.rules.enabled and now - since >= self.rules.evict_after_s and worker not in self.condemned:
+                    self.condemned.add(worker)
+                    evict.append(worker)
         return evict, pardon
+
+    def _expected(self, members: Sequence[WorkerView]) -> dict[WorkerId, float]:
+        """The speeds of their devices as they were measured before training, where they may be of several kinds."""
+        tried = {view.worker: view.ready.unit_seconds for view in members if view.ready is not None}
+        if not self.rules.has_kinds or not tried or not all(seconds > 0 for seconds in tried.values()):
+            return {}
+        fastest = min(tried.values())
+        return {worker: fastest / seconds for worker, seconds in tried.items()}
 
     def _reasons(self, worker: WorkerId, window: Window, now: float) -> dict[str, Any]:
         rating: Rating = window.workers[worker]

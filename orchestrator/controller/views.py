@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.messages import Left, Ready, StepReport, WorkerId
 from orchestrator.planning.model import ModelCosts
 from strategies.layout import ParallelLayout
 from strategies.statemap import Spans
+
+if TYPE_CHECKING:
+    from orchestrator.job import Job
 
 PHASES = ("restore", "form", "collect", "refresh", "data", "compute", "reduce", "gather", "vote", "commit")
 _COLLECTIVE = frozenset({"form", "collect", "refresh", "reduce", "gather", "vote"})
@@ -84,6 +87,12 @@ class RebalanceRules:
     min_gain: float = 0.05
     evict_below: float = 0.5
     evict_after_s: float = 60.0
+    has_kinds: bool = False
+    """Whether workers may be on several kinds of devices, of which one is slower than another by right."""
+
+    @classmethod
+    def for_job(cls, job: Job) -> RebalanceRules:
+        return cls(**job.elastic.rebalance.model_dump(), has_kinds=len(job.resources.accelerators) > 1)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from strategies.relayout import Moved, StateCorrupt
 from strategies.state import state_digest
 from strategies.statemap import Spans, share_out, subtract
 from strategies.step import Agreement, StepEngine, StepRecord, exchange
+from strategies.timing import rounded
 
 log = logging.getLogger(__name__)
 
@@ -422,7 +423,7 @@ class Worker:
                 committed_at=record.committed_at,
                 seconds=record.seconds,
                 phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()},
-                ranks=record.ranks if rank == 0 else (),
+                ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
             )
         )

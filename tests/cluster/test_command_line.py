@@ -6,10 +6,13 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import FEW, CommandLine, orchestrator
 from conftest import Outcome, wait_for
+
+from monitoring.records import read_records
 
 
 @pytest.fixture
@@ -42,6 +45,33 @@ def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, 
     status = json.loads(orchestrator("status", str(command.run_dir), "--json").stdout)
     assert (status["state"], status["step"]) == ("finished", 120)
     assert '"run_finished"' in orchestrator("events", str(command.run_dir), "--json").stdout
+
+
+def test_a_hopeless_worker_is_replaced_on_another_node(command: CommandLine) -> None:
+    process = command.start(
+        "--local-nodes", "3", "--set", "elastic.workers={min: 2, max: 2}", "--set", "train.steps=100000",
+        "--set", "elastic.rebalance={evict_after_s: 1.0}", "--fault", "step=5,worker=1,kind=slow,factor=8",
+    )  # fmt: skip
+    command.until_step(process, 5)
+
+    def of(kind: str) -> list[dict[str, Any]]:
+        return [event for event in read_records(command.run_dir / "events.jsonl") if event["kind"] == kind]
+
+    wait_for(lambda: any(e["incident"] == "evict" for e in of("recovery")), timeout_s=150, what="a replaced worker")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    (eviction,) = of("eviction")
+    assert eviction["worker"] == 1
+    assert eviction["speed"] < 0.5
+    last = of("generation")[-1]["workers"]
+    assert {worker["worker"] for worker in last} == {0, 2}
+    assert next(worker["node"] for worker in last if worker["worker"] == 2) != eviction["node"]
+    assert all(recovery["steps_lost"] == 0 for recovery in of("recovery"))
+    assert "worker 1 is to be replaced: at 0." in output
+    command.nothing_left()
+    audit = orchestrator("audit", str(command.run_dir))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
 
 
 def test_one_signal_stops_in_good_order(command: CommandLine) -> None:

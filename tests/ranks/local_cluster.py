@@ -210,7 +210,7 @@ class LocalCluster:
                 heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
                 progress_timeout_s=job.elastic.progress_timeout_s,
                 max_failures_per_step=job.elastic.max_failures_per_step,
-                rebalance=RebalanceRules(**job.elastic.rebalance.model_dump()),
+                rebalance=RebalanceRules.for_job(job),
             )
         )
         self.processes: dict[WorkerId, _Process] = {}

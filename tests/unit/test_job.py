@@ -65,7 +65,17 @@ def test_every_example_loads_and_round_trips(path: Path) -> None:
 
 def test_the_examples_are_there() -> None:
     names = {path.stem for path in EXAMPLES}
-    assert names >= {"quickstart", "text-files", "bf16", "factory", "chaos", "packed", "mixed", *LAYOUT_EXAMPLES}
+    assert names >= {
+        "quickstart",
+        "text-files",
+        "bf16",
+        "factory",
+        "chaos",
+        "packed",
+        "mixed",
+        *LAYOUT_EXAMPLES,
+        "straggler",
+    }
 
 
 def test_quickstart_means_what_it_says() -> None:

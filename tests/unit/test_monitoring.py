@@ -146,3 +146,29 @@ def test_events_have_sentences() -> None:
     )
     assert describe_event({"kind": "waiting", "workers": 1, "needed": 2}) is not None
     assert describe_event({"kind": "worker_released"}) is None
+
+
+def test_what_is_seen_of_skew_and_done_about_it_is_told_in_a_line() -> None:
+    told = [
+        {"kind": "skew_found", "finding": "slow device", "workers": [1], "detail": "computes at 0.50 of the speed"},
+        {"kind": "skew_found", "finding": "input starvation", "workers": [], "detail": "half of them wait"},
+        {"kind": "rebalance", "change": "deal", "from": [8, 8], "to": [11, 5], "speeds": {"0": 1.0, "1": 0.5},
+         "predicted_gain": 0.31},
+        {"kind": "rebalance", "change": "stages", "from": [8], "to": [8], "speeds": {str(n): 1.0 for n in range(9)},
+         "predicted_gain": 0.2, "stages": [[0, 4], [4, 6]]},
+        {"kind": "rebalance_measured", "change": "deal", "predicted_gain": 0.31, "measured_gain": 0.29},
+        {"kind": "eviction", "worker": 1, "speed": 0.3, "seconds": 61.2},
+        {"kind": "eviction_withdrawn", "worker": 1, "speed": 0.9},
+        {"kind": "skew_over", "finding": "slow device", "workers": [1]},
+    ]  # fmt: skip
+    assert [describe_event(event) for event in told] == [
+        "slow device of worker 1: computes at 0.50 of the speed",
+        "input starvation: half of them wait",
+        "virtual workers dealt 8 8 -> 11 5 for speeds 0: 1.00, 1: 0.50; saves 31% of a step by prediction",
+        "stages cut anew, blocks 4 2 for speeds 0: 1.00, 1: 1.00, 2: 1.00, 3: 1.00, 4: 1.00, 5: 1.00, 6: 1.00, "
+        "7: 1.00, ...; saves 20% of a step by prediction",
+        "the change of deal saved 29% of a step, 31% were predicted",
+        "worker 1 is to be replaced: at 0.30 of the fastest's speed for 61 s",
+        "worker 1 may stay: at 0.90 of the fastest's speed",
+        "slow device of worker 1 is over",
+    ]

@@ -9,6 +9,7 @@ import pytest
 from layouts_in_tests import MODEL, layouts
 from simulation import Node, World
 
+from orchestrator.controller.protocol import Deal
 from orchestrator.controller.views import ControllerConfig, RebalanceRules
 from orchestrator.planning.balance import best_deal, best_parts, replica_seconds, seconds_of, stage_shares
 from orchestrator.planning.choose import LayoutChooser
@@ -333,6 +334,35 @@ def test_a_newcomer_is_measured_beside_those_that_have_trained() -> None:
     slots = [member.worker.slot for member in world.generations[1].members]
     assert slots == [3, 0, 1, 2] or slots == [0, 1, 2, 3]
     assert counts[slots.index(3)] == 3
+
+
+def test_a_slower_kind_of_device_is_not_hopeless() -> None:
+    """Where a job names several kinds each is compared with its own; where it does not, slow is slow."""
+    for has_kinds in (True, False):
+        world = make(places=4, rules=RebalanceRules(evict_after_s=10.0, has_kinds=has_kinds))
+        world.calibrate = lambda worker: 0.4 if worker.id.slot == 3 else 0.1
+        until_step(world, 1)
+        slow_down(world, 3, 4.0)
+        until_step(world, 100)
+        assert len(of(world, "eviction")) == (0 if has_kinds else 1)
+
+
+def test_a_deal_that_somebody_did_not_hear_of_is_made_again() -> None:
+    world = make()
+    until_step(world, 20)
+    deaf = world.members()[3]
+    usual = deaf.take
+
+    def take(command: Any, epoch: int) -> None:
+        if not isinstance(command, Deal) or len(of(world, "rebalance")) > 1:
+            usual(command, epoch)
+
+    deaf.take = take  # type: ignore[method-assign]
+    slow_down(world, 1, 2.0)
+    until_step(world, 100)
+    first, second, *_ = of(world, "rebalance")
+    assert {report.deal for report in world.steps} == {0, second["deal"]}
+    assert first["deal"] < second["deal"]
 
 
 # ---------------------------------------------------------------------------------------- the arithmetic
