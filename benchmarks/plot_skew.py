@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,16 @@ def curves(run: Path) -> tuple[list[int], list[list[float | None]], list[list[fl
     return workers, rates, dealt, [step["seconds"] for step in steps]
 
 
+def round_up(value: float) -> float:
+    """To a number whose half is round too.
+
+    >>> [round_up(value) for value in (0.83, 10.0, 37.0)]
+    [1.0, 12.0, 40.0]
+    """
+    size = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return float(next(step * size for step in (1.2, 2, 3, 4, 6, 8, 10) if step * size > value))
+
+
 def draw(run: Path) -> str:
     """The SVG's text. Raises SystemExit for a run without steps."""
     workers, rates, dealt, seconds = curves(run)
@@ -104,7 +115,8 @@ def draw(run: Path) -> str:
             speed.append(None if rate is None or fastest is None else fastest / rate)
         speeds.append(speed)
     most_dealt = max((value for each in dealt for value in each if value is not None), default=1.0)
-    limits = (1.05, most_dealt * 1.1, statistics.quantiles(seconds, n=50)[-1] * 1.15 if len(seconds) > 1 else 1.0)
+    longest = statistics.quantiles(seconds, n=50)[-1] if len(seconds) > 1 else seconds[0]
+    limits = (1.0, round_up(most_dealt), round_up(longest))
     panels, top = [], float(TOP)
     for (title, height), most in zip(PANELS, limits, strict=True):
         panels.append(Panel(title, top, height, len(seconds), most))
@@ -146,14 +158,15 @@ def marks(run: Path, panels: Sequence[Panel]) -> list[str]:
         if what is None or (what == "fault" and fault.get("step") == 0):
             continue
         step = event["step"] if "step" in event else sum(at <= event["time"] for at in committed)
-        x = panels[0].x(step)
-        bottom = panels[-1].top + panels[-1].height
-        out.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{panels[0].top}" y2="{bottom:.0f}"/>')
-        out.append(f'<text class="note" x="{x + 3:.1f}" y="{panels[0].top + 12}">{what}</text>')
+        told = [(step, what)]
         if fault.get("steps"):
-            end = panels[0].x(fault["step"] + fault["steps"])
-            out.append(f'<line class="mark" x1="{end:.1f}" x2="{end:.1f}" y1="{panels[0].top}" y2="{bottom:.0f}"/>')
-            out.append(f'<text class="note" x="{end + 3:.1f}" y="{panels[0].top + 12}">fault over</text>')
+            told.append((fault["step"] + fault["steps"], "fault over"))
+        for at, note in told:
+            x, bottom = panels[0].x(at), panels[-1].top + panels[-1].height
+            out.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{panels[0].top}" y2="{bottom:.0f}"/>')
+            # Below the curves, and neighbours in different rows.
+            y = panels[0].top + panels[0].height - 8 - 16 * (note == "dealt anew")
+            out.append(f'<text class="note" x="{x + 3:.1f}" y="{y:.0f}">{note}</text>')
     return out
 
 
