@@ -12,6 +12,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from monitoring.skew import Window
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -31,6 +33,18 @@ class RunMetrics:
         self.tokens = self._counter("tokens", "Tokens in committed steps.")
         self.steps_lost = self._counter("steps_lost", "Committed steps that had to be replayed.")
         self.nonfinite = self._counter("nonfinite", "Steps whose update was skipped for a non-finite gradient.")
+        self.data_skew = self._gauge("data_skew_ratio", "Largest by mean predicted cost that workers were dealt.")
+        self.token_skew = self._gauge("token_skew_ratio", "Largest by mean tokens that workers were dealt.")
+        self.padding = self._gauge("padding_ratio", "Share of computed positions without a target that counts.")
+        labels = ["run", "rank"]
+        self._speed = Gauge(
+            "orchestrator_rank_relative_speed_ratio", "A worker's speed, as a share of the fastest's.", labels,
+            registry=self.registry,
+        )  # fmt: skip
+        self._wait = Gauge(
+            "orchestrator_rank_wait_ratio", "Share of a step that a worker waited for others.", labels,
+            registry=self.registry,
+        )  # fmt: skip
         self.rebalances = self._counter("rebalances", "Changes of who does how much work.")
         self.evictions = self._counter("evictions", "Workers found too slow to stay.")
         self.checkpoint_step = self._gauge("checkpoint_step", "Steps in the newest complete checkpoint.")
@@ -97,6 +111,18 @@ class RunMetrics:
     def on_world(self, counts: dict[str, int]) -> None:
         for state, count in counts.items():
             self._world.labels(self._run, state).set(count)
+
+    def on_window(self, window: Window) -> None:
+        """What a window of steps says of data and of ranks."""
+        self.data_skew.set(window.data_skew)
+        self.token_skew.set(window.token_skew)
+        self.padding.set(window.padding_share)
+        self._speed.clear()
+        self._wait.clear()
+        for worker, rating in window.workers.items():
+            slot = str(getattr(worker, "slot", worker))
+            self._speed.labels(self._run, slot).set(rating.speed)
+            self._wait.labels(self._run, slot).set(rating.wait_share)
 
     def on_event(self, kind: str, fields: dict[str, Any]) -> None:
         """Something was recorded in the event log."""

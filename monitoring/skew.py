@@ -329,6 +329,7 @@ def _look_at_stages(
         if rating.device_speed >= SLOW:
             seconds[rating.stage].append(rating.stage_seconds)
     if len(seconds) < 2:
+        cleared.add(("pipeline imbalance", None))
         return
     stages = {stage: median(each) for stage, each in seconds.items()}
     uneven = skew(list(stages.values()))

@@ -131,6 +131,8 @@ class StepEngine:
         self._loads: dict[int, tuple[float, int, int]] = {}
         self._offered: Deal = (0, ())
         self._voted: Deal = (0, ())
+        self._agreed: Deal = (0, ())
+        self._accounted = -1
         self._totals = (-1, 0, 0)
 
     def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
@@ -146,7 +148,7 @@ class StepEngine:
         self._is_stale = True
         self.watch.waited = lambda: fabric.waited_s
         self._before = {}
-        self.deal, self._offered = 0, (0, ())
+        self.deal, self._offered, self._agreed = 0, (0, ()), (0, ())
         self._deal_work(layout)
         self._counted = (
             [] if arrangement.own is None else _counted(self.state.space, arrangement.own, layout, self.place)
@@ -163,6 +165,13 @@ class StepEngine:
         self._voiced = [_voiced(layout, rank) for rank in range(layout.world_size)]
         self._held = [_held(layout, rank) for rank in range(layout.world_size)]
         self.on_deal(self._held[self.fabric.rank])
+
+    def _follow_deal(self) -> None:
+        """Takes up the deal that all agreed on, if there is a new one. Before a step, where it may fail like a step."""
+        number, assignment = self._agreed
+        if number > self.deal:
+            self._deal_work(replace(self.layout, assignment=assignment))
+            self.deal = number
 
     def offer(self, number: int, assignment: tuple[tuple[int, ...], ...]) -> None:
         """A new deal of the virtual workers to replicas, in force from the step on before which all ranks know that it
@@ -228,11 +237,17 @@ class StepEngine:
         `prepared_step` says that only the news of the vote is missing.
         """
         started = time.perf_counter()
-        self._times, self._loads = dict.fromkeys(PHASES, 0.0), {}
-        self.watch.reset()
+        self._times = dict.fromkeys(PHASES, 0.0)
+        if step != self._accounted:
+            # What was computed of an interrupted step still counts.
+            self._accounted, self._loads = step, {}
+            self.watch.reset()
         try:
+            self._follow_deal()
             for attempt in range(2):
                 self.prepare(step)
+                if self._totals[0] != step:
+                    self._fetch(step, 0)  # A rank without virtual workers.
                 vote = self.vote(step)
                 if math.isfinite(vote.norm):
                     break
@@ -241,8 +256,6 @@ class StepEngine:
                     self.work.discard()
         except RuntimeError as error:
             self._explain(error)
-        if self._totals[0] != step:
-            self._fetch(step, 0)  # A rank without virtual workers, or that had computed all of them before.
         _, targets, padding = self._totals
         lr = self.commit(step, vote.norm)
         record = StepRecord(
@@ -262,10 +275,8 @@ class StepEngine:
             deal=self.deal,
         )
         self._before = self._times
-        number, assignment = self._voted
-        if vote.agreement.deal == number > self.deal:
-            self.deal = number
-            self._deal_work(replace(self.layout, assignment=assignment))
+        if vote.agreement.deal == self._voted[0] > self.deal:
+            self._agreed = self._voted
         return record, vote.agreement
 
     def _fetch(self, step: int, virtual_worker: int) -> Batch:

@@ -21,9 +21,9 @@ def _nothing_waited() -> float:
 class Stopwatch:
     """`with watch.on(index):` is time spent on a virtual worker; `seconds` is the sum of it for each, since `reset`.
 
-    `waited` tells for how many seconds this rank has waited in collectives so far: what of that falls into a measured
-    stretch is not counted. `drag`, where there is one, is called with the seconds of every stretch before it ends, and
-    may make it longer (an injected slow device).
+    `waited` tells for how many seconds this rank has waited in collectives so far: on a CPU, what of that falls into a
+    measured stretch is not counted. (The device's events cannot tell it: on CUDA it counts.) `drag`, where there is
+    one, is called with the seconds of every stretch before it ends, and may make it longer (an injected slow device).
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

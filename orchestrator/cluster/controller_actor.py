@@ -26,6 +26,7 @@ from ray._private.state import state as ray_state
 from monitoring.goodput import goodput_ratio
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
+from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
@@ -122,6 +123,7 @@ class ControllerActor:
         self._recorded = len(past_steps)
         self._productive_s = sum(float(record["seconds"]) for record in self._own(past_steps))
         self._incident: dict[str, Any] | None = None
+        self._window: Window | None = None
         self._metrics = RunMetrics(self._directory.run_id)
         for event in past_events:
             self._metrics.on_event(event["kind"], event)
@@ -547,6 +549,9 @@ class ControllerActor:
             if view.alive:
                 counts[view.state.name.lower()] += 1
         self._metrics.on_world(counts)
+        if (window := self._machine.window) is not None and window is not self._window:
+            self._window = window
+            self._metrics.on_window(window)
         if self._started_at is not None:
             wall = time.time() - self._started_at
             self._metrics.goodput.set(self._productive_s / wall if wall > 0 else 0.0)
@@ -561,6 +566,10 @@ class ControllerActor:
         if status != "failed" or steps:
             try:
                 data = self._spec["data"]
+                if "composition" in data:
+                    # Going through all steps again may take long here; the workers' machines do not wait for it.
+                    for handle in list(self._handles.values()):
+                        handle.kill()
                 report = audit(self._directory.metrics, **data)
                 data_digest = report.data_digest or None
                 if not report.ok:

@@ -176,13 +176,20 @@ class WorkerHandle:
 
 
 def _has_room_elsewhere(resources: Mapping[str, Any], tensor: int, avoid: Collection[str]) -> bool:
-    """Whether a node that is not to be avoided has so much free."""
+    """Whether a node that may be used and is not to be avoided has so much free, as it is just now."""
     free: Mapping[str, Mapping[str, float]] = ray_state.state.available_resources_per_node()
+    kinds = resources.get("accelerators") or ()
+    fitting = {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and (not kinds or node.get("Labels", {}).get("ray.io/accelerator-type") in kinds)
+    }
+    fitting -= {*avoid, *ray_state.state.get_draining_nodes()}
     wanted = {"CPU": float(resources["cpu"]) * tensor, "GPU": float(resources["gpu"]) * tensor}
     return any(
         all(has.get(kind, 0.0) >= amount for kind, amount in wanted.items())
         for node, has in free.items()
-        if node not in avoid
+        if node in fitting
     )
 
 

@@ -17,7 +17,7 @@ class History:
 
     `generation` is the last number used (-1: none), `incarnations` the last of each slot ever asked for, so that no
     name is used twice. `incidents` are those without a recovery, `members` those of the last generation that were not
-    heard to have gone, `gone` all that were; `condemned` were found too slow, and nodes are `avoided` for that.
+    heard to have gone, `gone` all that were; `condemned` were found too slow, on these nodes.
     """
 
     committed: int = 0
@@ -28,8 +28,7 @@ class History:
     members: set[WorkerId] = field(default_factory=set)
     gone: set[WorkerId] = field(default_factory=set)
     draining: dict[WorkerId, float] = field(default_factory=dict)
-    condemned: set[WorkerId] = field(default_factory=set)
-    avoided: set[str] = field(default_factory=set)
+    condemned: dict[WorkerId, str] = field(default_factory=dict)
     target: int | None = None
     stop: str | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -76,11 +75,9 @@ class History:
             case "drain_notice":
                 self.draining[WorkerId(event["worker"], event["incarnation"])] = event["deadline"]
             case "eviction":
-                self.condemned.add(WorkerId(event["worker"], event["incarnation"]))
-                self.avoided.add(event["node"])
+                self.condemned[WorkerId(event["worker"], event["incarnation"])] = event["node"]
             case "eviction_withdrawn":
-                self.condemned.discard(WorkerId(event["worker"], event["incarnation"]))
-                self.avoided.discard(event["node"])
+                self.condemned.pop(WorkerId(event["worker"], event["incarnation"]), None)
             case "resize_requested":
                 self.target = event["to"]
             case "stop_requested":

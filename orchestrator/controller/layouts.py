@@ -41,9 +41,10 @@ class Layouts:
         self.seats = {member.worker: rank for rank, member in enumerate(placed)}
 
     def seat(self, units: list[tuple[WorkerView, ...]], layout: ParallelLayout) -> list[tuple[WorkerView, ...]]:
-        """Units in the order of their ranks. In a layout like the one before each keeps its place, where it has its
-        part of the state and what it has computed of the step; the others fill the gaps, in the order given."""
-        if self.current is None or _plain(layout) != self.current:
+        """Units in the order of their ranks. In a layout like the one before each keeps its place, where it has most of
+        its part of the state and what it has computed of the step, and which stages may be cut for; the others fill the
+        gaps, in the order given."""
+        if self.current is None or _shape(layout) != _shape(self.current):
             return units
         kept: dict[int, tuple[WorkerView, ...]] = {}
         for unit in units:
@@ -56,8 +57,13 @@ class Layouts:
 
     def choose(self, workers: int, views: Iterable[WorkerView]) -> ParallelLayout | None:
         """The layout for at most so many of these workers; None when there is none."""
+        views = list(views)
         layout = self._ask(workers, views).layout
-        return None if layout is None else replace(layout, parts=self._cuts.get(_key(layout), layout.parts))
+        if layout is None or (parts := self._cuts.get(_key(layout))) is None:
+            return layout
+        cut, costs = replace(layout, parts=parts), self.costs(views)
+        fits = costs is not None and self.config.chooser.fits(cut, costs, _memory_bytes(views))
+        return cut if fits else layout
 
     def costs(self, views: Iterable[WorkerView]) -> ModelCosts | None:
         """What the model costs block by block, if any of these workers was asked to say."""
@@ -123,6 +129,12 @@ class Layouts:
 def _plain(layout: ParallelLayout) -> ParallelLayout:
     """The layout without what says nothing about who has which part of the state."""
     return replace(layout, spares=0, assignment=deal(layout.virtual_workers, [1.0] * layout.data))
+
+
+def _shape(layout: ParallelLayout) -> tuple[object, ...]:
+    """What says which seats there are; where a model is cut does not."""
+    degrees = (layout.data, layout.tensor, layout.pipeline, layout.shard, layout.schedule)
+    return *degrees, layout.virtual_workers, len(layout.parts)
 
 
 def _key(layout: ParallelLayout) -> tuple[str, int, int]:

@@ -82,7 +82,7 @@ class Lifecycle:
         if membership.generation is not None and not membership.generation.collect:
             self._layouts.trains(membership.generation)
             self.balance.begin(membership.generation, assignment)
-            self.balance.condemned |= {view.worker for view in membership.members.values() if view.condemned}
+            self.balance.condemned |= {view.worker for view in self._roster.alive() if view.condemned}
         if not intact:
             # Everyone is told to leave by the caller; the time to obey runs from here.
             self.state, membership.interrupted_at = RunState.SETTLING, now
@@ -100,14 +100,15 @@ class Lifecycle:
 
     # ------------------------------------------------------------------------------------ steps and losses
 
-    def take_reports(self, reports: Iterable[StepReport], now: float) -> None:
-        """Puts on record what is not on it yet."""
+    def take_reports(self, reports: Iterable[StepReport], now: float, *, is_over: bool = False) -> None:
+        """Puts on record what is not on it yet. Once its generation `is_over`, nothing follows from how it went."""
         for report in reports:
             if actions := self._record.commit(report):
                 self.membership.moved_at = now
                 self._out += actions
                 self.balance.learn(actions)
-                self._weigh(report, now)
+                if not is_over:
+                    self._weigh(report, now)
 
     def _weigh(self, report: StepReport, now: float) -> None:
         """Looks at what ranks spent on a step, and acts on uneven speeds."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from monitoring.skew import Window
 from orchestrator.controller import detection, state, takeover
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.history import History
@@ -116,6 +117,11 @@ class Controller:
     def is_saving_soon(self) -> bool:
         """Whether a checkpoint is due at the next step boundary."""
         return self._run.saving.is_due
+
+    @property
+    def window(self) -> Window | None:
+        """The last steps, as they were rated."""
+        return self._run.balance.window
 
     @property
     def fired_faults(self) -> set[int]:
@@ -322,7 +328,7 @@ class Controller:
             # Nothing was restored here: something else could not be read.
             event = replace(event, cause="exception")
         run.membership.left(view, event, now)
-        run.take_reports(event.reports, now)
+        run.take_reports(event.reports, now, is_over=True)
         match event.cause:
             case "exception":
                 # It changed no state: who alone holds a part of it tries again, others are replaced.

@@ -21,7 +21,7 @@ from orchestrator.controller.protocol import Action, Deal, Record
 from orchestrator.controller.views import RebalanceRules, WorkerView
 from orchestrator.messages import Generation, StepReport, WorkerId
 from orchestrator.planning.balance import Assignment, best_deal, replica_seconds, seconds_of, stage_shares
-from strategies.layout import ParallelLayout
+from strategies.layout import ParallelLayout, deal_subtrees
 
 CALIBRATION_ERROR = 0.35
 """Devices whose speeds differ by no more than this share, before they have trained, count as equal."""
@@ -84,6 +84,8 @@ class Rebalancer:
         self.rules = rules
         self.assignment: Assignment = ()
         self.findings = Detector()
+        self.window: Window | None = None
+        """The last one."""
         self._layouts = layouts
         self._windows = Windows()
         self._rates: dict[WorkerId, float] = {}
@@ -123,7 +125,7 @@ class Rebalancer:
         """A layout to be formed, with its virtual workers dealt by what is known of the speeds of these workers, which
         are by rank; as it is where that is predicted to save too little."""
         rates = self.rates(views[: layout.num_placed]) if self.rules.enabled else None
-        if rates is None:
+        if rates is None or self._is_rigid(layout):
             return layout
         replicas = replica_seconds(layout, rates, stage_shares(layout, self._layouts.costs(views)))
         best = best_deal(layout, replicas)
@@ -137,6 +139,7 @@ class Rebalancer:
         self._generation, self._deal, self._deals = generation.number, 0, {}
         self._windows.restart()
         self._recent.clear()
+        self._slow_since.clear()
         change = self._change
         if change is not None and (change.what, change.after.parts) != ("stages", generation.layout.parts):
             self._change = None
@@ -160,6 +163,10 @@ class Rebalancer:
             self._windows.restart()
             self._recent.clear()
             return Verdict()  # The first step of a deal sets things up.
+        counts = [len(report.ranks[layout.rank_of(replica)].busy) for replica in range(layout.data)]
+        if counts != [len(held) for held in self.assignment]:
+            # A predecessor's deal that came to nothing, or did after all. How much each has is all that counts here.
+            self.assignment = deal_subtrees(counts)
         if report.step == generation.committed:
             return Verdict()
         members = [views[member.worker] for member in generation.members[: layout.num_placed]]
@@ -195,6 +202,7 @@ class Rebalancer:
     ) -> Verdict:
         layout = generation.layout
         self._recent.append(window)
+        self.window = window
         for worker, rating in window.workers.items():
             assert isinstance(worker, WorkerId)
             self._rates[worker] = rating.rate
@@ -202,7 +210,8 @@ class Rebalancer:
         actions: list[Action] = [Record("skew_found", _described(finding)) for finding in news.opened]
         actions += [Record("skew_over", _described(finding)) for finding in news.closed]
         actions += self._measure(window, report, members)
-        evict, pardon = self._look_for_hopeless(window, members, report.committed_at)
+        steps_left = self._total_steps - report.step - 1
+        evict, pardon = self._look_for_hopeless(window, members, report.committed_at) if steps_left else ([], [])
         actions += [Record("eviction", self._reasons(worker, window, report.committed_at)) for worker in evict]
         for worker in pardon:
             rating = window.workers[worker]
@@ -210,8 +219,8 @@ class Rebalancer:
             actions.append(Record("eviction_withdrawn", _named(worker) | fields))
         self._rest = max(0, self._rest - 1)
         cut = None
-        if self.rules.enabled and self._change is None and not self._rest:
-            steps_left = self._total_steps - report.step - 1
+        # Who is about to be replaced is nobody to cut a model for.
+        if self.rules.enabled and self._change is None and not self._rest and not evict:
             found = None
             for number in EVIDENCE:
                 found = found or self._propose(layout, members, shares, number, steps_left)
@@ -262,7 +271,7 @@ class Rebalancer:
         now = seconds_of(layout, self.assignment, replicas)
         dealt = best_deal(layout, replicas)
         found = None
-        if self._is_worth(now - dealt.seconds, step_s, steps_left, cost_s=0.0):
+        if not self._is_rigid(layout) and self._is_worth(now - dealt.seconds, step_s, steps_left, cost_s=0.0):
             found = Proposal("deal", replace(layout, assignment=dealt.assignment), now, dealt.seconds)
         recut = self._layouts.recut(layout, members, rates)
         if recut is not None:
@@ -272,6 +281,10 @@ class Rebalancer:
             if self._is_worth(least - balance.seconds, step_s, steps_left, cost_s=self._move_s):
                 found = Proposal("stages", replace(recut, assignment=balance.assignment), now, balance.seconds)
         return found
+
+    def _is_rigid(self, layout: ParallelLayout) -> bool:
+        """Whether a replica takes as long for a round in which it has no virtual worker."""
+        return layout.shard == "parameters" and not self.rules.has_short_rounds
 
     def _is_worth(self, saved_s: float, step_s: float, steps_left: int, cost_s: float) -> bool:
         return saved_s >= self.rules.min_gain * step_s and saved_s * steps_left >= WORTH * cost_s

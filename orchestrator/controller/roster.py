@@ -25,6 +25,9 @@ from strategies.statemap import whole
 
 MAX_PAUSE_S = 30.0
 """The longest time between two tries when workers die while they start."""
+CROWDED_AFTER_S = 15.0
+CROWDED_S = 60.0
+"""A worker that was to avoid nodes and is not placed after so long is asked for anywhere; so are others for a while."""
 _TOO_MANY = "more workers than the job wants"
 _TOO_SLOW = "another took its place, as it was too slow"
 
@@ -38,8 +41,8 @@ class Roster:
         self._incarnations = dict(history.incarnations)
         self._draining = dict(history.draining)
         self._given_up = set(history.gone)
-        self._condemned = set(history.condemned)
-        self._avoided = set(history.avoided)
+        self._condemned = dict(history.condemned)
+        self._crowded_until = 0.0
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
@@ -67,21 +70,44 @@ class Roster:
     ) -> list[Action]:
         """Asks for the workers that are missing and releases the units that are too many. Members are left alone, and
         so are those `needed` for their state; of the draining workers that are idle, those go that `may_leave`."""
-        actions: list[Action] = []
+        actions = self._ask_again(now)
         units = self._units()
         staying = {unit: views for unit, views in units.items() if not any(view.leaving for view in views)}
         surplus = len(staying) - -(-wanted // self._config.tensor)
         if surplus > 0:
             actions += self._release_units(staying, surplus, members, needed())
         if now >= self._next_request_at:
-            replaced = sum(any(view.condemned for view in views) for views in units.values())
-            actions += self._request(self._missing_slots(units, staying, -surplus), now, replaced * self._config.tensor)
+            slots = self._missing_slots(units, staying, -surplus)
+            actions += self._request(slots, now, self._num_replacing(wanted, units, staying, len(slots)))
         if len(staying) < len(units):
             for view in self.idle():
                 leaving = self._config.unit_of(view.worker) not in staying
                 if leaving and view.worker not in members and view.alive and may_leave(view):
                     actions += self.release(view, _TOO_SLOW if view.condemned else "its node drains")
         return actions
+
+    def _ask_again(self, now: float) -> list[Action]:
+        """Takes back requests that nothing would come of: those that no longer are for one that is too slow, which were
+        not to be placed just anywhere; and those that were to avoid nodes, if other nodes have no room after all."""
+        waiting = [view for view in self._alive.values() if view.state is WorkerState.REQUESTED]
+        slow = sum(1 for view in self._alive.values() if view.condemned)
+        replacing = sorted((view for view in waiting if view.must_avoid), key=lambda view: view.worker)
+        hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
+        if hopeless:
+            self._crowded_until = now + CROWDED_S
+        actions: list[Action] = []
+        for view in (*replacing[slow:], *hopeless):
+            actions += self.release(view, "it is asked for again, wherever there is room")
+        return actions
+
+    def _num_replacing(
+        self, wanted: int, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], missing: int
+    ) -> int:
+        """How many of the missing workers are to take the place of one that is too slow and works on meanwhile."""
+        slow = sum(any(view.condemned for view in views) for views in units.values())
+        waiting = sum(any(v.must_avoid and v.state is WorkerState.REQUESTED for v in vs) for vs in staying.values())
+        others = (len(staying) - waiting + slow) * self._config.tensor
+        return max(0, missing - max(0, wanted - others))
 
     def _units(self) -> dict[int, list[WorkerView]]:
         units: dict[int, list[WorkerView]] = {}
@@ -135,12 +161,13 @@ class Roster:
         """Asks for workers. The last `num_replacing` are for those that are too slow: where these are, or were, they
         would be of no use."""
         actions: list[Action] = []
-        avoid = tuple(sorted(self._avoided))
+        avoided = tuple(sorted(set(self._condemned.values()) - {""}))
         for number, slot in enumerate(slots):
-            must = bool(avoid) and number >= len(slots) - num_replacing
+            must = bool(avoided) and number >= len(slots) - num_replacing
+            avoid = avoided if must or now >= self._crowded_until else ()
             worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
             self._incarnations[slot] = worker.incarnation
-            self.add(WorkerView(worker, requested_at=now))
+            self.add(WorkerView(worker, requested_at=now, avoids=bool(avoid), must_avoid=must))
             actions += [Record("worker_requested", _named(worker)), RequestWorker(worker, avoid, must)]
         return actions
 
@@ -209,16 +236,14 @@ class Roster:
         view = self.living(worker)
         if view is not None:
             view.condemned = True
-            self._condemned.add(worker)
-            self._avoided |= {view.node} - {""}
+            self._condemned[worker] = view.node
 
     def pardon(self, worker: WorkerId) -> None:
         """It is no longer too slow."""
-        self._condemned.discard(worker)
+        self._condemned.pop(worker, None)
         view = self.living(worker)
         if view is not None:
             view.condemned = False
-            self._avoided.discard(view.node)
 
     def release(self, view: WorkerView, reason: str) -> list[Action]:
         """Lets go of a worker that is not needed."""

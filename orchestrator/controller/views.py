@@ -89,10 +89,16 @@ class RebalanceRules:
     evict_after_s: float = 60.0
     has_kinds: bool = False
     """Whether workers may be on several kinds of devices, of which one is slower than another by right."""
+    has_short_rounds: bool = True
+    """Whether work that is only made up, with `shard: parameters`, takes next to no time."""
 
     @classmethod
     def for_job(cls, job: Job) -> RebalanceRules:
-        return cls(**job.elastic.rebalance.model_dump(), has_kinds=len(job.resources.accelerators) > 1)
+        return cls(
+            **job.elastic.rebalance.model_dump(),
+            has_kinds=len(job.resources.accelerators) > 1,
+            has_short_rounds=job.model.hf is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,9 @@ class WorkerView:
     draining_until: float | None = None
     condemned: bool = False
     """It is too slow, and goes when another can take its place."""
+    avoids: bool = False
+    must_avoid: bool = False
+    """It was asked for on other nodes than some: if there is room, or in any case."""
 
     @property
     def alive(self) -> bool:

@@ -24,7 +24,7 @@ import xxhash
 
 from orchestrator.data.cutting import cut
 from orchestrator.data.formats import Span, can_be_cut, documents, no_document, row_groups
-from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, FileEntry, Manifest, ShardEntry
+from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, FileEntry, Manifest, ShardEntry
 from orchestrator.data.places import Patience
 from orchestrator.data.reading import Content, Library
 from orchestrator.data.sources import DataError, SourceFile
@@ -221,9 +221,12 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
         size_bytes = stream.tell()
         stream.flush()
         os.fsync(stream.fileno())
+    with open(path, "rb") as written:
+        ranges = "".join(xxhash.xxh3_64_hexdigest(data) for data in iter(lambda: written.read(RANGE_BYTES), b""))
     sizes = np.array(lengths, dtype="<i8").tobytes()
     shard = ShardEntry(
-        task.shard, sum(lengths), size_bytes, shard_digest.hexdigest(), len(lengths), xxhash.xxh3_128_hexdigest(sizes)
+        task.shard, sum(lengths), size_bytes, shard_digest.hexdigest(), len(lengths), xxhash.xxh3_128_hexdigest(sizes),
+        ranges,
     )  # fmt: skip
     with open(os.path.join(task.directory, shard.documents_name), "wb") as stream:
         stream.write(sizes)

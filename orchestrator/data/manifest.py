@@ -21,6 +21,8 @@ MANIFEST_NAME = "MANIFEST.json"
 
 DTYPES = {"uint16": 2, "uint32": 4}
 LENGTH_BYTES = 8
+RANGE_BYTES = 4 << 20
+_DIGITS = 16
 
 
 class BrokenStoreError(DataError):
@@ -40,8 +42,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One file of tokens: its name in the store, tokens, bytes and XXH3-128 digest; and how many documents it has,
-    whose lengths are in a file beside it with that digest."""
+    """One file of tokens: its name in the store, tokens, bytes and XXH3-128 digest; how many documents it has, whose
+    lengths are in a file beside it with that digest; and the XXH3-64 digests of its ranges of RANGE_BYTES, 16
+    hexadecimal digits each, by which what is read of a copy is known to be right."""
 
     name: str
     tokens: int
@@ -49,11 +52,16 @@ class ShardEntry:
     digest: str
     documents: int
     documents_digest: str
+    ranges: str
 
     @property
     def documents_name(self) -> str:
         """The file with the lengths of the documents in tokens (ends included), little-endian int64 [documents]."""
         return self.name.rpartition(".")[0] + ".documents"
+
+    def range_digest(self, number: int) -> str:
+        """Of the range that begins at byte `number` * RANGE_BYTES."""
+        return self.ranges[number * _DIGITS : (number + 1) * _DIGITS]
 
     @property
     def documents_bytes(self) -> int:
@@ -110,6 +118,7 @@ class Manifest:
                 content["digest"] == manifest.digest
                 and content["total_tokens"] == manifest.total_tokens == sum(file.tokens for file in manifest.files)
                 and all(shard.size_bytes == shard.tokens * width > 0 for shard in manifest.shards)
+                and all(len(s.ranges) == -(-s.size_bytes // RANGE_BYTES) * _DIGITS for s in manifest.shards)
                 and sum(shard.documents for shard in manifest.shards) == sum(file.documents for file in manifest.files)
             )
         except BrokenStoreError:

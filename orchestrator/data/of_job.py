@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.dataset import DataPlan, Dataset
-from orchestrator.data.reading import Library
+from orchestrator.data.reading import Library, join
 from orchestrator.data.store import RunTasks, TokenStore, open_store, prepare
 from orchestrator.job import Job
 
@@ -36,37 +36,55 @@ def sources_of(job: Job) -> list[dict[str, Any]]:
     ]
 
 
+def mirrors_of(job: Job, number: int) -> list[str]:
+    """Where copies of a source's files and token stores are: in a mirror itself, or, of a mix of several, below the
+    entry's number."""
+    mirrors = job.data.mirrors
+    several = job.data.mix is not None and len(job.data.mix) > 1
+    return [join(mirror, f"{number:04d}") for mirror in mirrors] if several else list(mirrors)
+
+
 def prepare_stores(
     job: Job,
     *,
-    run_tasks: Callable[[int], RunTasks[Any] | None] = lambda size_bytes: None,
+    run_tasks: Callable[[int], RunTasks[Any] | None] | None = None,
     expect: Sequence[str] | None = None,
     verify: bool = True,
 ) -> list[TokenStore]:
     """The token store of each source, found or built. `run_tasks` says by the size of a source what runs its tasks;
     `expect`, `verify` and what is raised are as for `prepare`, one digest for each."""
-    stores = []
-    for number, source in enumerate(sources_of(job)):
-        files = Library(job.data.mirrors).files(source["source"], source["format"])
+    numbers = range(len(sources_of(job)))
+    return [
+        _prepare(job, number, run_tasks, None if expect is None else expect[number], verify) for number in numbers
+    ]  # fmt: skip
+
+
+def _prepare(
+    job: Job,
+    number: int,
+    run_tasks: Callable[[int], RunTasks[Any] | None] | None,
+    expect: str | None,
+    verify: bool,
+) -> TokenStore:
+    source, mirrors = sources_of(job)[number], mirrors_of(job, number)
+    tasks = None
+    if run_tasks is not None:
+        files = Library(mirrors).files(source["source"], source["format"])
         tasks = run_tasks(sum(max(0, file.size_bytes) for file in files))
-        expected = None if expect is None else expect[number]
-        stores.append(
-            prepare(
-                **source, tokenizer=job.data.tokenizer, mirrors=job.data.mirrors, cache=job.data.cache,
-                run_tasks=tasks, expect=expected, verify=verify,
-            )
-        )  # fmt: skip
-    return stores
+    return prepare(
+        **source, tokenizer=job.data.tokenizer, mirrors=mirrors, cache=job.data.cache, run_tasks=tasks, expect=expect,
+        verify=verify,
+    )  # fmt: skip
 
 
 def open_stores(job: Job, directories: Sequence[str | Path], digests: Sequence[str]) -> list[TokenStore]:
     """The stores that the driver has prepared: opened where they can be seen (one machine, a shared disk, a mirror), so
     that the sources need not be looked at again; else prepared here. Raises DataError."""
-    known = [
-        open_store(Path(path), digest, job.data.mirrors) for path, digest in zip(directories, digests, strict=True)
-    ]
-    found = [store for store in known if store is not None]
-    return found if len(found) == len(known) else prepare_stores(job, expect=digests, verify=False)
+    stores = []
+    for number, (path, digest) in enumerate(zip(directories, digests, strict=True)):
+        found = open_store(Path(path), digest, mirrors_of(job, number))
+        stores.append(_prepare(job, number, None, digest, False) if found is None else found)
+    return stores
 
 
 def dataset_of(job: Job, stores: Sequence[TokenStore]) -> Dataset:

@@ -1,7 +1,8 @@
 """Reading source files by byte range, with read-ahead, retries and mirrors; and knowing their content again.
 
 What is read is the same bytes whatever place they came from: a place counts only where the size agrees and, range by
-range, the digest of what was there when the build began. Knows nothing of formats and tokens.
+range, the digest of what was there when the build began; or, of a file that only a mirror gives and whose own storage
+vouches for it, a checksum that both storages report. Knows nothing of formats and tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
@@ -97,6 +98,23 @@ class Library:
             self._confirm_mixture(file, content, stream.used)
         return content
 
+    def by_ranges(self, file: SourceFile, content: Content) -> Content:
+        """The same content with the digests of its ranges, so that any mirror can be compared with it.
+
+        Without mirrors they are not needed; and where the file's own storage does not give it, there is only its
+        checksum to go by.
+        """
+        if content.ranges or not self.mirrors:
+            return content
+        ranges = []
+        try:
+            with self.open(file, content, only=file.url) as stream:
+                while data := stream.next_range():
+                    ranges.append(xxhash.xxh3_64_digest(data))
+        except DataError:
+            return content
+        return replace(content, ranges=b"".join(ranges))
+
     def _confirm_mixture(self, file: SourceFile, content: Content, used: Sequence[str]) -> None:
         """Raises DataError when the last of the places that a file came from does not have all that was read: the
         places hold different files of one size, and a mixture of them is no file at all."""
@@ -129,9 +147,13 @@ class Library:
             size = places[number].size() if size_bytes >= 0 else None
             if size is not None and size != size_bytes:
                 raise Changed(f"it has {size:,} bytes, not {size_bytes:,}")
-            place = places[number]
-            if content is not None and not content.ranges and isinstance(place, RemotePlace):
-                _compare(content.fingerprint.split(";"), place.info(), _CHECKSUMS if number else _VALIDATORS)
+            if content is None or content.ranges:
+                return
+            place, known = places[number], content.fingerprint.split(";")
+            info = place.info() if isinstance(place, RemotePlace) else {}
+            same = _compare(known, info, _CHECKSUMS if number else _VALIDATORS)
+            if number and not same:
+                raise Changed("nothing tells that it holds the same: no checksum that both storages report")
 
         def verify(number: int, start: int, data: bytes, length: int) -> None:
             if size_bytes >= 0 and len(data) != length:
@@ -315,9 +337,11 @@ def join(place: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}"
 
 
-def _compare(known: list[str], info: dict[str, Any], keys: Sequence[str]) -> None:
-    """Raises Changed when a validator that both sides have is not the same."""
+def _compare(known: list[str], info: dict[str, Any], keys: Sequence[str]) -> int:
+    """How many validators both sides have, which are the same. Raises Changed when one is not."""
     before = dict(validator.partition("=")[::2] for validator in known)
-    for key in keys:
-        if key in before and info.get(key) and str(info[key]) != before[key]:
+    shared = [key for key in keys if key in before and info.get(key)]
+    for key in shared:
+        if str(info[key]) != before[key]:
             raise Changed(f"its {key} is {info[key]}, not {before[key]}")
+    return len(shared)

@@ -18,14 +18,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, BrokenStoreError, Manifest, ShardEntry
+from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, BrokenStoreError, Manifest, ShardEntry
 from orchestrator.data.places import Descriptor, LocalPlace, Patience, persist, place_at
-from orchestrator.data.ranges import Ranges, Unreadable
+from orchestrator.data.ranges import Lane, Ranges, Unreadable
 from orchestrator.data.reading import join
 from orchestrator.data.sources import DataError
 
 TRAINING_PATIENCE = Patience(attempts=3, timeout_s=10.0, pause_s=0.2, longest_pause_s=1.0)
 """Ranks wait for each other: a shard that does not come in seconds is better read elsewhere."""
+_KEPT = 8
+"""Ranges of a copy that are kept, as samples are much smaller."""
 
 
 def read_manifest(location: str, patience: Patience) -> Manifest:
@@ -54,6 +56,8 @@ class Shards:
         self._ends = list(accumulate(shard.tokens for shard in manifest.shards))
         self._lock = threading.Lock()
         self._ranges: dict[int, Ranges] = {}
+        self._kept: dict[tuple[int, int], bytes] = {}
+        self._lane: Lane | None = None
         self._files: list[Descriptor | None] = [self._open(shard) for shard in manifest.shards]
         self._confirmed: set[str] = {location}
 
@@ -74,7 +78,7 @@ class Shards:
     def document_lengths(self) -> NDArray[np.int64]:
         """The lengths of all documents in tokens, int64 [documents]. Raises DataError."""
         found = [np.frombuffer(self._documents(shard), dtype="<i8") for shard in self._manifest.shards]
-        return np.concatenate(found).astype(np.int64)
+        return (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.int64, copy=False)
 
     def _documents(self, shard: ShardEntry) -> bytes:
         """The file with the lengths of a shard's documents, from the first place that has it whole."""
@@ -97,29 +101,65 @@ class Shards:
         file = self._files[shard]
         if file is not None:
             try:
-                if os.preadv(file.number, [view], start) == len(view):
+                if self._pread(file, start, view) == len(view):
                     return
-            except OSError:
-                pass  # the patient way finds out what it is, and whether it lasts
+            except OSError:  # also a TimeoutError: the patient way finds out what it is, and whether it lasts
+                pass
         view[:] = self._read_patiently(shard, start, len(view))
 
-    def _read_patiently(self, shard: int, start: int, length: int) -> bytes:
-        entry = self._manifest.shards[shard]
+    def _pread(self, file: Descriptor, start: int, view: memoryview) -> int:
+        """Bytes read. Where there is a mirror, a file system that does not answer is given up for it."""
+        if len(self._locations) == 1:
+            return os.preadv(file.number, [view], start)
         with self._lock:
-            ranges = self._ranges.get(shard)
-            if ranges is None:
-                ranges = self._ranges[shard] = self._make_ranges(entry)
-            try:
-                data = ranges.read(start, length)
-            except Unreadable as error:
-                where = join(self._locations[0], entry.name)
-                raise DataError(
-                    f"{where}: cannot be read on {socket.gethostname()}: {error}; restore it, or name a place that "
-                    "holds a copy of the token store in data.mirrors"
-                ) from error
-            place = ranges.places[ranges.current]
-            self._files[shard] = place.open() if isinstance(place, LocalPlace) else None
-            return data
+            lane = self._lane = self._lane or Lane()
+        scratch = bytearray(len(view))
+        try:
+            num_bytes: int = self._patience.wait(lane.submit(lambda: os.preadv(file.number, [scratch], start)))
+        except TimeoutError:
+            with self._lock:
+                self._lane = None
+            lane.close()
+            raise
+        view[:] = scratch
+        return num_bytes
+
+    def _read_patiently(self, shard: int, start: int, length: int) -> bytes:
+        parts = []
+        with self._lock:
+            while length:
+                number, inside = divmod(start, RANGE_BYTES)
+                part = self._range(shard, number)[inside : inside + length]
+                parts.append(part)
+                start += len(part)
+                length -= len(part)
+        return b"".join(parts)
+
+    def _range(self, shard: int, number: int) -> bytes:
+        """A range of a shard, known to be what was written; the last few are kept."""
+        if (known := self._kept.get((shard, number))) is not None:
+            return known
+        entry = self._manifest.shards[shard]
+        ranges = self._ranges.get(shard)
+        if ranges is None:
+            ranges = self._ranges[shard] = self._make_ranges(entry)
+        start = number * RANGE_BYTES
+        try:
+            data = ranges.read(start, min(RANGE_BYTES, entry.size_bytes - start))
+        except Unreadable as error:
+            where = join(self._locations[0], entry.name)
+            raise DataError(
+                f"{where}: cannot be read on {socket.gethostname()}: {error}; restore it, or name a place that "
+                "holds a copy of the token store in data.mirrors"
+            ) from error
+        place = ranges.places[ranges.current]
+        # Only of the store itself, which was verified when it was opened, is less read than can be verified.
+        is_own = ranges.current == 0 and isinstance(place, LocalPlace)
+        self._files[shard] = place.open() if is_own and isinstance(place, LocalPlace) else None
+        while len(self._kept) >= _KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[shard, number] = data
+        return data
 
     def _make_ranges(self, entry: ShardEntry) -> Ranges:
         places = [place_at(join(location, entry.name)) for location in self._locations]
@@ -130,16 +170,18 @@ class Shards:
             if size_bytes != entry.size_bytes:
                 raise OSError(f"it has {size_bytes} bytes, not {entry.size_bytes}")
 
-        def read_whole(number: int, start: int, data: bytes, length: int) -> None:
+        def verify(number: int, start: int, data: bytes, length: int) -> None:
             if len(data) != length:
                 raise OSError(f"only {len(data)} of {length} bytes could be read at byte {start}")
+            if xxhash.xxh3_64_hexdigest(data) != entry.range_digest(start // RANGE_BYTES):
+                raise OSError(f"what it holds from byte {start} on is not what was written")
 
         return Ranges(
             places,
             identify=identify,
-            verify=read_whole,
+            verify=verify,
             patience=self._patience,
-            own_thread=any("://" in location for location in self._locations),
+            own_thread=len(self._locations) > 1 or "://" in self._locations[0],
         )
 
     def _confirm(self, location: str, entry: ShardEntry) -> None:

@@ -101,14 +101,26 @@ def _worker_bounds(get: Get) -> Iterator[Finding]:
 
 
 def _document(get: Get) -> Iterator[Finding]:
-    document, kind = get("data.document"), get("data.format")
+    yield from _fitting("data.document", get("data.document"), "data.format", get("data.format"))
+
+
+def _mixed_documents(get: Get) -> Iterator[Finding]:
+    """An entry of a mix has what `data` says where it says nothing itself."""
+    for index in range(len(get("data.mix") or [])):
+        kind, document = (
+            f"data.mix.{index}.{name}" if get(f"data.mix.{index}.{name}") is not None else f"data.{name}"
+            for name in ("format", "document")
+        )
+        if "mix" in kind or "mix" in document:
+            yield from _fitting(document, get(document), kind, get(kind))
+
+
+def _fitting(field: str, document: str | None, kind_field: str, kind: str | None) -> Iterator[Finding]:
     if document is None or kind is None:
         return
     fitting = ("file", "line") if kind == "text" else ("record",)
     if document not in fitting:
-        yield Finding(
-            ("data.document", "data.format"), f"{document} does not go with {kind}, which takes {' or '.join(fitting)}"
-        )
+        yield Finding((field, kind_field), f"{document} does not go with {kind}, which takes {' or '.join(fitting)}")
 
 
 def _warmup(get: Get) -> Iterator[Finding]:
@@ -232,6 +244,7 @@ _RULES: tuple[Rule, ...] = (
     _batch,
     _worker_bounds,
     _document,
+    _mixed_documents,
     _warmup,
     _heartbeat,
     _fault_kinds,

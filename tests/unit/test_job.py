@@ -306,6 +306,10 @@ def test_a_document_is_what_its_format_can_hold() -> None:
     line = refused(MINIMAL, overrides=("data.format=text", "data.document=record"))
     assert "record does not go with text, which takes file or line" in line
     assert Job.loads(MINIMAL, overrides=("data.format=text", "data.document=line")).data.document == "line"
+    mix = "mix: [{source: a, weight: 1}, {source: b, weight: 1, format: jsonl%s}], document: line"
+    line = refused(MINIMAL.replace("source: python-stdlib", mix % ""))
+    assert "data.document: line does not go with jsonl, which takes record" in line
+    assert Job.loads(MINIMAL.replace("source: python-stdlib", mix % ", document: record")).data.document == "line"
 
 
 DATA = "{source: python-stdlib, sequence_length: 16"

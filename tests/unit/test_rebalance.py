@@ -9,8 +9,10 @@ import pytest
 from layouts_in_tests import MODEL, layouts
 from simulation import Node, World
 
+from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import Deal
-from orchestrator.controller.views import ControllerConfig, RebalanceRules
+from orchestrator.controller.views import ControllerConfig, RebalanceRules, WorkerView
+from orchestrator.messages import Ready, WorkerId
 from orchestrator.planning.balance import best_deal, best_parts, replica_seconds, seconds_of, stage_shares
 from orchestrator.planning.choose import LayoutChooser
 from strategies.layout import ParallelLayout, deal, deal_in_turn
@@ -131,7 +133,7 @@ def test_following_a_speed_that_goes_up_and_down_costs_nothing(period: int) -> N
     assert follows <= 1.02 * time_of(RebalanceRules(enabled=False))
 
 
-def test_nothing_moves_when_too_few_steps_are_left_or_it_is_not_wanted() -> None:
+def test_skew_is_told_and_nothing_moves_where_that_is_not_wanted() -> None:
     world = make(rules=RebalanceRules(enabled=False))
     until_step(world, 20)
     slow_down(world, 1, 3.0)
@@ -304,6 +306,69 @@ def test_a_restarted_controller_remembers_whom_to_replace_and_where_not_to_go() 
     assert len(slots) == 4
 
 
+@pytest.mark.parametrize("lost", [0, 2])
+def test_where_there_is_but_one_node_a_lost_worker_is_replaced_all_the_same(lost: int) -> None:
+    """Nobody can be had instead of the slow one; that must not keep the place of another empty, nor its own."""
+    world = make(rules=HASTY, nodes=[Node("only", 16)])
+    until_step(world, 20)
+    slow_down(world, 2, 3.0)
+    until_step(world, 100)
+    assert of(world, "eviction")
+    world.kill(next(worker for worker in world.members() if worker.id.slot == lost))
+    until_step(world, 160)
+    assert len(world.generations[max(world.generations)].members) == 4
+
+
+def test_a_node_stays_avoided_while_another_worker_on_it_is_too_slow() -> None:
+    world = make(rules=HASTY, nodes=[Node("a", 2), Node("b", 2)])
+    until_step(world, 20)
+    slots = [worker.id.slot for worker in world.members() if worker.node.name == "b"]
+    for slot in slots:
+        slow_down(world, slot, 3.0)
+    until_step(world, 120)
+    assert len(of(world, "eviction")) == 2
+    slow_down(world, slots[0], 1.0)
+    until_step(world, 200)
+    assert len(of(world, "eviction_withdrawn")) == 1
+    world.nodes[1].places += 2
+    world.place()
+    until_step(world, 260)
+    assert len(world.generations) == 1, "room on the slow node is no room for the replacement"
+
+
+def test_a_recut_stage_stays_with_the_worker_it_was_cut_for() -> None:
+    """After a replacement ranks are not in the order of their slots."""
+    world = make(layouts(8, pipeline=4), workers=4, standby=1)
+    until_step(world, 10)
+    world.kill(next(worker for worker in world.members() if worker.id.slot == 0))
+    until_step(world, 40)
+    before = [member.worker for member in world.generations[max(world.generations)].members]
+    assert before != sorted(before)
+    slow_down(world, before[2].slot, 2.0)
+    until_step(world, 120)
+    after = world.generations[max(world.generations)]
+    assert [member.worker for member in after.members] == before
+    start, stop = after.layout.parts[2]
+    assert stop - start == 1
+
+
+def test_a_deal_half_heard_when_the_controller_dies_is_made_again() -> None:
+    world = make()
+    until_step(world, 20)
+    deaf = world.members()[3]
+    usual = deaf.take
+    deaf.take = lambda command, epoch: None if isinstance(command, Deal) else usual(command, epoch)  # type: ignore[method-assign]
+    slow_down(world, 1, 2.0)
+    until_step(world, 42)
+    assert of(world, "rebalance")
+    world.lose_controller()
+    deaf.take = usual  # type: ignore[method-assign]
+    until_step(world, 120)
+    assert world.num_controllers == 2
+    assert world.steps[-1].deal == of(world, "rebalance")[-1]["deal"]
+    assert len({report.deal for report in world.steps}) > 1
+
+
 # ---------------------------------------------------------------------------------------- kinds of devices
 
 
@@ -437,4 +502,15 @@ def test_cuts_are_refused_where_they_do_not_fit_in_memory() -> None:
     chooser = layouts(8, pipeline=2, max_workers=2)
     assert chooser.fits(lopsided, MODEL, 0)
     sizes = range(100_000, 4_000_000, 50_000)
-    assert any(chooser.fits(layout, MODEL, size) and not chooser.fits(lopsided, MODEL, size) for size in sizes)
+    tight = [size for size in sizes if chooser.fits(layout, MODEL, size) and not chooser.fits(lopsided, MODEL, size)]
+    assert tight
+    choice = Layouts(ControllerConfig(total_steps=9, chooser=chooser, min_workers=2, max_workers=2))
+    for memory_bytes, wanted in ((0, lopsided), (tight[0], layout)):
+        ready = Ready(WorkerId(0, 0), "n", 1, "h", 1, "i", 1, memory_bytes=memory_bytes, costs=MODEL)
+        views = [WorkerView(WorkerId(slot, 0), 0.0, ready=ready) for slot in range(2)]
+        recut = choice.recut(layout, views, [6.0, 1.0])
+        assert (recut is not None) == (wanted is lopsided)
+        choice.cut_like(lopsided)
+        chosen = choice.choose(2, views)
+        assert chosen is not None
+        assert (chosen.parts == lopsided.parts) == (wanted is lopsided)
