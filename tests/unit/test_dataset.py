@@ -18,6 +18,8 @@ import pytest
 from orchestrator.data import DataError, DataPlan, Dataset, Sampler, TokenStore, audit, data_digest, prepare, step_hash
 from orchestrator.data.cuts import cut_of
 from orchestrator.data.dataset import LENGTHS_NAME
+from orchestrator.data.of_job import open_stores, prepare_stores
+from orchestrator.job import Job
 from strategies.batch import Batch, counting, positions
 
 PLAN = DataPlan(sequence_length=16, global_batch=24, micro_batch=2, virtual_workers=4, seed=5, token_cost=40)
@@ -277,3 +279,38 @@ def test_an_audit_refuses_other_lengths(store: TokenStore, tmp_path: Path) -> No
     lengths.unlink()
     with pytest.raises(DataError, match="belongs to the run directory"):
         audit(path, **described)
+
+
+def test_the_files_of_a_mix_have_a_place_of_their_own_in_a_mirror(tmp_path: Path) -> None:
+    """Both are called train.txt; and one that is there already need not be made again to have the other."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text(f"text of {name} " * 50)
+    for number, name in enumerate(("a", "b")):
+        below = tmp_path / "mirror" / f"{number:04d}"
+        below.mkdir(parents=True)
+        (below / "train.txt").write_text(f"text of {name} " * 50)
+    text = JOB_OF_TWO.format(home=tmp_path)
+    job = Job.loads(text)
+    whole = prepare_stores(job)
+    (tmp_path / "b" / "train.txt").unlink()
+    elsewhere = Job.loads(text, overrides=[f"data.cache={tmp_path}/other"])
+    assert [store.digest for store in prepare_stores(elsewhere)] == [store.digest for store in whole]
+    (tmp_path / "a" / "train.txt").unlink()
+    (tmp_path / "mirror" / "0000" / "train.txt").unlink()
+    third = Job.loads(text, overrides=[f"data.cache={tmp_path}/third"])
+    places = [whole[0].directory, tmp_path / "nowhere" / whole[1].directory.name]
+    opened = open_stores(third, places, [store.digest for store in whole])
+    assert [store.digest for store in opened] == [store.digest for store in whole]
+
+
+JOB_OF_TWO = """
+name: two
+model: {{hf: {{model_type: llama}}}}
+data:
+  mix: [{{source: {home}/a/train.txt, weight: 1}}, {{source: {home}/b/train.txt, weight: 1}}]
+  mirrors: [{home}/mirror]
+  cache: {home}/cache
+  sequence_length: 16
+train: {{steps: 5, global_batch: 8}}
+"""

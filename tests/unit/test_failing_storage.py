@@ -294,6 +294,26 @@ def test_validators_of_the_storage_are_compared() -> None:
         library.confirm(file, content)
 
 
+def test_a_mirror_that_nothing_vouches_for_is_known_by_its_ranges_or_not_used(tmp_path: Path) -> None:
+    """The source's storage reports an ETag, which no other storage has."""
+    Flaky.files["a/big.txt"] = CONTENT
+    Flaky.tags = {"a/big.txt": {"ETag": "1"}}
+    (file,) = resolve_files("flaky://a/big.txt")
+    (tmp_path / "big.txt").write_bytes(CONTENT)
+    library = Library([str(tmp_path)], Quick())
+    content = library.examine(file)
+    known = library.by_ranges(file, content)
+    assert known.fingerprint == content.fingerprint == "ETag=1"
+    Flaky.fault = staticmethod(_broken("a/"))
+    assert library.by_ranges(file, content) == content, "who does not give the file tells nothing of its ranges"
+    assert _read(str(tmp_path), content=known) == LINES
+    with pytest.raises(DataError, match=r"nor at .*big\.txt: nothing tells that it holds the same"):
+        _read(str(tmp_path), content=content)
+    (tmp_path / "big.txt").write_bytes(CONTENT[::-1])
+    with pytest.raises(DataError, match=r"from byte 0 on it holds something else"):
+        _read(str(tmp_path), content=known)
+
+
 def test_a_file_whose_size_nobody_tells_is_read_from_front_to_back() -> None:
     Flaky.files["a/big.txt"] = CONTENT
     Flaky.sizeless = True
@@ -488,6 +508,42 @@ def test_a_mirror_with_another_store_does_not_count(store: TokenStore, tmp_path:
     os.truncate(store.directory / "shard-00002.bin", 0)
     with pytest.raises(DataError, match=rf"nor at {other.directory}/shard-00002\.bin: it is another store .*nor at"):
         _all(opened)
+
+
+def test_a_copy_with_a_wrong_byte_does_not_count(store: TokenStore, tmp_path: Path) -> None:
+    """It has the right names and sizes, and a manifest that is right; only what it holds is not."""
+    copy = _copy_to(store, tmp_path / "mirror")
+    wrong = bytearray((copy / "shard-00001.bin").read_bytes())
+    wrong[7] ^= 1
+    (copy / "shard-00001.bin").write_bytes(wrong)
+    opened = TokenStore(store.directory, mirrors=[str(copy)], patience=Quick())
+    os.truncate(store.directory / "shard-00001.bin", 100)
+    with pytest.raises(DataError, match=r"what it holds from byte 0 on is not what was written"):
+        _all(opened)
+    assert open_store(tmp_path / "nowhere" / store.directory.name, store.digest, [str(tmp_path / "mirror")]) is None
+
+
+def test_a_shard_whose_file_system_hangs_is_read_elsewhere(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _all(store)
+    copy = _copy_to(store, tmp_path / "mirror")
+    opened = TokenStore(store.directory, mirrors=[str(copy)], patience=Quick())
+    honest = os.pread
+    own = {os.stat(path).st_ino for path in store.directory.iterdir()}
+
+    def hang(number: int, *_: Any) -> int:
+        Flaky.hang()
+        raise AssertionError
+
+    def pread(number: int, length: int, start: int) -> bytes:
+        if os.fstat(number).st_ino in own:
+            hang(number)
+        return honest(number, length, start)
+
+    monkeypatch.setattr(os, "preadv", hang)
+    monkeypatch.setattr(os, "pread", pread)
+    assert _all(opened) == expected
 
 
 def test_a_worker_opens_a_mirrors_store_where_there_is_none(store: TokenStore, tmp_path: Path) -> None:
