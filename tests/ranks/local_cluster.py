@@ -246,7 +246,7 @@ class LocalCluster:
 
     # ------------------------------------------------------------------------------------ the loop
 
-    def run(self, timeout_s: float = 60.0) -> Outcome:
+    def run(self, timeout_s: float = 240.0) -> Outcome:
         """The whole run; no process is left behind. Raises AssertionError when it takes longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         self.directory.mkdir(parents=True, exist_ok=True)

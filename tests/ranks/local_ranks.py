@@ -52,7 +52,7 @@ Endpoint = tuple[str, int]
 
 
 def run_ranks(
-    world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 60.0, lost: Collection[int] = ()
+    world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 240.0, lost: Collection[int] = ()
 ) -> list[Any]:
     """Runs `program(rank, store_address, *args)` in `world_size` processes; returns their results in rank order.
 

@@ -29,7 +29,7 @@ def job_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(job_text: str, tmp_path: Path) -> Run:
-    def start(timeout_s: float = 90.0, **arguments: Any) -> Outcome:
+    def start(timeout_s: float = 240.0, **arguments: Any) -> Outcome:
         return LocalCluster(job_text, tmp_path / "run", **arguments).run(timeout_s)
 
     return start

@@ -108,7 +108,7 @@ def train(job_text: str, tmp_path: Path, undisturbed: Undisturbed) -> Train:
     def start(split: Split, *, steps: int = STEPS, overrides: tuple[str, ...] = (), **arguments: Any) -> Outcome:
         overrides = (*split.overrides, f"train.steps={steps}", *overrides)
         cluster = LocalCluster(job_text, tmp_path / "run", overrides=overrides, **arguments)
-        outcome = cluster.run(timeout_s=120.0)
+        outcome = cluster.run(timeout_s=240.0)
         for recovery in outcome.recoveries:
             print(
                 f"{split}: {recovery['kind']} detected after {recovery['detect_seconds']:.3f} s, "

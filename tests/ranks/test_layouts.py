@@ -31,7 +31,7 @@ def expected(steps: int = 2, dropout: float = 0.0, precision: str = "fp32", mode
 
 def assert_all_give(numbers: Numbers, layouts: list[ParallelLayout], **settings: Any) -> None:
     """Losses and norms on every rank, the digest on the one that collects."""
-    by_rank = run_ranks(max(layout.world_size for layout in layouts), train_each, layouts, settings, timeout_s=60.0)
+    by_rank = run_ranks(max(layout.world_size for layout in layouts), train_each, layouts, settings, timeout_s=240.0)
     for number, layout in enumerate(layouts):
         for rank in range(layout.world_size):
             losses, norms, digest = by_rank[rank][number]
@@ -165,7 +165,7 @@ def journey(seed: int, tensor: int, processes: int = 6, legs: int = 5) -> list[S
 
 def travel(stretches: list[Stretch], **settings: Any) -> list[Trained]:
     print([(*stretch.layout.describe().values(), stretch.layout.schedule, stretch.ranks) for stretch in stretches])
-    return run_ranks(6, functools.partial(train, **settings), stretches, timeout_s=60.0)
+    return run_ranks(6, functools.partial(train, **settings), stretches, timeout_s=240.0)
 
 
 def assert_arrived(stretches: list[Stretch], seen: list[Trained], numbers: Numbers) -> None:
@@ -237,7 +237,7 @@ STILL = {
 @pytest.mark.parametrize("name", STILL)
 def test_nothing_moves_that_is_where_it_is_wanted(name: str) -> None:
     change = STILL[name]
-    seen = run_ranks(4, train, [change.before, change.after], 0.0, 1, timeout_s=60.0)
+    seen = run_ranks(4, train, [change.before, change.after], 0.0, 1, timeout_s=240.0)
     for process, trained in enumerate(seen):
         for number, received in enumerate(trained.received):
             is_new = number == len(trained.received) - 1 and process in change.receive

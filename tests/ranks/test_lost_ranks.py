@@ -197,7 +197,7 @@ def assert_survived(legs: Legs, loss: Loss, tensor: int = 1) -> None:
     expected = one_rank(tensor)
     world = 1 + max(member for stretch in legs for member in members_of(stretch))
     print(loss, [(*stretch.layout.describe().values(), members_of(stretch)) for stretch in legs])
-    by_process = run_ranks(world, survive, legs, loss, tensor, timeout_s=60.0, lost={loss.victim})
+    by_process = run_ranks(world, survive, legs, loss, tensor, timeout_s=240.0, lost={loss.victim})
     for process in members_of(legs[1]):
         if process == loss.victim:
             continue

@@ -107,7 +107,7 @@ def test_work_is_dealt_anew_and_back_without_changing_a_bit(
         holds={1: all_there(name), 13: has("rebalance"), 14: polled(6), 39: has("rebalance", 2), 40: polled(6)},
         all_ready_at_once=True,
     )  # fmt: skip
-    outcome = run.run(30.0)
+    outcome = run.run(240.0)
     check_same(outcome, undisturbed)
     first, second = outcome.of("rebalance")
     assert first["to"][1] < first["from"][1]
@@ -133,7 +133,7 @@ def test_replicas_of_a_pipeline_are_dealt_to_anew(job_text: str, undisturbed: Ou
         holds={1: all_there("d2p2"), 13: has("rebalance"), 14: polled(6)}, all_ready_at_once=True,
     )  # fmt: skip
     run.controller._run.balance._move_s = 1e9
-    outcome = run.run(30.0)
+    outcome = run.run(240.0)
     check_same(outcome, undisturbed)
     first = outcome.of("rebalance")[0]
     assert (first["change"], first["from"], first["to"]) == ("deal", [6, 6], [4, 8])
@@ -154,7 +154,7 @@ def test_stages_are_cut_anew_without_changing_a_bit(
     )  # fmt: skip
     # What a change costs is not to be weighed against steps of milliseconds.
     run.controller._run.balance._move_s = 0.0
-    outcome = run.run(30.0)
+    outcome = run.run(240.0)
     check_same(outcome, undisturbed)
     change = outcome.of("rebalance")[0]
     assert change["change"] == "stages"
@@ -193,7 +193,7 @@ def test_a_worker_lost_while_work_is_dealt_anew(
         hooks=[partial(pace, 1, 2.0, 0, STEPS), partial(at_phase, phase, 14, 1, die)],
         holds={1: all_there(name), 13: has("rebalance")}, all_ready_at_once=True,
     )  # fmt: skip
-    outcome = run.run(30.0)
+    outcome = run.run(240.0)
     check_same(outcome, undisturbed)
     assert [recovery["kind"] for recovery in outcome.recoveries].count("kill") == 1
 
@@ -209,7 +209,7 @@ def test_a_worker_too_slow_for_too_long_is_replaced_without_losing_a_step(
         holds={1: all_there("d3"), 16: lambda c: c.controller.state.name == "SETTLING" or len(c.generations) > 2},
         all_ready_at_once=True,
     )  # fmt: skip
-    outcome = run.run(30.0)
+    outcome = run.run(240.0)
     check_same(outcome, undisturbed)
     (eviction,) = outcome.of("eviction")
     assert eviction["worker"] == 1
@@ -225,7 +225,7 @@ def test_kinds_of_devices_are_dealt_to_by_their_calibration(
     run = cluster(
         job_text, tmp_path / "run", "d3", hooks=[slow_kind], holds={1: all_there("d3")}, all_ready_at_once=True
     )  # fmt: skip
-    outcome = run.run(30.0)
+    outcome = run.run(240.0)
     check_same(outcome, undisturbed)
     first = next(generation for generation in outcome.generations if len(generation.members) == 3)
     counts = {

@@ -42,7 +42,7 @@ def job_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(job_text: str, tmp_path: Path) -> Run:
     """Runs the tiny job on a cluster of its own; arguments are those of `LocalCluster`."""
 
-    def start(timeout_s: float = 60.0, **arguments: Any) -> Outcome:
+    def start(timeout_s: float = 240.0, **arguments: Any) -> Outcome:
         return LocalCluster(job_text, tmp_path / "run", **arguments).run(timeout_s)
 
     return start
