@@ -1,9 +1,8 @@
-"""Progress of a run in a terminal: live on a screen, plain lines elsewhere."""
+"""Progress of a run in a terminal: live on a screen, plain lines elsewhere. For `orchestrator run` and `watch`."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,58 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.follow import Tail, describe_event, describe_step
+from monitoring.follow import describe_event, describe_step
+from monitoring.terminal.facts import RunFacts
+from monitoring.terminal.lines import (
+    checkpoint_lines,
+    counts_text,
+    describe_state,
+    goodput_lines,
+    layout_text,
+    step_lines,
+    time_left,
+    trouble_lines,
+    worker_lines,
+)
+
+CLOCK_SKEW_S = 5.0
+ROWS_BELOW = 14
+"""Rows of the panel that are not workers."""
 
 
 class Display:
-    """Shows a run from the files it writes and the controller's snapshots.
+    """Shows a run from the files in its directory.
 
-    On a terminal, a live panel (step, loss, tokens/s, workers, generation, last incident, time left) under the story of
-    incidents; elsewhere a line per step and per event. Use as a context manager.
+    On a terminal, a live panel (state, loss, speed, workers by node, goodput, checkpoint, open incidents, time left)
+    under the story of what happened; elsewhere a line per step and per event. Of what happened before, the last
+    `history` events are told. `facts` are those of this run; its own are made without. Use as a context manager.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, log_every: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        log_every: int = 1,
+        console: Console | None = None,
+        history: int = 0,
+        facts: RunFacts | None = None,
+    ) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._events = Tail(run_dir / "events.jsonl", from_end=True)
-        self._steps = Tail(run_dir / "metrics.jsonl", from_end=True)
+        # An attempt that goes on with a run is not shown what the one before it was at.
+        self.facts = facts or RunFacts(run_dir, since=time.time() - CLOCK_SKEW_S, steps=total_steps)
         self._total = total_steps
         self._log_every = log_every
-        self._started = time.time()
+        past, _ = self.facts.refresh()
+        self._started = self.facts.started if history and self.facts.started else time.time()
         self._snapshot: dict[str, Any] = {}
-        self._losses: deque[float] = deque(maxlen=60)
-        self._last: dict[str, Any] = {}
-        self._workers = 0
         self._live: Live | None = None
         self._progress = Progress(
             TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"),
             console=self.console, auto_refresh=False,
         )  # fmt: skip
         self._task = self._progress.add_task("steps", total=total_steps, eta="")
+        self._to_tell = [(event["time"], text) for event in past if (text := _described(event)) is not None]
+        self._to_tell = self._to_tell[-history:] if history else []
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -48,7 +72,7 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.update(self._snapshot)
+        self.update()
         if self._live is not None:
             self._live.stop()
 
@@ -56,22 +80,17 @@ class Display:
         """A line of the driver's own."""
         self.console.print(f"[{self._clock()}] {text}", markup=False)
 
-    def update(self, snapshot: dict[str, Any]) -> None:
-        """Shows what is new."""
+    def update(self, snapshot: dict[str, Any] | None = None) -> None:
+        """Shows what is new. `snapshot`, the controller's own word, says how things are until status.json does."""
         self._snapshot = snapshot or self._snapshot
-        lines: list[tuple[float, str]] = []
-        for event in self._events.new():
-            if event["kind"] == "generation":
-                self._workers = len(event["workers"])
-            if (text := describe_event(event)) is not None:
-                lines.append((event["time"], text))
-        for record in self._steps.new():
-            self._last = record
-            if record["loss"] is not None:
-                self._losses.append(record["loss"])
+        events, steps = self.facts.refresh()
+        lines, self._to_tell = self._to_tell, []
+        lines += [(event["time"], text) for event in events if (text := _described(event)) is not None]
+        workers = len((self.facts.generation or {}).get("workers", ()))
+        for record in steps:
             number = record["step"] + 1
             if self._live is None and (number % self._log_every == 0 or number == self._total):
-                lines.append((record["committed_at"], describe_step(record, self._total, self._workers)))
+                lines.append((record["committed_at"], describe_step(record, self._total, workers)))
         for at, text in sorted(lines):
             self.console.print(f"[{self._clock(at)}] {text}", markup=False)
         if self._live is not None:
@@ -81,23 +100,38 @@ class Display:
         return f"{(at or time.time()) - self._started:6.1f} s"
 
     def _panel(self) -> Group:
-        snapshot, record = self._snapshot, self._last
-        step = snapshot.get("step", 0)
-        median = snapshot.get("median_step_seconds") or 0.0
-        left = (self._total - step) * median
-        eta = f"{int(left // 60)}:{int(left % 60):02d} left" if median else ""
-        self._progress.update(self._task, completed=step, eta=eta)
+        facts, snapshot, now = self.facts, self._snapshot, time.time()
+        self._progress.update(self._task, completed=facts.step, eta=time_left(facts))
+        rows = [("state", "starting" if facts.generation is None else "running")]
+        if facts.live is not None:
+            rows = [("state", describe_state(facts.live))]
+        elif snapshot:
+            rows = [("state", str(snapshot.get("state", "starting")))]
+        rows += step_lines(facts)
+        rows.append(("generation", layout_text(facts)))
+        if facts.live is None and snapshot:
+            rows.append(("workers", f"{snapshot.get('workers', 0)} training, {snapshot.get('standby', 0)} standing by, "
+                                    f"{snapshot.get('starting', 0)} starting"))  # fmt: skip
+        else:
+            rows.append(("workers", counts_text(facts)))
+            room = max(0, self.console.height - ROWS_BELOW)
+            lines = worker_lines(facts, now)
+            rows += [("", line) for line in lines[:room]]
+            if len(lines) > room:
+                rows.append(("", f"and {len(lines) - room} lines more; `orchestrator status` shows them"))
+        rows += goodput_lines(facts) + checkpoint_lines(facts, now)
+        trouble = trouble_lines(facts, now)
+        rows += trouble or [("incidents", f"none open, {facts.num_incidents} so far")]
         table = Table.grid(padding=(0, 2))
-        table.add_row("state", snapshot.get("state", "starting"))
-        if record:
-            speed = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
-            table.add_row("loss", f"{record['loss']:.4f}" if record["loss"] is not None else "not finite")
-            table.add_row("speed", f"{speed:,.0f} tokens/s, {record['seconds']:.3f} s a step")
-        table.add_row(
-            "workers",
-            f"{snapshot.get('workers', 0)} training, {snapshot.get('standby', 0)} standing by, "
-            f"{snapshot.get('starting', 0)} starting; generation {snapshot.get('generation')}",
-        )
-        incident = snapshot.get("last_incident")
-        table.add_row("incidents", incident["cause"] if incident else "none")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="ellipsis", no_wrap=True)
+        for label, text in rows:
+            table.add_row(label, Text(text))
         return Group(Text(""), table, self._progress)
+
+
+def _described(event: dict[str, Any]) -> str | None:
+    try:
+        return describe_event(event)
+    except (KeyError, TypeError):  # of another version
+        return None

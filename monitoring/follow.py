@@ -9,12 +9,22 @@ from typing import Any
 
 
 class Tail:
-    """Gives the records that were appended to a file since last asked; the file may not exist yet."""
+    """Gives the records that were appended to a file since last asked; the file may not exist yet.
 
-    def __init__(self, path: Path, from_end: bool = False) -> None:
+    Of a file that is there already: none of its records with `from_end`, with `last_bytes` those in its last so many
+    bytes.
+    """
+
+    def __init__(self, path: Path, from_end: bool = False, last_bytes: int | None = None) -> None:
         self._path = path
-        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        last_bytes = 0 if from_end else last_bytes
         self._inode: int | None = None
+        size = path.stat().st_size if last_bytes is not None and path.exists() else 0
+        self._offset = max(0, size - (last_bytes or 0))
+        if self._offset and last_bytes:
+            with path.open("rb") as file:
+                file.seek(self._offset - 1)
+                self._offset += len(file.readline()) - 1  # to the start of a line
 
     def new(self) -> Iterator[dict[str, Any]]:
         """New whole records, oldest first. A file that was cut (a rollback) is read on from its new end."""
@@ -77,6 +87,8 @@ def describe_event(event: dict[str, Any]) -> str | None:
         case "recovery":
             who = "" if event["worker"] is None else f" of worker {event['worker']}"
             return f"{event['incident']}{who} at step {event['step']}: {describe_recovery(event)}"
+        case "rollback":
+            return f"back to the state of {event['committed']} steps: {event['steps']} steps are done again"
         case "worker_ready":
             return f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
         case "waiting":

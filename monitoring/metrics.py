@@ -1,152 +1,319 @@
-"""The Prometheus metrics of one run, in a registry of their own, served by one small HTTP endpoint.
+"""The Prometheus metrics of one run: what its steps, events and workers come to, in a registry of their own.
 
 `prometheus_client` rather than `ray.util.metrics`: the latter's histogram sums are wrong and gauges that are not set
-again disappear.
+again disappear. All families are those of `monitoring.series`. Counters go on where a restarted controller's
+predecessor left them, because they are made of what is on record.
 """
 
 from __future__ import annotations
 
 import math
-import time
+from collections import Counter as Count
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
+from prometheus_client.exposition import generate_latest
 
+from monitoring.exposition import MetricsServer, rank_lines
+from monitoring.goodput import REASONS, VOLUNTARY, Ledger
+from monitoring.series import RUN_SERIES
 from monitoring.skew import Window
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BUCKETS = {
+    "orchestrator_step_duration_seconds": (
+        0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+    ),
+    "orchestrator_detection_seconds": (0.1, 0.5, 1.0, 5.0, 15.0, 60.0),
+    "orchestrator_recovery_seconds": (0.25, 1.0, 3.0, 10.0, 60.0, 300.0),
+    "orchestrator_resize_duration_seconds": (0.1, 0.5, 1.0, 5.0, 30.0, 120.0),
+    "orchestrator_checkpoint_duration_seconds": (0.01, 0.1, 1.0, 10.0, 60.0, 300.0),
+}  # fmt: skip
+"""Few, as a run is to have at most 200 series beside those of its ranks."""
+
+STATES = ("waiting", "settling", "forming", "running", "finalizing", "over")
+WORKER_STATES = ("member", "idle", "starting", "requested")
+FINDINGS = ("slow device", "slow node", "slow input", "input starvation", "uneven data", "pipeline imbalance")
+_DIRECTION = {"grow": "up", "shrink": "down", "drain": "down", "evict": "down"}
+_FROM_ZERO = frozenset(
+    f"orchestrator_{name}"
+    for name in ("step", "incidents_open", "worst_node_failures", "checkpoint_step",
+                 "checkpoint_last_success_timestamp_seconds")
+)  # fmt: skip
+"""Gauges of which 0 is true before anything was heard."""
+_RECENT_STEPS = 20
+"""Over how many steps the model's share of the peak is taken."""
 
 
 class RunMetrics:
-    """Counters and gauges of one run; every series carries the label `run`."""
+    """All series of one run; every one carries the label `run`. Fed with records as they are made, or, by a controller
+    that takes over, with all there are. Scrapes read what is there and wait for nobody."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, name: str = "", version: str = "") -> None:
+        # When a counter was made nobody asks, and it would double their number.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._run = run
-        self._server: Any = None
-        self.step = self._gauge("step", "Steps committed so far.")
-        self.loss = self._gauge("loss", "Loss of the last committed step in nats per token.")
-        self.grad_norm = self._gauge("grad_norm", "Gradient norm of the last committed step, before clipping.")
-        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last committed step.")
-        self.generation = self._gauge("generation", "Number of the current generation.")
-        self.goodput = self._gauge("goodput_ratio", "Share of the wall time spent in steps that stayed committed.")
-        self.tokens = self._counter("tokens", "Tokens in committed steps.")
-        self.steps_lost = self._counter("steps_lost", "Committed steps that had to be replayed.")
-        self.nonfinite = self._counter("nonfinite", "Steps whose update was skipped for a non-finite gradient.")
-        self.data_skew = self._gauge("data_skew_ratio", "Largest by mean predicted cost that workers were dealt.")
-        self.token_skew = self._gauge("token_skew_ratio", "Largest by mean tokens that workers were dealt.")
-        self.padding = self._gauge("padding_ratio", "Share of computed positions without a target that counts.")
-        labels = ["run", "rank"]
-        self._speed = Gauge(
-            "orchestrator_rank_relative_speed_ratio", "A worker's speed, as a share of the fastest's.", labels,
-            registry=self.registry,
-        )  # fmt: skip
-        self._wait = Gauge(
-            "orchestrator_rank_wait_ratio", "Share of a step that a worker waited for others.", labels,
-            registry=self.registry,
-        )  # fmt: skip
-        self.rebalances = self._counter("rebalances", "Changes of who does how much work.")
-        self.evictions = self._counter("evictions", "Workers found too slow to stay.")
-        self.checkpoint_step = self._gauge("checkpoint_step", "Steps in the newest complete checkpoint.")
-        self.checkpoint_time = self._gauge(
-            "checkpoint_timestamp_seconds", "When the newest checkpoint was complete, in seconds since the epoch."
-        )
-        self.checkpoints_failed = self._counter("checkpoints_failed", "Checkpoints that could not be made.")
-        self.checkpoints_delayed = self._counter(
-            "checkpoints_delayed", "Checkpoints that had to wait for the one before."
-        )
-        self.checkpoints_invalid = self._counter("checkpoints_invalid", "Checkpoints set aside as not what was saved.")
-        self._world = Gauge("orchestrator_world_size", "Workers by state.", ["run", "state"], registry=self.registry)
-        self._failures = Counter("orchestrator_failures", "Incidents by kind.", ["run", "kind"], registry=self.registry)
-        self._recovery = Histogram(
-            "orchestrator_recovery_seconds",
-            "From the event to the next committed step, less one median step.",
-            ["run"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._save = Histogram(
-            "orchestrator_checkpoint_seconds", "From a checkpoint's first to its last byte.", ["run"],
-            buckets=_SECONDS, registry=self.registry,
-        )  # fmt: skip
-        self._save_blocked = Histogram(
-            "orchestrator_checkpoint_blocked_seconds", "How long a checkpoint held training up.", ["run"],
-            buckets=(0.001, 0.0025, *_SECONDS), registry=self.registry,
-        )  # fmt: skip
-        self._step_seconds = Histogram(
-            "orchestrator_step_duration_seconds", "Duration of committed steps.", ["run"], buckets=_SECONDS,
-            registry=self.registry,
-        )  # fmt: skip
+        self._server: MetricsServer | None = None
+        self._families = {series.name.removeprefix("orchestrator_"): self._make(series) for series in RUN_SERIES}
+        self._booked: dict[str, float] = {}
+        self._shown: dict[str, float] = {}
+        self._ranks: list[tuple[int, Mapping[str, Any]]] = []
+        self._speed: deque[tuple[float, float]] = deque(maxlen=_RECENT_STEPS)
+        self._flops_per_token = self._peak_flops = 0.0
+        self._nodes: dict[tuple[int, int], str] = {}
+        self._failures_by_node: Count[str] = Count()
+        self._detected: dict[tuple[Any, ...], float] = {}
+        self._formed = self._running = 0.0
+        self._one("run_info", name=name, version=version).set(1)
+        for series in RUN_SERIES:
+            # What has not happened yet is 0: a counter that appears only with its first incident has no increase.
+            if not series.labels and (series.kind != "gauge" or series.name in _FROM_ZERO):
+                self._one(series.name.removeprefix("orchestrator_"))
+        for reason in REASONS:
+            self._one("badput_seconds_total", reason=reason)
+        for finding in FINDINGS:
+            self._one("skew_findings", finding=finding)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"orchestrator_{name}", text, ["run"], registry=self.registry).labels(self._run)
+    def _make(self, series: Any) -> Any:
+        labels = ("run", *series.labels)
+        match series.kind:
+            case "counter":
+                return Counter(series.name.removesuffix("_total"), series.help, labels, registry=self.registry)
+            case "gauge":
+                return Gauge(series.name, series.help, labels, registry=self.registry)
+            case "summary":
+                return Summary(series.name, series.help, labels, registry=self.registry)
+        return Histogram(series.name, series.help, labels, registry=self.registry, buckets=_BUCKETS[series.name])
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"orchestrator_{name}", text, ["run"], registry=self.registry).labels(self._run)
+    def _one(self, family: str, /, **labels: str) -> Any:
+        return self._families[family].labels(run=self._run, **labels)
+
+    # ------------------------------------------------------------------------------------ the endpoint
 
     def serve(self, host: str, port: int) -> int:
         """Starts the endpoint on `host`; port 0 picks a free one. Returns the port. Raises OSError when it is taken."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
-        self._server = server
-        return int(server.server_port)
+        self._server = MetricsServer(host, port, self.render)
+        return self._server.port
 
     def close(self) -> None:
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.close()
             self._server = None
 
-    def on_step(self, record: dict[str, Any]) -> None:
-        """A step was committed; `record` is its line of metrics.jsonl."""
-        self.step.set(record["step"] + 1)
-        self.loss.set(_number(record["loss"]))
-        self.grad_norm.set(_number(record["grad_norm"]))
-        self.learning_rate.set(record["lr"])
-        self.generation.set(record["generation"])
-        self.tokens.inc(record["tokens"])
-        self._step_seconds.labels(self._run).observe(record["seconds"])
-        if record["skipped"]:
-            self.nonfinite.inc()
+    def render(self) -> bytes:
+        """Everything in Prometheus's text format."""
+        return generate_latest(self.registry) + ("\n".join(rank_lines(self._run, self._ranks)) + "\n").encode()
 
-    def on_world(self, counts: dict[str, int]) -> None:
-        for state, count in counts.items():
-            self._world.labels(self._run, state).set(count)
+    # ------------------------------------------------------------------------------------ what happens
+
+    def on_step(self, record: Mapping[str, Any], members: int = 1) -> None:
+        """A step was committed by so many ranks; `record` is its line of metrics.jsonl."""
+        self._one("step").set(record["step"] + 1)
+        self._one("last_step_timestamp_seconds").set(record["committed_at"])
+        self._one("loss").set(_number(record["loss"]))
+        self._one("grad_norm").set(_number(record["grad_norm"]))
+        self._one("learning_rate").set(record["lr"])
+        self._one("generation").set(record["generation"])
+        self._count_work(record["tokens"])
+        self._one("step_duration_seconds").observe(record["seconds"])
+        for phase, seconds in record.get("phase_seconds", {}).items():
+            self._one("phase_duration_seconds", phase=phase).observe(seconds)
+        if record["skipped"]:
+            self._one("nonfinite_total").inc()
+        self._speed.append((record["tokens"], record["seconds"] * max(1, len(record.get("ranks") or ()) or members)))
+        if (mfu := self.mfu) is not None:
+            self._one("mfu_ratio").set(mfu)
+
+    def _count_work(self, tokens: float) -> None:
+        self._one("tokens_total").inc(tokens)
+        self._one("model_flops_total").inc(tokens * self._flops_per_token)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP/s in recent steps as a share of what the ranks' devices could do (PaLM, arXiv:2204.02311,
+        appendix B); None when either is not known."""
+        rank_seconds = sum(seconds for _, seconds in self._speed)
+        if not (self._flops_per_token and self._peak_flops and rank_seconds):
+            return None
+        return self._flops_per_token * sum(tokens for tokens, _ in self._speed) / (rank_seconds * self._peak_flops)
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Something was recorded in the event log."""
+        match event["kind"]:
+            case "run_started":
+                self._one("run_start_timestamp_seconds").set(event["time"])
+            case "worker_placed" | "worker_ready":
+                self._nodes[event["worker"], event["incarnation"]] = event["node"]
+                if event.get("flops_per_token"):
+                    self._flops_per_token = float(event["flops_per_token"])
+                    self._peak_flops = float(event["peak_flops"])
+            case "incident":
+                self._on_incident(event)
+            case "generation":
+                self._formed = self._running = float(event["time"])
+                self._one("generation").set(event["generation"])
+            case "generation_running":
+                self._running = float(event["time"])
+            case "recovery":
+                self._on_recovery(event)
+            case "controller" | "run_finished":
+                # Whoever steers from here on finds for itself what is skewed.
+                for finding in FINDINGS:
+                    self._one("skew_findings", finding=finding).set(0)
+                if event["kind"] == "run_finished":
+                    self._one("incidents_open").set(0)
+            case "rebalance":
+                self._one("rebalances_total").inc()
+            case "eviction":
+                self._one("evictions_total").inc()
+            case "skew_found":
+                self._one("skew_findings", finding=event["finding"]).inc()
+            case "skew_over":
+                self._one("skew_findings", finding=event["finding"]).dec()
+            case "controller_restarted":
+                self._one("controller_restarts_total").inc()
+            case "checkpoint_saved" | "checkpoint_failed" | "checkpoint_delayed" | "checkpoint_invalid":
+                self._on_checkpoint(event)
+
+    def replay(self, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> None:
+        """Takes what is on record of a run so far. Steps that were taken off it again count as well: they were done."""
+        ledger = Ledger()
+        for event in events:
+            if event["kind"] == "rollback":
+                # What goodput was told to be before stays told.
+                self.on_goodput(ledger.settled(event["time"]))
+            ledger.add(event)
+            self.on_event(event)
+            if event["kind"] == "rollback":
+                self._count_work(event["tokens"])
+                for seconds in event["step_seconds"]:
+                    self._one("step_duration_seconds").observe(seconds)
+                for phase, each in event["phase_seconds"].items():
+                    for seconds in each:
+                        self._one("phase_duration_seconds", phase=phase).observe(seconds)
+        for record in steps:
+            self.on_step(record)
+
+    def _on_incident(self, event: Mapping[str, Any]) -> None:
+        self._one("failures_total", kind=event["incident"]).inc()
+        self._one("detection_seconds").observe(event["detect_seconds"])
+        self._one("incidents_open").inc()
+        self._detected[event["incident"], event["worker"], event["at"]] = float(event["time"])
+        if event["incident"] in VOLUNTARY or event["worker"] is None:
+            return
+        node = self._nodes.get((event["worker"], event["incarnation"]))
+        if node:
+            self._failures_by_node[node] += 1
+            self._one("worst_node_failures").set(max(self._failures_by_node.values()))
+
+    def _on_recovery(self, event: Mapping[str, Any]) -> None:
+        self._one("incidents_open").dec()
+        self._one("steps_lost_total").inc(event["steps_lost"])
+        detected = self._detected.pop((event["incident"], event["worker"], event["at"]), None)
+        if direction := _DIRECTION.get(event["incident"]):
+            self._one("resize_duration_seconds", direction=direction).observe(event["pause_seconds"])
+        stages = {"total": event["stall_seconds"], "form": self._running - self._formed}
+        if detected is not None and event["incident"] not in VOLUNTARY:
+            stages["settle"] = max(0.0, self._formed - detected)
+        stages["redo"] = max(0.0, event["at"] + event["stall_seconds"] - self._running)
+        for stage, seconds in stages.items():
+            self._one("recovery_seconds", stage=stage).observe(seconds)
+
+    def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
+        match event["kind"]:
+            case "checkpoint_saved":
+                self._one("checkpoints_total").inc()
+                self._one("checkpoint_step").set(event["committed"])
+                self._one("checkpoint_last_success_timestamp_seconds").set(event["time"])
+                self._one("checkpoint_bytes").set(event["bytes"])
+                self._one("checkpoint_duration_seconds", phase="write").observe(event["seconds"])
+                if "blocked_seconds" in event:
+                    self._one("checkpoint_duration_seconds", phase="blocked").observe(event["blocked_seconds"])
+            case "checkpoint_failed":
+                self._one("checkpoint_failures_total").inc()
+            case "checkpoint_delayed":
+                self._one("checkpoints_delayed_total").inc()
+            case "checkpoint_invalid":
+                self._one("checkpoint_verify_failures_total").inc()
+
+    # ------------------------------------------------------------------------------------ how things are
+
+    def on_status(self, status: Mapping[str, Any]) -> None:
+        """The run at a glance (status.json): its state, its workers, what is dealt to whom."""
+        for state in STATES:
+            self._one("run_state", state=state).set(float(state == status["state"]))
+        self._one("step_target").set(status["steps"])
+        self._one("step_expected_seconds").set(status["median_step_seconds"])
+        self._one("world_target").set(status["target"])
+        self._one("world_min").set(status["min"])
+        self._one("checkpoint_expected_interval_seconds").set(status["checkpoint_interval_seconds"])
+        counts = Count(worker["state"] for worker in status["workers"])
+        for state in WORKER_STATES:
+            self._one("world_size", state=state).set(counts[state])
+        self._ranks = [(worker["rank"], _series_of(worker)) for worker in status["workers"] if _has_rank(worker)]
 
     def on_window(self, window: Window) -> None:
-        """What a window of steps says of data and of ranks."""
-        self.data_skew.set(window.data_skew)
-        self.token_skew.set(window.token_skew)
-        self.padding.set(window.padding_share)
-        self._speed.clear()
-        self._wait.clear()
-        for worker, rating in window.workers.items():
-            slot = str(getattr(worker, "slot", worker))
-            self._speed.labels(self._run, slot).set(rating.speed)
-            self._wait.labels(self._run, slot).set(rating.wait_share)
+        """What a window of steps says of what ranks were dealt."""
+        self._one("data_skew_ratio").set(window.data_skew)
+        self._one("token_skew_ratio").set(window.token_skew)
+        self._one("padding_ratio").set(window.padding_share)
 
-    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
-        """Something was recorded in the event log."""
-        if kind == "incident":
-            self._failures.labels(self._run, fields["incident"]).inc()
-        elif kind == "recovery":
-            self._recovery.labels(self._run).observe(fields["stall_seconds"])
-            self.steps_lost.inc(fields["steps_lost"])
-        elif kind == "rebalance":
-            self.rebalances.inc()
-        elif kind == "eviction":
-            self.evictions.inc()
-        elif kind == "checkpoint_saved":
-            self.checkpoint_step.set(fields["committed"])
-            self.checkpoint_time.set(fields.get("time", time.time()))
-            self._save.labels(self._run).observe(fields["seconds"])
-            if "blocked_seconds" in fields:
-                self._save_blocked.labels(self._run).observe(fields["blocked_seconds"])
-        elif kind == "checkpoint_failed":
-            self.checkpoints_failed.inc()
-        elif kind == "checkpoint_delayed":
-            self.checkpoints_delayed.inc()
-        elif kind == "checkpoint_invalid":
-            self.checkpoints_invalid.inc()
+    def book(self, settled: Mapping[str, float]) -> dict[str, float]:
+        """What the counters of goodput come to when the wall time so far went into `settled`: seconds by "productive"
+        and reason, as `Ledger.settled` gives them. `on_goodput` shows them; kept before that where a successor finds
+        them, they never go back.
+
+        When steps turn out to have been for nothing, goodput stands still until as much training has made up for them,
+        while their time is already counted as wasted."""
+        known = {key: seconds for key, seconds in settled.items() if key != "pending"}
+        for key, seconds in (known | {"wall": sum(known.values())}).items():
+            self._booked[key] = max(seconds, self._booked.get(key, 0.0))
+        return dict(self._booked)
+
+    def go_on_from(self, booked: Mapping[str, float]) -> None:
+        """What a predecessor had booked at the least, and may have shown."""
+        for key, seconds in booked.items():
+            if key in ("productive", "wall", *REASONS):
+                self._booked[key] = max(float(seconds), self._booked.get(key, 0.0))
+
+    def on_goodput(self, settled: Mapping[str, float]) -> None:
+        """Shows what the wall time went into so far."""
+        booked = self.book(settled)
+        self._raise("run_wall_seconds_total", booked["wall"])
+        self._raise("goodput_seconds_total", booked["productive"])
+        for reason in REASONS:
+            self._raise("badput_seconds_total", booked.get(reason, 0.0), reason=reason)
+        wall = sum(seconds for key, seconds in settled.items() if key != "pending")
+        self._one("goodput_ratio").set(settled["productive"] / wall if wall > 0 else 0.0)
+
+    def _raise(self, name: str, seconds: float, **labels: str) -> None:
+        key = name + labels.get("reason", "")
+        if (more := seconds - self._shown.get(key, 0.0)) > 0:
+            self._shown[key] = seconds
+            self._one(name, **labels).inc(more)
+
+
+def _has_rank(worker: Mapping[str, Any]) -> bool:
+    return worker["rank"] is not None
+
+
+def _series_of(worker: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a rank's series, of its worker's entry in status.json."""
+    return {
+        "rank_info": {"worker": worker["worker"], "node": worker["node"]},
+        "rank_heartbeat_timestamp_seconds": worker["heartbeat"],
+        "rank_relative_speed_ratio": worker["speed"],
+        "rank_own_speed_ratio": worker["own_speed"],
+        "rank_wait_ratio": worker["wait_share"],
+        "rank_step_seconds": worker["step_seconds"],
+        "rank_data_seconds": worker["data_seconds"],
+        "rank_virtual_workers": worker["virtual_workers"],
+        "shard_tokens": worker["tokens"],
+        "rank_host_memory_bytes": worker["host_bytes"] or None,  # A controller that took over has to hear of it first.
+        "rank_device_memory_bytes": worker["device_bytes"],
+    }
 
 
 def _number(value: float | None) -> float:

@@ -1,0 +1,67 @@
+"""The book a run's controller keeps: events with their times, and between them, in `steps` events, what committed steps
+came to, so that the goodput ledger can be made of events alone. Pure: whoever keeps it writes down what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from monitoring.goodput import Account, read_ledger
+from monitoring.stretches import Stretches, lost, uncovered
+
+Event = dict[str, Any]
+
+_ENDS_A_STRETCH = frozenset({"generation", "rollback", "run_finished"})
+
+
+class Book:
+    """`events` and `steps` are what is on record already; every method returns the events to put on record, in order.
+
+    Steps before `first_step` are another run's, which this one was forked from.
+    """
+
+    def __init__(
+        self, events: Iterable[Mapping[str, Any]] = (), steps: Iterable[Mapping[str, Any]] = (), first_step: int = 0
+    ) -> None:
+        past, committed = list(events), list(steps)
+        self.ledger = read_ledger(past)
+        self._stretches = Stretches(max((record["step"] + 1 for record in committed), default=0))
+        has_begun = any(event["kind"] == "run_started" for event in past)
+        own = [record for record in committed if record["step"] >= first_step]
+        self._missing = uncovered(past, own) if has_begun else []
+
+    def catch_up(self, now: float) -> list[Event]:
+        """What a predecessor that was lost had not summed up."""
+        missing, self._missing = self._missing, []
+        return [self._enter({**event, "time": now}) for event in missing]
+
+    def record(self, kind: str, fields: Mapping[str, Any], now: float) -> list[Event]:
+        """Something happened."""
+        before = self._flush(now) if kind in _ENDS_A_STRETCH else []
+        return [*before, self._enter({"time": now, "kind": kind, **fields})]
+
+    def step(self, record: Mapping[str, Any], now: float) -> list[Event]:
+        """A step was committed."""
+        return [self._enter({"time": now, "kind": "steps", **stretch}) for stretch in self._stretches.add(record)]
+
+    def roll_back(self, committed: int, records: Iterable[Mapping[str, Any]], now: float) -> list[Event]:
+        """The steps from `committed` on, of those on record, will be run again."""
+        events = self.record("rollback", lost(records, committed), now)
+        self._stretches.roll_back(committed)
+        return events
+
+    def account(self, now: float | None = None) -> Account:
+        """What the wall time went into so far."""
+        return self.ledger.account(now, self._stretches.peek())
+
+    def settled(self, now: float) -> dict[str, float]:
+        """The same in parts, with what is not known yet apart; see `Ledger.settled`."""
+        return self.ledger.settled(now, self._stretches.peek())
+
+    def _flush(self, now: float) -> list[Event]:
+        return [self._enter({"time": now, "kind": "steps", **stretch}) for stretch in self._stretches.flush()]
+
+    def _enter(self, event: Event) -> Event:
+        self.ledger.add(event)
+        return event

@@ -1,0 +1,88 @@
+"""The text that Prometheus scrapes, and the small HTTP server that gives it out.
+
+`prometheus_client` writes the run's own series. Those of ranks, of which there may be tens of thousands, are written
+here: a client object for each would cost a large run a quarter of a second per scrape.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from monitoring.series import RANK_SERIES
+
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def escaped(value: object) -> str:
+    """A label's value as the text format wants it."""
+    return str(value).translate(_ESCAPES)
+
+
+def rank_lines(run: str, ranks: Iterable[tuple[int, Mapping[str, Any]]]) -> list[str]:
+    """The lines of all series of ranks. For each rank, values by the name of the series without its prefix; of
+    `rank_info` they are its labels, and what is missing or None has no line."""
+    rows = list(ranks)
+    label = f'run="{escaped(run)}",rank="'
+    names = {series.name: series.name.removeprefix("orchestrator_") for series in RANK_SERIES}
+    lines: list[str] = []
+    for series in RANK_SERIES:
+        lines.append(f"# HELP {series.name} {series.help}")
+        lines.append(f"# TYPE {series.name} {series.kind}")
+        key = names[series.name]
+        start = f"{series.name}{{{label}"
+        if key == "rank_info":
+            for rank, values in rows:
+                if (info := values.get(key)) is not None:
+                    more = "".join(f',{name}="{escaped(value)}"' for name, value in info.items())
+                    lines.append(f'{start}{rank}"{more}}} 1.0')
+            continue
+        for rank, values in rows:
+            if (value := values.get(key)) is not None:
+                lines.append(f'{start}{rank}"}} {value:.16g}')
+    return lines
+
+
+class MetricsServer:
+    """Serves what `render` returns at /metrics, each request in a thread of its own."""
+
+    def __init__(self, host: str, port: int, render: Callable[[], bytes]) -> None:
+        """Raises OSError when `port` is taken; 0 picks a free one."""
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path.partition("?")[0] not in ("/", "/metrics"):
+                    self.send_error(404)
+                    return
+                body = render()
+                self.send_response(200)
+                self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """A scrape is nothing to write home about."""
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """Whoever scrapes may hang up."""
+
+        self._server = Server((host, port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,154 @@
+"""Reads a run's files as they grow, and gives a view what is new in them. Knows nothing of the web."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from monitoring.follow import Tail
+from monitoring.goodput import read_ledger
+from monitoring.page.view import View
+from monitoring.records import read_records
+
+ACCOUNT_S = 10.0
+"""Where nobody says in status.json where the time goes, all records are read for it, at most so often."""
+
+
+class StepFile:
+    """metrics.jsonl as it grows and is cut by roll-backs.
+
+    A roll-back replaces the file by one that has the same first bytes, and steps may follow at once. So of every step
+    its place and its time are kept, and how far the file is still the one that was read is found by bisection.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._places = array("q")
+        self._times = array("d")
+        self._first = 0
+        self._end = 0
+        self._seen: tuple[int, int, int] | None = None
+
+    def new(self) -> tuple[int | None, Iterator[dict[str, Any]]]:
+        """From which step on the record was cut since last asked (None: it was not), and the steps since."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None, iter(())
+        seen = (found.st_size, found.st_ino, found.st_mtime_ns)
+        if seen == self._seen:
+            return None, iter(())
+        self._seen = seen
+        cut: int | None = None
+        same = self._same()
+        if same < len(self._places):
+            cut = self.rewind(self._first + same)
+        return cut, self._read()
+
+    def rewind(self, step: int) -> int:
+        """Goes back, so that `step` is the next one that is read."""
+        count = min(max(0, step - self._first), len(self._places))
+        if count < len(self._places):
+            self._end = self._places[count]
+            del self._places[count:], self._times[count:]
+        return self._first + count
+
+    def _same(self) -> int:
+        """How many of the steps that were read are still there."""
+        low, high = 0, len(self._places)
+        if high and self._is_there(high - 1):
+            return high
+        while low < high:
+            middle = (low + high) // 2
+            if self._is_there(middle):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _is_there(self, index: int) -> bool:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._places[index])
+                record = json.loads(file.readline())
+            return (record["step"], record["committed_at"]) == (self._first + index, self._times[index])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self._seen = None  # Half a line: look again.
+                    return
+                place, self._end = self._end, self._end + len(line)
+                try:
+                    record = json.loads(line)
+                    step, at = int(record["step"]), float(record["committed_at"])
+                except (ValueError, KeyError, TypeError):
+                    continue
+                if not self._places:
+                    self._first = step
+                elif step != self._first + len(self._places):
+                    continue
+                self._places.append(place)
+                self._times.append(at)
+                yield record
+
+
+class Feed:
+    """Keeps a `View` of one run directory up to date."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._dir = run_dir
+        self._events = Tail(run_dir / "events.jsonl")
+        self._steps = StepFile(run_dir / "metrics.jsonl")
+        self._job_read = False
+        self._account_at: float | None = None
+        self._account_due = False
+        self.view = View(run_dir.name)
+
+    def poll(self, now: float) -> None:
+        """Takes in what was recorded since; `now` in seconds since the epoch."""
+        view = self.view
+        if not self._job_read and (job := self._json("job.resolved.json")) is not None:
+            self._job_read = True
+            view.on_job(job)
+        for event in self._events.new():
+            view.on_event(event)
+            self._account_due = True
+        cut, steps = self._steps.new()
+        if cut is not None:
+            # Buckets of several steps are made anew from their first step on.
+            self._steps.rewind(view.cut(cut))
+        for record in steps:
+            view.on_step(record)
+        status = self._json("status.json")
+        view.on_status(status, now)
+        if status is None or not view.glance.is_live(now):
+            self._account(now)
+
+    def _account(self, now: float) -> None:
+        """Where the time of an ended or older run went."""
+        if not self._account_due or (self._account_at is not None and abs(now - self._account_at) < ACCOUNT_S):
+            return
+        self._account_at, self._account_due = now, False
+        with suppress(KeyError, TypeError, ValueError):  # Records of another version.
+            ledger = read_ledger(read_records(self._dir / "events.jsonl"), read_records(self._dir / "metrics.jsonl"))
+            self.view.on_goodput(ledger.account().as_dict())
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        try:
+            content = json.loads((self._dir / name).read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None

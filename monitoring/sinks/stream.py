@@ -1,0 +1,176 @@
+"""The one stream that all sinks get: what each step came to, what happened, and where steps are done again.
+
+Where a run goes back to a checkpoint, its metrics.jsonl is cut and grows again; whoever follows it may look only when
+the new lines are there already. A step done again is known by its new time of commit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monitoring.follow import Tail, describe_event
+
+Json = dict[str, Any]
+
+TOLD = frozenset({
+    "incident", "recovery", "rollback", "checkpoint_failed", "checkpoint_invalid", "skew_found", "skew_over",
+    "eviction", "controller_restarted", "drain_notice",
+})  # fmt: skip
+"""Kinds of events that are told as text."""
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """Numbers of one committed step; `at` in seconds since the epoch."""
+
+    step: int
+    at: float
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that happened when so many steps were committed."""
+
+    step: int
+    at: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Redone:
+    """Steps from `step` on do not count any more: they are done again."""
+
+    step: int
+
+
+Item = Scalars | Note | Redone
+
+
+@dataclass
+class Position:
+    """How far a stream was read, for another process to go on from there."""
+
+    committed_at: float = -math.inf
+    step: int = 0
+    """The step after the last one that was given."""
+    events: int = 0
+
+    def as_dict(self) -> Json:
+        at = self.committed_at
+        return {"committed_at": at if math.isfinite(at) else None, "step": self.step, "events": self.events}
+
+    @classmethod
+    def read(cls, content: Json) -> Position:
+        at = content.get("committed_at")
+        return cls(-math.inf if at is None else float(at), int(content.get("step", 0)), int(content.get("events", 0)))
+
+
+@dataclass
+class Stream:
+    """Gives what is new in a run directory since last asked, beginning at `position`."""
+
+    run_dir: Path
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        self._events = Tail(self.run_dir / "events.jsonl")
+        self._to_skip = self.position.events
+        self._given_until = self.position.committed_at
+        self._known = array("d")  # by step: when it was committed
+        self._inode, self._offset = -1, 0
+        self._world: dict[int, int] = {}
+
+    def new(self) -> list[Item]:
+        """New items: of events, then of steps, each in their order."""
+        items: list[Item] = [*self._new_notes(), *self._new_steps()]
+        newest = next((item for item in reversed(items) if isinstance(item, Scalars)), None)
+        if newest is not None and (goodput := self._goodput()) is not None:
+            newest.values["goodput"] = goodput
+        return items
+
+    def _new_notes(self) -> Iterator[Note]:
+        for event in self._events.new():
+            if event["kind"] == "generation":
+                self._world[event["generation"]] = len(event["workers"])
+            if self._to_skip:
+                self._to_skip -= 1
+                continue
+            self.position.events += 1
+            if event["kind"] in TOLD and (text := _described(event)) is not None:
+                step = event.get("step")
+                yield Note(self.position.step if step is None else int(step), event["time"], event["kind"], text)
+
+    def _new_steps(self) -> Iterator[Item]:
+        for record in self._records():
+            step, at = int(record["step"]), float(record["committed_at"])
+            if step < len(self._known) and self._known[step] == at:
+                continue  # read again, because the file was cut
+            del self._known[step:]
+            self._known.extend([math.nan] * (step - len(self._known)))
+            self._known.append(at)
+            if at <= self._given_until:
+                continue  # given before, in another process
+            if step < self.position.step:
+                yield Redone(step)
+            self.position.step, self.position.committed_at = step + 1, at
+            yield Scalars(step, at, self._values(record))
+
+    def _records(self) -> Iterator[Json]:
+        """Lines that are new; after a cut, all of them."""
+        path = self.run_dir / "metrics.jsonl"
+        try:
+            found = path.stat()
+            if found.st_ino != self._inode or found.st_size < self._offset:
+                self._inode, self._offset = found.st_ino, 0
+            if found.st_size == self._offset:
+                return
+            with path.open("rb") as file:
+                file.seek(self._offset)
+                lines = file.readlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            if not line.endswith(b"\n"):
+                return
+            self._offset += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+    def _values(self, record: Json) -> dict[str, float]:
+        """What is not finite is null on record, and left out here."""
+        seconds = record["seconds"]
+        values = {
+            "loss": record["loss"],
+            "grad_norm": record["grad_norm"],
+            "learning_rate": record["lr"],
+            "tokens_per_second": record["tokens"] / seconds if seconds else None,
+            "step_seconds": seconds,
+            "world_size": self._world.get(record["generation"]),
+        }
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def _goodput(self) -> float | None:
+        try:
+            account = json.loads((self.run_dir / "status.json").read_text())["goodput"]
+            return float(account["productive_seconds"] / account["wall_seconds"])
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+            return None  # not known yet
+
+
+def _described(event: Json) -> str | None:
+    try:
+        return describe_event(event)
+    except (KeyError, TypeError):  # of another version
+        return None
