@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install run test lint types unit lock clean
+.PHONY: install run test lint types unit tools lock clean
 
 install: $(STAMP)
 
@@ -30,8 +30,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-unit: install
+unit: install tools
 	$(BIN)/python -m pytest
+
+# A browser and Prometheus for the tests that use them; without them those are skipped, and say so.
+tools:
+	@sh tests/tools.sh
 
 # Pins every dependency but torch (see above) for all platforms and Pythons from 3.11 on.
 lock:

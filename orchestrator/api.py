@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from monitoring.sinks.feeder import check_sinks
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -51,13 +52,14 @@ def run(
 
     `run_dir` defaults to a new directory under `runs/`; with the directory of an unfinished run of the same job, that
     run goes on from its newest valid checkpoint, and with that of a finished one its result is returned.
-    `on_update` is called a few times a second with the run's state. Raises RunDirectoryError, DataError or ClusterError
-    when the run cannot start; a run that started and failed is a result with status "failed".
+    `on_update` is called a few times a second with the run's state. Raises RunDirectoryError, DataError, ClusterError
+    or SinkProblem when the run cannot start; a run that started and failed is a result with status "failed".
     """
     directory = RunDirectory(run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     previous = _previous(job, directory)
     if previous is not None:
         return _result(previous, directory)
+    check_sinks(job.monitoring.model_dump())
     directory.create(job_text if job_text is not None else yaml.safe_dump(job.resolved()), job.resolved())
 
     from orchestrator.cluster.driver import drive

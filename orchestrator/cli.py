@@ -6,9 +6,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from orchestrator.commands.monitoring import app as monitoring_app
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 3
 
@@ -21,12 +23,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(monitoring_app, name="monitoring")
+
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", show_default=False)]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of a run under runs/.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a field of the job file; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Page = Annotated[bool, typer.Option("--page", help="Serve a live page of the run on this machine; prints where.")]
+PagePort = Annotated[int, typer.Option(min=0, max=65535, help="Of the live page; 0 takes any free one.")]
 
 
 @app.command()
@@ -42,6 +48,8 @@ def run(
     fork: Annotated[
         bool, typer.Option("--fork", help="A new run beside --run-dir, from its newest checkpoint, with this job.")
     ] = False,
+    page: Page = False,
+    page_port: PagePort = 0,
     json_: AsJson = False,
 ) -> None:
     """Train a job to its end."""
@@ -53,7 +61,7 @@ def run(
     directory = RunDirectory(run_dir if run_dir is not None else _unused(Path("runs") / name))
     if fork:
         directory = _fork(loaded, directory)
-    _run(loaded, directory, job.read_text(), local_nodes=local_nodes, json_=json_)
+    _run(loaded, directory, job.read_text(), local_nodes=local_nodes, page=page, page_port=page_port, json_=json_)
 
 
 def _fork(job: Any, parent: Any) -> Any:
@@ -69,16 +77,23 @@ def _fork(job: Any, parent: Any) -> Any:
     return target
 
 
-def _run(job: Any, directory: Any, text: str, *, local_nodes: int, json_: bool) -> None:
+def _run(
+    job: Any, directory: Any, text: str, *, local_nodes: int, page: bool = False, page_port: int = 0, json_: bool
+) -> None:
     """Trains, shows how it goes and what came of it, and exits."""
     from orchestrator.api import run as run_job
+    from orchestrator.commands.page import page_of
 
     if json_:
-        result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes)
+        with page_of(directory.path, page, page_port, lambda text: print(text, file=sys.stderr, flush=True)):
+            result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes)
     else:
         from monitoring.display import Display
 
-        with Display(directory.path, job.train.steps, job.train.log_every) as display:
+        with (
+            Display(directory.path, job.train.steps, job.train.log_every) as display,
+            page_of(directory.path, page, page_port, display.note),
+        ):
             display.note(f"run {directory.path}")
             result = run_job(
                 job, directory.path, job_text=text, local_nodes=local_nodes,
@@ -111,6 +126,8 @@ def _result_json(path: Path) -> dict[str, Any]:
 def resume(
     run: Run,
     local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
+    page: Page = False,
+    page_port: PagePort = 0,
     json_: AsJson = False,
 ) -> None:
     """Go on with an unfinished run, from its newest valid checkpoint."""
@@ -119,7 +136,7 @@ def resume(
 
     directory = find_run(run)
     text = (directory.path / "job.yaml").read_text() if (directory.path / "job.yaml").exists() else ""
-    _run(job_of(directory), directory, text, local_nodes=local_nodes, json_=json_)
+    _run(job_of(directory), directory, text, local_nodes=local_nodes, page=page, page_port=page_port, json_=json_)
 
 
 @app.command()
@@ -172,85 +189,95 @@ def plan(
 
 @app.command()
 def status(run: Run, json_: AsJson = False) -> None:
-    """Where a run is: step, workers, incidents, and its result when it has ended."""
-    from monitoring.follow import describe_recovery, summary
-    from monitoring.records import read_records
+    """Where a run is: step, speed, workers, goodput, checkpoint, incidents, and its result when it has ended."""
+    from orchestrator.commands.status import status as show
     from orchestrator.rundir import find_run
 
-    directory = find_run(run)
-    events = list(read_records(directory.events))
-    steps = list(read_records(directory.metrics))
-    result = directory.read_json("result.json")
-    with directory.probe_lock() as free:
-        alive = not free
-    generation = next((e for e in reversed(events) if e["kind"] == "generation"), None)
-    recoveries = [e for e in events if e["kind"] == "recovery"]
-    state = "running" if alive else result["status"] if result else "interrupted"
-    total = directory.read_json("job.resolved.json")["train"]["steps"]
-    if json_:
-        print(
-            json.dumps(
-                {
-                    "run": directory.run_id,
-                    "run_dir": str(directory.path),
-                    "state": state,
-                    "step": len(steps),
-                    "steps": total,
-                    "loss": steps[-1]["loss"] if steps else None,
-                    "generation": generation,
-                    "recoveries": recoveries,
-                    "result": result,
-                }
-            )
-        )
-        return
-    print(f"{'run':<11}{directory.path}")
-    print(f"{'state':<11}{state}, step {len(steps)} of {total}" + (f", loss {steps[-1]['loss']:.4f}" if steps else ""))
-    if generation:
-        print(f"{'generation':<11}{generation['generation']}, {len(generation['workers'])} workers")
-    if result is not None and not alive:
-        print("\n".join(summary(result, str(directory.path))))
-        return
-    for event in recoveries[-5:]:
-        print(f"{event['incident']:<11}at step {event['step']}: {describe_recovery(event)}")
-    if state == "interrupted":
-        print(f"{'next':<11}orchestrator resume {directory.path} goes on from the newest checkpoint")
+    show(find_run(run), as_json=json_)
+
+
+@app.command()
+def watch(run: Run, json_: AsJson = False) -> None:
+    """Show a run as it goes. Ends with it: exit code 0 finished, 1 failed or interrupted, 3 stopped."""
+    from orchestrator.commands.watch import watch as show
+    from orchestrator.rundir import find_run
+
+    ended = show(find_run(run), as_json=json_)
+    raise typer.Exit({"finished": 0, "stopped": EXIT_STOPPED}.get(ended, EXIT_FAILED))
 
 
 @app.command()
 def events(
     run: Run,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more until the run ends.")] = False,
-    kind: Annotated[str | None, typer.Option(help="Only events of this kind.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only events of this kind; repeatable.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="5m|TIME", help="Only from then on.")] = None,
     json_: AsJson = False,
 ) -> None:
     """What happened in a run, one line an event."""
-    from monitoring.follow import Tail, describe_event
+    from orchestrator.commands.events import events as show
+    from orchestrator.commands.events import parse_since
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    tail = Tail(directory.events)
-    started: float | None = None
-    while True:
-        over = False
-        for event in tail.new():
-            started = started if started is not None else event["time"]
-            over = event["kind"] == "run_finished"
-            if kind is not None and event["kind"] != kind:
-                continue
-            if json_:
-                print(json.dumps(event), flush=True)
-            else:
-                text = describe_event(event) or ", ".join(
-                    f"{key}={value}" for key, value in event.items() if key not in ("time", "kind")
-                )
-                print(f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}", flush=True)
-        if over or not follow:
-            return
-        with directory.probe_lock() as free:
-            # Begun, and nobody steers it: what is on record now is all there will be.
-            follow = started is None or not free
-        time.sleep(0.2)
+    try:
+        begin = None if since is None else parse_since(since, time.time())
+    except ValueError as error:
+        _refuse(str(error))
+    show(directory, follow=follow, kinds=kind or [], since=begin, as_json=json_)
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more until the run ends.")] = False,
+    worker: Annotated[int | None, typer.Option(min=0, metavar="N", help="Only worker N.")] = None,
+    level: Annotated[
+        str | None, typer.Option(metavar="debug|info|warning|error", help="Only records at least as bad.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """What the processes of a run said, merged by time."""
+    from monitoring.logs import LEVELS
+    from orchestrator.commands.logs import logs as show
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    if level is not None and level not in LEVELS:
+        _refuse(f"--level {level}: choose one of {', '.join(LEVELS)}")
+    show(directory, follow=follow, worker=worker, level=level, as_json=json_)
+
+
+@app.command()
+def report(
+    run: Run,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes; else RUN/report.html.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """What a run did with its time: goodput, what each incident cost, and a page of it."""
+    from orchestrator.commands.report import report as tell
+    from orchestrator.rundir import find_run
+
+    directory = find_run(run)
+    try:
+        tell(directory, as_json=json_, to=to)
+    except OSError as error:
+        _refuse(f"the report cannot be written: {error}; choose another file with --to")
+
+
+@app.command("page")
+def page_(
+    run: Run,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback it needs a token.")] = "127.0.0.1",
+    port: PagePort = 0,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Ask for the token in it; or set ORCHESTRATOR_PAGE_TOKEN.")
+    ] = None,
+) -> None:
+    """Serve the page of a run, live or ended, until Ctrl-C."""
+    from orchestrator.commands.page import serve
+
+    serve(run, host, port, token_file)
 
 
 @app.command()
@@ -398,7 +425,7 @@ def audit(run: Run, json_: AsJson = False) -> None:
     raise typer.Exit(EXIT_FAILED if problems else 0)
 
 
-def _refuse(text: str) -> None:
+def _refuse(text: str) -> NoReturn:
     print(f"orchestrator: {text}", file=sys.stderr)
     raise typer.Exit(EXIT_BAD_INPUT)
 
@@ -422,11 +449,13 @@ def main() -> None:
 _USER_ERRORS = {
     "JobError": EXIT_BAD_INPUT,
     "RunDirectoryError": EXIT_BAD_INPUT,
+    "SinkProblem": EXIT_BAD_INPUT,
     "DataError": EXIT_BAD_INPUT,
     "PlanError": EXIT_BAD_INPUT,
     "KeyProblem": EXIT_BAD_INPUT,
     "CheckpointError": EXIT_FAILED,
     "ExportError": EXIT_BAD_INPUT,
+    "PageError": EXIT_BAD_INPUT,
     "ClusterError": EXIT_FAILED,
 }
 

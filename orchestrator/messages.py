@@ -103,7 +103,8 @@ class Ready:
     `initial` digests its step-0 state, of which every warm worker can make any part: `elements` for each
     tensor-parallel coordinate. `memory_bytes` is what the worker may use, 0 when that is not known; `costs` describes
     the model, when the job has a pipeline to cut it for. `unit_seconds` is what its device was measured to need for a
-    fixed piece of work, the same for all workers of a run; 0 when it was not measured.
+    fixed piece of work, the same for all workers of a run; 0 when it was not measured. `flops_per_token` is what the
+    model takes for a token, forward and backward, `peak_flops` what its device does in a second; 0 when not known.
     """
 
     worker: WorkerId
@@ -117,6 +118,8 @@ class Ready:
     memory_bytes: int = 0
     costs: ModelCosts | None = None
     unit_seconds: float = 0.0
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Heartbeat:
     """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed.
 
     `moves` counts what it gets done inside a phase: micro-batches, collectives, chunks received, tensors read.
+    `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device.
     """
 
     worker: WorkerId
@@ -134,6 +138,7 @@ class Heartbeat:
     reports: tuple[StepReport, ...] = ()
     host_bytes: int = 0
     moves: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,21 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray._private import worker as ray_worker
 from ray._private.state import state as ray_state
 
-from monitoring.goodput import goodput_ratio
-from monitoring.metrics import RunMetrics
-from monitoring.records import RecordFile, read_records
+from monitoring import discovery
+from monitoring.records import read_records
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
+from orchestrator.cluster.chronicle import Chronicle
+from orchestrator.cluster.glance import glance
+from orchestrator.cluster.narration import narrate, set_up_logs, tell
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
     NAMESPACE,
@@ -75,7 +78,7 @@ from orchestrator.controller.views import ControllerConfig, RebalanceRules, Work
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
-from orchestrator.messages import FaultFired, Reply, Status, StepReport, WorkerId
+from orchestrator.messages import FaultFired, Reply, Status, WorkerId
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory
 
@@ -86,8 +89,6 @@ POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
-RANKS_PER_STEP = 64
-"""How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -100,6 +101,8 @@ class ControllerActor:
         self._directory = RunDirectory(spec["run_dir"])
         self._lock = self._directory.lock(patience_s=2.0)
         self._epoch = self._directory.next_epoch()
+        self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
+        log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
         self._job = job = Job.model_validate(spec["job"])
         self._handles: dict[WorkerId, WorkerHandle] = {}
         self._books: dict[WorkerId, OrderBook] = {}
@@ -111,24 +114,13 @@ class ControllerActor:
         self._farewell = threading.Event()
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
         self._me = ray.get_runtime_context().current_actor
-        self._events = RecordFile(self._directory.events)
-        self._steps_file = RecordFile(self._directory.metrics)
-        past_events = list(read_records(self._directory.events))
-        past_steps = list(read_records(self._directory.metrics))
-        self._forked_at = self._directory.forked_at
-        self._started_at = next((e["time"] for e in past_events if e["kind"] == "run_started"), None)
-        self._generations = [generation_entry(e) for e in past_events if is_training(e)]
-        self._recoveries = [recovery_entry(e) for e in past_events if e["kind"] == "recovery"]
-        self._last_step: dict[str, Any] | None = past_steps[-1] if past_steps else None
-        self._recorded = len(past_steps)
-        self._productive_s = sum(float(record["seconds"]) for record in self._own(past_steps))
-        self._incident: dict[str, Any] | None = None
+        self._chronicle = Chronicle(self._directory, job)
+        past_events, past_steps = self._chronicle.past_events, self._chronicle.past_steps
         self._window: Window | None = None
-        self._metrics = RunMetrics(self._directory.run_id)
-        for event in past_events:
-            self._metrics.on_event(event["kind"], event)
-        for record in past_steps:
-            self._metrics.on_step(record)
+        self._telling = threading.Lock()
+        self._has_told_the_end = False
+        self._published_at = 0.0
+        self._publishing_s = 0.0
         self._machine = Controller(
             ControllerConfig(
                 total_steps=job.train.steps,
@@ -154,10 +146,13 @@ class ControllerActor:
                                     "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
         # Where this process is, which on a cluster need not be where the driver is.
         host = "127.0.0.1" if spec["own_cluster"] else ray.util.get_node_ip_address()
-        port = self._metrics.serve(host, job.monitoring.port)
-        self._record("metrics_endpoint", {"url": f"http://{host}:{port}/metrics"})
+        port = self._chronicle.metrics.serve(host, job.monitoring.port)
+        self._url = f"http://{host}:{port}/metrics"
+        self._record("metrics_endpoint", {"url": self._url})
+        self._target = self._announce(host, port)
         threading.Thread(target=self._brain, name="brain", daemon=True).start()
         threading.Thread(target=self._lookout, name="lookout", daemon=True).start()
+        threading.Thread(target=self._reporter, name="reporter", daemon=True).start()
 
     def _history(self, events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> History:
         """What is on record, with the faults of this job file only: a run may be gone on with under others."""
@@ -167,9 +162,16 @@ class ControllerActor:
         history.fired_faults = {e["fault"] for e in fired if e.get("what") == faults.get(e["fault"])}
         return history
 
-    def _own(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of this run, without what was done before it was forked."""
-        return [record for record in steps if record["step"] >= self._forked_at]
+    def _announce(self, host: str, port: int) -> Path | None:
+        """Lets Prometheus find this run, and forget those that ended without a word."""
+        try:
+            directory = targets_directory(self._job, own_cluster=self._spec["own_cluster"])
+            found = discovery.announce(directory, self._directory.run_id, host, port)
+            discovery.sweep(directory)
+        except (OSError, ValueError) as error:
+            log.warning("Prometheus will not find this run by itself: %s", error)
+            return None
+        return found
 
     def _checkpoints(self) -> dict[int, str]:
         """Those that are complete, by the number of committed steps."""
@@ -185,7 +187,7 @@ class ControllerActor:
             # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
             while message.index not in self._machine.fired_faults and self._result is None:
                 await asyncio.sleep(0.001)
-        return Reply(recorded=self._recorded, epoch=self._epoch, shutdown=self._result is not None)
+        return Reply(recorded=self._chronicle.recorded, epoch=self._epoch, shutdown=self._result is not None)
 
     async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Orders:
         """What `worker`, which has its orders up to number `after` from the controller of `epoch`, is to do next."""
@@ -225,18 +227,18 @@ class ControllerActor:
         return {
             "state": machine.state.value,
             "status": machine.status,
-            "step": self._recorded,
+            "step": self._chronicle.recorded,
             "steps": self._job.train.steps,
-            "last_step": self._last_step,
+            "last_step": self._chronicle.last_step,
             "median_step_seconds": machine.progress.median_step_s(),
             "workers": states.count(WorkerState.MEMBER),
             "standby": states.count(WorkerState.IDLE),
             "starting": states.count(WorkerState.STARTING) + states.count(WorkerState.REQUESTED),
             "target": machine.target,
             "generation": None if generation is None else generation.number,
-            "recoveries": len(self._recoveries),
-            "last_recovery": self._recoveries[-1] if self._recoveries else None,
-            "last_incident": self._incident,
+            "recoveries": len(self._chronicle.recoveries),
+            "last_recovery": self._chronicle.recoveries[-1] if self._chronicle.recoveries else None,
+            "last_incident": self._chronicle.last_incident,
             "over": self._result is not None,
             "epoch": self._epoch,
         }
@@ -265,14 +267,16 @@ class ControllerActor:
                     last_tick = now
                     self._dispatch(Tick(), now)
         except BaseException as error:
+            log.exception("the controller failed")
             traceback.print_exc()
             self._end("failed", f"the controller failed: {type(error).__name__}: {error}", None)
         self._go()
 
     def _begin(self) -> None:
-        if self._started_at is None:
-            self._started_at = time.time()
-            self._record("run_started", {"run": self._directory.run_id, "job": self._job.digest()})
+        if self._chronicle.started_at is None:
+            job = self._job
+            self._record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
+                                         "min_workers": job.elastic.workers.min})  # fmt: skip
         elif (previous := self._directory.read_json("result.json")) is not None and self._restarted:
             # A predecessor ended the run and died before it could say goodbye.
             end_workers(self._directory.run_id)
@@ -352,27 +356,17 @@ class ControllerActor:
                 self._introductions.pop(event.worker, None)
         if isinstance(event, FaultFired):
             self._after_fault(event)
-        elif isinstance(event, Tick):
-            self._count_world()
-
-    def _take_step(self, report: StepReport) -> None:
-        """Puts a committed step on record."""
-        record = asdict(report)
-        every = -(-len(report.ranks) // RANKS_PER_STEP)
-        if every > 1 and report.step % every:
-            record["ranks"] = ()
-        self._steps_file.append(record)
-        self._recorded += 1
-        self._productive_s += report.seconds
-        self._last_step = record
-        self._metrics.on_step(record)
+        elif (window := self._machine.window) is not None and window is not self._window:
+            self._window = window
+            self._chronicle.metrics.on_window(window)
 
     def _carry_out(self, action: Action) -> None:
+        narrate(action, self._about)
         match action:
             case Record():
                 self._record(action.kind, action.fields)
             case StepCommitted():
-                self._take_step(action.report)
+                self._chronicle.step(action.report)
             case RequestWorker():
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me,
@@ -416,10 +410,7 @@ class ControllerActor:
             case DiscardCheckpoint():
                 self._tell(action.worker, "discard_checkpoint", action.save, self._epoch)
             case Rollback():
-                self._steps_file.keep(lambda record: int(record["step"]) < action.committed)
-                self._recorded = min(self._recorded, action.committed)
-                steps = list(read_records(self._directory.metrics))
-                self._productive_s = sum(float(record["seconds"]) for record in self._own(steps))
+                self._chronicle.roll_back(action.committed)
             case Finish():
                 self._end(action.status, action.reason, action.digest)
 
@@ -498,6 +489,15 @@ class ControllerActor:
             except Exception as error:
                 log.warning("lookout: %s: %s", type(error).__name__, error)
 
+    def _reporter(self) -> None:
+        """Tells how things are; on a thread of its own, as the run directory may be far away and slow."""
+        while self._result is None:
+            time.sleep(POLL_S / 2)
+            try:
+                self._publish()
+            except Exception as error:
+                log.warning("status.json: %s: %s", type(error).__name__, error)
+
     def _look(self) -> None:
         now = time.time()
         for handle in list(self._handles.values()):
@@ -526,42 +526,41 @@ class ControllerActor:
     # ------------------------------------------------------------------------------------ records and the end
 
     def _record(self, kind: str, fields: dict[str, Any]) -> None:
-        if "kind" in fields:
-            # Every record has its own kind; what kind of incident it speaks of stands beside it.
-            fields = {("incident" if key == "kind" else key): value for key, value in fields.items()}
-        if kind == "fault_injected":
-            fields = fields | {"what": self._job.faults[fields["fault"]].model_dump()}
-        record = {"time": time.time(), "kind": kind, **fields}
-        self._events.append(record)
-        self._metrics.on_event(kind, fields)
-        if is_training(record):
-            self._generations.append(generation_entry(record))
-        if kind == "generation":
-            self._metrics.generation.set(fields["generation"])
-        elif kind == "recovery":
-            self._recoveries.append(recovery_entry(record))
-        elif kind == "incident":
-            self._incident = record
+        tell(self._chronicle.record(kind, fields))
 
-    def _count_world(self) -> None:
-        counts = dict.fromkeys(("member", "idle", "starting", "requested"), 0)
-        for view in self._machine.workers.values():
-            if view.alive:
-                counts[view.state.name.lower()] += 1
-        self._metrics.on_world(counts)
-        if (window := self._machine.window) is not None and window is not self._window:
-            self._window = window
-            self._metrics.on_window(window)
-        if self._started_at is not None:
-            wall = time.time() - self._started_at
-            self._metrics.goodput.set(self._productive_s / wall if wall > 0 else 0.0)
+    def _publish(self) -> None:
+        """Brings status.json and the metrics up to date. What takes long is done the more seldom, so that neither many
+        workers nor a slow directory keep this machine busy."""
+        now = time.time()
+        if now - self._published_at < max(POLL_S / 2, 20 * self._publishing_s):
+            return
+        with self._telling:
+            if not self._has_told_the_end:
+                self._chronicle.publish(self._glance(now), now)
+        self._published_at, self._publishing_s = time.time(), time.time() - now
+
+    def _publish_the_end(self) -> None:
+        """Nothing is told after this. What cannot be told changes nothing of how the run ended."""
+        with self._telling, suppress(OSError):
+            self._has_told_the_end = True
+            now = time.time()
+            self._chronicle.publish(self._glance(now), now)
+
+    def _glance(self, now: float) -> dict[str, Any]:
+        node = ray.get_runtime_context().get_node_id()
+        return {
+            "run": self._directory.run_id,
+            "epoch": self._epoch,
+            "controller": {"pid": os.getpid(), "node": node},
+            "metrics_url": self._url,
+            **glance(self._machine, self._chronicle, self._job, now),
+        }
 
     def _end(self, status: str, reason: str, digest: str | None) -> None:
         """Writes the result, then ends every worker; nothing of the run is left behind."""
         steps = []
         with suppress(OSError, ValueError):
             steps = list(read_records(self._directory.metrics))
-        wall = time.time() - (self._started_at or time.time())
         data_digest = None
         if status != "failed" or steps:
             try:
@@ -583,53 +582,54 @@ class ControllerActor:
             "steps": len(steps),
             "tokens": sum(int(record["tokens"]) for record in steps),
             "final_loss": steps[-1]["loss"] if steps else None,
-            "wall_seconds": round(wall, 3),
-            "goodput_ratio": round(goodput_ratio(self._own(steps), wall), 4),
+            "wall_seconds": 0.0,
+            "goodput_ratio": 0.0,
             "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,
             "reduction": self._job.strategy.reduction,
             "bit_exact": self._job.strategy.reduction == "canonical",
             "state_digest": digest,
             "data_digest": data_digest,
-            "generations": self._generations,
-            "recoveries": self._recoveries,
+            "generations": self._chronicle.generations,
+            "recoveries": self._chronicle.recoveries,
         }
         unfired = [index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults]
         if unfired and status == "finished":
             result["faults_not_fired"] = unfired
         try:
             self._record("run_finished", {"status": status, "reason": reason})
+            account = self._chronicle.account()
+            result |= {"wall_seconds": round(account.wall_seconds, 3), "goodput_ratio": round(account.ratio, 4)}
             self._directory.write_json("result.json", result)
+            self._publish_the_end()
         except OSError as error:
             # A full disk, most likely. Whoever follows the run is told all the same, and nothing is left running.
             result |= {"status": "failed", "reason": f"{reason}; the run's end could not be recorded: {error}"}
         finally:
             for handle in list(self._handles.values()):
                 handle.kill()
+            if self._target is not None:
+                with suppress(OSError):
+                    discovery.withdraw(self._target)
             # The run is nobody's any more: it may be gone on with from here.
             os.close(self._lock)
             self._result = result
 
     def _go(self) -> None:
         self._farewell.wait(timeout=LINGER_S)
-        self._metrics.close()
-        self._events.close()
+        self._chronicle.close()
         time.sleep(0.2)
         with suppress(Exception):
             ray.kill(self._me, no_restart=True)
 
 
-def is_training(event: dict[str, Any]) -> bool:
-    """Whether an event tells of a generation that trains; one that only collects the final state is not told of in the
-    result."""
-    return bool(event["kind"] == "generation" and not event.get("collect"))
-
-
-def generation_entry(event: dict[str, Any]) -> dict[str, Any]:
-    return {key: event[key] for key in ("generation", "start_step", "cause", "workers", "layout")}
-
-
-def recovery_entry(event: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in ("time", "kind")} | {"kind": event["incident"]}
+def targets_directory(job: Job, *, own_cluster: bool) -> Path:
+    """Where this run's endpoint is told to Prometheus: where the job says, or beside Ray's own discovery file."""
+    if job.monitoring.targets is not None:
+        return Path(job.monitoring.targets)
+    if own_cluster:
+        return discovery.targets_directory()  # Its own Ray's directory is gone with it, and nobody watches it.
+    node: Any = ray_worker._global_node
+    return discovery.targets_directory(str(Path(node.get_session_dir_path()).parent))
 
 
 def _drain_node(node: str, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import signal
@@ -17,10 +18,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from monitoring.goodput import goodput_ratio
+from monitoring import discovery
+from monitoring.goodput import read_ledger
+from monitoring.logs import LogContext, logging_to
 from monitoring.records import RecordFile, read_records
+from monitoring.sinks.feeder import feeding
 from orchestrator.checkpoint.of_run import catalog_of, secret_of
-from orchestrator.cluster.controller_actor import ControllerActor, generation_entry, is_training, recovery_entry
+from orchestrator.cluster.chronicle import generation_entry, is_training, recovery_entry
+from orchestrator.cluster.controller_actor import ControllerActor, targets_directory
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError, ray_session
 from orchestrator.data import Dataset
@@ -28,6 +33,8 @@ from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.data.store import RunTasks
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+log = logging.getLogger(__name__)
 
 _PARALLEL_BYTES = 64 << 20
 """Below this much text, tokenising here is faster than starting Ray workers for it."""
@@ -91,14 +98,25 @@ def drive(
     `on_update` gets the controller's snapshot a few times a second. Raises ClusterError, DataError or
     RunDirectoryError when the run cannot start, KeyProblem when there is no key for its checkpoints.
     """
-    try:
-        return _drive(job, directory, local_nodes, on_update, on_note)
-    except Interrupted as signalled:
-        return _cut_short(directory, f"{signalled} before the run began")
-    except ClusterError as error:
-        if directory.events.exists():
-            directory.write_json("result.json", unfinished_result(directory, "failed", str(error)))
-        raise
+
+    def note(text: str) -> None:
+        log.info("%s", text)
+        on_note(text)
+
+    about = LogContext(run=directory.run_id, process="driver")
+    form, level = job.monitoring.logs, job.monitoring.log_level
+    watched = job.monitoring.model_dump()
+    with logging_to(directory.path / "logs", about, form=form, level=level, echo=True):
+        try:
+            with feeding(watched, directory.run_id, directory.path, job.resolved()):
+                return _drive(job, directory, local_nodes, on_update, note)
+        except Interrupted as signalled:
+            return _cut_short(directory, f"{signalled} before the run began")
+        except ClusterError as error:
+            log.info("the run cannot go on: %s", error)  # whoever catches it shows it
+            if directory.events.exists():
+                directory.write_json("result.json", unfinished_result(directory, "failed", str(error)))
+            raise
 
 
 def _drive(
@@ -136,6 +154,10 @@ def _drive(
             return _follow(controller, directory, interruption, on_update)
         finally:
             end_run(directory.run_id)
+            with suppress(OSError, ValueError):
+                # A controller that was killed could not.
+                targets = targets_directory(job, own_cluster=own)
+                discovery.withdraw(discovery.file_of(targets, directory.run_id))
 
 
 def _prepare(job: Job) -> Dataset:
@@ -291,8 +313,7 @@ def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict
     """result.json of a run that nobody is left to end in good order, from what is on record."""
     steps = list(read_records(directory.metrics))
     events = list(read_records(directory.events))
-    started = next((event["time"] for event in events if event["kind"] == "run_started"), None)
-    wall = 0.0 if started is None else time.time() - started
+    account = read_ledger(events, steps).account(time.time())
     return {
         "run": directory.run_id,
         "status": status,
@@ -300,8 +321,8 @@ def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict
         "steps": len(steps),
         "tokens": sum(int(record["tokens"]) for record in steps),
         "final_loss": steps[-1]["loss"] if steps else None,
-        "wall_seconds": round(wall, 3),
-        "goodput_ratio": round(goodput_ratio(steps, wall), 4),
+        "wall_seconds": round(account.wall_seconds, 3),
+        "goodput_ratio": round(account.ratio, 4),
         "state_digest": None,
         "data_digest": None,
         "generations": [generation_entry(event) for event in events if is_training(event)],

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.cluster.narration import set_up_logs
 from orchestrator.cluster.orders import Introduction, Orders
 from orchestrator.messages import Reply, WorkerId
 
@@ -45,6 +46,7 @@ class WorkerActor:
         try:
             worker = self._build()
         except BaseException as error:
+            log.exception("worker %s could not be built", self._id)
             traceback.print_exc()
             # What is wrong with the job (a model that does not fit, data that cannot be read) is wrong everywhere.
             fatal = isinstance(error, ValueError)
@@ -61,10 +63,12 @@ class WorkerActor:
                 getattr(worker, name)(*arguments)
             worker.train()
         except BaseException:
+            log.exception("worker %s ends", self._id)
             traceback.print_exc()
             os._exit(5)
 
     def _build(self) -> Any:
+        about = set_up_logs(self._spec, f"worker-{self._id}", worker=self._id.slot)
         os.chdir(self._spec["cwd"])
         if self._spec["cwd"] not in sys.path:
             sys.path.insert(0, self._spec["cwd"])
@@ -93,6 +97,7 @@ class WorkerActor:
             report=self._report,
             on_orphaned=lambda: os._exit(3),
             on_shutdown=lambda: os._exit(0),
+            log_context=about,
         )
 
     def _report(self, message: Any) -> Reply | None:

@@ -119,6 +119,11 @@ class Controller:
         return self._run.saving.is_due
 
     @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return bool(self._run.saving.writing())
+
+    @property
     def window(self) -> Window | None:
         """The last steps, as they were rated."""
         return self._run.balance.window
@@ -151,7 +156,7 @@ class Controller:
             case Tick():
                 self._tick(now)
             case Placed():
-                self._roster.placed(event, now)
+                self._out += self._roster.placed(event, now)
             case Ready():
                 self._ready(event, now)
             case Heartbeat():
@@ -301,7 +306,7 @@ class Controller:
         view = self._roster.living(event.worker)
         if view is None:
             return
-        view.last_heard = now
+        view.last_heard, view.host_bytes, view.device_bytes = now, event.host_bytes, event.device_bytes
         self._run.take_reports(event.reports, now)
         self._run.membership.heard(view, event, now)
 

@@ -189,10 +189,13 @@ class Roster:
         """Whether it was gone by the record of earlier controllers."""
         return worker in self._given_up
 
-    def placed(self, event: Placed, now: float) -> None:
+    def placed(self, event: Placed, now: float) -> list[Action]:
+        """The cluster found room for a worker; it may say so twice."""
         view = self.workers.get(event.worker)
-        if view is not None and view.state is WorkerState.REQUESTED:
-            view.state, view.node, view.placed_at = WorkerState.STARTING, event.node, now
+        if view is None or view.state is not WorkerState.REQUESTED:
+            return []
+        view.state, view.node, view.placed_at = WorkerState.STARTING, event.node, now
+        return [Record("worker_placed", {**_named(event.worker), "node": event.node})]
 
     def ready(self, view: WorkerView, event: Ready, now: float) -> list[Action]:
         """A worker that was on its way is warm."""
@@ -200,13 +203,10 @@ class Roster:
         view.initial = event.initial
         view.held = view.whole = whole(event.elements, self._config.tensor)
         self._start_failures = 0
-        return [
-            Record(
-                "worker_ready",
-                {**_named(event.worker), "node": event.node, "pid": event.pid,
-                 "start_seconds": round(now - view.requested_at, 3)},
-            )
-        ]  # fmt: skip
+        fields = {"node": event.node, "pid": event.pid, "start_seconds": round(now - view.requested_at, 3)}
+        if event.flops_per_token and event.peak_flops:
+            fields |= {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}
+        return [Record("worker_ready", {**_named(event.worker), **fields})]
 
     def start_failed(self, detail: str, now: float) -> str | None:
         """A worker did not live to be ready: the next is asked for after a pause. What to give up with, when too many

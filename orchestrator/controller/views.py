@@ -174,6 +174,8 @@ class WorkerView:
     moves: int = 0
     moved_at: float = 0.0
     phase: str = ""
+    host_bytes: int = 0
+    device_bytes: int = 0
     fault_at: float | None = None
     fault_committed: int | None = None
     draining_until: float | None = None

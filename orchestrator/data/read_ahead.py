@@ -7,11 +7,14 @@ is.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Key = tuple[int, int]
@@ -20,6 +23,7 @@ SLOW_S = 0.002
 """Reading is slow when the median of the last reads took longer: a thread would cost more than faster ones."""
 
 MAX_BYTES = 256 << 20
+_TELL_AGAIN_S = 60.0
 _STEPS_AHEAD = 2
 _REMEMBERED = 9
 _MIN_REMEMBERED = 3
@@ -54,6 +58,7 @@ class ReadAhead(Generic[T]):
         self._timing = threading.Lock()
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self._batch_bytes = 0
+        self._told_at = -_TELL_AGAIN_S
         self.is_slow = False
         """Whether batches are fetched ahead."""
         self._wanted: list[Key] = []  # in the order they will be asked for; some of them are ready
@@ -142,10 +147,20 @@ class ReadAhead(Generic[T]):
         seconds = self._clock() - start
         with self._timing:
             self._seconds.append(seconds)
-            count = len(self._seconds)
+            count, was_slow = len(self._seconds), self.is_slow
             self.is_slow = count >= _MIN_REMEMBERED and sorted(self._seconds)[count // 2] > self._slow_s
             self._batch_bytes = max(self._batch_bytes, num_bytes(batch))
+            usual_s = sorted(self._seconds)[count // 2]
+        if self.is_slow != was_slow:
+            self._tell(usual_s)
         return batch
+
+    def _tell(self, usual_s: float) -> None:
+        """Reading became slow or fast. Where that changes all the time it is said once a minute."""
+        if (now := self._clock()) - self._told_at >= _TELL_AGAIN_S:
+            self._told_at = now
+            what = "slow: batches are read ahead" if self.is_slow else "fast again"
+            log.info("reading is %s (%.1f ms a batch)", what, usual_s * 1000)
 
 
 def num_bytes(batch: Any) -> int:

@@ -273,9 +273,37 @@ class Checkpoint(_Section):
     encryption: Encryption | None = None
 
 
+class MLflow(_Section):
+    """Where steps, goodput and incidents are logged with the package `mlflow`."""
+
+    tracking_uri: Text
+    experiment: Text = "orchestrator"
+
+
+class WandB(_Section):
+    """The same for the package `wandb`, which finds its key where it always does."""
+
+    project: Text
+    mode: Literal["online", "offline"] = "online"
+    entity: Text | None = None
+
+
 class Monitoring(_Section):
+    """How a run is watched; no part of the numbers."""
+
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """0: any free port."""
+    peak_tflops: PositiveFloat | None = None
+    """What a worker's device can do at the most, for MFU; None: by the device's name, or measured."""
+    targets: Text | None = None
+    """Where Prometheus finds the endpoints of runs (`file_sd`); None: beside Ray's own."""
+    logs: Literal["text", "json"] = "text"
+    """What the lines of the files in `logs/` are."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    tensorboard: bool = False
+    """Event files in the run directory's `tensorboard/`."""
+    mlflow: MLflow | None = None
+    wandb: WandB | None = None
 
 
 class Fault(_Section):

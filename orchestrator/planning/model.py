@@ -79,6 +79,35 @@ def describe_model(job: Job) -> ModelCosts:
     """
     build = _builder(job)
     module = _on_meta(job, build)
+    layers, tokens, measure = _look_at(module, job)
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None)
+    blocks, tied = _blocks(module, layers, tokens, measure)
+    notes = [] if heads else ["the network does not name its number of attention heads, so tensor stays 1"]
+    try:
+        kept = kept_bytes_per_sample(build, _layers, measure.sequence, measure.value_bytes == 2)
+        blocks = [_with_kept(block, size / measure.sequence) for block, size in zip(blocks, kept, strict=True)]
+    except CannotTrace as error:
+        notes.append(f"activation memory is estimated from weight shapes, as the network cannot be traced: {error}")
+    return ModelCosts(
+        blocks=tuple(blocks), tied=tied, hidden_size=measure.hidden, vocab_size=tokens.num_embeddings, heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads, value_bytes=measure.value_bytes,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def training_flops_per_token(job: Job) -> int:
+    """What the network takes for a token, forward and backward (twice as much again), attention included and nothing
+    counted twice: after PaLM (arXiv:2204.02311), appendix B. Raises PlanError or ValueError like `describe_model`."""
+    module = _on_meta(job, _builder(job))
+    layers, tokens, measure = _look_at(module, job)
+    blocks, _ = _blocks(module, layers, tokens, measure)
+    return 3 * sum(block.flops_per_token for block in blocks)
+
+
+def _look_at(module: nn.Module, job: Job) -> tuple[nn.ModuleList, nn.Embedding, _Measure]:
+    """A network's layers, its table of tokens, and the rules by which its blocks are measured."""
     layers = _layers(module)
     config = getattr(module, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
@@ -93,18 +122,7 @@ def describe_model(job: Job) -> ModelCosts:
         active_experts=_first(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"),
         experts=_first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     )
-    blocks, tied = _blocks(module, layers, tokens, measure)
-    notes = [] if heads else ["the network does not name its number of attention heads, so tensor stays 1"]
-    try:
-        kept = kept_bytes_per_sample(build, _layers, measure.sequence, measure.value_bytes == 2)
-        blocks = [_with_kept(block, size / measure.sequence) for block, size in zip(blocks, kept, strict=True)]
-    except CannotTrace as error:
-        notes.append(f"activation memory is estimated from weight shapes, as the network cannot be traced: {error}")
-    return ModelCosts(
-        blocks=tuple(blocks), tied=tied, hidden_size=hidden, vocab_size=tokens.num_embeddings, heads=heads,
-        key_value_heads=getattr(text, "num_key_value_heads", None) or heads, value_bytes=measure.value_bytes,
-        notes=tuple(notes),
-    )  # fmt: skip
+    return layers, tokens, measure
 
 
 def _with_kept(block: Block, kept_per_token: float) -> Block:

@@ -13,7 +13,8 @@ from torch import nn
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
-from orchestrator.planning.model import ModelCosts, describe_model
+from orchestrator.planning.model import ModelCosts, describe_model, training_flops_per_token
+from orchestrator.planning.units import PlanError
 from strategies.batch import Batch
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
@@ -171,6 +172,19 @@ def memory_bytes(device: torch.device) -> int:
 def model_costs(job: Job) -> ModelCosts | None:
     """What the model costs block by block, for a job that has a pipeline to cut it for. Raises PlanError."""
     return describe_model(job) if job.strategy.pipeline > 1 else None
+
+
+def flops_per_token(job: Job) -> float:
+    """What the model takes for a token, forward and backward; 0 where its shapes do not say."""
+    try:
+        return float(training_flops_per_token(job))
+    except (PlanError, ValueError):
+        return 0.0
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """What this process has allocated on its device; 0 on a CPU, whose memory is the process's own."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
 
 
 def optimizer_spec(job: Job) -> OptimizerSpec:

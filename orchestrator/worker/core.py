@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from monitoring.logs import LogContext
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
@@ -44,6 +45,7 @@ from orchestrator.messages import (
 )
 from orchestrator.worker import build
 from orchestrator.worker.faults import FaultInjector
+from orchestrator.worker.peak import peak_flops
 from orchestrator.worker.restoring import StorageFailed, open_checkpoint, read_checkpoint
 from orchestrator.worker.saving import Saver
 from strategies.fabric import Fabric
@@ -58,6 +60,8 @@ from strategies.timing import rounded
 
 log = logging.getLogger(__name__)
 
+TELL_MEMORY_S = 10.0
+"""How often a rank that has nothing else to say tells how much memory it uses."""
 FORM_TIMEOUT_S = 20.0
 """A group forms in milliseconds; a rank that waits this long for a peer gives the generation up."""
 
@@ -81,8 +85,10 @@ class Worker:
         on_orphaned: Callable[[], None],
         on_shutdown: Callable[[], None],
         zone: str = "",
+        log_context: LogContext | None = None,
     ) -> None:
         self.worker = worker
+        self._about = log_context if log_context is not None else LogContext()
         self.job = job
         self.run = run
         self.host = host
@@ -102,6 +108,8 @@ class Worker:
         self._pause_wanted = -1
         self._save_wanted = self._save_delayed = False
         self._shares: list[Spans] | None = None
+        self._held_up_s = 0.0
+        """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
         self._epoch = -1
         self._accepted = -1
         self._over = False
@@ -129,10 +137,12 @@ class Worker:
             worker, node, pid, host, port, self.state.initial_digest(),
             elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
             costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
+            flops_per_token=build.flops_per_token(job), peak_flops=peak_flops(job, device),
         )  # fmt: skip
 
     def start(self) -> None:
         """Reports for duty, from a thread of its own."""
+        log.info("ready on node %s, process %d", self.ready.node[:8], self.ready.pid)
         self._send(self.ready)
         threading.Thread(target=self._report_loop, name="reporting", daemon=True).start()
 
@@ -265,6 +275,7 @@ class Worker:
             if self._interrupted >= generation.number:
                 fabric.abort()
         self._phase, self._phase_step = "form", generation.committed
+        self._about.generation, self._about.rank, self._about.step = generation.number, rank, generation.committed
         self._faults.rank = rank
         self._faults.already_fired(generation.fired_faults)
         cause: LeftCause = "peer"
@@ -304,6 +315,11 @@ class Worker:
                 at=time.time(),
             )
         self._send(left)
+        told = log.info if cause in ("pause", "complete") else log.warning
+        told(
+            "left generation %d after %d steps: %s%s", left.generation, left.committed, cause, detail and f", {detail}"
+        )
+        self._about.rank = None
 
     def _take_part(self, generation: Generation, rank: int, fabric: Fabric) -> LeftCause:
         if rank in generation.roll_forward and self.committed == generation.committed - 1:
@@ -324,14 +340,20 @@ class Worker:
             return self._collect(generation, fabric)
         moved = self._bring_state(generation, rank, fabric)
         self.engine.bind(fabric, generation.layout, generation.number)
-        self._shares = None
+        self._shares, self._held_up_s = None, 0.0
         self._is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
+        log.info(
+            "joined generation %d of %d ranks (%s) with the state of %d steps, %.1f MB of it received",
+            generation.number, len(generation.members), generation.cause, self.committed, moved.received_bytes / 1e6,
+        )  # fmt: skip
         while self.committed < self.job.train.steps:
             record, agreement = self.engine.run(self.committed)
             self.committed += 1
             self._note(record, rank)
+            started = time.perf_counter()
             self._save_if_due(generation, rank, agreement)
+            self._held_up_s = time.perf_counter() - started
             if agreement.pause:
                 return "pause"
         return "complete"
@@ -346,6 +368,7 @@ class Worker:
             saved = open_checkpoint(self._catalog, generation.committed, self.state)
             read = lambda intake: read_checkpoint(saved, intake, self._moved)  # noqa: E731
             self._tear()
+            log.info("restoring the checkpoint of %d steps from %s", generation.committed, generation.restore)
             updates = saved.manifest.updates
         else:
             if held[rank] and (self.committed != generation.committed or subtract(held[rank], self.state.held)):
@@ -422,7 +445,8 @@ class Worker:
                 skipped=record.skipped,
                 committed_at=record.committed_at,
                 seconds=record.seconds,
-                phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()},
+                phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()}
+                | {"save": round(self._held_up_s, 5)},
                 ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
             )
@@ -430,9 +454,11 @@ class Worker:
 
     def _on_phase(self, phase: str, step: int) -> None:
         self._phase, self._phase_step = phase, step
+        self._about.step = step
         self._faults.on_phase(phase, step)
 
     def _announce_fault(self, index: int) -> None:
+        log.warning("injected fault %d fires: %s", index, self.job.faults[index].model_dump(exclude_none=True))
         fired = FaultFired(self.worker, index, time.time())
         heard = self._send(fired)
         heard.wait(timeout=2.0)
@@ -526,7 +552,7 @@ class Worker:
             and generation is not None
             and self._left is None
             and generation.members[0].worker != self.worker
-            and time.monotonic() - answered < self.job.elastic.lease_s / 4
+            and time.monotonic() - answered < min(self.job.elastic.lease_s / 4, TELL_MEMORY_S)
         )
 
     def _heartbeat(self) -> Heartbeat:
@@ -540,6 +566,7 @@ class Worker:
             self.committed,
             reports=tuple(self._reports) if first else (),
             host_bytes=_resident_bytes(),
+            device_bytes=build.allocated_bytes(self.state.device),
             moves=self._moves + (0 if (fabric := self._fabric) is None else fabric.moves),
         )
 

@@ -149,6 +149,8 @@ class Saver:
             log.warning("part %d of %s was not written", rank, save.directory, exc_info=not isinstance(caught, OSError))
             error = _told(caught)
         seconds = time.perf_counter() - started
+        if not error:
+            log.info("part %d of %s is written: %.1f MB in %.2f s", rank, save.directory, num_bytes / 1e6, seconds)
         self.last_part = PartSaved(self.worker, plan, rank, digest, seconds, num_bytes, error)
         self._send(self.last_part)
 
@@ -162,6 +164,7 @@ class Saver:
             error = _told(caught)
         self._send(CheckpointSaved(self.worker, save, path, time.perf_counter() - started, num_bytes, error))
         if not error:
+            log.info("checkpoint of %d steps is complete: %s", save.committed, path)
             self._prune(save.committed)
 
     def _prune(self, newest: int) -> None:

@@ -1,0 +1,182 @@
+"""What a run's controller writes down, and what follows from it: metrics, the goodput ledger, the result's lists.
+
+Everything here is made of events.jsonl and metrics.jsonl, so that a controller that takes over knows what its
+predecessor knew. Knows nothing of Ray. May be called from several threads.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from monitoring.book import Book
+from monitoring.goodput import Account
+from monitoring.metrics import RunMetrics
+from monitoring.records import RecordFile, read_records
+from orchestrator.job import Job
+from orchestrator.messages import StepReport
+from orchestrator.rundir import RunDirectory
+
+RANKS_PER_STEP = 64
+"""How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
+
+
+class Chronicle:
+    """`past_events` and `past_steps` are what was on record when this controller began; `recorded` counts the steps
+    that are on record now."""
+
+    def __init__(self, directory: RunDirectory, job: Job) -> None:
+        self._directory = directory
+        self._job = job
+        self._lock = threading.RLock()
+        self._events = RecordFile(directory.events)
+        self._steps = RecordFile(directory.metrics)
+        self.past_events = list(read_records(directory.events))
+        self.past_steps = list(read_records(directory.metrics))
+        self.recorded = len(self.past_steps)
+        self.last_step: dict[str, Any] | None = self.past_steps[-1] if self.past_steps else None
+        self.last_ranks: tuple[Any, ...] = ()
+        self.last_incident: dict[str, Any] | None = None
+        self.last_checkpoint: dict[str, Any] | None = None
+        self.open_incidents: list[dict[str, Any]] = []
+        self.findings: list[dict[str, Any]] = []
+        self.generations: list[dict[str, Any]] = []
+        self.recoveries: list[dict[str, Any]] = []
+        self.started_at: float | None = None
+        self.tokens = sum(int(record["tokens"]) for record in self.past_steps)
+        self._members = 1
+        for event in self.past_events:
+            self._note(event)
+        self.metrics = RunMetrics(directory.run_id, job.name, _version())
+        self.metrics.replay(self.past_events, self.past_steps)
+        last = directory.read_json("status.json") if self.past_events else None
+        self.metrics.go_on_from((last or {}).get("counters", {}))
+        self._book = Book(self.past_events, self.past_steps, directory.forked_at)
+        self._write(self._book.catch_up(time.time()))
+
+    # ------------------------------------------------------------------------------------ events
+
+    def record(self, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Puts an event on record."""
+        if "kind" in fields:
+            # Every record has its own kind; what kind of incident it speaks of stands beside it.
+            fields = {("incident" if key == "kind" else key): value for key, value in fields.items()}
+        if kind == "fault_injected":
+            fields = {**fields, "what": self._job.faults[fields["fault"]].model_dump()}
+        with self._lock:
+            events = self._book.record(kind, fields, time.time())
+            self._write(events)
+            return events[-1]
+
+    def _write(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self._events.append(event)
+            self.metrics.on_event(event)
+            self._note(event)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "run_started" if self.started_at is None:
+                self.started_at = float(event["time"])
+            case "controller":
+                self.findings = []
+            case "generation":
+                self._members = len(event["workers"])
+                if is_training(event):
+                    self.generations.append(generation_entry(event))
+            case "recovery":
+                self.recoveries.append(recovery_entry(event))
+                same = ("incident", "worker", "at")
+                keep = [i for i in self.open_incidents if any(i[key] != event[key] for key in same)]
+                self.open_incidents = keep
+            case "incident":
+                self.last_incident = event
+                self.open_incidents = [*self.open_incidents, event]
+            case "checkpoint_saved":
+                self.last_checkpoint = event
+            case "skew_found":
+                self.findings = [*self.findings, event]
+            case "skew_over":
+                self.findings = [f for f in self.findings if (f["finding"], f["workers"]) != _key(event)]
+            case "run_finished":
+                self.open_incidents, self.findings = [], []
+
+    # ------------------------------------------------------------------------------------ steps
+
+    def step(self, report: StepReport) -> None:
+        """Puts a committed step on record."""
+        with self._lock:
+            record = asdict(report)
+            self._write(self._book.step(record, time.time()))
+            self.last_ranks = report.ranks
+            every = -(-len(report.ranks) // RANKS_PER_STEP)
+            if every > 1 and report.step % every:
+                record["ranks"] = ()
+            self._steps.append(record)
+            self.recorded += 1
+            self.tokens += report.tokens
+            self.last_step = record
+            self.metrics.on_step(record, self._members)
+
+    def roll_back(self, committed: int) -> None:
+        """Takes the steps from `committed` on off the record."""
+        with self._lock:
+            events = self._book.roll_back(committed, read_records(self._directory.metrics), time.time())
+            self._write(events)
+            self._steps.keep(lambda record: int(record["step"]) < committed)
+            self.recorded = min(self.recorded, committed)
+            self.tokens -= events[-1]["tokens"]
+
+    # ------------------------------------------------------------------------------------ what follows
+
+    def account(self, now: float | None = None) -> Account:
+        """What the wall time went into so far."""
+        with self._lock:
+            return self._book.account(now)
+
+    def publish(self, status: Mapping[str, Any], now: float) -> None:
+        """Tells how things are, in status.json and in the metrics."""
+        with self._lock:
+            settled = self._book.settled(now)
+            counters = {key: round(seconds, 6) + 1e-6 for key, seconds in self.metrics.book(settled).items()}
+        # First where a successor finds it, then to those who would notice when a counter goes back.
+        self._directory.write_json("status.json", {**status, "counters": counters})
+        with self._lock:
+            self.metrics.on_status(status)
+            self.metrics.on_goodput(settled)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self._events.close()
+        self._steps.close()
+
+
+def _key(finding: Mapping[str, Any]) -> tuple[Any, Any]:
+    return finding["finding"], finding["workers"]
+
+
+def _version() -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("elastic-orchestrator")
+    return ""
+
+
+def is_training(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a generation that trains; one that only collects the final state is not told of in the
+    result."""
+    return bool(event["kind"] == "generation" and not event.get("collect"))
+
+
+def generation_entry(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A generation as result.json has it."""
+    return {key: event[key] for key in ("generation", "start_step", "cause", "workers", "layout")}
+
+
+def recovery_entry(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A recovery as result.json has it."""
+    return {key: value for key, value in event.items() if key not in ("time", "kind")} | {"kind": event["incident"]}

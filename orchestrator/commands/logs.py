@@ -1,0 +1,38 @@
+"""`orchestrator logs`: what the processes of a run said, merged by time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+from monitoring.follow import Tail
+from monitoring.log_files import LogFiles
+from monitoring.logs import describe
+from orchestrator.commands.following import POLL_S, is_abandoned, is_steered
+from orchestrator.rundir import RunDirectory
+
+
+def logs(
+    directory: RunDirectory, *, follow: bool, worker: int | None, level: str | None, as_json: bool
+) -> None:  # fmt: skip
+    """Prints the records in `logs/` (of one `worker`, at least as bad as `level`); with `follow` until the run ends."""
+    slots: dict[int, int] = {}
+    files = LogFiles(directory.path / "logs", worker, level, slots)
+    events = Tail(directory.events)
+    over: Callable[[], bool] = lambda: _is_over(directory)  # noqa: E731
+    while True:
+        ends = not follow or over()
+        for event in events.new():
+            if event["kind"] == "worker_ready":
+                slots[event["pid"]] = event["worker"]
+        for record in files.new():
+            print(json.dumps(record.as_dict()) if as_json else describe(record), flush=True)
+        if ends:
+            return
+        time.sleep(POLL_S)
+
+
+def _is_over(directory: RunDirectory) -> bool:
+    ended = directory.read_json("result.json") is not None
+    return (ended and not is_steered(directory)) or is_abandoned(directory)
