@@ -11,11 +11,12 @@ import heapq
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from layouts_in_tests import MODEL
 
+from monitoring.book import Book
 from orchestrator.checkpoint.names import Save
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
@@ -563,6 +564,8 @@ class World:
     outcome: Outcome | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What events.jsonl would hold: the records, and what steps came to."""
     workers: dict[WorkerId, Worker] = field(default_factory=dict)
     generations: dict[int, Generation] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
@@ -628,6 +631,12 @@ class World:
         """Starts a controller, the first or a successor, the way the Ray adapter does."""
         self._epoch += 1
         self.num_controllers += 1
+        self.book = Book(self.events, map(asdict, self.steps))
+        self.events += self.book.catch_up(self.now)
+        self.events += self.book.record("controller", {"epoch": self._epoch, "session": "simulated"}, self.now)
+        if self._epoch == 1:
+            started = {"run": "simulated", "steps": self.config.total_steps, "min_workers": self.config.min_workers}
+            self.events += self.book.record("run_started", started, self.now)
         history = History.read(
             self.records,
             [{"seconds": r.seconds, "committed_at": r.committed_at, "grad_norm": r.grad_norm} for r in self.steps],
@@ -711,12 +720,15 @@ class World:
             case Record(kind, fields):
                 named = {("incident" if key == "kind" else key): value for key, value in fields.items()}
                 self.records.append({"time": self.now, "kind": kind, **named})
+                self.events += self.book.record(kind, named, self.now)
             case StepCommitted(report):
                 assert report.step == len(self.steps), f"step {report.step} put on record after {len(self.steps)} steps"
                 self.steps.append(report)
+                self.events += self.book.step(asdict(report), self.now)
             case Rollback(committed):
                 self._check_rollback(committed, controller)
                 self.rollbacks.append(len(self.steps) - committed)
+                self.events += self.book.roll_back(committed, map(asdict, self.steps), self.now)
                 del self.steps[committed:]
             case RequestWorker(worker):
                 assert worker not in self.workers, f"{worker} is asked for twice"
@@ -758,6 +770,7 @@ class World:
                 self._send(worker, action)
             case Finish(status, reason, digest):
                 self.outcome = Outcome(status, reason, digest, self.now)
+                self.events += self.book.record("run_finished", {"status": status, "reason": reason}, self.now)
                 if status == "finished" and self.config.checkpointing:
                     failed = any(record["kind"] == "checkpoint_failed" for record in self.records)
                     assert failed or self.config.total_steps in controller.checkpoints, "the end was not saved"

@@ -13,15 +13,17 @@ from monitoring.display import Display
 STEP = {"step": 0, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "generation": 0, "tokens": 512, "seconds": 0.5,
         "skipped": False, "committed_at": 100.0}  # fmt: skip
 GENERATION = {"time": 99.0, "kind": "generation", "generation": 0, "start_step": 0, "workers": [{"worker": 3}]}
+INCIDENT = {"time": 99.5, "kind": "incident", "incident": "kill", "worker": 1, "cause": "worker 1 died",
+            "step": 0, "at": 99.4, "detect_seconds": 0.1}  # fmt: skip
 SNAPSHOT = {"state": "training", "step": 1, "workers": 1, "standby": 0, "starting": 2, "generation": 0,
-            "median_step_seconds": 0.5, "last_incident": {"cause": "worker 1 died"}}  # fmt: skip
+            "median_step_seconds": 0.5}  # fmt: skip
 
 
 def shown(tmp_path: Path, *, terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, highlight=False)
     with Display(tmp_path, total_steps=3, console=console) as display:
-        (tmp_path / "events.jsonl").write_text(json.dumps(GENERATION) + "\n")
+        (tmp_path / "events.jsonl").write_text(f"{json.dumps(GENERATION)}\n{json.dumps(INCIDENT)}\n")
         (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
         display.note("starting workers")
         display.update(SNAPSHOT)
@@ -38,5 +40,12 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
 
 def test_a_live_panel_on_a_terminal(tmp_path: Path) -> None:
     text = shown(tmp_path, terminal=True)
-    for part in ("training", "2.5000", "1,024 tokens/s", "worker 1 died", "0:01 left", "1/3"):
+    for part in (
+        "1 training, 0 standing by, 2 starting",
+        "2.5000",
+        "1,024 tokens/s",
+        "worker 1 died",
+        "0:01 left",
+        "1/3",
+    ):
         assert part in text

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import urllib.request
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from monitoring.follow import Tail, describe_event, summary
-from monitoring.goodput import goodput_ratio
-from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
 
 
@@ -68,60 +62,11 @@ def test_tail_survives_a_file_that_was_cut_and_grew_again(tmp_path: Path) -> Non
     assert list(tail.new()) == [{"step": 6}]
 
 
-def test_a_skipped_step_can_be_read_back_into_the_metrics(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "metrics.jsonl")
-    file.append({"step": 4, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3, "generation": 2, "tokens": 512,
-                 "seconds": 0.4, "skipped": True})  # fmt: skip
-    metrics = RunMetrics("test-run")
-    for record in read_records(tmp_path / "metrics.jsonl"):
-        metrics.on_step(record)
-    port = metrics.serve("127.0.0.1", 0)
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-            text = answer.read().decode()
-    finally:
-        metrics.close()
-    assert re.search(r"loss\{[^}]*\} NaN", text), text
-
-
-def test_goodput_counts_a_replayed_step_once() -> None:
-    steps = [{"step": 0, "seconds": 1.0}, {"step": 1, "seconds": 1.0}, {"step": 1, "seconds": 2.0}]
-    assert goodput_ratio(steps, 6.0) == 0.5
-    assert goodput_ratio([], 0.0) == 0.0
-
-
 def recovery(**changes: object) -> dict[str, object]:
     return {
         "kind": "recovery", "incident": "kill", "worker": 1, "step": 20, "generation": 1, "detect_seconds": 0.04,
         "stall_seconds": 0.21, "pause_seconds": 0.2, "steps_lost": 0, "source": "peers", "bytes_moved": 10_600_000,
     } | changes  # fmt: skip
-
-
-def test_the_endpoint_serves_what_happened() -> None:
-    metrics = RunMetrics("test-run")
-    port = metrics.serve("127.0.0.1", 0)
-    try:
-        metrics.on_step({"step": 4, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "generation": 2, "tokens": 512,
-                         "seconds": 0.4, "skipped": True})  # fmt: skip
-        metrics.on_event("incident", {"incident": "kill"})
-        metrics.on_event("recovery", recovery(steps_lost=3))
-        metrics.on_world({"member": 3, "idle": 1})
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-    finally:
-        metrics.close()
-    samples = {
-        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k != "run"))): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
-    assert samples["orchestrator_step", ()] == 5
-    assert samples["orchestrator_loss", ()] == 2.5
-    assert samples["orchestrator_tokens_total", ()] == 512
-    assert samples["orchestrator_nonfinite_total", ()] == 1
-    assert samples["orchestrator_world_size", (("state", "member"),)] == 3
-    assert samples["orchestrator_failures_total", (("kind", "kill"),)] == 1
-    assert samples["orchestrator_steps_lost_total", ()] == 3
-    assert samples["orchestrator_recovery_seconds_sum", ()] == 0.21
 
 
 def test_the_closing_lines_say_what_happened() -> None:

@@ -1,0 +1,291 @@
+"""The page's server: what it says to whom, what it refuses, and how little it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession
+from aiohttp.test_utils import TestClient, TestServer
+
+from monitoring.page.access import Access, PageError, check_exposure, is_loopback, token_of
+from monitoring.page.server import Application, PageServer
+from tests.simulated_run import SimulatedRun
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+Client = TestClient[Any, Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> SimulatedRun:
+    simulated = SimulatedRun(tmp_path / "run", now=time.time())
+    simulated.start()
+    simulated.train(20)
+    simulated.status()
+    return simulated
+
+
+def with_client(application: Application, use: Callable[[Client], Awaitable[Any]]) -> Any:
+    """Runs `use` with a client of `application`."""
+
+    async def main() -> Any:
+        async with TestClient(TestServer(application.web)) as client:
+            return await use(client)
+
+    return asyncio.run(main())
+
+
+def application(
+    run: SimulatedRun, token: str | None = None, host: str = "127.0.0.1", tick_s: float = 0.01
+) -> Application:
+    return Application(run.path, Access(host, token), tick_s=tick_s)
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/static/app.js", "/static/vendor/uplot/uPlot.min.css", "/api/state", "/nowhere"]
+)
+def test_every_answer_has_a_strict_policy(run: SimulatedRun, path: str) -> None:
+    async def use(client: Client) -> dict[str, str]:
+        async with client.get(path) as response:
+            return dict(response.headers)
+
+    headers = with_client(application(run), use)
+    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    for source in ("script-src", "style-src", "connect-src"):
+        assert policy[source] == "'self'", "nothing inline, nothing from elsewhere"
+    assert policy["frame-ancestors"] == "'none'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    if path.startswith("/api"):
+        assert headers["Cache-Control"] == "no-store"
+
+
+def test_the_page_brings_everything_itself(run: SimulatedRun) -> None:
+    async def use(client: Client) -> None:
+        page = await (await client.get("/")).text()
+        assert "<script>" not in page
+        assert "style=" not in page
+        assert "//" not in page.replace("http://www.w3.org", ""), "no address of another machine"
+        for quoted in page.split('"'):
+            if quoted.startswith("/static/"):
+                async with client.get(quoted) as response:
+                    assert response.status == 200, quoted
+
+    with_client(application(run), use)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+def test_it_only_shows(run: SimulatedRun, method: str) -> None:
+    async def use(client: Client) -> tuple[int, str]:
+        async with client.request(method, "/api/state") as response:
+            return response.status, response.headers["Allow"]
+
+    assert with_client(application(run), use) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/../server.py", "/static/%2e%2e/server.py", "/static//etc/passwd", "/static/"]
+)
+def test_a_request_names_no_file(run: SimulatedRun, path: str) -> None:
+    async def use(client: Client) -> int:
+        from yarl import URL
+
+        async with client.get(URL(path, encoded=True)) as response:
+            return response.status
+
+    assert with_client(application(run), use) == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("127.0.0.1:1234", True), ("localhost", True), ("[::1]:80", True), ("LOCALHOST:9", True),
+        ("evil.example", False), ("127.0.0.1.evil.example", False), ("localhost.evil.example:80", False), ("[", False),
+    ],
+)  # fmt: skip
+def test_a_name_that_was_made_to_point_here_is_told_apart(run: SimulatedRun, host: str, allowed: bool) -> None:
+    async def use(client: Client) -> int:
+        async with client.get("/api/state", headers={"Host": host}) as response:
+            return response.status
+
+    status = with_client(application(run), use)
+    assert (status == 200) == allowed
+    assert status in (200, 400, 421)
+
+
+def test_with_a_token_nobody_sees_anything_without_it(run: SimulatedRun) -> None:
+    async def use(client: Client) -> None:
+        for path in ("/", "/static/app.js", "/api/state", "/api/stream", "/report", "/?token=wrong", "/?token=%FF"):
+            async with client.get(path, allow_redirects=False) as response:
+                assert response.status == 401, path
+                assert response.headers["WWW-Authenticate"].startswith("Bearer")
+                assert "quickstart" not in await response.text()
+        for header in (f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ä"):
+            async with client.get("/api/state", headers={"Authorization": header}) as response:
+                assert response.status == 401, header
+        async with client.get("/api/state", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
+            assert response.status == 200
+            assert (await response.json())["glance"]["step"] == 20
+
+    with_client(application(run, TOKEN), use)
+
+
+def test_a_token_in_the_address_becomes_a_cookie_and_leaves_the_address(run: SimulatedRun) -> None:
+    async def use(client: Client) -> None:
+        address = f"{client.make_url('/')}/elsewhere.example/?token={TOKEN}"
+        async with ClientSession() as fresh, fresh.get(address, allow_redirects=False) as response:
+            assert (response.status, response.headers["Location"]) == (303, "/"), "never to another machine"
+            cookie = response.headers["Set-Cookie"]
+            assert TOKEN not in cookie
+            assert "HttpOnly" in cookie
+            assert "SameSite=Strict" in cookie
+        name, _, value = cookie.partition(";")[0].partition("=")
+        async with ClientSession() as fresh:
+            url = client.make_url("/api/state")
+            async with fresh.get(url, headers={"Cookie": f"{name}={value}"}) as response:
+                assert response.status == 200
+            async with fresh.get(url, headers={"Cookie": f"{name}=ä"}) as response:
+                assert response.status in (400, 401)
+
+    with_client(application(run, TOKEN), use)
+
+
+def test_beyond_this_machine_a_token_is_asked_for_with_what_to_do(tmp_path: Path) -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8")] == [True] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "node7", "")] == [False] * 5
+    for host in ("0.0.0.0", "node7"):
+        with pytest.raises(PageError, match=r"ORCHESTRATOR_PAGE_TOKEN.*--token-file.*openssl rand"):
+            check_exposure(host, None)
+        check_exposure(host, TOKEN)
+    with pytest.raises(PageError, match="at least 16"):
+        check_exposure("127.0.0.1", "short")
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(PageError, match="is empty"):
+        token_of(tmp_path / "empty")
+    with pytest.raises(PageError, match="cannot be read"):
+        token_of(tmp_path / "none")
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert token_of(tmp_path / "token") == TOKEN
+
+
+# ------------------------------------------------------------------------------------------------------------- stream
+
+
+class Stream:
+    """The server's events, one by one, and how many bytes they were."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self.size = 0
+
+    async def next(self, kind: str) -> dict[str, Any]:
+        """The next event of a kind."""
+        found, data = "", ""
+        while True:
+            line = (await asyncio.wait_for(self._response.content.readline(), 60.0)).decode()
+            self.size += len(line.encode())
+            if line.startswith("event: "):
+                found = line[7:].strip()
+            elif line.startswith("data: "):
+                data = line[6:]
+            elif line == "\n" and found == kind:
+                return dict(json.loads(data))
+
+
+def test_the_stream_says_everything_and_then_what_changes(run: SimulatedRun) -> None:
+    async def use(client: Client) -> None:
+        async with client.get("/api/stream") as response:
+            assert response.headers["Content-Type"] == "text/event-stream"
+            assert response.headers["Cache-Control"] == "no-store"
+            stream = Stream(response)
+            state = await stream.next("state")
+            assert len(state["points"]["rows"]) == 20
+            run.train(1)
+            changes = await stream.next("changes")
+            assert [row[0] for row in changes["points"]["rows"]] == [20]
+            assert "timeline" not in changes
+            run.lose(1)
+            changes = await stream.next("changes")
+            while "timeline" not in changes:
+                changes = await stream.next("changes")
+            assert [entry["kind"] for entry in changes["timeline"]] == ["incident"]
+            assert changes["workers"]["1.0"]["state"] == "lost"
+
+    with_client(application(run), use)
+
+
+def test_the_stream_of_64_ranks_is_less_than_50_kilobytes_a_second(tmp_path: Path) -> None:
+    """Two looks a second, ten steps a second, all that status.json says anew each second; a kill every ten seconds."""
+    layout = {"data": 8, "tensor": 2, "pipeline": 4, "shard": "optimizer"}
+    run = SimulatedRun(tmp_path / "run", workers=64, per_node=8, steps=10_000, layout=layout, step_seconds=0.2)
+    run.start()
+    run.train(1400)  # Soon there are too many points, and all are sent anew.
+    run.status()
+    seconds = 40
+
+    async def use(client: Client) -> int:
+        async with client.get("/api/stream") as response:
+            stream = Stream(response)
+            await stream.next("state")
+            stream.size = 0
+            for half in range(2 * seconds):
+                run.train(5)
+                if half % 20 == 9:
+                    run.recover(run.lose(half % 64))
+                if half % 2:
+                    run.status()
+                changes = await stream.next("changes")
+                while changes.get("glance", {}).get("step") != run.step:
+                    changes = await stream.next("changes")
+            return stream.size
+
+    size = with_client(application(run), use)
+    assert size > 10_000, "it did say something"
+    assert size / seconds < 50_000
+
+
+def test_many_may_look_and_one_that_goes_is_forgotten(run: SimulatedRun) -> None:
+    async def use(client: Client) -> None:
+        async with client.get("/api/stream") as first:
+            one = Stream(first)
+            await one.next("state")
+            async with client.get("/api/stream") as second:
+                assert (await Stream(second).next("state"))["glance"]["step"] == 20
+            run.train(3)
+            assert (await one.next("changes"))["glance"]["step"] == 23
+
+    with_client(application(run), use)
+
+
+# ------------------------------------------------------------------------------------------------------------- thread
+
+
+def test_a_page_in_a_thread_is_there_until_closed(run: SimulatedRun) -> None:
+    with PageServer(run.path) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        state = json.loads(urllib.request.urlopen(f"{server.url}api/state", timeout=30).read())
+        assert state["glance"]["step"] == 20
+        report = urllib.request.urlopen(f"{server.url}report", timeout=30)
+        assert "script-src" not in report.headers["Content-Security-Policy"]
+        assert b"Where the time went" in report.read()
+        port = int(server.url.rstrip("/").rpartition(":")[2])
+        with pytest.raises(PageError, match=f"127.0.0.1:{port}.*another --port"):
+            PageServer(run.path, port=port)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+    server.close()
+
+
+def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
+    with PageServer(tmp_path / "not-yet") as server:
+        state = json.loads(urllib.request.urlopen(f"{server.url}api/state", timeout=30).read())
+        assert state["glance"]["state"] == "starting"
+        assert urllib.request.urlopen(f"{server.url}report", timeout=30).status == 200
