@@ -16,20 +16,13 @@ _ENDS_A_STRETCH = frozenset({"generation", "rollback", "run_finished"})
 
 
 class Book:
-    """`events` and `steps` are what is on record already; every method returns the events to put on record, in order.
+    """`events` and `steps` are on record already; every method returns the events to put on record, in order."""
 
-    Steps before `first_step` are another run's, which this one was forked from.
-    """
-
-    def __init__(
-        self, events: Iterable[Mapping[str, Any]] = (), steps: Iterable[Mapping[str, Any]] = (), first_step: int = 0
-    ) -> None:
+    def __init__(self, events: Iterable[Mapping[str, Any]] = (), steps: Iterable[Mapping[str, Any]] = ()) -> None:
         past, committed = list(events), list(steps)
         self.ledger = read_ledger(past)
         self._stretches = Stretches(max((record["step"] + 1 for record in committed), default=0))
-        has_begun = any(event["kind"] == "run_started" for event in past)
-        own = [record for record in committed if record["step"] >= first_step]
-        self._missing = uncovered(past, own) if has_begun else []
+        self._missing = uncovered(past, committed)
 
     def catch_up(self, now: float) -> list[Event]:
         """What a predecessor that was lost had not summed up."""

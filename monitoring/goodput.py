@@ -222,8 +222,8 @@ class Ledger:
 
     def _settle(self, until: float) -> None:
         """Divides the gap from what is settled to `until`, where training goes on."""
-        if until <= self._until:
-            return
+        # Without a gap there is nothing to divide, and yet what happened before has been.
+        until = max(until, self._until)
         pieces, situation = self._divide(self._until, until, is_open=False)
         for piece in pieces:
             self._book(piece)
@@ -369,9 +369,12 @@ def _reason(now: _Situation, incidents: Sequence[_Incident], at: float, is_open:
         if incident.at <= at < incident.detected:
             return "detection", incident
     found = [incident for incident in failures if incident.detected <= at]
-    if failures and not found:
-        return "wasted_steps", failures[0]
-    answering = found[-1] if found else incidents[-1] if incidents else None
+    agreed = [incident for incident in incidents if incident.is_voluntary and incident.detected <= at]
+    is_computing = not now.is_waiting and (now.is_stepping or not (now.has_formed or agreed))
+    coming = min((incident for incident in incidents if incident.at > at), key=lambda each: each.at, default=None)
+    if coming is not None and not coming.is_voluntary and not found and is_computing:
+        return "wasted_steps", coming
+    answering = found[-1] if found else agreed[-1] if agreed else None
     if now.is_restoring:
         return "checkpoint_restore", answering
     if now.is_waiting and now.lacks_places:
@@ -380,8 +383,8 @@ def _reason(now: _Situation, incidents: Sequence[_Incident], at: float, is_open:
         return "recovery", found[-1]
     if is_open and not now.has_formed and not now.is_waiting:
         return _PENDING, None
-    if answering is not None:
-        return ("rebalance" if answering.event["incident"] == "rebalance" else "resize"), answering
+    if agreed:
+        return ("rebalance" if agreed[-1].event["incident"] == "rebalance" else "resize"), agreed[-1]
     return (_PENDING if is_open and not now.is_waiting else "other"), None
 
 

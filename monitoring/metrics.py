@@ -20,6 +20,7 @@ from monitoring.exposition import MetricsServer, rank_lines
 from monitoring.goodput import REASONS, VOLUNTARY, Ledger
 from monitoring.series import RUN_SERIES
 from monitoring.skew import Window
+from monitoring.stretches import as_done
 
 _BUCKETS = {
     "orchestrator_step_duration_seconds": (
@@ -62,6 +63,7 @@ class RunMetrics:
         self._ranks: list[tuple[int, Mapping[str, Any]]] = []
         self._speed: deque[tuple[float, float]] = deque(maxlen=_RECENT_STEPS)
         self._flops_per_token = self._peak_flops = 0.0
+        self._peaks: dict[tuple[int, int], float] = {}
         self._nodes: dict[tuple[int, int], str] = {}
         self._failures_by_node: Count[str] = Count()
         self._detected: dict[tuple[Any, ...], float] = {}
@@ -108,36 +110,36 @@ class RunMetrics:
 
     # ------------------------------------------------------------------------------------ what happens
 
-    def on_step(self, record: Mapping[str, Any], members: int = 1) -> None:
-        """A step was committed by so many ranks; `record` is its line of metrics.jsonl."""
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """A step was committed; `record` is its line of metrics.jsonl."""
         self._one("step").set(record["step"] + 1)
         self._one("last_step_timestamp_seconds").set(record["committed_at"])
         self._one("loss").set(_number(record["loss"]))
         self._one("grad_norm").set(_number(record["grad_norm"]))
         self._one("learning_rate").set(record["lr"])
         self._one("generation").set(record["generation"])
-        self._count_work(record["tokens"])
+        self._count_work(record)
+        self._speed.append((record["tokens"], record["seconds"] * self._peak_flops))
+        if (mfu := self.mfu) is not None:
+            self._one("mfu_ratio").set(mfu)
+
+    def _count_work(self, record: Mapping[str, Any]) -> None:
+        self._one("tokens_total").inc(record["tokens"])
+        self._one("model_flops_total").inc(record["tokens"] * self._flops_per_token)
         self._one("step_duration_seconds").observe(record["seconds"])
         for phase, seconds in record.get("phase_seconds", {}).items():
             self._one("phase_duration_seconds", phase=phase).observe(seconds)
         if record["skipped"]:
             self._one("nonfinite_total").inc()
-        self._speed.append((record["tokens"], record["seconds"] * max(1, len(record.get("ranks") or ()) or members)))
-        if (mfu := self.mfu) is not None:
-            self._one("mfu_ratio").set(mfu)
-
-    def _count_work(self, tokens: float) -> None:
-        self._one("tokens_total").inc(tokens)
-        self._one("model_flops_total").inc(tokens * self._flops_per_token)
 
     @property
     def mfu(self) -> float | None:
         """Model FLOP/s in recent steps as a share of what the ranks' devices could do (PaLM, arXiv:2204.02311,
         appendix B); None when either is not known."""
-        rank_seconds = sum(seconds for _, seconds in self._speed)
-        if not (self._flops_per_token and self._peak_flops and rank_seconds):
+        known = [(tokens, could) for tokens, could in self._speed if could]
+        if not (self._flops_per_token and known):
             return None
-        return self._flops_per_token * sum(tokens for tokens, _ in self._speed) / (rank_seconds * self._peak_flops)
+        return self._flops_per_token * sum(tokens for tokens, _ in known) / sum(could for _, could in known)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Something was recorded in the event log."""
@@ -148,12 +150,15 @@ class RunMetrics:
                 self._nodes[event["worker"], event["incarnation"]] = event["node"]
                 if event.get("flops_per_token"):
                     self._flops_per_token = float(event["flops_per_token"])
-                    self._peak_flops = float(event["peak_flops"])
+                    self._peaks[event["worker"], event["incarnation"]] = float(event["peak_flops"])
             case "incident":
                 self._on_incident(event)
             case "generation":
                 self._formed = self._running = float(event["time"])
                 self._one("generation").set(event["generation"])
+                members = [(member["worker"], member["incarnation"]) for member in event["workers"]]
+                peaks = [self._peaks.get(member, 0.0) for member in members]
+                self._peak_flops = sum(peaks) if all(peaks) else 0.0
             case "generation_running":
                 self._running = float(event["time"])
             case "recovery":
@@ -180,21 +185,20 @@ class RunMetrics:
     def replay(self, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> None:
         """Takes what is on record of a run so far. Steps that were taken off it again count as well: they were done."""
         ledger = Ledger()
+        rollbacks = []
         for event in events:
             if event["kind"] == "rollback":
                 # What goodput was told to be before stays told.
-                self.on_goodput(ledger.settled(event["time"]))
+                self.book(ledger.settled(event["time"]))
+                rollbacks.append(event)
             ledger.add(event)
             self.on_event(event)
-            if event["kind"] == "rollback":
-                self._count_work(event["tokens"])
-                for seconds in event["step_seconds"]:
-                    self._one("step_duration_seconds").observe(seconds)
-                for phase, each in event["phase_seconds"].items():
-                    for seconds in each:
-                        self._one("phase_duration_seconds", phase=phase).observe(seconds)
-        for record in steps:
-            self.on_step(record)
+        # In the order in which they were done, as sums depend on it in their last bits, and any less is a reset.
+        for record in as_done(rollbacks, list(steps)):
+            if "committed_at" in record:
+                self.on_step(record)
+            else:
+                self._count_work(record)
 
     def _on_incident(self, event: Mapping[str, Any]) -> None:
         self._one("failures_total", kind=event["incident"]).inc()

@@ -107,30 +107,45 @@ def lost(records: Iterable[Mapping[str, Any]], committed: int) -> dict[str, Any]
     for record in gone:
         for part, spent in divide(record).items():
             seconds[part] += spent
-    phases = sorted({phase for record in gone for phase in record["phase_seconds"]})
+    kept = ("step", "seconds", "phase_seconds", "tokens", "skipped")
     return {
         "committed": committed,
         "steps": len(gone),
         "tokens": sum(int(record["tokens"]) for record in gone),
         "seconds": {part: round(spent, 6) for part, spent in seconds.items()},
-        "step_seconds": [round(float(record["seconds"]), 4) for record in gone],
-        "phase_seconds": {
-            phase: [round(float(record["phase_seconds"].get(phase, 0.0)), 4) for record in gone] for phase in phases
-        },
+        "lost": [{key: record[key] for key in kept if key in record} for record in gone],
     }
 
 
 def uncovered(events: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`steps` events of those committed steps that no event tells of yet: the end of a run that lost its controller,
-    or that is under way."""
-    reached, stretches = 0, Stretches()
+    or that is under way. What was committed before the run began is another run's, which it was forked from."""
+    reached, stretches, began = 0, Stretches(), None
     for event in events:
-        if event["kind"] == "steps":
+        if event["kind"] == "run_started" and began is None:
+            began = float(event["time"])
+        elif event["kind"] == "steps":
             reached = event["last"] + 1
             stretches = Stretches(reached)
             stretches._generation, stretches._ended = event["generation"], event["ended"]
         elif event["kind"] == "rollback":
             reached = min(reached, event["committed"])
             stretches = Stretches(reached)
-    found = [event for record in records for event in stretches.add(record)]
+    if began is None:
+        return []
+    own = [record for record in records if float(record["committed_at"]) >= began]
+    found = [event for record in own for event in stretches.add(record)]
     return [{"kind": "steps", "time": event["ended"], **event} for event in [*found, *stretches.flush()]]
+
+
+def as_done(rollbacks: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All steps in the order in which they were done, from what is on record now and what was taken off it: those of
+    `rollback` events have fewer fields."""
+    stood = list(records)
+    parts = []
+    for event in reversed(rollbacks):
+        kept = [record for record in stood if record["step"] < event["committed"]]
+        parts.append([record for record in stood if record["step"] >= event["committed"]])
+        stood = [*kept, *event["lost"]]
+    parts.append(stood)
+    return [record for part in reversed(parts) for record in part]

@@ -109,8 +109,13 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole: readers see the old or the new content."""
         draft = self.path / f".{name}.{uuid.uuid4().hex[:8]}"
-        draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
-        os.replace(draft, self.path / name)
+        try:
+            draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+            os.replace(draft, self.path / name)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
 
     def next_epoch(self) -> int:
         """Claims the next controller epoch of this run; no two controllers ever get the same."""

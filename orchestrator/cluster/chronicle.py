@@ -7,6 +7,8 @@ predecessor knew. Knows nothing of Ray. May be called from several threads.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ from monitoring.records import RecordFile, read_records
 from orchestrator.job import Job
 from orchestrator.messages import StepReport
 from orchestrator.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
 
 RANKS_PER_STEP = 64
 """How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
@@ -49,14 +53,12 @@ class Chronicle:
         self.recoveries: list[dict[str, Any]] = []
         self.started_at: float | None = None
         self.tokens = sum(int(record["tokens"]) for record in self.past_steps)
-        self._members = 1
         for event in self.past_events:
             self._note(event)
         self.metrics = RunMetrics(directory.run_id, job.name, _version())
         self.metrics.replay(self.past_events, self.past_steps)
-        last = directory.read_json("status.json") if self.past_events else None
-        self.metrics.go_on_from((last or {}).get("counters", {}))
-        self._book = Book(self.past_events, self.past_steps, directory.forked_at)
+        self.metrics.go_on_from(_counters(directory))
+        self._book = Book(self.past_events, self.past_steps)
         self._write(self._book.catch_up(time.time()))
 
     # ------------------------------------------------------------------------------------ events
@@ -86,7 +88,6 @@ class Chronicle:
             case "controller":
                 self.findings = []
             case "generation":
-                self._members = len(event["workers"])
                 if is_training(event):
                     self.generations.append(generation_entry(event))
             case "recovery":
@@ -121,7 +122,7 @@ class Chronicle:
             self.recorded += 1
             self.tokens += report.tokens
             self.last_step = record
-            self.metrics.on_step(record, self._members)
+            self.metrics.on_step(record)
 
     def roll_back(self, committed: int) -> None:
         """Takes the steps from `committed` on off the record."""
@@ -139,16 +140,22 @@ class Chronicle:
         with self._lock:
             return self._book.account(now)
 
+    def forget_the_past(self) -> None:
+        """What was on record when this controller began is no longer asked for; of a long run it is large."""
+        self.past_events, self.past_steps = [], []
+
     def publish(self, status: Mapping[str, Any], now: float) -> None:
-        """Tells how things are, in status.json and in the metrics."""
-        with self._lock:
-            settled = self._book.settled(now)
-            counters = {key: round(seconds, 6) + 1e-6 for key, seconds in self.metrics.book(settled).items()}
-        # First where a successor finds it, then to those who would notice when a counter goes back.
-        self._directory.write_json("status.json", {**status, "counters": counters})
+        """Tells how things are, in the metrics and in status.json. Raises OSError when that cannot be written."""
         with self._lock:
             self.metrics.on_status(status)
-            self.metrics.on_goodput(settled)
+            settled = self._book.settled(now)
+            counters = {key: round(seconds, 6) + 1e-6 for key, seconds in self.metrics.book(settled).items()}
+        try:
+            # First where a successor finds it, then to those who would notice when a counter goes back.
+            self._directory.write_json("status.json", {**status, "counters": counters})
+        finally:
+            with self._lock:
+                self.metrics.on_goodput(settled)
 
     def close(self) -> None:
         self.metrics.close()
@@ -158,6 +165,17 @@ class Chronicle:
 
 def _key(finding: Mapping[str, Any]) -> tuple[Any, Any]:
     return finding["finding"], finding["workers"]
+
+
+def _counters(directory: RunDirectory) -> dict[str, float]:
+    """What a predecessor may have shown. A status.json that cannot be read is no reason not to go on."""
+    try:
+        last = directory.read_json("status.json")
+        found = {} if last is None else last.get("counters", {})
+        return {key: float(seconds) for key, seconds in found.items() if math.isfinite(seconds)}
+    except Exception as error:
+        log.warning("counters of goodput may go back, as status.json cannot be read: %s", error)
+        return {}
 
 
 def _version() -> str:

@@ -141,6 +141,7 @@ class ControllerActor:
             self._history(past_events, past_steps),
             checkpoints=self._checkpoints(),
         )
+        self._chronicle.forget_the_past()
         self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
                                     "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
@@ -165,12 +166,15 @@ class ControllerActor:
     def _announce(self, host: str, port: int) -> Path | None:
         """Lets Prometheus find this run, and forget those that ended without a word."""
         try:
-            directory = targets_directory(self._job, own_cluster=self._spec["own_cluster"])
+            directory = targets_directory(
+                self._job, own_cluster=self._spec["own_cluster"], cwd=self._spec["cwd"]
+            )  # fmt: skip
             found = discovery.announce(directory, self._directory.run_id, host, port)
-            discovery.sweep(directory)
         except (OSError, ValueError) as error:
             log.warning("Prometheus will not find this run by itself: %s", error)
             return None
+        # What others left there may take its time.
+        threading.Thread(target=discovery.sweep, args=(directory,), name="sweep", daemon=True).start()
         return found
 
     def _checkpoints(self) -> dict[int, str]:
@@ -207,7 +211,7 @@ class ControllerActor:
 
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
         """A worker could not be built; with `fatal` no other could either."""
-        self._record("start_failed", {"worker": worker.slot, "detail": detail})
+        await asyncio.to_thread(self._record, "start_failed", {"worker": worker.slot, "detail": detail})
         self._start_errors[worker] = detail
         if fatal:
             self._queue.put((Abort(detail), time.time()))
@@ -534,14 +538,16 @@ class ControllerActor:
         now = time.time()
         if now - self._published_at < max(POLL_S / 2, 20 * self._publishing_s):
             return
-        with self._telling:
-            if not self._has_told_the_end:
-                self._chronicle.publish(self._glance(now), now)
-        self._published_at, self._publishing_s = time.time(), time.time() - now
+        try:
+            with self._telling:
+                if not self._has_told_the_end:
+                    self._chronicle.publish(self._glance(now), now)
+        finally:
+            self._published_at, self._publishing_s = time.time(), time.time() - now
 
     def _publish_the_end(self) -> None:
         """Nothing is told after this. What cannot be told changes nothing of how the run ended."""
-        with self._telling, suppress(OSError):
+        with self._telling, suppress(Exception):
             self._has_told_the_end = True
             now = time.time()
             self._chronicle.publish(self._glance(now), now)
@@ -558,6 +564,8 @@ class ControllerActor:
 
     def _end(self, status: str, reason: str, digest: str | None) -> None:
         """Writes the result, then ends every worker; nothing of the run is left behind."""
+        if self._result is not None:
+            return
         steps = []
         with suppress(OSError, ValueError):
             steps = list(read_records(self._directory.metrics))
@@ -622,10 +630,11 @@ class ControllerActor:
             ray.kill(self._me, no_restart=True)
 
 
-def targets_directory(job: Job, *, own_cluster: bool) -> Path:
-    """Where this run's endpoint is told to Prometheus: where the job says, or beside Ray's own discovery file."""
+def targets_directory(job: Job, *, own_cluster: bool, cwd: str) -> Path:
+    """Where this run's endpoint is told to Prometheus: where the job says (relative to the driver's `cwd`), or beside
+    Ray's own discovery file."""
     if job.monitoring.targets is not None:
-        return Path(job.monitoring.targets)
+        return Path(cwd) / job.monitoring.targets
     if own_cluster:
         return discovery.targets_directory()  # Its own Ray's directory is gone with it, and nobody watches it.
     node: Any = ray_worker._global_node

@@ -108,8 +108,12 @@ def drive(
     watched = job.monitoring.model_dump()
     with logging_to(directory.path / "logs", about, form=form, level=level, echo=True):
         try:
-            with feeding(watched, directory.run_id, directory.path, job.resolved()):
-                return _drive(job, directory, local_nodes, on_update, note)
+            # Signals are ours until the sinks have had their last, too.
+            with (
+                Interruption().listening() as interruption,
+                feeding(watched, directory.run_id, directory.path, job.resolved()),
+            ):
+                return _drive(job, directory, local_nodes, interruption, on_update, note)
         except Interrupted as signalled:
             return _cut_short(directory, f"{signalled} before the run began")
         except ClusterError as error:
@@ -120,12 +124,17 @@ def drive(
 
 
 def _drive(
-    job: Job, directory: RunDirectory, local_nodes: int, on_update: Update, on_note: Callable[[str], None]
+    job: Job,
+    directory: RunDirectory,
+    local_nodes: int,
+    interruption: Interruption,
+    on_update: Update,
+    on_note: Callable[[str], None],
 ) -> dict[str, Any]:
     # Whoever has no key, or no access, is told before anything is started.
     secret = secret_of(job)
     _check_storage(job, directory)
-    with Interruption().listening() as interruption, ray_session(job, local_nodes, directory.path / "logs") as own:
+    with ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             on_note("preparing the data")
@@ -154,10 +163,11 @@ def _drive(
             return _follow(controller, directory, interruption, on_update)
         finally:
             end_run(directory.run_id)
-            with suppress(OSError, ValueError):
-                # A controller that was killed could not.
-                targets = targets_directory(job, own_cluster=own)
-                discovery.withdraw(discovery.file_of(targets, directory.run_id))
+            with suppress(OSError, ValueError), directory.probe_lock() as free:
+                # A controller that was killed could not. One that is not ours goes on being watched.
+                if free:
+                    targets = targets_directory(job, own_cluster=own, cwd=os.getcwd())
+                    discovery.withdraw(discovery.file_of(targets, directory.run_id))
 
 
 def _prepare(job: Job) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from torch import nn
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
 from orchestrator.planning.model import ModelCosts, describe_model, training_flops_per_token
-from orchestrator.planning.units import PlanError
 from strategies.batch import Batch
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
@@ -22,6 +22,8 @@ from strategies.document_mask import refuse_without_positions
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
 from strategies.state import TrainingState
+
+log = logging.getLogger(__name__)
 
 
 def choose_device(job: Job) -> torch.device:
@@ -178,7 +180,9 @@ def flops_per_token(job: Job) -> float:
     """What the model takes for a token, forward and backward; 0 where its shapes do not say."""
     try:
         return float(training_flops_per_token(job))
-    except (PlanError, ValueError):
+    except Exception as error:
+        # Networks and their configurations are of all kinds, and nobody trains less well for a number that is missing.
+        log.info("there will be no MFU: %s: %s", type(error).__name__, _first_line(error))
         return 0.0
 
 

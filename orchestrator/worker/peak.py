@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
 
 from orchestrator.job import Job
+
+log = logging.getLogger(__name__)
 
 _TERAFLOPS = {
     # Data sheets of NVIDIA: dense, no sparsity. bf16 on tensor cores; fp32 without TF32, which is off here.
@@ -33,7 +36,15 @@ _TERAFLOPS = {
 
 def peak_flops(job: Job, device: torch.device) -> float:
     """FLOP/s in the job's precision: `monitoring.peak_tflops`, or by the device's name, or as measured with products of
-    matrices, which reach most of it (on a CPU, and on a device that is not known here)."""
+    matrices, which reach most of it (on a CPU, and on a device that is not known here). 0 where that fails."""
+    try:
+        return _peak_flops(job, device)
+    except RuntimeError as error:  # Out of memory, most likely: the number is for people to read, and not worth a run.
+        log.info("there will be no MFU: %s", error)
+        return 0.0
+
+
+def _peak_flops(job: Job, device: torch.device) -> float:
     if job.monitoring.peak_tflops is not None:
         return job.monitoring.peak_tflops * 1e12
     is_bf16 = job.train.precision == "bf16"

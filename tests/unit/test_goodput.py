@@ -159,6 +159,47 @@ def test_waiting_for_machines_is_neither_detection_nor_recovery() -> None:
     }  # fmt: skip
 
 
+def test_what_fails_while_nothing_is_computed_wastes_nothing() -> None:
+    """A worker that dies while the run waits for machines, or while a generation forms."""
+    account = told(
+        incident(20.5, 20.5, "drain"), event(20.6, "worker_released", worker=1, incarnation=0),
+        event(21.0, "waiting", workers=1, needed=2), incident(620.5, 620.0, "kill", 0), generation(630.0, 1),
+        steps=[*TEN, step(10, 632.0, generation=1)],
+    )  # fmt: skip
+    assert spent(account) == BEGINNING | {
+        "data_loading": 1.1, "straggler_wait": 3.3, "other": 0.5, "resize": 0.5, "waiting_for_resources": 3.0 + 608.5,
+        "detection": 0.5, "recovery": 1.0,
+    }  # fmt: skip
+    account = told(
+        incident(19.5, 19.5, "grow", None), generation(20.0, 1), incident(23.5, 23.0), generation(24.0, 2),
+        steps=[*TEN, step(10, 26.0, generation=2)],
+    )  # fmt: skip
+    assert spent(account) == BEGINNING | {
+        "data_loading": 1.1, "straggler_wait": 3.3, "resize": 3.0, "detection": 0.5, "recovery": 1.5,
+    }  # fmt: skip
+
+
+def test_steps_of_the_run_that_this_one_was_forked_from_are_not_its_own() -> None:
+    parents = [step(n, 11.0 + n - 100.0) for n in range(10)]
+    account = read_ledger(START, parents).account()
+    assert account.productive_seconds == 0.0
+    assert spent(account) == pytest.approx(BEGINNING | {"training_preparation": 0.5})
+
+
+def test_what_happened_long_ago_is_not_looked_at_again() -> None:
+    """Ten thousand steps of one generation, with a checkpoint every other step."""
+    ledger = Ledger()
+    for each in START:
+        ledger.add(each)
+    stretches = Stretches(max_seconds=0.0)
+    for number in range(10_000):
+        for stretch in stretches.add(step(number, 11.0 + number)):
+            ledger.add({"time": stretch["ended"], "kind": "steps", **stretch})
+        if number % 2:
+            ledger.add(event(11.0 + number, "checkpoint_saved", committed=number))
+    assert len(ledger._marks) < 10
+
+
 def test_steps_that_are_run_again_were_wasted_and_reading_a_checkpoint_is_named() -> None:
     again = [step(n, 26.0 + n - 6, generation=1) for n in range(6, 10)]
     ledger = ledger_of(
