@@ -6,6 +6,7 @@ wrote a file may replace and remove it, everyone may read it. Knows nothing of w
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -15,11 +16,14 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 
 RAY_ROOT = "/tmp/ray"
 """Where Ray keeps its sessions unless told otherwise (`--temp-dir`)."""
 JOB_NAME = "orchestrator"
 """The Prometheus job of all runs."""
+MAX_BYTES = 4096
+"""What `announce` writes is much shorter; a longer file is none of ours."""
 _SHARED = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO | stat.S_ISVTX
 
 
@@ -65,8 +69,15 @@ def withdraw(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def is_listening(host: str, port: int, timeout_s: float = 1.0) -> bool:
-    """Whether something may listen there. Only a refused connection says no: a silent host may be back."""
+def is_listening(host: str, port: int, timeout_s: float = 0.3) -> bool:
+    """Whether something may listen there. Only a refused connection says no: a silent host may be back.
+
+    Only an address is tried. A name is taken to listen: asking for it may take as long as the resolver likes.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
     try:
         socket.create_connection((host, port), timeout=timeout_s).close()
     except ConnectionRefusedError:
@@ -76,34 +87,68 @@ def is_listening(host: str, port: int, timeout_s: float = 1.0) -> bool:
     return True
 
 
-def sweep(directory: Path, is_listening: Callable[[str, int], bool] = is_listening) -> list[Path]:
+def sweep(
+    directory: Path, is_listening: Callable[[str, int], bool] = is_listening, budget_s: float = 5.0
+) -> list[Path]:  # fmt: skip
     """Removes the files of runs that ended without saying so: those whose endpoint refuses connections.
 
-    Files of others that we may not remove, and files that are not ours to read, stay. Returns what was removed.
+    Files of others that we may not remove, and files that are not ours to read, stay. Looks at no further file after
+    `budget_s` seconds; the next sweep may get further. Never raises. Returns what was removed.
     """
-    removed = []
-    for path in sorted(directory.glob("*.json")):
-        try:
-            seen = path.lstat()
-            endpoint = _endpoint(path)
-        except (OSError, ValueError):
-            continue
-        if endpoint is None or is_listening(*endpoint):
-            continue
-        with suppress(OSError):
-            now = path.lstat()
-            if (now.st_ino, now.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):  # Else: announced anew meanwhile.
-                path.unlink()
-                removed.append(path)
+    deadline = monotonic() + budget_s
+    removed: list[Path] = []
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if monotonic() >= deadline:
+                break
+            if not entry.name.endswith(".json"):
+                continue
+            path = Path(entry.path)
+            try:
+                if _remove_if_dead(path, is_listening):
+                    removed.append(path)
+            except Exception:
+                # Any user may put anything here (JSON too deep to parse, a host that no codec takes, a file that
+                # goes away while it is looked at), and no such file may cost a run its start, or others their sweep.
+                continue
     return removed
 
 
-def _endpoint(path: Path) -> tuple[str, int] | None:
-    """The host and port in a file that `announce` wrote; None for any other content."""
-    match json.loads(path.read_text()):
+def _remove_if_dead(path: Path, is_listening: Callable[[str, int], bool]) -> bool:
+    content, seen = _read(path)
+    endpoint = _endpoint(content)
+    if endpoint is None or is_listening(*endpoint):
+        return False
+    now = path.lstat()
+    if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):  # Announced anew meanwhile.
+        return False
+    path.unlink()
+    return True
+
+
+def _read(path: Path) -> tuple[bytes, os.stat_result]:
+    """A small regular file, and what it was then; never waits, as opening a pipe would.
+
+    Raises OSError when it cannot be read, ValueError when it is anything else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{path} has more than {MAX_BYTES} bytes")
+    return content, found
+
+
+def _endpoint(content: bytes) -> tuple[str, int] | None:
+    """The host and port in what `announce` wrote; None for any other content."""
+    match json.loads(content):
         case [{"targets": [str(address)], "labels": {"job": "orchestrator"}}]:
             host, _, port = address.rpartition(":")
-            return host.strip("[]"), int(port)
+            # The system would take a port beyond all ports for another one.
+            return (host.strip("[]"), int(port)) if 0 < int(port) < 65536 else None
     return None
 
 

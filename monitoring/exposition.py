@@ -6,6 +6,8 @@ here: a client object for each would cost a large run a quarter of a second per 
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from monitoring.series import RANK_SERIES
 
+IDLE_S = 10.0
+"""A connection on which nothing is said for so long is closed: it keeps a thread."""
+log = logging.getLogger(__name__)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
@@ -54,11 +59,18 @@ class MetricsServer:
         """Raises OSError when `port` is taken; 0 picks a free one."""
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = IDLE_S
+
             def do_GET(self) -> None:
                 if self.path.partition("?")[0] not in ("/", "/metrics"):
                     self.send_error(404)
                     return
-                body = render()
+                try:
+                    body = render()
+                except Exception:
+                    log.exception("the metrics cannot be given out")
+                    self.send_error(500, explain="The log of the process that serves this says why.")
+                    return
                 self.send_response(200)
                 self.send_header("Content-Type", CONTENT_TYPE_LATEST)
                 self.send_header("Content-Length", str(len(body)))
@@ -72,7 +84,9 @@ class MetricsServer:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """Whoever scrapes may hang up."""
+                """Whoever scrapes may hang up or fall silent; anything else is a fault of ours."""
+                if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+                    log.exception("a request for metrics from %s failed", client_address)
 
         self._server = Server((host, port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)

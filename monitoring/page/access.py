@@ -1,7 +1,8 @@
 """Who may see the page. Pure: the checks, without a web server.
 
 On loopback everybody on this machine may, unless there is a token; a foreign web page that has its own name resolved
-to loopback (DNS rebinding) is told apart by the Host that the browser sends. Beyond loopback nobody may without token.
+to loopback (DNS rebinding) is told apart by the Host that the browser sends, and one that has the browser ask for
+something here (an image, a frame) by its fetch metadata. Beyond loopback nobody may without token.
 """
 
 from __future__ import annotations
@@ -78,6 +79,17 @@ class Access:
         except ValueError:
             return False
         return name is not None and is_loopback(name)
+
+    def is_site_allowed(self, headers: Mapping[str, str], path: str) -> bool:
+        """Whether a browser may ask for `path` on behalf of the web page that made it ask.
+
+        A page of another site may only link to `/`: it is not to take the places of those who look, nor to have
+        reports made. Browsers say so in the Sec-Fetch headers, which no page can set; other programs send none.
+        """
+        if not self._loopback or headers.get("Sec-Fetch-Site") != "cross-site":
+            return True
+        is_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
+        return is_link and path == "/"
 
     def is_token(self, given: str) -> bool:
         """Compares in a time that tells nothing."""

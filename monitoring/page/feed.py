@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from monitoring.goodput import read_ledger
 from monitoring.page.view import View
 from monitoring.records import read_records
 
+log = logging.getLogger(__name__)
 ACCOUNT_S = 10.0
 """Where nobody says in status.json where the time goes, all records are read for it, at most so often."""
 
@@ -115,6 +118,7 @@ class Feed:
         self._job_read = False
         self._account_at: float | None = None
         self._account_due = False
+        self._told: set[str] = set()
         self.view = View(run_dir.name)
 
     def poll(self, now: float) -> None:
@@ -122,20 +126,29 @@ class Feed:
         view = self.view
         if not self._job_read and (job := self._json("job.resolved.json")) is not None:
             self._job_read = True
-            view.on_job(job)
+            self._take("job.resolved.json", partial(view.on_job, job))
         for event in self._events.new():
-            view.on_event(event)
+            self._take("events.jsonl", partial(view.on_event, event))
             self._account_due = True
         cut, steps = self._steps.new()
         if cut is not None:
             # Buckets of several steps are made anew from their first step on.
             self._steps.rewind(view.cut(cut))
         for record in steps:
-            view.on_step(record)
+            self._take("metrics.jsonl", partial(view.on_step, record))
         status = self._json("status.json")
-        view.on_status(status, now)
+        self._take("status.json", partial(view.on_status, status, now))
         if status is None or not view.glance.is_live(now):
             self._account(now)
+
+    def _take(self, what: str, take: Callable[[], None]) -> None:
+        """Shows a record; one of another version, which lacks what this one needs, does not keep the others away."""
+        try:
+            take()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if what not in self._told:
+                self._told.add(what)
+                log.warning("%s of %s cannot be shown in full: %r", what, self._dir, error)
 
     def _account(self, now: float) -> None:
         """Where the time of an ended or older run went."""

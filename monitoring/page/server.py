@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -43,6 +44,7 @@ _HEADERS = {
     "Server": "elastic-orchestrator",
 }
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -79,6 +81,10 @@ class Application:
             response = _text(error.status, error.reason)
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
+        except Exception:
+            # Else aiohttp would answer, without these headers. Not the whole address: there may be a token in it.
+            log.exception("the page could not answer a request for %r", request.path)
+            response = _text(500, "This could not be shown; the log of the page's server says why.")
         if not response.prepared:
             for name, value in _HEADERS.items():
                 response.headers.setdefault(name, value)
@@ -92,6 +98,8 @@ class Application:
             return response
         if not self._access.is_host_allowed(request.headers.get("Host")):
             return _text(421, "This page is for this machine; open it as http://127.0.0.1 or http://localhost.")
+        if not self._access.is_site_allowed(request.headers, request.path):
+            return _text(403, "Another web site asked for this; open the page itself, at /.")
         if self._access.is_allowed(request.headers, request.cookies.get(self.cookie_name)):
             if "token" in request.query and self._access.needs_token:
                 return _redirect(request)
@@ -164,7 +172,10 @@ class Application:
         """Looks at the files again and again, as long as anybody listens."""
         while self._listeners:
             await asyncio.sleep(self._tick_s)
-            await self._look()
+            try:
+                await self._look()
+            except Exception:  # Whoever listens is to hear of what can be shown again.
+                log.exception("the page could not show what is new")
 
     async def _look(self) -> None:
         """Takes in what is new, and tells all listeners; never more often than once a tick."""

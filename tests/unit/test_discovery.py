@@ -6,11 +6,13 @@ import json
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
-from monitoring.discovery import announce, is_listening, sweep, targets_directory, withdraw
+from monitoring import discovery
+from monitoring.discovery import MAX_BYTES, announce, is_listening, sweep, targets_directory, withdraw
 
 
 def test_the_directory_lies_beside_rays_own_file() -> None:
@@ -96,3 +98,85 @@ def test_a_silent_host_is_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(socket, "create_connection", silent)
     assert is_listening("192.0.2.1", 80)
+
+
+def test_a_name_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def refused(address: object, **_: object) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+    for name in ("localhost", "head.example", "a..b", "", "127.1"):
+        assert is_listening(name, 80), name
+    assert asked == []
+    assert not is_listening("127.0.0.1", 80)
+    assert not is_listening("::1", 80)
+    assert asked == [("127.0.0.1", 80), ("::1", 80)]
+
+
+def _announced(target: str) -> str:
+    return json.dumps([{"targets": [target], "labels": {"job": "orchestrator"}}])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * MAX_BYTES, "[" * 200_000, "\x00", "\ud800", _announced("a..b:80"), _announced(f"{'a' * 70}.b:80"),
+        _announced("127.0.0.1:99999"), _announced("127.0.0.1:-1"), _announced("127.0.0.1:"), _announced("127.0.0.1"),
+        _announced("127.0.0.1:" + "9" * 4000), _announced("127.0.0.1\x00:80"), _announced("[::1%nowhere]:80"),
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_whatever_lies_there_a_sweep_goes_on(tmp_path: Path, content: str) -> None:
+    # On both sides of the strange file, in whichever order the system lists them.
+    for name in ("a", "z"):
+        announce(tmp_path, name, "127.0.0.1", 1)
+    (tmp_path / "m.json").write_bytes(content.encode(errors="surrogatepass"))
+    assert sorted(sweep(tmp_path)) == [tmp_path / "a.json", tmp_path / "z.json"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.json"]
+
+
+def test_a_probe_that_fails_in_any_way_does_not_end_the_sweep(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        announce(tmp_path, name, "127.0.0.1", 1)
+    asked = []
+
+    def broken(host: str, port: int) -> bool:
+        asked.append(port)
+        raise UnicodeError
+
+    assert sweep(tmp_path, broken) == []
+    assert asked == [1, 1]
+
+
+def test_a_pipe_does_not_block_a_sweep_and_only_small_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    dead = announce(tmp_path / "elsewhere", "r", "127.0.0.1", 1)
+    (tmp_path / "link.json").symlink_to(dead)
+    (tmp_path / "long.json").write_text(dead.read_text() + " " * MAX_BYTES)
+    before = sorted(tmp_path.iterdir())
+    removed: list[Path] = []
+    sweeping = threading.Thread(target=lambda: removed.extend(sweep(tmp_path)), daemon=True)
+    sweeping.start()
+    sweeping.join(timeout=60.0)
+    assert not sweeping.is_alive(), "it waits for somebody to write to the pipe"
+    assert removed == []
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_sweep_has_only_so_much_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(100):
+        announce(tmp_path, f"r{number}", "127.0.0.1", 1)
+    now = 0.0
+
+    def slow(host: str, port: int) -> bool:
+        nonlocal now
+        now += 0.25
+        return True
+
+    monkeypatch.setattr(discovery, "monotonic", lambda: now)
+    assert sweep(tmp_path, slow, budget_s=5.0) == []
+    assert now == 5.0

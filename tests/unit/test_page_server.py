@@ -16,6 +16,7 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer
 
 from monitoring.page.access import Access, PageError, check_exposure, is_loopback, token_of
+from monitoring.page.feed import Feed
 from monitoring.page.server import Application, PageServer
 from tests.simulated_run import SimulatedRun
 
@@ -121,6 +122,105 @@ def test_a_name_that_was_made_to_point_here_is_told_apart(run: SimulatedRun, hos
     assert status in (200, 400, 421)
 
 
+def _fetched(site: str, mode: str = "no-cors", destination: str = "empty") -> dict[str, str]:
+    return {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": destination}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/", _fetched("cross-site", "navigate", "document"), 200),
+        ("/", _fetched("cross-site", "navigate", "iframe"), 403),
+        ("/", _fetched("cross-site", "cors", "document"), 403),
+        ("/", {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("/report", _fetched("cross-site", "navigate", "document"), 403),
+        ("/report", _fetched("cross-site", "no-cors", "image"), 403),
+        ("/report", _fetched("none", "navigate", "document"), 200),
+        ("/report", _fetched("same-origin", "navigate", "document"), 200),
+        ("/api/stream", _fetched("cross-site", "cors"), 403),
+        ("/api/state", _fetched("cross-site"), 403),
+        ("/api/state", _fetched("same-origin", "cors"), 200),
+        ("/static/app.js", _fetched("cross-site", "no-cors", "script"), 403),
+    ],
+)
+def test_a_page_of_another_site_may_only_link_here(
+    run: SimulatedRun, path: str, headers: dict[str, str], status: int
+) -> None:
+    async def use(client: Client) -> tuple[int, str | None]:
+        async with client.get(path, headers=headers) as response:
+            return response.status, response.headers.get("Content-Security-Policy")
+
+    found, policy = with_client(application(run), use)
+    assert found == status
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_fetch_metadata_is_for_loopback_and_elsewhere_there_is_the_token(run: SimulatedRun) -> None:
+    """A browser keeps the cookie, which is strict, from other sites' requests."""
+
+    async def use(client: Client) -> list[int]:
+        headers = _fetched("cross-site")
+        async with client.get("/api/state", headers=headers) as response:
+            without = response.status
+        async with client.get("/api/state", headers=headers | {"Authorization": f"Bearer {TOKEN}"}) as response:
+            return [without, response.status]
+
+    assert with_client(application(run, TOKEN, host="0.0.0.0"), use) == [401, 200]
+
+
+@pytest.mark.parametrize("path", ["/report", "/api/state", "/api/stream"])
+def test_an_error_is_answered_with_one_line_and_the_same_headers(
+    run: SimulatedRun, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> str:
+        raise KeyError("generation")
+
+    monkeypatch.setattr("monitoring.page.server.render", broken)
+    monkeypatch.setattr("monitoring.page.view.View.whole", broken)
+
+    async def use(client: Client) -> tuple[int, str, dict[str, str]]:
+        async with client.get(f"{path}?token={TOKEN}") as response:
+            return response.status, await response.text(), dict(response.headers)
+
+    status, text, headers = with_client(application(run), use)
+    assert status == 500
+    assert text.splitlines() == ["This could not be shown; the log of the page's server says why."]
+    assert "script-src 'self'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Cache-Control"] == "no-store"
+    assert "KeyError: 'generation'" in caplog.text
+    assert path in caplog.text
+    assert TOKEN not in caplog.text
+
+
+def test_records_that_lack_what_they_should_have_do_not_hide_the_others(
+    run: SimulatedRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps, events = run.path / "metrics.jsonl", run.path / "events.jsonl"
+    whole = steps.read_text().splitlines(keepends=True)
+    damaged = json.loads(whole[-1])
+    damaged["tokens"] = "many"
+    steps.write_text("".join(whole[:-1]) + json.dumps(damaged) + "\n")
+    with events.open("a") as file:
+        file.write('5\n{"kind": "generation", "time": 1.0}\n{"kind": "recovery"}\n')
+    (run.path / "status.json").write_text(json.dumps({"time": time.time(), "workers": [5], "findings": 7}))
+
+    async def use(client: Client) -> list[dict[str, Any]]:
+        states = []
+        for _ in range(2):
+            async with client.get("/api/state") as response:
+                assert response.status == 200
+                states.append(await response.json())
+            await asyncio.sleep(0.02)
+        return states
+
+    for state in with_client(application(run), use):
+        assert len(state["points"]["rows"]) == 19
+    for name in ("events.jsonl", "metrics.jsonl", "status.json"):
+        assert caplog.text.count(f"{name} of") == 1, "said once"
+
+
 def test_with_a_token_nobody_sees_anything_without_it(run: SimulatedRun) -> None:
     async def use(client: Client) -> None:
         for path in ("/", "/static/app.js", "/api/state", "/api/stream", "/report", "/?token=wrong", "/?token=%FF"):
@@ -220,6 +320,32 @@ def test_the_stream_says_everything_and_then_what_changes(run: SimulatedRun) -> 
             assert changes["workers"]["1.0"]["state"] == "lost"
 
     with_client(application(run), use)
+
+
+def test_an_error_while_looking_does_not_end_the_stream(
+    run: SimulatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    page = application(run)
+    poll, failed = Feed.poll, 0
+
+    def fails_twice(feed: Feed, now: float) -> None:
+        nonlocal failed
+        if failed < 2:
+            failed += 1
+            raise OSError("stale file handle")
+        poll(feed, now)
+
+    async def use(client: Client) -> None:
+        async with client.get("/api/stream") as response:
+            stream = Stream(response)
+            await stream.next("state")
+            monkeypatch.setattr(Feed, "poll", fails_twice)
+            run.train(1)
+            changes = await asyncio.wait_for(stream.next("changes"), 60.0)
+            assert [row[0] for row in changes["points"]["rows"]] == [20]
+
+    with_client(page, use)
+    assert failed == 2
 
 
 def test_the_stream_of_64_ranks_is_less_than_50_kilobytes_a_second(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from run_directories import (
     CONTROLLER,
     GENERATION,
     INCIDENT,
+    JOB,
     RECOVERY,
     RESULT,
     STARTED,
@@ -194,10 +195,74 @@ def test_a_controller_that_is_restarted_is_waited_for(tmp_path: Path) -> None:
     newest = directory.events.stat().st_mtime
     for path in (directory.events, directory.metrics):
         os.utime(path, (newest, newest))
+    os.utime(directory.path / "job.resolved.json", (newest - 1, newest - 1))
     assert not following.is_abandoned(directory, patience_s=time.time() - newest + 60)
     assert following.is_abandoned(directory, patience_s=-1.0)
     with steered(directory.path):
         assert not following.is_abandoned(directory, patience_s=-1.0)
+
+
+def started_at(path: Path, started: float, said: float | None = None) -> RunDirectory:
+    """A run that recorded nothing since it was started, and last said something in its logs at `said`."""
+    path.mkdir()
+    (path / "job.resolved.json").write_text(json.dumps(JOB))
+    os.utime(path / "job.resolved.json", (started, started))
+    (path / "events.jsonl").touch()  # Empty, whenever that was.
+    if said is not None:
+        (path / "logs").mkdir()
+        (path / "logs" / "driver.log").write_text("2026-08-02T22:21:51.123Z INFO [run=r] driver: starting workers\n")
+        os.utime(path / "logs" / "driver.log", (said, said))
+    return RunDirectory(path)
+
+
+def test_a_run_that_died_before_its_first_event_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(time, "time", lambda: T0)
+    patience = following.START_PATIENCE_S
+    assert patience > following.PATIENCE_S
+    silent = started_at(tmp_path / "silent", T0 - patience - 1)
+    assert following.is_abandoned(silent)
+    with steered(silent.path):
+        assert not following.is_abandoned(silent)
+    assert not following.is_abandoned(started_at(tmp_path / "new", T0 - patience + 1)), "Ray may still be starting"
+    assert not following.is_abandoned(started_at(tmp_path / "busy", T0 - 2 * patience, T0 - patience + 1))
+    assert following.is_abandoned(started_at(tmp_path / "dead", T0 - 3 * patience, T0 - 2 * patience))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [(["watch"], 1, "interrupted after 0 steps"), (["watch", "--json"], 1, ""), (["events", "-f"], 0, ""),
+     (["logs", "-f"], 0, "starting workers")],
+)  # fmt: skip
+def test_nothing_waits_for_ever_for_a_run_that_died_before_its_first_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, says: str
+) -> None:
+    class StillWaiting(Exception):
+        pass
+
+    def wait(seconds: float) -> None:
+        raise StillWaiting
+
+    started_at(tmp_path / "run", T0 - 1e6, T0 - 1e6)
+    monkeypatch.setattr(time, "time", lambda: T0)
+    monkeypatch.setattr(time, "sleep", wait)
+    done = command(arguments[0], str(tmp_path / "run"), *arguments[1:])
+    assert done.exit_code == code, done.exception
+    assert says in done.stdout
+
+
+def test_a_run_that_is_resumed_is_not_given_up_before_it_recorded_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    directory = RunDirectory(make_run(tmp_path))
+    for path in (directory.events, directory.metrics):
+        os.utime(path, (T0 - 1e6, T0 - 1e6))
+    os.utime(tmp_path / "job.resolved.json", (T0 - 60, T0 - 60))
+    monkeypatch.setattr(time, "time", lambda: T0)
+    assert not following.is_abandoned(directory)
+    monkeypatch.setattr(time, "time", lambda: T0 + following.START_PATIENCE_S)
+    assert following.is_abandoned(directory)
 
 
 def test_the_panel_shows_what_status_shows(tmp_path: Path) -> None:
