@@ -1,12 +1,14 @@
-"""What an operator finds in the logs of a run with a killed worker."""
+"""What an operator is told of a run with a killed worker: by its logs, its report and its status file."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pytest
 from command_line import orchestrator
-from conftest import Runner
+from conftest import Outcome, Runner
 
 
 def records(run_dir: str, *options: str) -> list[dict[str, Any]]:
@@ -42,3 +44,30 @@ def test_the_story_of_a_kill_is_in_the_logs_of_all_who_took_part(runner: Runner)
     assert any(record["message"].startswith("the run ends: finished") for record in controller)
     assert any("part 0 of" in record["message"] for record in ours), "checkpoints"
     assert list((outcome.directory.path / "tensorboard").glob("events.out.tfevents.*"))
+    goodput_adds_up(outcome)
+
+
+def goodput_adds_up(outcome: Outcome) -> None:
+    """From events.jsonl alone, to the wall time that result.json has, with the kill among what it lost."""
+    path = outcome.directory.path
+    for name in ("metrics.jsonl", "status.json"):
+        (path / name).rename(path / f"{name}.away")
+    done = orchestrator("report", str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    goodput = report["goodput"]
+    lost = goodput["badput_seconds"]
+    assert goodput["productive_seconds"] + sum(lost.values()) == pytest.approx(goodput["wall_seconds"], rel=0.005)
+    assert goodput["wall_seconds"] == pytest.approx(outcome.result.wall_seconds, rel=0.005)
+    assert report["goodput_ratio"] == pytest.approx(outcome.result.goodput_ratio, abs=0.005)
+    assert lost["initialisation"] > 0
+    assert lost["detection"] > 0
+    (kill,) = [incident for incident in report["incidents"] if incident["incident"] == "kill"]
+    assert kill["seconds"].keys() >= {"detection", "recovery"}
+    assert kill["stall_seconds"] is not None
+    assert "worker 1 died" in Path(report["page"]).read_text()
+    for name in ("metrics.jsonl", "status.json"):
+        (path / f"{name}.away").rename(path / name)
+    status = json.loads((path / "status.json").read_text())
+    assert (status["over"], status["status"], status["step"]) == (True, "finished", 40)
+    assert status["goodput"]["wall_seconds"] == pytest.approx(goodput["wall_seconds"], rel=0.005)
