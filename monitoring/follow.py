@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from monitoring.records import records_from
 
 
 class Tail:
@@ -35,16 +36,9 @@ class Tail:
             self._offset, self._inode = found.st_size, found.st_ino
             return
         self._inode = found.st_ino
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # Cut and written anew between two looks: this is the end of another line.
+        for end, record in records_from(self._path, self._offset):
+            self._offset = end
+            if record is not None:
                 yield record
 
 

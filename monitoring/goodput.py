@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from monitoring.stretches import uncovered
@@ -22,7 +22,13 @@ REASONS = (
 """Why time was not spent training."""
 
 VOLUNTARY = frozenset({"grow", "shrink", "drain", "rebalance", "evict"})
-"""Incidents in which everybody leaves at a step boundary, so that no step is interrupted."""
+"""Kinds of incidents that are no failures: everybody leaves at a step boundary, so that no step is interrupted."""
+
+_TELLING = frozenset({
+    "run_started", "controller", "worker_placed", "worker_ready", "worker_died", "worker_killed", "worker_released",
+    "waiting", "generation", "generation_running", "stop_requested", "run_finished",
+})  # fmt: skip
+"""Kinds of events at which a gap between steps may be divided."""
 
 _PENDING = "pending"
 """A step may be under way; whether it comes to anything is not known yet."""
@@ -82,7 +88,7 @@ class _Situation:
     is_over: bool = False
 
     def copy(self) -> _Situation:
-        return _Situation(**{**vars(self), "placed": set(self.placed)})
+        return replace(self, placed=set(self.placed))
 
     def take(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
@@ -136,6 +142,7 @@ class Ledger:
         """Everything before is settled."""
         self._last = 0.0
         self._finished: float | None = None
+        self._session: str | None = None
         self._totals = dict.fromkeys(("productive", *REASONS), 0.0)
         self._situation = _Situation()
         self._marks: list[Mapping[str, Any]] = []
@@ -155,10 +162,12 @@ class Ledger:
                 self._train(event)
             return
         at = float(event["time"])
-        if kind == "controller" and self._last and self._is_new_session(event):
-            down = {"kind": "down", "time": max(self._last, self._until) if self._finished is None else self._finished}
-            self._marks.append(down)
-            self._finished = None
+        if kind == "controller":
+            if self._session not in (None, event["session"]):
+                ended = max(self._last, self._until) if self._finished is None else self._finished
+                self._marks.append({"kind": "down", "time": ended})
+                self._finished = None
+            self._session = event["session"]
         if kind == "run_started" and self._began is None:
             self._began = self._until = at
         self._last = max(self._last, at)
@@ -173,12 +182,8 @@ class Ledger:
             incident = _Incident(event, began, max(at, began + float(event["detect_seconds"])))
             self._open.append(incident)
             self._all.append(incident)
-        self._marks.append(event)
-
-    def _is_new_session(self, event: Mapping[str, Any]) -> bool:
-        known = [mark["session"] for mark in self._marks if mark["kind"] == "controller"]
-        session = known[-1] if known else self._situation.session
-        return session not in (None, event["session"])
+        if kind in _TELLING:
+            self._marks.append(event)
 
     def _train(self, event: Mapping[str, Any]) -> None:
         """Takes a stretch of steps; what of it overlaps with the one before (clocks differ) counts once."""

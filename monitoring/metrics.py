@@ -256,7 +256,9 @@ class RunMetrics:
         counts = Count(worker["state"] for worker in status["workers"])
         for state in WORKER_STATES:
             self._one("world_size", state=state).set(counts[state])
-        self._ranks = [(worker["rank"], _series_of(worker)) for worker in status["workers"] if _has_rank(worker)]
+        self._ranks = [
+            (worker["rank"], _series_of(worker)) for worker in status["workers"] if worker["rank"] is not None
+        ]
 
     def on_window(self, window: Window) -> None:
         """What a window of steps says of what ranks were dealt."""
@@ -297,10 +299,6 @@ class RunMetrics:
         if (more := seconds - self._shown.get(key, 0.0)) > 0:
             self._shown[key] = seconds
             self._one(name, **labels).inc(more)
-
-
-def _has_rank(worker: Mapping[str, Any]) -> bool:
-    return worker["rank"] is not None
 
 
 def _series_of(worker: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,15 +65,26 @@ class RecordFile:
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file, oldest first; a torn last line is passed over. Nothing when there is no file."""
-    if not path.exists():
+    for _, record in records_from(path, 0):
+        if record is not None:
+            yield record
+
+
+def records_from(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The whole lines of a file from byte `offset` on: where each ends, and its record; None for a line that is none
+    (it may be the end of another, of a file that was cut and written anew). Nothing when there is no file."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:
+    with file:
+        file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
-                return
+                return  # Not written to its end yet.
+            offset += len(line)
             try:
                 record = json.loads(line)
             except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
+                record = None
+            yield offset, record if isinstance(record, dict) else None

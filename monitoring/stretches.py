@@ -49,6 +49,13 @@ class Stretches:
         self._ended = 0.0
         self._open: dict[str, Any] | None = None
 
+    @classmethod
+    def following(cls, event: Mapping[str, Any]) -> Stretches:
+        """Goes on where the stretch of a `steps` event ended."""
+        stretches = cls(event["last"] + 1)
+        stretches._generation, stretches._ended = event["generation"], float(event["ended"])
+        return stretches
+
     def add(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Takes the next step's record; the events of the stretches that are complete."""
         if record["step"] < self._next:
@@ -120,17 +127,14 @@ def lost(records: Iterable[Mapping[str, Any]], committed: int) -> dict[str, Any]
 def uncovered(events: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`steps` events of those committed steps that no event tells of yet: the end of a run that lost its controller,
     or that is under way. What was committed before the run began is another run's, which it was forked from."""
-    reached, stretches, began = 0, Stretches(), None
+    stretches, began = Stretches(), None
     for event in events:
         if event["kind"] == "run_started" and began is None:
             began = float(event["time"])
         elif event["kind"] == "steps":
-            reached = event["last"] + 1
-            stretches = Stretches(reached)
-            stretches._generation, stretches._ended = event["generation"], event["ended"]
+            stretches = Stretches.following(event)
         elif event["kind"] == "rollback":
-            reached = min(reached, event["committed"])
-            stretches = Stretches(reached)
+            stretches.roll_back(event["committed"])
     if began is None:
         return []
     own = [record for record in records if float(record["committed_at"]) >= began]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from monitoring.alerts import burn
 from monitoring.alerts.model import Alert, Group, Recording
+from monitoring.goodput import VOLUNTARY
 
 DEFAULT_GOODPUT_TARGET = 0.9
 DEFAULT_RUNBOOKS = "docs/runbooks.md"
 
-VOLUNTARY = "grow|shrink|drain|rebalance|evict"
-"""Kinds of incidents that are no failures: everyone leaves at a step boundary, by agreement."""
+_VOLUNTARY = "|".join(sorted(VOLUNTARY))
 
 
 def _total(name: str, matcher: str = "") -> Recording:
@@ -30,7 +30,7 @@ def _new(name: str, window: str) -> str:
 
 
 _TOTALS = (
-    _total("failures", f'{{kind!~"{VOLUNTARY}"}}'),
+    _total("failures", f'{{kind!~"{_VOLUNTARY}"}}'),
     _total("controller_restarts"),
     _total("checkpoint_failures"),
     _total("checkpoint_verify_failures"),

@@ -14,7 +14,7 @@ from typing import Any
 from monitoring.follow import Tail
 from monitoring.goodput import read_ledger
 from monitoring.page.view import View
-from monitoring.records import read_records
+from monitoring.records import read_records, records_from
 
 log = logging.getLogger(__name__)
 ACCOUNT_S = 10.0
@@ -83,29 +83,23 @@ class StepFile:
             return False
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return
-        with file:
-            file.seek(self._end)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    self._seen = None  # Half a line: look again.
-                    return
-                place, self._end = self._end, self._end + len(line)
-                try:
-                    record = json.loads(line)
-                    step, at = int(record["step"]), float(record["committed_at"])
-                except (ValueError, KeyError, TypeError):
-                    continue
-                if not self._places:
-                    self._first = step
-                elif step != self._first + len(self._places):
-                    continue
-                self._places.append(place)
-                self._times.append(at)
-                yield record
+        for end, record in records_from(self._path, self._end):
+            place, self._end = self._end, end
+            if record is None:
+                continue
+            try:
+                step, at = int(record["step"]), float(record["committed_at"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if not self._places:
+                self._first = step
+            elif step != self._first + len(self._places):
+                continue
+            self._places.append(place)
+            self._times.append(at)
+            yield record
+        if self._seen is not None and self._end < self._seen[0]:
+            self._seen = None  # Half a line: look again.
 
 
 class Feed:

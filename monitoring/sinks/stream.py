@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.follow import Tail, describe_event
+from monitoring.records import records_from
 
 Json = dict[str, Any]
 
@@ -130,22 +131,11 @@ class Stream:
             found = path.stat()
             if found.st_ino != self._inode or found.st_size < self._offset:
                 self._inode, self._offset = found.st_ino, 0
-            if found.st_size == self._offset:
-                return
-            with path.open("rb") as file:
-                file.seek(self._offset)
-                lines = file.readlines()
         except FileNotFoundError:
             return
-        for line in lines:
-            if not line.endswith(b"\n"):
-                return
-            self._offset += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
+        for end, record in records_from(path, self._offset):
+            self._offset = end
+            if record is not None:
                 yield record
 
     def _values(self, record: Json) -> dict[str, float]:

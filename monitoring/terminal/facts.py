@@ -1,5 +1,5 @@
 """What is known of a run at this moment, from the files of its directory alone: `status.json`, which the controller
-renews about once a second, and the records. An older run without `status.json`, or one that ended badly, has the
+renews twice a second, and the records. An older run without `status.json`, or one that ended badly, has the
 records. Whether anybody steers the run is for the caller to know: it takes a lock to find out."""
 
 from __future__ import annotations

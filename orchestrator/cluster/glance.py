@@ -53,7 +53,7 @@ def glance(machine: Controller, chronicle: Chronicle, job: Job, now: float) -> d
             for view in sorted(views, key=lambda view: view.worker)
         ],
         "incidents": {
-            "total": sum(1 for _ in chronicle.recoveries) + len(chronicle.open_incidents),
+            "total": len(chronicle.recoveries) + len(chronicle.open_incidents),
             "open": [{key: i[key] for key in ("incident", "worker", "cause", "at")} for i in chronicle.open_incidents],
         },
         "last_recovery": chronicle.recoveries[-1] if chronicle.recoveries else None,

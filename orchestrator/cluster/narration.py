@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.follow import describe_event
+from monitoring.goodput import VOLUNTARY
 from monitoring.logs import LogContext, set_up
-from orchestrator.controller.incidents import VOLUNTARY
 from orchestrator.controller.protocol import (
     Action,
     CommitCheckpoint,

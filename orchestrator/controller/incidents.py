@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from monitoring.goodput import VOLUNTARY
 from orchestrator.controller.protocol import Record
 from orchestrator.messages import StepReport, WorkerId
-
-VOLUNTARY = frozenset({"grow", "shrink", "drain", "rebalance", "evict"})
-"""Incident kinds that are no failures: everyone leaves at a step boundary, by agreement."""
 
 
 @dataclass

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from monitoring.goodput import VOLUNTARY
 from monitoring.skew import Account, Detector, Finding, Rating, Window, Windows
-from orchestrator.controller.incidents import VOLUNTARY
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import Action, Deal, Record
 from orchestrator.controller.views import RebalanceRules, WorkerView

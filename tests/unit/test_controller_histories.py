@@ -14,7 +14,7 @@ import pytest
 from layouts_in_tests import MODEL, layouts
 from simulation import Node, World
 
-from orchestrator.controller.incidents import VOLUNTARY
+from monitoring.goodput import VOLUNTARY
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, is_replicated
 from orchestrator.messages import Generation
 

@@ -203,7 +203,7 @@ def test_records_that_lack_what_they_should_have_do_not_hide_the_others(
     damaged["tokens"] = "many"
     steps.write_text("".join(whole[:-1]) + json.dumps(damaged) + "\n")
     with events.open("a") as file:
-        file.write('5\n{"kind": "generation", "time": 1.0}\n{"kind": "recovery"}\n')
+        file.write('5\n{"kind": "generation", "time": 1.0}\n{"kind": "incident", "time": "noon"}\n')
     (run.path / "status.json").write_text(json.dumps({"time": time.time(), "workers": [5], "findings": 7}))
 
     async def use(client: Client) -> list[dict[str, Any]]:
@@ -217,7 +217,7 @@ def test_records_that_lack_what_they_should_have_do_not_hide_the_others(
 
     for state in with_client(application(run), use):
         assert len(state["points"]["rows"]) == 19
-    for name in ("events.jsonl", "metrics.jsonl", "status.json"):
+    for name in ("metrics.jsonl", "status.json"):
         assert caplog.text.count(f"{name} of") == 1, "said once"
 
 
