@@ -36,6 +36,8 @@ class Watched:
     run: str
     directory: Path
     began: float
+    stopped: float
+    """When it was asked to stop: until then it trained, with all its ranks."""
     ended: float
     """When it was last scraped."""
     targets: Path
@@ -58,8 +60,9 @@ class Watched:
         )  # fmt: skip
         return [[float(value) for _, value in series["values"]] for series in found["result"]]
 
-    def at_the_end(self, expr: str) -> list[list[float]]:
-        found = self.prometheus.get("query", query=self.filled_in(expr), time=self.ended)
+    def while_it_trains(self, expr: str) -> list[list[float]]:
+        """What a table shows whoever looks at a live run. (A run that finishes has no ranks any more, and says so.)"""
+        found = self.prometheus.get("query", query=self.filled_in(expr), time=self.stopped)
         return [[float(series["value"][1])] for series in found["result"]]
 
 
@@ -85,6 +88,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
             assert resized.returncode == 0, resized.stderr
             _until_resized(command)
             time.sleep(5)  # Nothing is tested by this: a few more scrapes, so that rates have something to say.
+            stopped = time.time()
             assert orchestrator("stop", str(command.run_dir)).returncode == 0
             output, _ = process.communicate(timeout=60)
         finally:
@@ -97,7 +101,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
             "query_range", query='max(up{job="orchestrator"} == 1)', start=began, end=time.time(), step=0.5
         )["result"]
         (run,) = prometheus.get("label/run/values", start=began)
-        yield Watched(prometheus, run, command.run_dir, began, float(up["values"][-1][0]), targets, left_behind)
+        last_scrape = float(up["values"][-1][0])
+        yield Watched(prometheus, run, command.run_dir, began, stopped, last_scrape, targets, left_behind)
 
 
 def _until_resized(command: CommandLine) -> None:
@@ -130,7 +135,7 @@ def test_the_run_has_one_label_and_not_two(watched: Watched) -> None:
 
 def test_prometheus_knows_what_is_on_record(watched: Watched) -> None:
     steps = sum(1 for _ in read_records(watched.directory / "metrics.jsonl"))
-    assert 60 <= watched.at_the_end("max(orchestrator_step)")[0][0] <= steps
+    assert 60 <= watched.while_it_trains("max(orchestrator_step)")[0][0] <= steps
     counted = max(max(values) for values in watched.over_time('sum(orchestrator_failures_total{run="$run"})'))
     assert 3 <= counted <= len(watched.events("incident"))
     recorded = max(max(values) for values in watched.over_time("run:orchestrator_failures:sum"))
@@ -189,7 +194,7 @@ def test_every_panel_has_its_data(watched: Watched, page: Any) -> None:
     asked += [(f"annotation {a.name}", a.expr, False, a.may_be_empty) for a in page.annotations]
     empty = []
     for name, expr, instant, may_be_empty in asked:
-        series = watched.at_the_end(expr) if instant else watched.over_time(expr)
+        series = watched.while_it_trains(expr) if instant else watched.over_time(expr)
         has_data = any(not math.isnan(value) for values in series for value in values)
         if not has_data and may_be_empty not in DID_NOT_HAPPEN:
             empty.append(name)
