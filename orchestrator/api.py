@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.job import Job
-from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
 
 
 @dataclass(frozen=True)
@@ -45,26 +44,32 @@ def run(
     *,
     job_text: str | None = None,
     local_nodes: int = 0,
+    ephemeral: bool = False,
     on_update: Callable[[dict[str, Any]], None] = lambda snapshot: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> RunResult:
     """Trains `job` to its end, on the Ray cluster at `RAY_ADDRESS` or on one started for it on this machine.
 
     `run_dir` defaults to a new directory under `runs/`; with the directory of an unfinished run of the same job, that
-    run goes on from its newest valid checkpoint, and with that of a finished one its result is returned.
+    run goes on from its newest valid checkpoint, with that of one under way on the cluster it is followed, and with
+    that of a finished one its result is returned. On a cluster the run outlives this process unless it is `ephemeral`.
     `on_update` is called a few times a second with the run's state. Raises RunDirectoryError, DataError, ClusterError
     or SinkProblem when the run cannot start; a run that started and failed is a result with status "failed".
     """
-    directory = RunDirectory(run_dir or Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    directory = RunDirectory(run_dir or runs_root() / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     previous = _previous(job, directory)
     if previous is not None:
         return _result(previous, directory)
     check_sinks(job.monitoring.model_dump())
-    directory.create(job_text if job_text is not None else yaml.safe_dump(job.resolved()), job.resolved())
 
     from orchestrator.cluster.driver import drive
 
-    return _result(drive(job, directory, local_nodes=local_nodes, on_update=on_update, on_note=on_note), directory)
+    text = job_text if job_text is not None else yaml.safe_dump(job.resolved())
+    result = drive(
+        job, directory, job_text=text, local_nodes=local_nodes, ephemeral=ephemeral,
+        on_update=on_update, on_note=on_note,
+    )  # fmt: skip
+    return _result(result, directory)
 
 
 def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
@@ -78,11 +83,6 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
             f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "
             "Choose another --run-dir, use the job file of that run, or start a new run from it with --fork"
         )
-    with directory.probe_lock() as free:
-        if not free:
-            raise RunDirectoryError(
-                f"{directory.path} is being run right now; see `orchestrator status {directory.path}`"
-            )
     result = directory.read_json("result.json")
     return dict(result) if result is not None and result.get("status") == "finished" else None
 

@@ -11,8 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator.commands.monitoring import app as monitoring_app
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 3
+from orchestrator.commands.outcome import EXIT_BAD_INPUT, EXIT_FAILED, exit_code, show_result
 
 app = typer.Typer(
     name="orchestrator",
@@ -30,8 +29,15 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a field of the job file; repeatable.")
 ]
+Faults = Annotated[
+    list[str] | None,
+    typer.Option("--fault", metavar="step=N,worker=W,kind=K", help="Inject a fault (kill, hang, ...); repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Page = Annotated[bool, typer.Option("--page", help="Serve a live page of the run on this machine; prints where.")]
+Ephemeral = Annotated[
+    bool, typer.Option("--ephemeral", help="On a cluster, end the run when this process is gone; else it goes on.")
+]
 PagePort = Annotated[int, typer.Option(min=0, max=65535, help="Of the live page; 0 takes any free one.")]
 
 
@@ -40,28 +46,29 @@ def run(
     job: JobFile,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run is kept; an unfinished run goes on.")] = None,
     set_: Overrides = None,
-    fault: Annotated[
-        list[str] | None,
-        typer.Option(metavar="step=N,worker=W,kind=K", help="Inject a fault (kill, hang, raise, ...); repeatable."),
-    ] = None,
+    fault: Faults = None,
     local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
     fork: Annotated[
         bool, typer.Option("--fork", help="A new run beside --run-dir, from its newest checkpoint, with this job.")
     ] = False,
+    ephemeral: Ephemeral = False,
     page: Page = False,
     page_port: PagePort = 0,
     json_: AsJson = False,
 ) -> None:
-    """Train a job to its end."""
+    """Train a job to its end; with the directory of a run that is under way on the cluster, follow that."""
     from orchestrator.job import Job
-    from orchestrator.rundir import RunDirectory
+    from orchestrator.rundir import RunDirectory, runs_root
 
     loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
     name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = RunDirectory(run_dir if run_dir is not None else _unused(Path("runs") / name))
+    directory = RunDirectory(run_dir if run_dir is not None else _unused(runs_root() / name))
     if fork:
         directory = _fork(loaded, directory)
-    _run(loaded, directory, job.read_text(), local_nodes=local_nodes, page=page, page_port=page_port, json_=json_)
+    _run(
+        loaded, directory, job.read_text(), local_nodes=local_nodes, ephemeral=ephemeral,
+        page=page, page_port=page_port, json_=json_,
+    )  # fmt: skip
 
 
 def _fork(job: Any, parent: Any) -> Any:
@@ -78,7 +85,15 @@ def _fork(job: Any, parent: Any) -> Any:
 
 
 def _run(
-    job: Any, directory: Any, text: str, *, local_nodes: int, page: bool = False, page_port: int = 0, json_: bool
+    job: Any,
+    directory: Any,
+    text: str,
+    *,
+    local_nodes: int,
+    ephemeral: bool = False,
+    page: bool = False,
+    page_port: int = 0,
+    json_: bool,
 ) -> None:
     """Trains, shows how it goes and what came of it, and exits."""
     from orchestrator.api import run as run_job
@@ -86,7 +101,7 @@ def _run(
 
     if json_:
         with page_of(directory.path, page, page_port, lambda text: print(text, file=sys.stderr, flush=True)):
-            result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes)
+            result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes, ephemeral=ephemeral)
     else:
         from monitoring.display import Display
 
@@ -96,18 +111,11 @@ def _run(
         ):
             display.note(f"run {directory.path}")
             result = run_job(
-                job, directory.path, job_text=text, local_nodes=local_nodes,
+                job, directory.path, job_text=text, local_nodes=local_nodes, ephemeral=ephemeral,
                 on_update=display.update, on_note=display.note,
             )  # fmt: skip
-    content = _result_json(directory.path)
-    if json_:
-        print(json.dumps(content))
-    else:
-        from monitoring.follow import summary
-
-        print()
-        print("\n".join(summary(content, str(directory.path))))
-    raise typer.Exit({"finished": 0, "stopped": EXIT_STOPPED}.get(result.status, EXIT_FAILED))
+    show_result(_result_json(directory.path), directory.path, as_json=json_)
+    raise typer.Exit(exit_code(result.status))
 
 
 def _unused(path: Path) -> Path:
@@ -137,6 +145,56 @@ def resume(
     directory = find_run(run)
     text = (directory.path / "job.yaml").read_text() if (directory.path / "job.yaml").exists() else ""
     _run(job_of(directory), directory, text, local_nodes=local_nodes, page=page, page_port=page_port, json_=json_)
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="http://HEAD:8265", help="Its dashboard; else RAY_API_SERVER_ADDRESS."),
+    ] = None,
+    run_dir: Annotated[
+        str | None,
+        typer.Option(help="Where the run is kept, as nodes see it; an unfinished run goes on."),
+    ] = None,
+    set_: Overrides = None,
+    fault: Faults = None,
+    ephemeral: Ephemeral = False,
+    working_dir: Annotated[Path, typer.Option(metavar="DIR", help="Its files go with the job.")] = Path("."),
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More of Ray's runtime environment (pip, env_vars, ...), YAML.")
+    ] = None,
+    submission_id: Annotated[str | None, typer.Option(metavar="ID", help="Else Ray makes one up.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what it prints; exit with its code.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Run a job on a Ray cluster, as a Ray job: `orchestrator run` there, with the files here."""
+    from orchestrator.commands.submit import submit as send
+    from orchestrator.job import Job
+
+    loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
+    options = [*(["--run-dir", run_dir] if run_dir else []), *(["--ephemeral"] if ephemeral else [])]
+    options += [part for value in set_ or [] for part in ("--set", value)]
+    options += [part for value in fault or [] for part in ("--fault", value)]
+    code = send(
+        job, name=loaded.name, address=address, working_dir=working_dir, runtime_env=runtime_env,
+        submission_id=submission_id, options=options, follow=follow, as_json=json_,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@app.command()
+def attach(
+    run: Run,
+    address: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Of the cluster; else RAY_ADDRESS.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Follow a run that goes on without its driver. Ctrl-C leaves it alone; the exit code is the run's."""
+    from orchestrator.commands.attach import attach as follow
+    from orchestrator.rundir import find_run
+
+    raise typer.Exit(follow(find_run(run), address, as_json=json_))
 
 
 @app.command()
@@ -203,7 +261,7 @@ def watch(run: Run, json_: AsJson = False) -> None:
     from orchestrator.rundir import find_run
 
     ended = show(find_run(run), as_json=json_)
-    raise typer.Exit({"finished": 0, "stopped": EXIT_STOPPED}.get(ended, EXIT_FAILED))
+    raise typer.Exit(exit_code(ended))
 
 
 @app.command()
@@ -381,10 +439,67 @@ def stop(run: Run) -> None:
     print(f"{directory.path.name}: stopping at the next step boundary")
 
 
+@app.command()
+def drain(
+    node: Annotated[
+        str, typer.Argument(metavar="NODE", help="A node id or its first 6 digits, an IP address or a name.")
+    ],
+    deadline: Annotated[str, typer.Option(metavar="10m", help="When the machine will be taken away.")] = "10m",
+    reason: Annotated[str, typer.Option(help="Why, for the records.")] = "planned maintenance",
+    address: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Of the cluster; else RAY_ADDRESS.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Take a node out of use: its runs leave it at their next step boundary, and nothing new is placed on it."""
+    from orchestrator.commands.drain import drain as take_out
+    from orchestrator.commands.durations import parse_duration
+
+    try:
+        deadline_s = parse_duration("--deadline", deadline)
+    except ValueError as error:
+        _refuse(str(error))
+    take_out(node, deadline_s=deadline_s, reason=reason, address=address, as_json=json_)
+
+
+@app.command("node-watcher")
+def node_watcher(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND", help="Run this, and drain the node before SIGTERM or SIGINT reaches it."),
+    ] = None,
+    source: Annotated[
+        str, typer.Option(metavar="auto|aws|gcp|azure|none|MODULE:CLASS", help="Whose notices to watch for.")
+    ] = "auto",
+    source_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the metadata service, if not its usual one.")
+    ] = None,
+    notice_file: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A file whose appearance is a notice.")
+    ] = None,
+    poll: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often to look.")] = 2.0,
+    lead: Annotated[str, typer.Option(metavar="3m", help="Drain no longer than this before the deadline.")] = "3m",
+    early: Annotated[bool, typer.Option("--early", help="Drain for what is only possible, too.")] = False,
+    node_id: Annotated[str | None, typer.Option(metavar="ID", help="This node; else found by its addresses.")] = None,
+    address: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Of the cluster; else RAY_ADDRESS.")] = None,
+    grace: Annotated[
+        str, typer.Option(metavar="25s", help="Keep a signal from COMMAND for at most this long.")
+    ] = "25s",
+) -> None:
+    """Turn a cloud's notice that this machine will be taken away into a drain of its Ray node."""
+    from orchestrator.commands.durations import parse_duration
+    from orchestrator.commands.node_watcher import WatchOptions
+    from orchestrator.commands.node_watcher import node_watcher as watch_node
+
+    try:
+        lead_s, grace_s = parse_duration("--lead", lead), parse_duration("--grace", grace)
+    except ValueError as error:
+        _refuse(str(error))
+    options = WatchOptions(source, source_url, notice_file, poll, lead_s, early)
+    raise typer.Exit(watch_node(options, address, node_id, grace_s, command or []))
+
+
 def _ask(directory: Any, kind: str, **fields: Any) -> None:
-    with directory.probe_lock() as free:
-        if free:
-            _refuse(f"{directory.path} is not running now; nothing to {kind}")
+    if not directory.is_steered:
+        _refuse(f"{directory.path} is not running now; nothing to {kind}")
     answer = directory.answer(directory.request(kind, **fields), timeout_s=15.0)
     if answer is None:
         print(f"orchestrator: the controller of {directory.path} did not answer within 15 s", file=sys.stderr)
@@ -425,6 +540,27 @@ def audit(run: Run, json_: AsJson = False) -> None:
     raise typer.Exit(EXIT_FAILED if problems else 0)
 
 
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|auto", help="Of the cluster; else RAY_ADDRESS; else this machine.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="DIR|URL", help="Also try out a storage, as for checkpoint.storage.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Move less data over the network and to the storage.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Is this machine, or every node of a cluster, fit to train on? Exit code 1 with a problem; starts no Ray."""
+    from orchestrator.commands.doctor import doctor as examine
+
+    try:
+        fit = examine(address, storage, as_json_=json_, quick=quick)
+    except ValueError as error:
+        _refuse(str(error))
+    raise typer.Exit(0 if fit else EXIT_FAILED)
+
+
 def _refuse(text: str) -> NoReturn:
     print(f"orchestrator: {text}", file=sys.stderr)
     raise typer.Exit(EXIT_BAD_INPUT)
@@ -456,7 +592,11 @@ _USER_ERRORS = {
     "CheckpointError": EXIT_FAILED,
     "ExportError": EXIT_BAD_INPUT,
     "PageError": EXIT_BAD_INPUT,
+    "SubmissionError": EXIT_BAD_INPUT,
     "ClusterError": EXIT_FAILED,
+    "NoticeError": EXIT_BAD_INPUT,
+    "NodeError": EXIT_BAD_INPUT,
+    "GcsError": EXIT_FAILED,
 }
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class RunDirectory:
 
     def next_epoch(self) -> int:
         """Claims the next controller epoch of this run; no two controllers ever get the same."""
-        epoch = 1 + max((int(p.name.removeprefix(".epoch-")) for p in self.path.glob(".epoch-*")), default=0)
+        epoch = 1 + self.newest_epoch()
         while True:
             try:
                 os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -127,6 +127,10 @@ class RunDirectory:
                 epoch += 1
             else:
                 return epoch
+
+    def newest_epoch(self) -> int:
+        """The highest epoch that a controller has claimed; 0 when there was none."""
+        return max((int(path.name.removeprefix(".epoch-")) for path in self.path.glob(".epoch-*")), default=0)
 
     def lock(self, patience_s: float = 0.0) -> int:
         """Takes the run for this process until it ends; waits up to `patience_s`, as others may have it for a moment
@@ -164,6 +168,14 @@ class RunDirectory:
             os.close(descriptor)
         yield free
 
+    @property
+    def is_steered(self) -> bool:
+        """Whether a controller has the run right now."""
+        if not self.path.is_dir():
+            return False
+        with self.probe_lock() as free:
+            return not free
+
     # -------------------------------------------------------------------------------- requests from the command line
 
     def request(self, kind: str, **fields: Any) -> str:
@@ -195,12 +207,23 @@ class RunDirectory:
         return None
 
 
-def find_run(name: str, root: Path = Path("runs")) -> RunDirectory:
+def is_package(directory: Path) -> bool:
+    """Whether Ray unpacked this directory for a submitted job (its `working_dir`), and removes it some time after."""
+    return "working_dir_files" in directory.parts
+
+
+def runs_root() -> Path:
+    """Where runs are kept when nothing is said: `runs/` here, or in the home directory when here does not last."""
+    return Path.home() / "runs" if is_package(Path.cwd()) else Path("runs")
+
+
+def find_run(name: str, root: Path | None = None) -> RunDirectory:
     """A run directory by its path or name, or the run of the job of that name under `runs/`: a live one if there is,
     else the newest.
 
     Raises RunDirectoryError when there is none, listing those there are.
     """
+    root = runs_root() if root is None else root
     path = Path(name)
     if (path / "job.resolved.json").exists():
         if _job_name(path) is None:
@@ -213,7 +236,7 @@ def find_run(name: str, root: Path = Path("runs")) -> RunDirectory:
     exact = [RunDirectory(entry) for entry in candidates if entry.name == name]
     matching = exact or [RunDirectory(entry) for entry in candidates if _job_name(entry) == name]
     if matching:
-        return next((found for found in reversed(matching) if _is_live(found)), matching[-1])
+        return next((found for found in reversed(matching) if found.is_steered), matching[-1])
     known = ", ".join(entry.name for entry in candidates[-10:]) or "none"
     raise RunDirectoryError(f"no run {name!r}: neither a run directory nor the name of one in {root}/ (there: {known})")
 
@@ -222,8 +245,3 @@ def _job_name(path: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((path / "job.resolved.json").read_text())["name"])
     return None
-
-
-def _is_live(directory: RunDirectory) -> bool:
-    with directory.probe_lock() as free:
-        return not free

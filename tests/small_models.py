@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -78,3 +79,20 @@ class Own(nn.Module):
 def own(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(5)
     return Own(dropout).train()
+
+
+class Leisurely(Own):
+    """Waits in every forward pass: a run takes its time without taking anybody's processor."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return super().forward(input_ids % VOCABULARY)
+
+
+def leisurely(seconds: float) -> nn.Module:
+    torch.manual_seed(5)
+    return Leisurely(seconds).train()

@@ -42,6 +42,8 @@ from orchestrator.cluster.placement import (
     refuses_connections,
     worker_name,
 )
+from orchestrator.cluster.reign import Reign
+from orchestrator.cluster.room import Need, why_no_room
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -72,9 +74,10 @@ from orchestrator.controller.protocol import (
     StepCommitted,
     Stop,
     TakeOver,
+    TellShortage,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RebalanceRules, WorkerState
+from orchestrator.controller.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
@@ -89,6 +92,10 @@ POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
+LATE_S = 3600.0
+"""When a node that drains without a deadline is taken to go."""
+FOLLOWER_SILENCE_S = 15.0
+"""How long the driver of an ephemeral run may be silent before the run ends."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -99,8 +106,8 @@ class ControllerActor:
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
         self._directory = RunDirectory(spec["run_dir"])
-        self._lock = self._directory.lock(patience_s=2.0)
-        self._epoch = self._directory.next_epoch()
+        self._reign = Reign(self._directory, spec["session"])
+        self._epoch = self._reign.epoch
         self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
         log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
         self._job = job = Job.model_validate(spec["job"])
@@ -109,7 +116,9 @@ class ControllerActor:
         self._introductions: dict[WorkerId, Introduction] = {}
         self._met = threading.Condition()
         self._start_errors: dict[WorkerId, str] = {}
-        self._notices: dict[str, float] = {}
+        self._deadlines: dict[str, float] = {}
+        self._noticed: set[WorkerId] = set()
+        self._follower_heard = time.monotonic()
         self._result: dict[str, Any] | None = None
         self._farewell = threading.Event()
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
@@ -137,12 +146,12 @@ class ControllerActor:
                 max_failures_per_step=job.elastic.max_failures_per_step,
                 epoch=self._epoch,
                 rebalance=RebalanceRules.for_job(job),
+                scaling=ScalingRules.for_job(job),
             ),
             self._history(past_events, past_steps),
             checkpoints=self._checkpoints(),
         )
         self._chronicle.forget_the_past()
-        self._restarted = spec["session"] in {e.get("session") for e in past_events if e["kind"] == "controller"}
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
                                     "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
         # Where this process is, which on a cluster need not be where the driver is.
@@ -217,10 +226,12 @@ class ControllerActor:
             self._queue.put((Abort(detail), time.time()))
 
     async def stop(self, reason: str) -> None:
+        self._follower_heard = time.monotonic()
         self._queue.put((Stop(reason), time.time()))
 
     async def snapshot(self, wait_s: float = 0.0) -> dict[str, Any]:
-        """The run at a glance, for displays; after `wait_s`, or as soon as the run is over."""
+        """The run at a glance, for whoever follows it; after `wait_s`, or as soon as the run is over."""
+        self._follower_heard = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while self._result is None:
@@ -281,14 +292,14 @@ class ControllerActor:
             job = self._job
             self._record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
                                          "min_workers": job.elastic.workers.min})  # fmt: skip
-        elif (previous := self._directory.read_json("result.json")) is not None and self._restarted:
+        elif (previous := self._directory.read_json("result.json")) is not None and self._reign.is_successor:
             # A predecessor ended the run and died before it could say goodbye.
             end_workers(self._directory.run_id)
             self._result = previous
             return
         statuses = self._find_workers()
         now = time.time()
-        if self._restarted:
+        if self._reign.is_successor:
             self._record("controller_restarted", {"epoch": self._epoch, "workers_found": len(statuses)})
             self._dispatch(TakeOver(tuple(statuses)), now)
         else:
@@ -374,11 +385,13 @@ class ControllerActor:
             case RequestWorker():
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me,
-                    tensor=self._job.strategy.tensor, place=self._place_of_unit(action.worker),
+                    need=Need.of(self._job, action.market), place=self._place_of_unit(action.worker),
                     avoid=action.avoid, must_avoid=action.must_avoid,
                 )  # fmt: skip
                 self._handles[action.worker] = handle
                 self._watch(handle)
+            case TellShortage():
+                threading.Thread(target=self._tell_shortage, args=(action,), daemon=True).start()
             case ReleaseWorker():
                 if (leaving := self._handles.pop(action.worker, None)) is not None:
                     self._book(action.worker).put("leave")
@@ -417,6 +430,15 @@ class ControllerActor:
                 self._chronicle.roll_back(action.committed)
             case Finish():
                 self._end(action.status, action.reason, action.digest)
+
+    def _tell_shortage(self, action: TellShortage) -> None:
+        """On a thread of its own, as the cluster is asked for its reasons."""
+        try:
+            reason = why_no_room(Need.of(self._job, action.market))
+        except Exception as error:
+            reason = f"the cluster cannot be asked why: {type(error).__name__}: {error}"
+        self._record("shortage", {"workers": [worker.slot for worker in action.workers],
+                                  "waited_seconds": round(action.waited_s, 1), "reason": reason})  # fmt: skip
 
     def _tell(self, worker: WorkerId, command: str, *arguments: Any) -> None:
         # A worker that does not come for its orders is dead or silent, which is noticed by itself.
@@ -504,17 +526,18 @@ class ControllerActor:
 
     def _look(self) -> None:
         now = time.time()
+        if self._reign.is_over():
+            # Ray may start this actor again, which then sees that it is not wanted.
+            log.error("a newer controller has the run: this one ends")
+            os._exit(6)
+        silent_s = time.monotonic() - self._follower_heard
+        if self._spec["ephemeral"] and silent_s > FOLLOWER_SILENCE_S:
+            self._queue.put((Stop(f"its driver has been silent for {silent_s:.0f} s (--ephemeral)"), now))
         for handle in list(self._handles.values()):
             if not handle.placed and (node := handle.where()) is not None:
                 handle.placed, handle.node = True, node
                 self._queue.put((Placed(handle.worker, node), now))
-        draining: dict[str, int] = ray_state.get_draining_nodes()
-        for node, deadline_ms in draining.items():
-            if node not in self._notices:
-                deadline = deadline_ms / 1000 if deadline_ms else now + 3600.0
-                self._notices[node] = deadline
-                affected = tuple(h.worker for h in list(self._handles.values()) if h.node == node)
-                self._queue.put((Notice(affected, f"node {node[:8]} drains", deadline), now))
+        self._look_for_notices(now)
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
             if request["kind"] == "resize":
@@ -526,6 +549,17 @@ class ControllerActor:
             else:
                 answer["error"] = f"unknown request {request['kind']!r}"
             self._record("request_answered", answer)
+
+    def _look_for_notices(self, now: float) -> None:
+        """Tells of workers whose nodes drain, also of those that came to such a node just before Ray knew."""
+        draining: dict[str, int] = ray_state.get_draining_nodes()
+        for node, deadline_ms in draining.items():
+            deadline = self._deadlines.setdefault(node, deadline_ms / 1000 if deadline_ms else now + LATE_S)
+            handles = [handle for handle in list(self._handles.values()) if handle.node == node]
+            affected = tuple(handle.worker for handle in handles if handle.worker not in self._noticed)
+            if affected:
+                self._noticed.update(affected)
+                self._queue.put((Notice(affected, f"node {node[:8]} drains", deadline), now))
 
     # ------------------------------------------------------------------------------------ records and the end
 
@@ -618,8 +652,7 @@ class ControllerActor:
             if self._target is not None:
                 with suppress(OSError):
                     discovery.withdraw(self._target)
-            # The run is nobody's any more: it may be gone on with from here.
-            os.close(self._lock)
+            self._reign.end()
             self._result = result
 
     def _go(self) -> None:
@@ -630,11 +663,11 @@ class ControllerActor:
             ray.kill(self._me, no_restart=True)
 
 
-def targets_directory(job: Job, *, own_cluster: bool, cwd: str) -> Path:
-    """Where this run's endpoint is told to Prometheus: where the job says (relative to the driver's `cwd`), or beside
+def targets_directory(job: Job, *, own_cluster: bool, cwd: str | None) -> Path:
+    """Where this run's endpoint is told to Prometheus: where the job says (relative to `cwd`, None: to here), or beside
     Ray's own discovery file."""
     if job.monitoring.targets is not None:
-        return Path(cwd) / job.monitoring.targets
+        return Path(cwd or ".") / job.monitoring.targets
     if own_cluster:
         return discovery.targets_directory()  # Its own Ray's directory is gone with it, and nobody watches it.
     node: Any = ray_worker._global_node

@@ -27,7 +27,7 @@ from orchestrator.checkpoint.of_run import catalog_of, secret_of
 from orchestrator.cluster.chronicle import generation_entry, is_training, recovery_entry
 from orchestrator.cluster.controller_actor import ControllerActor, targets_directory
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
-from orchestrator.cluster.session import HEAD, ClusterError, ray_session
+from orchestrator.cluster.session import HEAD, ClusterError, connected, has_cluster, ray_session, working_directory
 from orchestrator.data import Dataset
 from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.data.store import RunTasks
@@ -89,20 +89,28 @@ def drive(
     job: Job,
     directory: RunDirectory,
     *,
+    job_text: str,
     local_nodes: int = 0,
+    ephemeral: bool = False,
     on_update: Update = lambda snapshot: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Runs `job` in `directory` to its end and returns the content of result.json.
 
-    `on_update` gets the controller's snapshot a few times a second. Raises ClusterError, DataError or
-    RunDirectoryError when the run cannot start, KeyProblem when there is no key for its checkpoints.
+    A run that is under way on the cluster is followed from where it is; so a driver that died can be started again.
+    An `ephemeral` run ends, with a checkpoint, soon after its driver is gone. `on_update` gets the controller's
+    snapshot a few times a second. Raises ClusterError, DataError or RunDirectoryError when the run cannot start,
+    KeyProblem when there is no key for its checkpoints.
     """
 
     def note(text: str) -> None:
         log.info("%s", text)
         on_note(text)
 
+    if directory.is_steered and not has_cluster():
+        raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
+    if not directory.is_steered:
+        directory.create(job_text, job.resolved())
     about = LogContext(run=directory.run_id, process="driver")
     form, level = job.monitoring.logs, job.monitoring.log_level
     watched = job.monitoring.model_dump()
@@ -113,7 +121,7 @@ def drive(
                 Interruption().listening() as interruption,
                 feeding(watched, directory.run_id, directory.path, job.resolved()),
             ):
-                return _drive(job, directory, local_nodes, interruption, on_update, note)
+                return _drive(job, directory, local_nodes, ephemeral, interruption, on_update, note)
         except Interrupted as signalled:
             return _cut_short(directory, f"{signalled} before the run began")
         except ClusterError as error:
@@ -127,6 +135,7 @@ def _drive(
     job: Job,
     directory: RunDirectory,
     local_nodes: int,
+    ephemeral: bool,
     interruption: Interruption,
     on_update: Update,
     on_note: Callable[[str], None],
@@ -137,37 +146,52 @@ def _drive(
     with ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
-            on_note("preparing the data")
-            dataset = _prepare(job)
-            if dataset.padding:
-                on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
-            _same_data(directory, dataset)
-            data = dataset.describe(directory.path, directory.forked_at)
-            directory.write_json("environment.json", _environment(data, dataset))
-            with suppress(FileNotFoundError):
-                (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
-            spec = {
-                "secret": secret,
-                "run_dir": str(directory.path),
-                "job": job.resolved(),
-                "cwd": os.getcwd(),
-                "stores": [str(store.directory) for store in dataset.stores],
-                "store_digests": [store.digest for store in dataset.stores],
-                "data": data,
-                "own_cluster": own,
-                "session": uuid.uuid4().hex[:12],
-            }
-            on_note("starting workers")
-            interruption.follows = True
-            controller = _controller(directory, spec, own)
-            return _follow(controller, directory, interruption, on_update)
+            controller = None if own else living_controller(directory)
+            if controller is None:
+                spec = _spec(job, directory, secret, own, ephemeral, on_note)
+                on_note("starting workers")
+                interruption.follows = True
+                controller = _start_controller(directory, spec, own)
+            else:
+                on_note("the run is under way: following it")
+                interruption.follows = True
+            result = _follow(controller, directory, interruption, on_update)
+            assert result is not None, "a run of ours is followed to its end"
+            return result
         finally:
             end_run(directory.run_id)
-            with suppress(OSError, ValueError), directory.probe_lock() as free:
+            with suppress(OSError, ValueError):
                 # A controller that was killed could not. One that is not ours goes on being watched.
-                if free:
-                    targets = targets_directory(job, own_cluster=own, cwd=os.getcwd())
+                if not directory.is_steered:
+                    targets = targets_directory(job, own_cluster=own, cwd=working_directory())
                     discovery.withdraw(discovery.file_of(targets, directory.run_id))
+
+
+def _spec(
+    job: Job, directory: RunDirectory, secret: Any, own: bool, ephemeral: bool, on_note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prepares the data; what every incarnation of the run's controller is made from."""
+    on_note("preparing the data")
+    dataset = _prepare(job)
+    if dataset.padding:
+        on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
+    _same_data(directory, dataset)
+    data = dataset.describe(directory.path, directory.forked_at)
+    directory.write_json("environment.json", _environment(data, dataset))
+    with suppress(FileNotFoundError):
+        (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
+    return {
+        "secret": secret,
+        "run_dir": str(directory.path),
+        "job": job.resolved(),
+        "cwd": working_directory(),
+        "stores": [str(store.directory) for store in dataset.stores],
+        "store_digests": [store.digest for store in dataset.stores],
+        "data": data,
+        "own_cluster": own,
+        "ephemeral": ephemeral and not own,  # A cluster of our own ends with its driver in any case.
+        "session": uuid.uuid4().hex[:12],
+    }
 
 
 def _prepare(job: Job) -> Dataset:
@@ -245,16 +269,26 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -> Any:
-    """The run's controller: the living one, or a new one."""
-    name = controller_name(directory.run_id)
+def living_controller(directory: RunDirectory) -> Any | None:
+    """The controller of a run that is under way on this cluster; None when there is none."""
     with suppress(ValueError):
-        return ray.get_actor(name, namespace=NAMESPACE)
+        return ray.get_actor(controller_name(directory.run_id), namespace=NAMESPACE)
+    if directory.is_steered:
+        raise RunDirectoryError(
+            f"{directory.path} is being run right now, and not on this cluster; "
+            f"see `orchestrator status {directory.path}`"
+        )
+    return None
+
+
+def _start_controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -> Any:
     return (
         ray.remote(ControllerActor)
         .options(
-            name=name,
+            name=controller_name(directory.run_id),
             namespace=NAMESPACE,
+            # The first of two drivers that start at once makes it; the other follows that.
+            get_if_exists=True,
             lifetime="detached",
             num_cpus=0,
             resources={HEAD: 0.001} if own else None,
@@ -274,10 +308,15 @@ def _head_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _follow(controller: Any, directory: RunDirectory, interruption: Interruption, on_update: Update) -> dict[str, Any]:
+def _follow(
+    controller: Any, directory: RunDirectory, interruption: Interruption, on_update: Update, *, is_ours: bool = True
+) -> dict[str, Any] | None:
+    """Shows a run until it is over. Signals end one that `is_ours`, and otherwise only this (then None is returned)."""
     heard = time.monotonic()
     stops_sent = 0
     while True:
+        if interruption.count and not is_ours:
+            return None
         if interruption.count >= 2:
             return _cut_short(directory, f"{interruption.name} twice")
         try:
@@ -304,6 +343,34 @@ def _follow(controller: Any, directory: RunDirectory, interruption: Interruption
             time.sleep(0.1)
         if interruption.count:
             time.sleep(0.1)
+
+
+def attach(
+    directory: RunDirectory,
+    address: str | None = None,
+    *,
+    on_update: Update = lambda snapshot: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any] | None:
+    """Follows a run that is under way on the cluster at `address` (RAY_ADDRESS) to its end; returns the content of
+    result.json, or None when a signal said to look away: the run goes on without us.
+
+    Raises ClusterError when there is no such cluster, RunDirectoryError when the run is not under way there.
+    """
+    with Interruption().listening() as interruption, connected(address):
+        interruption.arm()
+        controller = living_controller(directory)
+        if controller is None:
+            ended = directory.read_json("result.json")
+            if ended is None or ended.get("status") == "stopped":
+                raise RunDirectoryError(
+                    f"{directory.path} is not under way on this cluster; "
+                    f"`orchestrator resume {directory.path}` goes on with it"
+                )
+            return dict(ended)
+        interruption.follows = True
+        on_note("the run is under way: following it")
+        return _follow(controller, directory, interruption, on_update, is_ours=False)
 
 
 def _cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:

@@ -6,16 +6,16 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
 import psutil
 import ray
-from ray._private import state as ray_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from orchestrator.cluster.room import Need, has_room
 from orchestrator.cluster.worker_actor import WorkerActor
 from orchestrator.messages import WorkerId
 
@@ -78,20 +78,20 @@ class WorkerHandle:
         spec: dict[str, Any],
         controller: Any,
         *,
-        tensor: int,
+        need: Need,
         place: Place | None = None,
         avoid: Collection[str] = (),
         must_avoid: bool = False,
     ) -> WorkerHandle:
-        """Asks Ray for an actor in the `place` of its unit of `tensor` workers, or in a new one when there is none;
+        """Asks Ray for an actor in the `place` of its unit, whose `need` it is, or in a new one when there is none;
         returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if another has
         room, or in any case when it `must_avoid` them."""
         resources = spec["resources"]
         name = worker_name(run_id, worker)
         if place is None or not place.take(worker):
-            if avoid and not must_avoid and not _has_room_elsewhere(resources, tensor, avoid):
+            if avoid and not must_avoid and not has_room(need, avoid):
                 avoid = ()
-            place = Place(_reserve(name, resources, tensor, avoid))
+            place = Place(_reserve(name, need, avoid))
             place.take(worker)
         actor = (
             ray.remote(WorkerActor)
@@ -103,7 +103,7 @@ class WorkerHandle:
                 num_gpus=resources["gpu"] or None,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=place.group, placement_group_bundle_index=worker.slot % tensor
+                    placement_group=place.group, placement_group_bundle_index=worker.slot % need.tensor
                 ),
             )
             .remote(worker, spec, controller)
@@ -175,47 +175,17 @@ class WorkerHandle:
         timer.start()
 
 
-def _has_room_elsewhere(resources: Mapping[str, Any], tensor: int, avoid: Collection[str]) -> bool:
-    """Whether a node that may be used and is not to be avoided has so much free, as it is just now."""
-    free: Mapping[str, Mapping[str, float]] = ray_state.state.available_resources_per_node()
-    kinds = resources.get("accelerators") or ()
-    fitting = {
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and (not kinds or node.get("Labels", {}).get("ray.io/accelerator-type") in kinds)
-    }
-    fitting -= {*avoid, *ray_state.state.get_draining_nodes()}
-    wanted = {"CPU": float(resources["cpu"]) * tensor, "GPU": float(resources["gpu"]) * tensor}
-    return any(
-        all(has.get(kind, 0.0) >= amount for kind, amount in wanted.items())
-        for node, has in free.items()
-        if node in fitting
-    )
-
-
-def _labels(resources: Mapping[str, Any], avoid: Collection[str]) -> dict[str, str]:
-    """What a node's labels must be: its kind of GPU, if the job says which, and not one to avoid."""
-    labels = {}
-    if kinds := resources.get("accelerators"):
-        labels["ray.io/accelerator-type"] = f"in({','.join(kinds)})"
+def _reserve(name: str, need: Need, avoid: Collection[str]) -> PlacementGroup:
+    labels = dict(need.labels)
     if avoid:
         labels["ray.io/node-id"] = f"!in({','.join(sorted(avoid))})"
-    return labels
-
-
-def _reserve(name: str, resources: Mapping[str, Any], tensor: int, avoid: Collection[str]) -> PlacementGroup:
-    bundle = {"CPU": float(resources["cpu"])}
-    if resources["gpu"]:
-        bundle["GPU"] = float(resources["gpu"])
-    bundles = [dict(bundle) for _ in range(tensor)]
-    labels = _labels(resources, avoid)
     # It is named after the first worker in it.
     group: PlacementGroup = placement_group(
-        bundles,
-        strategy="STRICT_PACK" if tensor > 1 else "PACK",
+        [dict(need.bundle) for _ in range(need.tensor)],
+        strategy="STRICT_PACK" if need.tensor > 1 else "PACK",
         lifetime="detached",
         name=name,
-        bundle_label_selector=[labels] * tensor if labels else None,
+        bundle_label_selector=[labels] * need.tensor if labels else None,
     )
     return group
 

@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ import ray
 from orchestrator.cluster import reaper
 from orchestrator.cluster.placement import NAMESPACE
 from orchestrator.job import Job
+from orchestrator.rundir import is_package
 
 _OBJECT_STORE_BYTES = 128 << 20
 """Nothing large goes through the object store here; the smallest useful one spares shared memory."""
@@ -37,6 +40,10 @@ _FRUGAL = {
     "kill_idle_workers_interval_ms": 1000,
     "memory_monitor_refresh_ms": 0,
 }
+
+
+CONNECT_PATIENCE_S = 5.0
+"""How long a cluster may be unreachable when a run starts."""
 
 
 class ClusterError(RuntimeError):
@@ -62,14 +69,8 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
     if os.environ.get("RAY_ADDRESS"):
         if local_nodes:
             raise ClusterError("--local-nodes starts nodes of its own and cannot be used together with RAY_ADDRESS")
-        try:
-            ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-        try:
+        with connected(None):
             yield False
-        finally:
-            ray.shutdown()
         return
     home = tempfile.mkdtemp(prefix="orchestrator-", dir="/tmp")
     guard = reaper.start(home)
@@ -84,6 +85,62 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
         guard.wait()
         _keep_logs(Path(home), logs)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def has_cluster() -> bool:
+    """Whether a cluster is given that a run would go to, rather than to one of its own."""
+    return bool(ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connects to the cluster at `address`, or that of RAY_ADDRESS, for the length of the block.
+
+    Raises ClusterError.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ClusterError("no cluster is named: give --address HOST:PORT, or set RAY_ADDRESS")
+    _check_answers(address)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {error}; `orchestrator doctor --address {address}` looks closer"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Whether something listens there: Ray itself tries for a minute, and then dies without a word of use.
+
+    Raises ClusterError.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # `auto`, `local`, a Ray client: what these mean only Ray knows.
+    deadline = time.monotonic() + CONNECT_PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            raise ClusterError(
+                f"no Ray cluster answers at {address}: {error}; check the address, and whether its head is up"
+            ) from error
+        return
+
+
+def working_directory() -> str | None:
+    """Where relative paths start on every node; None when that is a directory that Ray brings to each node itself (the
+    `working_dir` of a submitted job), where processes of a run are already."""
+    here = os.getcwd()
+    return None if is_package(Path(here)) else here
 
 
 @contextmanager

@@ -69,9 +69,7 @@ class WorkerActor:
 
     def _build(self) -> Any:
         about = set_up_logs(self._spec, f"worker-{self._id}", worker=self._id.slot)
-        os.chdir(self._spec["cwd"])
-        if self._spec["cwd"] not in sys.path:
-            sys.path.insert(0, self._spec["cwd"])
+        _go_to(self._spec["cwd"])
         from orchestrator.checkpoint.of_run import open_catalog
         from orchestrator.data.of_job import dataset_of, open_stores
         from orchestrator.job import Job
@@ -149,3 +147,19 @@ class WorkerActor:
             self._worker.shutdown()
         time.sleep(0.05)
         os._exit(0)
+
+
+def _go_to(directory: str | None) -> None:
+    """Makes relative paths and the job's own modules be found; None: Ray has put this process where they are."""
+    if directory is not None:
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise ValueError(
+                f"{directory}, where the run was started, cannot be entered on node {ray.util.get_node_ip_address()}: "
+                f"{error.strerror}; submit the job with its files (`orchestrator submit`), or start it in a directory "
+                "that every node has"
+            ) from error
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)

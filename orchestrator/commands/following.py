@@ -17,12 +17,6 @@ START_PATIENCE_S = 300.0
 and takes longer."""
 
 
-def is_steered(directory: RunDirectory) -> bool:
-    """Whether a controller has the run right now."""
-    with directory.probe_lock() as free:
-        return not free
-
-
 def is_abandoned(
     directory: RunDirectory, patience_s: float = PATIENCE_S, start_patience_s: float = START_PATIENCE_S
 ) -> bool:
@@ -36,7 +30,7 @@ def is_abandoned(
     started = _newest((directory.path / "job.resolved.json",))
     if recorded < started:
         recorded, patience_s = max(started, _newest((directory.path / "logs").glob("*"))), start_patience_s
-    return recorded > 0 and time.time() - recorded > patience_s and not is_steered(directory)
+    return recorded > 0 and time.time() - recorded > patience_s and not directory.is_steered
 
 
 def _newest(paths: Iterable[Path]) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from monitoring.follow import Tail
 from monitoring.log_files import LogFiles
 from monitoring.logs import describe
-from orchestrator.commands.following import POLL_S, is_abandoned, is_steered
+from orchestrator.commands.following import POLL_S, is_abandoned
 from orchestrator.rundir import RunDirectory
 
 
@@ -35,4 +35,4 @@ def logs(
 
 def _is_over(directory: RunDirectory) -> bool:
     ended = directory.read_json("result.json") is not None
-    return (ended and not is_steered(directory)) or is_abandoned(directory)
+    return (ended and not directory.is_steered) or is_abandoned(directory)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from monitoring.report import lines_of, report_of
 from monitoring.report_page import write_report_page
-from orchestrator.commands.following import is_steered
 from orchestrator.rundir import RunDirectory
 
 
@@ -16,7 +15,7 @@ def report(directory: RunDirectory, *, as_json: bool, to: Path | None) -> None:
 
     Raises OSError when the page cannot be written.
     """
-    content = report_of(directory.path, alive=is_steered(directory))
+    content = report_of(directory.path, alive=directory.is_steered)
     page = directory.path / "report.html" if to is None else to
     write_report_page(directory.path, page)
     content["page"] = str(page)

@@ -6,13 +6,12 @@ import json
 
 from monitoring.terminal.facts import RunFacts
 from monitoring.terminal.lines import as_text, glance
-from orchestrator.commands.following import is_steered
 from orchestrator.rundir import RunDirectory
 
 
 def status(directory: RunDirectory, *, as_json: bool) -> None:
     """Prints where a run is. Without a controller it is how it ended, or "interrupted"."""
-    alive = is_steered(directory)
+    alive = directory.is_steered
     facts = RunFacts(directory.path)
     facts.refresh()
     facts.run = directory.run_id

@@ -8,7 +8,7 @@ import time
 from monitoring.display import Display
 from monitoring.follow import summary
 from monitoring.terminal.facts import RunFacts
-from orchestrator.commands.following import is_abandoned, is_steered
+from orchestrator.commands.following import is_abandoned
 from orchestrator.rundir import RunDirectory
 
 HISTORY = 10
@@ -62,4 +62,4 @@ def _watch_json(directory: RunDirectory, facts: RunFacts) -> str:
 def _is_over(directory: RunDirectory, facts: RunFacts) -> bool:
     """Whether the end is on record (result.json comes last), or nobody is there to record it."""
     facts.refresh_files()
-    return (facts.result is not None and not is_steered(directory)) or is_abandoned(directory)
+    return (facts.result is not None and not directory.is_steered) or is_abandoned(directory)

@@ -16,6 +16,7 @@ from orchestrator.controller.forming import Ranks
 from orchestrator.controller.history import History
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.membership import Membership
+from orchestrator.controller.pace import Pace
 from orchestrator.controller.protocol import (
     Action,
     Finalize,
@@ -62,6 +63,7 @@ class Lifecycle:
         self.waiting_since: float | None = None
         self._has_run = False
         self._layouts = Layouts(config)
+        self.pace = Pace(config.scaling)
         self.balance = Rebalancer(config.rebalance, self._layouts, config.epoch, config.total_steps)
         self._roster = roster
         self._record = record
@@ -107,6 +109,7 @@ class Lifecycle:
                 self.membership.moved_at = now
                 self._out += actions
                 self.balance.learn(actions)
+                self.pace.learn(actions)
                 if not is_over:
                     self._weigh(report, now)
 
@@ -142,6 +145,7 @@ class Lifecycle:
         told, breaks = not trouble.quiet, True
         if trouble.view is not None and not trouble.spared:
             told, breaks = told and self.is_missed(trouble.view), self._breaks_with(trouble.view)
+            self.pace.lost(trouble.view, now)
             self._remove(trouble.view, trouble.kill)
         if told:
             self._out += self._record.incident(trouble.kind, trouble.cause, now, trouble.view, trouble.at)
@@ -196,8 +200,12 @@ class Lifecycle:
         )
 
     def _wanted(self) -> int:
-        """The target, or what the smallest layout takes if that is more."""
-        return self._layouts.fewest(self.target, self._roster.alive())
+        """The target, or what the smallest layout takes if that is more; but no more than have work in the layout that
+        is best for so many."""
+        alive = self._roster.alive()
+        most = self._layouts.fewest(self.target, alive)
+        useful = self._layouts.ranks(most, alive)
+        return max(useful, self._layouts.fewest(self.config.least, alive)) if useful else most
 
     def _may_leave(self, view: WorkerView) -> bool:
         """Whether an idle worker is of no use if it cannot stay: the next generation may need its state, and a
@@ -305,6 +313,7 @@ class Lifecycle:
         self._out.append(Record("generation_running", {"generation": self.membership.generation.number}))
         if self._collecting:
             return
+        self.pace.changed(now)
         self.balance.begin(self.membership.generation)
         if self.stop is not None:
             self.pause()
@@ -319,7 +328,7 @@ class Lifecycle:
             return
         members, spares = list(self.membership.members.values()), self.membership.spares
         change = policy.wanted_change(members, spares, self._roster.idle(), self._wanted(), self._layouts, now)
-        if change is None:
+        if change is None or (change[0] == "grow" and not self.pace.may_grow(now)):
             return
         kind, cause = change
         if kind not in ("drain", "handover"):

@@ -219,6 +219,7 @@ class Controller:
         self._find_slow_finishers(now)
         run.review_saves(now)
         run.fill(now)
+        self._out += roster.tell_shortage(now)
         run.reconsider(now)
         run.wait_no_longer(now)
 
@@ -272,6 +273,7 @@ class Controller:
             if view.worker in self._run.membership.inside:
                 cause = f"worker {view.worker.slot} must leave: {event.reason}"
                 self._out += self._record.incident("drain", cause, now, view)
+                self._run.pace.lost(view, now)
                 # Who is told of one node may soon be told of all.
                 self._run.save_soon()
             elif view.state in _ON_ITS_WAY:
@@ -286,6 +288,7 @@ class Controller:
             return
         self._out.append(Record("resize_requested", {"from": self.target, "to": wanted}))
         self._run.target = wanted
+        self._run.pace.asked_to_resize()
         self._run.fill(now)
         self._run.reconsider(now)
 

@@ -64,6 +64,8 @@ class Membership:
         assert generation is not None
         view.joined, view.last_heard = True, now
         view.committed = max(view.committed, generation.committed)
+        if generation.number and not view.has_trained:
+            view.joined_at = now
         view.has_trained = True
         if not generation.collect:
             holds_all = is_replicated(generation.layout) and view.worker not in self.spares

@@ -124,11 +124,21 @@ Event = (
 @dataclass(frozen=True)
 class RequestWorker:
     """Ask the cluster for one more worker: on another node than those to `avoid`, if there is room on any; on no
-    account on those when it `must_avoid` them."""
+    account on those when it `must_avoid` them. On a node of that `market`, unless it is ""."""
 
     worker: WorkerId
     avoid: tuple[str, ...] = ()
     must_avoid: bool = False
+    market: str = ""
+
+
+@dataclass(frozen=True)
+class TellShortage:
+    """These workers have found no room for `waited_s`: put that on record, with what the cluster says of it."""
+
+    workers: tuple[WorkerId, ...]
+    waited_s: float
+    market: str = ""
 
 
 @dataclass(frozen=True)
@@ -255,6 +265,7 @@ class Finish:
 
 Action = (
     RequestWorker
+    | TellShortage
     | ReleaseWorker
     | KillWorker
     | StartGeneration

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from orchestrator.controller.demand import Demand
 from orchestrator.controller.history import History
 from orchestrator.controller.protocol import (
     Action,
@@ -46,6 +47,7 @@ class Roster:
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
+        self._demand = Demand(config.scaling)
 
     def living(self, worker: WorkerId) -> WorkerView | None:
         """A worker that counts; None when it is gone, or was never one of this run's."""
@@ -98,7 +100,14 @@ class Roster:
         actions: list[Action] = []
         for view in (*replacing[slow:], *hopeless):
             actions += self.release(view, "it is asked for again, wherever there is room")
-        return actions
+        late, told = self._demand.turn_to_next([view for view in waiting if view.alive], now)
+        for view in late:
+            actions += self.release(view, "its market has not met the request in time")
+        return actions + told
+
+    def tell_shortage(self, now: float) -> list[Action]:
+        """What is to be said of workers that find no room."""
+        return self._demand.tell([v for v in self._alive.values() if v.state is WorkerState.REQUESTED], now)
 
     def _num_replacing(
         self, wanted: int, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], missing: int
@@ -162,13 +171,15 @@ class Roster:
         would be of no use."""
         actions: list[Action] = []
         avoided = tuple(sorted(set(self._condemned.values()) - {""}))
+        market = self._demand.market(now)
         for number, slot in enumerate(slots):
             must = bool(avoided) and number >= len(slots) - num_replacing
             avoid = avoided if must or now >= self._crowded_until else ()
             worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
             self._incarnations[slot] = worker.incarnation
-            self.add(WorkerView(worker, requested_at=now, avoids=bool(avoid), must_avoid=must))
-            actions += [Record("worker_requested", _named(worker)), RequestWorker(worker, avoid, must)]
+            self.add(WorkerView(worker, requested_at=now, avoids=bool(avoid), must_avoid=must, market=market))
+            fields = _named(worker) | ({"market": market} if market else {})
+            actions += [Record("worker_requested", fields), RequestWorker(worker, avoid, must, market)]
         return actions
 
     def add(self, view: WorkerView) -> None:
@@ -271,6 +282,9 @@ class Roster:
             view.last_heard = max(view.last_heard, now)
             if view.placed_at is not None:
                 view.placed_at += gap_s
+            elif view.state is WorkerState.REQUESTED:
+                view.requested_at += gap_s
+        self._demand.overslept(gap_s)
 
 
 def death_record(view: WorkerView, event: Died) -> Record:

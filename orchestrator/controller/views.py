@@ -96,9 +96,25 @@ class RebalanceRules:
     def for_job(cls, job: Job) -> RebalanceRules:
         return cls(
             **job.elastic.rebalance.model_dump(),
-            has_kinds=len(job.resources.accelerators) > 1,
+            has_kinds=len(job.resources.kinds) > 1,
             has_short_rounds=job.model.hf is not None,
         )
+
+
+@dataclass(frozen=True)
+class ScalingRules:
+    """How a run takes and asks for nodes that come and go; see `elastic.scaling` and `resources.market` of the job."""
+
+    settle_s: float = 0.0
+    flap_window_s: float = 120.0
+    shortage_after_s: float = 60.0
+    fallback_after_s: float = 120.0
+    fallback_hold_s: float = 600.0
+    markets: tuple[str, ...] = ()
+
+    @classmethod
+    def for_job(cls, job: Job) -> ScalingRules:
+        return cls(**job.elastic.scaling.model_dump(), markets=tuple(job.resources.market))
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,7 @@ class ControllerConfig:
     max_start_failures: int = 5
     epoch: int = 0
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
+    scaling: ScalingRules = field(default_factory=ScalingRules)
 
     @property
     def tensor(self) -> int:
@@ -184,6 +201,10 @@ class WorkerView:
     avoids: bool = False
     must_avoid: bool = False
     """It was asked for on other nodes than some: if there is room, or in any case."""
+    market: str = ""
+    """Where it was asked for; "": anywhere."""
+    joined_at: float | None = None
+    """When it joined a run that was under way; None when it was there from the beginning."""
 
     @property
     def alive(self) -> bool:

@@ -193,10 +193,35 @@ def _fault_step(get: Get, fault: str) -> list[Finding]:
 
 
 def _accelerators(get: Get) -> Iterator[Finding]:
-    if get("resources.accelerators") and not get("resources.gpu"):
-        yield Finding(
-            ("resources.accelerators",), "names kinds of GPU, but resources.gpu is 0; set it, or leave this out"
+    given = [field for field in ("resources.accelerators", "resources.accelerator") if get(field)]
+    if len(given) == 2:
+        yield Finding(tuple(given), "are two names for one thing; give accelerators: [...] or accelerator: KIND")
+    elif given and not get("resources.gpu"):
+        yield Finding((given[0],), "names kinds of GPU, but resources.gpu is 0; set it, or leave this out")
+
+
+_OWN_FIELDS = {
+    "ray.io/market-type": "market",
+    "ray.io/accelerator-type": "accelerators",
+    "ray.io/node-id": None,
+}
+
+
+def _labels(get: Get) -> Iterator[Finding]:
+    for key in get("resources.labels"):
+        if key not in _OWN_FIELDS:
+            continue
+        own = _OWN_FIELDS[key]
+        what = (
+            "is set by us, to keep away from bad nodes" if own is None else f"has a field of its own: resources.{own}"
         )
+        yield Finding(("resources.labels",), f"has {key}, which {what}")
+
+
+def _market(get: Get) -> Iterator[Finding]:
+    market = get("resources.market")
+    if len(set(market)) < len(market):
+        yield Finding(("resources.market",), "names a market twice")
 
 
 def _storage(get: Get) -> Iterator[Finding]:
@@ -250,6 +275,8 @@ _RULES: tuple[Rule, ...] = (
     _fault_kinds,
     _fault_steps,
     _accelerators,
+    _labels,
+    _market,
     _storage,
     _encryption,
     *LAYOUT_RULES,

@@ -51,6 +51,10 @@ def _pair(value: Any) -> Any:
     return tuple(value)
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _kind(value: Any) -> str | None:
     """The branch of a union that a value means; without it pydantic reports the mistakes of every branch."""
     return next((kind.__name__ for kind in (str, list, dict) if isinstance(value, kind)), None)
@@ -80,6 +84,21 @@ FactoryPath = Annotated[
     ),
 ]
 Text = Annotated[str, Field(min_length=1)]
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[
+    str,
+    _matches(
+        rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL}",
+        "must be a label's name, like orchestrator/disk or ray.io/region",
+    ),
+]
+LabelCondition = Annotated[
+    str,
+    _matches(
+        rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))",
+        "must be a value like us-west-2a, or one of !value, in(a,b) and !in(a,b)",
+    ),
+]
 PositiveInt = Annotated[int, Field(ge=1)]
 CountInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -220,6 +239,22 @@ class Rebalance(_Section):
     evict_after_s: PositiveFloat = 60.0
 
 
+class Scaling(_Section):
+    """How a run takes and asks for nodes that come and go. None of it changes the numbers."""
+
+    settle_s: CountFloat = 2.0
+    """How long after a change of its workers a run takes in more, at the least."""
+    flap_window_s: PositiveFloat = 120.0
+    """A worker that is lost so soon after it joined has flapped. Each time doubles `settle_s`, up to this, until those
+    that join stay for so long."""
+    shortage_after_s: PositiveFloat = 60.0
+    """A worker that finds no room for so long is reported, with the cluster's reason."""
+    fallback_after_s: PositiveFloat = 120.0
+    """A worker that finds no room for so long is asked for in the next market of `resources.market`."""
+    fallback_hold_s: PositiveFloat = 600.0
+    """How long others are then asked for there as well, before the first is tried again."""
+
+
 class Elastic(_Section):
     """What may change while the job runs, and how long to wait before it does. `_s` is seconds."""
 
@@ -239,15 +274,31 @@ class Elastic(_Section):
     lease_s: PositiveFloat = 30.0
     max_failures_per_step: PositiveInt = 3
     rebalance: Rebalance = Field(default_factory=Rebalance)
+    scaling: Scaling = Field(default_factory=Scaling)
+
+
+Market = Literal["spot", "on-demand"]
 
 
 class Resources(_Section):
-    """What Ray reserves for each worker."""
+    """What Ray reserves for each worker, and on which nodes."""
 
     cpu: PositiveFloat = 1.0
     gpu: CountFloat = 0.0
     accelerators: list[Text] = Field(default_factory=list)
     """The kinds of GPU that workers may be given, by Ray's names (A100, T4, ...); any kind when empty."""
+    accelerator: Text | None = None
+    """The same for one kind."""
+    market: Annotated[list[Market], BeforeValidator(_listed)] = Field(default_factory=list)
+    """Nodes that can be taken away at any time or others, by their label `ray.io/market-type`, the preferred first; any
+    when empty."""
+    labels: dict[LabelKey, LabelCondition] = Field(default_factory=dict)
+    """What the labels of a worker's node must be, in Ray's notation."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of GPU that workers may be given; any when empty."""
+        return self.accelerators if self.accelerator is None else [self.accelerator]
 
 
 class Encryption(_Section):
@@ -397,8 +448,9 @@ class Job(_Section):
             if full["data"][key] == default:
                 del full["data"][key]
         # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
-        if not full["resources"]["accelerators"]:
-            del full["resources"]["accelerators"]
+        full["resources"] = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
+        if self.resources.kinds:
+            full["resources"]["accelerators"] = self.resources.kinds
         return {part: full[part] for part in ("model", "data", "train", "strategy", "elastic", "resources")}
 
     def digest(self) -> str:

@@ -1,0 +1,59 @@
+"""Being the one controller of a run.
+
+Three things see to it that two never both steer: a lock on the run directory, which ends with the process that holds
+it; the epoch, a number claimed once for each controller, which workers obey only when it is the newest they know of;
+and the session, which tells controllers that Ray restarted (they go on) from those that another driver started (they
+begin anew, and only when nobody has the run).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from monitoring.records import read_records
+from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+PATIENCE_S = 2.0
+"""How long the lock is waited for: others may have it for a moment, to see whether the run is free, and a predecessor
+that still lives needs a second to see that it is no longer wanted."""
+
+
+class Reign:
+    """`is_successor` says that an earlier controller of the same session had the run: Ray lost that one and started
+    this.
+
+    Raises RunDirectoryError when another controller has the run, or took it over meanwhile.
+    """
+
+    def __init__(self, directory: RunDirectory, session: str) -> None:
+        self._directory = directory
+        sessions = [event.get("session") for event in read_records(directory.events) if event["kind"] == "controller"]
+        self.is_successor = session in sessions
+        if self.is_successor and sessions[-1] != session:
+            raise RunDirectoryError(f"{directory.path} has been taken over by the controller of another driver")
+        self._lock: int | None = None
+        if self.is_successor:
+            # Ray starts another only when it takes the first for lost. That one may be cut off, and its machine's lock
+            # may outlive it: it steps down when it sees the newer epoch, and its workers obey this one.
+            self.epoch = directory.next_epoch()
+            with suppress(RunDirectoryError):
+                self._lock = directory.lock(PATIENCE_S)
+        else:
+            self._lock = directory.lock(PATIENCE_S)
+            self.epoch = directory.next_epoch()
+
+    def is_over(self) -> bool:
+        """Whether a newer controller has the run. Asked now and then; also gets the lock if it was not to be had."""
+        if self._directory.newest_epoch() > self.epoch:
+            return True
+        if self._lock is None:
+            with suppress(RunDirectoryError):
+                self._lock = self._directory.lock()
+        return False
+
+    def end(self) -> None:
+        """The run is nobody's any more: it may be gone on with from here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

@@ -1,0 +1,70 @@
+"""Two controllers never both steer a run: locks, epochs and sessions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from monitoring.records import RecordFile
+from orchestrator.cluster import reign
+from orchestrator.cluster.reign import Reign
+from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reign, "PATIENCE_S", 0.1)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def begin(directory: RunDirectory, session: str) -> Reign:
+    """A controller that has said who it is, as the first thing it does."""
+    begun = Reign(directory, session)
+    record = {"time": time.time(), "kind": "controller", "epoch": begun.epoch, "session": session}
+    RecordFile(directory.events).append(record)
+    return begun
+
+
+def test_another_drivers_controller_is_refused_while_the_first_lives(directory: RunDirectory) -> None:
+    first = begin(directory, "a")
+    with pytest.raises(RunDirectoryError, match="steered by another controller"):
+        Reign(directory, "b")
+    assert not first.is_over(), "and claims no epoch by it"
+    first.end()
+    second = begin(directory, "b")
+    assert (first.epoch, second.epoch, second.is_successor) == (1, 2, False)
+
+
+def test_a_successor_takes_over_though_the_lock_of_the_lost_one_outlives_it(directory: RunDirectory) -> None:
+    """The lost one's machine may be cut off, with its lock, and it may even live on: it steps down."""
+    lost = begin(directory, "a")
+    successor = begin(directory, "a")
+    assert successor.is_successor
+    assert successor.epoch == 2
+    assert lost.is_over()
+    assert not successor.is_over()
+    lost.end()
+    assert not successor.is_over()
+    assert directory.is_steered, "it has got the lock meanwhile"
+    successor.end()
+    assert not directory.is_steered
+
+
+def test_who_was_taken_over_by_another_driver_does_not_come_back(directory: RunDirectory) -> None:
+    begin(directory, "a").end()
+    newer = begin(directory, "b")
+    with pytest.raises(RunDirectoryError, match="taken over"):
+        Reign(directory, "a")
+    assert not newer.is_over()
+
+
+def test_a_run_begun_again_by_the_same_driver_is_no_succession(directory: RunDirectory) -> None:
+    begin(directory, "a").end()
+    again = begin(directory, "c")
+    assert not again.is_successor

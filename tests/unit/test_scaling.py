@@ -1,0 +1,223 @@
+"""How a run takes in nodes that come and go, and what it asks of a cluster that has no room."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from test_controller import W0, W1, W2, W3, Stage, of, records
+
+from orchestrator.controller.pace import Pace
+from orchestrator.controller.protocol import (
+    Action,
+    Died,
+    Notice,
+    Pause,
+    Record,
+    ReleaseWorker,
+    RequestWorker,
+    Resize,
+    Start,
+    TellShortage,
+)
+from orchestrator.controller.views import RunState, ScalingRules, WorkerView
+from orchestrator.messages import WorkerId
+
+
+def training(**scaling: object) -> Stage:
+    """Two of three wanted workers train; the third is on its way."""
+    stage = Stage(max_workers=3, scaling=ScalingRules(**scaling))  # type: ignore[arg-type]
+    stage.tell(Start())
+    stage.ready(W0, W1)
+    stage.wait(4.0, W0, W1)
+    stage.join()
+    stage.train(3)
+    return stage
+
+
+def gone(stage: Stage) -> tuple[WorkerId, ...]:
+    return tuple(worker for worker in stage.members if not stage.controller.workers[worker].alive)
+
+
+def test_a_newcomer_joins_at_once_when_nothing_has_changed_for_long() -> None:
+    stage = training(settle_s=2.0)
+    assert of(Pause, stage.ready(W2))
+
+
+def test_a_newcomer_waits_while_the_run_settles() -> None:
+    stage = training(settle_s=10.0)
+    assert not of(Pause, stage.ready(W2)), "the last change is 3 s ago, and 10 s are wanted"
+    assert of(Pause, stage.wait(12.0, W0, W1, W2))
+
+
+def test_a_user_who_resizes_does_not_wait() -> None:
+    stage = Stage(max_workers=3, scaling=ScalingRules(settle_s=1000.0))
+    stage.tell(Start())
+    stage.ready(W0, W1)
+    stage.wait(4.0, W0, W1)
+    stage.join()
+    stage.tell(Resize(2))
+    stage.train(1)
+    (request,) = of(RequestWorker, stage.tell(Resize(3)))
+    assert of(Pause, stage.ready(request.worker))
+
+
+def a_view(joined_at: float | None) -> WorkerView:
+    return WorkerView(WorkerId(5, 0), requested_at=0.0, joined_at=joined_at)
+
+
+def test_each_flap_doubles_the_wait_up_to_the_window_until_it_is_quiet_for_so_long() -> None:
+    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    waits = []
+    for number in range(7):
+        now = 100.0 + 10 * number
+        pace.lost(a_view(now - 5.0), now)
+        waits.append(pace.wait_s(now))
+    assert waits == [4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    # They may come after 60 s, and have stayed as long after 120.
+    assert pace.wait_s(160.0 + 119.0) == 60.0
+    assert pace.wait_s(160.0 + 121.0) == 2.0
+    pace.lost(a_view(300.0), 305.0)
+    assert pace.wait_s(305.0) == 4.0, "it begins anew"
+
+
+@pytest.mark.parametrize("joined_at", [None, 10.0])
+def test_old_members_and_those_of_the_beginning_do_not_flap(joined_at: float | None) -> None:
+    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    pace.lost(a_view(joined_at), 100.0)
+    assert pace.wait_s(100.0) == 2.0
+
+
+def test_a_notice_and_the_death_after_it_are_one_flap() -> None:
+    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    view = a_view(95.0)
+    pace.lost(view, 100.0)
+    pace.lost(view, 101.0)
+    assert pace.wait_s(101.0) == 4.0
+
+
+def test_growth_that_costs_much_is_rare() -> None:
+    """Never more than a twentieth of the time."""
+    pace = Pace(ScalingRules(settle_s=2.0))
+    pace.changed(100.0)
+    pace.learn([Record("recovery", {"kind": "grow", "pause_seconds": 3.0})])
+    assert not pace.may_grow(159.0)
+    assert pace.may_grow(160.0)
+
+
+def live(stage: Stage, seconds: float, *beside: WorkerId) -> list[Action]:
+    """Time goes by in which the run trains, and does as it is told; `beside` it others stand by."""
+    actions = []
+    for _ in range(round(seconds / 0.5)):
+        now = stage.wait(0.5, *{*stage.members, *beside} - set(gone(stage)))
+        if stage.controller.state is RunState.SETTLING:
+            now += stage.leave_all("pause") + stage.join()
+        actions += now + stage.train(1, seconds=0.0)
+    return actions
+
+
+def test_a_node_that_comes_and_goes_all_the_time_does_not_make_the_job_do_so() -> None:
+    """A third worker whose node lasts for 4 s and is back 1 s later, for ten minutes."""
+    stage = training(settle_s=2.0, flap_window_s=120.0)
+    worker, until, comings = W2, stage.now + 600.0, 0
+    while stage.now < until:
+        comings += 1
+        stage.ready(worker, node="flaky")
+        live(stage, 4.0, worker)
+        is_member = worker in stage.members
+        stage.tell(Died(worker, "its node is gone", node_lost=True))
+        if is_member:
+            stage.leave_all("peer", but=(worker,))
+            stage.join()
+        live(stage, 1.0)
+        worker = of(RequestWorker, stage.told)[-1].worker
+    growths = len([record for record in stage.recorded("incident") if record["incident"] == "grow"])
+    assert comings > 100
+    assert 4 <= growths <= 12, "2, 4, 8, 16, ... 120 s after one another"
+
+
+def test_a_shortage_is_told_once_and_its_end_too() -> None:
+    stage = training(shortage_after_s=30.0)
+    told = [(action.workers, round(action.waited_s)) for action in of(TellShortage, live(stage, 300.0))]
+    assert told == [((W2,), 30)]
+    stage.ready(W2)
+    (over,) = records(live(stage, 1.0, W2), "shortage_over")
+    assert 295 < over["seconds"] < 315
+
+
+def test_no_shortage_is_told_when_there_is_room_in_time() -> None:
+    stage = training(shortage_after_s=30.0)
+    stage.ready(W2)
+    actions = live(stage, 100.0, W2)
+    assert not of(TellShortage, actions)
+    assert not records(actions, "shortage_over")
+
+
+def test_what_one_market_does_not_have_is_asked_of_the_next_and_of_the_first_again_after_a_while() -> None:
+    stage = Stage(
+        min_workers=1, max_workers=2,
+        scaling=ScalingRules(markets=("spot", "on-demand"), fallback_after_s=20.0, fallback_hold_s=100.0),
+    )  # fmt: skip
+    first = of(RequestWorker, stage.tell(Start()))
+    assert [request.market for request in first] == ["spot", "spot"]
+    stage.ready(W0)
+    stage.wait(4.0, W0)
+    stage.join()
+    actions = stage.wait(20.0, W0)
+    assert [action.worker for action in of(ReleaseWorker, actions)] == [W1]
+    again = of(RequestWorker, actions)
+    assert [(request.worker.slot, request.market) for request in again] == [(1, "on-demand")]
+    assert records(actions, "market_changed") == [
+        {"from": "spot", "to": "on-demand", "workers": 1, "waited_seconds": pytest.approx(20, abs=1)}
+    ]
+    # While it is held, others are asked for there too; after that the first is tried again.
+    stage.ready(again[0].worker)
+    stage.leave_all("pause")
+    stage.join()
+    stage.tell(Died(again[0].worker, "its process ended unexpectedly"))
+    stage.leave_all("peer", but=gone(stage))
+    assert [request.market for request in of(RequestWorker, stage.told)][-1] == "on-demand"
+    stage.join()
+    late = stage.wait(130.0, W0)
+    assert [request.market for request in of(RequestWorker, late)][:1] == ["spot"], "on-demand had none either"
+
+
+def test_one_market_is_insisted_on() -> None:
+    stage = Stage(max_workers=1, scaling=ScalingRules(markets=("spot",), fallback_after_s=5.0))
+    (request,) = of(RequestWorker, stage.tell(Start()))
+    assert request.market == "spot"
+    assert not of(RequestWorker, stage.wait(60.0))
+
+
+def test_who_would_have_no_work_is_not_asked_for() -> None:
+    """Five workers may come, but four replicas are the best layout for five: a fifth would idle on a costly node."""
+    stage = Stage(max_workers=5, pipeline=2, virtual_workers=4)
+    stage.tell(Start())
+    stage.ready(W0, W1, W2, W3)
+    assert len(stage.members) == 4
+    live(stage, 30.0)
+    assert len(of(RequestWorker, stage.told)) == 4
+
+
+def test_notice_of_a_newcomer_counts_as_a_flap() -> None:
+    stage = training(settle_s=2.0, flap_window_s=120.0)
+    stage.ready(W2)
+    stage.leave_all("pause")
+    stage.join()
+    stage.tell(Notice((W2,), "node drains", stage.now + 60))
+    assert stage.controller._run.pace.wait_s(stage.now) == 4.0
+
+
+def test_random_comings_and_goings_never_stop_growth_for_longer_than_the_window() -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    pace = Pace(ScalingRules(settle_s=1.0, flap_window_s=50.0))
+    now = 0.0
+    for _ in range(1000):
+        now += dice.uniform(0.0, 30.0)
+        if dice.random() < 0.5:
+            pace.lost(a_view(now - dice.uniform(0.0, 100.0)), now)
+        pace.changed(now)
+        assert pace.may_grow(now + 50.0)
+        assert not pace.may_grow(now + 0.5)
