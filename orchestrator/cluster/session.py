@@ -108,6 +108,7 @@ def connected(address: str | None) -> Iterator[None]:
         raise ClusterError(
             f"no Ray cluster answers at {address}: {error}; `orchestrator doctor --address {address}` looks closer"
         ) from error
+    _hush()
     try:
         yield
     finally:
