@@ -102,6 +102,7 @@ def connected(address: str | None) -> Iterator[None]:
     if not address:
         raise ClusterError("no cluster is named: give --address HOST:PORT, or set RAY_ADDRESS")
     _check_answers(address)
+    here = os.getcwd()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -109,10 +110,26 @@ def connected(address: str | None) -> Iterator[None]:
             f"no Ray cluster answers at {address}: {error}; `orchestrator doctor --address {address}` looks closer"
         ) from error
     _hush()
+    _return_to(here)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _return_to(here: str) -> None:
+    """Where several raylets share a machine, one of them may unpack the files of a submitted job anew, and what was
+    this process's directory is another then."""
+    deadline = time.monotonic() + 5.0
+    while True:
+        try:
+            os.chdir(here)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _check_answers(address: str) -> None:

@@ -25,6 +25,9 @@ GRACE_S = 30
 """How long `ray job stop` waits for the driver, which ends the run in good order meanwhile. Ray's own 3 s are short."""
 
 
+AGENT_PATIENCE_S = 30.0
+
+
 class SubmissionError(ValueError):
     """A job cannot be submitted as asked; says why and what to do."""
 
@@ -82,7 +85,8 @@ class Jobs:
     def __init__(self, address: str | None) -> None:
         if address is not None and "://" not in address and address != "auto":
             address = f"http://{address}"
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # Of its uploads nobody needs to know.
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -96,17 +100,23 @@ class Jobs:
         return str(self._client.get_address())
 
     def submit(self, submission: Submission, name: str, submission_id: str | None = None) -> str:
-        """Uploads the files and starts the job; returns its submission id."""
-        try:
-            identity: str = self._client.submit_job(
-                entrypoint=submission.entrypoint(),
-                runtime_env=submission.environment(),
-                submission_id=submission_id,
-                metadata={"orchestrator_job": name},
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ClusterError(f"the cluster refused the job: {error}") from error
-        return identity
+        """Uploads the files and starts the job; returns its submission id. A head that has just come up is given time
+        to find the process that starts jobs."""
+        deadline = time.monotonic() + AGENT_PATIENCE_S
+        while True:
+            try:
+                identity: str = self._client.submit_job(
+                    entrypoint=submission.entrypoint(),
+                    runtime_env=submission.environment(),
+                    submission_id=submission_id,
+                    metadata={"orchestrator_job": name},
+                )
+            except (RuntimeError, ValueError) as error:
+                if "No available agent" in str(error) and time.monotonic() < deadline:
+                    time.sleep(1.0)
+                    continue
+                raise ClusterError(f"the cluster refused the job: {error}") from error
+            return identity
 
     def follow(self, submission_id: str, show: Callable[[str], None]) -> tuple[str, int | None]:
         """Shows what the job prints until it ends; its status (SUCCEEDED, FAILED, STOPPED) and its exit code, if it

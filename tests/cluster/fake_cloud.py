@@ -80,12 +80,13 @@ class FakeCloud:
         environment = self._environment() | {
             "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_NODE_TYPE_NAME": HEAD_TYPE,
-            "RAY_USAGE_STATS_ENABLED": "0", "RAY_event_stats": "0", "RAY_enable_metrics_collection": "0",
+            "RAY_USAGE_STATS_ENABLED": "0", "RAY_event_stats": "0",
         }  # fmt: skip
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={self.port}", "--num-cpus=0",
             f"--autoscaling-config={self._config}", f"--temp-dir={self.home / 'ray'}",
             f"--object-store-memory={STORE_BYTES}", "--node-ip-address=127.0.0.1",
+            f"--dashboard-agent-listen-port={_free_port()}",
             *([f"--dashboard-port={self.dashboard_port}"] if self._dashboard else ["--include-dashboard=false"]),
         ]  # fmt: skip
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
