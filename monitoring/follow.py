@@ -121,6 +121,13 @@ def describe_event(event: dict[str, Any]) -> str | None:
             return f"the controller was restarted (epoch {event['epoch']}) and found {event['workers_found']} workers"
         case "drain_notice":
             return f"worker {event['worker']} must leave: {event['reason']}"
+        case "shortage":
+            workers = ", ".join(map(str, event["workers"]))
+            return f"no room for worker {workers} for {event['waited_seconds']:.0f} s: {event['reason']}"
+        case "shortage_over":
+            return "no worker waits for room any more"
+        case "market_changed":
+            return f"{event['from']} nodes did not come in {event['waited_seconds']:.0f} s: asking for {event['to']} ones"
         case "resize_requested":
             return f"resize from {event['from']} to {event['to']} workers requested"
         case "start_failed":

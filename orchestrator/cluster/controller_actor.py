@@ -19,16 +19,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray._private import worker as ray_worker
-from ray._private.state import state as ray_state
 
 from monitoring import discovery
 from monitoring.records import read_records
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
+from orchestrator.cluster import game_days
 from orchestrator.cluster.chronicle import Chronicle
+from orchestrator.cluster.drains import DrainWatch
 from orchestrator.cluster.glance import glance
 from orchestrator.cluster.narration import narrate, set_up_logs, tell
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
@@ -40,6 +40,7 @@ from orchestrator.cluster.placement import (
     find_places,
     raylet_is_gone,
     refuses_connections,
+    release_places,
     worker_name,
 )
 from orchestrator.cluster.reign import Reign
@@ -58,7 +59,6 @@ from orchestrator.controller.protocol import (
     Finish,
     Interrupt,
     KillWorker,
-    Notice,
     Pause,
     Placed,
     Record,
@@ -83,7 +83,7 @@ from orchestrator.data.ledger import audit
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Reply, Status, WorkerId
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.rundir import RunDirectory
+from orchestrator.rundir import RunDirectory, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,10 @@ POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
-LATE_S = 3600.0
-"""When a node that drains without a deadline is taken to go."""
 FOLLOWER_SILENCE_S = 15.0
 """How long the driver of an ephemeral run may be silent before the run ends."""
+STORAGE_PATIENCE_S = 60.0
+"""How long a controller that starts waits for a run directory that cannot be read or written."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -104,9 +104,31 @@ class ControllerActor:
     """See the module. `spec` is what every incarnation of this run's controller is made from."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        """Ray does not try again what raises here, so a file system that is away for a moment is waited for.
+
+        Raises RunDirectoryError when another controller has the run.
+        """
         self._spec = spec
         self._directory = RunDirectory(spec["run_dir"])
-        self._reign = Reign(self._directory, spec["session"])
+        self._began: Reign | None = None
+        deadline = time.monotonic() + STORAGE_PATIENCE_S
+        while True:
+            try:
+                self._set_up(spec)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    end_workers(self._directory.run_id)
+                    raise
+                log.warning("the controller cannot begin yet: %s", error)
+                time.sleep(1.0)
+            except RunDirectoryError:
+                end_workers(self._directory.run_id)
+                raise
+
+    def _set_up(self, spec: dict[str, Any]) -> None:
+        self._began = self._began or Reign(self._directory, spec["session"])
+        self._reign = self._began
         self._epoch = self._reign.epoch
         self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
         log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
@@ -116,8 +138,7 @@ class ControllerActor:
         self._introductions: dict[WorkerId, Introduction] = {}
         self._met = threading.Condition()
         self._start_errors: dict[WorkerId, str] = {}
-        self._deadlines: dict[str, float] = {}
-        self._noticed: set[WorkerId] = set()
+        self._drains = DrainWatch()
         self._follower_heard = time.monotonic()
         self._result: dict[str, Any] | None = None
         self._farewell = threading.Event()
@@ -292,7 +313,7 @@ class ControllerActor:
             job = self._job
             self._record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
                                          "min_workers": job.elastic.workers.min})  # fmt: skip
-        elif (previous := self._directory.read_json("result.json")) is not None and self._reign.is_successor:
+        elif self._reign.has_ended and (previous := self._directory.read_json("result.json")) is not None:
             # A predecessor ended the run and died before it could say goodbye.
             end_workers(self._directory.run_id)
             self._result = previous
@@ -335,6 +356,7 @@ class ControllerActor:
                 continue
             self._adopt(handle, introduction.node, introduction.pid)
             statuses.append(introduction.status)
+        release_places(self._directory.run_id, [h.place for h in self._handles.values() if h.place is not None])
         return statuses
 
     def _adopt(self, handle: WorkerHandle, node: str, pid: int) -> None:
@@ -359,7 +381,7 @@ class ControllerActor:
         if isinstance(event, FaultFired):
             if event.index in self._machine.fired_faults:
                 return  # Told again, because the answer was lost with the controller.
-            self._before_fault(event)
+            self._practise(event)
         for action in self._machine.handle(event, at):
             self._carry_out(action)
         if isinstance(event, Died) and (dead := self._handles.pop(event.worker, None)) is not None:
@@ -370,7 +392,8 @@ class ControllerActor:
                 self._books.pop(event.worker, None)
                 self._introductions.pop(event.worker, None)
         if isinstance(event, FaultFired):
-            self._after_fault(event)
+            if self._job.faults[event.index].kind == "controller":
+                os.kill(os.getpid(), signal.SIGKILL)
         elif (window := self._machine.window) is not None and window is not self._window:
             self._window = window
             self._chronicle.metrics.on_window(window)
@@ -395,7 +418,11 @@ class ControllerActor:
             case ReleaseWorker():
                 if (leaving := self._handles.pop(action.worker, None)) is not None:
                     self._book(action.worker).put("leave")
-                    leaving.kill_later()
+                    # One that waits for a place goes at once, or the autoscaler might yet start a node for it.
+                    if leaving.placed:
+                        leaving.kill_later()
+                    else:
+                        threading.Thread(target=leaving.kill, daemon=True).start()
             case KillWorker():
                 if (condemned := self._handles.pop(action.worker, None)) is not None:
                     # Off this thread: recovery must not wait until Ray has finished with a dead worker.
@@ -482,27 +509,13 @@ class ControllerActor:
             "resources": self._job.resources.model_dump(),
         }
 
-    # ------------------------------------------------------------------------------------ faults that are ours to make
-
-    def _before_fault(self, event: FaultFired) -> None:
+    def _practise(self, event: FaultFired) -> None:
         """A drain or node fault is carried out here, where the cluster can be reached."""
-        fault = self._job.faults[event.index]
         handle = self._handles.get(event.worker) if event.worker is not None else None
-        if handle is None or handle.node is None:
-            return
-        if fault.kind == "node":
-            threading.Thread(target=_lose_node, args=(handle.node,), daemon=True).start()
-        elif fault.kind == "drain":
-            seconds = fault.seconds if fault.seconds is not None else 30.0
-            if handle.node == ray.get_runtime_context().get_node_id():
-                # The controller's own node must not go: the notice is for this worker alone.
-                self._queue.put((Notice((handle.worker,), "injected notice", time.time() + seconds), time.time()))
-            else:
-                _drain_node(handle.node, seconds)
-
-    def _after_fault(self, event: FaultFired) -> None:
-        if self._job.faults[event.index].kind == "controller":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if handle is not None and handle.node is not None:
+            notice = game_days.practise(self._job.faults[event.index], handle.worker, handle.node)
+            if notice is not None:
+                self._queue.put((notice, time.time()))
 
     # ------------------------------------------------------------------------------------ the lookout thread
 
@@ -511,7 +524,8 @@ class ControllerActor:
         while self._result is None:
             time.sleep(POLL_S)
             try:
-                self._look()
+                if self._result is None:
+                    self._look()
             except Exception as error:
                 log.warning("lookout: %s: %s", type(error).__name__, error)
 
@@ -537,7 +551,14 @@ class ControllerActor:
             if not handle.placed and (node := handle.where()) is not None:
                 handle.placed, handle.node = True, node
                 self._queue.put((Placed(handle.worker, node), now))
-        self._look_for_notices(now)
+        for notice in self._drains.news(list(self._handles.values()), now):
+            self._queue.put((notice, now))
+        if self._drains.concerns_me:
+            log.warning(
+                "this node drains: Ray starts the next controller elsewhere, and the workers train on meanwhile"
+            )
+            self._chronicle.close()
+            os._exit(7)
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
             if request["kind"] == "resize":
@@ -549,17 +570,6 @@ class ControllerActor:
             else:
                 answer["error"] = f"unknown request {request['kind']!r}"
             self._record("request_answered", answer)
-
-    def _look_for_notices(self, now: float) -> None:
-        """Tells of workers whose nodes drain, also of those that came to such a node just before Ray knew."""
-        draining: dict[str, int] = ray_state.get_draining_nodes()
-        for node, deadline_ms in draining.items():
-            deadline = self._deadlines.setdefault(node, deadline_ms / 1000 if deadline_ms else now + LATE_S)
-            handles = [handle for handle in list(self._handles.values()) if handle.node == node]
-            affected = tuple(handle.worker for handle in handles if handle.worker not in self._noticed)
-            if affected:
-                self._noticed.update(affected)
-                self._queue.put((Notice(affected, f"node {node[:8]} drains", deadline), now))
 
     # ------------------------------------------------------------------------------------ records and the end
 
@@ -656,6 +666,8 @@ class ControllerActor:
             self._result = result
 
     def _go(self) -> None:
+        # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.
+        end_workers(self._directory.run_id)
         self._farewell.wait(timeout=LINGER_S)
         self._chronicle.close()
         time.sleep(0.2)
@@ -672,21 +684,3 @@ def targets_directory(job: Job, *, own_cluster: bool, cwd: str | None) -> Path:
         return discovery.targets_directory()  # Its own Ray's directory is gone with it, and nobody watches it.
     node: Any = ray_worker._global_node
     return discovery.targets_directory(str(Path(node.get_session_dir_path()).parent))
-
-
-def _drain_node(node: str, seconds: float) -> None:
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    client.drain_node(node, 2, "injected by a fault of the job", int((time.time() + seconds) * 1000))
-
-
-def _lose_node(node: str) -> None:
-    """Ends a raylet of this machine and everything that runs under it, at once, as a lost node would."""
-    name = next((n["RayletSocketName"] for n in ray.nodes() if n["NodeID"] == node), None)
-    for process in psutil.process_iter(["name", "cmdline"]):
-        line = process.info["cmdline"] or []
-        if process.info["name"] == "raylet" and any(part.endswith(f"={name}") for part in line):
-            for victim in [process, *process.children(recursive=True)]:
-                with suppress(psutil.Error):
-                    victim.send_signal(signal.SIGKILL)

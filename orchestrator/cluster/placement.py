@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -246,6 +246,17 @@ def raylet_is_gone(node_id: str) -> bool:
                 return True
             return False
     return True
+
+
+def release_places(run_id: str, taken: Iterable[Place]) -> None:
+    """Gives back the places of a run that none of its workers has: those that an earlier controller was about to give
+    back, or had asked for."""
+    prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
+    kept = {place.group.id.hex() for place in taken}
+    for group_id, entry in ray.util.placement_group_table().items():
+        if entry["name"].startswith(prefix) and entry["state"] != "REMOVED" and group_id not in kept:
+            with suppress(Exception):
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def end_workers(run_id: str) -> None:

@@ -21,18 +21,25 @@ that still lives needs a second to see that it is no longer wanted."""
 
 class Reign:
     """`is_successor` says that an earlier controller of the same session had the run: Ray lost that one and started
-    this.
+    this; `has_ended` that it had ended the run by then.
 
     Raises RunDirectoryError when another controller has the run, or took it over meanwhile.
     """
 
     def __init__(self, directory: RunDirectory, session: str) -> None:
         self._directory = directory
-        sessions = [event.get("session") for event in read_records(directory.events) if event["kind"] == "controller"]
+        sessions: list[str] = []
+        self.has_ended = False
+        for event in read_records(directory.events):
+            if event["kind"] == "controller":
+                sessions.append(event.get("session", ""))
+            elif event["kind"] == "run_finished":
+                self.has_ended = sessions[-1:] == [session]
         self.is_successor = session in sessions
         if self.is_successor and sessions[-1] != session:
             raise RunDirectoryError(f"{directory.path} has been taken over by the controller of another driver")
         self._lock: int | None = None
+        self._is_given_up = False
         if self.is_successor:
             # Ray starts another only when it takes the first for lost. That one may be cut off, and its machine's lock
             # may outlive it: it steps down when it sees the newer epoch, and its workers obey this one.
@@ -47,13 +54,14 @@ class Reign:
         """Whether a newer controller has the run. Asked now and then; also gets the lock if it was not to be had."""
         if self._directory.newest_epoch() > self.epoch:
             return True
-        if self._lock is None:
+        if self._lock is None and not self._is_given_up:
             with suppress(RunDirectoryError):
                 self._lock = self._directory.lock()
         return False
 
     def end(self) -> None:
         """The run is nobody's any more: it may be gone on with from here."""
+        self._is_given_up = True
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -26,6 +26,7 @@ GRACE_S = 30
 
 
 AGENT_PATIENCE_S = 30.0
+LOST_PATIENCE_S = 300.0
 
 
 class SubmissionError(ValueError):
@@ -120,14 +121,27 @@ class Jobs:
 
     def follow(self, submission_id: str, show: Callable[[str], None]) -> tuple[str, int | None]:
         """Shows what the job prints until it ends; its status (SUCCEEDED, FAILED, STOPPED) and its exit code, if it
-        came to one. Connections that break are made again."""
-        shown = 0
+        came to one. Connections that break are made again.
+
+        Raises ClusterError when the job is not known any more, or the server is gone for long.
+        """
+        shown, heard = 0, time.monotonic()
         while True:
             try:
                 shown = asyncio.run(self._tail(submission_id, show, shown))
                 info = self._client.get_job_info(submission_id)
-            except (RuntimeError, ConnectionError, OSError) as error:
-                print(f"orchestrator: lost the job server ({error}); trying again", file=sys.stderr)
+                heard = time.monotonic()
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                if "404" in str(error):
+                    raise ClusterError(
+                        f"{self.address} does not know {submission_id} any more: its head is another one now; submit "
+                        "the job again with the same --run-dir, and it goes on"
+                    ) from error
+                if time.monotonic() - heard > LOST_PATIENCE_S:
+                    raise ClusterError(
+                        f"{self.address} has not answered for {LOST_PATIENCE_S:.0f} s ({error}); the run may go on, "
+                        f"`ray job logs --follow {submission_id}` or `orchestrator attach` follow it again"
+                    ) from error
                 time.sleep(2.0)
                 continue
             if JobStatus(info.status).is_terminal():

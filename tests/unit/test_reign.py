@@ -68,3 +68,23 @@ def test_a_run_begun_again_by_the_same_driver_is_no_succession(directory: RunDir
     begin(directory, "a").end()
     again = begin(directory, "c")
     assert not again.is_successor
+
+
+def test_what_has_ended_is_not_taken_again(directory: RunDirectory) -> None:
+    """Its lookout may still ask whether it is over."""
+    ended = begin(directory, "a")
+    ended.end()
+    assert not ended.is_over()
+    assert not directory.is_steered
+
+
+def test_a_result_counts_only_for_the_session_that_ended_the_run(directory: RunDirectory) -> None:
+    finished = {"time": time.time(), "kind": "run_finished", "status": "stopped", "reason": "x"}
+    begin(directory, "a").end()
+    RecordFile(directory.events).append(finished)
+    again = begin(directory, "b")
+    assert not again.has_ended
+    again.end()
+    assert not Reign(directory, "b").has_ended, "the end on record is that of an earlier attempt"
+    RecordFile(directory.events).append(finished)
+    assert Reign(directory, "b").has_ended

@@ -1,0 +1,43 @@
+"""Faults that happen to a cluster and not to a process: a node that drains, or is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import suppress
+
+import psutil
+import ray
+
+from orchestrator.cluster.nodes import Gcs
+from orchestrator.controller.protocol import Notice
+from orchestrator.job.schema import Fault
+from orchestrator.messages import WorkerId
+
+NOTICE_S = 30.0
+"""How long before it goes a node drains, when the fault does not say."""
+
+
+def practise(fault: Fault, worker: WorkerId, node: str) -> Notice | None:
+    """Makes the node of a worker drain, or go. Where that cannot be done because we are there too, the notice to act on
+    instead."""
+    if fault.kind == "node":
+        threading.Thread(target=_lose_node, args=(node,), daemon=True).start()
+    elif fault.kind == "drain":
+        deadline = time.time() + (NOTICE_S if fault.seconds is None else fault.seconds)
+        if node == ray.get_runtime_context().get_node_id():
+            return Notice((worker,), "injected notice", deadline)
+        Gcs(ray.get_runtime_context().gcs_address).ask_drain(node, "injected by a fault of the job", deadline)
+    return None
+
+
+def _lose_node(node: str) -> None:
+    """Ends a raylet of this machine and everything that runs under it, at once, as a lost node would."""
+    name = next((n["RayletSocketName"] for n in ray.nodes() if n["NodeID"] == node), None)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        line = process.info["cmdline"] or []
+        if process.info["name"] == "raylet" and any(part.endswith(f"={name}") for part in line):
+            for victim in [process, *process.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    victim.send_signal(signal.SIGKILL)

@@ -1,0 +1,146 @@
+"""What has to be there before a run's controller can start: its storage, its data, the record of where it runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.checkpoint.of_run import catalog_of
+from orchestrator.cluster.session import ClusterError, working_directory
+from orchestrator.data import Dataset
+from orchestrator.data.of_job import dataset_of, prepare_stores
+from orchestrator.data.store import RunTasks
+from orchestrator.job import Job
+from orchestrator.rundir import RunDirectory, RunDirectoryError, is_package
+
+_PARALLEL_BYTES = 64 << 20
+"""Below this much text, tokenising here is faster than starting Ray workers for it."""
+
+
+def refuse_packages(job: Job, directory: RunDirectory) -> None:
+    """Nothing that is to last belongs where Ray unpacks the files of a submitted job, which it removes again.
+
+    Raises RunDirectoryError.
+    """
+    storage = job.checkpoint.storage
+    places = {"--run-dir": directory.path}
+    if storage is not None and "://" not in storage:
+        places["checkpoint.storage"] = Path(storage).resolve()
+    for name, path in places.items():
+        if is_package(path):
+            raise RunDirectoryError(
+                f"{name} {path} is in the directory that Ray made for this job, and removes after it; "
+                "give an absolute path, on a file system that every node mounts"
+            )
+
+
+def check_storage(job: Job, directory: RunDirectory) -> None:
+    """Raises ClusterError when the storage of the run's checkpoints cannot be read."""
+    try:
+        catalog_of(directory, job).steps()
+    except (OSError, ValueError) as error:
+        where = job.checkpoint.storage or directory.path
+        raise ClusterError(f"checkpoint.storage {where} cannot be read from here: {error}") from error
+
+
+def controller_spec(
+    job: Job, directory: RunDirectory, secret: Any, own: bool, ephemeral: bool, on_note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prepares the data; what every incarnation of the run's controller is made from."""
+    on_note("preparing the data")
+    dataset = _prepare(job)
+    if dataset.padding:
+        on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
+    _same_data(directory, dataset)
+    data = dataset.describe(directory.path, directory.forked_at)
+    directory.write_json("environment.json", _environment(data, dataset))
+    with suppress(FileNotFoundError):
+        (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
+    return {
+        "secret": secret,
+        "run_dir": str(directory.path),
+        "job": job.resolved(),
+        "cwd": working_directory(),
+        "stores": [str(store.directory) for store in dataset.stores],
+        "store_digests": [store.digest for store in dataset.stores],
+        "data": data,
+        "own_cluster": own,
+        "ephemeral": ephemeral and not own,  # A cluster of our own ends with its driver in any case.
+        "session": uuid.uuid4().hex[:12],
+    }
+
+
+def _prepare(job: Job) -> Dataset:
+    def tasks(size_bytes: int) -> RunTasks[Any] | None:
+        return _run_on_ray if size_bytes >= _PARALLEL_BYTES else None
+
+    return dataset_of(job, prepare_stores(job, run_tasks=tasks))
+
+
+def _run_on_ray(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Runs tasks on Ray workers of this node, whose disk holds the store."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    task = ray.remote(function).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
+    results: dict[int, Any] = {}
+    pending: dict[Any, int] = {}
+    waiting = list(enumerate(arguments))
+    while waiting or pending:
+        while waiting and len(pending) < (os.cpu_count() or 1):
+            index, args = waiting.pop(0)
+            pending[task.remote(*args)] = index
+        done, _ = ray.wait(list(pending), num_returns=1)
+        for reference in done:
+            results[pending.pop(reference)] = ray.get(reference)
+    return [results[index] for index in range(len(arguments))]
+
+
+def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
+    """Refuses to go on with other data than a run has begun with."""
+    known = directory.read_json("environment.json")
+    if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
+        return
+    if known["store"]["digest"] != dataset.digest:
+        raise RunDirectoryError(
+            f"{directory.path} was begun with other data ({known['store']['tokens']:,} tokens then, "
+            f"{dataset.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
+            "restore it, or choose another --run-dir"
+        )
+
+
+def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "data": data,
+        "store": {
+            "directory": ", ".join(str(store.directory) for store in dataset.stores),
+            "digest": dataset.digest,
+            "tokens": dataset.num_tokens,
+            "padding": round(dataset.padding, 6),
+        },
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
