@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import signal
-import statistics
 import threading
 import time
 import traceback
@@ -23,12 +22,12 @@ import ray
 from ray._private import worker as ray_worker
 
 from monitoring import discovery
-from monitoring.records import read_records
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
 from orchestrator.cluster import game_days
 from orchestrator.cluster.chronicle import Chronicle
 from orchestrator.cluster.drains import DrainWatch
+from orchestrator.cluster.ending import compose
 from orchestrator.cluster.glance import glance
 from orchestrator.cluster.narration import narrate, set_up_logs, tell
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
@@ -44,7 +43,7 @@ from orchestrator.cluster.placement import (
     worker_name,
 )
 from orchestrator.cluster.reign import Reign
-from orchestrator.cluster.room import Need, why_no_room
+from orchestrator.cluster.room import Need, nodes_starting, why_no_room
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -59,6 +58,7 @@ from orchestrator.controller.protocol import (
     Finish,
     Interrupt,
     KillWorker,
+    NodesStarting,
     Pause,
     Placed,
     Record,
@@ -78,8 +78,6 @@ from orchestrator.controller.protocol import (
     Tick,
 )
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
-from orchestrator.data import DataError
-from orchestrator.data.ledger import audit
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Reply, Status, WorkerId
 from orchestrator.planning.choose import LayoutChooser
@@ -92,6 +90,8 @@ POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
+STARTING_POLL_S = 5.0
+"""How often the autoscaler is asked whether nodes are starting, while workers wait for room."""
 FOLLOWER_SILENCE_S = 15.0
 """How long the driver of an ephemeral run may be silent before the run ends."""
 STORAGE_PATIENCE_S = 60.0
@@ -139,6 +139,8 @@ class ControllerActor:
         self._met = threading.Condition()
         self._start_errors: dict[WorkerId, str] = {}
         self._drains = DrainWatch()
+        self._lost_nodes: set[str] = set()
+        self._asked_at = 0.0
         self._follower_heard = time.monotonic()
         self._result: dict[str, Any] | None = None
         self._farewell = threading.Event()
@@ -370,6 +372,8 @@ class ControllerActor:
             if handle.node is not None:
                 with suppress(Exception):
                     node_lost = raylet_is_gone(handle.node)
+            if node_lost and handle.node is not None:
+                self._lost_nodes.add(handle.node)
             why = self._start_errors.pop(handle.worker, detail)
             self._queue.put((Died(handle.worker, why, node_lost), time.time()))
 
@@ -409,7 +413,7 @@ class ControllerActor:
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me,
                     need=Need.of(self._job, action.market), place=self._place_of_unit(action.worker),
-                    avoid=action.avoid, must_avoid=action.must_avoid,
+                    avoid=action.avoid, must_avoid=action.must_avoid, lost=self._lost_nodes,
                 )  # fmt: skip
                 self._handles[action.worker] = handle
                 self._watch(handle)
@@ -482,6 +486,8 @@ class ControllerActor:
             handle = self._handles.get(worker)
             if handle is not None and refuses_connections(host, port):
                 node_lost = handle.node is not None and raylet_is_gone(handle.node)
+                if node_lost and handle.node is not None:
+                    self._lost_nodes.add(handle.node)
                 self._queue.put((Died(worker, "its process is gone", node_lost), time.time()))
 
         for worker in workers:
@@ -559,6 +565,7 @@ class ControllerActor:
             )
             self._chronicle.close()
             os._exit(7)
+        self._look_for_starting_nodes(now)
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
             if request["kind"] == "resize":
@@ -570,6 +577,14 @@ class ControllerActor:
             else:
                 answer["error"] = f"unknown request {request['kind']!r}"
             self._record("request_answered", answer)
+
+    def _look_for_starting_nodes(self, now: float) -> None:
+        """Only while somebody waits for room."""
+        if now - self._asked_at < STARTING_POLL_S or all(handle.placed for handle in list(self._handles.values())):
+            return
+        self._asked_at = now
+        if (nodes := nodes_starting()) > 0:
+            self._queue.put((NodesStarting(nodes), now))
 
     # ------------------------------------------------------------------------------------ records and the end
 
@@ -610,60 +625,34 @@ class ControllerActor:
         """Writes the result, then ends every worker; nothing of the run is left behind."""
         if self._result is not None:
             return
-        steps = []
-        with suppress(OSError, ValueError):
-            steps = list(read_records(self._directory.metrics))
-        data_digest = None
-        if status != "failed" or steps:
-            try:
-                data = self._spec["data"]
-                if "composition" in data:
-                    # Going through all steps again may take long here; the workers' machines do not wait for it.
-                    for handle in list(self._handles.values()):
-                        handle.kill()
-                report = audit(self._directory.metrics, **data)
-                data_digest = report.data_digest or None
-                if not report.ok:
-                    status, reason = "failed", f"the ledger does not add up: {report.problems[0]}"
-            except (DataError, OSError, ValueError) as error:
-                reason = f"{reason}; the ledger could not be audited: {error}"
-        result = {
-            "run": self._directory.run_id,
-            "status": status,
-            "reason": reason,
-            "steps": len(steps),
-            "tokens": sum(int(record["tokens"]) for record in steps),
-            "final_loss": steps[-1]["loss"] if steps else None,
-            "wall_seconds": 0.0,
-            "goodput_ratio": 0.0,
-            "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,
-            "reduction": self._job.strategy.reduction,
-            "bit_exact": self._job.strategy.reduction == "canonical",
-            "state_digest": digest,
-            "data_digest": data_digest,
-            "generations": self._chronicle.generations,
-            "recoveries": self._chronicle.recoveries,
-        }
+        if "composition" in self._spec["data"]:
+            # The audit goes through all steps again, which may take long; the workers' machines do not wait for it.
+            self._end_workers()
+        result = compose(self._directory, self._job, self._chronicle, self._spec["data"], status, reason, digest)
         unfired = [index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults]
-        if unfired and status == "finished":
+        if unfired and result["status"] == "finished":
             result["faults_not_fired"] = unfired
         try:
-            self._record("run_finished", {"status": status, "reason": reason})
+            self._record("run_finished", {"status": result["status"], "reason": result["reason"]})
             account = self._chronicle.account()
             result |= {"wall_seconds": round(account.wall_seconds, 3), "goodput_ratio": round(account.ratio, 4)}
             self._directory.write_json("result.json", result)
             self._publish_the_end()
         except OSError as error:
             # A full disk, most likely. Whoever follows the run is told all the same, and nothing is left running.
-            result |= {"status": "failed", "reason": f"{reason}; the run's end could not be recorded: {error}"}
+            why = f"{result['reason']}; the run's end could not be recorded: {error}"
+            result |= {"status": "failed", "reason": why}
         finally:
-            for handle in list(self._handles.values()):
-                handle.kill()
+            self._end_workers()
             if self._target is not None:
                 with suppress(OSError):
                     discovery.withdraw(self._target)
             self._reign.end()
             self._result = result
+
+    def _end_workers(self) -> None:
+        for handle in list(self._handles.values()):
+            handle.kill()
 
     def _go(self) -> None:
         # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.

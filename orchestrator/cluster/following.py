@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from monitoring.goodput import read_ledger
 from monitoring.records import RecordFile, read_records
@@ -78,6 +77,13 @@ def _dismissed(controller: Any) -> bool:
 
 
 def start_controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -> Any:
+    """On the head, away from workers whose nodes come and go; anywhere else if there is no head.
+
+    By labels, as Ray forgets a soft affinity to a node when it starts an actor, and at the latest when it restarts one.
+    """
+    head = {"ray.io/node-id": _head_node()}
+    anywhere = [{"label_selector": {"ray.io/node-id": "!none"}}]
+    where = {"resources": {HEAD: 0.001}} if own else {"label_selector": head, "fallback_strategy": anywhere}
     return (
         ray.remote(ControllerActor)
         .options(
@@ -87,11 +93,9 @@ def start_controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -
             get_if_exists=True,
             lifetime="detached",
             num_cpus=0,
-            resources={HEAD: 0.001} if own else None,
             max_restarts=-1,
             max_concurrency=1000,
-            # On the head, away from workers whose nodes come and go; anywhere else if it must be.
-            scheduling_strategy=("DEFAULT" if own else NodeAffinitySchedulingStrategy(node_id=_head_node(), soft=True)),
+            **where,
         )
         .remote(spec)
     )

@@ -82,16 +82,18 @@ class WorkerHandle:
         place: Place | None = None,
         avoid: Collection[str] = (),
         must_avoid: bool = False,
+        lost: Collection[str] = (),
     ) -> WorkerHandle:
         """Asks Ray for an actor in the `place` of its unit, whose `need` it is, or in a new one when there is none;
         returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if another has
-        room, or in any case when it `must_avoid` them."""
+        room, or in any case when it `must_avoid` them; and never on those that are `lost`, of which Ray may not know
+        yet."""
         resources = spec["resources"]
         name = worker_name(run_id, worker)
         if place is None or not place.take(worker):
             if avoid and not must_avoid and not has_room(need, avoid):
                 avoid = ()
-            place = Place(_reserve(name, need, avoid))
+            place = Place(_reserve(name, need, {*avoid, *lost}))
             place.take(worker)
         actor = (
             ray.remote(WorkerActor)

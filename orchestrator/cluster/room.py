@@ -78,22 +78,40 @@ def why_no_room(need: Need) -> str:
     return reason
 
 
+def nodes_starting() -> int:
+    """How many nodes the autoscaler has got from its cloud and is setting up. 0 when there is none to ask."""
+    with suppress(Exception):
+        client, state = _autoscaler()
+        if _is_second(state):
+            return len(state.pending_instances)
+        report = _report_of_the_first(client)
+        return len(report.get("pending_nodes") or ()) if report is not None else 0
+    return 0
+
+
 def _usable_nodes() -> list[dict[str, Any]]:
     draining = ray_state.state.get_draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
-def _says_the_autoscaler() -> str:
+def _autoscaler() -> tuple[Any, Any]:
+    """A client of the GCS, and what autoscaler v2 has told it last."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     reply = GetClusterStatusReply()
     reply.ParseFromString(client.get_cluster_status(timeout_s=5))
-    state = reply.autoscaling_state
-    if state.autoscaler_state_version or state.last_seen_cluster_resource_state_version:
-        return _of_the_second(state)
-    return _of_the_first(client)
+    return client, reply.autoscaling_state
+
+
+def _is_second(state: Any) -> bool:
+    return bool(state.autoscaler_state_version or state.last_seen_cluster_resource_state_version)
+
+
+def _says_the_autoscaler() -> str:
+    client, state = _autoscaler()
+    return _of_the_second(state) if _is_second(state) else _of_the_first(client)
 
 
 def _of_the_second(state: Any) -> str:
@@ -115,10 +133,9 @@ def _of_the_second(state: Any) -> str:
 
 def _of_the_first(client: Any) -> str:
     """What autoscaler v1 reports. It does not see labels, so that a request by labels may never be met."""
-    raw = client.internal_kv_get(b"__autoscaling_status", None)
-    if raw is None:
+    report = _report_of_the_first(client)
+    if report is None:
         return "; the cluster has no autoscaler"
-    report = json.loads(raw).get("autoscaler_report") or {}
     said = [f"{len(report['pending_nodes'])} nodes are starting"] if report.get("pending_nodes") else []
     said += [f"{count} x {kind} are being launched" for kind, count in (report.get("pending_launches") or {}).items()]
     summary = (report.get("node_availability_summary") or {}).get("node_availabilities") or {}
@@ -127,6 +144,11 @@ def _of_the_first(client: Any) -> str:
             about = known.get("unavailable_node_information") or {}
             said.append(f"{kind} is unavailable: {about.get('category')}, {about.get('description')}")
     return f"; the autoscaler (version 1, which does not see labels): {_joined(said)}"
+
+
+def _report_of_the_first(client: Any) -> dict[str, Any] | None:
+    raw = client.internal_kv_get(b"__autoscaling_status", None)
+    return None if raw is None else json.loads(raw).get("autoscaler_report") or {}
 
 
 def _joined(said: Sequence[str]) -> str:

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from orchestrator.controller.protocol import Action, Record, TellShortage
 from orchestrator.controller.views import ScalingRules, WorkerView
 
+COMING_S = 30.0
+"""How long the word that nodes are starting counts."""
+LONGEST_START_S = 900.0
+"""Nodes that are starting are waited for so long, from when they were asked for, and no longer."""
+
 
 class Demand:
     """Knows since when workers wait for room, and which of the markets that the job prefers is asked now."""
@@ -15,8 +20,10 @@ class Demand:
         self._rules = rules
         self._market = 0
         self._held_until = 0.0
+        self._rounds = 0
+        self._coming_at = -COMING_S
+        self._told: set[str] = set()
         self._short_since: float | None = None
-        self._is_told = False
 
     def market(self, now: float) -> str:
         """Where to ask for a worker; "": anywhere."""
@@ -24,40 +31,53 @@ class Demand:
             self._market = 0  # The first may have recovered. What was asked for elsewhere stays asked for.
         return self._rules.markets[self._market] if self._rules.markets else ""
 
+    def coming(self, now: float) -> None:
+        """Nodes are starting, which may be for these workers."""
+        self._coming_at = now
+
+    def placed(self) -> None:
+        """There was room for a worker."""
+        self._rounds = 0
+
     def turn_to_next(self, waiting: Sequence[WorkerView], now: float) -> tuple[list[WorkerView], list[Action]]:
         """Those of the `waiting` that their market has not met in time, to be asked for again: in the next, after the
-        last in the first, and so are others for a while."""
+        last in the first, and so are others for a while. When no market meets any, each round takes longer."""
         rules = self._rules
         if len(rules.markets) < 2:
             return [], []
-        late = [view for view in waiting if view.market and now - view.requested_at > rules.fallback_after_s]
+        patience_s = rules.fallback_after_s * 2.0 ** min(self._rounds, 6)
+        if now - self._coming_at < COMING_S:
+            patience_s = max(patience_s, LONGEST_START_S)
+        late = [view for view in waiting if view.market and now - view.requested_at > patience_s]
         if not late:
             return [], []
         tried = rules.markets.index(late[0].market)
         self._market, self._held_until = (tried + 1) % len(rules.markets), now + rules.fallback_hold_s
-        waited_s = now - min(view.requested_at for view in late)
+        self._rounds += self._market == 0
         fields = {
             "from": rules.markets[tried],
             "to": rules.markets[self._market],
             "workers": len(late),
-            "waited_seconds": round(waited_s, 1),
+            "waited_seconds": round(now - min(view.requested_at for view in late), 1),
         }
         return late, [Record("market_changed", fields)]
 
     def tell(self, waiting: Sequence[WorkerView], now: float) -> list[Action]:
-        """That workers have found no room for long, once; and that there is no shortage any more."""
+        """That workers have found no room for long, once for each market; and that there is no shortage any more."""
         if not waiting:
-            told, since = self._is_told, self._short_since
-            self._is_told, self._short_since = False, None
+            told, since = self._told, self._short_since
+            self._told, self._short_since = set(), None
             return [Record("shortage_over", {"seconds": round(now - (since or now), 1)})] if told else []
         if self._short_since is None:
             self._short_since = now
-        waited_s = now - self._short_since
-        if self._is_told or waited_s < self._rules.shortage_after_s:
-            return []
-        self._is_told = True
-        workers = tuple(sorted(view.worker for view in waiting))
-        return [TellShortage(workers, waited_s, waiting[0].market)]
+        short = [view for view in waiting if now - view.requested_at >= self._rules.shortage_after_s]
+        actions: list[Action] = []
+        for market in sorted({view.market for view in short} - self._told):
+            self._told.add(market)
+            those = [view for view in short if view.market == market]
+            waited_s = now - min(view.requested_at for view in those)
+            actions.append(TellShortage(tuple(sorted(view.worker for view in those)), waited_s, market))
+        return actions
 
     def overslept(self, gap_s: float) -> None:
         """Nothing could be asked for so long."""

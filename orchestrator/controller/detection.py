@@ -116,12 +116,15 @@ def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float)
     kill = f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)"
     warm = [view for view in alive if view.state in (WorkerState.IDLE, WorkerState.MEMBER)]
     silent = [view for view in warm if now - view.last_heard > limit]
-    talking = {view.node for view in warm if now - view.last_heard <= limit}
-    gone = {
-        node: [view for view in silent if view.node == node]
-        for node in {view.node for view in silent} - talking
-        if node
-    }
+    if not silent:
+        return []
+    gone: dict[str, list[WorkerView]] = {view.node: [] for view in silent if view.node}
+    for node in {view.node for view in warm if now - view.last_heard <= limit}:
+        gone.pop(node, None)
+    for view in silent:
+        if view.node in gone:
+            gone[view.node].append(view)
+    told: set[str] = set()
     found = []
     for view in sorted(silent, key=lambda v: (v.state is not WorkerState.MEMBER, v.worker)):
         fellows = gone.get(view.node or "", [])
@@ -130,9 +133,9 @@ def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float)
             found.append(Trouble("hang", what, view, view.last_heard, kill=kill))
             continue
         slots = ", ".join(str(fellow.worker.slot) for fellow in sorted(fellows, key=lambda v: v.worker))
-        told = any(other.kind == "node" and other.view in fellows for other in found)
         what = f"the node of worker {slots} has been silent for {limit:.1f} s"
-        found.append(Trouble("node", what, view, view.last_heard, kill=kill, quiet=told))
+        found.append(Trouble("node", what, view, view.last_heard, kill=kill, quiet=view.node in told))
+        told.add(view.node)
     return found
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from orchestrator.controller import policy
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import Record
-from orchestrator.controller.state import Origin, pick_holders
+from orchestrator.controller.state import Origin, all_of, pick_holders
 from orchestrator.controller.views import WorkerView
 from orchestrator.messages import Generation, Member
 from strategies.layout import ParallelLayout
-from strategies.statemap import subtract, union
+from strategies.statemap import subtract
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ def _bring_along(idle: Sequence[WorkerView], chosen: Sequence[WorkerView], origi
 
 
 def _missing(chosen: Sequence[WorkerView], origin: Origin) -> tuple[Any, ...]:
-    everything = union(*origin.held.values())
-    return subtract(everything, union(*(origin.held.get(view.worker, ()) for view in chosen)))
+    names = {view.worker for view in chosen}
+    others = all_of(spans for worker, spans in origin.held.items() if worker not in names)
+    # Mostly all that hold anything are chosen.
+    return subtract(others, all_of(origin.held.get(worker, ()) for worker in names)) if others else ()
 
 
 def collect_ranks(idle: Sequence[WorkerView], origin: Origin, virtual_workers: int) -> Ranks:

@@ -32,11 +32,15 @@ class Layouts:
         self.current: ParallelLayout | None = None
         self.seats: dict[WorkerId, int] = {}
         self._cuts: dict[tuple[str, int, int], tuple[tuple[int, int], ...]] = {}
-        self._answers: dict[tuple[int, bool, int, ParallelLayout | None], _Answer] = {}
+        self._answers: dict[tuple[int, bool, int, int], _Answer] = {}
+        self._known: dict[ParallelLayout, int] = {}
+        self._current_key = -1
 
     def trains(self, generation: Generation) -> None:
         """A generation trains; its spares are no part of what others are compared with."""
         self.current = _plain(generation.layout)
+        # A layout of thousands of ranks takes long to compare, and every question is about the current one.
+        self._current_key = self._known.setdefault(self.current, len(self._known))
         placed = generation.members[: generation.layout.num_placed]
         self.seats = {member.worker: rank for rank, member in enumerate(placed)}
 
@@ -62,12 +66,15 @@ class Layouts:
         if layout is None or (parts := self._cuts.get(_key(layout))) is None:
             return layout
         cut, costs = replace(layout, parts=parts), self.costs(views)
-        fits = costs is not None and self.config.chooser.fits(cut, costs, _memory_bytes(views))
+        fits = costs is not None and self.config.chooser.fits(cut, costs, memory_of(views))
         return cut if fits else layout
 
     def costs(self, views: Iterable[WorkerView]) -> ModelCosts | None:
         """What the model costs block by block, if any of these workers was asked to say."""
-        return next((v.ready.costs for v in views if v.ready is not None and v.ready.costs is not None), None)
+        for view in views:
+            if (ready := view.ready) is not None and ready.costs is not None:
+                return ready.costs
+        return None
 
     def recut(
         self, layout: ParallelLayout, views: Sequence[WorkerView], rates: Sequence[float]
@@ -78,7 +85,7 @@ class Layouts:
         if layout.pipeline == 1 or costs is None:
             return None
         found = replace(layout, parts=best_parts(layout, costs, rates))
-        fits = found.parts != layout.parts and self.config.chooser.fits(found, costs, _memory_bytes(views))
+        fits = found.parts != layout.parts and self.config.chooser.fits(found, costs, memory_of(views))
         return found if fits else None
 
     def cut_like(self, layout: ParallelLayout) -> None:
@@ -111,8 +118,8 @@ class Layouts:
 
     def _ask(self, workers: int, views: Iterable[WorkerView]) -> _Answer:
         views = list(views)
-        costs, memory_bytes = self.costs(views), _memory_bytes(views)
-        question = (workers, costs is not None, memory_bytes, self.current)
+        costs, memory_bytes = self.costs(views), memory_of(views)
+        question = (workers, costs is not None, memory_bytes, self._current_key)
         if question not in self._answers:
             try:
                 answer = _Answer(self.config.chooser.choose(workers, costs, memory_bytes, self.current))
@@ -141,6 +148,7 @@ def _key(layout: ParallelLayout) -> tuple[str, int, int]:
     return layout.schedule, layout.pipeline, len(layout.parts)
 
 
-def _memory_bytes(views: Iterable[WorkerView]) -> int:
-    ready = [view.ready for view in views if view.ready is not None]
-    return min((each.memory_bytes for each in ready if each.memory_bytes), default=0)
+def memory_of(views: Iterable[WorkerView]) -> int:
+    """What each of these has at the least, in bytes; 0 when that is not known."""
+    # Few sizes for many workers: they are compared once each.
+    return min({view.ready.memory_bytes for view in views if view.ready is not None} - {0}, default=0)

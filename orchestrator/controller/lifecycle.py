@@ -8,13 +8,14 @@ state they hold, and forms the next generation or waits for workers. It ends thr
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from orchestrator.controller import detection, forming, policy, state
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.finalizing import Finalization
 from orchestrator.controller.forming import Ranks
 from orchestrator.controller.history import History
-from orchestrator.controller.layouts import Layouts
+from orchestrator.controller.layouts import Layouts, memory_of
 from orchestrator.controller.membership import Membership
 from orchestrator.controller.pace import Pace
 from orchestrator.controller.protocol import (
@@ -32,9 +33,23 @@ from orchestrator.controller.run_record import RunRecord
 from orchestrator.controller.saving import Saving
 from orchestrator.controller.state import Origin
 from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
-from orchestrator.messages import Left, PartSaved, SavePlan, StepReport, WorkerId
+from orchestrator.messages import Left, PartSaved, Ready, SavePlan, StepReport, WorkerId
 from orchestrator.planning.balance import Assignment
-from strategies.statemap import union
+
+
+@dataclass(frozen=True)
+class _Early:
+    """It was too early for a first generation: `wanted` workers would be enough, for what was known of their memory and
+    of the model, while nobody is removed. As long as others start, fewer are not."""
+
+    wanted: int
+    has_costs: bool
+    memory_bytes: int
+    num_removed: int
+
+    def is_like(self, ready: Ready) -> bool:
+        """Whether the wanted number is the same with this worker too."""
+        return self.has_costs >= (ready.costs is not None) and ready.memory_bytes == self.memory_bytes
 
 
 class Lifecycle:
@@ -61,6 +76,7 @@ class Lifecycle:
         self.finalization: Finalization | None = None
         self.saving = Saving(checkpoints, config.save_every_s)
         self.waiting_since: float | None = None
+        self._early: _Early | None = None
         self._has_run = False
         self._layouts = Layouts(config)
         self.pace = Pace(config.scaling)
@@ -109,7 +125,7 @@ class Lifecycle:
                 self.membership.moved_at = now
                 self._out += actions
                 self.balance.learn(actions)
-                self.pace.learn(actions)
+                self.pace.learn(actions, now)
                 if not is_over:
                     self._weigh(report, now)
 
@@ -192,6 +208,7 @@ class Lifecycle:
     def fill(self, now: float) -> None:
         """Sees to it that there are as many workers as are wanted."""
         if self.stop is not None or self.state in (RunState.FINALIZING, RunState.OVER) or self._collecting:
+            self._out += self._roster.withdraw("the run ends")
             return
         # The first generation does not share its start-up with workers that would only wait.
         wanted = self._wanted() + (self.config.standby if self._has_run else 0)
@@ -204,6 +221,8 @@ class Lifecycle:
         is best for so many."""
         alive = self._roster.alive()
         most = self._layouts.fewest(self.target, alive)
+        if self._layouts.costs(alive) is None:
+            return most  # Nobody is there who could say what the model costs, or there is only one way to lay it out.
         useful = self._layouts.ranks(most, alive)
         return max(useful, self._layouts.fewest(self.config.least, alive)) if useful else most
 
@@ -228,7 +247,7 @@ class Lifecycle:
         origin = state.state_at_hand(idle, self._record.progress)
         if origin is None or not origin.committed or self.state is RunState.FORMING:
             return parts
-        return parts.union(state.pick_holders(union(*origin.held.values()), origin.held, origin.held))
+        return parts.union(state.pick_holders(state.all_of(origin.held.values()), origin.held, origin.held))
 
     @property
     def _collecting(self) -> bool:
@@ -246,15 +265,32 @@ class Lifecycle:
         else:
             self.adjust(now)
 
+    def warm(self, ready: Ready, now: float) -> None:
+        """A worker is warm. Of thousands that come one by one, most make no difference, and get no second look."""
+        early = self._early
+        if self.state is RunState.WAITING and early is not None and self._roster.num_starting:
+            same = early.num_removed == self._roster.num_removed and early.is_like(ready)
+            if same and self.stop is None and self._roster.num_warm < early.wanted:
+                return
+        is_settled = not self._roster.any_leaving and not self.membership.spares
+        if self.state is RunState.RUNNING and is_settled and not self.pace.may_grow(now):
+            return
+        self.reconsider(now)
+
     def try_form(self, now: float) -> None:
         """The run waits for workers: forms a generation if it is time."""
         if self.stop is not None:
             self._after_settled(now)
             return
         waited_s = now - (self.waiting_since if self.waiting_since is not None else now)
-        least = self._layouts.fewest(self.config.least, self._roster.idle())
-        if policy.time_to_form(self._roster.alive(), self._wanted(), least, waited_s, self.config, now):
+        idle, wanted = self._roster.idle(), self._wanted()
+        least = self._layouts.fewest(self.config.least, idle)
+        self._early = None
+        if policy.time_to_form(self._roster.alive(), wanted, least, waited_s, self.config, now):
             self._form(now)
+        elif not any(view.has_trained for view in idle):
+            costs, memory_bytes = self._layouts.costs(idle), memory_of(idle)
+            self._early = _Early(wanted, costs is not None, memory_bytes, self._roster.num_removed)
 
     def wait_no_longer(self, now: float) -> None:
         """Ends a run that has waited for workers as long as its job allows."""
@@ -309,6 +345,9 @@ class Lifecycle:
     def train(self, now: float) -> None:
         """All members have joined."""
         assert self.membership.generation is not None
+        if not self._has_run:
+            for view in self.membership.members.values():
+                view.joined_at = None  # All are new, and none has joined the others.
         self.state, self._has_run = RunState.RUNNING, True
         self._out.append(Record("generation_running", {"generation": self.membership.generation.number}))
         if self._collecting:

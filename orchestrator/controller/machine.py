@@ -24,6 +24,7 @@ from orchestrator.controller.protocol import (
     Event,
     Finish,
     Interrupt,
+    NodesStarting,
     Notice,
     Placed,
     Record,
@@ -157,6 +158,8 @@ class Controller:
                 self._tick(now)
             case Placed():
                 self._out += self._roster.placed(event, now)
+            case NodesStarting():
+                self._roster.nodes_starting(now)
             case Ready():
                 self._ready(event, now)
             case Heartbeat():
@@ -247,7 +250,7 @@ class Controller:
             self._out.append(ReleaseWorker(event.worker, "this run no longer expects it"))
         elif view.state in _ON_ITS_WAY:
             self._out += self._roster.ready(view, event, now)
-            self._run.reconsider(now)
+            self._run.warm(event, now)
 
     def _died(self, event: Died, now: float) -> None:
         view = self._roster.living(event.worker)

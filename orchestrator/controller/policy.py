@@ -29,15 +29,23 @@ def whole_units(views: Iterable[WorkerView], config: ControllerConfig) -> list[U
 
 
 def staying_units(views: Iterable[WorkerView], config: ControllerConfig) -> list[Unit]:
-    return [unit for unit in whole_units(views, config) if not any(view.leaving for view in unit)]
+    views = list(views)
+    units = whole_units(views, config)
+    # Mostly nobody leaves, and with thousands of workers a look at every unit takes long.
+    if not any(view.leaving for view in views):
+        return units
+    return [unit for unit in units if not any(view.leaving for view in unit)]
 
 
 def usable(idle: Sequence[WorkerView], least: int, config: ControllerConfig, now: float) -> list[Unit]:
     """The units that can be given work: those that stay, and while they have fewer than the `least` workers also those
     that must leave later (the latest first). Those that are too slow stay for as long as nobody is there instead."""
-    staying = [unit for unit in whole_units(idle, config) if not any(view.draining for view in unit)]
-    staying.sort(key=lambda unit: any(view.condemned for view in unit))
-    leaving = [unit for unit in whole_units(idle, config) if any(view.draining for view in unit)]
+    staying, leaving = whole_units(idle, config), []
+    if any(view.draining for view in idle):
+        leaving = [unit for unit in staying if any(view.draining for view in unit)]
+        staying = [unit for unit in staying if not any(view.draining for view in unit)]
+    if any(view.condemned for view in idle):
+        staying.sort(key=lambda unit: any(view.condemned for view in unit))
     until = {unit[0].worker: min(v.draining_until for v in unit if v.draining_until is not None) for unit in leaving}
     leaving = [unit for unit in leaving if until[unit[0].worker] - now >= NEAR_S]
     leaving.sort(key=lambda unit: (-until[unit[0].worker], unit[0].worker))

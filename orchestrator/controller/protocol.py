@@ -52,6 +52,13 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class NodesStarting:
+    """The autoscaler has got so many nodes that are not there yet. They may be for workers that wait for room."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class Died:
     """A worker's process is gone; `node_lost` when its whole node is."""
 
@@ -101,6 +108,7 @@ Event = (
     | TakeOver
     | Tick
     | Placed
+    | NodesStarting
     | Died
     | Notice
     | Resize

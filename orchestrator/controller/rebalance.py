@@ -413,8 +413,12 @@ def alike(rates: Sequence[float], tolerance: float) -> list[float]:
             groups[-1].append(rank)
         else:
             groups.append([rank])
-    means = {rank: sum(rates[other] for other in group) / len(group) for group in groups for rank in group}
-    return [means[rank] for rank in range(len(rates))]
+    means = [0.0] * len(rates)
+    for group in groups:
+        mean = sum(rates[rank] for rank in group) / len(group)
+        for rank in group:
+            means[rank] = mean
+    return means
 
 
 def _mean(rates: Sequence[Sequence[float]]) -> list[float]:

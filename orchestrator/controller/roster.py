@@ -6,6 +6,7 @@ What the roster does about them comes back as actions, for the caller to put amo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import count, islice
 from typing import Any
 
 from orchestrator.controller.demand import Demand
@@ -34,11 +35,16 @@ _TOO_SLOW = "another took its place, as it was too slow"
 
 
 class Roster:
-    """`workers` are all that were ever asked for, also those that are gone."""
+    """`workers` are all that were ever asked for, also those that are gone. How many are on their way, and who is to
+    leave, is kept beside them, for questions that come with every message."""
 
     def __init__(self, config: ControllerConfig, history: History) -> None:
         self.workers: dict[WorkerId, WorkerView] = {}
         self._alive: dict[WorkerId, WorkerView] = {}
+        self._coming = {WorkerState.REQUESTED: 0, WorkerState.STARTING: 0}
+        self._leaving: set[WorkerId] = set()
+        self.num_removed = 0
+        """How many have gone since this controller began."""
         self._incarnations = dict(history.incarnations)
         self._draining = dict(history.draining)
         self._given_up = set(history.gone)
@@ -55,6 +61,21 @@ class Roster:
 
     def alive(self) -> list[WorkerView]:
         return list(self._alive.values())
+
+    @property
+    def num_starting(self) -> int:
+        """Those that are placed and warm up."""
+        return self._coming[WorkerState.STARTING]
+
+    @property
+    def num_warm(self) -> int:
+        """Those in a generation, and idle."""
+        return len(self._alive) - sum(self._coming.values())
+
+    @property
+    def any_leaving(self) -> bool:
+        """Whether anybody is to be replaced."""
+        return bool(self._leaving)
 
     def idle(self) -> list[WorkerView]:
         return [view for view in self._alive.values() if view.state is WorkerState.IDLE]
@@ -74,25 +95,25 @@ class Roster:
         so are those `needed` for their state; of the draining workers that are idle, those go that `may_leave`."""
         actions = self._ask_again(now)
         units = self._units()
-        staying = {unit: views for unit, views in units.items() if not any(view.leaving for view in views)}
+        leaving = {self._config.unit_of(view.worker) for view in self._alive.values() if view.leaving}
+        staying = {unit: views for unit, views in units.items() if unit not in leaving}
         surplus = len(staying) - -(-wanted // self._config.tensor)
         if surplus > 0:
             actions += self._release_units(staying, surplus, members, needed())
-        if now >= self._next_request_at:
-            slots = self._missing_slots(units, staying, -surplus)
+        if now >= self._next_request_at and (slots := self._missing_slots(units, staying, -surplus)):
             actions += self._request(slots, now, self._num_replacing(wanted, units, staying, len(slots)))
         if len(staying) < len(units):
             for view in self.idle():
-                leaving = self._config.unit_of(view.worker) not in staying
-                if leaving and view.worker not in members and view.alive and may_leave(view):
+                is_leaving = self._config.unit_of(view.worker) not in staying
+                if is_leaving and view.worker not in members and view.alive and may_leave(view):
                     actions += self.release(view, _TOO_SLOW if view.condemned else "its node drains")
         return actions
 
     def _ask_again(self, now: float) -> list[Action]:
         """Takes back requests that nothing would come of: those that no longer are for one that is too slow, which were
         not to be placed just anywhere; and those that were to avoid nodes, if other nodes have no room after all."""
-        waiting = [view for view in self._alive.values() if view.state is WorkerState.REQUESTED]
-        slow = sum(1 for view in self._alive.values() if view.condemned)
+        waiting = self._requested()
+        slow = sum([view.condemned for view in self._alive.values()])
         replacing = sorted((view for view in waiting if view.must_avoid), key=lambda view: view.worker)
         hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
         if hopeless:
@@ -105,9 +126,20 @@ class Roster:
             actions += self.release(view, "its market has not met the request in time")
         return actions + told
 
+    def withdraw(self, reason: str) -> list[Action]:
+        """Takes back the requests that nothing has come of yet."""
+        return [action for view in self._requested() for action in self.release(view, reason)]
+
+    def nodes_starting(self, now: float) -> None:
+        """Nodes are on their way, which may be for workers that wait for room."""
+        self._demand.coming(now)
+
     def tell_shortage(self, now: float) -> list[Action]:
         """What is to be said of workers that find no room."""
-        return self._demand.tell([v for v in self._alive.values() if v.state is WorkerState.REQUESTED], now)
+        return self._demand.tell(self._requested(), now)
+
+    def _requested(self) -> list[WorkerView]:
+        return [view for view in self._alive.values() if view.state is WorkerState.REQUESTED]
 
     def _num_replacing(
         self, wanted: int, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], missing: int
@@ -120,8 +152,9 @@ class Roster:
 
     def _units(self) -> dict[int, list[WorkerView]]:
         units: dict[int, list[WorkerView]] = {}
+        tensor = self._config.tensor
         for view in self._alive.values():
-            units.setdefault(self._config.unit_of(view.worker), []).append(view)
+            units.setdefault(view.worker.slot // tensor, []).append(view)
         return units
 
     def _release_units(
@@ -161,9 +194,11 @@ class Roster:
     ) -> list[int]:
         """Of units that have lost a worker, and of `num_units` new ones."""
         tensor = self._config.tensor
-        new = [unit for unit in range(max(0, num_units) + len(units)) if unit not in units][: max(0, num_units)]
-        taken = {worker.slot for worker in self._alive}
+        new = list(islice((unit for unit in count() if unit not in units), max(0, num_units)))
         wanted = sorted([*(unit for unit, views in staying.items() if len(views) < tensor), *new])
+        if not wanted:
+            return []
+        taken = {worker.slot for worker in self._alive}
         return [slot for unit in wanted for slot in range(unit * tensor, (unit + 1) * tensor) if slot not in taken]
 
     def _request(self, slots: Sequence[int], now: float, num_replacing: int) -> list[Action]:
@@ -186,6 +221,15 @@ class Roster:
         self.workers[view.worker] = self._alive[view.worker] = view
         view.draining_until = self._draining.get(view.worker)
         view.condemned = view.worker in self._condemned
+        self._note_leaving(view)
+        if view.state in self._coming:
+            self._coming[view.state] += 1
+
+    def _note_leaving(self, view: WorkerView) -> None:
+        if view.leaving and view.alive:
+            self._leaving.add(view.worker)
+        else:
+            self._leaving.discard(view.worker)
 
     def adopt(self, view: WorkerView) -> list[Action]:
         """Takes over a worker of an earlier controller, unless that one had given it up."""
@@ -206,10 +250,14 @@ class Roster:
         if view is None or view.state is not WorkerState.REQUESTED:
             return []
         view.state, view.node, view.placed_at = WorkerState.STARTING, event.node, now
+        self._coming[WorkerState.REQUESTED] -= 1
+        self._coming[WorkerState.STARTING] += 1
+        self._demand.placed()
         return [Record("worker_placed", {**_named(event.worker), "node": event.node})]
 
     def ready(self, view: WorkerView, event: Ready, now: float) -> list[Action]:
         """A worker that was on its way is warm."""
+        self._coming[view.state] -= 1
         view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
         view.initial = event.initial
         view.held = view.whole = whole(event.elements, self._config.tensor)
@@ -240,6 +288,7 @@ class Roster:
             if not view.draining:
                 noticed.append(view)
             view.draining_until = event.deadline
+            self._note_leaving(view)
         return noticed
 
     def condemn(self, worker: WorkerId) -> None:
@@ -248,6 +297,7 @@ class Roster:
         if view is not None:
             view.condemned = True
             self._condemned[worker] = view.node
+            self._note_leaving(view)
 
     def pardon(self, worker: WorkerId) -> None:
         """It is no longer too slow."""
@@ -255,6 +305,7 @@ class Roster:
         view = self.living(worker)
         if view is not None:
             view.condemned = False
+            self._note_leaving(view)
 
     def release(self, view: WorkerView, reason: str) -> list[Action]:
         """Lets go of a worker that is not needed."""
@@ -271,8 +322,12 @@ class Roster:
 
     def remove(self, view: WorkerView) -> None:
         """It is gone."""
+        if self._alive.pop(view.worker, None) is not None:
+            self.num_removed += 1
+            if view.state in self._coming:
+                self._coming[view.state] -= 1
         view.state = WorkerState.GONE
-        self._alive.pop(view.worker, None)
+        self._leaving.discard(view.worker)
 
     # ------------------------------------------------------------------------------------ time
 

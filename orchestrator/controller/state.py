@@ -7,13 +7,15 @@ same step or one behind, and older states are those of workers that have been id
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from orchestrator.controller.protocol import Record
 from orchestrator.controller.views import Progress, WorkerView
 from orchestrator.messages import WorkerId
-from strategies.statemap import Spans, intersect, num_elements, subtract, union
+from strategies.statemap import Span, Spans, intersect, num_elements, subtract, union
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _state_after(committed: int, idle: Iterable[WorkerView], progress: Progress)
         elif view.held and view.prepared and may_roll and view.committed == committed - 1:
             held[view.worker] = view.held
             rolling.add(view.worker)
-    if not held or subtract(whole, union(*held.values())):
+    if not held or subtract(whole, all_of(held.values())):
         return None
     return Origin(committed, held, frozenset(rolling), progress.norm if rolling else None)
 
@@ -82,7 +84,7 @@ def _state_of_step_0(idle: Sequence[WorkerView]) -> Origin | None:
     trained = [view for view in idle if view.has_state and view.committed == 0]
     for initial in sorted({view.initial for view in trained}):
         held = {view.worker: view.held for view in trained if view.initial == initial}
-        if not subtract(trained[0].whole, union(*held.values())):
+        if not subtract(trained[0].whole, all_of(held.values())):
             return Origin(0, held)
     makers = [view for view in idle if not view.has_trained] or idle
     if not makers:
@@ -96,6 +98,11 @@ def built(view: WorkerView) -> str:
     return view.initial if view.ready is None else view.ready.initial
 
 
+def all_of(held: Iterable[Spans]) -> Spans:
+    """What these have together. Copies, of which there may be thousands, are looked at once."""
+    return union(*set(held))
+
+
 def is_last_holder(view: WorkerView, idle: Sequence[WorkerView], progress: Progress) -> bool:
     """Whether committed steps are lost with this one of the idle workers."""
     before = state_at_hand(idle, progress)
@@ -105,7 +112,7 @@ def is_last_holder(view: WorkerView, idle: Sequence[WorkerView], progress: Progr
 
 def holds_alone(view: WorkerView, members: Iterable[WorkerView]) -> bool:
     """Whether this member has a part of the state that no other is known to have."""
-    others = union(*(other.held for other in members if other is not view and other.alive))
+    others = all_of(other.held for other in members if other is not view and other.alive)
     return bool(subtract(view.held, others))
 
 
@@ -132,18 +139,56 @@ def whole_holders(origin: Origin, idle: Iterable[WorkerView]) -> list[WorkerView
 
 
 def pick_holders(wanted: Spans, held: Mapping[WorkerId, Spans], candidates: Iterable[WorkerId]) -> list[WorkerId]:
-    """Few of the candidates that hold together what is `wanted`, as far as they do: whoever adds most, first."""
-    picked: list[WorkerId] = []
-    left = sorted(candidates)
-    while wanted and left:
-        best = max(left, key=lambda worker: num_elements(intersect(wanted, held[worker])))
-        found = intersect(wanted, held[best])
-        if not found:
-            break
-        wanted = subtract(wanted, found)
-        picked.append(best)
-        left.remove(best)
+    """Few of the candidates that hold together what is `wanted`, as far as they do: whoever adds most, first.
+
+    What is wanted is cut wherever holders change. Of those with the same pieces the first can be picked, once, and a
+    piece that is found counts for nobody else: so each is looked at once for everybody who holds it.
+    """
+    if not wanted:
+        return []
+    first: dict[Spans, WorkerId] = {}
+    for worker in sorted(candidates):
+        first.setdefault(held[worker], worker)
+    found = {worker: part for spans, worker in first.items() if (part := within(spans, wanted))}
+    cuts = sorted({(span.tensor, at) for part in found.values() for span in part for at in (span.start, span.stop)})
+    places = {cut: place for place, cut in enumerate(cuts)}
+    pieces = {
+        worker: [place for t, start, stop in part for place in range(places[t, start], places[t, stop])]
+        for worker, part in found.items()
+    }
+    holders: dict[int, list[WorkerId]] = {}
+    for worker, own in pieces.items():
+        for place in own:
+            holders.setdefault(place, []).append(worker)
+    adds = {worker: num_elements(part) for worker, part in found.items()}
+    queue = [(-most, worker) for worker, most in adds.items()]
+    heapify(queue)
+    picked = []
+    while queue:
+        most, worker = heappop(queue)
+        if adds[worker] != -most:
+            if adds[worker]:
+                heappush(queue, (-adds[worker], worker))
+            continue
+        picked.append(worker)
+        for place in pieces[worker]:
+            length = cuts[place + 1][1] - cuts[place][1]
+            for other in holders.pop(place, ()):
+                adds[other] -= length
     return picked
+
+
+def within(spans: Spans, wanted: Spans) -> Spans:
+    """Like `intersect`, for a few spans and many that are wanted."""
+    if len(spans) * 8 > len(wanted):
+        return intersect(spans, wanted)
+    found: list[Span] = []
+    for span in spans:
+        index = max(0, bisect_left(wanted, (span.tensor, span.start)) - 1)
+        while index < len(wanted) and (wanted[index].tensor, wanted[index].start) < (span.tensor, span.stop):
+            found += intersect((span,), (wanted[index],))
+            index += 1
+    return tuple(found)
 
 
 def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[Record]:

@@ -108,7 +108,7 @@ class ScalingRules:
     settle_s: float = 0.0
     flap_window_s: float = 120.0
     shortage_after_s: float = 60.0
-    fallback_after_s: float = 120.0
+    fallback_after_s: float = 600.0
     fallback_hold_s: float = 600.0
     markets: tuple[str, ...] = ()
 
@@ -217,7 +217,7 @@ class WorkerView:
     @property
     def leaving(self) -> bool:
         """Whether it is to be replaced."""
-        return self.draining or self.condemned
+        return self.condemned or self.draining_until is not None
 
     @property
     def has_state(self) -> bool:

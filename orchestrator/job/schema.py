@@ -249,8 +249,9 @@ class Scaling(_Section):
     that join stay for so long."""
     shortage_after_s: PositiveFloat = 60.0
     """A worker that finds no room for so long is reported, with the cluster's reason."""
-    fallback_after_s: PositiveFloat = 120.0
-    """A worker that finds no room for so long is asked for in the next market of `resources.market`."""
+    fallback_after_s: PositiveFloat = 600.0
+    """A worker that finds no room for so long, while no nodes are starting, is asked for in the next market of
+    `resources.market`."""
     fallback_hold_s: PositiveFloat = 600.0
     """How long others are then asked for there as well, before the first is tried again."""
 

@@ -11,6 +11,7 @@ from orchestrator.controller.pace import Pace
 from orchestrator.controller.protocol import (
     Action,
     Died,
+    NodesStarting,
     Notice,
     Pause,
     Record,
@@ -18,6 +19,7 @@ from orchestrator.controller.protocol import (
     RequestWorker,
     Resize,
     Start,
+    Stop,
     TellShortage,
 )
 from orchestrator.controller.views import RunState, ScalingRules, WorkerView
@@ -97,12 +99,23 @@ def test_a_notice_and_the_death_after_it_are_one_flap() -> None:
 
 
 def test_growth_that_costs_much_is_rare() -> None:
-    """Never more than a twentieth of the time."""
-    pace = Pace(ScalingRules(settle_s=2.0))
-    pace.changed(100.0)
-    pace.learn([Record("recovery", {"kind": "grow", "pause_seconds": 3.0})])
+    """No more than a twentieth of the time, whatever else happens meanwhile; but the longest wait is the window."""
+    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=100.0))
+    grown = Record("recovery", {"kind": "grow", "pause_seconds": 3.0})
+    pace.learn([grown], 100.0)
+    pace.changed(150.0)
     assert not pace.may_grow(159.0)
-    assert pace.may_grow(160.0)
+    assert pace.may_grow(160.0), "a loss at 150 s does not begin it anew"
+    pace.learn([Record("recovery", {"kind": "grow", "pause_seconds": 30.0})], 200.0)
+    assert not pace.may_grow(299.0)
+    assert pace.may_grow(300.0)
+
+
+def test_workers_that_go_together_flap_once() -> None:
+    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    for slot in range(8):
+        pace.lost(WorkerView(WorkerId(slot, 0), requested_at=0.0, joined_at=95.0), 100.0 + slot / 100)
+    assert pace.wait_s(101.0) == 4.0
 
 
 def live(stage: Stage, seconds: float, *beside: WorkerId) -> list[Action]:
@@ -153,33 +166,62 @@ def test_no_shortage_is_told_when_there_is_room_in_time() -> None:
     assert not records(actions, "shortage_over")
 
 
-def test_what_one_market_does_not_have_is_asked_of_the_next_and_of_the_first_again_after_a_while() -> None:
-    stage = Stage(
-        min_workers=1, max_workers=2,
-        scaling=ScalingRules(markets=("spot", "on-demand"), fallback_after_s=20.0, fallback_hold_s=100.0),
-    )  # fmt: skip
+def markets(**rules: float) -> Stage:
+    """Two are wanted, one trains; spot is asked for first."""
+    stage = Stage(max_workers=2, scaling=ScalingRules(markets=("spot", "on-demand"), **rules))
     first = of(RequestWorker, stage.tell(Start()))
     assert [request.market for request in first] == ["spot", "spot"]
     stage.ready(W0)
     stage.wait(4.0, W0)
     stage.join()
-    actions = stage.wait(20.0, W0)
-    assert [action.worker for action in of(ReleaseWorker, actions)] == [W1]
-    again = of(RequestWorker, actions)
-    assert [(request.worker.slot, request.market) for request in again] == [(1, "on-demand")]
-    assert records(actions, "market_changed") == [
+    return stage
+
+
+def asked(stage: Stage) -> list[str]:
+    return [request.market for request in of(RequestWorker, stage.told)][2:]
+
+
+def test_what_one_market_does_not_have_is_asked_of_the_next_and_of_the_first_again_after_a_while() -> None:
+    stage = markets(fallback_after_s=20.0, fallback_hold_s=100.0)
+    live(stage, 20.0)
+    assert [action.worker for action in of(ReleaseWorker, stage.told)] == [W1]
+    assert asked(stage) == ["on-demand"]
+    assert stage.recorded("market_changed") == [
         {"from": "spot", "to": "on-demand", "workers": 1, "waited_seconds": pytest.approx(20, abs=1)}
     ]
+    (second,) = of(RequestWorker, stage.told)[2:]
+    stage.ready(second.worker)
+    live(stage, 5.0, second.worker)
+    assert len(stage.members) == 2
     # While it is held, others are asked for there too; after that the first is tried again.
-    stage.ready(again[0].worker)
-    stage.leave_all("pause")
+    stage.tell(Died(second.worker, "its process ended unexpectedly"))
+    stage.leave_all("peer", but=(second.worker,))
     stage.join()
-    stage.tell(Died(again[0].worker, "its process ended unexpectedly"))
-    stage.leave_all("peer", but=gone(stage))
-    assert [request.market for request in of(RequestWorker, stage.told)][-1] == "on-demand"
-    stage.join()
-    late = stage.wait(130.0, W0)
-    assert [request.market for request in of(RequestWorker, late)][:1] == ["spot"], "on-demand had none either"
+    assert asked(stage) == ["on-demand", "on-demand"]
+    stage.ready(of(RequestWorker, stage.told)[-1].worker)
+    live(stage, 120.0)
+    lost = stage.members[-1]
+    stage.tell(Died(lost, "its process ended unexpectedly"))
+    assert asked(stage)[-1] == "spot"
+
+
+def test_nodes_that_are_starting_are_waited_for() -> None:
+    stage = markets(fallback_after_s=20.0)
+    for _ in range(10):
+        stage.tell(NodesStarting(1))
+        live(stage, 10.0)
+    assert asked(stage) == []
+    live(stage, 60.0)
+    assert asked(stage)[:1] == ["on-demand"], "none is on its way any more"
+
+
+def test_when_no_market_has_any_each_round_takes_longer() -> None:
+    stage = markets(fallback_after_s=20.0, fallback_hold_s=1e6, shortage_after_s=10.0)
+    live(stage, 3600.0)
+    changes = len(stage.recorded("market_changed"))
+    assert 8 <= changes <= 14, "20, 20, 40, 40, 80, 80, ... s after one another"
+    told = of(TellShortage, stage.told)
+    assert [action.market for action in told] == ["spot", "on-demand"], "once for each"
 
 
 def test_one_market_is_insisted_on() -> None:
@@ -189,14 +231,24 @@ def test_one_market_is_insisted_on() -> None:
     assert not of(RequestWorker, stage.wait(60.0))
 
 
-def test_who_would_have_no_work_is_not_asked_for() -> None:
-    """Five workers may come, but four replicas are the best layout for five: a fifth would idle on a costly node."""
+def test_who_would_have_no_work_is_given_back() -> None:
+    """Five workers may come, but four replicas are the best layout for five: a fifth would idle on a costly node. That
+    is known as soon as one of them says what the model costs."""
     stage = Stage(max_workers=5, pipeline=2, virtual_workers=4)
-    stage.tell(Start())
+    assert len(of(RequestWorker, stage.tell(Start()))) == 5
     stage.ready(W0, W1, W2, W3)
+    assert [action.worker.slot for action in of(ReleaseWorker, stage.told)] == [4]
     assert len(stage.members) == 4
     live(stage, 30.0)
-    assert len(of(RequestWorker, stage.told)) == 4
+    assert len(of(RequestWorker, stage.told)) == 5, "and it is not asked for again"
+
+
+def test_who_ends_asks_for_nobody() -> None:
+    stage = training()
+    stage.tell(Stop("enough"))
+    actions = stage.wait(1.0, W0, W1)
+    assert [action.worker for action in of(ReleaseWorker, actions)] == [W2]
+    assert not of(RequestWorker, actions)
 
 
 def test_notice_of_a_newcomer_counts_as_a_flap() -> None:
