@@ -127,7 +127,8 @@ def describe_event(event: dict[str, Any]) -> str | None:
         case "shortage_over":
             return "no worker waits for room any more"
         case "market_changed":
-            return f"{event['from']} nodes did not come in {event['waited_seconds']:.0f} s: asking for {event['to']} ones"
+            waited = f"no {event['from']} node has come in {event['waited_seconds']:.0f} s"
+            return f"{waited}: asking for {event['to']} ones"
         case "resize_requested":
             return f"resize from {event['from']} to {event['to']} workers requested"
         case "start_failed":

@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 _NARRATED = frozenset({"generation", "rollback"})
 """Told as actions already."""
-_BAD = frozenset({"incident", "checkpoint_failed", "checkpoint_invalid", "start_failed", "drain_notice", "skew_found"})
+_BAD = frozenset({
+    "incident", "checkpoint_failed", "checkpoint_invalid", "start_failed", "drain_notice", "skew_found", "shortage",
+})  # fmt: skip
 
 
 def set_up_logs(spec: Mapping[str, Any], process: str, *, worker: int | None = None) -> LogContext:

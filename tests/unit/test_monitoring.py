@@ -89,6 +89,11 @@ def test_events_have_sentences() -> None:
     assert describe_event(recovery()) == (  # type: ignore[arg-type]
         "kill of worker 1 at step 20: recovered in 0.21 s (detected after 0.04 s), 0 steps lost, 10.6 MB from peers"
     )
+    assert describe_event({"kind": "shortage", "workers": [2, 3], "waited_seconds": 61.2, "reason": "no quota"}) == (
+        "no room for worker 2, 3 for 61 s: no quota"
+    )
+    changed = {"kind": "market_changed", "from": "spot", "to": "on-demand", "workers": 1, "waited_seconds": 600.4}
+    assert describe_event(changed) == "no spot node has come in 600 s: asking for on-demand ones"
     assert describe_event({"kind": "waiting", "workers": 1, "needed": 2}) is not None
     assert describe_event({"kind": "worker_released"}) is None
 
