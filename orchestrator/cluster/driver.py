@@ -7,6 +7,7 @@ ends it only when a user says so, and follows a run that is under way whoever st
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -26,7 +27,7 @@ from orchestrator.cluster.following import (
 )
 from orchestrator.cluster.interruption import Interrupted, Interruption
 from orchestrator.cluster.preparation import check_storage, controller_spec, refuse_packages
-from orchestrator.cluster.session import ClusterError, connected, has_cluster, ray_session, working_directory
+from orchestrator.cluster.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -58,6 +59,7 @@ def drive(
         log.info("%s", text)
         on_note(text)
 
+    here = os.getcwd()
     refuse_packages(job, directory)
     if directory.is_steered and (local_nodes or not has_cluster()):
         raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
@@ -73,7 +75,7 @@ def drive(
                 Interruption().listening() as interruption,
                 feeding(watched, directory.run_id, directory.path, job.resolved()),
             ):
-                return _drive(job, directory, local_nodes, ephemeral, interruption, on_update, note)
+                return _drive(job, directory, here, local_nodes, ephemeral, interruption, on_update, note)
         except Interrupted as signalled:
             if directory.is_steered:
                 raise ClusterError(
@@ -90,6 +92,7 @@ def drive(
 def _drive(
     job: Job,
     directory: RunDirectory,
+    here: str,
     local_nodes: int,
     ephemeral: bool,
     interruption: Interruption,
@@ -104,7 +107,7 @@ def _drive(
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             controller = None if own else find_controller(directory, on_note)
             if controller is None:
-                spec = controller_spec(job, directory, secret, own, ephemeral, on_note)
+                spec = controller_spec(job, directory, here, secret, own, ephemeral, on_note)
                 on_note("starting workers")
                 interruption.follows = True
                 controller = start_controller(directory, spec, own)
@@ -120,7 +123,7 @@ def _drive(
             with suppress(OSError, ValueError):
                 # A controller that was killed could not. One that still has the run goes on being watched.
                 if not directory.is_steered:
-                    targets = targets_directory(job, own_cluster=own, cwd=working_directory())
+                    targets = targets_directory(job, own_cluster=own, cwd=for_workers(here))
                     discovery.withdraw(discovery.file_of(targets, directory.run_id))
 
 

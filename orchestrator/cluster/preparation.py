@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.checkpoint.of_run import catalog_of
-from orchestrator.cluster.session import ClusterError, working_directory
+from orchestrator.cluster.session import ClusterError, for_workers, return_to
 from orchestrator.data import Dataset
 from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.data.store import RunTasks
@@ -53,10 +53,17 @@ def check_storage(job: Job, directory: RunDirectory) -> None:
 
 
 def controller_spec(
-    job: Job, directory: RunDirectory, secret: Any, own: bool, ephemeral: bool, on_note: Callable[[str], None]
+    job: Job,
+    directory: RunDirectory,
+    here: str,
+    secret: Any,
+    own: bool,
+    ephemeral: bool,
+    on_note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Prepares the data; what every incarnation of the run's controller is made from."""
     on_note("preparing the data")
+    return_to(here)
     dataset = _prepare(job)
     if dataset.padding:
         on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
@@ -69,7 +76,7 @@ def controller_spec(
         "secret": secret,
         "run_dir": str(directory.path),
         "job": job.resolved(),
-        "cwd": working_directory(),
+        "cwd": for_workers(here),
         "stores": [str(store.directory) for store in dataset.stores],
         "store_digests": [store.digest for store in dataset.stores],
         "data": data,

@@ -110,14 +110,14 @@ def connected(address: str | None) -> Iterator[None]:
             f"no Ray cluster answers at {address}: {error}; `orchestrator doctor --address {address}` looks closer"
         ) from error
     _hush()
-    _return_to(here)
+    return_to(here)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _return_to(here: str) -> None:
+def return_to(here: str) -> None:
     """Where several raylets share a machine, one of them may unpack the files of a submitted job anew, and what was
     this process's directory is another then."""
     deadline = time.monotonic() + 5.0
@@ -154,10 +154,9 @@ def _check_answers(address: str) -> None:
         return
 
 
-def working_directory() -> str | None:
-    """Where relative paths start on every node; None when that is a directory that Ray brings to each node itself (the
-    `working_dir` of a submitted job), where processes of a run are already."""
-    here = os.getcwd()
+def for_workers(here: str) -> str | None:
+    """Where relative paths start on every node, for a driver that started `here`; None when that is a directory that
+    Ray brings to each node itself (the `working_dir` of a submitted job), where processes of a run are already."""
     return None if is_package(Path(here)) else here
 
 
