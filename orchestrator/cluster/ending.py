@@ -14,6 +14,18 @@ from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 
 
+def outline(directory: RunDirectory, steps: list[dict[str, Any]], status: str, reason: str) -> dict[str, Any]:
+    """What every result begins with. `steps` are the records of metrics.jsonl."""
+    return {
+        "run": directory.run_id,
+        "status": status,
+        "reason": reason,
+        "steps": len(steps),
+        "tokens": sum(int(record["tokens"]) for record in steps),
+        "final_loss": steps[-1]["loss"] if steps else None,
+    }
+
+
 def compose(
     directory: RunDirectory,
     job: Job,
@@ -39,13 +51,7 @@ def compose(
                 status, reason = "failed", f"the ledger does not add up: {report.problems[0]}"
         except (DataError, OSError, ValueError) as error:
             reason = f"{reason}; the ledger could not be audited: {error}"
-    return {
-        "run": directory.run_id,
-        "status": status,
-        "reason": reason,
-        "steps": len(steps),
-        "tokens": sum(int(record["tokens"]) for record in steps),
-        "final_loss": steps[-1]["loss"] if steps else None,
+    return outline(directory, steps, status, reason) | {
         "wall_seconds": 0.0,
         "goodput_ratio": 0.0,
         "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,

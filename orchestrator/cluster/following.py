@@ -14,6 +14,7 @@ from monitoring.goodput import read_ledger
 from monitoring.records import RecordFile, read_records
 from orchestrator.cluster.chronicle import generation_entry, is_training, recovery_entry
 from orchestrator.cluster.controller_actor import ControllerActor
+from orchestrator.cluster.ending import outline
 from orchestrator.cluster.interruption import Interruption
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError
@@ -187,13 +188,7 @@ def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict
     steps = list(read_records(directory.metrics))
     events = list(read_records(directory.events))
     account = read_ledger(events, steps).account(time.time())
-    return {
-        "run": directory.run_id,
-        "status": status,
-        "reason": reason,
-        "steps": len(steps),
-        "tokens": sum(int(record["tokens"]) for record in steps),
-        "final_loss": steps[-1]["loss"] if steps else None,
+    return outline(directory, steps, status, reason) | {
         "wall_seconds": round(account.wall_seconds, 3),
         "goodput_ratio": round(account.ratio, 4),
         "state_digest": None,
