@@ -5,6 +5,7 @@ A sink that fails is told of once, tried again with growing pauses, and given up
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import logging
@@ -152,18 +153,34 @@ class Feeder:
 
 @contextmanager
 def feeding(settings: Mapping[str, Any], run: str, directory: Path, job: dict[str, Any]) -> Iterator[None]:
-    """Feeds the sinks that `settings` (the job's `monitoring`, as plain values) ask for while the block runs."""
-    feeders = [
-        Feeder(field, sink, SinkRun(run, directory.name, directory, job)) for field, sink in make_sinks(settings)
-    ]
-    for feeder in feeders:
-        feeder.start()
-    try:
-        yield
-    finally:
-        deadline = time.monotonic() + FAREWELL_S
+    """Feeds the sinks that `settings` (the job's `monitoring`, as plain values) ask for while the block runs, unless
+    another process that follows the run does already."""
+    with _alone(directory) as alone:
+        feeders = [
+            Feeder(field, sink, SinkRun(run, directory.name, directory, job))
+            for field, sink in (make_sinks(settings) if alone else ())
+        ]
         for feeder in feeders:
-            feeder.finish(max(0.1, deadline - time.monotonic()))
+            feeder.start()
+        try:
+            yield
+        finally:
+            deadline = time.monotonic() + FAREWELL_S
+            for feeder in feeders:
+                feeder.finish(max(0.1, deadline - time.monotonic()))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[bool]:
+    """Whether this process is the one that feeds the run's sinks, until the block ends."""
+    with (directory / ".sinks.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.info("the sinks of this run are fed by another process")
+            yield False
+        else:
+            yield True
 
 
 def _told(error: Exception) -> str:

@@ -139,8 +139,13 @@ def attach(
 
     Raises ClusterError when there is no such cluster, RunDirectoryError when the run is not under way there.
     """
+    job = directory.read_json("job.resolved.json")
     try:
-        with Interruption().listening() as interruption, connected(address):
+        with (
+            Interruption().listening() as interruption,
+            connected(address),
+            feeding(job["monitoring"], directory.run_id, directory.path, job),
+        ):
             interruption.arm()
             controller = find_controller(directory, on_note, even_if_over=True)
             if controller is None:

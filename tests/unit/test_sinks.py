@@ -7,6 +7,7 @@ import logging
 import math
 import struct
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,18 @@ def test_only_what_is_asked_for_is_fed() -> None:
     asked = {"tensorboard": True, "mlflow": {"tracking_uri": "u", "experiment": "e"},
              "wandb": {"project": "p", "mode": "offline", "entity": None}}  # fmt: skip
     assert [field for field, _ in make_sinks(asked)] == ["tensorboard", "mlflow", "wandb"]
+
+
+def test_two_that_follow_a_run_do_not_both_feed_it(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", events=[STARTED, GENERATION], live=status())
+    settings = NONE | {"tensorboard": True}
+
+    def feeders() -> int:
+        return sum(thread.name == "sink tensorboard" for thread in threading.enumerate())
+
+    with feeding(settings, "tiny-1234", path, JOB):
+        with feeding(settings, "tiny-1234", path, JOB):
+            assert feeders() == 1
+        assert feeders() == 1
+    with feeding(settings, "tiny-1234", path, JOB):
+        assert feeders() == 1, "whoever comes after it does"
