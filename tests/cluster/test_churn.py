@@ -32,7 +32,9 @@ def test_five_minutes_of_churn_change_no_bit(cloud: FakeCloud, tmp_path: Path, c
     dice = random.Random(seed)
     run = Run(cloud, tmp_path, cache, "churn")
     losses = notices = 0
-    with run.going(*LEISURELY, "elastic.workers={min: 1, max: 3}", "elastic.scaling.settle_s=1") as driver:
+    # Here nodes come and go all the time, and newcomers shall be seen to join: not after minutes, as they would.
+    pace = "elastic.scaling={settle_s: 1, flap_window_s: 15}"
+    with run.going(*LEISURELY, "elastic.workers={min: 1, max: 3}", pace) as driver:
         run.until_size(3, driver)
         began, events = time.monotonic(), 0
         while time.monotonic() - began < SECONDS:
@@ -58,6 +60,6 @@ def test_five_minutes_of_churn_change_no_bit(cloud: FakeCloud, tmp_path: Path, c
     print(report)
     kinds = [recovery["kind"] for recovery in result["recoveries"]]
     assert kinds.count("drain") >= notices - 1, "one may have been lost or stopped before it left"
-    assert losses + notices >= SECONDS / EVERY_S / 2
+    assert losses + notices >= SECONDS / EVERY_S / 3
     assert all(recovery["source"] == "peers" for recovery in result["recoveries"])
     assert result["goodput_ratio"] > 0.3, "0.9 where nothing else runs"
