@@ -59,10 +59,10 @@ class Submission:
         """The `runtime_env`: the user's own, the working directory, and this package where that does not have it."""
         env = dict(self.runtime_env)
         env["working_dir"] = str(self.working_dir.resolve())
-        env["excludes"] = [*dict.fromkeys((*env.get("excludes", ()), *EXCLUDES))]
+        env["excludes"] = [*dict.fromkeys((*(env.get("excludes") or ()), *EXCLUDES))]
         home = Path(orchestrator.__file__).resolve().parents[1]
         if home != self.working_dir.resolve():
-            env["py_modules"] = [*env.get("py_modules", ()), *(str(home / name) for name in PACKAGES)]
+            env["py_modules"] = [*(env.get("py_modules") or ()), *(str(home / name) for name in PACKAGES)]
         env["env_vars"] = {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S), **(env.get("env_vars") or {})}
         return env
 

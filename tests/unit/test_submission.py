@@ -32,7 +32,9 @@ def test_this_package_goes_along_unless_it_is_there(tmp_path: Path) -> None:
 
 def test_what_a_user_wants_of_the_environment_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "env.yaml"
-    file.write_text("{pip: [s3fs], env_vars: {A: b, RAY_JOB_STOP_WAIT_TIME_S: '5'}, excludes: , py_modules: [x]}")
+    file.write_text(
+        "{pip: [s3fs], env_vars: {A: b, RAY_JOB_STOP_WAIT_TIME_S: '5'}, excludes: ['*.x'], py_modules: [x]}"
+    )
     environment = Submission(tmp_path / "job.yaml", tmp_path, (), read_runtime_env(file)).environment()
     assert environment["pip"] == ["s3fs"]
     assert environment["env_vars"] == {"A": "b", "RAY_JOB_STOP_WAIT_TIME_S": "5"}
