@@ -563,8 +563,7 @@ class ControllerActor:
             log.warning(
                 "this node drains: Ray starts the next controller elsewhere, and the workers train on meanwhile"
             )
-            self._chronicle.close()
-            os._exit(7)
+            os._exit(7)  # Records are written unbuffered, and closing them here could trip the brain.
         self._look_for_starting_nodes(now)
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
