@@ -76,7 +76,7 @@ from orchestrator.messages import (
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.planning.model import Block, ModelCosts
 from strategies.layout import ParallelLayout
-from strategies.statemap import Span, Spans, union, whole
+from strategies.statemap import NOTHING, Span, Spans, union, whole
 from strategies.timing import RankTimes
 
 LAYOUTS = ("replicated", "optimizer-tp8", "parameters-tp8", "pipeline-8")
@@ -126,7 +126,7 @@ def held_by_rank(layout: ParallelLayout) -> list[Spans]:
     size, data = elements(layout.tensor), layout.data
     if layout.pipeline > 1:
         bounds = [size * stage // layout.pipeline for stage in range(layout.pipeline + 1)]
-        stages = [(Span(0, bounds[stage], bounds[stage + 1]),) for stage in range(layout.pipeline)]
+        stages = [union([Span(0, bounds[stage], bounds[stage + 1])]) for stage in range(layout.pipeline)]
         found = [stages[rank % layout.pipeline] for rank in range(layout.num_placed)]
     elif layout.shard == "none" or data == 1:
         found = [whole(size, layout.tensor)] * layout.num_placed
@@ -135,16 +135,16 @@ def held_by_rank(layout: ParallelLayout) -> list[Spans]:
         own = [ranges(layout.tensor, data, replica) for replica in range(data)]
         both = [union(own[replica], own[replica - 1]) for replica in range(data)]
         found = [
-            tuple(Span(coordinate, start, stop) for _, start, stop in both[replica])
+            union(Span(coordinate, start, stop) for _, start, stop in both[replica])
             for replica in range(data)
             for coordinate in range(layout.tensor)
         ]
-    return [*found, *[()] * layout.spares]
+    return [*found, *[NOTHING] * layout.spares]
 
 
 def _even(tensor: int, data: int, replica: int) -> Spans:
     size = elements(tensor)
-    return (Span(0, size * replica // data, size * (replica + 1) // data),)
+    return union([Span(0, size * replica // data, size * (replica + 1) // data)])
 
 
 def _rows(tensor: int, data: int, replica: int) -> Spans:

@@ -26,7 +26,7 @@ from strategies.part import Part
 from strategies.placement import Domain, Shard, effective_shard, place_state, trained_spans
 from strategies.relayout import Moved, copy_within, execute
 from strategies.space import Strip
-from strategies.statemap import Span, Spans, intersect, plan_transfers, share_out, subtract, union, whole
+from strategies.statemap import NOTHING, Span, Spans, intersect, plan_transfers, share_out, subtract, union, whole
 
 
 @dataclass
@@ -65,7 +65,7 @@ class TrainingState:
         """The state is that of step 0, every part of which can be made here."""
         self._rebuild = rebuild
         self._initial: dict[str, torch.Tensor] | None = blueprint.initial
-        self._held: Spans = ()
+        self._held = NOTHING
 
     # ------------------------------------------------------------------------------------ what is here
 
@@ -85,7 +85,7 @@ class TrainingState:
 
         Raises RuntimeError when not all of it is here.
         """
-        left: Spans = (span,)
+        left = union((span,))
         for holding in self.holdings:
             for part in left:
                 for start, offset, length in holding.locate(part):
@@ -93,15 +93,15 @@ class TrainingState:
             left = subtract(left, holding.spans)
             if not left:
                 return
-        raise RuntimeError(f"{left[0]} is not on this rank")
+        raise RuntimeError(f"{next(iter(left))} is not on this rank")
 
     def start_over(self) -> None:
         """Back to the state of step 0."""
-        self.collected, self._held, self.updates, self.is_initial = [], (), 0, True
+        self.collected, self._held, self.updates, self.is_initial = [], NOTHING, 0, True
 
     def tear(self) -> None:
         """Nothing that is here counts any more."""
-        self.collected, self._held, self.is_initial = [], (), False
+        self.collected, self._held, self.is_initial = [], NOTHING, False
 
     def trained(self, lr: float) -> None:
         """One update of everything that is trained here, from the reduced gradients at learning rate `lr`."""
@@ -266,7 +266,7 @@ class TrainingState:
     def collect(self, held: Sequence[Spans], fabric: Fabric) -> Moved:
         """Brings the whole state to rank 0, beside what is there. Raises PeerLost, StateCorrupt, NotCovered."""
         everything = whole(self.space.size, self.space.tensor)
-        wanted: list[Spans] = [everything, *[()] * (fabric.world.world_size - 1)]
+        wanted = [everything, *[NOTHING] * (fabric.world.world_size - 1)]
         sources = self._make_initial() if self.is_initial else self.holdings
         targets = self._whole_of({}) if fabric.rank == 0 else []
         copy_within(sources, targets, held[fabric.rank])

@@ -13,7 +13,7 @@ from orchestrator.controller.state import Origin, all_of, pick_holders
 from orchestrator.controller.views import WorkerView
 from orchestrator.messages import Generation, Member
 from strategies.layout import ParallelLayout
-from strategies.statemap import subtract
+from strategies.statemap import NOTHING, Spans, subtract
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def _bring_along(idle: Sequence[WorkerView], chosen: Sequence[WorkerView], origi
     """Few of the others with all the state that the chosen have not; if there are such, a second holder for each part
     of it, because this generation may lose the first."""
     wanted = _missing(chosen, origin)
+    if not wanted:
+        return []
     names = {view.worker for view in chosen}
     others = {view.worker: view for view in idle if view.worker in origin.held and view.worker not in names}
     first = pick_holders(wanted, origin.held, others)
@@ -75,11 +77,11 @@ def _bring_along(idle: Sequence[WorkerView], chosen: Sequence[WorkerView], origi
     return sorted((others[worker] for worker in (*first, *second)), key=lambda view: (*_place(view), view.worker))
 
 
-def _missing(chosen: Sequence[WorkerView], origin: Origin) -> tuple[Any, ...]:
+def _missing(chosen: Sequence[WorkerView], origin: Origin) -> Spans:
     names = {view.worker for view in chosen}
-    others = all_of(spans for worker, spans in origin.held.items() if worker not in names)
-    # Mostly all that hold anything are chosen.
-    return subtract(others, all_of(origin.held.get(worker, ()) for worker in names)) if others else ()
+    if origin.held.keys() <= names:
+        return NOTHING  # Mostly all that hold anything are chosen.
+    return subtract(origin.everything, all_of(origin.held.get(worker, NOTHING) for worker in names))
 
 
 def collect_ranks(idle: Sequence[WorkerView], origin: Origin, virtual_workers: int) -> Ranks:
@@ -109,7 +111,7 @@ def make_generation(
         cause=cause,
         members=tuple(_member(view) for view in ranks.members),
         layout=ranks.layout,
-        held=tuple(origin.held.get(worker, ()) for worker in workers),
+        held=tuple(origin.held.get(worker, NOTHING) for worker in workers),
         roll_forward=tuple(rank for rank, worker in enumerate(workers) if worker in origin.rolling),
         norm=origin.norm,
         restore=origin.restore,

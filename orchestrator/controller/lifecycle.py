@@ -247,7 +247,9 @@ class Lifecycle:
         origin = state.state_at_hand(idle, self._record.progress)
         if origin is None or not origin.committed or self.state is RunState.FORMING:
             return parts
-        return parts.union(state.pick_holders(state.all_of(origin.held.values()), origin.held, origin.held))
+        everything = origin.everything
+        parts |= {worker for worker, held in origin.held.items() if held != everything}
+        return parts | set(sorted(worker for worker, held in origin.held.items() if held == everything)[:1])
 
     @property
     def _collecting(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Self
 from orchestrator.controller.protocol import Action, Interrupt, Pause
 from orchestrator.controller.views import WorkerState, WorkerView, is_replicated, phase_index
 from orchestrator.messages import Generation, Heartbeat, Left, WorkerId
+from strategies.statemap import NOTHING
 
 
 class Membership:
@@ -69,7 +70,7 @@ class Membership:
         view.has_trained = True
         if not generation.collect:
             holds_all = is_replicated(generation.layout) and view.worker not in self.spares
-            view.held = view.whole if holds_all else ()
+            view.held = view.whole if holds_all else NOTHING
         if generation.committed == 0:
             view.initial = initial_of(generation)
         self.unjoined.discard(view.worker)

@@ -7,20 +7,21 @@ same step or one behind, and older states are those of workers that have been id
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
+import numpy as np
+
 from orchestrator.controller.protocol import Record
 from orchestrator.controller.views import Progress, WorkerView
 from orchestrator.messages import WorkerId
-from strategies.statemap import Span, Spans, intersect, num_elements, subtract, union
+from strategies.statemap import NOTHING, Spans, cut_up, subtract, union
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The state a generation starts from: of how many steps, and where it is.
+    """The state a generation starts from: of how many steps, where it is, and `everything` there is of it.
 
     Either living workers have it: `held` says who has what of it, those in `rolling` once they have applied the reduced
     gradient of its last step, whose global norm is `norm`. Or it is read from the checkpoint `restore`.
@@ -28,6 +29,7 @@ class Origin:
 
     committed: int
     held: Mapping[WorkerId, Spans] = field(default_factory=dict)
+    everything: Spans = NOTHING
     rolling: frozenset[WorkerId] = frozenset()
     norm: float | None = None
     restore: str | None = None
@@ -64,7 +66,7 @@ def _state_after(committed: int, idle: Iterable[WorkerView], progress: Progress)
     """
     held: dict[WorkerId, Spans] = {}
     rolling: set[WorkerId] = set()
-    whole: Spans = ()
+    whole = NOTHING
     may_roll = committed == progress.committed and progress.norm is not None
     for view in idle:
         whole = view.whole or whole
@@ -75,7 +77,7 @@ def _state_after(committed: int, idle: Iterable[WorkerView], progress: Progress)
             rolling.add(view.worker)
     if not held or subtract(whole, all_of(held.values())):
         return None
-    return Origin(committed, held, frozenset(rolling), progress.norm if rolling else None)
+    return Origin(committed, held, whole, frozenset(rolling), progress.norm if rolling else None)
 
 
 def _state_of_step_0(idle: Sequence[WorkerView]) -> Origin | None:
@@ -85,12 +87,13 @@ def _state_of_step_0(idle: Sequence[WorkerView]) -> Origin | None:
     for initial in sorted({view.initial for view in trained}):
         held = {view.worker: view.held for view in trained if view.initial == initial}
         if not subtract(trained[0].whole, all_of(held.values())):
-            return Origin(0, held)
+            return Origin(0, held, trained[0].whole)
     makers = [view for view in idle if not view.has_trained] or idle
     if not makers:
         return None
-    standard = built(min(makers, key=lambda view: view.worker))
-    return Origin(0, {view.worker: view.whole for view in makers if built(view) == standard})
+    first = min(makers, key=lambda view: view.worker)
+    held = {view.worker: view.whole for view in makers if built(view) == built(first)}
+    return Origin(0, held, first.whole)
 
 
 def built(view: WorkerView) -> str:
@@ -134,61 +137,38 @@ def whole_holders(origin: Origin, idle: Iterable[WorkerView]) -> list[WorkerView
         for view in idle
         if view.worker in origin.held
         and view.worker not in origin.rolling
-        and not subtract(view.whole, origin.held[view.worker])
+        and not subtract(origin.everything, origin.held[view.worker])
     ]
 
 
 def pick_holders(wanted: Spans, held: Mapping[WorkerId, Spans], candidates: Iterable[WorkerId]) -> list[WorkerId]:
-    """Few of the candidates that hold together what is `wanted`, as far as they do: whoever adds most, first.
-
-    What is wanted is cut wherever holders change. Of those with the same pieces the first can be picked, once, and a
-    piece that is found counts for nobody else: so each is looked at once for everybody who holds it.
-    """
-    if not wanted:
-        return []
+    """Few of the candidates that hold together what is `wanted`, as far as they do: whoever adds most, first, and of
+    those that add as much the first."""
     first: dict[Spans, WorkerId] = {}
     for worker in sorted(candidates):
         first.setdefault(held[worker], worker)
-    found = {worker: part for spans, worker in first.items() if (part := within(spans, wanted))}
-    cuts = sorted({(span.tensor, at) for part in found.values() for span in part for at in (span.start, span.stop)})
-    places = {cut: place for place, cut in enumerate(cuts)}
-    pieces = {
-        worker: [place for t, start, stop in part for place in range(places[t, start], places[t, stop])]
-        for worker, part in found.items()
-    }
-    holders: dict[int, list[WorkerId]] = {}
-    for worker, own in pieces.items():
-        for place in own:
-            holders.setdefault(place, []).append(worker)
-    adds = {worker: num_elements(part) for worker, part in found.items()}
-    queue = [(-most, worker) for worker, most in adds.items()]
+    pieces = cut_up([wanted, *first])
+    own = dict(zip(first.values(), pieces.of[1:], strict=True))
+    missing = np.zeros(len(pieces), np.int64)
+    missing[pieces.of[0]] = pieces.lengths[pieces.of[0]]
+
+    def adds(worker: WorkerId) -> int:
+        return int(missing[own[worker]].sum())
+
+    # The more is found the less others add, so that who was first in the queue is looked at again.
+    queue = [(-adds(worker), worker) for worker in own]
     heapify(queue)
-    picked = []
-    while queue:
+    picked: list[WorkerId] = []
+    left = int(missing.sum())
+    while queue and left:
         most, worker = heappop(queue)
-        if adds[worker] != -most:
-            if adds[worker]:
-                heappush(queue, (-adds[worker], worker))
-            continue
-        picked.append(worker)
-        for place in pieces[worker]:
-            length = cuts[place + 1][1] - cuts[place][1]
-            for other in holders.pop(place, ()):
-                adds[other] -= length
+        if (now := adds(worker)) < -most:
+            heappush(queue, (-now, worker))
+        elif now:
+            picked.append(worker)
+            missing[own[worker]] = 0
+            left -= now
     return picked
-
-
-def within(spans: Spans, wanted: Spans) -> Spans:
-    """Like `intersect`, for a few spans and many that are wanted."""
-    if len(spans) * 8 > len(wanted):
-        return intersect(spans, wanted)
-    found: list[Span] = []
-    for span in spans:
-        index = max(0, bisect_left(wanted, (span.tensor, span.start)) - 1)
-        while index < len(wanted) and (wanted[index].tensor, wanted[index].start) < (span.tensor, span.stop):
-            found += intersect((span,), (wanted[index],))
-            index += 1
-    return tuple(found)
 
 
 def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[Record]:
@@ -200,7 +180,7 @@ def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[Record]
     records = []
     for view in idle:
         if view.committed > recorded and view.held:
-            view.held, view.prepared = (), False
+            view.held, view.prepared = NOTHING, False
             records.append(
                 Record(
                     "state_refused",

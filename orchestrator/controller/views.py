@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from orchestrator.messages import Left, Ready, StepReport, WorkerId
 from orchestrator.planning.model import ModelCosts
 from strategies.layout import ParallelLayout
-from strategies.statemap import Spans
+from strategies.statemap import NOTHING, Spans
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -181,8 +181,8 @@ class WorkerView:
     committed: int = 0
     prepared: bool = False
     has_trained: bool = False
-    held: Spans = ()
-    whole: Spans = ()
+    held: Spans = NOTHING
+    whole: Spans = NOTHING
     initial: str = ""
     left: Left | None = None
     joined: bool = False

@@ -7,7 +7,7 @@ they are. The same answer for the same question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -69,16 +69,22 @@ def best_deal(layout: ParallelLayout, replicas: Sequence[float]) -> Balance:
     seen. Equal speeds give the deal that the layout would have without any of this."""
     total = layout.virtual_workers
     if _in_rounds(layout):
-        dealt = deal_in_turn(total, layout.data)
-        if layout.pipeline == 1:
-            candidates = [deal_in_turn(total, layout.data, counts) for counts in _round_counts(total, replicas)]
-            dealt = min([dealt, *candidates], key=lambda each: seconds_of(layout, each, replicas))
-        return Balance(dealt, seconds_of(layout, dealt, replicas))
+        best = _balance(layout, deal_in_turn(total, layout.data), replicas)
+        for counts in _round_counts(total, replicas) if layout.pipeline == 1 else ():
+            if max(counts) * min(replicas) >= best.seconds:
+                break  # Somebody is in every round, and from here on there are only more.
+            other = _balance(layout, deal_in_turn(total, layout.data, counts), replicas)
+            best = min(best, other, key=lambda each: each.seconds)
+        return best
     plain = deal(total, [1.0] * layout.data)
     counts = [len(held) for held in deal(total, [1 / each for each in replicas], least=1)]
     dealt = deal_subtrees(counts)
     if seconds_of(layout, plain, replicas) <= seconds_of(layout, dealt, replicas):
         dealt = plain
+    return _balance(layout, dealt, replicas)
+
+
+def _balance(layout: ParallelLayout, dealt: Assignment, replicas: Sequence[float]) -> Balance:
     return Balance(dealt, seconds_of(layout, dealt, replicas))
 
 
@@ -86,10 +92,9 @@ def _in_rounds(layout: ParallelLayout) -> bool:
     return layout.data > 1 and layout.shard in ("gradients", "parameters")
 
 
-def _round_counts(total: int, replicas: Sequence[float]) -> list[list[int]]:
+def _round_counts(total: int, replicas: Sequence[float]) -> Iterator[list[int]]:
     """For every number of rounds: the fastest take part in all of them, the slowest in as few as can be."""
     slowest_first = sorted(range(len(replicas)), key=lambda replica: (-replicas[replica], replica))
-    found = []
     for rounds in range(-(-total // len(replicas)), total - len(replicas) + 2):
         counts = [rounds] * len(replicas)
         surplus = rounds * len(replicas) - total
@@ -97,8 +102,7 @@ def _round_counts(total: int, replicas: Sequence[float]) -> list[list[int]]:
             less = min(surplus, rounds - 1)
             counts[replica] -= less
             surplus -= less
-        found.append(counts)
-    return found
+        yield counts
 
 
 def best_parts(layout: ParallelLayout, costs: ModelCosts, rates: Sequence[float]) -> tuple[tuple[int, int], ...]:

@@ -23,7 +23,7 @@ from strategies.layout import ParallelLayout
 from strategies.placement import Domain, trained_spans
 from strategies.snapshot import Snapshot
 from strategies.state import state_digest
-from strategies.statemap import share_out, whole
+from strategies.statemap import NOTHING, share_out, whole
 from strategies.step import StepEngine
 
 SAVE = Save(2, 1, 0)
@@ -102,7 +102,7 @@ def go(
             state.tear()
             first = SAVE.committed
             updates = checkpoint.manifest.updates
-            held = [()] * layout.world_size
+            held = [NOTHING] * layout.world_size
             state.take_place(
                 layout, fabric, held, nodes, 2, updates, lambda: barrier(fabric), read, read_by_node=nodes_of > 1
             )

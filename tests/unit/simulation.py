@@ -68,7 +68,7 @@ from orchestrator.messages import (
     WorkerId,
 )
 from strategies.layout import ParallelLayout
-from strategies.statemap import Span, Spans, subtract, union, whole
+from strategies.statemap import NOTHING, Span, Spans, subtract, union, whole
 from strategies.timing import RankTimes
 
 TICK_S = 0.25
@@ -97,7 +97,7 @@ def trained_spans(layout: ParallelLayout, copies: int) -> list[Spans]:
         for rank, share in enumerate(shares):
             mirror = (rank + copy * layout.tensor) % layout.num_placed
             trained[mirror] = union(trained[mirror], [share])
-    return trained + [()] * layout.spares
+    return trained + [NOTHING] * layout.spares
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Room:
         generation = self.generation
         if generation.restore is not None:
             first = self.members[0]
-            first.held, first.committed, first.prepared = (), 0, False
+            first.held, first.committed, first.prepared = NOTHING, 0, False
             if generation.restore not in self.world.valid_checkpoints:
                 first.leave("restore", f"{generation.restore} is damaged")
                 return
@@ -159,7 +159,7 @@ class Room:
         if self.broken or any(worker.hung for worker in self.members):
             return
         for worker, trained in zip(self.members, self.trained, strict=True):
-            old = worker.held if worker.committed == self.generation.committed else ()
+            old = worker.held if worker.committed == self.generation.committed else NOTHING
             worker.held, worker.committed, worker.prepared = union(old, trained), self.generation.committed, False
             self.world.after(self.world.jitter(), lambda worker=worker: worker.join_done(self))
 

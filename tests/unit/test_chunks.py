@@ -17,7 +17,7 @@ from strategies.holding import Holding, name_of
 from strategies.intake import Intake
 from strategies.optimizers import OptimizerSpec
 from strategies.space import Space, Strip
-from strategies.statemap import Span, Spans, num_elements, share_out, subtract, union, whole
+from strategies.statemap import NOTHING, Span, Spans, num_elements, share_out, subtract, union, whole
 
 SPEC = OptimizerSpec()
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_what_all_have_is_shared_evenly() -> None:
     loads = [num_elements(share) for share in share_out([whole(1600, 1)] * 5)]
     assert loads == [320] * 5
     # Rank 0 alone has half of it, so the others share the rest.
-    held = [whole(1600, 1), *[(Span(0, 800, 1600),)] * 4]
+    held = [whole(1600, 1), *[union([Span(0, 800, 1600)])] * 4]
     assert [num_elements(share) for share in share_out(held)] == [800, 208, 208, 208, 176]
 
 
@@ -121,13 +121,13 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
     for coordinate in range(old_tensor):
         for low, high in cuts(old.size, old_ranks):
             holding = filled(old, coordinate, [(low, high)])
-            chunks += list(chunks_from(old, holding, (Span(coordinate, low, high),), most))
+            chunks += list(chunks_from(old, holding, union([Span(coordinate, low, high)]), most))
     total = sum(box.numel for _, box, _ in chunks)
     assert total == 3 * sum(math.prod(shape) for _, shape, *_ in SHAPES), "every element is in one chunk"
     for coordinate in range(new_tensor):
         for low, high in cuts(new.size, new_ranks):
             holding = holding_of(new, coordinate, [(low, high)])
-            intake = Intake(new, [holding], (Span(coordinate, low, high),), {})
+            intake = Intake(new, [holding], union([Span(coordinate, low, high)]), {})
             for name, box, values in chunks:
                 if intake.wants(name, box):
                     intake.put(name, box, values)
@@ -139,7 +139,7 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
 
 def test_constants_are_taken_whole() -> None:
     table = torch.zeros(3, 2)
-    intake = Intake(space_of(1), [], (), {"table": table})
+    intake = Intake(space_of(1), [], NOTHING, {"table": table})
     assert intake.missing == 6
     intake.put("model.table", Box((0, 0), (2, 2)), torch.ones(2, 2))
     assert intake.missing == 2
@@ -152,7 +152,7 @@ def test_a_box_outside_of_what_is_wanted_is_not() -> None:
     space = space_of(1)
     slot = space.slots[0]
     low, high = slot.offset, slot.offset + slot.numel // 2
-    intake = Intake(space, [holding_of(space, 0, [(low, high)])], (Span(0, low, high),), {})
+    intake = Intake(space, [holding_of(space, 0, [(low, high)])], union([Span(0, low, high)]), {})
     (piece,) = slot_pieces(slot, low, high, 0)
     assert intake.wants(f"model.{slot.name}", piece.box)
     assert not intake.wants(f"model.{slot.name}", Box((slot.shape[0] - 1, 0), (1, slot.shape[1])))

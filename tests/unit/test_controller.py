@@ -59,7 +59,7 @@ from orchestrator.messages import (
     StepReport,
     WorkerId,
 )
-from strategies.statemap import Spans, whole
+from strategies.statemap import NOTHING, Spans, whole
 
 A = TypeVar("A", bound=Action)
 ELEMENTS = 1000
@@ -474,7 +474,7 @@ def test_a_half_received_state_is_no_state() -> None:
     stage.ready(W1)
     the(StartGeneration, stage.leave(W0, "pause"))
     stage.tell(Died(W0, "SIGKILL"))
-    decided = stage.leave(W1, "peer", 0, held=()) + stage.wait(4.0, W1)
+    decided = stage.leave(W1, "peer", 0, held=NOTHING) + stage.wait(4.0, W1)
     generation = the(StartGeneration, decided).generation
     assert (generation.committed, generation.held) == (0, (WHOLE,))
     assert the(Rollback, decided).committed == 0
@@ -934,11 +934,11 @@ def test_a_storage_that_cannot_be_read_does_not_condemn_the_checkpoint() -> None
     stage = Stage(Controller(config, History(committed=10), {10: "c10"}))
     stage.tell(Start())
     assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
-    again = stage.leave(W0, "storage", 0, detail="connection refused", held=())
+    again = stage.leave(W0, "storage", 0, detail="connection refused", held=NOTHING)
     assert the(StartGeneration, again).generation.restore == "c10"
     assert stage.controller.checkpoints == {10: "c10"}
-    stage.leave(W0, "storage", 0, detail="connection refused", held=())
-    finish = the(Finish, stage.leave(W0, "storage", 0, detail="connection refused", held=()))
+    stage.leave(W0, "storage", 0, detail="connection refused", held=NOTHING)
+    finish = the(Finish, stage.leave(W0, "storage", 0, detail="connection refused", held=NOTHING))
     assert finish.status == "failed"
     assert "connection refused" in finish.reason
 
@@ -948,7 +948,7 @@ def test_a_checkpoint_that_is_not_for_this_job_is_for_a_person_to_sort_out() -> 
     stage = Stage(Controller(config, History(committed=10), {10: "c10", 5: "c5"}))
     stage.tell(Start())
     stage.ready(W0)
-    finish = the(Finish, stage.leave(W0, "unusable", 0, detail="encrypted with another key", held=()))
+    finish = the(Finish, stage.leave(W0, "unusable", 0, detail="encrypted with another key", held=NOTHING))
     assert (finish.status, finish.reason) == ("failed", "encrypted with another key")
 
 
@@ -1243,7 +1243,7 @@ def test_take_over_knows_a_half_received_state() -> None:
     stage.leave(W0, "pause")
     assert stage.members == [W0, W1]
     after = successor(stage)
-    torn = Status(ready_message(W1), stage.generation, Left(W1, 1, "peer", 0, ()), 0, (), False, False, 1)
+    torn = Status(ready_message(W1), stage.generation, Left(W1, 1, "peer", 0, NOTHING), 0, NOTHING, False, False, 1)
     after.tell(TakeOver((torn,)))
     after.wait(4.0, W1)
     generation = the(StartGeneration, after.told).generation

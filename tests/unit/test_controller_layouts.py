@@ -37,9 +37,10 @@ from orchestrator.messages import CheckpointSaved, Finalized, Heartbeat, Joined,
 from orchestrator.planning.choose import NoLayoutFits
 from orchestrator.planning.model import ModelCosts
 from strategies.layout import ParallelLayout
-from strategies.statemap import Span, Spans, union, whole
+from strategies.statemap import NOTHING, Span, Spans, union, whole
 
 Q0, Q1, Q2, Q3 = (Span(0, 250 * quarter, 250 * (quarter + 1)) for quarter in range(4))
+LOW, HIGH = union([Q0, Q1]), union([Q2, Q3])
 W4, W5, W6, W7 = (WorkerId(slot, 0) for slot in range(4, 8))
 
 
@@ -65,14 +66,15 @@ def sharded(*workers: WorkerId, overlap: bool = False, **config: Any) -> Stage:
 
 def test_parts_of_the_state_make_it_whole_together() -> None:
     origin = state_at_hand([holder(W0, 5, Q0, Q1), holder(W1, 5, Q1, Q2), holder(W2, 5, Q3)], Progress(5, norm=2.0))
-    assert origin == Origin(5, {W0: (Span(0, 0, 500),), W1: (Span(0, 250, 750),), W2: (Q3,)})
+    assert origin == Origin(5, {W0: LOW, W1: union([Q1, Q2]), W2: union([Q3])}, WHOLE)
 
 
 def test_the_missing_part_of_the_newest_state_is_rolled_forward_to() -> None:
     views = [holder(W0, 5, Q0, Q1), holder(W1, 4, Q2, Q3, prepared=True)]
     origin = state_at_hand(views, Progress(5, norm=2.0))
-    assert origin == Origin(5, {W0: (Span(0, 0, 500),), W1: (Span(0, 500, 1000),)}, frozenset({W1}), 2.0)
-    assert state_at_hand(views, Progress(5)) == Origin(0, {W0: WHOLE, W1: WHOLE}), "not without the norm of that step"
+    assert origin == Origin(5, {W0: LOW, W1: HIGH}, WHOLE, frozenset({W1}), 2.0)
+    # Not without the norm of that step.
+    assert state_at_hand(views, Progress(5)) == Origin(0, {W0: WHOLE, W1: WHOLE}, WHOLE)
 
 
 def test_a_step_that_is_not_on_record_is_not_rolled_over() -> None:
@@ -97,26 +99,26 @@ def test_workers_that_were_idle_meanwhile_have_an_older_state() -> None:
 
 def test_without_a_checkpoint_it_is_made_again_by_those_that_never_trained() -> None:
     views = [holder(W0, 5, Q0, Q1), holder(W1, 0, *WHOLE, trained=False)]
-    assert newest_state(views, Progress(5, norm=2.0), {}) == Origin(0, {W1: WHOLE})
-    assert newest_state(views[:1], Progress(5, norm=2.0), {}) == Origin(0, {W0: WHOLE}), "or by all"
+    assert newest_state(views, Progress(5, norm=2.0), {}) == Origin(0, {W1: WHOLE}, WHOLE)
+    assert newest_state(views[:1], Progress(5, norm=2.0), {}) == Origin(0, {W0: WHOLE}, WHOLE), "or by all"
 
 
 def test_few_holders_are_picked() -> None:
-    held: dict[WorkerId, Spans] = {W0: (Q0,), W1: union([Q0], [Q1]), W2: (Q1,), W3: union([Q2], [Q3])}
+    held: dict[WorkerId, Spans] = {W0: union([Q0]), W1: LOW, W2: union([Q1]), W3: HIGH}
     assert pick_holders(WHOLE, held, held) == [W1, W3]
-    assert pick_holders((Q0,), held, held) == [W0]
-    assert pick_holders((), held, held) == []
+    assert pick_holders(union([Q0]), held, held) == [W0]
+    assert pick_holders(NOTHING, held, held) == []
 
 
 def test_in_the_same_layout_everybody_keeps_their_rank() -> None:
     """There is each one's part of the state, so only a newcomer is sent anything."""
     members = [holder(worker, 5, span) for worker, span in zip((W0, W1, W2, W3), (Q0, Q1, Q2, Q3), strict=True)]
     choice = Layouts(ControllerConfig(total_steps=9, chooser=layouts(max_workers=4), min_workers=1, max_workers=4))
-    first = choose_ranks(members, Origin(5, {view.worker: view.held for view in members}), 4, choice, 0.0)
+    first = choose_ranks(members, Origin(5, {view.worker: view.held for view in members}, WHOLE), 4, choice, 0.0)
     assert first is not None
     choice.trains(make_generation(0, 0, "", Origin(5), first, ()))
     rest = [view for view in members if view.worker != W1]
-    origin = Origin(5, {view.worker: view.held for view in rest})
+    origin = Origin(5, {view.worker: view.held for view in rest}, WHOLE)
     again = choose_ranks([*rest, holder(W4, 0, trained=False)], origin, 4, choice, 0.0)
     assert again is not None
     assert [view.worker for view in again.members] == [W0, W4, W2, W3]
@@ -148,7 +150,7 @@ def test_a_lost_shard_without_a_copy_costs_the_steps_since_the_checkpoint() -> N
     decided = stage.leave(W0, "peer")
     assert the(Rollback, decided).committed == 3
     generation = the(StartGeneration, decided).generation
-    assert (generation.committed, generation.restore, generation.held) == (3, "c3", ((),))
+    assert (generation.committed, generation.restore, generation.held) == (3, "c3", (NOTHING,))
 
 
 def test_a_lost_shard_without_a_copy_or_a_checkpoint_starts_over() -> None:
@@ -220,7 +222,7 @@ def test_those_that_are_let_go_hand_over_what_nobody_else_has() -> None:
     assert (generation.layout.data, union(*generation.held)) == (2, WHOLE)
     assert not of(ReleaseWorker, decided)
     assert the(Pause, stage.join()).workers == (W0, W1, W2, W3)
-    stage.held = {W0: (Span(0, 0, 500),), W1: (Span(0, 500, 1000),), W2: (), W3: ()}
+    stage.held = {W0: LOW, W1: HIGH, W2: NOTHING, W3: NOTHING}
     stage.train(1)
     decided = stage.leave_all("pause")
     assert {action.worker for action in of(ReleaseWorker, decided)} == {W2, W3}
@@ -324,7 +326,7 @@ def test_a_stopped_sharded_run_collects_its_state() -> None:
 def pipelined(*workers: WorkerId, **config: Any) -> Stage:
     stage = Stage(**{"pipeline": 2, "max_workers": 4, **config}).running(*workers)
     for rank, worker in enumerate(stage.members):
-        stage.held[worker] = (Span(0, 500 * (rank % 2), 500 * (rank % 2) + 500),)
+        stage.held[worker] = (LOW, HIGH)[rank % 2]
     return stage
 
 
@@ -382,7 +384,7 @@ def test_a_worker_without_work_stays_idle_and_changes_nothing() -> None:
 
 def test_who_is_left_without_work_is_counted() -> None:
     stage = Stage(chooser=OnlyPairs(), max_workers=4).running(W0, W1, W2, W3)
-    stage.held = {W0: (Span(0, 0, 500),), W1: (Span(0, 500, 1000),), W2: (Span(0, 0, 500),), W3: (Span(0, 500, 1000),)}
+    stage.held = {W0: LOW, W1: HIGH, W2: LOW, W3: HIGH}
     stage.train(1)
     stage.tell(Died(W3, "SIGKILL"))
     stage.leave_all("peer", but=(W3,))
@@ -458,7 +460,7 @@ def tensor_parallel(*workers: WorkerId, **config: Any) -> Stage:
     stage.wait(5.0, *workers)
     stage.join()
     for worker in (W0, W1, W2, W3, W4, W5):
-        stage.held[worker] = (Span(worker.slot % 2, 0, ELEMENTS),)
+        stage.held[worker] = union([Span(worker.slot % 2, 0, ELEMENTS)])
     return stage
 
 
@@ -489,7 +491,7 @@ def test_the_partner_of_a_lost_worker_waits_for_another_in_its_place() -> None:
     the(Pause, stage.ready(WorkerId(1, 1), node="node-0"))
     generation = the(StartGeneration, stage.leave_all("pause")).generation
     assert [m.worker for m in generation.members] == [W0, WorkerId(1, 1), W2, W3]
-    assert generation.held[:2] == ((), ()), "what it held is old by now"
+    assert generation.held[:2] == (NOTHING, NOTHING), "what it held is old by now"
 
 
 def test_the_partner_of_a_lost_worker_brings_what_only_it_has() -> None:
@@ -573,7 +575,7 @@ def test_a_question_is_asked_once() -> None:
 def test_a_member_that_joined_a_sharded_generation_is_known_to_hold_nothing() -> None:
     """Until it says so: what a layout puts where is not the controller's to know."""
     stage = sharded(W0, W1)
-    assert [view.held for view in stage.controller.workers.values()] == [(), ()]
+    assert [view.held for view in stage.controller.workers.values()] == [NOTHING, NOTHING]
     stage = Stage(max_workers=1).running(W0)
     assert stage.controller.workers[W0].held == WHOLE
     assert stage.tell(Joined(W0, 0, 10)) == []

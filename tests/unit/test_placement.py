@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies.layout import SCHEDULES, SHARDS, ParallelLayout, deal
 from strategies.placement import Domain, Shard, effective_shard, place_state, row_ranges, trained_spans
 from strategies.space import ALIGNMENT, Space
-from strategies.statemap import Span, intersect, num_elements, union, whole
+from strategies.statemap import NOTHING, Span, intersect, num_elements, subtract, union, whole
 
 quick = settings(deadline=None, print_blob=True, max_examples=150)
 BLOCKS = 10
@@ -65,7 +65,7 @@ def placements(draw: st.DrawFn) -> tuple[ParallelLayout, Space, list[Domain], in
 def holders_of(shards: Sequence[Shard], span: Span) -> set[int]:
     """The ranks that train all of a span."""
     return {
-        rank for shard in shards for rank in (shard.owner, *shard.mirrors) if intersect(shard.spans, (span,)) == (span,)
+        rank for shard in shards for rank in (shard.owner, *shard.mirrors) if not subtract(union([span]), shard.spans)
     }
 
 
@@ -105,7 +105,7 @@ def test_ranks_train_only_what_they_compute_with_and_what_they_mirror(
             assert shard.spans == part
     trained = trained_spans(layout, shards)
     assert len(trained) == layout.world_size
-    assert trained[layout.num_placed :] == [()] * layout.spares, "spares train nothing"
+    assert trained[layout.num_placed :] == [NOTHING] * layout.spares, "spares train nothing"
     for rank, spans in enumerate(trained[: layout.num_placed]):
         assert spans == union(*(shard.spans for shard in shards if rank in (shard.owner, *shard.mirrors)))
 

@@ -21,7 +21,7 @@ from strategies.layout import even
 from strategies.optimizers import OptimizerSpec
 from strategies.placement import row_ranges
 from strategies.space import ALIGNMENT, Slot, Space, Strip, merge, round_up
-from strategies.statemap import Span, union
+from strategies.statemap import NOTHING, Span, union
 
 quick = settings(deadline=None, print_blob=True, max_examples=150)
 
@@ -299,7 +299,7 @@ def test_a_holding_says_what_it_has() -> None:
 def test_a_holding_of_nothing_can_be_updated() -> None:
     nothing = Holding(0, Strip.of([], 0), OptimizerSpec("adamw"), CPU)
     nothing.apply(1e-2)
-    assert nothing.spans == ()
+    assert nothing.spans == NOTHING
 
 
 def test_matrices_are_decayed_and_vectors_are_not() -> None:

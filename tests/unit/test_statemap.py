@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from itertools import pairwise
 
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.statemap import (
+    NOTHING,
     NotCovered,
     Span,
     Spans,
     Transfer,
+    cut_up,
     intersect,
     num_elements,
     plan_transfers,
@@ -67,8 +70,33 @@ def test_intersection_and_difference_are_those_of_sets(first: Spans, second: Spa
     assert union(both, rest) == first
 
 
+@quick
+@given(any_spans, any_spans)
+def test_sets_are_equal_when_their_elements_are_and_survive_pickling(first: list[Span], second: list[Span]) -> None:
+    one, other = union(first), union(second)
+    assert (one == other) == (elements(one) == elements(other))
+    assert one != tuple(one), "only with their like"
+    twin = union(reversed(first))
+    assert (twin, hash(twin)) == (one, hash(one))
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert bool(one) == bool(elements(one))
+    with pytest.raises(ValueError, match="read-only"):
+        one.bounds[:] = 0
+
+
+@quick
+@given(st.lists(sets_of_spans, max_size=6))
+def test_a_piece_is_in_a_group_as_a_whole_or_not_at_all(groups: list[Spans]) -> None:
+    pieces = cut_up(groups)
+    for own, group in zip(pieces.of, groups, strict=True):
+        assert union(list(Spans(pieces.bounds[:, own]))) == group
+        assert pieces.lengths[own].sum() == num_elements(group)
+    ends = {end for group in groups for span in group for end in ((span.tensor, span.start), (span.tensor, span.stop))}
+    assert len(pieces) == max(0, len(ends) - 1), "and is cut nowhere else"
+
+
 def test_the_whole_state_is_every_coordinates() -> None:
-    assert whole(5, 2) == (Span(0, 0, 5), Span(1, 0, 5))
+    assert list(whole(5, 2)) == [Span(0, 0, 5), Span(1, 0, 5)]
     assert num_elements(whole(5, 2)) == 10
 
 
@@ -122,8 +150,8 @@ def test_what_nobody_has_cannot_be_planned(held: list[Spans], data: st.DataObjec
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 200), st.integers(1, 12))
 def test_sources_that_hold_the_same_share_the_work(holders: int, targets: int, size: int, max_elements: int) -> None:
     state = whole(size, 2)
-    held = [state] * holders + [()] * targets
-    plan = plan_transfers(held, [()] * holders + [state] * targets, max_elements)
+    held = [state] * holders + [NOTHING] * targets
+    plan = plan_transfers(held, [NOTHING] * holders + [state] * targets, max_elements)
     sent = Counter(dict.fromkeys(range(holders), 0))
     for transfer in plan:
         sent[transfer.source] += transfer.span.length
@@ -135,18 +163,18 @@ def test_sources_that_hold_the_same_share_the_work(holders: int, targets: int, s
 
 
 def test_a_piece_that_only_one_rank_has_comes_from_there_and_the_rest_from_others() -> None:
-    held = [(Span(0, 0, 100),), (Span(0, 50, 100),), ()]
-    plan = plan_transfers(held, [(), (), (Span(0, 0, 100),)])
+    held = [union([Span(0, 0, 100)]), union([Span(0, 50, 100)]), NOTHING]
+    plan = plan_transfers(held, [NOTHING, NOTHING, union([Span(0, 0, 100)])])
     assert plan == [Transfer(Span(0, 0, 50), 0, 2), Transfer(Span(0, 50, 100), 1, 2)]
 
 
 def test_nothing_moves_when_everything_is_in_place() -> None:
-    held = [(Span(0, 0, 10),), (Span(0, 10, 20),)]
+    held = [union([Span(0, 0, 10)]), union([Span(0, 10, 20)])]
     assert plan_transfers(held, held) == []
     assert plan_transfers([whole(20, 1)] * 2, held) == []
-    assert plan_transfers([(), ()], [(), ()]) == []
+    assert plan_transfers([NOTHING, NOTHING], [NOTHING, NOTHING]) == []
 
 
 def test_held_and_wanted_are_of_the_same_ranks() -> None:
     with pytest.raises(ValueError, match="zip"):
-        plan_transfers([()], [(), ()])
+        plan_transfers([NOTHING], [NOTHING, NOTHING])

@@ -31,7 +31,7 @@ from strategies.part import Part
 from strategies.placement import Domain
 from strategies.space import ALIGNMENT
 from strategies.state import TrainingState, state_digest
-from strategies.statemap import NotCovered, whole
+from strategies.statemap import NOTHING, NotCovered, whole
 
 
 def settled(spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:
@@ -298,7 +298,7 @@ def test_a_torn_state_is_nowhere() -> None:
     state = settled()
     update(state, random_gradient(state, 1))
     state.tear()
-    assert state.held == ()
+    assert state.held == NOTHING
     with pytest.raises(NotCovered, match="no living holder"):
         settle(state)
 
