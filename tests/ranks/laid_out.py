@@ -19,7 +19,7 @@ from strategies.layout import ParallelLayout, deal, parts_of
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.placement import Domain, place_state, trained_spans
 from strategies.state import TrainingState, state_digest
-from strategies.statemap import Spans, whole
+from strategies.statemap import NOTHING, Spans, whole
 from strategies.step import StepEngine, exchange
 from tests.small_models import LAYERS, VOCABULARY, family, own
 
@@ -113,7 +113,7 @@ def train(
     for number, stretch in enumerate(stretches):
         members = stretch.ranks or tuple(range(stretch.layout.world_size))
         nodes = [Domain("", domains[m] if domains else str(m)) for m in members]
-        held = [everything if number == 0 else held_by.get(member, ()) for member in members]
+        held = [everything if number == 0 else held_by.get(member, NOTHING) for member in members]
         if rank in members:
             fabric = Fabric(rank=members.index(rank), layout=stretch.layout, device=CPU)
             try:

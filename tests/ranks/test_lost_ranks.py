@@ -20,7 +20,7 @@ from strategies.fabric import Fabric
 from strategies.groups import PeerLost
 from strategies.layout import ParallelLayout
 from strategies.placement import Domain, place_state, trained_spans
-from strategies.statemap import Spans, subtract, whole
+from strategies.statemap import NOTHING, Spans, subtract, whole
 from strategies.step import StepEngine
 
 SECONDS = 10.0
@@ -72,7 +72,7 @@ def survive(rank: int, address: Endpoint, legs: Legs, loss: Loss, tensor: int) -
     if loss.phase not in ON_THE_WAY:
         held_by = held_after(engine, second)
     if rank in members_of(second):
-        assert not subtract(held_by.get(rank, ()), engine.state.held), "it still has what all think it has"
+        assert not subtract(held_by.get(rank, NOTHING), engine.state.held), "it still has what all think it has"
     journey.go(rank, third, held_by, 1)
     return Survivor(error, seconds, journey.seen)
 
@@ -113,7 +113,7 @@ class Journey:
             return
         fabric = self.form(rank, stretch)
         try:
-            held = [held_by.get(member, ()) for member in members]
+            held = [held_by.get(member, NOTHING) for member in members]
             if not held[fabric.rank]:
                 self.engine.state.tear()
             run_stretch(self.engine, fabric, stretch, held, nodes_of(stretch), 2, step, self.seen)
@@ -136,7 +136,7 @@ class Journey:
         try:
             if is_silent and loss.phase in ON_THE_WAY:
                 timer.start()
-            held = [held_by.get(member, ()) for member in members]
+            held = [held_by.get(member, NOTHING) for member in members]
             if not held[fabric.rank]:
                 engine.state.tear()
             wait = arm_barrier(fabric, loss) if rank == loss.victim else lambda: barrier(fabric)

@@ -25,7 +25,7 @@ from strategies.reduction import Reducer, RoundReducer
 from strategies.relayout import StateCorrupt, execute
 from strategies.space import ALIGNMENT, Strip
 from strategies.state import TrainingState, state_digest
-from strategies.statemap import Span, Transfer, plan_transfers, whole
+from strategies.statemap import NOTHING, Span, Transfer, plan_transfers, whole
 from strategies.step import StepEngine
 from strategies.tree import Node, cover, split
 
@@ -261,7 +261,7 @@ def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: i
     holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec("adamw"), CPU)
     for buffer in holding.kinds().values():
         buffer.copy_(torch.randn(SIZE))
-    held = [whole(SIZE, 1) if other in holders else () for other in range(4)]
+    held = [whole(SIZE, 1) if other in holders else NOTHING for other in range(4)]
     plan = plan_transfers(held, [whole(SIZE, 1)] * 4, max_elements)
     groups = form(rank, 4, address, "move")
     moved = execute(plan, [holding], [holding], tuple(holding.kinds()), groups)
