@@ -37,14 +37,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from recovery import note
+from ray_train import CHECKPOINT_STEPS, fit
 
 from monitoring.follow import Tail
 from orchestrator.cluster import reaper
 from orchestrator.cluster.nodes import Gcs, GcsError, drain
 
 WORKERS, LEAST = 4, 2
-CHECKPOINT_STEPS = 20
 CALM_STEPS = 8
 """Steps of the full group before anything happens to it."""
 DEADLINE_S = 30.0
@@ -411,80 +410,12 @@ def turn(
 def ray_train(job: str, home: Path) -> None:
     """The driver; it trains until it is ended. `home` is where its records and checkpoints go."""
     import ray
-    import recovery
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    ray.cloudpickle.register_pickle_by_value(recovery)
-    # The declared types are those of Ray Train's first version.
-    elastic: Any = {"num_workers": (LEAST, WORKERS), "resources_per_worker": {"CPU": 1},
-                    "elastic_resize_monitor_interval_s": 10.0}  # fmt: skip
-    TorchTrainer(
-        train_loop,
-        train_loop_config={"job": os.path.abspath(job), "log": str(home / "steps.jsonl"), "cwd": os.getcwd()},
-        scaling_config=ScalingConfig(**elastic),
-        run_config=RunConfig(
-            storage_path=str(home), name="ray-train", failure_config=FailureConfig(max_failures=-1),
-        ),
-    ).fit()  # fmt: skip
-
-
-def train_loop(config: dict[str, Any]) -> None:
-    """One worker, as Ray Train's documentation has it: a checkpoint now and then, and one when a node is to go."""
-    os.chdir(config["cwd"])
-    import ray
-    import torch
-    import torch.nn.functional as F
-    from ray import train
-    from ray.train.torch import prepare_model
-
-    from orchestrator.data.of_job import dataset_of, prepare_stores
-    from orchestrator.job import Job
-    from orchestrator.worker import build
-
-    torch.set_num_threads(1)
-    context = train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    job = Job.load(config["job"])
-    dataset = dataset_of(job, prepare_stores(job, verify=False))
-    model: Any = prepare_model(build.build_model(job, dataset.vocab_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr)
-    first = 0
-    if (checkpoint := train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as path:
-            saved = torch.load(Path(path) / "state.pt")
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            first = saved["step"] + 1
-    session = [time.time()]
-    torch.distributed.broadcast_object_list(session, src=0)
-    note(config["log"], {"session": session[0], "node": ray.get_runtime_context().get_node_id()})
-    has_saved_for_leave = False
-    for step in itertools.count(first):
-        ids = dataset.step_ids(step)[rank::world]
-        rows = torch.from_numpy(dataset.stores[0].samples(ids, job.data.sequence_length))
-        pieces = rows.split(job.train.micro_batch)
-        for index, piece in enumerate(pieces):
-            with model.no_sync() if index < len(pieces) - 1 else contextlib.nullcontext():
-                logits = model(input_ids=piece[:, :-1]).logits
-                loss = F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
-                (loss / len(pieces)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == 0:
-            note(config["log"], {"step": step, "at": time.time(), "session": session[0]})
-        leaves = train.get_preemption_info() is not None and not has_saved_for_leave
-        has_saved_for_leave = has_saved_for_leave or leaves
-        if leaves or (step + 1) % CHECKPOINT_STEPS == 0:
-            with tempfile.TemporaryDirectory() as path:
-                if rank == 0:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                    torch.save(state, Path(path) / "state.pt")
-                    train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(path))
-                else:
-                    train.report({"step": step})
+    fit(
+        job, home, home / "steps.jsonl", (LEAST, WORKERS), saves_when_leaving=True,
+        elastic_resize_monitor_interval_s=10.0,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the table

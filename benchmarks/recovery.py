@@ -126,10 +126,9 @@ def ours(job_path: str, schedule: list[int], standby: int = 1) -> dict[str, Any]
 
 
 def ray_train(job_path: str, schedule: list[int]) -> dict[str, Any]:
-    """Ray Train 2.60 with elastic `num_workers=(2, 4)`, DDP, and a checkpoint every 20 steps."""
+    """See `benchmarks.ray_train`."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray_train import fit
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     kills: list[dict[str, Any]] = []
@@ -149,18 +148,11 @@ def ray_train(job_path: str, schedule: list[int]) -> dict[str, Any]:
         def progress() -> int:
             return max((e["step"] for e in entries() if "step" in e), default=-1) + 1
 
-        config = {"job": os.path.abspath(job_path), "log": str(log), "steps": schedule[-1] + 20, "cwd": os.getcwd()}
         ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
-            trainer = TorchTrainer(
-                ray_train_loop,
-                train_loop_config=config,
-                scaling_config=ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 1}),
-                run_config=RunConfig(storage_path=home, name="baseline", failure_config=FailureConfig(max_failures=-1)),
-            )
             started = time.time()
             with killer(schedule, progress, victims, kills):
-                trainer.fit()
+                fit(job_path, Path(home), log, (2, 4), steps=schedule[-1] + 20)
             wall = time.time() - started
         finally:
             ray.shutdown()
@@ -171,65 +163,6 @@ def ray_train(job_path: str, schedule: list[int]) -> dict[str, Any]:
         "stalls": stalls, "redone": redone, "median_step": median, "survivors_kept_their_pids": False,
         "batch": f"world sizes {worlds}", "kills": len(kills), "wall_seconds": wall,
     }  # fmt: skip
-
-
-def ray_train_loop(config: dict[str, Any]) -> None:
-    os.chdir(config["cwd"])
-    import torch
-    import torch.nn.functional as F
-    from ray import train
-    from ray.train.torch import prepare_model
-
-    from orchestrator.data.of_job import dataset_of, prepare_stores
-    from orchestrator.job import Job
-    from orchestrator.worker import build
-
-    torch.set_num_threads(1)
-    context = train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    job = Job.load(config["job"])
-    dataset = dataset_of(job, prepare_stores(job, verify=False))
-    model = prepare_model(build.build_model(job, dataset.vocab_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr)
-    first = 0
-    if (checkpoint := train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as path:
-            saved = torch.load(Path(path) / "state.pt")
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            first = saved["step"] + 1
-    session = [time.time()]
-    if world > 1:
-        torch.distributed.broadcast_object_list(session, src=0)
-    note(config["log"], {"pid": os.getpid(), "session": session[0], "world": world})
-    for step in range(first, config["steps"]):
-        ids = dataset.step_ids(step)[rank::world]
-        rows = torch.from_numpy(dataset.stores[0].samples(ids, job.data.sequence_length))
-        pieces = rows.split(job.train.micro_batch)
-        for index, piece in enumerate(pieces):
-            quiet = index < len(pieces) - 1 and world > 1
-            with model.no_sync() if quiet else contextlib.nullcontext():
-                logits = model(input_ids=piece[:, :-1]).logits
-                loss = F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
-                (loss / len(pieces)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == 0:
-            note(config["log"], {"step": step, "at": time.time(), "session": session[0]})
-        if (step + 1) % 20 == 0:
-            with tempfile.TemporaryDirectory() as path:
-                if rank == 0:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                    torch.save(state, Path(path) / "state.pt")
-                    train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(path))
-                else:
-                    train.report({"step": step})
-
-
-def note(path: str, record: dict[str, Any]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def show(name: str, figures: dict[str, Any]) -> None:

@@ -32,16 +32,15 @@ from orchestrator.cluster.glance import glance
 from orchestrator.cluster.narration import narrate, set_up_logs, tell
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
 from orchestrator.cluster.placement import (
-    NAMESPACE,
     Place,
     WorkerHandle,
     end_workers,
-    find_places,
+    find_workers,
     raylet_is_gone,
     refuses_connections,
     release_places,
-    worker_name,
 )
+from orchestrator.cluster.reception import Reception
 from orchestrator.cluster.reign import Reign
 from orchestrator.cluster.room import Need, nodes_starting, why_no_room
 from orchestrator.controller.history import History
@@ -79,7 +78,7 @@ from orchestrator.controller.protocol import (
 )
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
 from orchestrator.job import Job
-from orchestrator.messages import FaultFired, Reply, Status, WorkerId
+from orchestrator.messages import FaultFired, Reply, WorkerId
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -90,6 +89,8 @@ POLL_S = 1.0
 """How often placement, draining nodes and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
+SOON_S = 1.5
+"""How long it takes them mostly. For whoever takes longer it is seen whether its node is still there."""
 STARTING_POLL_S = 5.0
 """How often the autoscaler is asked whether nodes are starting, while workers wait for room."""
 FOLLOWER_SILENCE_S = 15.0
@@ -135,8 +136,8 @@ class ControllerActor:
         self._job = job = Job.model_validate(spec["job"])
         self._handles: dict[WorkerId, WorkerHandle] = {}
         self._books: dict[WorkerId, OrderBook] = {}
-        self._introductions: dict[WorkerId, Introduction] = {}
-        self._met = threading.Condition()
+        self._books_lock = threading.Lock()
+        self._reception = Reception()
         self._start_errors: dict[WorkerId, str] = {}
         self._drains = DrainWatch()
         self._lost_nodes: set[str] = set()
@@ -147,7 +148,8 @@ class ControllerActor:
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
         self._me = ray.get_runtime_context().current_actor
         self._chronicle = Chronicle(self._directory, job)
-        past_events, past_steps = self._chronicle.past_events, self._chronicle.past_steps
+        history = self._history(self._chronicle.past_events, self._chronicle.past_steps)
+        self._warm = frozenset(history.warm)
         self._window: Window | None = None
         self._telling = threading.Lock()
         self._has_told_the_end = False
@@ -171,7 +173,7 @@ class ControllerActor:
                 rebalance=RebalanceRules.for_job(job),
                 scaling=ScalingRules.for_job(job),
             ),
-            self._history(past_events, past_steps),
+            history,
             checkpoints=self._checkpoints(),
         )
         self._chronicle.forget_the_past()
@@ -225,21 +227,27 @@ class ControllerActor:
                 await asyncio.sleep(0.001)
         return Reply(recorded=self._chronicle.recorded, epoch=self._epoch, shutdown=self._result is not None)
 
+    @ray.method(max_task_retries=-1)
     async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Orders:
-        """What `worker`, which has its orders up to number `after` from the controller of `epoch`, is to do next."""
+        """What `worker`, which has its orders up to number `after` from the controller of `epoch`, is to do next.
+
+        Ray asks again when this controller dies, and so brings its successor and the workers together at once; a call
+        that is made while there is none fails only after 2 s.
+        """
         if epoch != self._epoch:
             return Orders(self._epoch, ())
         return Orders(self._epoch, await self._book(worker).fetch(after, wait_s))
 
     async def introduce(self, introduction: Introduction) -> None:
         """A worker that has not spoken with this controller before says who and where it is."""
-        with self._met:
-            self._introductions[introduction.worker] = introduction
-            self._met.notify_all()
+        self._reception.meet(introduction)
         handle = self._handles.get(introduction.worker)
         if handle is not None:
             handle.node, handle.pid, handle.placed = introduction.node, introduction.pid, True
             self._queue.put((Placed(introduction.worker, introduction.node), time.time()))
+            if introduction.status is not None:
+                # It may have told a predecessor, which knew that and is gone.
+                self._queue.put((introduction.status.ready, time.time()))
 
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
         """A worker could not be built; with `fatal` no other could either."""
@@ -320,60 +328,59 @@ class ControllerActor:
             end_workers(self._directory.run_id)
             self._result = previous
             return
-        statuses = self._find_workers()
-        now = time.time()
         if self._reign.is_successor:
-            self._record("controller_restarted", {"epoch": self._epoch, "workers_found": len(statuses)})
-            self._dispatch(TakeOver(tuple(statuses)), now)
+            found = self._find_workers()
+            counts = {"workers_found": len(found.workers), "workers_starting": len(found.starting)}
+            self._record("controller_restarted", {"epoch": self._epoch, **counts})
+            self._dispatch(found, time.time())
         else:
-            self._dispatch(Start(), now)
+            # Whatever is left of this run on the cluster had another driver's controller, and obeys nobody.
+            end_workers(self._directory.run_id)
+            self._dispatch(Start(), time.time())
 
-    def _find_workers(self) -> list[Status]:
-        """The living workers of a predecessor: those that Ray knows by name and that introduce themselves."""
-        prefix = worker_name(self._directory.run_id, WorkerId(0, 0)).removesuffix("0.0")
-        found = []
-        places = find_places(self._directory.run_id, self._job.strategy.tensor)
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] != NAMESPACE or not entry["name"].startswith(prefix):
-                continue
-            worker = WorkerId(*map(int, entry["name"].removeprefix(prefix).split(".")))
-            place = places.get(worker.slot // self._job.strategy.tensor)
-            handle = WorkerHandle.find(self._directory.run_id, worker, place)
-            if handle is not None:
-                found.append(handle)
-        statuses = []
-        patience_s = max(INTRODUCTION_S, self._job.elastic.heartbeat_timeout_s)
-        deadline = time.monotonic() + patience_s
-        for handle in found:
-            if handle.where() is None:
-                handle.kill()  # It has no place yet, so it has nothing to say.
-                continue
-            with self._met:
-                while handle.worker not in self._introductions and (left := deadline - time.monotonic()) > 0:
-                    self._met.wait(left)
-                introduction = self._introductions.get(handle.worker)
-            if introduction is None or introduction.status is None:
-                # Still being built, or not answering: simpler to start another than to guess.
+    def _find_workers(self) -> TakeOver:
+        """The living workers of a predecessor, by their own accounts. Those that were warm are waited for; the others
+        are on their way, and go on being so."""
+        placed: dict[WorkerId, WorkerHandle] = {}
+        for handle in find_workers(self._directory.run_id, self._job.strategy.tensor):
+            if handle.placed:
+                placed[handle.worker] = handle
+            else:
+                handle.kill()  # It waits for room, and will again: why, and for how long, went with the predecessor.
+        warm = self._warm & placed.keys()
+        met = self._reception.wait_for(warm, SOON_S)
+        if silent := warm - met.keys():
+            silent -= {worker for worker in silent if self._is_lost(placed[worker])}
+            patience_s = max(INTRODUCTION_S, self._job.elastic.heartbeat_timeout_s) - SOON_S
+            met = self._reception.wait_for(silent, patience_s)
+        statuses, starting = [], []
+        for worker, handle in placed.items():
+            introduction = met.get(worker)
+            if introduction is not None:
+                handle.pid = introduction.pid
+            if introduction is not None and introduction.status is not None:
+                statuses.append(introduction.status)
+            elif worker not in warm and handle.node is not None:
+                starting.append(Placed(worker, handle.node))
+            else:
                 handle.kill()
                 continue
-            self._adopt(handle, introduction.node, introduction.pid)
-            statuses.append(introduction.status)
+            self._handles[worker] = handle
+            self._watch(handle)
         release_places(self._directory.run_id, [h.place for h in self._handles.values() if h.place is not None])
-        return statuses
+        return TakeOver(tuple(statuses), tuple(starting))
 
-    def _adopt(self, handle: WorkerHandle, node: str, pid: int) -> None:
-        handle.node, handle.pid, handle.placed = node, pid, True
-        self._handles[handle.worker] = handle
-        self._watch(handle)
+    def _is_lost(self, handle: WorkerHandle) -> bool:
+        """Whether a worker's node is gone, as far as can be told; then nobody is placed there any more."""
+        with suppress(Exception):
+            if handle.node is not None and raylet_is_gone(handle.node):
+                self._lost_nodes.add(handle.node)
+                return True
+        return False
 
     def _watch(self, handle: WorkerHandle) -> None:
         def gone(detail: str) -> None:
-            node_lost = False
-            if handle.node is not None:
-                with suppress(Exception):
-                    node_lost = raylet_is_gone(handle.node)
-            if node_lost and handle.node is not None:
-                self._lost_nodes.add(handle.node)
+            node_lost = self._is_lost(handle)
             why = self._start_errors.pop(handle.worker, detail)
             self._queue.put((Died(handle.worker, why, node_lost), time.time()))
 
@@ -392,9 +399,9 @@ class ControllerActor:
             # Its place outlives it, and no other could have it.
             threading.Thread(target=dead.kill, daemon=True).start()
         if isinstance(event, Died):
-            with self._met:
+            with self._books_lock:
                 self._books.pop(event.worker, None)
-                self._introductions.pop(event.worker, None)
+            self._reception.forget(event.worker)
         if isinstance(event, FaultFired):
             if self._job.faults[event.index].kind == "controller":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -476,7 +483,7 @@ class ControllerActor:
         self._book(worker).put(command, *arguments)
 
     def _book(self, worker: WorkerId) -> OrderBook:
-        with self._met:
+        with self._books_lock:
             return self._books.setdefault(worker, OrderBook())
 
     def _probe(self, workers: tuple[WorkerId, ...]) -> None:
@@ -485,10 +492,7 @@ class ControllerActor:
         def look(worker: WorkerId, host: str, port: int) -> None:
             handle = self._handles.get(worker)
             if handle is not None and refuses_connections(host, port):
-                node_lost = handle.node is not None and raylet_is_gone(handle.node)
-                if node_lost and handle.node is not None:
-                    self._lost_nodes.add(handle.node)
-                self._queue.put((Died(worker, "its process is gone", node_lost), time.time()))
+                self._queue.put((Died(worker, "its process is gone", self._is_lost(handle)), time.time()))
 
         for worker in workers:
             view = self._machine.workers.get(worker)

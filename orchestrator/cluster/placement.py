@@ -112,25 +112,11 @@ class WorkerHandle:
         )
         return cls(run_id, worker, actor, place)
 
-    @classmethod
-    def find(cls, run_id: str, worker: WorkerId, place: Place | None) -> WorkerHandle | None:
-        """The worker of an earlier controller, if it still lives; `place` is that of its unit."""
-        try:
-            actor = ray.get_actor(worker_name(run_id, worker), namespace=NAMESPACE)
-        except ValueError:
-            return None
-        if place is not None:
-            place.take(worker)
-        return cls(run_id, worker, actor, place)
-
     def where(self) -> str | None:
         """The node this worker's placement group got, or None while it waits for room."""
         if self.place is None:
             return self.node
-        table = ray.util.placement_group_table(self.place.group)
-        if table.get("state") != "CREATED":
-            return None
-        return next(iter(table["bundles_to_node_id"].values()), None)
+        return _node_of(ray.util.placement_group_table(self.place.group))
 
     def watch(self, on_gone: Callable[[str], None]) -> None:
         """Sets the worker going, and calls `on_gone(detail)` from a thread of Ray's when its process has ended.
@@ -192,18 +178,53 @@ def _reserve(name: str, need: Need, avoid: Collection[str]) -> PlacementGroup:
     return group
 
 
-def find_places(run_id: str, tensor: int) -> dict[int, Place]:
-    """The places of an earlier controller's units, by unit. Of several (one was being given back) the last counts."""
+def find_workers(run_id: str, tensor: int) -> list[WorkerHandle]:
+    """The workers of an earlier controller that Ray knows, in their units' places."""
+    places: dict[int, tuple[Place, str | None]] = {}
+    # Of several of a unit (one was being given back) the last counts.
+    for first, group, node in sorted(_groups(run_id), key=lambda found: found[0].incarnation):
+        places[first.slot // tensor] = Place(group), node
+    handles = []
+    for worker, actor in _actors(run_id).items():
+        place, node = places.get(worker.slot // tensor, (None, None))
+        if place is not None:
+            place.take(worker)
+        handle = WorkerHandle(run_id, worker, actor, place)
+        handle.placed, handle.node = node is not None, node
+        handles.append(handle)
+    return handles
+
+
+def _worker_named(run_id: str, name: str) -> WorkerId | None:
+    """The worker of this run that an actor or a placement group is named after."""
     prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
-    found: dict[int, tuple[int, PlacementGroup]] = {}
-    for group_id, entry in ray.util.placement_group_table().items():
-        if not entry["name"].startswith(prefix) or entry["state"] == "REMOVED":
-            continue
-        slot, incarnation = map(int, entry["name"].removeprefix(prefix).split("."))
-        if incarnation >= found.get(slot // tensor, (-1, None))[0]:
-            group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
-            found[slot // tensor] = incarnation, group
-    return {unit: Place(group) for unit, (_, group) in found.items()}
+    return WorkerId(*map(int, name.removeprefix(prefix).split("."))) if name.startswith(prefix) else None
+
+
+def _actors(run_id: str) -> dict[WorkerId, Any]:
+    """Those of its workers that Ray knows by name."""
+    found = {}
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and (worker := _worker_named(run_id, entry["name"])) is not None:
+            with suppress(ValueError):
+                found[worker] = ray.get_actor(entry["name"], namespace=NAMESPACE)
+    return found
+
+
+def _groups(run_id: str) -> list[tuple[WorkerId, PlacementGroup, str | None]]:
+    """Its placement groups: the first worker in each, and on which node it is."""
+    return [
+        (worker, PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))), _node_of(entry))
+        for group_id, entry in ray.util.placement_group_table().items()
+        if entry["state"] != "REMOVED" and (worker := _worker_named(run_id, entry["name"])) is not None
+    ]
+
+
+def _node_of(entry: dict[str, Any]) -> str | None:
+    """Where a placement group is, by its entry in Ray's table; None while it waits for room."""
+    if entry.get("state") != "CREATED":
+        return None
+    return next(iter(entry["bundles_to_node_id"].values()), None)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -253,23 +274,17 @@ def raylet_is_gone(node_id: str) -> bool:
 def release_places(run_id: str, taken: Iterable[Place]) -> None:
     """Gives back the places of a run that none of its workers has: those that an earlier controller was about to give
     back, or had asked for."""
-    prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
-    kept = {place.group.id.hex() for place in taken}
-    for group_id, entry in ray.util.placement_group_table().items():
-        if entry["name"].startswith(prefix) and entry["state"] != "REMOVED" and group_id not in kept:
+    kept = {place.group.id for place in taken}
+    for _, group, _ in _groups(run_id):
+        if group.id not in kept:
             with suppress(Exception):
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+                remove_placement_group(group)
 
 
 def end_workers(run_id: str) -> None:
     """Ends whatever workers of a run are left, and gives back their places, also those that no worker came to fill."""
-    prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
     with suppress(Exception):
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
-                with suppress(Exception):
-                    ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE), no_restart=True)
-        for group_id, entry in ray.util.placement_group_table().items():
-            if entry["name"].startswith(prefix) and entry["state"] != "REMOVED":
-                with suppress(Exception):
-                    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+        for actor in _actors(run_id).values():
+            with suppress(Exception):
+                ray.kill(actor, no_restart=True)
+        release_places(run_id, ())

@@ -17,7 +17,8 @@ class History:
 
     `generation` is the last number used (-1: none), `incarnations` the last of each slot ever asked for, so that no
     name is used twice. `incidents` are those without a recovery, `members` those of the last generation that were not
-    heard to have gone, `gone` all that were; `condemned` were found too slow, on these nodes.
+    heard to have gone, `warm` all that were ready and not heard to have gone, `gone` all that were; `condemned` were
+    found too slow, on these nodes.
     """
 
     committed: int = 0
@@ -26,6 +27,7 @@ class History:
     incarnations: dict[int, int] = field(default_factory=dict)
     incidents: list[Incident] = field(default_factory=list)
     members: set[WorkerId] = field(default_factory=set)
+    warm: set[WorkerId] = field(default_factory=set)
     gone: set[WorkerId] = field(default_factory=set)
     draining: dict[WorkerId, float] = field(default_factory=dict)
     condemned: dict[WorkerId, str] = field(default_factory=dict)
@@ -55,15 +57,19 @@ class History:
             case "worker_requested":
                 slot = event["worker"]
                 self.incarnations[slot] = max(self.incarnations.get(slot, -1), event["incarnation"])
+            case "worker_ready":
+                self.warm.add(WorkerId(event["worker"], event["incarnation"]))
             case "worker_died" | "worker_killed" | "worker_released":
                 worker = WorkerId(event["worker"], event["incarnation"])
                 self.gone.add(worker)
                 self.members.discard(worker)
+                self.warm.discard(worker)
             case "incident":
                 self.incidents.append(_incident(event))
             case "generation":
                 self.generation = max(self.generation, event["generation"])
                 self.members = {WorkerId(w["worker"], w["incarnation"]) for w in event["workers"]}
+                self.warm |= self.members
                 book = IncidentBook(self.incidents)
                 book.charge(event["steps_lost"])
                 book.answered(event["generation"], event["source"], event["start_step"])

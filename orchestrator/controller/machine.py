@@ -381,6 +381,8 @@ class Controller:
         run.waiting_since = now
         for status in event.workers:
             self._out += self._roster.adopt(takeover.view_of(status, self.config.tensor, now))
+        for placed in event.starting:
+            self._out += self._roster.adopt(takeover.starting(placed, now))
         statuses = {s.ready.worker: s for s in event.workers if s.ready.worker in self.workers}
         for status in statuses.values():
             run.take_reports(status.reports, now)

@@ -33,14 +33,10 @@ class Start:
 
 @dataclass(frozen=True)
 class TakeOver:
-    """A restarted controller found these living workers of its run."""
+    """A restarted controller found these living workers of its run, and those that are `starting`."""
 
     workers: tuple[Status, ...]
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
+    starting: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,11 @@ class Placed:
 
     worker: WorkerId
     node: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.membership import Membership, initial_of
+from orchestrator.controller.protocol import Placed
 from orchestrator.controller.roster import Roster
 from orchestrator.controller.views import WorkerState, WorkerView
 from orchestrator.messages import Generation, Left, Status, WorkerId
@@ -33,6 +34,11 @@ def view_of(status: Status, tensor: int, now: float) -> WorkerView:
     if generation is not None and status.joined and generation.committed == 0:
         view.initial = initial_of(generation)
     return view
+
+
+def starting(placed: Placed, now: float) -> WorkerView:
+    """A worker that an earlier controller had asked for, and that is not warm yet."""
+    return WorkerView(placed.worker, requested_at=now, state=WorkerState.STARTING, node=placed.node, placed_at=now)
 
 
 def newest_generation(statuses: Iterable[Status]) -> Generation | None:

@@ -649,15 +649,18 @@ class World:
             self.handle(Start())
             return
         self._pending.clear()
-        statuses = []
+        statuses, starting = [], []
         for worker in [w for w in self.workers.values() if w.alive]:
             status = worker.status(self._epoch) if worker.running and worker.warm else None
-            if status is None:
-                self.end(worker, "killed by the restarted controller", quiet=True)
-            else:
+            if status is not None:
                 statuses.append(status)
-                self._watched.add(worker.id)
-        self.handle(TakeOver(tuple(statuses)))
+            elif worker.id not in history.warm:
+                starting.append(Placed(worker.id, worker.node.name))
+            else:
+                self.end(worker, "killed by the restarted controller", quiet=True)
+                continue
+            self._watched.add(worker.id)
+        self.handle(TakeOver(tuple(statuses), tuple(starting)))
 
     def lose_controller(self) -> None:
         """It dies: what it was told last and had not dealt with is lost, what it was about to say may be too."""

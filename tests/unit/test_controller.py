@@ -1072,8 +1072,8 @@ def test_a_fault_that_was_survived_does_not_date_the_next_one() -> None:
 # ------------------------------------------------------------------------------------ a restarted controller
 
 
-def successor(stage: Stage) -> Stage:
-    """The controller is lost; another is made from what it put on record (as JSON, as it would be)."""
+def history_of(stage: Stage) -> History:
+    """What the controller put on record (as JSON, as it would be)."""
     events = []
     for action in of(Record, stage.told):
         named = {("incident" if key == "kind" else key): value for key, value in action.fields.items()}
@@ -1082,8 +1082,13 @@ def successor(stage: Stage) -> Stage:
         {"seconds": 1.0, "grad_norm": 1.0, "committed_at": stage.now - stage.controller.progress.committed + step}
         for step in range(stage.controller.progress.committed)
     ]
+    return History.read(events, steps)
+
+
+def successor(stage: Stage) -> Stage:
+    """The controller is lost; another is made from what it put on record."""
     config = ControllerConfig(**{**stage.controller.config.__dict__, "epoch": stage.controller.config.epoch + 1})
-    after = Stage(Controller(config, History.read(events, steps), dict(stage.controller.checkpoints)))
+    after = Stage(Controller(config, history_of(stage), dict(stage.controller.checkpoints)))
     after.now = stage.now
     return after
 
@@ -1212,6 +1217,39 @@ def test_take_over_keeps_what_users_and_the_cluster_asked_for() -> None:
     assert after.controller.target == 2
     assert after.controller.workers[W1].draining
     assert of(Finalize, after.leave_all("pause"))
+
+
+def test_take_over_lets_those_that_start_go_on() -> None:
+    """The predecessor died while its run started: nobody starts anew for that."""
+    stage = Stage(max_workers=2)
+    stage.tell(Start())
+    stage.ready(W0)
+    stage.tell(Placed(W1, "node-1"))
+    after = successor(stage)
+    fresh = Status(ready_message(W0), None, None, 0, WHOLE, False, False, 1)
+    decided = after.tell(TakeOver((fresh,), (Placed(W1, "node-1"),)))
+    assert not decided, "it waits for the other, and asks for nobody"
+    assert the(StartGeneration, after.tell(ready_message(W1))).generation.rank_of(W1) == 1
+
+
+def test_take_over_gives_up_a_worker_that_starts_for_too_long() -> None:
+    stage = Stage(max_workers=2, start_timeout_s=10.0).running(W0)
+    stage.tell(Placed(W1, "node-1"))
+    after = successor(stage)
+    assert not after.tell(TakeOver((status_of(stage, W0),), (Placed(W1, "node-1"),)))
+    told = after.wait(11.0, W0)
+    assert the(KillWorker, told).worker == W1
+    assert the(RequestWorker, told).worker == WorkerId(1, 1)
+
+
+def test_the_record_knows_who_was_warm() -> None:
+    stage = Stage(max_workers=2).running(W0)
+    stage.tell(Placed(W1, "node-1"))
+    assert history_of(stage).warm == {W0}
+    stage.ready(W1)
+    assert history_of(stage).warm == {W0, W1}
+    stage.tell(Died(W0, "SIGKILL"))
+    assert history_of(stage).warm == {W1}
 
 
 def test_take_over_asks_for_workers_under_new_names() -> None:
