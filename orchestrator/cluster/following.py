@@ -140,9 +140,10 @@ def follow(
                 result: dict[str, Any] = ray.get(controller.result.remote(), timeout=5.0)
                 controller.farewell.remote()
                 return result
-        except ray.exceptions.ActorDiedError as error:
-            return _without_controller(directory, error)
-        except (ray.exceptions.RayError, TimeoutError):
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            # Ray says so of calls to one that it starts again, too, if that was on a node that drains.
+            if isinstance(error, ray.exceptions.ActorDiedError) and _named(directory) is None:
+                return _without_controller(directory, error)
             # Restarting, most likely; the workers train on meanwhile.
             if time.monotonic() - heard > patience_s:
                 raise ClusterError(

@@ -129,9 +129,9 @@ class FakeCloud:
     def orchestrator(self, *arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         return self.run(sys.executable, "-m", "orchestrator", *arguments, timeout_s=timeout_s)
 
-    def start_driver(self, *arguments: str) -> subprocess.Popen[str]:
+    def start_driver(self, *arguments: str, program: tuple[str, ...] = ("-m", "orchestrator")) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", *arguments], env=self.environment(), cwd=ROOT, text=True,
+            [sys.executable, *program, *arguments], env=self.environment(), cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

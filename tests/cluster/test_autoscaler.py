@@ -283,6 +283,42 @@ def test_the_controller_is_killed(cloud: FakeCloud, start: Callable[[str], Run],
     assert_same(run, tmp_path, cache, *LEISURELY)
 
 
+BESIDE = """
+import sys
+from orchestrator.cluster import following
+node = sys.argv.pop(1)
+following._head_node = lambda: node
+from orchestrator.cli import main
+main()
+"""
+"""The command line, but that controllers go to a node of choice, and not to the head."""
+
+
+def test_the_node_of_the_controller_drains(
+    cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path
+) -> None:
+    """Its successor is started elsewhere, before the deadline; training goes on in the same generation."""
+    host, run = start("host"), start("guest")
+    one = (*LEISURELY, "elastic.workers={min: 1, max: 1}")
+    with host.going(*one) as other:
+        host.until_step(5, other)
+        node = host.nodes_of(0)
+        driver = cloud.start_driver(*run.command(*one), program=("-c", BESIDE, node))
+        run.until_step(5, driver)
+        assert run.events("controller")[0]["node"] == node
+        assert run.nodes_of(0) != node
+        drained = cloud.orchestrator("drain", node, "--deadline", "5m")
+        assert drained.returncode == 0, drained.stderr
+        run.until(lambda: run.events("controller_restarted"), "another controller", driver)
+        assert run.events("controller")[1]["node"] != node
+        run.until_step(run.steps() + 20, driver)
+        for each, follower in ((host, other), (run, driver)):
+            each.stop()
+            each.finish(follower, code=3)
+    assert run.sizes() == [1], "the generation went on"
+    assert_same(run, tmp_path, cache, *LEISURELY)
+
+
 def test_ray_job_submit_end_to_end(cloud: FakeCloud, start: Callable[[str], Run], cache: Path) -> None:
     """With the command line of Ray, over the dashboard, with its token; a worker is killed on the way."""
     run = start("submitted")

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Outcome, Runner, steps_done, wait_for
@@ -107,6 +108,28 @@ def test_the_controller_is_killed_and_then_a_worker(runner: Runner, undisturbed:
     assert taken_over["workers_found"] == 4
     before = [e for e in outcome.events if e["kind"] == "generation" and e["time"] < taken_over["time"]]
     assert len(before) == 1
+
+
+def test_the_controller_is_killed_while_a_worker_starts(runner: Runner, undisturbed: Outcome) -> None:
+    """The worker that its successor finds on its way joins the run; nobody is asked for in its place."""
+
+    def kill_both(directory: RunDirectory) -> None:
+        def newest(kind: str) -> dict[str, Any]:
+            return [event for event in read_records(directory.events) if event["kind"] == kind][-1]
+
+        wait_for(lambda: steps_done(directory) >= 10, what="ten steps")
+        os.kill(newest("generation")["workers"][1]["pid"], signal.SIGKILL)
+        wait_for(lambda: newest("worker_placed")["incarnation"] == 1, what="a place for its replacement")
+        os.kill(newest("controller")["pid"], signal.SIGKILL)
+
+    outcome = runner("train.steps=300", "elastic.workers={min: 1, max: 2}", meanwhile=kill_both)
+    assert outcome.result.status == "finished", outcome.result.reason
+    (found,) = [event for event in outcome.events if event["kind"] == "controller_restarted"]
+    assert (found["workers_found"], found["workers_starting"]) == (1, 1)
+    requested = [(e["worker"], e["incarnation"]) for e in outcome.events if e["kind"] == "worker_requested"]
+    assert requested == [(0, 0), (1, 0), (1, 1)]
+    assert [len(g["workers"]) for g in outcome.result.generations] == [2, 1, 2]
+    assert [g["workers"][-1]["worker"] for g in outcome.result.generations] == [1, 0, 1]
 
 
 def test_the_controller_is_killed_while_checkpoints_are_made(runner: Runner, undisturbed: Outcome) -> None:
