@@ -126,6 +126,10 @@ def describe_event(event: dict[str, Any]) -> str | None:
             return f"no room for worker {workers} for {event['waited_seconds']:.0f} s: {event['reason']}"
         case "shortage_over":
             return "no worker waits for room any more"
+        case "gave_way":
+            return f"the {len(event['workers'])} places this run has are given to {event['to']}, which waits too"
+        case "gives_way_no_more":
+            return "asking for room again"
         case "market_changed":
             waited = f"no {event['from']} node has come in {event['waited_seconds']:.0f} s"
             return f"{waited}: asking for {event['to']} ones"

@@ -15,7 +15,8 @@ MAX_NAMED = 12
 _LEVELS = {
     "incident": "bad", "start_failed": "bad", "checkpoint_failed": "bad", "checkpoint_invalid": "bad",
     "waiting": "warn", "skew_found": "warn", "eviction": "warn", "drain_notice": "warn", "rollback": "warn",
-    "shortage": "warn", "shortage_over": "good", "market_changed": "info",
+    "shortage": "warn", "shortage_over": "good", "market_changed": "info", "gave_way": "warn",
+    "gives_way_no_more": "info",
     "controller_restarted": "warn", "stop_requested": "warn", "fault_injected": "warn",
     "recovery": "good", "skew_over": "good", "run_finished": "good", "eviction_withdrawn": "good",
     "generation": "info", "run_started": "info", "rebalance": "info", "rebalance_measured": "info",

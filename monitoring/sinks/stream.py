@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 TOLD = frozenset({
     "incident", "recovery", "rollback", "checkpoint_failed", "checkpoint_invalid", "skew_found", "skew_over",
-    "eviction", "controller_restarted", "drain_notice", "shortage",
+    "eviction", "controller_restarted", "drain_notice", "shortage", "gave_way",
 })  # fmt: skip
 """Kinds of events that are told as text."""
 

@@ -42,7 +42,8 @@ from orchestrator.cluster.placement import (
 )
 from orchestrator.cluster.reception import Reception
 from orchestrator.cluster.reign import Reign
-from orchestrator.cluster.room import Need, nodes_starting, why_no_room
+from orchestrator.cluster.room import Need, nodes_by_id, nodes_starting, why_no_room
+from orchestrator.cluster.turns import Turns
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -55,6 +56,7 @@ from orchestrator.controller.protocol import (
     Event,
     Finalize,
     Finish,
+    GiveWay,
     Interrupt,
     KillWorker,
     NodesStarting,
@@ -140,6 +142,7 @@ class ControllerActor:
         self._reception = Reception()
         self._start_errors: dict[WorkerId, str] = {}
         self._drains = DrainWatch()
+        self._turns = Turns(self._directory.run_id)
         self._lost_nodes: set[str] = set()
         self._asked_at = 0.0
         self._follower_heard = time.monotonic()
@@ -569,6 +572,7 @@ class ControllerActor:
             )
             os._exit(7)  # Records are written unbuffered, and closing them here could trip the brain.
         self._look_for_starting_nodes(now)
+        self._take_turns(now)
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
             if request["kind"] == "resize":
@@ -588,6 +592,25 @@ class ControllerActor:
         self._asked_at = now
         if (nodes := nodes_starting()) > 0:
             self._queue.put((NodesStarting(nodes), now))
+
+    def _take_turns(self, now: float) -> None:
+        """With other runs that wait for room, while this one does."""
+        machine, to = self._machine, ""
+        if machine.waits_for_room:
+            nodes = nodes_by_id({handle.node for handle in list(self._handles.values()) if handle.node is not None})
+
+            def could_use(need: Need) -> bool:
+                return any(need.fits(node["Resources"], node.get("Labels", {})) for node in nodes)
+
+            # Who has given way holds nothing, and goes on giving way for as long as that may be of use.
+            to = self._turns.look(
+                Need.of(self._job), now, firm=not machine.may_give_way,
+                could_use=could_use if not machine.gives_way_to else lambda need: True,
+            )  # fmt: skip
+        else:
+            self._turns.leave()
+        if to != machine.gives_way_to:
+            self._queue.put((GiveWay(to), now))
 
     # ------------------------------------------------------------------------------------ records and the end
 
@@ -660,6 +683,7 @@ class ControllerActor:
     def _go(self) -> None:
         # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.
         end_workers(self._directory.run_id)
+        self._turns.leave()
         self._farewell.wait(timeout=LINGER_S)
         self._chronicle.close()
         time.sleep(0.2)

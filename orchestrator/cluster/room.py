@@ -89,6 +89,11 @@ def nodes_starting() -> int:
     return 0
 
 
+def nodes_by_id(ids: Collection[str]) -> list[dict[str, Any]]:
+    """Those of these nodes that are alive, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in ids]
+
+
 def _usable_nodes() -> list[dict[str, Any]]:
     draining = ray_state.state.get_draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]

@@ -31,6 +31,11 @@ class Demand:
             self._market = 0  # The first may have recovered. What was asked for elsewhere stays asked for.
         return self._rules.markets[self._market] if self._rules.markets else ""
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it has been told that workers find no room, and not yet that they have."""
+        return bool(self._told)
+
     def coming(self, now: float) -> None:
         """Nodes are starting, which may be for these workers."""
         self._coming_at = now

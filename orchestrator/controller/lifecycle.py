@@ -76,6 +76,7 @@ class Lifecycle:
         self.finalization: Finalization | None = None
         self.saving = Saving(checkpoints, config.save_every_s)
         self.waiting_since: float | None = None
+        self.gives_way_to = ""
         self._early: _Early | None = None
         self._has_run = False
         self._layouts = Layouts(config)
@@ -210,11 +211,31 @@ class Lifecycle:
         if self.stop is not None or self.state in (RunState.FINALIZING, RunState.OVER) or self._collecting:
             self._out += self._roster.withdraw("the run ends")
             return
+        if self.gives_way_to and self.may_give_way:
+            self._out += self._roster.withdraw("another run has the room first")
+            return
         # The first generation does not share its start-up with workers that would only wait.
         wanted = self._wanted() + (self.config.standby if self._has_run else 0)
         self._out += self._roster.fill(
             wanted, self.membership.members, now, needed=self._needed, may_leave=self._may_leave
         )
+
+    @property
+    def may_give_way(self) -> bool:
+        """Whether nothing would be lost if the run gave back the places it has."""
+        return self.state is RunState.WAITING and not any(view.has_state for view in self._roster.alive())
+
+    def give_way(self, to: str, now: float) -> None:
+        """Gives back all places, for another run that waits too, and asks for none until `to` is ""."""
+        if to and self.may_give_way and not self.gives_way_to:
+            gone = self._roster.alive()
+            self._out.append(Record("gave_way", {"to": to, "workers": [view.worker.slot for view in gone]}))
+            for view in gone:
+                self._out += self._roster.release(view, "another run has the room first")
+        elif not to and self.gives_way_to:
+            self._out.append(Record("gives_way_no_more", {"to": self.gives_way_to}))
+        self.gives_way_to = to
+        self.fill(now)
 
     def _wanted(self) -> int:
         """The target, or what the smallest layout takes if that is more; but no more than have work in the layout that

@@ -23,6 +23,7 @@ from orchestrator.controller.protocol import (
     Died,
     Event,
     Finish,
+    GiveWay,
     Interrupt,
     NodesStarting,
     Notice,
@@ -125,6 +126,21 @@ class Controller:
         return bool(self._run.saving.writing())
 
     @property
+    def waits_for_room(self) -> bool:
+        """Whether the run cannot train because there has been no room for long."""
+        return self.state is RunState.WAITING and self._run.stop is None and self._roster.is_short
+
+    @property
+    def gives_way_to(self) -> str:
+        """Another run that is to have room before this one; "": none."""
+        return self._run.gives_way_to
+
+    @property
+    def may_give_way(self) -> bool:
+        """Whether nothing would be lost if the run gave back the places it has."""
+        return self._run.may_give_way
+
+    @property
     def window(self) -> Window | None:
         """The last steps, as they were rated."""
         return self._run.balance.window
@@ -160,6 +176,8 @@ class Controller:
                 self._out += self._roster.placed(event, now)
             case NodesStarting():
                 self._roster.nodes_starting(now)
+            case GiveWay():
+                self._run.give_way(event.to, now)
             case Ready():
                 self._ready(event, now)
             case Heartbeat():
@@ -222,7 +240,8 @@ class Controller:
         self._find_slow_finishers(now)
         run.review_saves(now)
         run.fill(now)
-        self._out += roster.tell_shortage(now)
+        if not run.gives_way_to:
+            self._out += roster.tell_shortage(now)
         run.reconsider(now)
         run.wait_no_longer(now)
 

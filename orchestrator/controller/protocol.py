@@ -53,6 +53,13 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class GiveWay:
+    """Another run that waits for room is to have it before this one; "": none is any more."""
+
+    to: str
+
+
+@dataclass(frozen=True)
 class NodesStarting:
     """The autoscaler has got so many nodes that are not there yet. They may be for workers that wait for room."""
 
@@ -110,6 +117,7 @@ Event = (
     | Tick
     | Placed
     | NodesStarting
+    | GiveWay
     | Died
     | Notice
     | Resize

@@ -126,6 +126,11 @@ class Roster:
             actions += self.release(view, "its market has not met the request in time")
         return actions + told
 
+    @property
+    def is_short(self) -> bool:
+        """Whether workers have found no room for long."""
+        return self._demand.is_short
+
     def withdraw(self, reason: str) -> list[Action]:
         """Takes back the requests that nothing has come of yet."""
         return [action for view in self._requested() for action in self.release(view, reason)]

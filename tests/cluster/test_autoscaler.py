@@ -283,6 +283,22 @@ def test_the_controller_is_killed(cloud: FakeCloud, start: Callable[[str], Run],
     assert_same(run, tmp_path, cache, *LEISURELY)
 
 
+def test_two_runs_that_need_the_whole_cluster_take_turns(start: Callable[[str], Run]) -> None:
+    """Started at once, each is likely to get a part of the nodes, with which neither could ever train."""
+    wanted = (*LEISURELY, "train.steps=20", "elastic.workers={min: 3, max: 3}", "resources.market=[spot]",
+              "elastic.scaling.shortage_after_s=2")  # fmt: skip
+    runs = [start("one"), start("other")]
+    with runs[0].going(*wanted) as one, runs[1].going(*wanted) as other:
+        results = [run.finish(driver) for run, driver in zip(runs, (one, other), strict=True)]
+    assert [result["status"] for result in results] == ["finished", "finished"]
+    assert len({result["state_digest"] for result in results}) == 1
+    for run, result in zip(runs, results, strict=True):
+        assert [len(generation["workers"]) for generation in result["generations"]] == [3]
+        resumed = len(run.events("gives_way_no_more"))
+        assert len(run.events("gave_way")) == resumed, "whoever gave way got its turn"
+        print(f"{run.path.name} gave way {resumed} times")
+
+
 BESIDE = """
 import sys
 from orchestrator.cluster import following

@@ -1,0 +1,99 @@
+"""Runs that cannot train for want of room take turns on a cluster.
+
+Two that start on a cluster which is full, or cannot grow, could each hold what the other lacks, and wait for ever. So
+those that have been short of room for long tell one another, and what they need, in the cluster's key-value store. One
+of them has its turn: the others give back the places that it could use, unless state would be lost with them. Whoever
+has not got enough by the end of its turn goes to the end of the queue.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from orchestrator.cluster.room import Need
+
+TURN_S = 120.0
+"""How long one has to get its places. Those that are given back are free within seconds."""
+SILENCE_S = 30.0
+"""Who has said nothing for so long has ended without a word. More than clocks of nodes differ by."""
+TELL_S = 5.0
+"""How often a run says that it still waits."""
+NAMESPACE = b"orchestrator"
+PREFIX = "waiting/"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """That a run waits for room, since when in its queue, as of when, and for what. It is `firm` when the run cannot
+    give way: its workers hold the only state there is. Times in seconds since the epoch."""
+
+    run: str
+    since: float
+    told_at: float
+    firm: bool
+    need: Need
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Wish:
+        return cls(**{**content, "need": Need(**content["need"])})
+
+
+def in_order(wishes: Iterable[Wish], now: float) -> list[Wish]:
+    """Of those that still wait: who cannot give way first, then who has waited longest."""
+    waiting = [wish for wish in wishes if now - wish.told_at < SILENCE_S]
+    return sorted(waiting, key=lambda wish: (not wish.firm, wish.since, wish.run))
+
+
+class Turns:
+    """Where this run is in the queue; outside it to begin with."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._mine: Wish | None = None
+        self._first_since: float | None = None
+
+    def leave(self) -> None:
+        """It waits no more."""
+        if self._mine is not None:
+            self._mine = self._first_since = None
+            with suppress(Exception):
+                _store()._internal_kv_del(PREFIX + self._run, namespace=NAMESPACE)
+
+    def look(self, need: Need, now: float, *, firm: bool, could_use: Callable[[Need], bool]) -> str:
+        """The run waits for places like this. Whom it is to give way to, "": nobody. `could_use` says whether another
+        could do anything with what this one holds."""
+        mine = self._mine or Wish(self._run, now, 0.0, firm, need)
+        others = [wish for wish in self._heard() if wish.run != self._run]
+        queue = in_order([*others, replace(mine, firm=firm, told_at=now)], now)
+        if queue[0].run != self._run:
+            self._first_since = None
+        elif self._first_since is None:
+            self._first_since = now
+        elif now - self._first_since > TURN_S and len(queue) > 1 and not firm:
+            self._first_since = None
+            mine = replace(mine, since=now, told_at=0.0)
+            queue = in_order([*others, replace(mine, told_at=now)], now)
+        if now - mine.told_at > TELL_S or mine.firm != firm:
+            mine = replace(mine, firm=firm, need=need, told_at=now)
+            _store()._internal_kv_put(PREFIX + self._run, json.dumps(asdict(mine)), namespace=NAMESPACE)
+        self._mine = mine
+        before = queue[: [wish.run for wish in queue].index(self._run)]
+        return "" if firm else next((wish.run for wish in before if could_use(wish.need)), "")
+
+    def _heard(self) -> list[Wish]:
+        found = []
+        for key in _store()._internal_kv_list(PREFIX, namespace=NAMESPACE):
+            content = _store()._internal_kv_get(key, namespace=NAMESPACE)
+            with suppress(ValueError, TypeError, KeyError):  # Gone meanwhile, or of another version of ours.
+                found.append(Wish.read(json.loads(content)))
+        return found
+
+
+def _store() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv

@@ -1,0 +1,163 @@
+"""Runs that wait for room on one cluster: who is first, who gives way, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from test_controller import W0, W1, Stage, of, records, the
+
+from orchestrator.cluster import turns
+from orchestrator.cluster.room import Need
+from orchestrator.cluster.turns import SILENCE_S, TURN_S, Turns, Wish, in_order
+from orchestrator.controller.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
+from orchestrator.controller.views import RunState, ScalingRules
+
+NEED = Need({"CPU": 1.0}, 1, {})
+
+
+class Store:
+    """Ray's key-value store, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.content: dict[bytes, bytes] = {}
+
+    def _internal_kv_put(self, key: str, value: str, *, namespace: bytes) -> None:
+        self.content[key.encode()] = value.encode()
+
+    def _internal_kv_get(self, key: bytes, *, namespace: bytes) -> bytes | None:
+        return self.content.get(key)
+
+    def _internal_kv_list(self, prefix: str, *, namespace: bytes) -> list[bytes]:
+        return [key for key in self.content if key.startswith(prefix.encode())]
+
+    def _internal_kv_del(self, key: str, *, namespace: bytes) -> None:
+        self.content.pop(key.encode(), None)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    store = Store()
+    monkeypatch.setattr(turns, "_store", lambda: store)
+    return store
+
+
+def look(
+    run: Turns, now: float, *, firm: bool = False, could_use: Callable[[Need], bool] = lambda need: True
+) -> str:  # fmt: skip
+    """At so many seconds after a certain time."""
+    return run.look(NEED, 1e9 + now, firm=firm, could_use=could_use)
+
+
+# ---------------------------------------------------------------------------------------- the queue
+
+
+def test_who_cannot_give_way_is_first_then_who_has_waited_longest() -> None:
+    wishes = [
+        Wish("late", 30.0, 100.0, False, NEED),
+        Wish("early", 10.0, 100.0, False, NEED),
+        Wish("firm", 50.0, 100.0, True, NEED),
+        Wish("dead", 1.0, 100.0 - SILENCE_S, False, NEED),
+    ]
+    assert [wish.run for wish in in_order(wishes, 100.0)] == ["firm", "early", "late"]
+
+
+def test_a_wish_survives_the_store() -> None:
+    wish = Wish("a", 1.5, 2.5, True, Need({"CPU": 1.0, "GPU": 8.0}, 8, {"zone": "in(a,b)"}))
+    assert Wish.read(json.loads(json.dumps(asdict(wish)))) == wish
+
+
+def test_two_runs_take_turns_until_one_has_what_it_needs(store: Store) -> None:
+    first, second = Turns("first"), Turns("second")
+    assert look(first, 0.0) == ""
+    assert look(second, 1.0) == "first"
+    held = {look(first, now) + look(second, now) for now in range(2, int(TURN_S))}
+    assert held == {"first"}, "the first goes on waiting, and the second gives way"
+    for now in range(int(TURN_S), int(TURN_S) + 4):
+        look(first, now), look(second, now)
+    assert look(second, TURN_S + 5) == "", "its turn"
+    assert look(first, TURN_S + 5) == "second"
+    second.leave()
+    assert look(first, TURN_S + 6) == "", "the second has what it needs"
+    first.leave()
+    assert not store.content
+
+
+def test_nobody_gives_way_to_a_run_that_has_no_use_for_it_or_is_gone(store: Store) -> None:
+    first, second = Turns("first"), Turns("second")
+    look(first, 0.0)
+    assert look(second, 1.0, could_use=lambda need: False) == ""
+    assert look(second, SILENCE_S + 1.0) == "", "it has ended without a word"
+
+
+def test_a_run_whose_state_would_be_lost_gives_way_to_nobody(store: Store) -> None:
+    first, firm = Turns("first"), Turns("firm")
+    look(first, 0.0)
+    assert look(firm, 1.0, firm=True) == ""
+    assert look(first, 2.0) == "firm"
+    assert all(look(firm, now, firm=True) == "" for now in range(3, 3 * int(TURN_S)))
+
+
+def test_what_others_wrote_there_is_passed_over(store: Store) -> None:
+    store.content[b"waiting/other"] = b"{}"
+    store.content[b"waiting/broken"] = b"not json"
+    assert look(Turns("mine"), 0.0) == ""
+
+
+# ---------------------------------------------------------------------------------------- the controller
+
+
+def short(**config: Any) -> Stage:
+    """A run that needs two workers, has one, and has been told long ago that there is no room for another."""
+    stage = Stage(min_workers=2, max_workers=2, scaling=ScalingRules(shortage_after_s=5.0), **config)
+    stage.tell(Start())
+    stage.ready(W0)
+    stage.wait(6.0, W0)
+    assert stage.controller.waits_for_room
+    return stage
+
+
+def test_a_run_gives_all_its_places_back_and_asks_again_when_nobody_is_before_it() -> None:
+    stage = short()
+    told = stage.tell(GiveWay("other"))
+    assert {action.worker for action in of(ReleaseWorker, told)} == {W0, W1}
+    assert records(told, "gave_way") == [{"to": "other", "workers": [0, 1]}]
+    assert stage.controller.gives_way_to == "other"
+    assert not stage.wait(20.0), "it asks for nothing meanwhile, and says nothing"
+    assert stage.controller.waits_for_room, "and still stands in the queue"
+    told = stage.tell(GiveWay(""))
+    assert len(of(RequestWorker, told)) == 2
+    for action in of(RequestWorker, told):
+        stage.ready(action.worker)
+    assert stage.controller.state is RunState.FORMING
+    assert not stage.controller.waits_for_room
+
+
+def test_a_run_that_holds_state_keeps_its_places() -> None:
+    stage = Stage(min_workers=2, max_workers=2, checkpointing=False, scaling=ScalingRules(shortage_after_s=5.0))
+    stage.running(W0, W1).train(3)
+    stage.tell(Died(W1, "SIGKILL"))
+    stage.leave(W0, "peer")
+    stage.wait(6.0, W0)
+    assert stage.controller.waits_for_room
+    assert not stage.controller.may_give_way
+    assert not of(ReleaseWorker, stage.tell(GiveWay("other")))
+    newest = the(RequestWorker, [action for action in stage.told if isinstance(action, RequestWorker)][-1:]).worker
+    assert stage.ready(newest), "it goes on asking"
+    assert stage.controller.state is RunState.FORMING
+
+
+def test_a_run_that_trains_does_not_wait_for_room_however_many_it_could_use() -> None:
+    stage = Stage(min_workers=1, max_workers=2, scaling=ScalingRules(shortage_after_s=5.0)).running(W0)
+    stage.wait(10.0, W0)
+    assert not stage.controller.waits_for_room
+
+
+def test_a_place_found_in_time_ends_the_wait() -> None:
+    stage = short()
+    stage.tell(Placed(W1, "node-1"))
+    stage.wait(1.0, W0)
+    assert not stage.controller.waits_for_room
