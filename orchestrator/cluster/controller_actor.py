@@ -14,9 +14,10 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private import worker as ray_worker
@@ -26,11 +27,11 @@ from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
 from orchestrator.cluster import game_days
 from orchestrator.cluster.chronicle import Chronicle
-from orchestrator.cluster.drains import DrainWatch
 from orchestrator.cluster.ending import compose
 from orchestrator.cluster.glance import glance
 from orchestrator.cluster.narration import narrate, set_up_logs, tell
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
+from orchestrator.cluster.outlook import Outlook
 from orchestrator.cluster.placement import (
     Place,
     WorkerHandle,
@@ -42,8 +43,7 @@ from orchestrator.cluster.placement import (
 )
 from orchestrator.cluster.reception import Reception
 from orchestrator.cluster.reign import Reign
-from orchestrator.cluster.room import Need, nodes_by_id, nodes_starting, why_no_room
-from orchestrator.cluster.turns import Turns
+from orchestrator.cluster.room import Need, why_no_room
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -56,19 +56,15 @@ from orchestrator.controller.protocol import (
     Event,
     Finalize,
     Finish,
-    GiveWay,
     Interrupt,
     KillWorker,
-    NodesStarting,
     Pause,
     Placed,
     Record,
     ReleaseWorker,
     RequestSave,
     RequestWorker,
-    Resize,
     Rollback,
-    SaveRequested,
     SaveState,
     Start,
     StartGeneration,
@@ -86,17 +82,15 @@ from orchestrator.rundir import RunDirectory, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 TICK_S = 0.25
 POLL_S = 1.0
-"""How often placement, draining nodes and the control directory are looked at."""
+"""How often the cluster and the control directory are looked at."""
 INTRODUCTION_S = 5.0
 """How long, at least, a restarted controller waits for the living workers to introduce themselves."""
 SOON_S = 1.5
 """How long it takes them mostly. For whoever takes longer it is seen whether its node is still there."""
-STARTING_POLL_S = 5.0
-"""How often the autoscaler is asked whether nodes are starting, while workers wait for room."""
-FOLLOWER_SILENCE_S = 15.0
-"""How long the driver of an ephemeral run may be silent before the run ends."""
 STORAGE_PATIENCE_S = 60.0
 """How long a controller that starts waits for a run directory that cannot be read or written."""
 LINGER_S = 20.0
@@ -113,12 +107,14 @@ class ControllerActor:
         """
         self._spec = spec
         self._directory = RunDirectory(spec["run_dir"])
-        self._began: Reign | None = None
         deadline = time.monotonic() + STORAGE_PATIENCE_S
+        self._reign = self._patiently(lambda: Reign(self._directory, spec["session"]), deadline)
+        self._patiently(lambda: self._set_up(spec), deadline)
+
+    def _patiently(self, call: Callable[[], T], deadline: float) -> T:
         while True:
             try:
-                self._set_up(spec)
-                return
+                return call()
             except OSError as error:
                 if time.monotonic() > deadline:
                     end_workers(self._directory.run_id)
@@ -130,8 +126,6 @@ class ControllerActor:
                 raise
 
     def _set_up(self, spec: dict[str, Any]) -> None:
-        self._began = self._began or Reign(self._directory, spec["session"])
-        self._reign = self._began
         self._epoch = self._reign.epoch
         self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
         log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
@@ -141,11 +135,7 @@ class ControllerActor:
         self._books_lock = threading.Lock()
         self._reception = Reception()
         self._start_errors: dict[WorkerId, str] = {}
-        self._drains = DrainWatch()
-        self._turns = Turns(self._directory.run_id)
         self._lost_nodes: set[str] = set()
-        self._asked_at = 0.0
-        self._follower_heard = time.monotonic()
         self._result: dict[str, Any] | None = None
         self._farewell = threading.Event()
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
@@ -179,6 +169,11 @@ class ControllerActor:
             history,
             checkpoints=self._checkpoints(),
         )
+        self._outlook = Outlook(
+            self._directory, job, self._machine, self._handles, self._reign,
+            tell=lambda event: self._queue.put((event, time.time())), record=self._record,
+            is_ephemeral=spec["ephemeral"],
+        )  # fmt: skip
         self._chronicle.forget_the_past()
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
                                     "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
@@ -260,12 +255,12 @@ class ControllerActor:
             self._queue.put((Abort(detail), time.time()))
 
     async def stop(self, reason: str) -> None:
-        self._follower_heard = time.monotonic()
+        self._outlook.hear_follower()
         self._queue.put((Stop(reason), time.time()))
 
     async def snapshot(self, wait_s: float = 0.0) -> dict[str, Any]:
         """The run at a glance, for whoever follows it; after `wait_s`, or as soon as the run is over."""
-        self._follower_heard = time.monotonic()
+        self._outlook.hear_follower()
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while self._result is None:
@@ -538,7 +533,7 @@ class ControllerActor:
             time.sleep(POLL_S)
             try:
                 if self._result is None:
-                    self._look()
+                    self._outlook.look(time.time())
             except Exception as error:
                 log.warning("lookout: %s: %s", type(error).__name__, error)
 
@@ -550,67 +545,6 @@ class ControllerActor:
                 self._publish()
             except Exception as error:
                 log.warning("status.json: %s: %s", type(error).__name__, error)
-
-    def _look(self) -> None:
-        now = time.time()
-        if self._reign.is_over():
-            # Ray may start this actor again, which then sees that it is not wanted.
-            log.error("a newer controller has the run: this one ends")
-            os._exit(6)
-        silent_s = time.monotonic() - self._follower_heard
-        if self._spec["ephemeral"] and silent_s > FOLLOWER_SILENCE_S:
-            self._queue.put((Stop(f"its driver has been silent for {silent_s:.0f} s (--ephemeral)"), now))
-        for handle in list(self._handles.values()):
-            if not handle.placed and (node := handle.where()) is not None:
-                handle.placed, handle.node = True, node
-                self._queue.put((Placed(handle.worker, node), now))
-        for notice in self._drains.news(list(self._handles.values()), now):
-            self._queue.put((notice, now))
-        if self._drains.concerns_me:
-            log.warning(
-                "this node drains: Ray starts the next controller elsewhere, and the workers train on meanwhile"
-            )
-            os._exit(7)  # Records are written unbuffered, and closing them here could trip the brain.
-        self._look_for_starting_nodes(now)
-        self._take_turns(now)
-        for request in self._directory.take_requests():
-            answer = {"id": request["id"], "request": request["kind"]}
-            if request["kind"] == "resize":
-                self._queue.put((Resize(int(request["workers"])), now))
-            elif request["kind"] == "checkpoint":
-                self._queue.put((SaveRequested(), now))
-            elif request["kind"] == "stop":
-                self._queue.put((Stop(str(request.get("reason", "stop requested"))), now))
-            else:
-                answer["error"] = f"unknown request {request['kind']!r}"
-            self._record("request_answered", answer)
-
-    def _look_for_starting_nodes(self, now: float) -> None:
-        """Only while somebody waits for room."""
-        if now - self._asked_at < STARTING_POLL_S or all(handle.placed for handle in list(self._handles.values())):
-            return
-        self._asked_at = now
-        if (nodes := nodes_starting()) > 0:
-            self._queue.put((NodesStarting(nodes), now))
-
-    def _take_turns(self, now: float) -> None:
-        """With other runs that wait for room, while this one does."""
-        machine, to = self._machine, ""
-        if machine.waits_for_room:
-            nodes = nodes_by_id({handle.node for handle in list(self._handles.values()) if handle.node is not None})
-
-            def could_use(need: Need) -> bool:
-                return any(need.fits(node["Resources"], node.get("Labels", {})) for node in nodes)
-
-            # Who has given way holds nothing, and goes on giving way for as long as that may be of use.
-            to = self._turns.look(
-                Need.of(self._job), now, firm=not machine.may_give_way,
-                could_use=could_use if not machine.gives_way_to else lambda need: True,
-            )  # fmt: skip
-        else:
-            self._turns.leave()
-        if to != machine.gives_way_to:
-            self._queue.put((GiveWay(to), now))
 
     # ------------------------------------------------------------------------------------ records and the end
 
@@ -683,7 +617,7 @@ class ControllerActor:
     def _go(self) -> None:
         # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.
         end_workers(self._directory.run_id)
-        self._turns.leave()
+        self._outlook.close()
         self._farewell.wait(timeout=LINGER_S)
         self._chronicle.close()
         time.sleep(0.2)
