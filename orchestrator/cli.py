@@ -134,6 +134,7 @@ def _result_json(path: Path) -> dict[str, Any]:
 def resume(
     run: Run,
     local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
+    ephemeral: Ephemeral = False,
     page: Page = False,
     page_port: PagePort = 0,
     json_: AsJson = False,
@@ -144,7 +145,10 @@ def resume(
 
     directory = find_run(run)
     text = (directory.path / "job.yaml").read_text() if (directory.path / "job.yaml").exists() else ""
-    _run(job_of(directory), directory, text, local_nodes=local_nodes, page=page, page_port=page_port, json_=json_)
+    _run(
+        job_of(directory), directory, text, local_nodes=local_nodes, ephemeral=ephemeral,
+        page=page, page_port=page_port, json_=json_,
+    )  # fmt: skip
 
 
 @app.command()

@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import ray
 
-from orchestrator.cluster.nodes import Gcs
+from orchestrator.cluster.nodes import Gcs, GcsError
 from orchestrator.controller.protocol import Notice
 from orchestrator.job.schema import Fault
 from orchestrator.messages import WorkerId
@@ -20,15 +20,17 @@ NOTICE_S = 30.0
 
 
 def practise(fault: Fault, worker: WorkerId, node: str) -> Notice | None:
-    """Makes the node of a worker drain, or go. Where that cannot be done because we are there too, the notice to act on
-    instead."""
+    """Makes the node of a worker drain, or go. Where that cannot be done (we are there too, or the cluster does not
+    answer), the notice to act on instead."""
     if fault.kind == "node":
         threading.Thread(target=_lose_node, args=(node,), daemon=True).start()
     elif fault.kind == "drain":
         deadline = time.time() + (NOTICE_S if fault.seconds is None else fault.seconds)
-        if node == ray.get_runtime_context().get_node_id():
-            return Notice((worker,), "injected notice", deadline)
-        Gcs(ray.get_runtime_context().gcs_address).ask_drain(node, "injected by a fault of the job", deadline)
+        if node != ray.get_runtime_context().get_node_id():
+            with suppress(GcsError):
+                Gcs(ray.get_runtime_context().gcs_address).ask_drain(node, "injected by a fault of the job", deadline)
+                return None
+        return Notice((worker,), "injected notice", deadline)
     return None
 
 
