@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -146,6 +147,7 @@ def subtract(first: Spans, second: Spans) -> Spans:
     return intersect(first, gaps)
 
 
+@cache
 def whole(size: int, tensor: int) -> Spans:
     """The whole state: `size` elements for each of `tensor` coordinates."""
     return union(Span(coordinate, 0, size) for coordinate in range(tensor))
