@@ -379,6 +379,8 @@ class ControllerActor:
     def _watch(self, handle: WorkerHandle) -> None:
         def gone(detail: str) -> None:
             node_lost = self._is_lost(handle)
+            # Also if it was let go, and would have had time to leave. Not on this thread, which is Ray's own.
+            threading.Thread(target=handle.free, daemon=True).start()
             why = self._start_errors.pop(handle.worker, detail)
             self._queue.put((Died(handle.worker, why, node_lost), time.time()))
 

@@ -53,7 +53,7 @@ class Outlook:
         self._record = record
         self._is_ephemeral = is_ephemeral
         self._drains = DrainWatch()
-        self._turns = Turns(directory.run_id)
+        self._turns = Turns(directory.run_id, job.elastic.scaling.turn_s)
         self._asked_at = 0.0
         self._follower_heard = time.monotonic()
 

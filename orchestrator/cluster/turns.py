@@ -16,8 +16,6 @@ from typing import Any
 
 from orchestrator.cluster.room import Need
 
-TURN_S = 120.0
-"""How long one has to get its places. Those that are given back are free within seconds."""
 SILENCE_S = 30.0
 """Who has said nothing for so long has ended without a word. More than clocks of nodes differ by."""
 TELL_S = 5.0
@@ -49,10 +47,12 @@ def in_order(wishes: Iterable[Wish], now: float) -> list[Wish]:
 
 
 class Turns:
-    """Where this run is in the queue; outside it to begin with."""
+    """Where this run is in the queue; outside it to begin with. A turn of its own lasts `turn_s` seconds: places that
+    are given back are free within a few."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, turn_s: float) -> None:
         self._run = run
+        self._turn_s = turn_s
         self._mine: Wish | None = None
         self._first_since: float | None = None
 
@@ -73,7 +73,7 @@ class Turns:
             self._first_since = None
         elif self._first_since is None:
             self._first_since = now
-        elif now - self._first_since > TURN_S and len(queue) > 1 and not firm:
+        elif now - self._first_since > self._turn_s and len(queue) > 1 and not firm:
             self._first_since = None
             mine = replace(mine, since=now, told_at=0.0)
             queue = in_order([*others, replace(mine, told_at=now)], now)

@@ -226,9 +226,12 @@ class Lifecycle:
         return self.state is RunState.WAITING and not any(view.has_state for view in self._roster.alive())
 
     def give_way(self, to: str, now: float) -> None:
-        """Gives back all places, for another run that waits too, and asks for none until `to` is ""."""
-        if to and self.may_give_way and not self.gives_way_to:
-            gone = self._roster.alive()
+        """Gives back all places, for another run that waits too, and asks for none until `to` is ""; not any more if
+        there has been room for all meanwhile."""
+        gone = self._roster.alive()
+        if to and not self.gives_way_to:
+            if not self.may_give_way or not any(view.state is WorkerState.REQUESTED for view in gone):
+                return
             self._out.append(Record("gave_way", {"to": to, "workers": [view.worker.slot for view in gone]}))
             for view in gone:
                 self._out += self._roster.release(view, "another run has the room first")

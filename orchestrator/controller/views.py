@@ -114,7 +114,7 @@ class ScalingRules:
 
     @classmethod
     def for_job(cls, job: Job) -> ScalingRules:
-        return cls(**job.elastic.scaling.model_dump(), markets=tuple(job.resources.market))
+        return cls(**job.elastic.scaling.model_dump(exclude={"turn_s"}), markets=tuple(job.resources.market))
 
 
 @dataclass(frozen=True)

@@ -283,20 +283,20 @@ def test_the_controller_is_killed(cloud: FakeCloud, start: Callable[[str], Run],
     assert_same(run, tmp_path, cache, *LEISURELY)
 
 
-def test_two_runs_that_need_the_whole_cluster_take_turns(start: Callable[[str], Run]) -> None:
-    """Started at once, each is likely to get a part of the nodes, with which neither could ever train."""
-    wanted = (*LEISURELY, "train.steps=20", "elastic.workers={min: 3, max: 3}", "resources.market=[spot]",
-              "elastic.scaling.shortage_after_s=2")  # fmt: skip
-    runs = [start("one"), start("other")]
-    with runs[0].going(*wanted) as one, runs[1].going(*wanted) as other:
-        results = [run.finish(driver) for run, driver in zip(runs, (one, other), strict=True)]
-    assert [result["status"] for result in results] == ["finished", "finished"]
-    assert len({result["state_digest"] for result in results}) == 1
-    for run, result in zip(runs, results, strict=True):
-        assert [len(generation["workers"]) for generation in result["generations"]] == [3]
-        resumed = len(run.events("gives_way_no_more"))
-        assert len(run.events("gave_way")) == resumed, "whoever gave way got its turn"
-        print(f"{run.path.name} gave way {resumed} times")
+def test_runs_that_cannot_train_for_want_of_room_take_turns(start: Callable[[str], Run]) -> None:
+    """The first has all three nodes and needs a fourth, which there is not: it lets the second train meanwhile."""
+    short = ("resources.market=[spot]", "elastic.scaling.shortage_after_s=2", "elastic.scaling.turn_s=10")
+    run, later = start("greedy"), start("later")
+    with run.going(*LEISURELY, *short, "elastic.workers={min: 4, max: 4}") as driver:
+        run.until(lambda: len(run.events("worker_ready")) == 3 and run.events("shortage"), "a shortage", driver)
+        with later.going(*LEISURELY, *short, "train.steps=20", "elastic.workers={min: 3, max: 3}") as other:
+            assert later.finish(other)["status"] == "finished"
+        gave_way = run.events("gave_way")[-1]
+        assert (gave_way["to"], gave_way["workers"]) == (later.result()["run"], [0, 1, 2, 3])
+        ended = later.events("run_finished")[0]["time"]
+        run.until(lambda: sum(event["time"] > ended for event in run.events("worker_ready")) == 3, "its places", driver)
+        run.stop()
+        run.finish(driver, code=3)
 
 
 BESIDE = """

@@ -12,11 +12,12 @@ from test_controller import W0, W1, Stage, of, records, the
 
 from orchestrator.cluster import turns
 from orchestrator.cluster.room import Need
-from orchestrator.cluster.turns import SILENCE_S, TURN_S, Turns, Wish, in_order
+from orchestrator.cluster.turns import SILENCE_S, Turns, Wish, in_order
 from orchestrator.controller.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
 from orchestrator.controller.views import RunState, ScalingRules
 
 NEED = Need({"CPU": 1.0}, 1, {})
+TURN_S = 120.0
 
 
 class Store:
@@ -71,7 +72,7 @@ def test_a_wish_survives_the_store() -> None:
 
 
 def test_two_runs_take_turns_until_one_has_what_it_needs(store: Store) -> None:
-    first, second = Turns("first"), Turns("second")
+    first, second = Turns("first", TURN_S), Turns("second", TURN_S)
     assert look(first, 0.0) == ""
     assert look(second, 1.0) == "first"
     held = {look(first, now) + look(second, now) for now in range(2, int(TURN_S))}
@@ -87,14 +88,14 @@ def test_two_runs_take_turns_until_one_has_what_it_needs(store: Store) -> None:
 
 
 def test_nobody_gives_way_to_a_run_that_has_no_use_for_it_or_is_gone(store: Store) -> None:
-    first, second = Turns("first"), Turns("second")
+    first, second = Turns("first", TURN_S), Turns("second", TURN_S)
     look(first, 0.0)
     assert look(second, 1.0, could_use=lambda need: False) == ""
     assert look(second, SILENCE_S + 1.0) == "", "it has ended without a word"
 
 
 def test_a_run_whose_state_would_be_lost_gives_way_to_nobody(store: Store) -> None:
-    first, firm = Turns("first"), Turns("firm")
+    first, firm = Turns("first", TURN_S), Turns("firm", TURN_S)
     look(first, 0.0)
     assert look(firm, 1.0, firm=True) == ""
     assert look(first, 2.0) == "firm"
@@ -104,7 +105,7 @@ def test_a_run_whose_state_would_be_lost_gives_way_to_nobody(store: Store) -> No
 def test_what_others_wrote_there_is_passed_over(store: Store) -> None:
     store.content[b"waiting/other"] = b"{}"
     store.content[b"waiting/broken"] = b"not json"
-    assert look(Turns("mine"), 0.0) == ""
+    assert look(Turns("mine", TURN_S), 0.0) == ""
 
 
 # ---------------------------------------------------------------------------------------- the controller
@@ -161,3 +162,10 @@ def test_a_place_found_in_time_ends_the_wait() -> None:
     stage.tell(Placed(W1, "node-1"))
     stage.wait(1.0, W0)
     assert not stage.controller.waits_for_room
+
+
+def test_who_has_found_room_by_the_time_it_is_told_keeps_it() -> None:
+    stage = short()
+    stage.tell(Placed(W1, "node-1"))
+    assert not stage.tell(GiveWay("other"))
+    assert not stage.controller.gives_way_to
