@@ -71,6 +71,7 @@ class Outlook:
             # Ray may start this actor again, which then sees that it is not wanted.
             log.error("a newer controller has the run: this one ends")
             os._exit(6)
+        self._take_requests()  # First, as all else asks the cluster, which may not answer.
         silent_s = time.monotonic() - self._follower_heard
         if self._is_ephemeral and silent_s > FOLLOWER_SILENCE_S:
             self._tell(Stop(f"its driver has been silent for {silent_s:.0f} s (--ephemeral)"))
@@ -87,7 +88,6 @@ class Outlook:
             os._exit(7)  # Records are written unbuffered, and closing them here could trip the brain.
         self._look_for_starting_nodes(now)
         self._take_turns(now)
-        self._take_requests()
 
     def _workers(self) -> list[WorkerHandle]:
         return list(self._handles.values())
