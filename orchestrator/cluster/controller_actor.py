@@ -365,6 +365,10 @@ class ControllerActor:
                 continue
             self._handles[worker] = handle
             self._watch(handle)
+        for worker, introduction in self._reception.wait_for((), 0.0).items():
+            if introduction.status is not None and worker in {placed.worker for placed in starting}:
+                # It came meanwhile, and what it had told the predecessor it will not tell again.
+                self._queue.put((introduction.status.ready, time.time()))
         release_places(self._directory.run_id, [h.place for h in self._handles.values() if h.place is not None])
         return TakeOver(tuple(statuses), tuple(starting))
 
@@ -379,8 +383,9 @@ class ControllerActor:
     def _watch(self, handle: WorkerHandle) -> None:
         def gone(detail: str) -> None:
             node_lost = self._is_lost(handle)
-            # Also if it was let go, and would have had time to leave. Not on this thread, which is Ray's own.
-            threading.Thread(target=handle.free, daemon=True).start()
+            if self._handles.get(handle.worker) is not handle:
+                # It was let go, and had time to leave. Not on this thread, which is Ray's own.
+                threading.Thread(target=handle.free, daemon=True).start()
             why = self._start_errors.pop(handle.worker, detail)
             self._queue.put((Died(handle.worker, why, node_lost), time.time()))
 
@@ -419,7 +424,7 @@ class ControllerActor:
             case RequestWorker():
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me,
-                    need=Need.of(self._job, action.market), place=self._place_of_unit(action.worker),
+                    need=Need.of(self._job, action.market), places=self._places_of_unit(action.worker),
                     avoid=action.avoid, must_avoid=action.must_avoid, lost=self._lost_nodes,
                 )  # fmt: skip
                 self._handles[action.worker] = handle
@@ -500,11 +505,13 @@ class ControllerActor:
                 arguments = (worker, view.ready.host, view.ready.store_port)
                 threading.Thread(target=look, args=arguments, daemon=True).start()
 
-    def _place_of_unit(self, worker: WorkerId) -> Place | None:
-        """Where the others of a worker's tensor-parallel group are, if there are any."""
+    def _places_of_unit(self, worker: WorkerId) -> list[Place]:
+        """Where the others of a worker's tensor-parallel group are, the newest first; also those that are gone and not
+        yet dealt with, but for lost nodes."""
         tensor = self._job.strategy.tensor
         unit = [h for h in list(self._handles.values()) if h.worker.slot // tensor == worker.slot // tensor]
-        return next((handle.place for handle in unit if handle.place is not None), None)
+        unit.sort(key=lambda handle: -handle.worker.incarnation)
+        return [h.place for h in unit if h.place is not None and h.node not in self._lost_nodes]
 
     def _worker_spec(self) -> dict[str, Any]:
         return {
@@ -544,9 +551,10 @@ class ControllerActor:
         while self._result is None:
             time.sleep(POLL_S / 2)
             try:
+                self._outlook.take_requests()
                 self._publish()
             except Exception as error:
-                log.warning("status.json: %s: %s", type(error).__name__, error)
+                log.warning("the run directory: %s: %s", type(error).__name__, error)
 
     # ------------------------------------------------------------------------------------ records and the end
 

@@ -64,6 +64,15 @@ def _named(directory: RunDirectory) -> Any | None:
     return None
 
 
+def _may_come_back(controller: Any, directory: RunDirectory) -> bool:
+    """Whether Ray still knows it, or cannot be asked. Another driver's has its name, but is another."""
+    try:
+        named = _named(directory)
+    except Exception:
+        return True
+    return named is not None and named._actor_id == controller._actor_id
+
+
 def _dismissed(controller: Any) -> bool:
     """Whether the controller's run is over; then it is told to go."""
     try:
@@ -142,7 +151,7 @@ def follow(
                 return result
         except (ray.exceptions.RayError, TimeoutError) as error:
             # Ray says so of calls to one that it starts again, too, if that was on a node that drains.
-            if isinstance(error, ray.exceptions.ActorDiedError) and _named(directory) is None:
+            if isinstance(error, ray.exceptions.ActorDiedError) and not _may_come_back(controller, directory):
                 return _without_controller(directory, error)
             # Restarting, most likely; the workers train on meanwhile.
             if time.monotonic() - heard > patience_s:
@@ -164,6 +173,9 @@ def _without_controller(directory: RunDirectory, error: Exception) -> dict[str, 
     ended = directory.read_json("result.json")
     if ended is not None:
         return dict(ended)
+    with suppress(ray.exceptions.RayError):
+        if _named(directory) is not None:
+            raise ClusterError(f"another driver has {directory.path} now: `orchestrator attach` follows it") from None
     end_run(directory.run_id)
     reason = f"the controller died and could not be restarted: {error}"
     if directory.events.exists() and not directory.is_steered:

@@ -45,7 +45,6 @@ class Outlook:
         is_ephemeral: bool,
     ) -> None:
         self._directory = directory
-        self._job = job
         self._machine = machine
         self._handles = handles
         self._reign = reign
@@ -54,6 +53,8 @@ class Outlook:
         self._is_ephemeral = is_ephemeral
         self._drains = DrainWatch()
         self._turns = Turns(directory.run_id, job.elastic.scaling.turn_s)
+        self._need = Need.of(job, f"in({','.join(job.resources.market)})" if job.resources.market else "")
+        self._nodes: list[dict[str, Any]] = []
         self._asked_at = 0.0
         self._follower_heard = time.monotonic()
 
@@ -71,7 +72,6 @@ class Outlook:
             # Ray may start this actor again, which then sees that it is not wanted.
             log.error("a newer controller has the run: this one ends")
             os._exit(6)
-        self._take_requests()  # First, as all else asks the cluster, which may not answer.
         silent_s = time.monotonic() - self._follower_heard
         if self._is_ephemeral and silent_s > FOLLOWER_SILENCE_S:
             self._tell(Stop(f"its driver has been silent for {silent_s:.0f} s (--ephemeral)"))
@@ -102,25 +102,23 @@ class Outlook:
 
     def _take_turns(self, now: float) -> None:
         """With other runs that wait for room, while this one does."""
-        machine, to = self._machine, ""
-        if machine.waits_for_room:
-            nodes = nodes_by_id({handle.node for handle in self._workers() if handle.node is not None})
-
-            def could_use(need: Need) -> bool:
-                return any(need.fits(node["Resources"], node.get("Labels", {})) for node in nodes)
-
-            # Who has given way holds nothing, and goes on giving way for as long as that may be of use.
-            to = self._turns.look(
-                Need.of(self._job), now, firm=not machine.may_give_way,
-                could_use=could_use if not machine.gives_way_to else lambda need: True,
-            )  # fmt: skip
+        wants, gives_way_to, to = self._machine.wants_room, self._machine.gives_way_to, ""
+        if wants != "no":
+            if not gives_way_to:
+                # What it has now, and had when it gave that back.
+                self._nodes = nodes_by_id({handle.node for handle in self._workers() if handle.node is not None})
+            to = self._turns.look(self._need, now, firm=wants == "firmly", could_use=self._has_place_for)
         else:
             self._turns.leave()
-        if to != machine.gives_way_to:
+        if to != gives_way_to:
             self._tell(GiveWay(to))
 
-    def _take_requests(self) -> None:
-        """From the command line, through the run directory."""
+    def _has_place_for(self, need: Need) -> bool:
+        return any(need.fits(node["Resources"], node.get("Labels", {})) for node in self._nodes)
+
+    def take_requests(self) -> None:
+        """Those from the command line, in the run directory. Apart from `look`, which asks a cluster that may not
+        answer."""
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
             if request["kind"] == "resize":

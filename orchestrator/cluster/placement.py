@@ -79,18 +79,19 @@ class WorkerHandle:
         controller: Any,
         *,
         need: Need,
-        place: Place | None = None,
+        places: Iterable[Place] = (),
         avoid: Collection[str] = (),
         must_avoid: bool = False,
         lost: Collection[str] = (),
     ) -> WorkerHandle:
-        """Asks Ray for an actor in the `place` of its unit, whose `need` it is, or in a new one when there is none;
-        returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if another has
-        room, or in any case when it `must_avoid` them; and never on those that are `lost`, of which Ray may not know
-        yet."""
+        """Asks Ray for an actor in one of the `places` of its unit, whose `need` it is, or in a new one when none is to
+        be had; returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if
+        another has room, or in any case when it `must_avoid` them; and never on those that are `lost`, of which Ray may
+        not know yet."""
         resources = spec["resources"]
         name = worker_name(run_id, worker)
-        if place is None or not place.take(worker):
+        place = next((place for place in places if place.take(worker)), None)
+        if place is None:
             if avoid and not must_avoid and not has_room(need, avoid):
                 avoid = ()
             place = Place(_reserve(name, need, {*avoid, *lost}))

@@ -24,6 +24,8 @@ class Demand:
         self._coming_at = -COMING_S
         self._told: set[str] = set()
         self._short_since: float | None = None
+        self._asked_since: dict[str, float] = {}
+        """By market, since when it has met no request, also if that was taken back meanwhile and made again."""
 
     def market(self, now: float) -> str:
         """Where to ask for a worker; "": anywhere."""
@@ -43,6 +45,7 @@ class Demand:
     def placed(self) -> None:
         """There was room for a worker."""
         self._rounds = 0
+        self._asked_since.clear()
 
     def turn_to_next(self, waiting: Sequence[WorkerView], now: float) -> tuple[list[WorkerView], list[Action]]:
         """Those of the `waiting` that their market has not met in time, to be asked for again: in the next, after the
@@ -53,23 +56,28 @@ class Demand:
         patience_s = rules.fallback_after_s * 2.0 ** min(self._rounds, 6)
         if now - self._coming_at < COMING_S:
             patience_s = max(patience_s, LONGEST_START_S)
-        late = [view for view in waiting if view.market and now - view.requested_at > patience_s]
+        for view in waiting:
+            since = min(view.requested_at, self._asked_since.get(view.market, now))
+            self._asked_since[view.market] = since
+        late = [view for view in waiting if view.market and now - self._asked_since[view.market] > patience_s]
         if not late:
             return [], []
         tried = rules.markets.index(late[0].market)
+        waited_s = now - self._asked_since.pop(late[0].market)
         self._market, self._held_until = (tried + 1) % len(rules.markets), now + rules.fallback_hold_s
         self._rounds += self._market == 0
         fields = {
             "from": rules.markets[tried],
             "to": rules.markets[self._market],
             "workers": len(late),
-            "waited_seconds": round(now - min(view.requested_at for view in late), 1),
+            "waited_seconds": round(waited_s, 1),
         }
         return late, [Record("market_changed", fields)]
 
     def tell(self, waiting: Sequence[WorkerView], now: float) -> list[Action]:
         """That workers have found no room for long, once for each market; and that there is no shortage any more."""
         if not waiting:
+            self._asked_since.clear()
             told, since = self._told, self._short_since
             self._told, self._short_since = set(), None
             return [Record("shortage_over", {"seconds": round(now - (since or now), 1)})] if told else []
@@ -88,3 +96,5 @@ class Demand:
         """Nothing could be asked for so long."""
         if self._short_since is not None:
             self._short_since += gap_s
+        for market in self._asked_since:
+            self._asked_since[market] += gap_s

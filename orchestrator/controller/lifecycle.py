@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.controller import detection, forming, policy, state
 from orchestrator.controller.detection import Trouble
@@ -35,6 +36,8 @@ from orchestrator.controller.state import Origin
 from orchestrator.controller.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
 from orchestrator.messages import Left, PartSaved, Ready, SavePlan, StepReport, WorkerId
 from orchestrator.planning.balance import Assignment
+
+WantsRoom = Literal["no", "yes", "firmly"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Lifecycle:
         self.saving = Saving(checkpoints, config.save_every_s)
         self.waiting_since: float | None = None
         self.gives_way_to = ""
+        self.wants_room: WantsRoom = "no"
         self._early: _Early | None = None
         self._has_run = False
         self._layouts = Layouts(config)
@@ -211,27 +215,33 @@ class Lifecycle:
         if self.stop is not None or self.state in (RunState.FINALIZING, RunState.OVER) or self._collecting:
             self._out += self._roster.withdraw("the run ends")
             return
-        if self.gives_way_to and self.may_give_way:
-            self._out += self._roster.withdraw("another run has the room first")
-            return
+        if self.gives_way_to:
+            return  # It has nobody, and asks for nobody.
         # The first generation does not share its start-up with workers that would only wait.
         wanted = self._wanted() + (self.config.standby if self._has_run else 0)
         self._out += self._roster.fill(
             wanted, self.membership.members, now, needed=self._needed, may_leave=self._may_leave
         )
 
-    @property
-    def may_give_way(self) -> bool:
-        """Whether nothing would be lost if the run gave back the places it has."""
-        return self.state is RunState.WAITING and not any(view.has_state for view in self._roster.alive())
+    def look_for_room(self) -> None:
+        """Sees whether those that have a place are too few to train with, while there has been none for others for
+        long: "firmly" so when some hold state, which would be lost if they gave their places back."""
+        self.wants_room = "no"
+        if self.state is not RunState.WAITING or self.stop is not None or not self._roster.is_short:
+            return
+        placed = [view for view in self._roster.alive() if view.state is not WorkerState.REQUESTED]
+        able = len(policy.whole_units(placed, self.config)) * self.config.tensor
+        if able < self._layouts.fewest(self.config.least, placed):
+            self.wants_room = "firmly" if any(view.has_state for view in placed) else "yes"
 
     def give_way(self, to: str, now: float) -> None:
-        """Gives back all places, for another run that waits too, and asks for none until `to` is ""; not any more if
-        there has been room for all meanwhile."""
-        gone = self._roster.alive()
+        """Gives back all places, for another run that waits too, and asks for none until `to` is ""; unless there has
+        been room meanwhile."""
+        self.look_for_room()
+        if to and self.wants_room != "yes":
+            return
         if to and not self.gives_way_to:
-            if not self.may_give_way or not any(view.state is WorkerState.REQUESTED for view in gone):
-                return
+            gone = self._roster.alive()
             self._out.append(Record("gave_way", {"to": to, "workers": [view.worker.slot for view in gone]}))
             for view in gone:
                 self._out += self._roster.release(view, "another run has the room first")

@@ -15,7 +15,7 @@ from orchestrator.controller import detection, state, takeover
 from orchestrator.controller.detection import Trouble
 from orchestrator.controller.history import History
 from orchestrator.controller.incidents import Incident
-from orchestrator.controller.lifecycle import Lifecycle
+from orchestrator.controller.lifecycle import Lifecycle, WantsRoom
 from orchestrator.controller.membership import Membership
 from orchestrator.controller.protocol import (
     Abort,
@@ -126,19 +126,15 @@ class Controller:
         return bool(self._run.saving.writing())
 
     @property
-    def waits_for_room(self) -> bool:
-        """Whether the run cannot train because there has been no room for long."""
-        return self.state is RunState.WAITING and self._run.stop is None and self._roster.is_short
+    def wants_room(self) -> WantsRoom:
+        """Whether the run cannot train because there has been no room for long; "firmly", if what it has got holds
+        state. As of the last tick."""
+        return self._run.wants_room
 
     @property
     def gives_way_to(self) -> str:
         """Another run that is to have room before this one; "": none."""
         return self._run.gives_way_to
-
-    @property
-    def may_give_way(self) -> bool:
-        """Whether nothing would be lost if the run gave back the places it has."""
-        return self._run.may_give_way
 
     @property
     def window(self) -> Window | None:
@@ -242,6 +238,7 @@ class Controller:
         run.fill(now)
         if not run.gives_way_to:
             self._out += roster.tell_shortage(now)
+        run.look_for_room()
         run.reconsider(now)
         run.wait_no_longer(now)
 

@@ -249,7 +249,7 @@ class Scaling(_Section):
     that join stay for so long."""
     shortage_after_s: PositiveFloat = 60.0
     """A worker that finds no room for so long is reported, with the cluster's reason."""
-    turn_s: PositiveFloat = 120.0
+    turn_s: Annotated[float, Field(ge=10)] = 120.0
     """How long a run that cannot train for want of room keeps asking before others that wait too have their turn."""
     fallback_after_s: PositiveFloat = 600.0
     """A worker that finds no room for so long, while no nodes are starting, is asked for in the next market of

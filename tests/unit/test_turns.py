@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from test_controller import W0, W1, Stage, of, records, the
+from test_controller import W0, W1, W2, Stage, of, records, the
 
 from orchestrator.cluster import turns
 from orchestrator.cluster.room import Need
@@ -117,7 +117,7 @@ def short(**config: Any) -> Stage:
     stage.tell(Start())
     stage.ready(W0)
     stage.wait(6.0, W0)
-    assert stage.controller.waits_for_room
+    assert stage.controller.wants_room == "yes"
     return stage
 
 
@@ -128,13 +128,14 @@ def test_a_run_gives_all_its_places_back_and_asks_again_when_nobody_is_before_it
     assert records(told, "gave_way") == [{"to": "other", "workers": [0, 1]}]
     assert stage.controller.gives_way_to == "other"
     assert not stage.wait(20.0), "it asks for nothing meanwhile, and says nothing"
-    assert stage.controller.waits_for_room, "and still stands in the queue"
+    assert stage.controller.wants_room == "yes", "and still stands in the queue"
     told = stage.tell(GiveWay(""))
     assert len(of(RequestWorker, told)) == 2
     for action in of(RequestWorker, told):
         stage.ready(action.worker)
     assert stage.controller.state is RunState.FORMING
-    assert not stage.controller.waits_for_room
+    stage.wait(0.5)
+    assert stage.controller.wants_room == "no"
 
 
 def test_a_run_that_holds_state_keeps_its_places() -> None:
@@ -143,8 +144,7 @@ def test_a_run_that_holds_state_keeps_its_places() -> None:
     stage.tell(Died(W1, "SIGKILL"))
     stage.leave(W0, "peer")
     stage.wait(6.0, W0)
-    assert stage.controller.waits_for_room
-    assert not stage.controller.may_give_way
+    assert stage.controller.wants_room == "firmly"
     assert not of(ReleaseWorker, stage.tell(GiveWay("other")))
     newest = the(RequestWorker, [action for action in stage.told if isinstance(action, RequestWorker)][-1:]).worker
     assert stage.ready(newest), "it goes on asking"
@@ -154,14 +154,14 @@ def test_a_run_that_holds_state_keeps_its_places() -> None:
 def test_a_run_that_trains_does_not_wait_for_room_however_many_it_could_use() -> None:
     stage = Stage(min_workers=1, max_workers=2, scaling=ScalingRules(shortage_after_s=5.0)).running(W0)
     stage.wait(10.0, W0)
-    assert not stage.controller.waits_for_room
+    assert stage.controller.wants_room == "no"
 
 
 def test_a_place_found_in_time_ends_the_wait() -> None:
     stage = short()
     stage.tell(Placed(W1, "node-1"))
     stage.wait(1.0, W0)
-    assert not stage.controller.waits_for_room
+    assert stage.controller.wants_room == "no"
 
 
 def test_who_has_found_room_by_the_time_it_is_told_keeps_it() -> None:
@@ -169,3 +169,28 @@ def test_who_has_found_room_by_the_time_it_is_told_keeps_it() -> None:
     stage.tell(Placed(W1, "node-1"))
     assert not stage.tell(GiveWay("other"))
     assert not stage.controller.gives_way_to
+
+
+def test_who_has_room_enough_and_only_warms_up_gives_no_way() -> None:
+    stage = Stage(min_workers=2, max_workers=4, scaling=ScalingRules(shortage_after_s=5.0))
+    stage.tell(Start())
+    for worker in (W0, W1, W2):
+        stage.tell(Placed(worker, f"node-{worker.slot}"))
+    stage.wait(30.0)
+    assert stage.controller.state is RunState.WAITING
+    assert stage.controller.wants_room == "no"
+    assert not stage.tell(GiveWay("other"))
+
+
+def test_a_run_that_gives_way_turns_to_its_next_market_no_later_for_that() -> None:
+    rules = ScalingRules(shortage_after_s=5.0, fallback_after_s=100.0, markets=("spot", "on-demand"))
+    stage = Stage(min_workers=2, max_workers=2, scaling=rules)
+    stage.tell(Start())
+    for _ in range(4):
+        stage.wait(15.0)
+        stage.tell(GiveWay("other"))
+        stage.wait(15.0)
+        stage.tell(GiveWay(""))
+    (changed,) = stage.recorded("market_changed")
+    assert changed["waited_seconds"] == pytest.approx(100.0, abs=1.0), "of which it asked for half"
+    assert of(RequestWorker, stage.told)[-1].market == "on-demand"
