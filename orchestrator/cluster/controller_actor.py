@@ -365,10 +365,11 @@ class ControllerActor:
                 continue
             self._handles[worker] = handle
             self._watch(handle)
-        for worker, introduction in self._reception.wait_for((), 0.0).items():
-            if introduction.status is not None and worker in {placed.worker for placed in starting}:
+        met = self._reception.wait_for((), 0.0)
+        for worker in (each.worker for each in starting):
+            if (late := met.get(worker)) is not None and late.status is not None:
                 # It came meanwhile, and what it had told the predecessor it will not tell again.
-                self._queue.put((introduction.status.ready, time.time()))
+                self._queue.put((late.status.ready, time.time()))
         release_places(self._directory.run_id, [h.place for h in self._handles.values() if h.place is not None])
         return TakeOver(tuple(statuses), tuple(starting))
 
