@@ -514,34 +514,11 @@ def _ask(directory: Any, kind: str, **fields: Any) -> None:
 
 @app.command()
 def audit(run: Run, json_: AsJson = False) -> None:
-    """Prove from the run directory alone that every sample was used exactly once."""
-    from dataclasses import asdict
-
-    from orchestrator.data.ledger import audit as audit_ledger
+    """Prove that every sample was used exactly once, and that its tokens are still those that were used."""
+    from orchestrator.commands.audit import audit as prove
     from orchestrator.rundir import find_run
 
-    directory = find_run(run)
-    environment = directory.read_json("environment.json")
-    if environment is None or "data" not in environment:
-        _refuse(f"{directory.path} has no environment.json: the run never got as far as its data")
-    report = audit_ledger(directory.metrics, **environment["data"])
-    result = directory.read_json("result.json") or {}
-    problems = list(report.problems)
-    recorded = result.get("data_digest")
-    if recorded and report.ok and recorded != report.data_digest:
-        problems.append(f"result.json says {recorded}, the ledger gives {report.data_digest}")
-    if json_:
-        print(json.dumps(asdict(report) | {"ok": not problems, "problems": problems}))
-    elif problems:
-        print("audit failed:\n  " + "\n  ".join(problems))
-    else:
-        several = " of its sources" if "sources" in environment["data"] else ""
-        print(
-            f"audit passed: {report.steps} steps, {report.samples:,} samples, each exactly once "
-            f"({report.epochs_complete} whole epochs{several}, {report.partial_epoch_samples:,} samples of the next)"
-        )
-        print(report.data_digest)
-    raise typer.Exit(EXIT_FAILED if problems else 0)
+    raise typer.Exit(0 if prove(find_run(run), as_json=json_) else EXIT_FAILED)
 
 
 @app.command()

@@ -79,6 +79,7 @@ def controller_spec(
         "cwd": for_workers(here),
         "stores": [str(store.directory) for store in dataset.stores],
         "store_digests": [store.digest for store in dataset.stores],
+        "store_signatures": [store.signatures for store in dataset.stores],
         "data": data,
         "own_cluster": own,
         "ephemeral": ephemeral and not own,  # A cluster of our own ends with its driver in any case.
@@ -141,6 +142,7 @@ def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
             "digest": dataset.digest,
             "tokens": dataset.num_tokens,
             "padding": round(dataset.padding, 6),
+            "parts": [{"location": store.location, "digest": store.digest} for store in dataset.stores],
         },
     }
 

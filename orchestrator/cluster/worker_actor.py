@@ -81,7 +81,7 @@ class WorkerActor:
                 f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "
                 "checkpoints need one that every node mounts (--run-dir), or checkpoint.storage"
             )
-        stores = open_stores(job, self._spec["stores"], self._spec["store_digests"])
+        stores = open_stores(job, self._spec["stores"], self._spec["store_digests"], self._spec["store_signatures"])
         return Worker(
             self._id,
             job,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -125,8 +125,7 @@ def build_store(
                 (build / shard.documents_name).unlink()
         with open(build / MANIFEST_NAME, "w", encoding="utf-8") as stream:
             stream.write(manifest.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
+            _finish(stream)
         _sync_directory(build)
     except BaseException:
         _discard(build)
@@ -219,8 +218,7 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
                 FileEntry(file.name, content.fingerprint, num_documents, num_tokens, file_digest.hexdigest())
             )
         size_bytes = stream.tell()
-        stream.flush()
-        os.fsync(stream.fileno())
+        _finish(stream)
     with open(path, "rb") as written:
         ranges = "".join(xxhash.xxh3_64_hexdigest(data) for data in iter(lambda: written.read(RANGE_BYTES), b""))
     sizes = np.array(lengths, dtype="<i8").tobytes()
@@ -230,9 +228,16 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
     )  # fmt: skip
     with open(os.path.join(task.directory, shard.documents_name), "wb") as stream:
         stream.write(sizes)
-        stream.flush()
-        os.fsync(stream.fileno())
+        _finish(stream)
     return shard, entries
+
+
+def _finish(stream: IO[Any]) -> None:
+    """Syncs a file of a store, and takes the right to write from everybody: it never changes again."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    mode = os.fstat(stream.fileno()).st_mode
+    os.fchmod(stream.fileno(), mode & 0o444)
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -73,8 +74,9 @@ def documents(
     document: what one document is: `file` (text files, their default), `line` (text files: every line that is not
     blank, without its end) or `record` (jsonl, parquet). library, content: as for `Library.open`.
 
-    Raises DataError (while iterating) naming the file, and the line, row or byte offset, when it cannot be
-    read, is not UTF-8, is not valid in its format, lacks the field, or (read as a whole) holds no document.
+    Raises DataError (while iterating) naming the file, and the line, row or byte offset, when it cannot be read, is not
+    UTF-8, is no text (it has a NUL byte), is not valid in its format, lacks the field, or (read as a whole) holds no
+    document.
     """
     kind = document_of(file, document)
     reader = _Reader(file, DEFAULT_FIELD if field is None else field, library or Library(), content, span)
@@ -214,6 +216,13 @@ class _Reader:
         return f"{self.file.url}:{newlines + 1}"
 
     def _decode(self, data: bytes, offset: int) -> str:
+        if not offset:
+            data = data.removeprefix(codecs.BOM_UTF8)  # a mark of some editors, no character of the text
+        if self.file.format == "text" and (at := data.find(b"\0")) >= 0:
+            raise DataError(
+                f"{self.file.url}: a NUL byte at byte offset {offset + at}: this is no text, whatever data.format "
+                "says; leave the file out of data.source"
+            )
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:

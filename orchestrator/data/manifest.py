@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.data.sources import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the files in a store: 2 has the lengths of documents."""
 _CONTENT_VERSION = 1
 """Of how tokens lie in a store, which is what its digest is of."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.data.dataset import DataPlan, Dataset
 from orchestrator.data.reading import Library, join
+from orchestrator.data.shards import Signature
 from orchestrator.data.store import RunTasks, TokenStore, open_store, prepare
 from orchestrator.job import Job
 
@@ -77,12 +78,19 @@ def _prepare(
     )  # fmt: skip
 
 
-def open_stores(job: Job, directories: Sequence[str | Path], digests: Sequence[str]) -> list[TokenStore]:
+def open_stores(
+    job: Job,
+    directories: Sequence[str | Path],
+    digests: Sequence[str],
+    signatures: Sequence[Sequence[Signature | None]] = (),
+) -> list[TokenStore]:
     """The stores that the driver has prepared: opened where they can be seen (one machine, a shared disk, a mirror), so
-    that the sources need not be looked at again; else prepared here. Raises DataError."""
+    that the sources need not be looked at again; else prepared here. signatures: of each store, as for `TokenStore`.
+    Raises DataError."""
     stores = []
     for number, (path, digest) in enumerate(zip(directories, digests, strict=True)):
-        found = open_store(Path(path), digest, mirrors_of(job, number))
+        verified = signatures[number] if signatures else ()
+        found = open_store(Path(path), digest, mirrors_of(job, number), verified)
         stores.append(_prepare(job, number, None, digest, False) if found is None else found)
     return stores
 

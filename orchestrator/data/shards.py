@@ -2,6 +2,9 @@
 
 A read that fails or comes short is tried again, then done from a mirror's copy of the store, then an error that names
 the shard and every place. Shards are not memory mapped: what is behind a mapping that fails ends the process.
+
+No token is handed out unverified. A range of a shard counts as verified by its digest for as long as the file system
+says that the file was not touched; after that it is read and compared again, before anything of it is used.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import socket
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -28,6 +32,30 @@ TRAINING_PATIENCE = Patience(attempts=3, timeout_s=10.0, pause_s=0.2, longest_pa
 """Ranks wait for each other: a shard that does not come in seconds is better read elsewhere."""
 _KEPT = 8
 """Ranges of a copy that are kept, as samples are much smaller."""
+_CHANCES = 3
+"""How often a read is done again because the file was touched in the middle of it."""
+
+Signature = tuple[int, int, int, int]
+"""Inode, size, and the times of the last change of the content and of anything at all, in ns. Where it is another, the
+content may be another. No program can set the last; the device is left out, as a shared file system has another one on
+every node."""
+
+
+@dataclass
+class _Verified:
+    """Which ranges of a shard are known to be what was written, while its file has that signature. None: all."""
+
+    signature: Signature
+    ranges: set[int] | None = field(default_factory=set)
+
+    def has(self, number: int) -> bool:
+        return self.ranges is None or number in self.ranges
+
+
+def signature_of(descriptor: int) -> Signature:
+    """Of an open file. Raises OSError."""
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_manifest(location: str, patience: Patience) -> Manifest:
@@ -43,8 +71,16 @@ def read_manifest(location: str, patience: Patience) -> Manifest:
 class Shards:
     """The shards of a store as one line of tokens. Any number of threads may read at once."""
 
-    def __init__(self, location: str, manifest: Manifest, mirrors: Sequence[str], patience: Patience) -> None:
-        """location, mirrors: directories or URLs, each of a copy of the store.
+    def __init__(
+        self,
+        location: str,
+        manifest: Manifest,
+        mirrors: Sequence[str],
+        patience: Patience,
+        signatures: Sequence[Signature | None] = (),
+    ) -> None:
+        """location, mirrors: directories or URLs, each of a copy of the store; signatures: those of the shards when
+        somebody verified all of each, so that what still has its own need not be verified again.
 
         Raises BrokenStoreError when a shard at the location is missing or has another size.
         """
@@ -60,6 +96,31 @@ class Shards:
         self._lane: Lane | None = None
         self._files: list[Descriptor | None] = [self._open(shard) for shard in manifest.shards]
         self._confirmed: set[str] = {location}
+        self._verified: dict[int, _Verified] = {
+            shard: _Verified(signature, None) for shard, signature in enumerate(signatures) if signature is not None
+        }
+
+    @property
+    def signatures(self) -> list[Signature | None]:
+        """Of each shard that is known to be what was written as a whole; None for the others."""
+        found = [self._verified.get(shard) for shard in range(len(self._files))]
+        return [None if known is None or known.ranges is not None else known.signature for known in found]
+
+    def verify(self, shard: int) -> None:
+        """Reads a whole shard and compares its digest. Raises OSError when it cannot be read, BrokenStoreError when it
+        is not what was written."""
+        entry = self._manifest.shards[shard]
+        file = self._files[shard]
+        if file is None:
+            raise BrokenStoreError(f"{entry.name}: not on this machine; its ranges are verified when they are read")
+        signature = signature_of(file.number)
+        digest, at = xxhash.xxh3_128(), 0
+        while data := os.pread(file.number, RANGE_BYTES, at):
+            digest.update(data)
+            at += len(data)
+        if digest.hexdigest() != entry.digest or signature_of(file.number) != signature:
+            raise BrokenStoreError(f"{join(self._locations[0], entry.name)}: its content is not what was written")
+        self._verified[shard] = _Verified(signature, None)
 
     def fill(self, tokens: NDArray[np.unsignedinteger], first: int) -> None:
         """Fill tokens [length], of dtype `dtype` and contiguous, with those from place `first` on, across borders of
@@ -101,28 +162,53 @@ class Shards:
         file = self._files[shard]
         if file is not None:
             try:
-                if self._pread(file, start, view) == len(view):
+                if self._read_own(shard, file, start, view):
                     return
             except OSError:  # also a TimeoutError: the patient way finds out what it is, and whether it lasts
                 pass
         view[:] = self._read_patiently(shard, start, len(view))
 
-    def _pread(self, file: Descriptor, start: int, view: memoryview) -> int:
-        """Bytes read. Where there is a mirror, a file system that does not answer is given up for it."""
+    def _read_own(self, shard: int, file: Descriptor, start: int, view: memoryview) -> bool:
+        """Whether all was there and right. Where there is a mirror, a file system that does not answer is given up for
+        it."""
         if len(self._locations) == 1:
-            return os.preadv(file.number, [view], start)
+            return self._read_verified(shard, file, start, view)
         with self._lock:
             lane = self._lane = self._lane or Lane()
-        scratch = bytearray(len(view))
+        scratch = memoryview(bytearray(len(view)))
         try:
-            num_bytes: int = self._patience.wait(lane.submit(lambda: os.preadv(file.number, [scratch], start)))
+            is_right = self._patience.wait(lane.submit(lambda: self._read_verified(shard, file, start, scratch)))
         except TimeoutError:
             with self._lock:
                 self._lane = None
             lane.close()
             raise
         view[:] = scratch
-        return num_bytes
+        return is_right
+
+    def _read_verified(self, shard: int, file: Descriptor, start: int, view: memoryview) -> bool:
+        """Fills the view with what is known to be right; False when it is not right, or not all there."""
+        numbers = range(start // RANGE_BYTES, (start + len(view) - 1) // RANGE_BYTES + 1)
+        for _ in range(_CHANCES):
+            signature = signature_of(file.number)
+            known = self._verified.get(shard)
+            if known is None or known.signature != signature:
+                known = self._verified[shard] = _Verified(signature)
+            unknown = [number for number in numbers if not known.has(number)]
+            if not all(self._is_right(shard, file, number) for number in unknown):
+                return False
+            if os.preadv(file.number, [view], start) != len(view):
+                return False
+            if signature_of(file.number) == signature:
+                if known.ranges is not None:
+                    known.ranges.update(unknown)
+                return True
+        return False
+
+    def _is_right(self, shard: int, file: Descriptor, number: int) -> bool:
+        entry = self._manifest.shards[shard]
+        data = os.pread(file.number, min(RANGE_BYTES, entry.size_bytes - number * RANGE_BYTES), number * RANGE_BYTES)
+        return xxhash.xxh3_64_hexdigest(data) == entry.range_digest(number)
 
     def _read_patiently(self, shard: int, start: int, length: int) -> bytes:
         parts = []
@@ -149,8 +235,8 @@ class Shards:
         except Unreadable as error:
             where = join(self._locations[0], entry.name)
             raise DataError(
-                f"{where}: cannot be read on {socket.gethostname()}: {error}; restore it, or name a place that "
-                "holds a copy of the token store in data.mirrors"
+                f"{where}: cannot be read on {socket.gethostname()}: {error}; remove the token store, which "
+                "is made again when the run is resumed, or name a place that holds a copy of it in data.mirrors"
             ) from error
         place = ranges.places[ranges.current]
         # Only of the store itself, which was verified when it was opened, is less read than can be verified.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,28 @@ STANDARD_LIBRARY = "python-stdlib"
 
 _FORMATS = ("text", "jsonl", "parquet")
 _SUFFIXES = {
-    **dict.fromkeys([".txt", ".text", ".md", ".rst", ".py", ".pyi", ".tex", ".html", ".xml", ".csv"], "text"),
+    **dict.fromkeys([".txt", ".text", ".md", ".rst", ".py", ".pyi", ".tex", ".html", ".xml"], "text"),
     **dict.fromkeys([".c", ".h", ".cc", ".cpp", ".hpp", ".go", ".rs", ".java", ".js", ".ts", ".sh"], "text"),
     **dict.fromkeys([".jsonl", ".ndjson"], "jsonl"),
     ".parquet": "parquet",
 }
+_ADVICE = {
+    **dict.fromkeys(
+        [".csv", ".tsv"], "tables are not read: write one JSON object a row into a .jsonl file, or parquet"
+    ),
+    ".json": "read only with an object on each line, if data.format: jsonl says so; else write it like that",
+    **dict.fromkeys(
+        [".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz"], "compressed files are not read: unpack them"
+    ),
+    **dict.fromkeys(
+        [".bin", ".npy", ".idx", ".arrow"], "tokens and tables are not read: give the text that they were made from"
+    ),
+}
+_OTHERWISE = "set data.format if they all have one format, or leave them out with a pattern like DIR/**/*.jsonl"
+_TOLD = 5
+# What Hadoop, Spark and Dask leave beside the files of a table, which no reader of such directories takes for data.
+_MARKERS = re.compile(r"_SUCCESS|_metadata|_common_metadata|_started_.*|_committed_.*|.*\.crc")
+_ABOUT = re.compile(r"(readme|license|licence|notice|changelog|contributing|dataset_card)\b", re.IGNORECASE)
 # Test packages are left out because slim images and distributions strip them, so that the same Python version
 # gives the same text in most places; the build's own configuration is left out because it differs from build
 # to build.
@@ -47,6 +66,11 @@ class SourceFile:
     size_bytes: int
     format: str
 
+    @property
+    def is_standard_library(self) -> bool:
+        """Whether it is of the running Python's."""
+        return self.url.startswith(os.path.join(sysconfig.get_path("stdlib"), ""))
+
 
 def resolve_files(
     source: str | list[str],
@@ -55,13 +79,13 @@ def resolve_files(
 ) -> list[SourceFile]:
     """The files of a source in their order.
 
-    source: `python-stdlib`, or a path, directory (all its files, hidden ones aside), glob (`**` allowed) or
-    fsspec URL, or a list of those, kept in the list's order. format: text, jsonl or parquet for every file,
-    or None to infer it from each file's suffix. size_elsewhere: the size in bytes (-1: not known) of a file of
+    source: `python-stdlib`, or a path, directory (all its files, hidden ones and markers like _SUCCESS aside), glob
+    (`**` allowed) or fsspec URL, or a list of those, kept in the list's order. format: text, jsonl or parquet for every
+    file, or None to infer it from each file's suffix. size_elsewhere: the size in bytes (-1: not known) of a file of
     some name (as in SourceFile) in another place, or None; asked for a file that the source names outright and
     that is not there. What a directory or pattern holds is never told by another place: it may hold more, or less.
 
-    Raises DataError when nothing is found, a file is empty or listed twice, or its format is unknown.
+    Raises DataError when nothing is found, a file is empty or there by two names, or its format is unknown.
     """
     if format is not None and format not in _FORMATS:
         raise DataError(f"data.format: {format!r} is unknown; use one of {', '.join(_FORMATS)}")
@@ -79,16 +103,39 @@ def resolve_files(
             found = _named_outright(one, prefix, format, size_elsewhere)
             if not found:
                 raise
-        files += [_source_file(prefix + name, url, size, format) for name, url, size in found]
-    urls: set[str] = set()
-    for file in files:
-        if file.url in urls:
-            raise DataError(
-                f"data.source: {file.url} is listed twice, so its samples would be used twice an epoch; "
-                "remove one of the overlapping entries"
-            )
-        urls.add(file.url)
+        files += _source_files(prefix, found, format)
+        _refuse_strays(one, files[-len(found) :])
+    _refuse_twice(files)
     return files
+
+
+def _refuse_twice(files: Sequence[SourceFile]) -> None:
+    """A file that is there by two names would be used twice an epoch. The storage says what is one file."""
+    known: dict[object, SourceFile] = {}
+    for file in files:
+        identity: object = file.url
+        # The standard library is what its names are: whoever packed it may have linked files of the same content.
+        if "://" not in file.url and not file.is_standard_library:
+            with suppress(OSError):
+                status = os.stat(file.url)
+                identity = (status.st_dev, status.st_ino)
+        other = known.setdefault(identity, file)
+        if other is not file:
+            names = "is listed twice" if other.url == file.url else f"and {other.url} are one file by two names"
+            raise DataError(
+                f"data.source: {file.url} {names}, so its samples would be used twice an epoch; "
+                "remove one of the overlapping entries, or of the links"
+            )
+
+
+def _refuse_strays(source: str, files: Sequence[SourceFile]) -> None:
+    """What a directory of records says about itself (README.md) is no data of it."""
+    strays = [file.name for file in files if file.format == "text" and _ABOUT.match(file.name.rpartition("/")[2])]
+    if strays and any(file.format != "text" for file in files):
+        raise DataError(
+            f"data.source: {source} holds {_listed(strays)} beside files of records; leave the text out with a pattern "
+            "like DIR/**/*.jsonl, or name it as an entry of its own"
+        )
 
 
 def _find(source: str, format: str | None) -> list[tuple[str, str, int]]:
@@ -122,10 +169,24 @@ def _find_local(source: str) -> list[tuple[str, str, int]]:
     if os.path.isfile(source):
         paths, root = [source], os.path.dirname(source)
     elif os.path.isdir(source):
-        paths, root = list(_walk(source, lambda name: name.startswith("."))), source
+        paths, root = list(_walk(source, lambda name: name.startswith(".") or _MARKERS.fullmatch(name))), source
     else:
-        paths, root = [p for p in glob.glob(source, recursive=True) if os.path.isfile(p)], _glob_root(source)
+        root, pattern = _split_pattern(source)
+        found = glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)
+        paths = [path for path in found if os.path.isfile(path)]
     return [_local(path, root) for path in paths]
+
+
+def _split_pattern(source: str) -> tuple[str, str]:
+    """The directory above the first part of a local pattern that holds a wildcard, and the rest. A directory that is
+    there under its very name, with brackets in it, is no wildcard."""
+    parts = source.split("/")
+    first = 0
+    while first < len(parts) - 1 and (
+        not glob.has_magic(parts[first]) or os.path.isdir("/".join(parts[: first + 1]) or "/")
+    ):
+        first += 1
+    return "/".join(parts[:first]) or ("/" if source.startswith("/") else ""), "/".join(parts[first:])
 
 
 def _local(path: str, root: str) -> tuple[str, str, int]:
@@ -140,7 +201,13 @@ def _walk(root: str, skipped: Any) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be listed: {error}") from error
 
+    above: dict[str, tuple[tuple[int, int], ...]] = {}
     for directory, directories, names in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(directory)
+        line = (*above.get(os.path.dirname(directory), ()), (status.st_dev, status.st_ino))
+        if line[-1] in line[:-1]:
+            raise DataError(f"{directory}: a link to a directory that it is in, so there is no end of files; remove it")
+        above[directory] = line
         directories[:] = [name for name in directories if not skipped(name)]
         yield from (os.path.join(directory, name) for name in names if not skipped(name))
 
@@ -177,10 +244,14 @@ def _find_remote(url: str) -> list[tuple[str, str, int]]:
             found, root = filesystem.find(path, detail=True), path
         else:
             found, root = {path: filesystem.info(path)}, path.rsplit("/", 1)[0] if "/" in path else ""
-    except FileNotFoundError:
-        return []
     except Exception as error:  # every storage library has its own errors: name the URL in each
-        raise DataError(f"data.source: {url} cannot be listed: {type(error).__name__}: {error}") from error
+        # Over the web, whatever went wrong comes as a file that is not there.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, FileNotFoundError):
+            return []
+        raise DataError(f"data.source: {url} cannot be listed: {type(cause).__name__}: {cause}") from error
     files = [(p, info) for p, info in found.items() if info.get("type") != "directory"]
     prefix = root.rstrip("/") + "/" if root else ""
     named = [(p.removeprefix(prefix), p, info.get("size")) for p, info in files]
@@ -198,14 +269,33 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _source_file(name: str, url: str, size_bytes: int, format: str | None) -> SourceFile:
-    suffix = os.path.splitext(name)[1].lower()
-    inferred = format or _SUFFIXES.get(suffix)
-    if inferred is None:
-        raise DataError(
-            f"{url}: cannot tell its format from the suffix {suffix!r}; set data.format to one of "
-            f"{', '.join(_FORMATS)}, or leave the file out of data.source"
-        )
-    if size_bytes == 0:
-        raise DataError(f"{url}: the file is empty; remove it from data.source")
-    return SourceFile(name=name, url=url, size_bytes=size_bytes, format=inferred)
+def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: str | None) -> list[SourceFile]:
+    """Raises DataError with everything that is wrong with any of them."""
+    files, unknown, empty = [], [], []
+    for name, url, size_bytes in found:
+        inferred = format or _SUFFIXES.get(_suffix(name))
+        if inferred is None:
+            unknown.append(url)
+        elif size_bytes == 0:
+            empty.append(url)
+        else:
+            files.append(SourceFile(prefix + name, url, size_bytes, inferred))
+    problems = []
+    for advice in dict.fromkeys(_ADVICE.get(_suffix(url), _OTHERWISE) for url in unknown):
+        several = [url for url in unknown if _ADVICE.get(_suffix(url), _OTHERWISE) == advice]
+        problems.append(f"{_listed(several)}: cannot tell a format from the suffix {_suffix(several[0])!r}; {advice}")
+    if empty:
+        problems.append(f"{_listed(empty)}: the file is empty; remove it from data.source")
+    if problems:
+        raise DataError("\n".join(problems))
+    return files
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
+    return ", ".join(names[:_TOLD]) + more

@@ -7,7 +7,8 @@ so a store never changes once it has its name: it is built beside, synced, and r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,17 +18,17 @@ from numpy.typing import NDArray
 
 from orchestrator.data.build import build_store, building_lock, publish
 from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, document_of
-from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError
+from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError, store_digest
 from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library, join
-from orchestrator.data.shards import TRAINING_PATIENCE, Shards, read_manifest
+from orchestrator.data.shards import TRAINING_PATIENCE, Shards, Signature, read_manifest
 from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import BYTES, load_tokenizer
 
 T = TypeVar("T")
 RunTasks = Callable[[Callable[..., T], list[tuple[Any, ...]]], list[T]]
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_TOKENS = 1 << 22
 
 
 class TokenStore:
@@ -46,11 +47,12 @@ class TokenStore:
         source: str = "",
         mirrors: Sequence[str] = (),
         patience: Patience = TRAINING_PATIENCE,
+        signatures: Sequence[Signature | None] = (),
     ) -> None:
         """Open the store in a directory, or at an fsspec URL.
 
         verify: also check every shard's digest; source: its name in errors; mirrors: directories or URLs, each of a
-        copy of the store that is read where this one fails.
+        copy of the store that is read where this one fails; signatures: see there, of a store that was verified.
 
         Raises BrokenStoreError when the manifest is torn or missing, or a shard's size (or digest) is not
         right.
@@ -59,7 +61,7 @@ class TokenStore:
         self.source = source or self.location
         """What it was made from, for errors."""
         self.manifest = read_manifest(self.location, patience)
-        self._shards = Shards(self.location, self.manifest, mirrors, patience)
+        self._shards = Shards(self.location, self.manifest, mirrors, patience, signatures)
         self._num_tokens = self.manifest.total_tokens
         if verify:
             self.verify()
@@ -73,6 +75,11 @@ class TokenStore:
     def digest(self) -> str:
         """The tokens' digest ("sha256:..."): equal wherever, and in whatever shards, they were prepared."""
         return self.manifest.digest
+
+    @property
+    def signatures(self) -> list[Signature | None]:
+        """By which another process that opens the store can tell that it is still what was verified here."""
+        return self._shards.signatures
 
     @property
     def vocab_size(self) -> int:
@@ -153,33 +160,45 @@ class TokenStore:
 
     def verify(self) -> None:
         """Read every file and compare its digest. Raises BrokenStoreError naming the first that differs."""
-        for name, _, expected in self._files():
-            digest = xxhash.xxh3_128()
+        for number, shard in enumerate(self.manifest.shards):
+            path = self.directory / shard.documents_name
             try:
-                with open(self.directory / name, "rb") as stream:
-                    while chunk := stream.read(_CHUNK_BYTES):
-                        digest.update(chunk)
+                self._shards.verify(number)
+                lengths = path.read_bytes()
             except OSError as error:
-                raise BrokenStoreError(f"{self.directory / name}: {error}") from error
-            if digest.hexdigest() != expected:
-                raise BrokenStoreError(f"{self.directory / name}: its content is not what was written")
+                raise BrokenStoreError(f"{self.directory}: {error}") from error
+            if xxhash.xxh3_128_hexdigest(lengths) != shard.documents_digest:
+                raise BrokenStoreError(f"{path}: its content is not what was written")
 
-    def _files(self) -> Iterator[tuple[str, int, str]]:
-        """(name, bytes, digest) of every file but the manifest."""
-        for shard in self.manifest.shards:
-            yield shard.name, shard.size_bytes, shard.digest
-            yield shard.documents_name, shard.documents_bytes, shard.documents_digest
+    def rehash(self) -> str:
+        """The tokens' digest, made again from every token that is there now: what `digest` was if none has changed.
+
+        Raises DataError when they cannot all be read.
+        """
+        files, at = [], 0
+        buffer = np.empty(_CHUNK_TOKENS, dtype=self._shards.dtype)
+        for file in self.manifest.files:
+            digest, left = xxhash.xxh3_128(), file.tokens
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                self._shards.fill(part, at)
+                digest.update(part.tobytes())
+                left, at = left - len(part), at + len(part)
+            files.append(replace(file, digest=digest.hexdigest()))
+        return store_digest(self.manifest.dtype, self.manifest.vocab_size, files)
 
 
-def open_store(directory: Path, digest: str, mirrors: Sequence[str] = ()) -> TokenStore | None:
+def open_store(
+    directory: Path, digest: str, mirrors: Sequence[str] = (), signatures: Sequence[Signature | None] = ()
+) -> TokenStore | None:
     """The store of that digest in that directory, or else in one of the mirrors (directories or URLs with stores under
-    the same names); None when it is in none of them (or torn, or another)."""
+    the same names); None when it is in none of them (or torn, or another). signatures: as for `TokenStore`."""
     copies = [str(directory), *(join(mirror, directory.name) for mirror in Library(mirrors).mirrors)]
     for location in copies:
-        # The store itself was verified when it was made; of a copy at a URL every range is, when it is read.
-        is_unknown = location != copies[0] and "://" not in location
+        # What nobody has verified as a whole is verified range by range, when it is read.
+        others = [other for other in copies if other != location]
         try:
-            store = TokenStore(location, verify=is_unknown, mirrors=[other for other in copies if other != location])
+            store = TokenStore(location, mirrors=others, signatures=signatures if location == copies[0] else ())
         except DataError:
             continue
         if store.digest == digest:
@@ -221,6 +240,11 @@ def prepare(
     files = library.files(source, format)
     for file in files:
         document_of(file, document)
+    if field not in (None, DEFAULT_FIELD) and all(file.format == "text" for file in files):
+        raise DataError(
+            f"data.field: {field!r} names a field of records, but {described_source(source)} is text, which has none; "
+            "leave it out, or set data.format"
+        )
     contents = [library.examine(file) for file in files]
     loaded = load_tokenizer(tokenizer)
     # Tasks may run in another working directory, so what they are given must not depend on it.
@@ -230,7 +254,7 @@ def prepare(
     key = _key(files, [content.fingerprint for content in contents], field, document, loaded.identity)
     target = directory / f"tokens-{key}"
     copies = [join(mirror, target.name) for mirror in library.mirrors]
-    described = source if isinstance(source, str) else ", ".join(source)
+    described = described_source(source)
 
     def open_store() -> TokenStore | None:
         try:
@@ -261,7 +285,7 @@ def prepare(
                         is_locked,
                     )
                     publish(build, target, lambda: open_store() is not None)
-                    store = TokenStore(target, source=described, mirrors=copies)
+                    store = TokenStore(target, verify=verify, source=described, mirrors=copies)
         except OSError as error:
             raise DataError(
                 f"the token store {target} cannot be written: {error}; free space or name another cache"
@@ -273,6 +297,11 @@ def prepare(
             "library versions"
         )
     return store
+
+
+def described_source(source: str | list[str]) -> str:
+    """A source as it stands in the job file, for errors."""
+    return source if isinstance(source, str) else ", ".join(source)
 
 
 def default_cache() -> Path:

@@ -508,7 +508,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped bit": lambda store: _flip(store / "shard-00000.bin"),
     "torn manifest": lambda store: os.truncate(store / "MANIFEST.json", 100),
     "manifest gone": lambda store: os.unlink(store / "MANIFEST.json"),
-    "other version": lambda store: _replace(store, '"format_version": 2', '"format_version": 1'),
+    "other version": lambda store: _replace(store, '"format_version": 3', '"format_version": 2'),
     "altered manifest": lambda store: _replace(store, '"vocab_size": 257', '"vocab_size": 300'),
     "not an object": lambda store: (store / "MANIFEST.json").write_text("[]"),
     "not a directory": lambda store: (store.rename(store.parent / "away"), store.write_text("")),
