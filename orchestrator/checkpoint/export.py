@@ -61,7 +61,7 @@ def export(
 
 def _skeleton(job: Job) -> nn.Module:
     """The job's model without weights."""
-    from orchestrator.worker import build
+    from orchestrator.models.loading import empty_model
 
     if job.model.factory is not None:
         raise ExportError(
@@ -69,7 +69,7 @@ def _skeleton(job: Job) -> nn.Module:
             "docs/checkpoints.md tells how to read its tensors"
         )
     with torch.device("meta"):
-        skeleton: nn.Module = build.empty_model(job)
+        skeleton: nn.Module = empty_model(job)
     return skeleton
 
 
