@@ -185,7 +185,7 @@ def _write_tokenizer(name: str, target: Path) -> None:
         return
     path = Path(name).expanduser()
     if path.is_dir():
-        AutoTokenizer.from_pretrained(str(path), local_files_only=True).save_pretrained(target)
+        AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False).save_pretrained(target)
         return
     shutil.copyfile(path, target / "tokenizer.json")
     if (config := path.with_name("tokenizer_config.json")).is_file():

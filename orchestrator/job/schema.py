@@ -481,8 +481,8 @@ class Job(_Section):
         for key, default in (("mix", None), ("packing", "stream"), ("document_mask", False), ("document", None)):
             if full["data"][key] == default:
                 del full["data"][key]
-        for key, default in (("allow_new", []), ("untie", False), ("content", None)):
-            if full["model"][key] == default:
+        for key in ("allow_new", "untie", "content"):
+            if not full["model"][key]:
                 del full["model"][key]
         if "content" in full["model"]:
             del full["model"]["hf"]  # Two links to one directory are one model.

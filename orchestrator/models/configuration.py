@@ -7,6 +7,7 @@ default model. Here a key is known when the configuration class has a field of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -75,7 +76,10 @@ def config_from(mapping: dict[str, Any], vocab_size: int) -> Any:
         config = kind(**given)
     except Exception as error:
         # Configurations are checked by whatever line first trips over them, with whatever that raises.
-        raise refused(f"transformers cannot make a {model_type} configuration of this: {reason_of(error)}") from error
+        said = re.search(r"field '(\w+)'", str(error))
+        field = f"model.hf.{said[1]}" if said and said[1] in given else "model.hf"
+        reason = f"transformers cannot make a {model_type} configuration of this: {reason_of(error)}"
+        raise refused(reason, field) from error
     refuse_router_loss(config)
     return config
 
@@ -167,6 +171,8 @@ def known_keys(kind: Any) -> frozenset[str]:
         names |= _read_by(inspect.getsource(base))
     static = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
     names |= {name for name, value in static.items() if isinstance(value, property) and value.fset}
+    with contextlib.suppress(Exception):  # Some have fields without a default.
+        names |= set(vars(kind()))  # What a saved configuration may have.
     names |= {a or b for a, b in _OF_CONFIG.findall(_code_of(kind))} - set(dir(kind))
     return frozenset(names | generic)
 

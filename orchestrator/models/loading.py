@@ -76,7 +76,10 @@ def empty_model(job: Job) -> Any:
 
     if isinstance(job.model.hf, str):
         return _from_config(config_in(job, job.model.hf)[1])
-    return _from_config(config_from(dict(job.model.hf or {}), load_tokenizer(job.data.tokenizer).vocab_size))
+    given = dict(job.model.hf or {})
+    # A plan is made where the tokenizer need not be yet.
+    size = 0 if "vocab_size" in given else load_tokenizer(job.data.tokenizer).vocab_size
+    return _from_config(config_from(given, size))
 
 
 def config_in(job: Job, name: str) -> tuple[Path, Any]:
@@ -129,15 +132,16 @@ def _from_directory(job: Job, name: str) -> nn.Module:
     directory, config = config_in(job, name)
     if job.model.untie:
         _set_tied(config, True)
+    auto: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             str(directory), config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
     except pickle.UnpicklingError as error:
         raise refused(
-            f"the weights of {name} are damaged, or pickled with more than tensors in them; pickled code would run when "
-            "loaded, so it is not. Save them as safetensors (save_pretrained writes these)"
+            f"the weights of {name} are damaged, or pickled with more than tensors in them, which could be code and is "
+            "not loaded. Save them as safetensors (save_pretrained writes these)"
         ) from error
     except Exception as error:
         # transformers, safetensors and torch raise all kinds for a file that is missing, cut short or damaged.

@@ -79,18 +79,19 @@ def check_sizes(job: Job) -> None:
 
 
 def _heads(job: Job, text: Any) -> list[Finding]:
-    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    groups = getattr(text, "num_key_value_heads", None)
+    names = ("num_attention_heads", "hidden_size", "num_key_value_heads")
+    heads, hidden, groups = (getattr(text, name, None) for name in names)
     found = []
-    numbers = type(heads) is int and heads > 0 and type(hidden) is int
-    if numbers and hidden % heads and not _has_own_head_size(job, text):
+    if not isinstance(heads, int) or heads <= 0:
+        return []
+    if isinstance(hidden, int) and hidden % heads and not _has_own_head_size(job, text):
         found.append(
             Finding(
                 (_field(job, text, "num_attention_heads"), _field(job, text, "hidden_size")),
                 f"{heads} heads do not divide the hidden size {hidden}",
             )
         )
-    if type(heads) is int and type(groups) is int and groups > 0 and heads % groups:
+    if isinstance(groups, int) and groups > 0 and heads % groups:
         found.append(
             Finding(
                 (_field(job, text, "num_key_value_heads"), _field(job, text, "num_attention_heads")),

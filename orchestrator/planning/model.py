@@ -285,7 +285,8 @@ def _on_meta(job: Job, build: Callable[[], nn.Module]) -> nn.Module:
         if job.model.factory is None:
             raise  # It says what to change.
         raise PlanError(
-            f"the network cannot be built without weights (on torch's meta device), which planning needs: {error}"
+            "model.factory: the network cannot be built without weights (on torch's meta device), which planning "
+            f"needs: {error.findings[0].reason}"
         ) from error
     except Exception as error:
         # Whatever transformers or a user's own code raises, the planner can only say that and where.
