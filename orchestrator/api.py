@@ -12,6 +12,8 @@ import yaml
 
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.job import Job
+from orchestrator.models.content import with_content
+from orchestrator.models.validation import look_at_model
 from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
 
 
@@ -36,6 +38,8 @@ class RunResult:
     generations: list[dict[str, Any]] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     faults_not_fired: list[int] = field(default_factory=list)
+    model: dict[str, Any] | None = None
+    """Of a model's directory: which tensors are new, left out or untied."""
 
 
 def run(
@@ -53,14 +57,16 @@ def run(
     `run_dir` defaults to a new directory under `runs/`; with the directory of an unfinished run of the same job, that
     run goes on from its newest valid checkpoint, with that of one under way on the cluster it is followed, and with
     that of a finished one its result is returned. On a cluster the run outlives this process unless it is `ephemeral`.
-    `on_update` is called a few times a second with the run's state. Raises RunDirectoryError, DataError, ClusterError
-    or SinkProblem when the run cannot start; a run that started and failed is a result with status "failed".
+    `on_update` is called a few times a second with the run's state. Raises RunDirectoryError, DataError, ModelError,
+    ClusterError or SinkProblem when the run cannot start; one that started and failed is a result with status "failed".
     """
     directory = RunDirectory(run_dir or runs_root() / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     previous = _previous(job, directory)
     if previous is not None:
         return _result(previous, directory)
     check_sinks(job.monitoring.model_dump())
+    look_at_model(job)
+    job = with_content(job)
 
     from orchestrator.cluster.driver import drive
 
@@ -77,14 +83,26 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
     known = directory.read_json("job.resolved.json")
     if known is None:
         return None
-    differing = sorted(_differences(Job.model_validate(known).numerics(), job.numerics()))
+    result = directory.read_json("result.json")
+    finished = dict(result) if result is not None and result.get("status") == "finished" else None
+    before = Job.model_validate(known)
+    differing = sorted(_differences(before.numerics(), _like(before, job, finished is not None).numerics()))
     if differing and directory.has_begun:
         raise RunDirectoryError(
             f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "
             "Choose another --run-dir, use the job file of that run, or start a new run from it with --fork"
         )
-    result = directory.read_json("result.json")
-    return dict(result) if result is not None and result.get("status") == "finished" else None
+    return finished
+
+
+def _like(before: Job, job: Job, is_finished: bool) -> Job:
+    """`job` as it compares with the job of a run that there is: by the content of its model's directory, unless that
+    run did not record it. Of a finished run the directory is not needed any more."""
+    if before.model.content is None:
+        return job
+    if is_finished and job.model.content is None and job.model.hf == before.model.hf:
+        return job.model_copy(update={"model": job.model.model_copy(update={"content": before.model.content})})
+    return job if is_finished else with_content(job)
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[str]:

@@ -9,12 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from orchestrator.commands.monitoring import app as monitoring_app
 from orchestrator.commands.outcome import EXIT_BAD_INPUT, EXIT_FAILED, exit_code, show_result
 
+
+class _WholeSentences(typer.core.TyperGroup):
+    """Lists commands with the whole of their first sentence, over as many lines as it takes."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the list."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, each.get_short_help_str(limit=10_000)) for name, each in found if each and not each.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="orchestrator",
+    cls=_WholeSentences,
     help="Elastic training on Ray: the result is a function of the job file, not of the cluster's luck.",
     no_args_is_help=True,
     add_completion=False,
@@ -57,10 +71,14 @@ def run(
     json_: AsJson = False,
 ) -> None:
     """Train a job to its end; with the directory of a run that is under way on the cluster, follow that."""
+    from orchestrator.commands.validate import pointing_into
     from orchestrator.job import Job
+    from orchestrator.models.validation import look_at_model
     from orchestrator.rundir import RunDirectory, runs_root
 
     loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
+    with pointing_into(job, set_ or [], fault or []):
+        look_at_model(loaded)
     name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = RunDirectory(run_dir if run_dir is not None else _unused(runs_root() / name))
     if fork:
@@ -175,9 +193,13 @@ def submit(
 ) -> None:
     """Run a job on a Ray cluster, as a Ray job: `orchestrator run` there, with the files here."""
     from orchestrator.commands.submit import submit as send
+    from orchestrator.commands.validate import pointing_into
     from orchestrator.job import Job
+    from orchestrator.models.validation import look_at_model
 
     loaded = Job.load(job, overrides=set_ or [], faults=fault or [])
+    with pointing_into(job, set_ or [], fault or []):
+        look_at_model(loaded, here=False)
     options = [*(["--run-dir", run_dir] if run_dir else []), *(["--ephemeral"] if ephemeral else [])]
     options += [part for value in set_ or [] for part in ("--set", value)]
     options += [part for value in fault or [] for part in ("--fault", value)]
@@ -202,18 +224,16 @@ def attach(
 
 
 @app.command()
-def validate(job: JobFile, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Check a job file and show what it means with all defaults; starts nothing."""
-    from orchestrator.job import Job
+def validate(
+    job: JobFile,
+    set_: Overrides = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Leave out the first records of the data.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Check a job file, its model (without weights) and first records; show it with all defaults; starts nothing."""
+    from orchestrator.commands.validate import validate as check
 
-    loaded = Job.load(job, overrides=set_ or [])
-    if json_:
-        print(json.dumps({"job": loaded.resolved(), "digest": loaded.digest()}))
-        return
-    import yaml
-
-    print(yaml.safe_dump(loaded.resolved(), sort_keys=False).rstrip())
-    print(f"# digest of what decides the numbers: {loaded.digest()}")
+    check(job, set_ or [], with_data=not no_data, as_json=json_)
 
 
 @app.command()
@@ -239,6 +259,7 @@ def plan(
     all_: Annotated[bool, typer.Option("--all", help="Every layout and every reason.")] = False,
 ) -> None:
     """Predict which layouts suit a job on so many workers, and why others do not; starts nothing."""
+    from orchestrator.commands.validate import pointing_into
     from orchestrator.planning import command
     from orchestrator.planning.assume import MachineOptions
 
@@ -246,7 +267,8 @@ def plan(
         gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node
     )
     limits = command.LimitOptions(tensor, pipeline, shard, schedule)
-    command.plan(job, workers, machine, limits, set_ or [], as_json_=json_, everything=all_)
+    with pointing_into(job, set_ or []):
+        command.plan(job, workers, machine, limits, set_ or [], as_json_=json_, everything=all_)
 
 
 @app.command()
@@ -568,6 +590,7 @@ _USER_ERRORS = {
     "RunDirectoryError": EXIT_BAD_INPUT,
     "SinkProblem": EXIT_BAD_INPUT,
     "DataError": EXIT_BAD_INPUT,
+    "ModelError": EXIT_BAD_INPUT,
     "PlanError": EXIT_BAD_INPUT,
     "KeyProblem": EXIT_BAD_INPUT,
     "CheckpointError": EXIT_FAILED,

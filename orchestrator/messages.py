@@ -120,6 +120,8 @@ class Ready:
     unit_seconds: float = 0.0
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    loaded: dict[str, Any] | None = None
+    """What became of a directory's weights (`orchestrator.models.loading.Loaded`); None for other models."""
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,7 @@ class Blueprint:
     def _refuse_shared(self, what: str, degree: int) -> None:
         shared = [name for name, sites in self._sites.items() if len(sites) > 1]
         if shared:
-            raise ValueError(
-                f"{what} {degree} cannot be used with parameters that two modules share: {', '.join(shared)}. "
-                "Untie them (for transformers: tie_word_embeddings: false)"
-            )
+            raise ValueError(_shared_reason(what, degree, shared))
 
     def check_pipeline(self, stages: int, context: contextlib.AbstractContextManager[Any] | None = None) -> None:
         """Raises ValueError when the network, computed in `context` (autocast), cannot be cut into stages."""
@@ -357,7 +354,35 @@ def _read_styles(model: nn.Module) -> dict[str, str]:
                 f"the tp_plan gives {name} the style {style!r}, which is not supported; supported: {known}"
             )
         styles[name] = style
+    _refuse_whole_layers(model, styles)
     return styles
+
+
+def check_tensor(model: nn.Module, degree: int) -> None:
+    """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
+    _read_styles(model)
+    shared = [names for names in _sites(model, dict(model.named_parameters())).values() if len(names) > 1]
+    if shared:
+        raise ValueError(_shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))
+
+
+def _shared_reason(what: str, degree: int, shared: list[str]) -> str:
+    return (
+        f"{what} {degree} cannot be used with parameters that two modules share: {', '.join(shared)}. "
+        "Untie them (for transformers: tie_word_embeddings: false; for a directory, model.untie: true)"
+    )
+
+
+def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
+    """A plan that splits the embedding or the head only would have every rank compute every layer."""
+    split = [name for name, style in styles.items() if style in _SPLIT]
+    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    if any(name.startswith(f"{layers}.") for name in split for layers in lists):
+        return
+    raise ValueError(
+        f"the tp_plan of {type(model).__name__} splits {', '.join(split) or 'no module'} and nothing in its layers, "
+        "which every rank would compute whole; use tensor: 1"
+    )
 
 
 def _parallel_style(style: str, module: nn.Module) -> Any:

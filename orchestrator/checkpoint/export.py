@@ -61,7 +61,7 @@ def export(
 
 def _skeleton(job: Job) -> nn.Module:
     """The job's model without weights."""
-    from orchestrator.worker import build
+    from orchestrator.models.loading import empty_model
 
     if job.model.factory is not None:
         raise ExportError(
@@ -69,7 +69,7 @@ def _skeleton(job: Job) -> nn.Module:
             "docs/checkpoints.md tells how to read its tensors"
         )
     with torch.device("meta"):
-        skeleton: nn.Module = build.empty_model(job)
+        skeleton: nn.Module = empty_model(job)
     return skeleton
 
 
@@ -185,7 +185,7 @@ def _write_tokenizer(name: str, target: Path) -> None:
         return
     path = Path(name).expanduser()
     if path.is_dir():
-        AutoTokenizer.from_pretrained(str(path), local_files_only=True).save_pretrained(target)
+        AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False).save_pretrained(target)
         return
     shutil.copyfile(path, target / "tokenizer.json")
     if (config := path.with_name("tokenizer_config.json")).is_file():

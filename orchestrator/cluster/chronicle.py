@@ -51,6 +51,8 @@ class Chronicle:
         self.findings: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
+        self.loaded: dict[str, Any] | None = None
+        """What became of the weights of the model's directory, if it has one."""
         self.started_at: float | None = None
         self.tokens = sum(int(record["tokens"]) for record in self.past_steps)
         for event in self.past_events:
@@ -85,6 +87,8 @@ class Chronicle:
         match event["kind"]:
             case "run_started" if self.started_at is None:
                 self.started_at = float(event["time"])
+            case "model_loaded":
+                self.loaded = {key: value for key, value in event.items() if key not in ("kind", "time")}
             case "controller":
                 self.findings = []
             case "generation":

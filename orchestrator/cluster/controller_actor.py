@@ -76,7 +76,7 @@ from orchestrator.controller.protocol import (
 )
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
 from orchestrator.job import Job
-from orchestrator.messages import FaultFired, Reply, WorkerId
+from orchestrator.messages import FaultFired, Ready, Reply, WorkerId
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -399,6 +399,8 @@ class ControllerActor:
             if event.index in self._machine.fired_faults:
                 return  # Told again, because the answer was lost with the controller.
             self._practise(event)
+        if isinstance(event, Ready) and event.loaded is not None and self._chronicle.loaded is None:
+            self._record("model_loaded", event.loaded)
         for action in self._machine.handle(event, at):
             self._carry_out(action)
         if isinstance(event, Died) and (dead := self._handles.pop(event.worker, None)) is not None:

@@ -61,4 +61,5 @@ def compose(
         "data_digest": data_digest,
         "generations": chronicle.generations,
         "recoveries": chronicle.recoveries,
+        **({} if chronicle.loaded is None else {"model": chronicle.loaded}),
     }

@@ -151,9 +151,31 @@ class SlowTokenizer:
 
 
 def _from_directory(name: str, path: Path) -> Tokenizer:
+    config = _tokenizer_config(path)
+    if "auto_map" in config:
+        raise DataError(
+            f"data.tokenizer: {name} brings code of its own (auto_map in tokenizer_config.json), which is never run; "
+            "convert it to a tokenizer.json, and name that file"
+        )
+    alone = path / "tokenizer.json"
+    if alone.is_file() and not (config or (path / "config.json").is_file()):
+        return _from_file(name, alone)
     import transformers
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        # Without a package that it needs, the library asks for another one.
+        if not alone.is_file() and (pieces := sorted(each.name for each in path.glob("*.model"))):
+            raise DataError(
+                f"data.tokenizer: {name} holds a SentencePiece model ({', '.join(pieces)}) and no tokenizer.json, and "
+                f"transformers cannot load it ({type(error).__name__}); it needs the packages sentencepiece and "
+                "protobuf, or convert it once where they are installed: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            ) from error
+        raise
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"data.tokenizer: {name} has no end-of-sequence token, which marks the end of a document; "
@@ -163,6 +185,15 @@ def _from_directory(name: str, path: Path) -> Tokenizer:
     if backend is None:
         return SlowTokenizer(tokenizer, path)
     return FastTokenizer(backend, int(tokenizer.eos_token_id))
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """The content of the directory's tokenizer_config.json, if it has one."""
+    file = path / "tokenizer_config.json"
+    content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise DataError(f"data.tokenizer: {file} must be a mapping")
+    return content
 
 
 def _from_file(name: str, path: Path) -> Tokenizer:

@@ -48,6 +48,14 @@ def _model(get: Get) -> Iterator[Finding]:
         yield Finding(("model.args",), "only goes with model.factory; settings for hf go under model.hf")
 
 
+def _of_directories(get: Get) -> Iterator[Finding]:
+    if isinstance(get("model.hf"), str):
+        return
+    for field in ("allow_new", "untie", "content"):
+        if get(f"model.{field}"):
+            yield Finding((f"model.{field}",), "only goes with a directory in model.hf, whose weights are loaded")
+
+
 def _hf_model_type(get: Get) -> Iterator[Finding]:
     hf = get("model.hf")
     if isinstance(hf, dict) and "model_type" not in hf:
@@ -264,6 +272,7 @@ _RULES: tuple[Rule, ...] = (
     _model,
     _data,
     _document_mask,
+    _of_directories,
     _hf_model_type,
     _free_form,
     _batch,

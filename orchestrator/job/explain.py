@@ -168,6 +168,8 @@ def _choices(annotation: Any) -> list[Any]:
 def validate(root: type[Section], data: object) -> tuple[Section | None, list[Explained]]:
     """`data` as a `root`, and what is wrong with it; both empty when only rules across fields do not hold."""
     try:
-        return root.model_validate(data), []
+        # The class's own `model_validate` may tell of mistakes in other words than pydantic's.
+        found: Section = root.__pydantic_validator__.validate_python(data)
+        return found, []
     except ValidationError as error:
         return None, list(explain(error, root, data))

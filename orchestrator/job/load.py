@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from orchestrator.job import checks
 from orchestrator.job.errors import JobError, Problem
-from orchestrator.job.explain import Explained, default_at, validate
+from orchestrator.job.explain import Explained, default_at, explain, validate
 from orchestrator.job.overrides import apply_override, graft, parse_override, problem_of, read_fault
 from orchestrator.job.rules import Finding, Get, Unknown
 from orchestrator.job.schema import Job
@@ -44,6 +46,32 @@ def load_text(text: str, filename: str = "<string>", overrides: Sequence[str] = 
     if job is None or tree.mistakes:
         raise JobError(_in_order(tree.mistakes))
     return job
+
+
+def located(
+    path: str | os.PathLike[str], overrides: Sequence[str], faults: Sequence[str], findings: Sequence[Finding]
+) -> JobError:
+    """What was found beyond the job file (a model that cannot be built), with the positions of its fields in it."""
+    name = os.fspath(path)
+    try:
+        with open(name, encoding="utf-8") as file:
+            tree = read(file.read(), Place(name))
+        _take_options(tree, overrides, faults, usable=isinstance(tree.data, dict))
+        return JobError(_in_order([_located(tree, finding) for finding in findings]))
+    except (OSError, ValueError, StopIteration):  # The file has changed since it was loaded.
+        return JobError([Problem(name, 0, 0, finding.fields[0], finding.reason) for finding in findings])
+
+
+def mistakes_in(error: ValidationError, data: object) -> JobError:
+    """Every mistake of a job that was made of a mapping and not of a file: those that pydantic found, and those across
+    the fields that are valid."""
+    if not isinstance(data, dict):
+        return JobError([Problem("job", 0, 0, "", f"must be a mapping of fields, got {describe(data)}")])
+    found = list(explain(error, Job, data))
+    mistakes = [Mistake(Place("job"), each.path, each.reason) for each in found]
+    for finding in checks.find(_reader(data, {each.path for each in found})):
+        mistakes.append(Mistake(Place("job"), _path_of(finding.fields[0]), finding.reason))
+    return JobError(list(dict.fromkeys(problem_of(mistake) for mistake in mistakes)))
 
 
 def _is_mapping(tree: Tree) -> bool:

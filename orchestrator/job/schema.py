@@ -22,6 +22,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -124,6 +125,13 @@ class Model(_Section):
     factory: FactoryPath | None = None
     """`package.module:function`, called with `args`; returns the module to train."""
     args: dict[str, Any] = Field(default_factory=dict)
+    allow_new: list[Text] = Field(default_factory=list)
+    """Of a directory: patterns (`*`, `?`, `[...]`) of tensors that may be missing or of another shape there, and are
+    initialised from the seed, or that the model has no place for."""
+    untie: bool = False
+    """Of a directory whose head shares the embedding: the head begins as a copy of it, and they are trained apart."""
+    content: Annotated[str, _matches(r"sha256:[0-9a-f]{64}", "must read sha256:<64 hexadecimal digits>")] | None = None
+    """Of a directory: the digest of its files. Filled in when a run is prepared; given, it is what must be there."""
 
 
 Source = Annotated[
@@ -376,6 +384,12 @@ class Fault(_Section):
     """How many times as long a virtual worker takes (slow); 2 when it is not said."""
 
 
+def _in_own_words(error: ValidationError, data: Any) -> Exception:
+    from orchestrator.job.load import mistakes_in
+
+    return mistakes_in(error, data)
+
+
 class Job(_Section):
     """A training job: the one thing a user describes, and all that decides its result."""
 
@@ -398,6 +412,23 @@ class Job(_Section):
             lines = "; ".join(f"{finding.fields[0]} {finding.reason}" for finding in found)
             raise PydanticCustomError(ACROSS_FIELDS, "{lines}", {"lines": lines})
         return self
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _in_own_words(error, data) from None
+
+    # For pydantic it is as if there was no `__init__` of ours: it makes jobs out of mappings without it.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Job:  # type: ignore[override]
+        """The job in a mapping, as `resolved()` gives it. Raises JobError, which lists every mistake."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _in_own_words(error, obj) from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), faults: Sequence[str] = ()) -> Job:
@@ -450,6 +481,11 @@ class Job(_Section):
         for key, default in (("mix", None), ("packing", "stream"), ("document_mask", False), ("document", None)):
             if full["data"][key] == default:
                 del full["data"][key]
+        for key in ("allow_new", "untie", "content"):
+            if not full["model"][key]:
+                del full["model"][key]
+        if "content" in full["model"]:
+            del full["model"]["hf"]  # Two links to one directory are one model.
         # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
         full["resources"] = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
         if self.resources.kinds:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.job import Job
+from orchestrator.models.validation import check_sizes
 from orchestrator.planning.assume import MachineOptions, machine_for
 from orchestrator.planning.model import describe_model
 from orchestrator.planning.refusals import nothing_fits, refusals
@@ -35,12 +36,13 @@ def plan(
     path: Path, workers: str | None, machine: MachineOptions, limits: LimitOptions, overrides: Sequence[str] = (),
     as_json_: bool = False, everything: bool = False,
 ) -> None:  # fmt: skip
-    """Prints the layouts. Raises JobError for the job file, and PlanError for an option or if nothing fits."""
+    """Prints the layouts. Raises JobError, ModelError, and PlanError for an option or if nothing fits."""
     counts = None if workers is None else parse_counts(workers, "--workers")
     job = Job.load(path, overrides)
     counts = counts or (job.elastic.workers.max,)
     chosen, assumptions = machine_for(job, machine)
     allowed = limits_of(job, limits)
+    check_sizes(job)
     work = work_of(job, describe_model(job))
     planner = Planner(work, chosen, allowed)
     keep = None if everything else 5 if len(counts) <= _FEW else 1

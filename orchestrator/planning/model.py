@@ -276,9 +276,18 @@ def _head_weight(module: nn.Module, tokens: nn.Embedding) -> Any:
 def _on_meta(job: Job, build: Callable[[], nn.Module]) -> nn.Module:
     import torch
 
+    from orchestrator.models.errors import ModelError
+
     try:
         with torch.device("meta"):
             return build()
+    except ModelError as error:
+        if job.model.factory is None:
+            raise  # It says what to change.
+        raise PlanError(
+            "model.factory: the network cannot be built without weights (on torch's meta device), which planning "
+            f"needs: {error.findings[0].reason}"
+        ) from error
     except Exception as error:
         # Whatever transformers or a user's own code raises, the planner can only say that and where.
         where = "model.factory" if job.model.factory else "model.hf"
@@ -290,26 +299,8 @@ def _on_meta(job: Job, build: Callable[[], nn.Module]) -> nn.Module:
 
 def _builder(job: Job) -> Callable[[], nn.Module]:
     """A function that builds the job's network as the worker does, in fp32, wherever torch is told to put it."""
+    from orchestrator.models.loading import empty_model, from_factory
+
     if job.model.factory is not None:
-        from orchestrator.worker.build import from_factory
-
         return functools.partial(from_factory, job.model.factory, job.model.args)
-    return functools.partial(_from_transformers, job)
-
-
-def _from_transformers(job: Job) -> nn.Module:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if isinstance(job.model.hf, str):
-        config = AutoConfig.from_pretrained(job.model.hf)
-    else:
-        given = dict(job.model.hf or {})
-        if "vocab_size" not in given:
-            from orchestrator.data.tokenizers import load_tokenizer
-
-            # As the worker does it.
-            given["vocab_size"] = -(-load_tokenizer(job.data.tokenizer).vocab_size // 64) * 64
-        config = AutoConfig.for_model(given.pop("model_type"), **given)
-    module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return module
+    return functools.partial(empty_model, job)

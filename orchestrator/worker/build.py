@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
+from orchestrator.models.errors import reason_of
+from orchestrator.models.loading import build_model
 from orchestrator.planning.model import ModelCosts, describe_model, training_flops_per_token
 from strategies.batch import Batch
 from strategies.blueprint import Blueprint
 from strategies.compute import StepSpec
 from strategies.document_mask import refuse_without_positions
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
-from strategies.randomness import seed_stream
 from strategies.state import TrainingState
 
 log = logging.getLogger(__name__)
@@ -46,98 +43,6 @@ def make_deterministic(job: Job, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def build_model(job: Job, vocab_size: int) -> nn.Module:
-    """The job's model on the CPU in fp32, in training mode, initialised from the job's seed alone.
-
-    Raises ValueError when the configuration does not fit (unknown model type, vocabulary smaller than the
-    tokenizer's, a factory that cannot be imported or gives no module).
-    """
-    seed_stream(job.train.seed, "initialisation")
-    spec = job.model
-    if spec.factory is not None:
-        model = from_factory(spec.factory, spec.args)
-    elif isinstance(spec.hf, str):
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model = AutoModelForCausalLM.from_pretrained(spec.hf, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model.hf: transformers cannot load {spec.hf!r}: {_first_line(error)}") from error
-    else:
-        model = _from_config(dict(spec.hf or {}), vocab_size)
-    rows = _vocabulary_rows(model)
-    if rows is not None and rows < vocab_size:
-        raise ValueError(
-            f"the model's vocabulary has {rows} entries, the tokenizer {job.data.tokenizer!r} needs {vocab_size}: "
-            f"set model.hf.vocab_size to {vocab_size} or more"
-        )
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "use_cache", None):
-        config.use_cache = False
-    return model.float().train()
-
-
-def empty_model(job: Job) -> Any:
-    """The job's transformers model by its configuration alone; on the meta device it takes no memory.
-
-    Raises ValueError.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from orchestrator.data import load_tokenizer
-
-    if isinstance(job.model.hf, str):
-        try:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model.hf), dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model.hf: transformers cannot load {job.model.hf!r}: {_first_line(error)}") from error
-    return _from_config(dict(job.model.hf or {}), load_tokenizer(job.data.tokenizer).vocab_size)
-
-
-def _from_config(config: dict[str, Any], vocab_size: int) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_type = config.pop("model_type")
-    config.setdefault("vocab_size", -(-vocab_size // 64) * 64)
-    try:
-        resolved = AutoConfig.for_model(model_type, **config)
-        model: nn.Module = AutoModelForCausalLM.from_config(resolved, dtype=torch.float32)
-    except Exception as error:
-        # Configurations are checked by whatever line first trips over them, with whatever that raises.
-        raise ValueError(
-            f"model.hf: transformers cannot build {model_type!r} from this configuration: {_first_line(error)}"
-        ) from error
-    return model
-
-
-def from_factory(path: str, args: dict[str, Any]) -> nn.Module:
-    """What a user's `package.module:function` returns. Raises ValueError when that fails or is no module."""
-    module_name, _, function_name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model.factory {path!r} cannot be imported: {error}") from error
-    try:
-        model = function(**args)
-    except Exception as error:
-        raise ValueError(f"model.factory {path!r} failed: {type(error).__name__}: {_first_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model.factory {path!r} returned a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _vocabulary_rows(model: nn.Module) -> int | None:
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    return getattr(embedding, "num_embeddings", None)
 
 
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
@@ -182,7 +87,7 @@ def flops_per_token(job: Job) -> float:
         return float(training_flops_per_token(job))
     except Exception as error:
         # Networks and their configurations are of all kinds, and nobody trains less well for a number that is missing.
-        log.info("there will be no MFU: %s: %s", type(error).__name__, _first_line(error))
+        log.info("there will be no MFU: %s: %s", type(error).__name__, reason_of(error))
         return 0.0
 
 

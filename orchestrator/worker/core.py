@@ -43,6 +43,7 @@ from orchestrator.messages import (
     StepReport,
     WorkerId,
 )
+from orchestrator.models.loading import loaded_of
 from orchestrator.worker import build
 from orchestrator.worker.faults import FaultInjector
 from orchestrator.worker.peak import peak_flops
@@ -138,6 +139,7 @@ class Worker:
             elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
             costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
             flops_per_token=build.flops_per_token(job), peak_flops=peak_flops(job, device),
+            loaded=loaded_of(self.state.blueprint.model),
         )  # fmt: skip
 
     def start(self) -> None:

@@ -154,7 +154,7 @@ def test_tied_embeddings_cannot_be_cut_nor_split() -> None:
     Blueprint(own(), device=CPU).check_pipeline(2)
     expected = (
         r"{} 2 cannot be used with parameters that two modules share: model.embed_tokens.weight. "
-        r"Untie them \(for transformers: tie_word_embeddings: false\)"
+        r"Untie them \(for transformers: tie_word_embeddings: false; for a directory, model.untie: true\)"
     )
     with pytest.raises(ValueError, match=expected.format("pipeline")):
         Blueprint(family("llama", tie_word_embeddings=True), device=CPU).check_pipeline(2)

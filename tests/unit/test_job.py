@@ -779,3 +779,30 @@ def test_a_key_given_as_an_override_is_not_repeated() -> None:
         Job.loads(MINIMAL, overrides=["checkpoint.encryption.key=swordfish"])
     assert "--set checkpoint.encryption.key=...: " in str(caught.value)
     assert "swordfish" not in str(caught.value)
+
+
+# Jobs made in Python
+
+
+@pytest.mark.parametrize("make", [lambda data: Job(**data), Job.model_validate], ids=["Job(**d)", "model_validate"])
+def test_a_job_made_of_a_mapping_tells_every_mistake_in_our_words(make: Any) -> None:
+    data = Job.loads(MINIMAL).resolved()
+    data["train"]["stepz"] = 3
+    data["train"]["global_batch"] = 33
+    data["elastic"]["workers"] = {"min": 5, "max": 2}
+    with pytest.raises(JobError) as caught:
+        make(data)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 3
+    for field, said in (
+        ("train.stepz", 'did you mean "steps"'),
+        ("train.global_batch", "multiple"),
+        ("elastic.workers.min", "workers.min = 5 is above"),
+    ):
+        assert any(line.startswith(f"job: {field} ") and said in line for line in lines), lines
+    assert "pydantic" not in str(caught.value)
+
+
+def test_a_job_made_of_something_else_says_so() -> None:
+    with pytest.raises(JobError, match="must be a mapping"):
+        Job.model_validate([1])

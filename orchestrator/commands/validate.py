@@ -1,0 +1,45 @@
+"""`orchestrator validate`: what can be found out about a job before anything is started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from orchestrator.job import Job
+from orchestrator.job.load import located
+from orchestrator.models.content import with_content
+from orchestrator.models.errors import ModelError
+from orchestrator.models.validation import try_model
+
+
+def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: bool) -> None:
+    """Loads the job file, builds its model without weights, reads the first records of its data, and prints the job.
+
+    Raises JobError with positions in the file, or DataError.
+    """
+    job = Job.load(path, overrides=overrides)
+    with pointing_into(path, overrides):
+        try_model(job)
+        job = with_content(job)
+    if with_data:
+        from orchestrator.data.trying import try_data
+
+        try_data(job)
+    if as_json:
+        print(json.dumps({"job": job.resolved(), "digest": job.digest()}))
+        return
+    import yaml
+
+    print(yaml.safe_dump(job.resolved(), sort_keys=False).rstrip())
+    print(f"# digest of what decides the numbers: {job.digest()}")
+
+
+@contextlib.contextmanager
+def pointing_into(path: Path, overrides: Sequence[str], faults: Sequence[str] = ()) -> Iterator[None]:
+    """Tells what is wrong with a model where its fields are in the job file: a ModelError becomes a JobError."""
+    try:
+        yield
+    except ModelError as error:
+        raise located(path, overrides, faults, error.findings) from error

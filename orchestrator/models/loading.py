@@ -1,0 +1,264 @@
+"""A job's model with its weights: made from the job's seed, or loaded from a directory without inventing any."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import os
+import pickle
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.job import Job
+from orchestrator.models.configuration import check_model_type, config_from, refuse_router_loss
+from orchestrator.models.content import with_content
+from orchestrator.models.directory import find_directory, read_config
+from orchestrator.models.errors import ModelError, reason_of, refused
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LISTED = 12
+"""Tensors of one kind that an error names one by one."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a directory's weights, where that was not simply all of them."""
+
+    directory: str
+    new: tuple[str, ...] = ()
+    """Tensors that the directory lacks or has in another shape: initialised from the job's seed."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the directory that the model has no place for."""
+    untied: tuple[str, ...] = ()
+    """Tensors that began as copies of the embedding, which they shared in the directory."""
+
+
+def loaded_of(model: nn.Module) -> dict[str, Any] | None:
+    """What `build_model` noted about loading this model: `Loaded` as JSON values; None for all other models."""
+    found = getattr(model, "_orchestrator_loaded", None)
+    return None if found is None else {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(found).items()}
+
+
+def build_model(job: Job, vocab_size: int) -> nn.Module:
+    """The job's model on the CPU in fp32, in training mode, initialised from the job's seed alone or loaded.
+
+    Raises ModelError, a ValueError, when the configuration does not fit (unknown model type or field, vocabulary
+    smaller than the tokenizer's, a factory that cannot be imported or gives no module) or the weights do not.
+    """
+    from strategies.randomness import seed_stream
+
+    seed_stream(job.train.seed, "initialisation")
+    spec = job.model
+    if spec.factory is not None:
+        model = from_factory(spec.factory, spec.args)
+    elif isinstance(spec.hf, str):
+        model = _from_directory(job, spec.hf)
+    else:
+        model = _from_config(config_from(dict(spec.hf or {}), vocab_size))
+    check_vocabulary(job, model, vocab_size)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
+    return model.float().train()
+
+
+def empty_model(job: Job) -> Any:
+    """The job's transformers model by its configuration alone; on the meta device it takes no memory.
+
+    Raises ModelError.
+    """
+    from orchestrator.data import load_tokenizer
+
+    if isinstance(job.model.hf, str):
+        return _from_config(config_in(job, job.model.hf)[1])
+    given = dict(job.model.hf or {})
+    # A plan is made where the tokenizer need not be yet.
+    size = 0 if "vocab_size" in given else load_tokenizer(job.data.tokenizer).vocab_size
+    return _from_config(config_from(given, size))
+
+
+def config_in(job: Job, name: str) -> tuple[Path, Any]:
+    """The directory that `model.hf: name` means, and its configuration. Raises ModelError."""
+    from transformers import AutoConfig
+
+    directory = find_directory(name)
+    content = read_config(name, directory)
+    check_model_type(content["model_type"], str(directory / "config.json"), has_code="auto_map" in content)
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        # As for a mapping: whatever line first trips over the configuration.
+        raise refused(f"the configuration in {name} cannot be used: {reason_of(error)}") from error
+    refuse_router_loss(config, str(directory / "config.json"))
+    if getattr(config, "quantization_config", None):
+        raise refused(f"{name} holds quantized weights, which cannot be trained; name a directory with the full ones")
+    if job.model.untie:
+        if not config.get_text_config().tie_word_embeddings:
+            raise refused(f"the head of {name} has weights of its own; leave untie out", "model.untie")
+        _set_tied(config, False)
+    return directory, config
+
+
+def _set_tied(config: Any, is_tied: bool) -> None:
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = is_tied
+
+
+def _from_config(config: Any) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        # Configurations are checked by whatever line first trips over them, with whatever that raises.
+        raise refused(
+            f"transformers cannot build {config.model_type!r} from this configuration: {reason_of(error)}"
+        ) from error
+    return model
+
+
+def _from_directory(job: Job, name: str) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if job.model.content is not None:
+        with_content(job)  # This node's directory is the one that the run was started with.
+    directory, config = config_in(job, name)
+    if job.model.untie:
+        _set_tied(config, True)
+    auto: Any = AutoModelForCausalLM
+    try:
+        model, info = auto.from_pretrained(
+            str(directory), config=config, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=False, local_files_only=True,
+        )  # fmt: skip
+    except pickle.UnpicklingError as error:
+        raise refused(
+            f"the weights of {name} are damaged, or pickled with more than tensors in them, which could be code and is "
+            "not loaded. Save them as safetensors (save_pretrained writes these)"
+        ) from error
+    except Exception as error:
+        # transformers, safetensors and torch raise all kinds for a file that is missing, cut short or damaged.
+        raise refused(f"the weights of {name} cannot be loaded: {reason_of(error)}") from error
+    loaded = _account(job, name, model, info)
+    if job.model.untie:
+        loaded = Loaded(loaded.directory, loaded.new, loaded.left_out, _untie(name, model))
+    model._orchestrator_loaded = loaded
+    result: nn.Module = model
+    return result
+
+
+def _account(job: Job, name: str, model: Any, info: dict[str, Any]) -> Loaded:
+    """Whether the directory's tensors are the model's, less those that may be new. Raises ModelError."""
+    shapes = {key: (tuple(there), tuple(here)) for key, there, here in info["mismatched_keys"]}
+    missing = sorted(set(info["missing_keys"]) - shapes.keys())
+    unexpected = sorted(info["unexpected_keys"])
+    allowed = job.model.allow_new
+
+    def refusable(names: Iterable[str]) -> list[str]:
+        return [each for each in names if not any(fnmatch.fnmatchcase(each, pattern) for pattern in allowed)]
+
+    wrong = [
+        _listed("lacks", refusable(missing)),
+        _listed("has in another shape", [
+            f"{each} ({_shape(shapes[each][0])} there, {_shape(shapes[each][1])} in the model)"
+            for each in refusable(sorted(shapes))
+        ]),
+        _listed("has, but the model has no place for,", refusable(unexpected)),
+        _listed("gives errors for", sorted(info.get("error_msgs") or ())),
+    ]  # fmt: skip
+    if any(wrong):
+        raise refused(
+            f"{name} does not hold the weights of a {type(model).__name__}: it {'; it '.join(filter(None, wrong))}. "
+            f"Nothing is made up in their place{_advice(model, refusable(missing))}; model.allow_new: [patterns] says "
+            "which tensors may be new (initialised from train.seed) or left out",
+        )
+    return Loaded(name, tuple(sorted({*missing, *shapes})), tuple(unexpected))
+
+
+def _advice(model: Any, missing: list[str]) -> str:
+    """What to do about a missing head in a directory whose configuration says that it has one of its own."""
+    head = model.get_output_embeddings()
+    names = {key for key, parameter in model.named_parameters() if head is not None and parameter is head.weight}
+    if not names & set(missing):
+        return ""
+    return (
+        ". If its head shared the embedding when it was saved: set tie_word_embeddings: true in its config.json, and "
+        "model.untie: true to train the two apart, from the same values"
+    )
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{what} {', '.join(names[:_LISTED])}{more}"
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes)) or "scalar"
+
+
+def _untie(name: str, model: Any) -> tuple[str, ...]:
+    """Gives the head a copy of the embedding that it shares. Raises ModelError when it shares none."""
+    from torch import nn
+
+    tokens, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if tokens is None or head is None or head.weight is not tokens.weight:
+        raise refused(f"the model of {name} has no head that shares the embedding; leave untie out", "model.untie")
+    head.weight = nn.Parameter(tokens.weight.detach().clone())
+    _set_tied(model.config, False)
+    model.all_tied_weights_keys = {}
+    return tuple(key for key, parameter in model.named_parameters() if parameter is head.weight)
+
+
+def from_factory(path: str, args: dict[str, Any]) -> nn.Module:
+    """What a user's `package.module:function` returns. Raises ModelError when that fails or is no module."""
+    from torch import nn
+
+    module_name, _, function_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        # A module of a user's may raise anything when it is imported.
+        kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        raise refused(f"{path!r} cannot be imported: {kind}{reason_of(error)}", "model.factory") from error
+    try:
+        model = function(**args)
+    except Exception as error:
+        reason = f"{path!r} failed: {type(error).__name__}: {reason_of(error)}"
+        raise refused(reason, "model.factory") from error
+    if not isinstance(model, nn.Module):
+        raise refused(f"{path!r} returned a {type(model).__name__}, not a torch.nn.Module", "model.factory")
+    return model
+
+
+def check_vocabulary(job: Job, model: nn.Module, vocab_size: int) -> None:
+    """Raises ModelError when the tokenizer may give ids that the model has no embedding for."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        rows = getattr(get() if callable(get) else None, "num_embeddings", None)
+    except NotImplementedError:
+        return
+    if rows is None or rows >= vocab_size:
+        return
+    found = f"the model's vocabulary has {rows} entries, the tokenizer {job.data.tokenizer!r} needs {vocab_size}"
+    if isinstance(job.model.hf, str):
+        raise refused(
+            f"{found}; use the tokenizer that the model was made with (data.tokenizer: {job.model.hf})",
+            "data.tokenizer", "model.hf",
+        )  # fmt: skip
+    if job.model.factory is not None:
+        raise refused(f"{found}; let model.factory make a larger one", "model.factory", "data.tokenizer")
+    raise refused(f"{found}: set vocab_size to {vocab_size} or more", "model.hf.vocab_size", "data.tokenizer")
+
+
+__all__ = ["Loaded", "ModelError", "build_model", "config_in", "empty_model", "from_factory", "loaded_of"]

@@ -1,0 +1,145 @@
+"""Whether a job's model can be built, found out without its weights: what `validate` looks at beyond the job file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.job import Job
+from orchestrator.job.rules import Finding
+from orchestrator.models.configuration import check_by_name, config_from
+from orchestrator.models.directory import find_directory, read_config
+from orchestrator.models.errors import ModelError
+from orchestrator.models.loading import check_vocabulary, config_in, empty_model, from_factory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_OWN_HEAD_SIZES = ("head_dim", "qk_head_dim", "v_head_dim", "qk_nope_head_dim", "attention_head_dim", "kv_channels")
+
+
+def look_at_model(job: Job, *, here: bool = True) -> None:
+    """What can be said of a model at once, without torch and transformers: run before Ray is started. `here`: whether
+    the run's data and model are on this machine.
+
+    Raises ModelError.
+    """
+    hf = job.model.hf
+    if isinstance(hf, str) and here:
+        read_config(hf, find_directory(hf))
+    elif isinstance(hf, dict) and (findings := check_by_name(hf)):
+        raise ModelError(findings)
+
+
+def try_model(job: Job) -> None:
+    """Builds the job's model on torch's meta device, where it takes no memory, and checks what it is built for: the
+    tokenizer's vocabulary, the sequence length, the layout.
+
+    A factory that does not work there is called as a worker calls it. Raises ModelError or DataError.
+    """
+    look_at_model(job)
+    from orchestrator.data import load_tokenizer
+
+    vocab_size = load_tokenizer(job.data.tokenizer).vocab_size
+    check_sizes(job)
+    model = _build(job)
+    check_vocabulary(job, model, vocab_size)
+    _check_layout(job, model)
+
+
+def _build(job: Job) -> nn.Module:
+    import torch
+
+    from strategies.randomness import seed_stream
+
+    seed_stream(job.train.seed, "initialisation")
+    if job.model.factory is None:
+        with torch.device("meta"):
+            model: nn.Module = empty_model(job)
+        return model
+    try:
+        with torch.device("meta"):
+            return from_factory(job.model.factory, job.model.args)
+    except ModelError:
+        return from_factory(job.model.factory, job.model.args)
+
+
+def check_sizes(job: Job) -> None:
+    """Raises ModelError for what of a configuration does not fit together, or not with the job's samples."""
+    look_at_model(job)
+    if isinstance(job.model.hf, str):
+        config = config_in(job, job.model.hf)[1]
+    elif job.model.hf is not None:
+        config = config_from(dict(job.model.hf), 1)
+    else:
+        return
+    text = config.get_text_config()
+    if findings := [*_heads(job, text), *_positions(job, text)]:
+        raise ModelError(findings)
+
+
+def _heads(job: Job, text: Any) -> list[Finding]:
+    names = ("num_attention_heads", "hidden_size", "num_key_value_heads")
+    heads, hidden, groups = (getattr(text, name, None) for name in names)
+    found = []
+    if not isinstance(heads, int) or heads <= 0:
+        return []
+    if isinstance(hidden, int) and hidden % heads and not _has_own_head_size(job, text):
+        found.append(
+            Finding(
+                (_field(job, text, "num_attention_heads"), _field(job, text, "hidden_size")),
+                f"{heads} heads do not divide the hidden size {hidden}",
+            )
+        )
+    if isinstance(groups, int) and groups > 0 and heads % groups:
+        found.append(
+            Finding(
+                (_field(job, text, "num_key_value_heads"), _field(job, text, "num_attention_heads")),
+                f"{groups} key-value heads do not divide {heads} heads; each serves the same number of them",
+            )
+        )
+    return found
+
+
+def _has_own_head_size(job: Job, text: Any) -> bool:
+    """Whether the width of a head is said, and not what is left of the hidden size."""
+    if isinstance(job.model.hf, dict):
+        said = [name for name in _OWN_HEAD_SIZES if job.model.hf.get(name) is not None]
+        defaults = [name for name in _OWN_HEAD_SIZES if getattr(type(text), name, None) is not None]
+        return bool(said or defaults)
+    return any(getattr(text, name, None) is not None for name in _OWN_HEAD_SIZES)
+
+
+def _positions(job: Job, text: Any) -> list[Finding]:
+    length = job.data.sequence_length
+    for name in _POSITIONS:
+        most = getattr(text, name, None)
+        if type(most) is int and 0 < most < length:
+            field = _field(job, text, name)
+            where = f"raise {field.removeprefix('model.')}" if field != "model.hf" else "use another model"
+            return [
+                Finding(
+                    ("data.sequence_length", field),
+                    f"sequence_length = {length} is above the model's {most} positions ({name}); lower it, or {where}",
+                )
+            ]
+    return []
+
+
+def _field(job: Job, config: Any, name: str) -> str:
+    """The field of the job file that decides this one of the configuration: by the name that the file uses."""
+    if not isinstance(job.model.hf, dict):
+        return "model.hf"
+    names = [name, *(other for other, meant in config.attribute_map.items() if meant == name)]
+    names.append(config.attribute_map.get(name, name))
+    return f"model.hf.{next((each for each in names if each in job.model.hf), name)}"
+
+
+def _check_layout(job: Job, model: nn.Module) -> None:
+    from strategies.blueprint import check_tensor
+
+    try:
+        if job.strategy.tensor > 1:
+            check_tensor(model, job.strategy.tensor)
+    except ValueError as error:
+        raise ModelError([Finding(("strategy.tensor",), str(error))]) from error
