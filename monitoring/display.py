@@ -131,7 +131,4 @@ class Display:
 
 
 def _described(event: dict[str, Any]) -> str | None:
-    try:
-        return describe_event(event)
-    except (KeyError, TypeError):  # of another version
-        return None
+    return describe_event(event)

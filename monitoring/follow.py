@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ class Tail:
     """Gives the records that were appended to a file since last asked; the file may not exist yet.
 
     Of a file that is there already: none of its records with `from_end`, with `last_bytes` those in its last so many
-    bytes.
+    bytes. `passed_over` counts the lines that are no records, by the name of the file.
     """
 
     def __init__(self, path: Path, from_end: bool = False, last_bytes: int | None = None) -> None:
         self._path = path
+        self.passed_over: Counter[str] = Counter()
         last_bytes = 0 if from_end else last_bytes
         self._inode: int | None = None
         size = path.stat().st_size if last_bytes is not None and path.exists() else 0
@@ -40,6 +42,8 @@ class Tail:
             self._offset = end
             if record is not None:
                 yield record
+            else:
+                self.passed_over[self._path.name] += 1
 
 
 def megabytes(num_bytes: int) -> str:
@@ -71,7 +75,15 @@ def _counts(counts: list[int]) -> str:
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """What an event record means, in one line; None for what only tools care about."""
+    """What an event record means, in one line; None for what only tools care about, and for one that lacks what its
+    line would tell (of another version, or damaged)."""
+    try:
+        return _describe_event(event)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
+        return None
+
+
+def _describe_event(event: dict[str, Any]) -> str | None:
     match event["kind"]:
         case "generation":
             workers = ", ".join(str(worker["worker"]) for worker in event["workers"])

@@ -127,7 +127,12 @@ def _unused(path: Path) -> Path:
 
 
 def _result_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "result.json").read_text()))
+    from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+    found = RunDirectory(path).read_json("result.json")
+    if found is None:
+        raise RunDirectoryError(f"{path} has no result.json any more: what came of the run is in events.jsonl")
+    return dict(found)
 
 
 @app.command()
@@ -518,15 +523,25 @@ def audit(run: Run, json_: AsJson = False) -> None:
     from dataclasses import asdict
 
     from orchestrator.data.ledger import audit as audit_ledger
-    from orchestrator.rundir import find_run
+    from orchestrator.data.sources import DataError
+    from orchestrator.rundir import RunDirectoryError, find_run
 
     directory = find_run(run)
     environment = directory.read_json("environment.json")
     if environment is None or "data" not in environment:
         _refuse(f"{directory.path} has no environment.json: the run never got as far as its data")
-    report = audit_ledger(directory.metrics, **environment["data"])
-    result = directory.read_json("result.json") or {}
+    try:
+        report = audit_ledger(directory.metrics, **environment["data"])
+    except DataError:
+        raise
+    except (TypeError, KeyError, ValueError, ArithmeticError, MemoryError) as error:
+        _refuse(f"{directory.path / 'environment.json'} is damaged: its data cannot be audited: {error}")
     problems = list(report.problems)
+    result: dict[str, Any] = {}
+    try:
+        result = directory.read_json("result.json") or {}
+    except RunDirectoryError as error:
+        problems.append(f"what the run recorded cannot be compared: {error}")
     recorded = result.get("data_digest")
     if recorded and report.ok and recorded != report.data_digest:
         problems.append(f"result.json says {recorded}, the ledger gives {report.data_digest}")
@@ -600,6 +615,7 @@ _USER_ERRORS = {
     "ClusterError": EXIT_FAILED,
     "NoticeError": EXIT_BAD_INPUT,
     "NodeError": EXIT_BAD_INPUT,
+    "Unreadable": EXIT_FAILED,
     "GcsError": EXIT_FAILED,
 }
 

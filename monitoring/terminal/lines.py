@@ -22,6 +22,7 @@ def glance(facts: RunFacts, alive: bool, now: float | None = None) -> Lines:
     """Label and text of every line. `now` in seconds since the epoch."""
     now = time.time() if now is None else now
     lines = [("run", str(facts.run_dir)), ("state", _state(facts, alive))]
+    lines += [("damaged", problem) for problem in facts.damaged]
     if facts.result is not None and not alive:
         lines += [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in _closing(facts)]
         return lines + goodput_lines(facts)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from monitoring.follow import Tail, describe_event
+from monitoring.records import passed_over_text
 from orchestrator.commands.following import POLL_S, is_abandoned
 from orchestrator.rundir import RunDirectory
 
@@ -48,6 +50,8 @@ def events(
                 continue
             print(json.dumps(event) if as_json else _line(event, started), flush=True)
         if over or abandoned or not follow:
+            for problem in passed_over_text(tail.passed_over):
+                print(f"orchestrator: {problem}", file=sys.stderr)
             return
         time.sleep(POLL_S)
 
