@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from monitoring.records import records_from
+from monitoring.records import MAX_LINE_BYTES, records_from
 
 
 class Tail:
@@ -27,7 +27,7 @@ class Tail:
         if self._offset and last_bytes:
             with path.open("rb") as file:
                 file.seek(self._offset - 1)
-                self._offset += len(file.readline()) - 1  # to the start of a line
+                self._offset += len(file.readline(MAX_LINE_BYTES)) - 1  # to the start of a line
 
     def new(self) -> Iterator[dict[str, Any]]:
         """New whole records, oldest first. A file that was cut (a rollback) is read on from its new end."""

@@ -89,7 +89,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def as_json(value: Any, **options: Any) -> str:
+def json_text(value: Any, **options: Any) -> str:
     """JSON that every reader can read; `options` are those of json.dumps."""
     return json.dumps(plain(value), allow_nan=False, **options)
 

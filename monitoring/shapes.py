@@ -118,10 +118,9 @@ def _rank(value: Any) -> str | None:
 
 
 STEP = fields(
-    {"step": count, "generation": count, "loss": maybe(number), "tokens": count, "committed_at": seconds,
-     "seconds": seconds},
-    grad_norm=maybe(number), lr=maybe(number), skipped=flag, samples=text, padding=count, deal=count,
-    phase_seconds=by_name(seconds), ranks=many(_rank),
+    {"step": count, "generation": whole, "loss": maybe(number), "tokens": count, "committed_at": seconds,
+     "seconds": seconds, "grad_norm": maybe(number), "lr": number, "skipped": flag, "phase_seconds": by_name(seconds)},
+    samples=text, padding=count, deal=count, ranks=many(_rank),
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- events.jsonl
@@ -137,10 +136,10 @@ _INCIDENT: Mapping[str, Check] = {
 _RECOVERY = fields(
     {"worker": maybe(count), "step": maybe(count), "detect_seconds": seconds, "stall_seconds": seconds,
      "steps_lost": count, "bytes_moved": count, "source": text},
-    incident=text, kind=text, cause=text, at=seconds, pause_seconds=seconds, generation=maybe(count),
+    incident=text, kind=text, cause=text, at=seconds, pause_seconds=seconds, generation=maybe(whole),
 )  # fmt: skip
 _STRETCH = fields(
-    {"first": count, "last": count, "generation": count, "began": seconds, "ended": seconds, "seconds": _DIVIDED},
+    {"first": count, "last": count, "generation": whole, "began": seconds, "ended": seconds, "seconds": _DIVIDED},
     tokens=count,
 )  # fmt: skip
 _LOST = fields({"step": count}, seconds=seconds, phase_seconds=_DIVIDED, tokens=count, skipped=flag)
@@ -164,10 +163,10 @@ _BY_KIND: Mapping[str, Check] = {
     "worker_released": fields(_NAMED),
     "waiting": fields({"needed": count}, workers=count),
     "generation": fields(
-        {"generation": count, "start_step": count, "cause": text, "workers": many(_MEMBER), "layout": _LAYOUT},
+        {"generation": whole, "start_step": count, "cause": text, "workers": many(_MEMBER), "layout": _LAYOUT},
         restore=maybe(text), source=maybe(text), steps_lost=count, collect=flag,
     ),
-    "generation_running": fields({}, generation=count),
+    "generation_running": fields({}, generation=whole),
     "incident": fields(_INCIDENT, incarnation=maybe(count)),
     "recovery": _both(_RECOVERY, fields({"incident": text, "at": seconds})),
     "steps": _STRETCH,
@@ -210,7 +209,7 @@ _WORKER = fields(
 STATUS = fields(
     {}, time=seconds, run=text, name=text, over=flag, state=text, detail=maybe(text), status=maybe(text),
     step=count, steps=count, median_step_seconds=maybe(seconds), tokens=count, tokens_per_second=maybe(number),
-    loss=maybe(number), grad_norm=maybe(number), lr=maybe(number), mfu=maybe(number), generation=maybe(count),
+    loss=maybe(number), grad_norm=maybe(number), lr=maybe(number), mfu=maybe(number), generation=maybe(whole),
     layout=maybe(_LAYOUT), target=maybe(count), min=maybe(count), max=maybe(count), workers=maybe(many(_WORKER)),
     incidents=fields(
         {}, total=count, open=many(fields({"incident": text, "worker": maybe(count), "cause": text}, at=maybe(seconds)))
@@ -220,15 +219,20 @@ STATUS = fields(
     findings=maybe(many(fields({"finding": text}, workers=many(count), detail=text))),
 )  # fmt: skip
 RESULT = fields(
-    {"status": text}, run=text, reason=maybe(text), steps=count, tokens=count, final_loss=maybe(number),
+    {"status": text, "steps": count}, run=text, reason=maybe(text), tokens=count, final_loss=maybe(number),
     wall_seconds=seconds, goodput_ratio=number, median_step_seconds=maybe(seconds), bit_exact=anything,
-    state_digest=maybe(text), data_digest=maybe(text), generations=many(thing), recoveries=many(_RECOVERY),
+    state_digest=maybe(text), data_digest=maybe(text), generations=many(thing), recoveries=many(_both(_RECOVERY, fields({"kind": text}))),
     faults_not_fired=many(count),
 )  # fmt: skip
 SINK = fields({}, committed_at=maybe(seconds), step=count, events=count, memory=thing)
-JOB = fields({}, name=text, train=fields({}, steps=maybe(count), log_every=count), elastic=thing)
+JOB = fields(
+    {},
+    name=text,
+    train=fields({}, steps=maybe(count), log_every=count),
+    elastic=fields({}, workers=fields({"min": count, "max": count})),
+)
 FORK = fields({"step": count, "url": text, "run": text})
-ENVIRONMENT = fields({}, data=thing, store=fields({}, digest=text, tokens=count), packages=by_name(text))
+ENVIRONMENT = fields({}, data=thing, store=fields({"digest": text, "tokens": count}), packages=by_name(text))
 
 LINES: Mapping[str, Check] = {"events.jsonl": event, "metrics.jsonl": STEP}
 """What each line must be, by the name of the file."""

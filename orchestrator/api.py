@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from monitoring.sinks.feeder import check_sinks
+from orchestrator.checkpoint.of_run import job_of
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
 
@@ -77,7 +78,7 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
     known = directory.read_json("job.resolved.json")
     if known is None:
         return None
-    differing = sorted(_differences(Job.model_validate(known).numerics(), job.numerics()))
+    differing = sorted(_differences(job_of(directory).numerics(), job.numerics()))
     if differing and directory.has_begun:
         raise RunDirectoryError(
             f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import sys
 import time
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from monitoring.outside import json_text
+from monitoring.terminal.clean import clean, clean_lines
 from orchestrator.commands.monitoring import app as monitoring_app
 from orchestrator.commands.outcome import EXIT_BAD_INPUT, EXIT_FAILED, exit_code, show_result
 
@@ -66,7 +68,7 @@ def run(
     if fork:
         directory = _fork(loaded, directory)
     _run(
-        loaded, directory, job.read_text(), local_nodes=local_nodes, ephemeral=ephemeral,
+        loaded, directory, job.read_text(encoding="utf-8"), local_nodes=local_nodes, ephemeral=ephemeral,
         page=page, page_port=page_port, json_=json_,
     )  # fmt: skip
 
@@ -149,7 +151,7 @@ def resume(
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    text = (directory.path / "job.yaml").read_text() if (directory.path / "job.yaml").exists() else ""
+    text = (directory.path / "job.yaml").read_text(encoding="utf-8") if (directory.path / "job.yaml").exists() else ""
     _run(
         job_of(directory), directory, text, local_nodes=local_nodes, ephemeral=ephemeral,
         page=page, page_port=page_port, json_=json_,
@@ -213,7 +215,7 @@ def validate(job: JobFile, set_: Overrides = None, json_: AsJson = False) -> Non
 
     loaded = Job.load(job, overrides=set_ or [])
     if json_:
-        print(json.dumps({"job": loaded.resolved(), "digest": loaded.digest()}))
+        print(json_text({"job": loaded.resolved(), "digest": loaded.digest()}))
         return
     import yaml
 
@@ -353,7 +355,9 @@ def resize(run: Run, workers: Annotated[int, typer.Argument(min=1, help="How man
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    limits = directory.read_json("job.resolved.json")["elastic"]["workers"]
+    limits = (directory.read_json("job.resolved.json") or {}).get("elastic", {}).get("workers")
+    if limits is None:
+        _refuse(f"{directory.path / 'job.resolved.json'} is damaged: it has no elastic.workers")
     if not limits["min"] <= workers <= limits["max"]:
         _refuse(f"{workers} workers is outside elastic.workers of this run: {limits['min']} to {limits['max']}")
     _ask(directory, "resize", workers=workers)
@@ -377,7 +381,7 @@ def checkpoint(
     while time.monotonic() < deadline:
         for event in tail.new():
             if event["kind"] in ("checkpoint_saved", "checkpoint_failed"):
-                print(f"{directory.path.name}: {describe_event(event)}")
+                print(clean(f"{directory.path.name}: {describe_event(event)}"))
                 raise typer.Exit(EXIT_FAILED if event["kind"] == "checkpoint_failed" else 0)
             if event["kind"] == "run_finished":
                 print(f"orchestrator: {directory.path} ended before it was saved", file=sys.stderr)
@@ -403,13 +407,13 @@ def checkpoints(
     catalog = of_run.catalog_of(directory, of_run.job_of(directory))
     found = listing.rows(catalog, verify=verify)
     if json_:
-        print(json.dumps([asdict(row) for row in found]))
+        print(json_text([asdict(row) for row in found]))
     elif not found:
         print(f"no checkpoints in {catalog.storage.locate('')}")
     else:
         print(listing.HEADER)
         for row in found:
-            print(listing.describe(row, verified=verify))
+            print(clean(listing.describe(row, verified=verify)))
     raise typer.Exit(EXIT_FAILED if verify and any(not row.valid for row in found) else 0)
 
 
@@ -546,9 +550,9 @@ def audit(run: Run, json_: AsJson = False) -> None:
     if recorded and report.ok and recorded != report.data_digest:
         problems.append(f"result.json says {recorded}, the ledger gives {report.data_digest}")
     if json_:
-        print(json.dumps(asdict(report) | {"ok": not problems, "problems": problems}))
+        print(json_text(asdict(report) | {"ok": not problems, "problems": problems}))
     elif problems:
-        print("audit failed:\n  " + "\n  ".join(problems))
+        print("audit failed:\n  " + "\n  ".join(map(clean, problems)))
     else:
         several = " of its sources" if "sources" in environment["data"] else ""
         print(
@@ -581,12 +585,16 @@ def doctor(
 
 
 def _refuse(text: str) -> NoReturn:
-    print(f"orchestrator: {text}", file=sys.stderr)
+    print(clean_lines(f"orchestrator: {text}"), file=sys.stderr)
     raise typer.Exit(EXIT_BAD_INPUT)
 
 
 def main() -> None:
     """Entry point: turns what a user did wrong into one clear error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the locale of a terminal has no letters for is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:
@@ -596,7 +604,8 @@ def main() -> None:
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _USER_ERRORS), None)
         if kind is None:
             raise
-        print(f"orchestrator: {error}" if kind != "JobError" else str(error), file=sys.stderr)
+        text = f"orchestrator: {error}" if kind != "JobError" else str(error)
+        print(clean_lines(text), file=sys.stderr)
         sys.exit(_USER_ERRORS[kind])
 
 

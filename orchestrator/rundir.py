@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from monitoring.outside import Unreadable, as_json, read_json, read_small
+from monitoring.outside import Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
 from monitoring.shapes import SMALL_FILES, fields, text
 from monitoring.shapes import count as a_count
@@ -133,7 +133,7 @@ class RunDirectory:
         """Writes a JSON file whole: readers see the old or the new content."""
         draft = self.path / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
-            draft.write_text(as_json(value, indent=2, default=str) + "\n", encoding="utf-8")
+            draft.write_text(json_text(value, indent=2, default=str) + "\n", encoding="utf-8")
             os.replace(draft, self.path / name)
         except BaseException:
             with suppress(OSError):
@@ -206,7 +206,7 @@ class RunDirectory:
         """Leaves a request for the controller; returns its id."""
         name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
         draft = self.path / "control" / f".{name}"
-        draft.write_text(as_json({"id": name, "kind": kind, **fields}), encoding="utf-8")
+        draft.write_text(json_text({"id": name, "kind": kind, **fields}), encoding="utf-8")
         os.replace(draft, self.path / "control" / f"{name}.json")
         return name
 

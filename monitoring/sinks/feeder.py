@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from monitoring.outside import as_json, read_json
+from monitoring.outside import json_text, read_json
 from monitoring.shapes import RESULT, SINK
 from monitoring.sinks.base import Sink, SinkProblem, SinkRun
 from monitoring.sinks.mlflow_sink import MLflowSink
@@ -138,7 +138,7 @@ class Feeder:
     def _remember(self) -> None:
         content = self._stream.position.as_dict() if not self._pending else self._remembered()
         draft = self._file.with_name(f"{self._file.name}.draft")
-        draft.write_text(as_json(content | {"memory": self._run.memory}), encoding="utf-8")
+        draft.write_text(json_text(content | {"memory": self._run.memory}), encoding="utf-8")
         os.replace(draft, self._file)
 
     def _remembered(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def feeding(settings: Mapping[str, Any], run: str, directory: Path, job: dict[st
 @contextmanager
 def _alone(directory: Path) -> Iterator[bool]:
     """Whether this process is the one that feeds the run's sinks, until the block ends."""
-    with (directory / ".sinks.lock").open("a") as file:
+    with (directory / ".sinks.lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -132,7 +132,7 @@ class RunFacts:
     @property
     def steps(self) -> int:
         """How many steps the job has."""
-        return self._steps_of_job or int(self.job.get("train", {}).get("steps", 0))
+        return self._steps_of_job or int(self.job.get("train", {}).get("steps") or 0)
 
     @property
     def step_seconds(self) -> float | None:

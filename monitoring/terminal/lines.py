@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 from monitoring.follow import describe_recovery, summary
+from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import Json, RunFacts
 
 Lines = list[tuple[str, str]]
@@ -43,7 +44,7 @@ def _recovery(event: Json) -> str:
 
 
 def as_text(lines: Lines) -> str:
-    return "\n".join(f"{label:<{LABEL_WIDTH}}{text}".rstrip() for label, text in lines)
+    return "\n".join(clean(f"{label:<{LABEL_WIDTH}}{text}").rstrip() for label, text in lines)
 
 
 def _closing(facts: RunFacts) -> list[str]:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from monitoring.outside import json_text
 from orchestrator.cluster.room import Need
 
 SILENCE_S = 30.0
@@ -79,7 +80,7 @@ class Turns:
             queue = in_order([*others, replace(mine, told_at=now)], now)
         if now - mine.told_at > TELL_S or mine.firm != firm:
             mine = replace(mine, firm=firm, need=need, told_at=now)
-            _store()._internal_kv_put(PREFIX + self._run, json.dumps(asdict(mine)), namespace=NAMESPACE)
+            _store()._internal_kv_put(PREFIX + self._run, json_text(asdict(mine)), namespace=NAMESPACE)
         self._mine = mine
         before = queue[: [wish.run for wish in queue].index(self._run)]
         return "" if firm else next((wish.run for wish in before if could_use(wish.need)), "")

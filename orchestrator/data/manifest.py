@@ -97,7 +97,7 @@ class Manifest:
             "total_tokens": self.total_tokens,
             "digest": self.digest,
         }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -133,4 +133,4 @@ class Manifest:
 def store_digest(dtype: str, vocab_size: int, files: Sequence[FileEntry]) -> str:
     """A store's digest, from the digests of each file's tokens in order: the same however it was sharded."""
     content = [_CONTENT_VERSION, dtype, vocab_size, [(file.tokens, file.digest) for file in files]]
-    return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()}"

@@ -273,7 +273,8 @@ def test_chunks_that_overlap_are_no_whole_tensor() -> None:
     manifest = {
         "format": 2, "run": "r", "job": "j", "committed": 1, "updates": 1, "epoch": 1, "generation": 0, "attempt": 0,
         "layout": {}, "data": {}, "randomness": {}, "schedule": {}, "tensors": {"w": {"dtype": "F32", "shape": [4, 2]}},
-        "files": [{"name": "part-e1-g0-a0-r00000.safetensors", "size": 100, "header_bytes": 8, "header_xxh3_128": "0" * 32}],
+        "files": [{"name": "part-e1-g0-a0-r00000.safetensors",
+                   "size": 100, "header_bytes": 8, "header_xxh3_128": "0" * 32}],
         "chunks": [
             chunk | {"offsets": [0, 0], "sizes": [2, 2], "start": 8, "stop": 24},
             chunk | {"offsets": [1, 0], "sizes": [2, 2], "start": 24, "stop": 40},

@@ -23,7 +23,7 @@ class NoticeFile:
     def poll(self, now: float) -> list[Notice]:
         try:
             written = self._path.stat().st_mtime_ns
-            text = self._path.read_text(errors="replace").strip()
+            text = self._path.read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             return []
         return [parse_file(str(self._path), text, written)]
