@@ -174,7 +174,7 @@ def summary(result: dict[str, Any], run_dir: str) -> list[str]:
     """The closing lines of a run, from the content of result.json."""
     loss = result.get("final_loss")
     lines = [
-        f"{result['status']:<11}{result['steps']} steps, {result.get('tokens', 0):,} tokens"
+        f"{result['status']:<11}{result.get('steps', 0)} steps, {result.get('tokens', 0):,} tokens"
         + (f", loss {loss:.4f}" if loss is not None else "")
         + f", {result.get('wall_seconds', 0.0):.1f} s, goodput {100 * result.get('goodput_ratio', 0.0):.0f} %"
     ]

@@ -48,7 +48,7 @@ def write_report_page(run_dir: Path, to: Path) -> None:
     Raises OSError when it cannot be written.
     """
     draft = to.with_name(f".{to.name}.{os.getpid()}")
-    draft.write_text(render(run_dir), encoding="utf-8")
+    draft.write_text(render(run_dir), encoding="utf-8", errors="backslashreplace")
     os.replace(draft, to)
 
 

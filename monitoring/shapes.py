@@ -219,9 +219,10 @@ STATUS = fields(
     findings=maybe(many(fields({"finding": text}, workers=many(count), detail=text))),
 )  # fmt: skip
 RESULT = fields(
-    {"status": text, "steps": count}, run=text, reason=maybe(text), tokens=count, final_loss=maybe(number),
+    {"status": text}, run=text, reason=maybe(text), steps=count, tokens=count, final_loss=maybe(number),
     wall_seconds=seconds, goodput_ratio=number, median_step_seconds=maybe(seconds), bit_exact=anything,
-    state_digest=maybe(text), data_digest=maybe(text), generations=many(thing), recoveries=many(_both(_RECOVERY, fields({"kind": text}))),
+    state_digest=maybe(text), data_digest=maybe(text), generations=many(thing),
+    recoveries=many(_both(_RECOVERY, fields({"kind": text}))),
     faults_not_fired=many(count),
 )  # fmt: skip
 SINK = fields({}, committed_at=maybe(seconds), step=count, events=count, memory=thing)

@@ -49,7 +49,9 @@ class RunDirectory:
     @property
     def run_id(self) -> str:
         """A name for actors: the directory's own, made unique by its full path."""
-        return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
+        # By the bytes of its name, which no locale changes.
+        name = os.fsencode(self.path.name).decode("utf-8", "backslashreplace")
+        return f"{name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
 
     @property
     def uid(self) -> str:

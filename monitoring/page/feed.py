@@ -124,7 +124,7 @@ class Feed:
         try:
             self._poll(now)
         except Unreadable as error:
-            self.view.on_damage("records", str(error).replace(str(self._dir), "").lstrip("/"))
+            self._damaged("records", str(error).replace(str(self._dir), "").lstrip("/"))
 
     def _poll(self, now: float) -> None:
         view = self.view
@@ -142,7 +142,7 @@ class Feed:
             self._take("metrics.jsonl", partial(view.on_step, record))
         for lines in (self._events.passed_over, self._steps.passed_over):
             for name, text in zip(sorted(lines), passed_over_text(lines), strict=True):
-                self.view.on_damage(name, text)
+                self._damaged(name, text)
         status = self._json("status.json")
         self._take("status.json", partial(view.on_status, status, now))
         if status is None or not view.glance.is_live(now):
@@ -156,6 +156,13 @@ class Feed:
             if what not in self._told:
                 self._told.add(what)
                 log.warning("%s of %s cannot be shown in full: %r", what, self._dir, error)
+
+    def _damaged(self, name: str, text: str) -> None:
+        """Says once, to those who look and in the log, that something of a file could not be read."""
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("%s: %s", self._dir, text)
+        self.view.on_damage(name, text)
 
     def _account(self, now: float) -> None:
         """Where the time of an ended or older run went."""
@@ -173,5 +180,5 @@ class Feed:
             return None
         except Unreadable as error:
             # Its place is not told to those who look at the page.
-            self.view.on_damage(name, str(error).replace(str(self._dir), "").lstrip("/"))
+            self._damaged(name, str(error).replace(str(self._dir), "").lstrip("/"))
             return None

@@ -281,7 +281,7 @@ def _static_files(below: Traversable | None = None, prefix: str = "") -> list[tu
 
 
 def _json(value: Any) -> bytes:
-    return json_text(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return json_text(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _message(kind: str, value: dict[str, Any]) -> bytes:
