@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
+from monitoring.outside import json_text
+
 RAY_ROOT = "/tmp/ray"
 """Where Ray keeps its sessions unless told otherwise (`--temp-dir`)."""
 JOB_NAME = "orchestrator"
@@ -53,8 +55,8 @@ def announce(directory: Path, run: str, host: str, port: int) -> Path:
     # The name of the unfinished file does not end in .json: Prometheus must not read it.
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".new", dir=directory)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content) + "\n")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json_text(content) + "\n")
             os.fchmod(file.fileno(), 0o644)
         os.replace(unfinished, path)
     except BaseException:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring.follow import describe_event, describe_step
+from monitoring.terminal.clean import clean, clean_lines
 from monitoring.terminal.facts import RunFacts
 from monitoring.terminal.lines import (
     checkpoint_lines,
@@ -78,7 +79,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """A line of the driver's own."""
-        self.console.print(f"[{self._clock()}] {text}", markup=False)
+        self.console.print(f"[{self._clock()}] {clean_lines(text)}", markup=False)
 
     def update(self, snapshot: dict[str, Any] | None = None) -> None:
         """Shows what is new. `snapshot`, the controller's own word, says how things are until status.json does."""
@@ -92,7 +93,7 @@ class Display:
             if self._live is None and (number % self._log_every == 0 or number == self._total):
                 lines.append((record["committed_at"], describe_step(record, self._total, workers)))
         for at, text in sorted(lines):
-            self.console.print(f"[{self._clock(at)}] {text}", markup=False)
+            self.console.print(f"[{self._clock(at)}] {clean(text)}", markup=False)
         if self._live is not None:
             self._live.update(self._panel())
 
@@ -126,12 +127,9 @@ class Display:
         table.add_column(no_wrap=True)
         table.add_column(overflow="ellipsis", no_wrap=True)
         for label, text in rows:
-            table.add_row(label, Text(text))
+            table.add_row(Text(clean(label)), Text(clean(text)))
         return Group(Text(""), table, self._progress)
 
 
 def _described(event: dict[str, Any]) -> str | None:
-    try:
-        return describe_event(event)
-    except (KeyError, TypeError):  # of another version
-        return None
+    return describe_event(event)

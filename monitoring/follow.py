@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from monitoring.records import records_from
+from monitoring.records import MAX_LINE_BYTES, records_from
 
 
 class Tail:
     """Gives the records that were appended to a file since last asked; the file may not exist yet.
 
     Of a file that is there already: none of its records with `from_end`, with `last_bytes` those in its last so many
-    bytes.
+    bytes. `passed_over` counts the lines that are no records, by the name of the file.
     """
 
     def __init__(self, path: Path, from_end: bool = False, last_bytes: int | None = None) -> None:
         self._path = path
+        self.passed_over: Counter[str] = Counter()
         last_bytes = 0 if from_end else last_bytes
         self._inode: int | None = None
         size = path.stat().st_size if last_bytes is not None and path.exists() else 0
@@ -25,7 +27,7 @@ class Tail:
         if self._offset and last_bytes:
             with path.open("rb") as file:
                 file.seek(self._offset - 1)
-                self._offset += len(file.readline()) - 1  # to the start of a line
+                self._offset += len(file.readline(MAX_LINE_BYTES)) - 1  # to the start of a line
 
     def new(self) -> Iterator[dict[str, Any]]:
         """New whole records, oldest first. A file that was cut (a rollback) is read on from its new end."""
@@ -40,6 +42,8 @@ class Tail:
             self._offset = end
             if record is not None:
                 yield record
+            else:
+                self.passed_over[self._path.name] += 1
 
 
 def megabytes(num_bytes: int) -> str:
@@ -71,7 +75,15 @@ def _counts(counts: list[int]) -> str:
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """What an event record means, in one line; None for what only tools care about."""
+    """What an event record means, in one line; None for what only tools care about, and for one that lacks what its
+    line would tell (of another version, or damaged)."""
+    try:
+        return _describe_event(event)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
+        return None
+
+
+def _describe_event(event: dict[str, Any]) -> str | None:
     match event["kind"]:
         case "generation":
             workers = ", ".join(str(worker["worker"]) for worker in event["workers"])
@@ -162,7 +174,7 @@ def summary(result: dict[str, Any], run_dir: str) -> list[str]:
     """The closing lines of a run, from the content of result.json."""
     loss = result.get("final_loss")
     lines = [
-        f"{result['status']:<11}{result['steps']} steps, {result.get('tokens', 0):,} tokens"
+        f"{result['status']:<11}{result.get('steps', 0)} steps, {result.get('tokens', 0):,} tokens"
         + (f", loss {loss:.4f}" if loss is not None else "")
         + f", {result.get('wall_seconds', 0.0):.1f} s, goodput {100 * result.get('goodput_ratio', 0.0):.0f} %"
     ]

@@ -191,7 +191,7 @@ class Ledger:
         whole = float(event["ended"]) - float(event["began"])
         share = max(0.0, ended - began) / whole if whole > 0 else 0.0
         for part, seconds in event["seconds"].items():
-            self._totals[part] += seconds * share
+            self._totals[part if part in self._totals else "other"] += seconds * share
         if ended > began:
             # What rounding left over.
             self._totals["other"] += (ended - began) - sum(event["seconds"].values()) * share
@@ -206,8 +206,9 @@ class Ledger:
         """Steps that are run again were for nothing."""
         wasted = 0.0
         for part, seconds in event["seconds"].items():
-            moved = min(float(seconds), self._totals[part])
-            self._totals[part] -= moved
+            name = part if part in self._totals else "other"
+            moved = min(float(seconds), self._totals[name])
+            self._totals[name] -= moved
             wasted += moved
         self._totals["wasted_steps"] += wasted
         self._situation.is_ending = False

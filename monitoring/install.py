@@ -118,7 +118,7 @@ def install(directory: Path, settings: Settings) -> list[Path]:
     for name, content in files(directory, settings).items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         written.append(path)
     return written
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from monitoring.logs import LEVELS, LogRecord, parse_line
+from monitoring.outside import Unreadable, open_regular
 
 _OURS = re.compile(r"(controller-\d+|worker-(\d+)\.\d+|driver)\.log(?:\.(\d+))?")
 _RAYS = re.compile(r"worker-[0-9a-f]{16,}.*?(?:-(\d+))?\.(out|err)")
@@ -77,12 +78,12 @@ class LogFiles:
             file = self._read.setdefault(found.st_ino, _File())
             if found.st_size == file.offset:
                 return
-            with path.open("rb") as opened:
+            with open_regular(path) as opened:
                 if opened.read(len(file.head)) != file.head or found.st_size < file.offset:
                     file = self._read[found.st_ino] = _File()
                 opened.seek(file.offset)
                 lines = opened.readlines()
-        except OSError:
+        except (OSError, Unreadable):
             return  # rotated away between two looks: it is read under its new name
         if not file.head and lines:
             file.head = lines[0][:_HEAD_BYTES]

@@ -7,7 +7,6 @@ worker, rank, generation, step. Knows nothing of Ray or torch, nor who writes wh
 
 from __future__ import annotations
 
-import json
 import logging
 import logging.handlers
 import re
@@ -20,6 +19,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from monitoring import shapes
+from monitoring.outside import json_text, parse
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)
         content |= {name: getattr(record, name, None) for name in _CONTEXT_FIELDS}
-        return json.dumps(content)
+        return json_text(content)
 
 
 def _fold(text: str) -> str:
@@ -217,15 +219,24 @@ _ABOUT = re.compile(rf" (?=(?:{'|'.join(_CONTEXT_FIELDS)})=)")  # the name of a 
 _NUMBERS = ("worker", "rank", "generation", "step")
 
 
+_JSON_LINE = shapes.fields(
+    {"time": shapes.seconds, "level": shapes.text, "message": shapes.text, "logger": shapes.text},
+    exception=shapes.maybe(shapes.text), run=shapes.maybe(shapes.text), process=shapes.maybe(shapes.text),
+    **{name: shapes.maybe(shapes.whole) for name in _NUMBERS},
+)  # fmt: skip
+
+
 def parse_line(line: str, file: str) -> LogRecord | None:
     """The record that a line of `file` holds, in either form; None when it is not one of ours."""
     if line.startswith("{"):
         return _parse_json(line, file)
     if (found := _LINE.fullmatch(line)) is None:
         return None
-    at = datetime.strptime(found[1], "%Y-%m-%dT%H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
     about: dict[str, Any] = dict(part.partition("=")[::2] for part in _ABOUT.split(found[3]))
     try:
+        at = datetime.strptime(found[1], "%Y-%m-%dT%H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
+        if shapes.seconds(at) is not None:
+            return None
         about |= {name: int(about[name]) for name in _NUMBERS if name in about}
         return LogRecord(at, found[2], _unfold(found[5]), file, logger=found[4], **about)
     except (TypeError, ValueError):
@@ -234,11 +245,13 @@ def parse_line(line: str, file: str) -> LogRecord | None:
 
 def _parse_json(line: str, file: str) -> LogRecord | None:
     try:
-        content = json.loads(line)
+        content = parse(line)
+        if _JSON_LINE(content) is not None:
+            return None
         message = content["message"] + (f"\n{content['exception']}" if content.get("exception") else "")
         about = {name: content.get(name) for name in _CONTEXT_FIELDS}
         return LogRecord(content["time"], content["level"], message, file, logger=content["logger"], **about)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, ArithmeticError):
         return None
 
 

@@ -5,29 +5,40 @@ Made of the run directory's files alone, so it can be had of any run at any time
 
 from __future__ import annotations
 
-import json
 import time
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from monitoring.goodput import REASONS, VOLUNTARY, read_ledger
-from monitoring.records import read_records
+from monitoring.outside import Unreadable, read_json
+from monitoring.records import passed_over_text, read_records
+from monitoring.shapes import RESULT
 
 _BAR = 30
 
 
 def report_of(run_dir: Path, *, alive: bool = False, now: float | None = None) -> dict[str, Any]:
     """The report of a run; one that is `alive` is told of up to `now`, another up to what is last known of it."""
-    events = list(read_records(run_dir / "events.jsonl"))
-    steps = list(read_records(run_dir / "metrics.jsonl"))
+    passed_over: Counter[str] = Counter()
+    events = list(read_records(run_dir / "events.jsonl", passed_over))
+    steps = list(read_records(run_dir / "metrics.jsonl", passed_over))
+    damaged = passed_over_text(passed_over)
     until = (time.time() if now is None else now) if alive else None
     ledger = read_ledger(events, steps)
     account = ledger.account(until)
-    result = _read(run_dir / "result.json") or {}
+    try:
+        result = read_json(run_dir / "result.json", RESULT)
+    except FileNotFoundError:
+        result = {}
+    except Unreadable as error:
+        result = {}
+        damaged.append(str(error))
     return {
-        "run": next((event["run"] for event in events if event["kind"] == "run_started"), run_dir.name),
+        "run": next(
+            (event["run"] for event in events if event["kind"] == "run_started" and "run" in event), run_dir.name
+        ),
         "run_dir": str(run_dir),
         "status": "running" if alive else result.get("status", "interrupted"),
         "reason": None if alive else result.get("reason"),
@@ -40,13 +51,8 @@ def report_of(run_dir: Path, *, alive: bool = False, now: float | None = None) -
         "incidents": ledger.incidents(until),
         "state_digest": result.get("state_digest"),
         "data_digest": result.get("data_digest"),
+        "damaged": damaged,
     }
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text()))
-    return None
 
 
 def lines_of(report: Mapping[str, Any]) -> list[str]:
@@ -61,6 +67,7 @@ def lines_of(report: Mapping[str, Any]) -> list[str]:
     ]
     if report["reason"] and report["status"] != "finished":
         lines.append(f"{'because':<11}{report['reason']}")
+    lines += [f"{'damaged':<11}{problem}" for problem in report["damaged"]]
     return [*lines, "", *_goodput_lines(goodput), "", *_incident_lines(report["incidents"])]
 
 

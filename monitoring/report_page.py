@@ -5,9 +5,9 @@ Reads a run directory's files only, of finished, stopped, failed and interrupted
 
 from __future__ import annotations
 
-import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -16,8 +16,9 @@ from typing import Any
 
 from monitoring.follow import megabytes
 from monitoring.goodput import read_ledger
+from monitoring.outside import Unreadable, read_json
 from monitoring.page.series import Point, Series
-from monitoring.records import read_records
+from monitoring.records import passed_over_text, read_records
 from monitoring.report_charts import Mark, bar, elapsed, heat_map, line_chart, ribbon
 from monitoring.report_html import (
     MAX_ROWS,
@@ -33,6 +34,7 @@ from monitoring.report_html import (
     words,
 )
 from monitoring.report_speeds import Speeds, rank_speeds
+from monitoring.shapes import SMALL_FILES
 
 MAX_MARKS = 200
 MAX_HEAT_ROWS = 128
@@ -46,7 +48,7 @@ def write_report_page(run_dir: Path, to: Path) -> None:
     Raises OSError when it cannot be written.
     """
     draft = to.with_name(f".{to.name}.{os.getpid()}")
-    draft.write_text(render(run_dir), encoding="utf-8")
+    draft.write_text(render(run_dir), encoding="utf-8", errors="backslashreplace")
     os.replace(draft, to)
 
 
@@ -58,16 +60,18 @@ def render(run_dir: Path) -> str:
 class _Report:
     def __init__(self, run_dir: Path) -> None:
         self.dir = run_dir
-        self.events = [event for event in read_records(run_dir / "events.jsonl") if "time" in event and "kind" in event]
-        self.result = _read_json(run_dir / "result.json")
-        self.job = _read_json(run_dir / "job.resolved.json")
-        self.environment = _read_json(run_dir / "environment.json")
+        passed_over: Counter[str] = Counter()
+        self.damaged: list[str] = []
+        self.events = list(read_records(run_dir / "events.jsonl", passed_over))
+        self.result = self._read_json("result.json")
+        self.job = self._read_json("job.resolved.json")
+        self.environment = self._read_json("environment.json")
         self.series = Series()
         self.tokens = 0
         self.last: Mapping[str, Any] = {}
         accounts: list[dict[str, Any]] = []
         start = self.events[0]["time"] if self.events else None
-        for step in read_records(run_dir / "metrics.jsonl"):
+        for step in read_records(run_dir / "metrics.jsonl", passed_over):
             seconds = float(step.get("seconds") or 0.0)
             start = step["committed_at"] if start is None else start
             speed = step["tokens"] / seconds if seconds > 0 else 0.0
@@ -79,6 +83,7 @@ class _Report:
             kept = {key: step[key] for key in ("step", "generation", "committed_at", "seconds", "tokens")}
             if step.get("ranks"):
                 accounts.append({**kept, "ranks": step["ranks"]})
+        self.damaged += passed_over_text(passed_over)
         self.start = float(start or 0.0)
         self.ledger = read_ledger(self.events, read_records(run_dir / "metrics.jsonl"))
         self.account = self.ledger.account()
@@ -133,6 +138,7 @@ class _Report:
         ]
         cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in facts)
         why = f'<p class="reason">{escape(reason)}</p>' if reason and status != "finished" else ""
+        why += "".join(f'<p class="reason">{escape(problem)}</p>' for problem in self.damaged)
         when = f"{date(self.start)} to {date(self.start + self.end)}" if self.events else ""
         return (
             f'<header><h1>{escape(name)} <span class="status {escape(status)}">{escape(status)}</span></h1>'
@@ -304,6 +310,15 @@ class _Report:
         started = next((event for event in self.events if event["kind"] == "run_started"), {})
         return str(self.result.get("run") or started.get("run") or self.dir.name)
 
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(read_json(self.dir / name, SMALL_FILES[name]))
+        except FileNotFoundError:
+            return {}
+        except Unreadable as error:
+            self.damaged.append(str(error))
+            return {}
+
     def _of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
 
@@ -324,11 +339,3 @@ def _speed_class(speed: float) -> str:
 
 def _text(name: str) -> str:
     return files("monitoring").joinpath(name).read_text(encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from monitoring.sinks.feeder import check_sinks
+from orchestrator.checkpoint.of_run import job_of
 from orchestrator.job import Job
 from orchestrator.models.content import with_content
 from orchestrator.models.validation import look_at_model
@@ -85,7 +86,7 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
         return None
     result = directory.read_json("result.json")
     finished = dict(result) if result is not None and result.get("status") == "finished" else None
-    before = Job.model_validate(known)
+    before = job_of(directory)
     differing = sorted(_differences(before.numerics(), _like(before, job, finished is not None).numerics()))
     if differing and directory.has_begun:
         raise RunDirectoryError(

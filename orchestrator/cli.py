@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import sys
 import time
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from monitoring.outside import json_text
+from monitoring.terminal.clean import clean, clean_lines
 from orchestrator.commands.monitoring import app as monitoring_app
 from orchestrator.commands.outcome import EXIT_BAD_INPUT, EXIT_FAILED, exit_code, show_result
 
@@ -84,7 +86,7 @@ def run(
     if fork:
         directory = _fork(loaded, directory)
     _run(
-        loaded, directory, job.read_text(), local_nodes=local_nodes, ephemeral=ephemeral,
+        loaded, directory, job.read_text(encoding="utf-8"), local_nodes=local_nodes, ephemeral=ephemeral,
         page=page, page_port=page_port, json_=json_,
     )  # fmt: skip
 
@@ -145,7 +147,12 @@ def _unused(path: Path) -> Path:
 
 
 def _result_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "result.json").read_text()))
+    from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+    found = RunDirectory(path).read_json("result.json")
+    if found is None:
+        raise RunDirectoryError(f"{path} has no result.json any more: what came of the run is in events.jsonl")
+    return dict(found)
 
 
 @app.command()
@@ -162,7 +169,7 @@ def resume(
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    text = (directory.path / "job.yaml").read_text() if (directory.path / "job.yaml").exists() else ""
+    text = (directory.path / "job.yaml").read_text(encoding="utf-8") if (directory.path / "job.yaml").exists() else ""
     _run(
         job_of(directory), directory, text, local_nodes=local_nodes, ephemeral=ephemeral,
         page=page, page_port=page_port, json_=json_,
@@ -370,7 +377,9 @@ def resize(run: Run, workers: Annotated[int, typer.Argument(min=1, help="How man
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    limits = directory.read_json("job.resolved.json")["elastic"]["workers"]
+    limits = (directory.read_json("job.resolved.json") or {}).get("elastic", {}).get("workers")
+    if limits is None:
+        _refuse(f"{directory.path / 'job.resolved.json'} is damaged: it has no elastic.workers")
     if not limits["min"] <= workers <= limits["max"]:
         _refuse(f"{workers} workers is outside elastic.workers of this run: {limits['min']} to {limits['max']}")
     _ask(directory, "resize", workers=workers)
@@ -394,7 +403,7 @@ def checkpoint(
     while time.monotonic() < deadline:
         for event in tail.new():
             if event["kind"] in ("checkpoint_saved", "checkpoint_failed"):
-                print(f"{directory.path.name}: {describe_event(event)}")
+                print(clean(f"{directory.path.name}: {describe_event(event)}"))
                 raise typer.Exit(EXIT_FAILED if event["kind"] == "checkpoint_failed" else 0)
             if event["kind"] == "run_finished":
                 print(f"orchestrator: {directory.path} ended before it was saved", file=sys.stderr)
@@ -420,13 +429,13 @@ def checkpoints(
     catalog = of_run.catalog_of(directory, of_run.job_of(directory))
     found = listing.rows(catalog, verify=verify)
     if json_:
-        print(json.dumps([asdict(row) for row in found]))
+        print(json_text([asdict(row) for row in found]))
     elif not found:
         print(f"no checkpoints in {catalog.storage.locate('')}")
     else:
         print(listing.HEADER)
         for row in found:
-            print(listing.describe(row, verified=verify))
+            print(clean(listing.describe(row, verified=verify)))
     raise typer.Exit(EXIT_FAILED if verify and any(not row.valid for row in found) else 0)
 
 
@@ -565,12 +574,16 @@ def doctor(
 
 
 def _refuse(text: str) -> NoReturn:
-    print(f"orchestrator: {text}", file=sys.stderr)
+    print(clean_lines(f"orchestrator: {text}"), file=sys.stderr)
     raise typer.Exit(EXIT_BAD_INPUT)
 
 
 def main() -> None:
     """Entry point: turns what a user did wrong into one clear error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the locale of a terminal has no letters for is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:
@@ -580,7 +593,8 @@ def main() -> None:
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _USER_ERRORS), None)
         if kind is None:
             raise
-        print(f"orchestrator: {error}" if kind != "JobError" else str(error), file=sys.stderr)
+        text = f"orchestrator: {error}" if kind != "JobError" else str(error)
+        print(clean_lines(text), file=sys.stderr)
         sys.exit(_USER_ERRORS[kind])
 
 
@@ -600,6 +614,7 @@ _USER_ERRORS = {
     "ClusterError": EXIT_FAILED,
     "NoticeError": EXIT_BAD_INPUT,
     "NodeError": EXIT_BAD_INPUT,
+    "Unreadable": EXIT_FAILED,
     "GcsError": EXIT_FAILED,
 }
 

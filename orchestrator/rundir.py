@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,11 +20,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from monitoring.outside import Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
+from monitoring.shapes import SMALL_FILES, fields, text
+from monitoring.shapes import count as a_count
 
 
 class RunDirectoryError(RuntimeError):
     """A run directory cannot be used as asked; says which, why and what to do."""
+
+
+_REQUEST_BYTES = 64 << 10
+
+
+def _request_problem(value: Any) -> str | None:
+    """What is wrong with a request."""
+    if (wrong := fields({"id": text, "kind": text}, reason=text)(value)) is not None:
+        return wrong
+    return fields({"workers": a_count})(value) if value["kind"] == "resize" else None
 
 
 class RunDirectory:
@@ -36,7 +49,9 @@ class RunDirectory:
     @property
     def run_id(self) -> str:
         """A name for actors: the directory's own, made unique by its full path."""
-        return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
+        # By the bytes of its name, which no locale changes.
+        name = os.fsencode(self.path.name).decode("utf-8", "backslashreplace")
+        return f"{name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
 
     @property
     def uid(self) -> str:
@@ -45,9 +60,16 @@ class RunDirectory:
         path = self.path / ".run"
         with suppress(FileExistsError):
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            with os.fdopen(descriptor, "w") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(uuid.uuid4().hex)
-        return path.read_text().strip()
+        try:
+            found = read_small(path, 256).decode("ascii", "replace").strip()
+        except (FileNotFoundError, Unreadable) as error:
+            raise RunDirectoryError(f"the identity of the run cannot be read: {error}") from error
+        # It becomes part of the names of directories.
+        if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found) is None:
+            raise RunDirectoryError(f"{path} is damaged: it has no identity of a run (32 hexadecimal digits)")
+        return found
 
     def checkpoint_storage(self, storage: str | None) -> str:
         """Where this run's checkpoints are: in it, or in a directory of its own below a path or URL."""
@@ -93,24 +115,27 @@ class RunDirectory:
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
         if known is None or not self.has_begun:
-            (self.path / "job.yaml").write_text(job_text)
+            (self.path / "job.yaml").write_text(job_text, encoding="utf-8")
         # What a run goes on with counts: other workers, other faults, ...
         self.write_json("job.resolved.json", resolved)
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's content; None when it is not there."""
+        """A JSON file's content, an object that has what it must have (monitoring.shapes); None when it is not there.
+
+        Raises RunDirectoryError for anything else.
+        """
         try:
-            return json.loads((self.path / name).read_text())
-        except (FileNotFoundError, NotADirectoryError):
+            return read_json(self.path / name, SMALL_FILES.get(name))
+        except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise RunDirectoryError(f"{self.path / name} is not valid JSON: {error}") from error
+        except Unreadable as error:
+            raise RunDirectoryError(str(error)) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole: readers see the old or the new content."""
         draft = self.path / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
-            draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+            draft.write_text(json_text(value, indent=2, default=str) + "\n", encoding="utf-8")
             os.replace(draft, self.path / name)
         except BaseException:
             with suppress(OSError):
@@ -130,7 +155,8 @@ class RunDirectory:
 
     def newest_epoch(self) -> int:
         """The highest epoch that a controller has claimed; 0 when there was none."""
-        return max((int(path.name.removeprefix(".epoch-")) for path in self.path.glob(".epoch-*")), default=0)
+        names = (re.fullmatch(r"\.epoch-(\d{1,18})", path.name, re.ASCII) for path in self.path.glob(".epoch-*"))
+        return max((int(found[1]) for found in names if found is not None), default=0)
 
     def lock(self, patience_s: float = 0.0) -> int:
         """Takes the run for this process until it ends; waits up to `patience_s`, as others may have it for a moment
@@ -182,19 +208,35 @@ class RunDirectory:
         """Leaves a request for the controller; returns its id."""
         name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
         draft = self.path / "control" / f".{name}"
-        draft.write_text(json.dumps({"id": name, "kind": kind, **fields}))
+        draft.write_text(json_text({"id": name, "kind": kind, **fields}), encoding="utf-8")
         os.replace(draft, self.path / "control" / f"{name}.json")
         return name
 
     def take_requests(self) -> list[dict[str, Any]]:
-        """The requests left since last time, oldest first; each is given once."""
-        taken = []
+        """The requests left since last time, oldest first; each is given once, as `id`, `kind` and what belongs to it.
+
+        What is no request is moved to `control/refused/` and given with the `error` that is its answer.
+        """
+        taken: list[dict[str, Any]] = []
         for path in sorted((self.path / "control").glob("*.json")):
-            with suppress(ValueError, OSError):
-                taken.append(json.loads(path.read_text()))
+            try:
+                taken.append(read_json(path, _request_problem, _REQUEST_BYTES))
+            except FileNotFoundError:
+                continue
+            except Unreadable as error:
+                self._refuse(path)
+                taken.append({"id": path.stem, "kind": "", "error": f"no request: {error}"})
+                continue
             with suppress(OSError):
                 path.unlink()
         return taken
+
+    def _refuse(self, path: Path) -> None:
+        """Keeps what is no request where it is not looked at again."""
+        refused = path.parent / "refused"
+        with suppress(OSError):
+            refused.mkdir(exist_ok=True)
+            os.replace(path, refused / f"{uuid.uuid4().hex[:8]}-{path.name}")
 
     def answer(self, request: str, timeout_s: float) -> dict[str, Any] | None:
         """Waits for the controller's answer to a request; None when there is none in time."""
@@ -243,5 +285,5 @@ def find_run(name: str, root: Path | None = None) -> RunDirectory:
 
 def _job_name(path: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((path / "job.resolved.json").read_text())["name"])
+        return str(read_json(path / "job.resolved.json", SMALL_FILES["job.resolved.json"])["name"])
     return None

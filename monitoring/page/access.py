@@ -48,7 +48,7 @@ def check_exposure(host: str, token: str | None) -> None:
 def token_of(path: Path) -> str:
     """The token in a file. Raises PageError when there is none."""
     try:
-        token = path.read_text().strip()
+        token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise PageError(f"--token-file {path} cannot be read: {error}") from error
     if not token:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,8 +13,10 @@ from typing import Any
 
 from monitoring.follow import Tail
 from monitoring.goodput import read_ledger
+from monitoring.outside import Unreadable, open_regular, parse, read_json
 from monitoring.page.view import View
-from monitoring.records import read_records, records_from
+from monitoring.records import MAX_LINE_BYTES, passed_over_text, read_records, records_from
+from monitoring.shapes import SMALL_FILES
 
 log = logging.getLogger(__name__)
 ACCOUNT_S = 10.0
@@ -35,6 +37,7 @@ class StepFile:
         self._first = 0
         self._end = 0
         self._seen: tuple[int, int, int] | None = None
+        self.passed_over: Counter[str] = Counter()
 
     def new(self) -> tuple[int | None, Iterator[dict[str, Any]]]:
         """From which step on the record was cut since last asked (None: it was not), and the steps since."""
@@ -75,9 +78,9 @@ class StepFile:
 
     def _is_there(self, index: int) -> bool:
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 file.seek(self._places[index])
-                record = json.loads(file.readline())
+                record = parse(file.readline(MAX_LINE_BYTES))
             return (record["step"], record["committed_at"]) == (self._first + index, self._times[index])
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -86,6 +89,7 @@ class StepFile:
         for end, record in records_from(self._path, self._end):
             place, self._end = self._end, end
             if record is None:
+                self.passed_over[self._path.name] += 1
                 continue
             try:
                 step, at = int(record["step"]), float(record["committed_at"])
@@ -117,6 +121,12 @@ class Feed:
 
     def poll(self, now: float) -> None:
         """Takes in what was recorded since; `now` in seconds since the epoch."""
+        try:
+            self._poll(now)
+        except Unreadable as error:
+            self._damaged("records", str(error).replace(str(self._dir), "").lstrip("/"))
+
+    def _poll(self, now: float) -> None:
         view = self.view
         if not self._job_read and (job := self._json("job.resolved.json")) is not None:
             self._job_read = True
@@ -130,6 +140,9 @@ class Feed:
             self._steps.rewind(view.cut(cut))
         for record in steps:
             self._take("metrics.jsonl", partial(view.on_step, record))
+        for lines in (self._events.passed_over, self._steps.passed_over):
+            for name, text in zip(sorted(lines), passed_over_text(lines), strict=True):
+                self._damaged(name, text)
         status = self._json("status.json")
         self._take("status.json", partial(view.on_status, status, now))
         if status is None or not view.glance.is_live(now):
@@ -144,6 +157,13 @@ class Feed:
                 self._told.add(what)
                 log.warning("%s of %s cannot be shown in full: %r", what, self._dir, error)
 
+    def _damaged(self, name: str, text: str) -> None:
+        """Says once, to those who look and in the log, that something of a file could not be read."""
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("%s: %s", self._dir, text)
+        self.view.on_damage(name, text)
+
     def _account(self, now: float) -> None:
         """Where the time of an ended or older run went."""
         if not self._account_due or (self._account_at is not None and abs(now - self._account_at) < ACCOUNT_S):
@@ -155,7 +175,10 @@ class Feed:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
-            content = json.loads((self._dir / name).read_text())
-        except (OSError, ValueError):
+            return dict(read_json(self._dir / name, SMALL_FILES[name]))
+        except FileNotFoundError:
             return None
-        return content if isinstance(content, dict) else None
+        except Unreadable as error:
+            # Its place is not told to those who look at the page.
+            self._damaged(name, str(error).replace(str(self._dir), "").lstrip("/"))
+            return None

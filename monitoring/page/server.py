@@ -6,7 +6,6 @@ Only reads: every method but GET and HEAD is refused, and nothing that a request
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
+from monitoring.outside import json_text
 from monitoring.page.access import Access, PageError
 from monitoring.page.feed import Feed
 from monitoring.report_page import render
@@ -281,7 +281,7 @@ def _static_files(below: Traversable | None = None, prefix: str = "") -> list[tu
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json_text(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _message(kind: str, value: dict[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ _LEVELS = {
     "gives_way_no_more": "info",
     "controller_restarted": "warn", "stop_requested": "warn", "fault_injected": "warn",
     "recovery": "good", "skew_over": "good", "run_finished": "good", "eviction_withdrawn": "good",
-    "generation": "info", "run_started": "info", "rebalance": "info", "rebalance_measured": "info",
+    "damaged": "bad", "generation": "info", "run_started": "info", "rebalance": "info", "rebalance_measured": "info",
     "resize_requested": "info",
 }  # fmt: skip
 """What is shown, and how bad it is. What workers do one by one is seen in the grid of workers."""
@@ -37,6 +37,8 @@ def describe(event: dict[str, Any]) -> str:
             who = f" ({', '.join(slots)})" if len(slots) <= MAX_NAMED else ""
             number = f"generation {event.get('generation')} from step {event.get('start_step')}"
             return f"{number}: {len(slots)} {'worker' if len(slots) == 1 else 'workers'}{who}"
+        case "damaged":
+            return str(event.get("text"))
         case "rollback":
             return f"{event.get('steps')} steps from step {event.get('committed')} on are done again"
         case "fault_injected":

@@ -30,6 +30,7 @@ class View:
         self.workers = Workers()
         self.timeline = Timeline()
         self._start: float | None = None
+        self._damaged: set[str] = set()
         self._world: list[tuple[float, int, int, int]] = []
         self._checkpoints: list[dict[str, Any]] = []
         self._goodput: dict[str, Any] | None = None
@@ -53,6 +54,13 @@ class View:
                 take(event)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
                 continue  # Of another version, or damaged: the rest is worth showing.
+
+    def on_damage(self, name: str, text: str) -> None:
+        """Something of a file of the run could not be read; told once for each file."""
+        if name not in self._damaged:
+            self._damaged.add(name)
+            at = self._start if self._start is not None else 0.0
+            self.timeline.on_event({"kind": "damaged", "time": at, "text": text})
 
     def _fold(self, event: dict[str, Any]) -> None:
         match event["kind"]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
 import logging
 import os
 import threading
@@ -17,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from monitoring.outside import json_text, read_json
+from monitoring.shapes import RESULT, SINK
 from monitoring.sinks.base import Sink, SinkProblem, SinkRun
 from monitoring.sinks.mlflow_sink import MLflowSink
 from monitoring.sinks.stream import Item, Position, Stream
@@ -137,17 +138,17 @@ class Feeder:
     def _remember(self) -> None:
         content = self._stream.position.as_dict() if not self._pending else self._remembered()
         draft = self._file.with_name(f"{self._file.name}.draft")
-        draft.write_text(json.dumps(content | {"memory": self._run.memory}))
+        draft.write_text(json_text(content | {"memory": self._run.memory}), encoding="utf-8")
         os.replace(draft, self._file)
 
     def _remembered(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
-            return dict(json.loads(self._file.read_text()))
+            return dict(read_json(self._file, SINK))
         return {}
 
     def _status(self) -> str:
         with suppress(OSError, ValueError, KeyError):
-            return str(json.loads((self._run.directory / "result.json").read_text())["status"])
+            return str(read_json(self._run.directory / "result.json", RESULT)["status"])
         return "interrupted"
 
 
@@ -173,7 +174,7 @@ def feeding(settings: Mapping[str, Any], run: str, directory: Path, job: dict[st
 @contextmanager
 def _alone(directory: Path) -> Iterator[bool]:
     """Whether this process is the one that feeds the run's sinks, until the block ends."""
-    with (directory / ".sinks.lock").open("a") as file:
+    with (directory / ".sinks.lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -6,7 +6,6 @@ the new lines are there already. A step done again is known by its new time of c
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Iterator
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.follow import Tail, describe_event
+from monitoring.outside import read_json
 from monitoring.records import records_from
+from monitoring.shapes import STATUS
 
 Json = dict[str, Any]
 
@@ -153,14 +154,11 @@ class Stream:
 
     def _goodput(self) -> float | None:
         try:
-            account = json.loads((self.run_dir / "status.json").read_text())["goodput"]
+            account = read_json(self.run_dir / "status.json", STATUS)["goodput"]
             return float(account["productive_seconds"] / account["wall_seconds"])
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             return None  # not known yet
 
 
 def _described(event: Json) -> str | None:
-    try:
-        return describe_event(event)
-    except (KeyError, TypeError):  # of another version
-        return None
+    return describe_event(event)

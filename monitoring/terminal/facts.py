@@ -4,15 +4,16 @@ records. Whether anybody steers the run is for the caller to know: it takes a lo
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from monitoring.follow import Tail
 from monitoring.goodput import Ledger
+from monitoring.outside import Unreadable, read_json
+from monitoring.records import passed_over_text
+from monitoring.shapes import SMALL_FILES
 
 LAST_STEPS_BYTES = 1 << 18
 """How much of metrics.jsonl is read to begin with: what matters now is at its end."""
@@ -49,7 +50,14 @@ class RunFacts:
         self._findings: dict[tuple[str, str], Json] = {}
         self._checkpoint: Json | None = None
         self._ledger = Ledger()
+        self._unreadable: dict[str, str] = {}
         self.refresh_files()
+
+    @property
+    def damaged(self) -> list[str]:
+        """What of the run's files could not be read, a sentence each."""
+        lines = passed_over_text(self._events.passed_over + self._steps.passed_over)
+        return [*lines, *self._unreadable.values()]
 
     def refresh(self) -> tuple[list[Json], list[Json]]:
         """Reads what is new. Returns the new events and the new steps."""
@@ -62,10 +70,21 @@ class RunFacts:
 
     def refresh_files(self) -> None:
         """Reads the small files, which are replaced whole."""
-        live = _read(self.run_dir / "status.json")
+        live = self._read("status.json")
         self.live = live if live is not None and live.get("time", 0.0) >= self._since else None
-        self.result = _read(self.run_dir / "result.json")
-        self.job = self.job or _read(self.run_dir / "job.resolved.json") or {}
+        self.result = self._read("result.json")
+        self.job = self.job or self._read("job.resolved.json") or {}
+
+    def _read(self, name: str) -> Json | None:
+        """A small JSON file; None when it is not there or not what it should be."""
+        self._unreadable.pop(name, None)
+        try:
+            return dict(read_json(self.run_dir / name, SMALL_FILES[name]))
+        except FileNotFoundError:
+            return None
+        except Unreadable as error:
+            self._unreadable[name] = str(error)
+            return None
 
     def _take(self, event: Json) -> None:
         self._ledger.add(event)
@@ -113,7 +132,7 @@ class RunFacts:
     @property
     def steps(self) -> int:
         """How many steps the job has."""
-        return self._steps_of_job or int(self.job.get("train", {}).get("steps", 0))
+        return self._steps_of_job or int(self.job.get("train", {}).get("steps") or 0)
 
     @property
     def step_seconds(self) -> float | None:
@@ -199,12 +218,5 @@ class RunFacts:
             "result": self.result,
             "live": self.live,
             "goodput": self.goodput,
+            "damaged": self.damaged,
         }
-
-
-def _read(path: Path) -> Json | None:
-    """A small JSON file; None when it is not there or not of this kind."""
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else None
-    return None

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 from monitoring.follow import describe_recovery, summary
+from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import Json, RunFacts
 
 Lines = list[tuple[str, str]]
@@ -22,6 +23,7 @@ def glance(facts: RunFacts, alive: bool, now: float | None = None) -> Lines:
     """Label and text of every line. `now` in seconds since the epoch."""
     now = time.time() if now is None else now
     lines = [("run", str(facts.run_dir)), ("state", _state(facts, alive))]
+    lines += [("damaged", problem) for problem in facts.damaged]
     if facts.result is not None and not alive:
         lines += [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in _closing(facts)]
         return lines + goodput_lines(facts)
@@ -42,7 +44,7 @@ def _recovery(event: Json) -> str:
 
 
 def as_text(lines: Lines) -> str:
-    return "\n".join(f"{label:<{LABEL_WIDTH}}{text}".rstrip() for label, text in lines)
+    return "\n".join(clean(f"{label:<{LABEL_WIDTH}}{text}").rstrip() for label, text in lines)
 
 
 def _closing(facts: RunFacts) -> list[str]:

@@ -15,11 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
+
 from orchestrator.checkpoint.encryption import Cipher, Secret
 from orchestrator.checkpoint.manifest import (
     COMMIT,
     INVALID,
     MANIFEST,
+    MAX_COMMIT_BYTES,
+    MAX_MANIFEST_BYTES,
     CheckpointError,
     ChunkEntry,
     Commit,
@@ -30,7 +34,7 @@ from orchestrator.checkpoint.manifest import (
     digest_of,
 )
 from orchestrator.checkpoint.names import Save, directory_name, is_part, step_of
-from orchestrator.checkpoint.storage import Storage
+from orchestrator.checkpoint.storage import NotAFile, Storage
 
 READ_AT_ONCE = 32 << 20
 """Bytes of neighbouring chunks that are read in one go."""
@@ -140,15 +144,33 @@ class Checkpoint:
             raise CheckpointError(f"{self.location}/{file}: the file is gone") from error
         except EOFError as error:
             raise CheckpointError(f"{self.location}/{file}: cut off: {error}") from error
+        except (NotAFile, IsADirectoryError) as error:
+            raise CheckpointError(f"{self.location}/{file}: {error}") from error
 
     def verify(self) -> None:
         """Reads every byte. Raises CheckpointError when anything is not what was written, OSError."""
-        for file in self.manifest.files:
-            header = memoryview(bytearray(file.header_bytes))
-            self._fill(file.name, 0, header)
-            if digest_of(header) != file.header_xxh3_128:
-                raise CheckpointError(f"{self.location}/{file.name}: its header is not what was saved (digest differs)")
-        self.read(self.manifest.chunks, lambda chunk, data: None)
+        ranges = [(file.name, 0, file.header_bytes, file.header_xxh3_128, "its header") for file in self.manifest.files]
+        ranges += [(c.file, c.start, c.stop, c.xxh3_128, str(c)) for c in self.manifest.chunks]
+        with ThreadPoolExecutor(THREADS, "checkpoint-verify") as pool:
+            # Its own order is that of the files; the first that is wrong is told.
+            for found in list(pool.map(lambda part: self._wrong(*part), sorted(ranges))):
+                if found is not None:
+                    raise found
+
+    def _wrong(self, file: str, start: int, stop: int, digest: str, what: str) -> CheckpointError | None:
+        """What is wrong with some bytes of a file, read in pieces of a size that does not depend on what is there."""
+        hashed = xxhash.xxh3_128()
+        buffer = memoryview(bytearray(min(READ_AT_ONCE, stop - start)))
+        try:
+            for at in range(start, stop, READ_AT_ONCE):
+                piece = buffer[: min(READ_AT_ONCE, stop - at)]
+                self._fill(file, at, piece)
+                hashed.update(piece)
+        except CheckpointError as error:
+            return error
+        if hashed.hexdigest() != digest:
+            return CheckpointError(f"{self.location}/{file}: {what} is not what was saved (digest differs)")
+        return None
 
 
 def _runs(chunks: Iterable[ChunkEntry]) -> Iterator[list[ChunkEntry]]:
@@ -233,13 +255,14 @@ class Catalog:
         where = self.storage.locate(directory)
         names = set(self.storage.names(directory))
         if INVALID in names:
-            reason = self.storage.read(f"{directory}/{INVALID}").decode("utf-8", "replace").strip()
+            reason = self._why_set_aside(directory)
             raise CheckpointError(f"{where} was set aside: {reason}")
         if COMMIT not in names:
             raise CheckpointError(f"{where}: {'never completed' if names else 'not there'} (it has no {COMMIT})")
         try:
-            commit = Commit.from_bytes(self.storage.read(f"{directory}/{COMMIT}"), f"{where}/{COMMIT}")
-            raw = self.storage.read(f"{directory}/{MANIFEST}")
+            marker = self.storage.read(f"{directory}/{COMMIT}", MAX_COMMIT_BYTES)
+            commit = Commit.from_bytes(marker, f"{where}/{COMMIT}")
+            raw = self.storage.read(f"{directory}/{MANIFEST}", min(commit.manifest_bytes, MAX_MANIFEST_BYTES))
             if len(raw) != commit.manifest_bytes or digest_of(raw) != commit.manifest_xxh3_128:
                 raise CheckpointError(f"{where}/{MANIFEST} is not what was saved (digest differs)")
             manifest = Manifest.from_bytes(raw, f"{where}/{MANIFEST}")
@@ -253,7 +276,15 @@ class Catalog:
                     raise CheckpointError(f"{where}/{file.name} has {size} bytes, {file.size} were saved")
         except (FileNotFoundError, EOFError) as error:
             raise CheckpointError(f"{where}: incomplete: {error}") from error
+        except (NotAFile, IsADirectoryError) as error:
+            raise CheckpointError(f"{where}: damaged: {error}") from error
         return Checkpoint(self.storage, commit, manifest, cipher)
+
+    def _why_set_aside(self, directory: str) -> str:
+        try:
+            return self.storage.read(f"{directory}/{INVALID}", MAX_COMMIT_BYTES).decode("utf-8", "replace").strip()
+        except (FileNotFoundError, EOFError, NotAFile, IsADirectoryError) as error:
+            return f"why is not known: {error}"
 
     def _check_identity(self, manifest: Manifest, commit: Commit, committed: int, where: str) -> None:
         if not committed == manifest.committed == commit.committed:
@@ -311,6 +342,8 @@ class Catalog:
         if (problem := next(manifest.problems(), None)) is not None:
             raise CheckpointError(f"{where}: what was written is not the whole state: {problem}")
         raw = manifest.to_bytes()
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{where}: a manifest of {len(raw)} bytes; {MAX_MANIFEST_BYTES} at most can be read")
         ours = {file.name for file in manifest.files}
         # What an earlier attempt left, and one that was set aside, go first; its word that it is complete before all.
         for name in sorted(names - ours, key=lambda name: (name != COMMIT, name != MANIFEST, name)):
@@ -329,8 +362,8 @@ class Catalog:
     def _part(self, save: Save, rank: int, digest: str, where: str) -> Part:
         name = f"{save.part(rank)}.json"
         try:
-            raw = self.storage.read(f"{save.directory}/{name}")
-        except (FileNotFoundError, EOFError) as error:
+            raw = self.storage.read(f"{save.directory}/{name}", MAX_MANIFEST_BYTES)
+        except (FileNotFoundError, EOFError, NotAFile, IsADirectoryError) as error:
             raise CheckpointError(f"{where}: rank {rank} said that it wrote {name}, which is not there") from error
         if digest_of(raw) != digest:
             raise CheckpointError(f"{where}/{name} is not what rank {rank} wrote (digest differs)")

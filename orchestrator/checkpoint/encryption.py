@@ -124,7 +124,7 @@ def find_key(key: str | None, file: str | None) -> Secret:
     """The key that a job names: `${env:NAME}`, or a file. Raises KeyProblem."""
     if file is not None:
         try:
-            return read_key(Path(file).read_text(), f"checkpoint.encryption.file {file}")
+            return read_key(Path(file).read_text(encoding="utf-8"), f"checkpoint.encryption.file {file}")
         except (OSError, UnicodeDecodeError) as error:
             raise KeyProblem(f"checkpoint.encryption.file {file} cannot be read: {error}") from None
     name = (key or "").removeprefix("${env:").removesuffix("}")

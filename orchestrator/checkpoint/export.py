@@ -7,7 +7,6 @@ than the largest one is in memory.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from monitoring.outside import json_text
 from orchestrator.checkpoint.catalog import Checkpoint
 from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
 from orchestrator.checkpoint.parts import safetensors_header
@@ -122,7 +122,9 @@ def _write_weights(
         storage.put(file, functools.partial(_contents, checkpoint, names, shard, types, sizes))
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (target / "model.safetensors.index.json").write_text(
+            json_text(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _deal(sizes: Mapping[str, int], most: int) -> list[list[str]]:

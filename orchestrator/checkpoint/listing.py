@@ -26,20 +26,21 @@ class Row:
 
 
 def rows(catalog: Catalog, *, verify: bool) -> list[Row]:
-    """All checkpoints, newest first; with `verify` every byte of them is read. Raises OSError."""
+    """All checkpoints, newest first; with `verify` every byte of them is read. Raises OSError when they cannot be
+    listed; one that cannot be read is a row that says so."""
     found = []
     for step in catalog.all_steps():
         location = catalog.locate(step)
         try:
             checkpoint = catalog.open(step, keyless=True)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             found.append(Row(step, location, valid=False, why=str(error)))
             continue
         why = ""
         if verify:
             try:
                 checkpoint.verify()
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 why = str(error)
         manifest = checkpoint.manifest
         found.append(

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from monitoring.outside import Unreadable, parse
+from orchestrator.checkpoint.names import DATA_FILE
 
 FORMAT: Literal[2] = 2
 MANIFEST, COMMIT, INVALID = "MANIFEST.json", "COMMIT", "INVALID"
@@ -18,6 +21,18 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """The names of dtypes are those of safetensors."""
+
+
+MAX_COMMIT_BYTES = 64 << 10
+MAX_MANIFEST_BYTES = 512 << 20
+"""A manifest has about 300 bytes for each chunk of each rank."""
+MAX_CHUNKS_OF_TENSOR = 1 << 14
+"""As many ranks at most have something of one tensor."""
+SEALED_BYTES = 28
+"""What encryption adds to a chunk: nonce and tag."""
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Sizes = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16)]
 
 
 class CheckpointError(RuntimeError):
@@ -30,14 +45,14 @@ class UnusableCheckpoint(CheckpointError):
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TensorEntry(_Entry):
     """A whole tensor."""
 
     dtype: str = Field(pattern=f"^({'|'.join(ITEM_BYTES)})$")
-    shape: list[NonNegativeInt]
+    shape: Sizes
 
     @property
     def numel(self) -> int:
@@ -49,12 +64,12 @@ class ChunkEntry(_Entry):
     of those bytes (with encryption: of the encrypted ones)."""
 
     tensor: str
-    dtype: str
-    offsets: list[NonNegativeInt]
-    sizes: list[NonNegativeInt]
+    dtype: str = Field(pattern=f"^({'|'.join(ITEM_BYTES)})$")
+    offsets: Sizes
+    sizes: Sizes
     file: str
-    start: NonNegativeInt
-    stop: NonNegativeInt
+    start: Count
+    stop: Count
     xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
 
     @property
@@ -69,16 +84,16 @@ class ChunkEntry(_Entry):
 class FileEntry(_Entry):
     """A file of chunks. `header` is the digest of what safetensors puts before them, whose length is `header_bytes`."""
 
-    name: str
-    size: NonNegativeInt
-    header_bytes: NonNegativeInt
+    name: str = Field(pattern=DATA_FILE)
+    size: Count
+    header_bytes: Count
     header_xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
 
 
 class Part(_Entry):
     """What one rank wrote, of a state that has seen so many updates: a file, and what is where in it."""
 
-    updates: NonNegativeInt
+    updates: Count
     file: FileEntry
     chunks: list[ChunkEntry]
 
@@ -98,11 +113,11 @@ class Manifest(_Entry):
     format: Literal[2] = FORMAT
     run: str
     job: str
-    committed: NonNegativeInt
-    updates: NonNegativeInt
-    epoch: int
-    generation: int
-    attempt: int
+    committed: Count
+    updates: Count
+    epoch: Count
+    generation: Count
+    attempt: Count
     layout: dict[str, Any]
     data: dict[str, Any]
     randomness: dict[str, Any]
@@ -127,28 +142,38 @@ class Manifest(_Entry):
     def problems(self) -> Iterator[str]:
         """What does not fit together: every element of every tensor must be in one chunk, inside one file."""
         sizes = {file.name: file for file in self.files}
+        if len(sizes) != len(self.files):
+            yield "two files of one name"
+        added = 0 if self.encryption is None else SEALED_BYTES
+        filled = {file.name: file.header_bytes for file in self.files}
         covered = dict.fromkeys(self.tensors, 0)
         boxes: dict[str, list[ChunkEntry]] = {}
         for chunk in self.chunks:
             tensor, file = self.tensors.get(chunk.tensor), sizes.get(chunk.file)
             if tensor is None:
                 yield f"chunk {chunk} is of no tensor"
-            elif chunk.dtype != tensor.dtype or len(chunk.offsets) != len(tensor.shape) != len(chunk.sizes):
+            elif chunk.dtype != tensor.dtype or not (len(chunk.offsets) == len(tensor.shape) == len(chunk.sizes)):
                 yield f"chunk {chunk} is not of a {tensor.dtype} tensor of shape {tensor.shape}"
             elif any(o + n > size for o, n, size in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
                 yield f"chunk {chunk} is outside of shape {tensor.shape}"
             elif file is None or not file.header_bytes <= chunk.start <= chunk.stop <= file.size:
                 yield f"chunk {chunk} is not inside a file"
-            elif self.encryption is None and chunk.stop - chunk.start != chunk.num_bytes:
-                yield f"chunk {chunk} has {chunk.stop - chunk.start} bytes instead of {chunk.num_bytes}"
+            elif chunk.stop - chunk.start != chunk.num_bytes + added:
+                yield f"chunk {chunk} has {chunk.stop - chunk.start} bytes instead of {chunk.num_bytes + added}"
             else:
+                filled[chunk.file] += chunk.stop - chunk.start
                 covered[chunk.tensor] += math.prod(chunk.sizes)
                 boxes.setdefault(chunk.tensor, []).append(chunk)
         for name, tensor in self.tensors.items():
             if covered[name] != tensor.numel:
                 yield f"{name} has {covered[name]} of {tensor.numel} elements"
+            elif len(boxes.get(name, ())) > MAX_CHUNKS_OF_TENSOR:
+                yield f"{name} has more than {MAX_CHUNKS_OF_TENSOR} chunks"
             elif (pair := _overlap(boxes.get(name, ()))) is not None:
                 yield f"chunks {pair[0]} and {pair[1]} overlap"
+        for file in self.files:
+            if filled[file.name] != file.size:
+                yield f"{file.name} has {file.size} bytes, its chunks and their header are {filled[file.name]}"
 
 
 def _overlap(chunks: Iterable[ChunkEntry]) -> tuple[ChunkEntry, ChunkEntry] | None:
@@ -172,9 +197,9 @@ class Commit(_Entry):
     to those who have the key of an encrypted checkpoint, that somebody who had it wrote this."""
 
     format: Literal[2] = FORMAT
-    committed: NonNegativeInt
-    at: float
-    manifest_bytes: NonNegativeInt
+    committed: Count
+    at: float = Field(ge=0, lt=1e11)
+    manifest_bytes: Count
     manifest_xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
     seal: str | None = None
 
@@ -191,7 +216,7 @@ class Commit(_Entry):
 
 def chunk_name(tensor: str, offsets: Iterable[int], sizes: Iterable[int]) -> str:
     """The name of a chunk in its file: `model.lm_head.weight[0:32,0:128]`."""
-    ranges = ",".join(f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=True))
+    ranges = ",".join(f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=False))
     return f"{tensor}[{ranges}]"
 
 
@@ -207,7 +232,7 @@ def canonical(value: Mapping[str, Any]) -> bytes:
 
 def _read(kind: Any, raw: bytes, where: str, *, digested: bool = False) -> Any:
     try:
-        found = json.loads(raw)
+        found = parse(raw)
         if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
             raise CheckpointError(f"{where}: format {found['format']!r} is not the one this version reads ({FORMAT})")
         if digested and (not isinstance(found, dict) or found.pop("xxh3_128", "") != digest_of(canonical(found))):
@@ -217,5 +242,5 @@ def _read(kind: Any, raw: bytes, where: str, *, digested: bool = False) -> Any:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{where}: {place}: {first['msg']} ({error.error_count()} problems)") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not JSON: {error}") from error
+    except Unreadable as error:
+        raise CheckpointError(f"{where}: {error}") from error

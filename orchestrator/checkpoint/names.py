@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_CHECKPOINT = re.compile(r"step-(\d{8,})")
-_PART = re.compile(r"part-e\d+-g\d+-a\d+-r\d+\.(safetensors|json)")
+_CHECKPOINT = re.compile(r"step-(\d{8,18})", re.ASCII)
+DATA_FILE = r"^part-e[0-9]{1,18}-g[0-9]{1,18}-a[0-9]{1,18}-r[0-9]{1,18}\.safetensors$"
+"""A pattern of the names of a checkpoint's data: nothing else is read for one."""
+_PART = re.compile(r"part-e\d+-g\d+-a\d+-r\d+\.(safetensors|json)", re.ASCII)
 
 
 def directory_name(committed: int) -> str:
@@ -17,7 +19,7 @@ def directory_name(committed: int) -> str:
 def step_of(name: str) -> int | None:
     """The number of committed steps in a checkpoint's name; None for another name."""
     match = _CHECKPOINT.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and directory_name(int(match[1])) == name else None
 
 
 def is_part(name: str) -> bool:

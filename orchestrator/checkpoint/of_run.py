@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from monitoring.outside import json_text
 from monitoring.records import read_records
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret, find_key
@@ -71,7 +71,7 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
     holder = catalog.holder_of(step)
     target.path.mkdir(parents=True, exist_ok=False)
     records = itertools.islice(read_records(parent.metrics), step)
-    target.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    target.metrics.write_text("".join(json_text(record) + "\n" for record in records), encoding="utf-8")
     target.write_json(
         "fork.json", {"step": step, "from": str(parent.path), "url": holder.storage.locate(""), "run": holder.run}
     )

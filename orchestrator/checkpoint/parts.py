@@ -82,6 +82,6 @@ def layout_of(chunks: Sequence[ChunkData], overhead: int, *, encrypted: bool) ->
 
 def safetensors_header(described: Mapping[str, Any]) -> bytes:
     """What comes before the data of a safetensors file: `dtype`, `shape` and `data_offsets` of each entry by name."""
-    text = json.dumps(described, separators=(",", ":")).encode()
+    text = json.dumps(described, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)  # The data begin at a multiple of eight bytes.
     return len(text).to_bytes(8, "little") + text

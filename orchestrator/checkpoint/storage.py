@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import random
+import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -31,11 +32,15 @@ class StorageError(OSError):
         self.transient = transient
 
 
+class NotAFile(StorageError):
+    """What is at a path is not what a checkpoint has there: a directory, a pipe, a link, a file far too large."""
+
+
 class Storage(ABC):
     """Files by their path below one place, with "/" between names.
 
-    All methods raise FileNotFoundError for a file that is not there (but removing is then done already), and otherwise
-    OSError when the storage fails.
+    All methods raise FileNotFoundError for a file that is not there (but removing is then done already), NotAFile where
+    something else is in its place, and otherwise OSError when the storage fails.
     """
 
     is_remote = False
@@ -72,9 +77,12 @@ class Storage(ABC):
     def remove_directory(self, path: str) -> None:
         """Takes away what is left of a directory whose files were removed."""
 
-    def read(self, path: str) -> bytes:
-        """A whole (small) file."""
-        buffer = bytearray(self.size(path))
+    def read(self, path: str, max_bytes: int = 64 << 20) -> bytes:
+        """A whole (small) file. Raises NotAFile for one of more than `max_bytes`, before memory is taken for it."""
+        size = self.size(path)
+        if size > max_bytes:
+            raise NotAFile(f"{self.locate(path)} has {size} bytes, more than such a file may have ({max_bytes})")
+        buffer = bytearray(size)
         self.read_into(path, 0, memoryview(buffer))
         return bytes(buffer)
 
@@ -181,7 +189,7 @@ class LocalStorage(Storage):
         os.unlink(target)
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        file = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
+        file = self._open(path)
         try:
             done = 0
             while done < len(buffer):
@@ -192,8 +200,28 @@ class LocalStorage(Storage):
         finally:
             os.close(file)
 
+    def _open(self, path: str) -> int:
+        """Opens a file for reading; follows no link and waits for no pipe."""
+        try:
+            file = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise NotAFile(f"{self.locate(path)} is not a regular file") from error
+            raise
+        try:
+            self._regular(path, os.fstat(file))
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _regular(self, path: str, found: os.stat_result) -> os.stat_result:
+        if not stat.S_ISREG(found.st_mode):
+            raise NotAFile(f"{self.locate(path)} is not a regular file")
+        return found
+
     def size(self, path: str) -> int:
-        return os.stat(self.root / path).st_size
+        return self._regular(path, os.lstat(self.root / path)).st_size
 
     def names(self, path: str) -> list[str]:
         try:
@@ -203,7 +231,8 @@ class LocalStorage(Storage):
 
     def remove(self, path: str) -> None:
         target = self.root / path
-        with contextlib.suppress(FileNotFoundError):
+        # What is a directory is nothing of ours, and stays.
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             self._unlink(target)
             self._sync_directory(target.parent)
 

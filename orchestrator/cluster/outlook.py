@@ -121,8 +121,11 @@ class Outlook:
         answer."""
         for request in self._directory.take_requests():
             answer = {"id": request["id"], "request": request["kind"]}
-            if request["kind"] == "resize":
-                self._tell(Resize(int(request["workers"])))
+            if request.get("error"):
+                log.warning("in control/: %s", request["error"])
+                answer["error"] = request["error"]
+            elif request["kind"] == "resize":
+                self._tell(Resize(request["workers"]))
             elif request["kind"] == "checkpoint":
                 self._tell(SaveRequested())
             elif request["kind"] == "stop":

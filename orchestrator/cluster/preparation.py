@@ -116,6 +116,10 @@ def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
     known = directory.read_json("environment.json")
     if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
         return
+    if "store" not in known:
+        raise RunDirectoryError(
+            f"{directory.path / 'environment.json'} is damaged: it does not say what data the run has"
+        )
     if known["store"]["digest"] != dataset.digest:
         raise RunDirectoryError(
             f"{directory.path} was begun with other data ({known['store']['tokens']:,} tokens then, "
@@ -149,7 +153,7 @@ def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
 
 def _processor() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()

@@ -70,7 +70,7 @@ class Submission:
 def read_runtime_env(path: Path) -> dict[str, Any]:
     """A runtime environment of Ray, in YAML or JSON. Raises SubmissionError."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise SubmissionError(f"--runtime-env {path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -8,12 +8,12 @@ has not got enough by the end of its turn goes to the end of the queue.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from monitoring.outside import json_text, parse
 from orchestrator.cluster.room import Need
 
 SILENCE_S = 30.0
@@ -79,7 +79,7 @@ class Turns:
             queue = in_order([*others, replace(mine, told_at=now)], now)
         if now - mine.told_at > TELL_S or mine.firm != firm:
             mine = replace(mine, firm=firm, need=need, told_at=now)
-            _store()._internal_kv_put(PREFIX + self._run, json.dumps(asdict(mine)), namespace=NAMESPACE)
+            _store()._internal_kv_put(PREFIX + self._run, json_text(asdict(mine)), namespace=NAMESPACE)
         self._mine = mine
         before = queue[: [wish.run for wish in queue].index(self._run)]
         return "" if firm else next((wish.run for wish in before if could_use(wish.need)), "")
@@ -89,7 +89,7 @@ class Turns:
         for key in _store()._internal_kv_list(PREFIX, namespace=NAMESPACE):
             content = _store()._internal_kv_get(key, namespace=NAMESPACE)
             with suppress(ValueError, TypeError, KeyError):  # Gone meanwhile, or of another version of ours.
-                found.append(Wish.read(json.loads(content)))
+                found.append(Wish.read(parse(content)))
         return found
 
 

@@ -14,11 +14,11 @@ def attach(directory: RunDirectory, address: str | None, *, as_json: bool) -> in
     """
     from monitoring.display import Display
 
-    job = directory.read_json("job.resolved.json")
+    train = (directory.read_json("job.resolved.json") or {}).get("train", {})
     if as_json:
         result = follow(directory, address)
     else:
-        with Display(directory.path, job["train"]["steps"], job["train"]["log_every"]) as display:
+        with Display(directory.path, train.get("steps", 0), train.get("log_every", 1)) as display:
             result = follow(directory, address, on_update=display.update, on_note=display.note)
     if result is None:
         if not as_json:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from pathlib import Path
 
+from monitoring.outside import json_text
 from orchestrator.doctor.check import Check, as_json, is_ok, lines_of, summary
 from orchestrator.doctor.stages import Settings, chosen
 from orchestrator.doctor.supervise import examine
@@ -26,7 +26,7 @@ def doctor(address: str | None, storage: str | None, *, as_json_: bool, quick: b
 
     checks = examine(settings, chosen(settings), tell)
     if as_json_:
-        print(json.dumps(as_json(checks)))
+        print(json_text(as_json(checks)))
         return is_ok(checks)
     print(f"\n{summary(checks)}")
     if address is not None and not any(check.name == "ports" for check in checks):

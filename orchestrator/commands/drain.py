@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
+
+from monitoring.outside import json_text
 
 
 def drain(node: str, *, deadline_s: float, reason: str, address: str | None, as_json: bool) -> None:
@@ -24,7 +25,7 @@ def drain(node: str, *, deadline_s: float, reason: str, address: str | None, as_
             "reason": reason,
             "was_draining": done.was_draining,
         }
-        print(json.dumps(content))
+        print(json_text(content))
         return
     until = time.strftime("%H:%M:%S", time.localtime(done.deadline))
     again = ", which replaces its earlier deadline" if done.was_draining else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from monitoring.follow import Tail, describe_event
+from monitoring.outside import json_text
+from monitoring.records import passed_over_text
+from monitoring.terminal.clean import clean
 from orchestrator.commands.following import POLL_S, is_abandoned
 from orchestrator.rundir import RunDirectory
 
@@ -46,8 +49,10 @@ def events(
             over = event["kind"] == "run_finished"
             if (kinds and event["kind"] not in kinds) or (since is not None and event["time"] < since):
                 continue
-            print(json.dumps(event) if as_json else _line(event, started), flush=True)
+            print(json_text(event) if as_json else _line(event, started), flush=True)
         if over or abandoned or not follow:
+            for problem in passed_over_text(tail.passed_over):
+                print(clean(f"orchestrator: {problem}"), file=sys.stderr)
             return
         time.sleep(POLL_S)
 
@@ -56,4 +61,4 @@ def _line(event: dict[str, Any], started: float) -> str:
     text = describe_event(event) or ", ".join(
         f"{key}={value}" for key, value in event.items() if key not in ("time", "kind")
     )
-    return f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}"
+    return clean(f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}")

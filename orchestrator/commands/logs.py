@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 
 from monitoring.follow import Tail
 from monitoring.log_files import LogFiles
 from monitoring.logs import describe
+from monitoring.outside import json_text
+from monitoring.terminal.clean import clean_lines
 from orchestrator.commands.following import POLL_S, is_abandoned
 from orchestrator.rundir import RunDirectory
 
@@ -27,7 +28,7 @@ def logs(
             if event["kind"] == "worker_ready":
                 slots[event["pid"]] = event["worker"]
         for record in files.new():
-            print(json.dumps(record.as_dict()) if as_json else describe(record), flush=True)
+            print(json_text(record.as_dict()) if as_json else clean_lines(describe(record)), flush=True)
         if ends:
             return
         time.sleep(POLL_S)

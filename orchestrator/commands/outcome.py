@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from monitoring.outside import json_text
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 3
 
@@ -17,9 +18,10 @@ def exit_code(status: str) -> int:
 def show_result(content: dict[str, Any], path: Path, *, as_json: bool) -> None:
     """Prints result.json, or what it means."""
     if as_json:
-        print(json.dumps(content))
+        print(json_text(content))
         return
     from monitoring.follow import summary
+    from monitoring.terminal.clean import clean
 
     print()
-    print("\n".join(summary(content, str(path))))
+    print("\n".join(map(clean, summary(content, str(path)))))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from monitoring.outside import json_text
 from monitoring.report import lines_of, report_of
 from monitoring.report_page import write_report_page
+from monitoring.terminal.clean import clean
 from orchestrator.rundir import RunDirectory
 
 
@@ -20,7 +21,7 @@ def report(directory: RunDirectory, *, as_json: bool, to: Path | None) -> None:
     write_report_page(directory.path, page)
     content["page"] = str(page)
     if as_json:
-        print(json.dumps(content))
+        print(json_text(content))
         return
-    print("\n".join(lines_of(content)))
+    print("\n".join(map(clean, lines_of(content))))
     print(f"\n{'page':<11}{page}")

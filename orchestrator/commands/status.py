@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from monitoring.outside import json_text
 from monitoring.terminal.facts import RunFacts
 from monitoring.terminal.lines import as_text, glance
 from orchestrator.rundir import RunDirectory
@@ -15,4 +14,4 @@ def status(directory: RunDirectory, *, as_json: bool) -> None:
     facts = RunFacts(directory.path)
     facts.refresh()
     facts.run = directory.run_id
-    print(json.dumps(facts.as_json(alive)) if as_json else as_text(glance(facts, alive)))
+    print(json_text(facts.as_json(alive)) if as_json else as_text(glance(facts, alive)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from monitoring.outside import json_text
+from monitoring.terminal.clean import clean_lines
 
 
 def submit(
@@ -31,7 +33,7 @@ def submit(
     jobs = Jobs(address)
     identity = jobs.submit(submission, name, submission_id)
     if as_json:
-        print(json.dumps({"submission_id": identity, "address": jobs.address, "entrypoint": submission.entrypoint()}))
+        print(json_text({"submission_id": identity, "address": jobs.address, "entrypoint": submission.entrypoint()}))
     else:
         print(f"submitted {identity} to {jobs.address}", flush=True)
     if not follow:
@@ -40,12 +42,12 @@ def submit(
             print(f"end it with:    ray job stop --address {jobs.address} {identity}")
         return 0
     try:
-        status, code = jobs.follow(identity, lambda text: print(text, end="", flush=True))
+        status, code = jobs.follow(identity, lambda text: print(clean_lines(text), end="", flush=True))
     except KeyboardInterrupt:
         print(f"\nthe run goes on; end it with: ray job stop --address {jobs.address} {identity}")
         return 0
     if as_json:
-        print(json.dumps({"submission_id": identity, "status": status, "exit_code": code}))
+        print(json_text({"submission_id": identity, "status": status, "exit_code": code}))
     if status == "STOPPED":
         return 3
     return code if code is not None else int(status != "SUCCEEDED")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from monitoring.outside import json_text
 from orchestrator.job import Job
 from orchestrator.job.load import located
 from orchestrator.models.content import with_content
@@ -28,7 +28,7 @@ def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: 
 
         try_data(job)
     if as_json:
-        print(json.dumps({"job": job.resolved(), "digest": job.digest()}))
+        print(json_text({"job": job.resolved(), "digest": job.digest()}))
         return
     import yaml
 

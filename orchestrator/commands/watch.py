@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 from monitoring.display import Display
 from monitoring.follow import summary
+from monitoring.outside import json_text
+from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import RunFacts
 from orchestrator.commands.following import is_abandoned
 from orchestrator.rundir import RunDirectory
@@ -36,7 +37,7 @@ def _watch(directory: RunDirectory, facts: RunFacts) -> str:
             time.sleep(REFRESH_S)
     print()
     if facts.result is not None:
-        print("\n".join(summary(facts.result, str(directory.path))))
+        print("\n".join(map(clean, summary(facts.result, str(directory.path)))))
     else:
         print(f"interrupted after {facts.step} steps; orchestrator resume {directory.path} goes on from the newest "
               "checkpoint")  # fmt: skip
@@ -50,7 +51,7 @@ def _watch_json(directory: RunDirectory, facts: RunFacts) -> str:
         over = _is_over(directory, facts)
         facts.refresh()
         facts.run = directory.run_id
-        line = json.dumps(facts.as_json(alive=not over))
+        line = json_text(facts.as_json(alive=not over))
         if line != before:
             print(line, flush=True)
         before = line

@@ -287,7 +287,7 @@ def building_lock(target: Path) -> Iterator[bool]:
 
     The lock saves work and tidies up, no more: `publish` is safe without it.
     """
-    with open(target.with_name(target.name + ".lock"), "a") as stream:
+    with open(target.with_name(target.name + ".lock"), "a", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError:

@@ -8,7 +8,6 @@ nothing else of a run.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import struct
@@ -21,12 +20,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from monitoring.outside import Unreadable, parse
 from orchestrator.data.compose import Composer
 from orchestrator.data.mix import MixedSampler
 from orchestrator.data.sampler import Sampler
 from orchestrator.data.sources import DataError
 
 _MAX_PROBLEMS = 20
+_MAX_GAP = 1_000_000
+"""A step that is so far ahead is no step of this run, and what it would use is not counted."""
 
 
 def virtual_worker_hash(ids: NDArray[np.integer]) -> int:
@@ -171,6 +173,9 @@ def audit(
         if type(step) is not int or step < 0:  # bool is an int to isinstance, but True is no step
             problems.append(f"{where}: step is {step!r}, not a step number")
             continue
+        if step > expected_step + _MAX_GAP:
+            problems.append(f"{where}: step {step} where step {expected_step} was expected; it is left out")
+            continue
         if step != expected_step:
             problems.append(f"{where}: step {step} where step {expected_step} was expected")
         steps, expected_step = steps + 1, step + 1
@@ -261,8 +266,8 @@ def _records(path: str | os.PathLike[str], problems: list[str]) -> Iterator[tupl
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 try:
-                    record = json.loads(line)
-                except ValueError:
+                    record = parse(line)
+                except Unreadable:
                     if line.endswith(b"\n"):  # only the last line can lack it, and only a crash leaves it torn
                         problems.append(f"{os.fspath(path)}:{number}: not valid JSON")
                     continue

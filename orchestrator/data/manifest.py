@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from monitoring.outside import parse
+from monitoring.shapes import count, fields, many, text
 from orchestrator.data.sources import DataError
 
 FORMAT_VERSION = 3
@@ -23,6 +26,24 @@ DTYPES = {"uint16": 2, "uint32": 4}
 LENGTH_BYTES = 8
 RANGE_BYTES = 4 << 20
 _DIGITS = 16
+
+
+def _shard_name(value: Any) -> str | None:
+    """The name of a file in the store, and nowhere else."""
+    is_plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", value) is not None
+    return None if is_plain else "is no name of a file in the store"
+
+
+_SHAPE = fields(
+    {
+        "key": text, "dtype": text, "vocab_size": count, "total_tokens": count, "digest": text,
+        "files": many(fields(
+            {"name": text, "fingerprint": text, "documents": count, "tokens": count, "digest": text})),
+        "shards": many(fields(
+            {"name": _shard_name, "tokens": count, "size_bytes": count, "digest": text, "documents": count,
+             "documents_digest": text, "ranges": text})),
+    }
+)  # fmt: skip
 
 
 class BrokenStoreError(DataError):
@@ -97,15 +118,17 @@ class Manifest:
             "total_tokens": self.total_tokens,
             "digest": self.digest,
         }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
+    def from_json(cls, raw: str) -> Manifest:
         """Parse MANIFEST.json; BrokenStoreError when it is torn, of another version or contradicts itself."""
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = parse(raw)
             if content["format_version"] != FORMAT_VERSION:
                 raise BrokenStoreError(f"format version {content['format_version']}, not {FORMAT_VERSION}")
+            if (wrong := _SHAPE(content)) is not None:
+                raise BrokenStoreError(f"torn manifest: {wrong}")
             manifest = cls(
                 key=content["key"],
                 dtype=content["dtype"],
@@ -123,7 +146,7 @@ class Manifest:
             )
         except BrokenStoreError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise BrokenStoreError(f"torn manifest: {type(error).__name__}: {error}") from error
         if not consistent:
             raise BrokenStoreError("manifest contradicts itself")
@@ -133,4 +156,4 @@ class Manifest:
 def store_digest(dtype: str, vocab_size: int, files: Sequence[FileEntry]) -> str:
     """A store's digest, from the digests of each file's tokens in order: the same however it was sharded."""
     content = [_CONTENT_VERSION, dtype, vocab_size, [(file.tokens, file.digest) for file in files]]
-    return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()}"

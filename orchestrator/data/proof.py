@@ -22,12 +22,16 @@ class TokensReport:
     """What could not be looked at, and why."""
 
 
-def rehash_tokens(store: Mapping[str, Any]) -> TokensReport:
+def rehash_tokens(store: Any) -> TokensReport:
     """Reads every token of the stores that a run used, and compares their digests with those on record."""
     report = TokensReport()
-    parts = store.get("parts")
-    if not parts:
-        report.unchecked.append("environment.json does not say where they are: the run is of an earlier version")
+    parts = store.get("parts") if isinstance(store, Mapping) else None
+    if not isinstance(parts, list) or not all(
+        isinstance(p, Mapping) and {"location", "digest"} <= p.keys() for p in parts
+    ):
+        report.unchecked.append(
+            "environment.json does not say where they are: the run is of an earlier version, or it is damaged"
+        )
         return report
     for part in parts:
         location, recorded = str(part["location"]), str(part["digest"])

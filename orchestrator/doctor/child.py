@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from monitoring.outside import json_text
 from orchestrator.doctor import authentication, machine, storage_probe, versions
 from orchestrator.doctor.check import HERE, NOTE, PROBLEM, WARNING, Check, is_ok, size, speed
 from orchestrator.doctor.facts import gpu_facts, machine_facts, token_facts
@@ -169,11 +170,11 @@ class Examiner:
 
 
 def main(settings: Settings, descriptor: int, names: list[str]) -> None:
-    out = os.fdopen(descriptor, "w")
+    out = os.fdopen(descriptor, "w", encoding="utf-8")
 
     def say(**message: Any) -> None:
         try:
-            print(json.dumps(message), file=out, flush=True)
+            print(json_text(message), file=out, flush=True)
         except BrokenPipeError:
             _wait_for_the_end()
 

@@ -88,7 +88,7 @@ def token_facts(environment: Mapping[str, str], home: Path) -> dict[str, Any]:
     named = environment.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else home / ".ray" / "auth_token"
     try:
-        if not path.read_text().strip():
+        if not path.read_text(encoding="utf-8").strip():
             raise OSError("the file is empty")
         file_mode = path.stat().st_mode & 0o777
     except (OSError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import IO, Any
 
+from monitoring.outside import json_text
 from orchestrator.doctor.check import Check
 from orchestrator.doctor.stages import SWEEP, Settings, Stage, not_swept
 
@@ -33,7 +34,7 @@ Command = Callable[[Settings, int, list[Stage]], list[str]]
 def command_of(settings: Settings, descriptor: int, stages: list[Stage]) -> list[str]:
     """What runs these stages, and tells of them on a file descriptor."""
     names = [stage.name for stage in stages]
-    return [sys.executable, "-m", "orchestrator.doctor.child", json.dumps(asdict(settings)), str(descriptor), *names]
+    return [sys.executable, "-m", "orchestrator.doctor.child", json_text(asdict(settings)), str(descriptor), *names]
 
 
 def examine(
@@ -90,7 +91,7 @@ class _Process:
 def _process(settings: Settings, pending: list[Stage], command: Command) -> Iterator[_Process]:
     """In a session of its own, so that it can be ended with whatever it started, however the block ends."""
     reading, writing = os.pipe()
-    with os.fdopen(reading) as lines, tempfile.TemporaryFile() as errors:
+    with os.fdopen(reading, encoding="utf-8") as lines, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command(settings, writing, pending), pass_fds=(writing,), stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,

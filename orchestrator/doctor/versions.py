@@ -23,7 +23,9 @@ def requirements() -> dict[str, str]:
         python, asked = metadata["Requires-Python"], metadata.get_all("Requires-Dist") or []
     except importlib.metadata.PackageNotFoundError:
         try:
-            project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+            project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))[
+                "project"
+            ]
         except OSError:
             return {}
         python, asked = project["requires-python"], project["dependencies"]

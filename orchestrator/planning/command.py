@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from monitoring.outside import json_text
 from orchestrator.job import Job
 from orchestrator.models.validation import check_sizes
 from orchestrator.planning.assume import MachineOptions, machine_for
@@ -50,7 +50,7 @@ def plan(
     if not any(answer.plans for answer in answers):
         raise nothing_fits(planner, counts[-1])
     if as_json_:
-        print(json.dumps(as_json(job.name, work, assumptions, answers)))
+        print(json_text(as_json(job.name, work, assumptions, answers)))
     else:
         print_answers(job.name, work, assumptions, answers, everything)
 

@@ -582,5 +582,5 @@ class Worker:
 
 def _resident_bytes() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
     return 0

@@ -269,11 +269,12 @@ def test_an_edit_that_fits_its_digest_is_not_a_manifest_of_this_format(tmp_path:
 
 
 def test_chunks_that_overlap_are_no_whole_tensor() -> None:
-    chunk = {"tensor": "w", "dtype": "F32", "file": "f", "xxh3_128": "0" * 32}
+    chunk = {"tensor": "w", "dtype": "F32", "file": "part-e1-g0-a0-r00000.safetensors", "xxh3_128": "0" * 32}
     manifest = {
         "format": 2, "run": "r", "job": "j", "committed": 1, "updates": 1, "epoch": 1, "generation": 0, "attempt": 0,
         "layout": {}, "data": {}, "randomness": {}, "schedule": {}, "tensors": {"w": {"dtype": "F32", "shape": [4, 2]}},
-        "files": [{"name": "f", "size": 100, "header_bytes": 8, "header_xxh3_128": "0" * 32}],
+        "files": [{"name": "part-e1-g0-a0-r00000.safetensors",
+                   "size": 100, "header_bytes": 8, "header_xxh3_128": "0" * 32}],
         "chunks": [
             chunk | {"offsets": [0, 0], "sizes": [2, 2], "start": 8, "stop": 24},
             chunk | {"offsets": [1, 0], "sizes": [2, 2], "start": 24, "stop": 40},

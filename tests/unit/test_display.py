@@ -11,8 +11,9 @@ from rich.console import Console
 from monitoring.display import Display
 
 STEP = {"step": 0, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "generation": 0, "tokens": 512, "seconds": 0.5,
-        "skipped": False, "committed_at": 100.0}  # fmt: skip
-GENERATION = {"time": 99.0, "kind": "generation", "generation": 0, "start_step": 0, "workers": [{"worker": 3}]}
+        "skipped": False, "committed_at": 100.0, "phase_seconds": {}}  # fmt: skip
+GENERATION = {"time": 99.0, "kind": "generation", "generation": 0, "start_step": 0, "cause": "start",
+              "workers": [{"worker": 3, "incarnation": 0}], "layout": {"data": 1}}  # fmt: skip
 INCIDENT = {"time": 99.5, "kind": "incident", "incident": "kill", "worker": 1, "cause": "worker 1 died",
             "step": 0, "at": 99.4, "detect_seconds": 0.1}  # fmt: skip
 SNAPSHOT = {"state": "training", "step": 1, "workers": 1, "standby": 0, "starting": 2, "generation": 0,

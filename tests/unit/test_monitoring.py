@@ -11,7 +11,7 @@ from monitoring.records import RecordFile, read_records
 
 
 def test_a_torn_last_line_is_passed_over_and_cut_off_before_the_next_record(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
+    path = tmp_path / "records.jsonl"
     path.write_bytes(b'{"a":1}\n{"a":2')
     assert list(read_records(path)) == [{"a": 1}]
     file = RecordFile(path)
@@ -35,7 +35,7 @@ def test_keep_rewrites_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_tail_gives_each_record_once_and_waits_for_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
+    path = tmp_path / "records.jsonl"
     tail = Tail(path)
     assert list(tail.new()) == []
     path.write_text('{"a":1}\n{"a":')
@@ -48,7 +48,7 @@ def test_tail_gives_each_record_once_and_waits_for_whole_lines(tmp_path: Path) -
 
 def test_tail_survives_a_file_that_was_cut_and_grew_again(tmp_path: Path) -> None:
     """A rollback replaces the file; the new one may be longer than the old when it is next looked at."""
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "records.jsonl"
     file = RecordFile(path)
     for step in range(3):
         file.append({"step": step})

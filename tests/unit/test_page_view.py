@@ -216,7 +216,9 @@ def test_a_damaged_record_hides_nothing_else(tmp_path: Path) -> None:
     feed.poll(run.now)
     shown = feed.view.whole(run.now)
     assert shown["glance"]["step"] == 2
-    assert [entry["kind"] for entry in shown["timeline"]].count("generation") == 2
+    assert [entry["kind"] for entry in shown["timeline"]].count("generation") == 1
+    told = next(entry for entry in shown["timeline"] if entry["kind"] == "damaged")
+    assert told["text"] == "2 lines of events.jsonl could not be read"
 
 
 # ------------------------------------------------------------------------------------------------------------- series

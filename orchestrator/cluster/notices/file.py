@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from monitoring.outside import parse
+from monitoring.shapes import MOST_S
 from orchestrator.cluster.notices.notice import Notice
 
 
@@ -23,7 +24,7 @@ class NoticeFile:
     def poll(self, now: float) -> list[Notice]:
         try:
             written = self._path.stat().st_mtime_ns
-            text = self._path.read_text(errors="replace").strip()
+            text = self._path.read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             return []
         return [parse_file(str(self._path), text, written)]
@@ -33,14 +34,14 @@ def parse_file(path: str, text: str, written_ns: int) -> Notice:
     """The notice that a file is. What cannot be read as JSON is its reason: the file is there, that is what counts."""
     deadline, reason = None, ""
     try:
-        content = json.loads(text)
+        content = parse(text)
     except ValueError:
         reason = text.splitlines()[0][:200] if text else ""
     else:
         if isinstance(content, dict):
             reason = str(content.get("reason") or "")
             seconds = content.get("deadline_s")
-            if isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds >= 0:
+            if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < MOST_S:
                 deadline = written_ns / 1e9 + seconds
         else:
             reason = str(content)[:200]

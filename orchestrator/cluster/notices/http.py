@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import IO, Any
 
+from monitoring.outside import parse
 from orchestrator.cluster.notices.notice import SourceError
 
 TIMEOUT_S = 1.0
@@ -29,7 +29,7 @@ class Response:
     def json(self) -> Any:
         """Raises SourceError."""
         try:
-            return json.loads(self.text)
+            return parse(self.text)
         except ValueError as error:
             raise SourceError(f"{self.url} answers what is not JSON: {self.text[:80]!r}") from error
 
