@@ -1,5 +1,5 @@
-"""What is trained on is what the job names: tokens that change after the start are found; what is no text, or one file by
-two names, is refused."""
+"""What is trained on is what the job names: tokens that change after the start are found; bytes that are no text, or
+one file by two names, are refused."""
 
 from __future__ import annotations
 
