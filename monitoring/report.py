@@ -6,12 +6,12 @@ Made of the run directory's files alone, so it can be had of any run at any time
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from monitoring.clock import Line
 from monitoring.goodput import REASONS, VOLUNTARY, read_ledger
 from monitoring.records import read_records
 
@@ -22,7 +22,7 @@ def report_of(run_dir: Path, *, alive: bool = False, now: float | None = None) -
     """The report of a run; one that is `alive` is told of up to `now`, another up to what is last known of it."""
     events = list(read_records(run_dir / "events.jsonl"))
     steps = list(read_records(run_dir / "metrics.jsonl"))
-    until = (time.time() if now is None else now) if alive else None
+    until = (Line.of(events).now() if now is None else now) if alive else None
     ledger = read_ledger(events, steps)
     account = ledger.account(until)
     result = _read(run_dir / "result.json") or {}

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from monitoring.clock import Line, on_line
 from monitoring.follow import megabytes
 from monitoring.goodput import read_ledger
 from monitoring.page.series import Point, Series
@@ -58,7 +59,9 @@ def render(run_dir: Path) -> str:
 class _Report:
     def __init__(self, run_dir: Path) -> None:
         self.dir = run_dir
-        self.events = [event for event in read_records(run_dir / "events.jsonl") if "time" in event and "kind" in event]
+        records = [event for event in read_records(run_dir / "events.jsonl") if "time" in event and "kind" in event]
+        self.events = [on_line(event) for event in records]
+        self.line = Line.of(records)
         self.result = _read_json(run_dir / "result.json")
         self.job = _read_json(run_dir / "job.resolved.json")
         self.environment = _read_json(run_dir / "environment.json")
@@ -146,7 +149,7 @@ class _Report:
             return str(ended["status"]), str(ended.get("reason") or "")
         if self.result:
             return str(self.result.get("status", "finished")), str(self.result.get("reason") or "")
-        quiet = time.time() - self.start - self.end
+        quiet = self.line.now() - self.start - self.end
         return ("running", "") if self.events and quiet < 60.0 else ("interrupted", "it has not said that it ended")
 
     def _goodput(self) -> str:

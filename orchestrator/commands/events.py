@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from monitoring.clock import when
 from monitoring.follow import Tail, describe_event
 from orchestrator.commands.following import POLL_S, is_abandoned
 from orchestrator.rundir import RunDirectory
@@ -42,7 +43,7 @@ def events(
         abandoned = follow and is_abandoned(directory)
         over = False
         for event in tail.new():
-            started = started if started is not None else event["time"]
+            started = started if started is not None else when(event)
             over = event["kind"] == "run_finished"
             if (kinds and event["kind"] not in kinds) or (since is not None and event["time"] < since):
                 continue
@@ -54,6 +55,6 @@ def events(
 
 def _line(event: dict[str, Any], started: float) -> str:
     text = describe_event(event) or ", ".join(
-        f"{key}={value}" for key, value in event.items() if key not in ("time", "kind")
+        f"{key}={value}" for key, value in event.items() if key not in ("time", "clock", "kind")
     )
-    return f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}"
+    return f"[{when(event) - started:8.2f} s] {event['kind']:<20} {text}"
