@@ -69,6 +69,8 @@ class Line:
     def __init__(self) -> None:
         self._shift: float | None = None
         self._last: tuple[float, float] | None = None
+        self._status_at: float | None = None
+        self._heard: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> Line:
@@ -78,12 +80,16 @@ class Line:
         return line
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Any record; those of kind "controller" say how the line is counted."""
+        """Any record; those of kind "controller" say how the line is counted. A status.json that has changed since the
+        last one was taken is of now, however the wall clocks of its writer and its reader differ."""
         if not isinstance(record.get("time"), int | float):
             return
         at = when(record)
         if self._last is None or at >= self._last[0]:
             self._last = at, float(record["time"])
+        if "kind" not in record and at != self._status_at:
+            self._heard = None if self._status_at is None else (at, time.monotonic())
+            self._status_at = at
         if record.get("kind") == "controller":
             is_ours = this_boot() != "" and record.get("boot") == this_boot()
             self._shift = float(record["clock_shift"]) if is_ours else None
@@ -96,6 +102,9 @@ class Line:
         last, wall_then = self._last
         if self._shift is not None:
             return max(last, time.monotonic() + self._shift)
+        if self._heard is not None:
+            at, heard = self._heard
+            return max(last, at + time.monotonic() - heard)
         return last + max(0.0, wall - wall_then)
 
 

@@ -48,7 +48,7 @@ class Display:
     ) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         # An attempt that goes on with a run is not shown what the one before it was at.
-        self.facts = facts or RunFacts(run_dir, is_new=True, steps=total_steps)
+        self.facts = facts or RunFacts(run_dir, is_new=not history, steps=total_steps)
         self._total = total_steps
         self._log_every = log_every
         past, _ = self.facts.refresh()

@@ -254,11 +254,13 @@ class RunMetrics:
         self._one("world_target").set(status["target"])
         self._one("world_min").set(status["min"])
         self._one("checkpoint_expected_interval_seconds").set(status["checkpoint_interval_seconds"])
+        # Prometheus compares what it is told with the wall clock.
+        ahead_s = float(status["time"]) - when(status) if "clock" in status else 0.0
         counts = Count(worker["state"] for worker in status["workers"])
         for state in WORKER_STATES:
             self._one("world_size", state=state).set(counts[state])
         self._ranks = [
-            (worker["rank"], _series_of(worker)) for worker in status["workers"] if worker["rank"] is not None
+            (worker["rank"], _series_of(worker, ahead_s)) for worker in status["workers"] if worker["rank"] is not None
         ]
 
     def on_window(self, window: Window) -> None:
@@ -302,11 +304,11 @@ class RunMetrics:
             self._one(name, **labels).inc(more)
 
 
-def _series_of(worker: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a rank's series, of its worker's entry in status.json."""
+def _series_of(worker: Mapping[str, Any], ahead_s: float) -> dict[str, Any]:
+    """The values of a rank's series, of its worker's entry in status.json. The wall clock is `ahead_s` of the run's."""
     return {
         "rank_info": {"worker": worker["worker"], "node": worker["node"]},
-        "rank_heartbeat_timestamp_seconds": worker["heartbeat"],
+        "rank_heartbeat_timestamp_seconds": worker["heartbeat"] and worker["heartbeat"] + ahead_s,
         "rank_relative_speed_ratio": worker["speed"],
         "rank_own_speed_ratio": worker["own_speed"],
         "rank_wait_ratio": worker["wait_share"],
