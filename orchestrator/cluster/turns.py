@@ -77,7 +77,9 @@ class Turns:
             self._first_since = now
         elif now - self._first_since > self._turn_s and len(queue) > 1 and not firm:
             self._first_since = None
-            mine = replace(mine, since=now, told_at=0.0)
+            # Behind all others, also those whose clocks are ahead of ours.
+            behind = max((wish.since + 0.001 for wish in queue if wish.run != self._run), default=now)
+            mine = replace(mine, since=max(now, behind), told_at=0.0)
             queue = in_order([*others, replace(mine, told_at=now)], now)
         if now - mine.told_at > TELL_S or mine.firm != firm:
             mine = replace(mine, firm=firm, need=need, told_at=now)
