@@ -4,7 +4,7 @@ came to, so that the goodput ledger can be made of events alone. Pure: whoever k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from monitoring.goodput import Account, read_ledger
@@ -15,10 +15,21 @@ Event = dict[str, Any]
 _ENDS_A_STRETCH = frozenset({"generation", "rollback", "run_finished"})
 
 
-class Book:
-    """`events` and `steps` are on record already; every method returns the events to put on record, in order."""
+def _wall_only(now: float) -> Event:
+    return {"time": now}
 
-    def __init__(self, events: Iterable[Mapping[str, Any]] = (), steps: Iterable[Mapping[str, Any]] = ()) -> None:
+
+class Book:
+    """`events` and `steps` are on record already; every method returns the events to put on record, in order. `stamp`
+    makes of a time on the run's line the fields that say when an event was recorded."""
+
+    def __init__(
+        self,
+        events: Iterable[Mapping[str, Any]] = (),
+        steps: Iterable[Mapping[str, Any]] = (),
+        stamp: Callable[[float], Event] = _wall_only,
+    ) -> None:
+        self._stamp = stamp
         past, committed = list(events), list(steps)
         self.ledger = read_ledger(past)
         self._stretches = Stretches(max((record["step"] + 1 for record in committed), default=0))
@@ -27,16 +38,18 @@ class Book:
     def catch_up(self, now: float) -> list[Event]:
         """What a predecessor that was lost had not summed up."""
         missing, self._missing = self._missing, []
-        return [self._enter({**event, "time": now}) for event in missing]
+        return [self._enter({**event, **self._stamp(now)}) for event in missing]
 
     def record(self, kind: str, fields: Mapping[str, Any], now: float) -> list[Event]:
         """Something happened."""
         before = self._flush(now) if kind in _ENDS_A_STRETCH else []
-        return [*before, self._enter({"time": now, "kind": kind, **fields})]
+        return [*before, self._enter({**self._stamp(now), "kind": kind, **fields})]
 
     def step(self, record: Mapping[str, Any], now: float) -> list[Event]:
         """A step was committed."""
-        return [self._enter({"time": now, "kind": "steps", **stretch}) for stretch in self._stretches.add(record)]
+        return [
+            self._enter({**self._stamp(now), "kind": "steps", **stretch}) for stretch in self._stretches.add(record)
+        ]
 
     def roll_back(self, committed: int, records: Iterable[Mapping[str, Any]], now: float) -> list[Event]:
         """The steps from `committed` on, of those on record, will be run again."""
@@ -53,7 +66,7 @@ class Book:
         return self.ledger.settled(now, self._stretches.peek())
 
     def _flush(self, now: float) -> list[Event]:
-        return [self._enter({"time": now, "kind": "steps", **stretch}) for stretch in self._stretches.flush()]
+        return [self._enter({**self._stamp(now), "kind": "steps", **stretch}) for stretch in self._stretches.flush()]
 
     def _enter(self, event: Event) -> Event:
         self.ledger.add(event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from monitoring.terminal.lines import (
     worker_lines,
 )
 
-CLOCK_SKEW_S = 5.0
 ROWS_BELOW = 14
 """Rows of the panel that are not workers."""
 
@@ -51,11 +49,11 @@ class Display:
     ) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         # An attempt that goes on with a run is not shown what the one before it was at.
-        self.facts = facts or RunFacts(run_dir, since=time.time() - CLOCK_SKEW_S, steps=total_steps)
+        self.facts = facts or RunFacts(run_dir, is_new=not history, steps=total_steps)
         self._total = total_steps
         self._log_every = log_every
         past, _ = self.facts.refresh()
-        self._started = self.facts.started if history and self.facts.started else time.time()
+        self._started = self.facts.started if history and self.facts.started else self.facts.now()
         self._snapshot: dict[str, Any] = {}
         self._live: Live | None = None
         self._progress = Progress(
@@ -98,10 +96,10 @@ class Display:
             self._live.update(self._panel())
 
     def _clock(self, at: float | None = None) -> str:
-        return f"{(at or time.time()) - self._started:6.1f} s"
+        return f"{(at or self.facts.now()) - self._started:6.1f} s"
 
     def _panel(self) -> Group:
-        facts, snapshot, now = self.facts, self._snapshot, time.time()
+        facts, snapshot, now = self.facts, self._snapshot, self.facts.now()
         self._progress.update(self._task, completed=facts.step, eta=time_left(facts))
         rows = [("state", "starting" if facts.generation is None else "running")]
         if facts.live is not None:

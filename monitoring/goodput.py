@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from monitoring.clock import when
 from monitoring.stretches import uncovered
 
 REASONS = (
@@ -161,7 +162,7 @@ class Ledger:
                 self._settle(float(event["began"]))
                 self._train(event)
             return
-        at = float(event["time"])
+        at = when(event)
         if kind == "controller":
             if self._session not in (None, event["session"]):
                 ended = max(self._last, self._until) if self._finished is None else self._finished
@@ -234,8 +235,8 @@ class Ledger:
         for piece in pieces:
             self._book(piece)
         self._until = until
-        passed = [mark for mark in self._marks if float(mark["time"]) <= until]
-        self._marks = [mark for mark in self._marks if float(mark["time"]) > until]
+        passed = [mark for mark in self._marks if when(mark) <= until]
+        self._marks = [mark for mark in self._marks if when(mark) > until]
         self._situation = situation
         if any(mark["kind"] == "generation" for mark in passed):
             self._open = [incident for incident in self._open if incident.detected > until]
@@ -251,11 +252,11 @@ class Ledger:
     def _divide(self, start: float, stop: float, *, is_open: bool) -> tuple[list[_Piece], _Situation]:
         """The pieces of a gap, and the situation at its end. In an open gap nobody knows yet how it ends."""
         situation = self._situation.copy()
-        marks = sorted((mark for mark in self._marks if float(mark["time"]) <= stop), key=lambda mark: mark["time"])
+        marks = sorted((mark for mark in self._marks if when(mark) <= stop), key=when)
         incidents = [incident for incident in self._open if incident.at <= stop]
         cuts = {start, stop}
         for at in [
-            *(float(mark["time"]) for mark in marks),
+            *(when(mark) for mark in marks),
             *(i.at for i in incidents),
             *(i.detected for i in incidents),
         ]:
@@ -263,7 +264,7 @@ class Ledger:
         ordered, taken = sorted(cuts), 0
         pieces: list[_Piece] = []
         for here, there in itertools.pairwise(ordered):
-            while taken < len(marks) and float(marks[taken]["time"]) <= here:
+            while taken < len(marks) and when(marks[taken]) <= here:
                 situation.take(marks[taken])
                 taken += 1
             reason, incident = _reason(situation, incidents, here, is_open)

@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 
+from monitoring.clock import when
 from monitoring.exposition import MetricsServer, rank_lines
 from monitoring.goodput import REASONS, VOLUNTARY, Ledger
 from monitoring.series import RUN_SERIES
@@ -113,7 +114,7 @@ class RunMetrics:
     def on_step(self, record: Mapping[str, Any]) -> None:
         """A step was committed; `record` is its line of metrics.jsonl."""
         self._one("step").set(record["step"] + 1)
-        self._one("last_step_timestamp_seconds").set(record["committed_at"])
+        self._one("last_step_timestamp_seconds").set(record.get("time", record["committed_at"]))
         self._one("loss").set(_number(record["loss"]))
         self._one("grad_norm").set(_number(record["grad_norm"]))
         self._one("learning_rate").set(record["lr"])
@@ -154,13 +155,13 @@ class RunMetrics:
             case "incident":
                 self._on_incident(event)
             case "generation":
-                self._formed = self._running = float(event["time"])
+                self._formed = self._running = when(event)
                 self._one("generation").set(event["generation"])
                 members = [(member["worker"], member["incarnation"]) for member in event["workers"]]
                 peaks = [self._peaks.get(member, 0.0) for member in members]
                 self._peak_flops = sum(peaks) if all(peaks) else 0.0
             case "generation_running":
-                self._running = float(event["time"])
+                self._running = when(event)
             case "recovery":
                 self._on_recovery(event)
             case "controller" | "run_finished":
@@ -189,7 +190,7 @@ class RunMetrics:
         for event in events:
             if event["kind"] == "rollback":
                 # What goodput was told to be before stays told.
-                self.book(ledger.settled(event["time"]))
+                self.book(ledger.settled(when(event)))
                 rollbacks.append(event)
             ledger.add(event)
             self.on_event(event)
@@ -204,7 +205,7 @@ class RunMetrics:
         self._one("failures_total", kind=event["incident"]).inc()
         self._one("detection_seconds").observe(event["detect_seconds"])
         self._one("incidents_open").inc()
-        self._detected[event["incident"], event["worker"], event["at"]] = float(event["time"])
+        self._detected[event["incident"], event["worker"], event["at"]] = when(event)
         if event["incident"] in VOLUNTARY or event["worker"] is None:
             return
         node = self._nodes.get((event["worker"], event["incarnation"]))
@@ -253,11 +254,13 @@ class RunMetrics:
         self._one("world_target").set(status["target"])
         self._one("world_min").set(status["min"])
         self._one("checkpoint_expected_interval_seconds").set(status["checkpoint_interval_seconds"])
+        # Prometheus compares what it is told with the wall clock.
+        ahead_s = float(status["time"]) - when(status) if "clock" in status else 0.0
         counts = Count(worker["state"] for worker in status["workers"])
         for state in WORKER_STATES:
             self._one("world_size", state=state).set(counts[state])
         self._ranks = [
-            (worker["rank"], _series_of(worker)) for worker in status["workers"] if worker["rank"] is not None
+            (worker["rank"], _series_of(worker, ahead_s)) for worker in status["workers"] if worker["rank"] is not None
         ]
 
     def on_window(self, window: Window) -> None:
@@ -301,11 +304,11 @@ class RunMetrics:
             self._one(name, **labels).inc(more)
 
 
-def _series_of(worker: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a rank's series, of its worker's entry in status.json."""
+def _series_of(worker: Mapping[str, Any], ahead_s: float) -> dict[str, Any]:
+    """The values of a rank's series, of its worker's entry in status.json. The wall clock is `ahead_s` of the run's."""
     return {
         "rank_info": {"worker": worker["worker"], "node": worker["node"]},
-        "rank_heartbeat_timestamp_seconds": worker["heartbeat"],
+        "rank_heartbeat_timestamp_seconds": worker["heartbeat"] and worker["heartbeat"] + ahead_s,
         "rank_relative_speed_ratio": worker["speed"],
         "rank_own_speed_ratio": worker["own_speed"],
         "rank_wait_ratio": worker["wait_share"],

@@ -5,12 +5,12 @@ Made of the run directory's files alone, so it can be had of any run at any time
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from monitoring.clock import Line
 from monitoring.goodput import REASONS, VOLUNTARY, read_ledger
 from monitoring.outside import Unreadable, read_json
 from monitoring.records import passed_over_text, read_records
@@ -25,7 +25,7 @@ def report_of(run_dir: Path, *, alive: bool = False, now: float | None = None) -
     events = list(read_records(run_dir / "events.jsonl", passed_over))
     steps = list(read_records(run_dir / "metrics.jsonl", passed_over))
     damaged = passed_over_text(passed_over)
-    until = (time.time() if now is None else now) if alive else None
+    until = (Line.of(events).now() if now is None else now) if alive else None
     ledger = read_ledger(events, steps)
     account = ledger.account(until)
     try:

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from monitoring.clock import Line, on_line
 from monitoring.follow import megabytes
 from monitoring.goodput import read_ledger
 from monitoring.outside import Unreadable, read_json
@@ -62,7 +63,9 @@ class _Report:
         self.dir = run_dir
         passed_over: Counter[str] = Counter()
         self.damaged: list[str] = []
-        self.events = list(read_records(run_dir / "events.jsonl", passed_over))
+        records = list(read_records(run_dir / "events.jsonl", passed_over))
+        self.events = [on_line(event) for event in records]
+        self.line = Line.of(records)
         self.result = self._read_json("result.json")
         self.job = self._read_json("job.resolved.json")
         self.environment = self._read_json("environment.json")
@@ -152,7 +155,7 @@ class _Report:
             return str(ended["status"]), str(ended.get("reason") or "")
         if self.result:
             return str(self.result.get("status", "finished")), str(self.result.get("reason") or "")
-        quiet = time.time() - self.start - self.end
+        quiet = self.line.now() - self.start - self.end
         return ("running", "") if self.events and quiet < 60.0 else ("interrupted", "it has not said that it ended")
 
     def _goodput(self) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from monitoring.clock import when
+
 PARTS = ("productive", "data_loading", "straggler_wait", "checkpoint_save", "other")
 STRETCH_S = 10.0
 """How long a stretch may get, so that what a lost controller had not written down is little."""
@@ -130,7 +132,7 @@ def uncovered(events: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str
     stretches, began = Stretches(), None
     for event in events:
         if event["kind"] == "run_started" and began is None:
-            began = float(event["time"])
+            began = when(event)
         elif event["kind"] == "steps":
             stretches = Stretches.following(event)
         elif event["kind"] == "rollback":

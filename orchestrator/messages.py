@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from orchestrator.checkpoint.names import Save
 from orchestrator.planning.model import ModelCosts
@@ -70,8 +70,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One committed step, as every rank knows it. `loss` in nats per token, times in seconds since the epoch; `tokens`
-    are targets that count, `padding` positions computed without one.
+    """One committed step, as every rank knows it. `loss` in nats per token; `committed_at` as the worker's monotonic
+    clock says, until it is `dated`; `tokens` are targets that count, `padding` positions computed without one.
 
     `ranks` is what each rank of the generation spent on it, told by the first only; `deal` the number of the deal by
     which they held virtual workers.
@@ -189,7 +189,8 @@ class Finalized:
 
 @dataclass(frozen=True)
 class FaultFired:
-    """An injected fault is about to happen. `at` is its time, from which recoveries are measured."""
+    """An injected fault is about to happen. `at` is its time, from which recoveries are measured; until it is `dated`
+    by the worker's monotonic clock, as in all messages."""
 
     worker: WorkerId | None
     index: int
@@ -274,3 +275,27 @@ class Reply:
     recorded: int
     epoch: int
     shutdown: bool = False
+
+
+# ---------------------------------------------------------------------------------------- their times
+
+T = TypeVar("T")
+
+
+def dated(message: T, shift: float) -> T:
+    """A worker's message with its times on the run's line, of which its monotonic clock is `shift` behind."""
+    match message:
+        case Heartbeat() | Status() | Left() if message.reports or isinstance(message, Left | Status):
+            times: dict[str, Any] = {"reports": tuple(_dated_step(report, shift) for report in message.reports)}
+            if isinstance(message, Left) and message.at:
+                times["at"] = message.at + shift
+            if isinstance(message, Status) and message.left is not None:
+                times["left"] = dated(message.left, shift)
+            return replace(message, **times)
+        case FaultFired():
+            return replace(message, at=message.at + shift)
+    return message
+
+
+def _dated_step(report: StepReport, shift: float) -> StepReport:
+    return replace(report, committed_at=report.committed_at + shift)

@@ -268,7 +268,7 @@ class StepEngine:
             hashes=vote.hashes,
             skipped=not math.isfinite(vote.norm),
             generation=self.generation,
-            committed_at=time.time(),
+            committed_at=time.monotonic(),
             seconds=time.perf_counter() - started,
             phase_seconds=self._times,
             ranks=vote.ranks,

@@ -156,7 +156,7 @@ class Application:
                 try:
                     message = await asyncio.wait_for(queue.get(), PING_S)
                 except TimeoutError:
-                    message = _message("ping", {"now": round(time.time(), 2)})
+                    message = _message("ping", {"now": round(self._feed.view.line.now(), 2)})
                 if message is None:
                     break
                 await response.write(message)
@@ -182,7 +182,7 @@ class Application:
         async with self._lock:
             if time.monotonic() - self._looked < 0.8 * self._tick_s:
                 return
-            now = time.time()
+            now = self._feed.view.line.now()
             await asyncio.to_thread(self._feed.poll, now)
             self._looked, self._seen_at = time.monotonic(), now
             view = self._feed.view

@@ -49,7 +49,7 @@ def describe(event: dict[str, Any]) -> str:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         text = None
     if text is None:
-        text = ", ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "kind"))
+        text = ", ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "clock", "kind"))
     return text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from monitoring.clock import Line, on_line
 from monitoring.page.glance import Glance
 from monitoring.page.series import Point, Series
 from monitoring.page.timeline import Timeline
@@ -21,7 +22,8 @@ MAX_CHECKPOINTS = 50
 class View:
     """A run as the page shows it.
 
-    Times in it are seconds since the epoch; those of points and of the number of workers count from `start`.
+    Times in it are on the run's line, in seconds since the epoch; those of points and of the number of workers count
+    from `start`.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,6 +38,7 @@ class View:
         self._goodput: dict[str, Any] | None = None
         self._findings: list[dict[str, Any]] = []
         self._sent: dict[str, Any] = {}
+        self.line = Line()
 
     # -------------------------------------------------------------------------------------------------- records in
 
@@ -47,6 +50,8 @@ class View:
         """The next record of events.jsonl; one that lacks what its kind should have is passed over."""
         if not isinstance(event.get("kind"), str) or not isinstance(event.get("time"), int | float):
             return
+        self.line.take(event)
+        event = on_line(event)
         if self._start is None:
             self._start = float(event["time"])
         for take in (self.glance.on_event, self.workers.on_event, self.timeline.on_event, self._fold):
@@ -96,8 +101,11 @@ class View:
 
     def on_status(self, status: dict[str, Any] | None, now: float) -> None:
         """status.json as it is now, or None where there is none."""
-        if status is not None and not self.glance.is_of_now(status):
-            status = None
+        if status is not None:
+            self.line.take(status)
+            status = on_line(status)
+            if not self.glance.is_of_now(status):
+                status = None
         self.glance.on_status(status, now)
         over = self.glance.over
         known = None if status is None else status.get("workers")

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from monitoring.clock import Line, on_line
 from monitoring.follow import Tail
 from monitoring.goodput import Ledger
 from monitoring.outside import Unreadable, read_json
@@ -25,14 +26,14 @@ Json = dict[str, Any]
 class RunFacts:
     """Facts of one run; `refresh` brings them up to date.
 
-    A `status.json` written before `since` (in seconds since the epoch) is of an earlier attempt and not used. `steps`
-    says how many steps the job has; without it, the job in the directory does.
+    With `is_new` an attempt is about to begin: a `status.json` that is there already is of an earlier one and not used.
+    `steps` says how many steps the job has; without it, the job in the directory does.
     """
 
-    def __init__(self, run_dir: Path, since: float = 0.0, steps: int | None = None) -> None:
+    def __init__(self, run_dir: Path, is_new: bool = False, steps: int | None = None) -> None:
         self.run_dir = run_dir
         self._steps_of_job = steps
-        self._since = since
+        self._stale = _read(run_dir / "status.json") if is_new else None
         self._events = Tail(run_dir / "events.jsonl")
         self._steps = Tail(run_dir / "metrics.jsonl", last_bytes=LAST_STEPS_BYTES)
         self.live: Json | None = None
@@ -50,7 +51,11 @@ class RunFacts:
         self._findings: dict[tuple[str, str], Json] = {}
         self._checkpoint: Json | None = None
         self._ledger = Ledger()
+<<<<<<< HEAD
         self._unreadable: dict[str, str] = {}
+=======
+        self._line = Line()
+>>>>>>> clock
         self.refresh_files()
 
     @property
@@ -60,16 +65,19 @@ class RunFacts:
         return [*lines, *self._unreadable.values()]
 
     def refresh(self) -> tuple[list[Json], list[Json]]:
-        """Reads what is new. Returns the new events and the new steps."""
-        events, steps = list(self._events.new()), list(self._steps.new())
-        for event in events:
-            self._take(event)
+        """Reads what is new. Returns the new events and the new steps, with times on the run's line."""
+        events, steps = [], list(self._steps.new())
+        for record in self._events.new():
+            self._line.take(record)
+            events.append(on_line(record))
+            self._take(events[-1])
         self._recent.extend(steps)
         self.refresh_files()
         return events, steps
 
     def refresh_files(self) -> None:
         """Reads the small files, which are replaced whole."""
+<<<<<<< HEAD
         live = self._read("status.json")
         self.live = live if live is not None and live.get("time", 0.0) >= self._since else None
         self.result = self._read("result.json")
@@ -85,6 +93,16 @@ class RunFacts:
         except Unreadable as error:
             self._unreadable[name] = str(error)
             return None
+=======
+        live = _read(self.run_dir / "status.json")
+        if live is not None and live != self._stale:
+            self._line.take(live)
+            self.live = on_line(live)
+        else:
+            self.live = None
+        self.result = _read(self.run_dir / "result.json")
+        self.job = self.job or _read(self.run_dir / "job.resolved.json") or {}
+>>>>>>> clock
 
     def _take(self, event: Json) -> None:
         self._ledger.add(event)
@@ -118,6 +136,10 @@ class RunFacts:
                 self._incidents, self._findings = [], {}
 
     # ------------------------------------------------------------------------------------ what they say
+
+    def now(self) -> float:
+        """The present on the run's line of time."""
+        return self._line.now()
 
     @property
     def last_step(self) -> Json | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -21,7 +20,7 @@ RECOVERIES_SHOWN = 5
 
 def glance(facts: RunFacts, alive: bool, now: float | None = None) -> Lines:
     """Label and text of every line. `now` in seconds since the epoch."""
-    now = time.time() if now is None else now
+    now = facts.now() if now is None else now
     lines = [("run", str(facts.run_dir)), ("state", _state(facts, alive))]
     lines += [("damaged", problem) for problem in facts.damaged]
     if facts.result is not None and not alive:

@@ -10,13 +10,13 @@ import importlib.metadata
 import logging
 import math
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from monitoring.book import Book
+from monitoring.clock import RunClock, when
 from monitoring.goodput import Account
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
@@ -60,8 +60,10 @@ class Chronicle:
         self.metrics = RunMetrics(directory.run_id, job.name, _version())
         self.metrics.replay(self.past_events, self.past_steps)
         self.metrics.go_on_from(_counters(directory))
-        self._book = Book(self.past_events, self.past_steps)
-        self._write(self._book.catch_up(time.time()))
+        committed_at = 0.0 if self.last_step is None else float(self.last_step["committed_at"])
+        self.clock = RunClock(self.past_events, at_least=committed_at)
+        self._book = Book(self.past_events, self.past_steps, self.clock.stamp)
+        self._write(self._book.catch_up(self.clock.now()))
 
     # ------------------------------------------------------------------------------------ events
 
@@ -72,8 +74,10 @@ class Chronicle:
             fields = {("incident" if key == "kind" else key): value for key, value in fields.items()}
         if kind == "fault_injected":
             fields = {**fields, "what": self._job.faults[fields["fault"]].model_dump()}
+        if kind == "controller":
+            fields = {**fields, **self.clock.anchor()}
         with self._lock:
-            events = self._book.record(kind, fields, time.time())
+            events = self._book.record(kind, fields, self.clock.now())
             self._write(events)
             return events[-1]
 
@@ -86,9 +90,13 @@ class Chronicle:
     def _note(self, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "run_started" if self.started_at is None:
+<<<<<<< HEAD
                 self.started_at = float(event["time"])
             case "model_loaded":
                 self.loaded = {key: value for key, value in event.items() if key not in ("kind", "time")}
+=======
+                self.started_at = when(event)
+>>>>>>> clock
             case "controller":
                 self.findings = []
             case "generation":
@@ -116,8 +124,9 @@ class Chronicle:
     def step(self, report: StepReport) -> None:
         """Puts a committed step on record."""
         with self._lock:
-            record = asdict(report)
-            self._write(self._book.step(record, time.time()))
+            now = self.clock.now()
+            record = {"time": self.clock.stamp(now)["time"]} | asdict(report)
+            self._write(self._book.step(record, now))
             self.last_ranks = report.ranks
             every = -(-len(report.ranks) // RANKS_PER_STEP)
             if every > 1 and report.step % every:
@@ -131,7 +140,7 @@ class Chronicle:
     def roll_back(self, committed: int) -> None:
         """Takes the steps from `committed` on off the record."""
         with self._lock:
-            events = self._book.roll_back(committed, read_records(self._directory.metrics), time.time())
+            events = self._book.roll_back(committed, read_records(self._directory.metrics), self.clock.now())
             self._write(events)
             self._steps.keep(lambda record: int(record["step"]) < committed)
             self.recorded = min(self.recorded, committed)
@@ -201,4 +210,5 @@ def generation_entry(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def recovery_entry(event: Mapping[str, Any]) -> dict[str, Any]:
     """A recovery as result.json has it."""
-    return {key: value for key, value in event.items() if key not in ("time", "kind")} | {"kind": event["incident"]}
+    fields = {key: value for key, value in event.items() if key not in ("time", "clock", "kind")}
+    return fields | {"kind": event["incident"]}

@@ -23,6 +23,7 @@ import ray
 from ray._private import worker as ray_worker
 
 from monitoring import discovery
+from monitoring.clock import Reading
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
 from orchestrator.cluster import game_days
@@ -76,7 +77,11 @@ from orchestrator.controller.protocol import (
 )
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
 from orchestrator.job import Job
+<<<<<<< HEAD
 from orchestrator.messages import FaultFired, Ready, Reply, WorkerId
+=======
+from orchestrator.messages import FaultFired, Reply, WorkerId, dated
+>>>>>>> clock
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -141,6 +146,7 @@ class ControllerActor:
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
         self._me = ray.get_runtime_context().current_actor
         self._chronicle = Chronicle(self._directory, job)
+        self._clock = self._chronicle.clock
         history = self._history(self._chronicle.past_events, self._chronicle.past_steps)
         self._warm = frozenset(history.warm)
         self._window: Window | None = None
@@ -171,7 +177,7 @@ class ControllerActor:
         )
         self._outlook = Outlook(
             self._directory, job, self._machine, self._handles, self._reign,
-            tell=lambda event: self._queue.put((event, time.time())), record=self._record,
+            tell=lambda event: self._queue.put((event, self._clock.now())), record=self._record,
             is_ephemeral=spec["ephemeral"],
         )  # fmt: skip
         self._chronicle.forget_the_past()
@@ -216,9 +222,10 @@ class ControllerActor:
 
     # ------------------------------------------------------------------------------------ what others call
 
-    async def report(self, message: Any) -> Reply:
-        """A worker's message; answered at once, handled in order."""
-        self._queue.put((message, time.time()))
+    async def report(self, worker: WorkerId, message: Any, sent: Reading) -> Reply:
+        """A worker's message, `sent` when by its own clock; answered at once, handled in order."""
+        arrived = self._clock.now()
+        self._queue.put((dated(message, self._clock.shift_of(worker, sent, arrived)), arrived))
         if isinstance(message, FaultFired):
             # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
             while message.index not in self._machine.fired_faults and self._result is None:
@@ -238,25 +245,28 @@ class ControllerActor:
 
     async def introduce(self, introduction: Introduction) -> None:
         """A worker that has not spoken with this controller before says who and where it is."""
+        if introduction.status is not None:
+            shift = self._clock.shift_of(introduction.worker, introduction.sent, self._clock.now())
+            introduction = introduction._replace(status=dated(introduction.status, shift))
         self._reception.meet(introduction)
         handle = self._handles.get(introduction.worker)
         if handle is not None:
             handle.node, handle.pid, handle.placed = introduction.node, introduction.pid, True
-            self._queue.put((Placed(introduction.worker, introduction.node), time.time()))
+            self._queue.put((Placed(introduction.worker, introduction.node), self._clock.now()))
             if introduction.status is not None:
                 # It may have told a predecessor, which knew that and is gone.
-                self._queue.put((introduction.status.ready, time.time()))
+                self._queue.put((introduction.status.ready, self._clock.now()))
 
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
         """A worker could not be built; with `fatal` no other could either."""
         await asyncio.to_thread(self._record, "start_failed", {"worker": worker.slot, "detail": detail})
         self._start_errors[worker] = detail
         if fatal:
-            self._queue.put((Abort(detail), time.time()))
+            self._queue.put((Abort(detail), self._clock.now()))
 
     async def stop(self, reason: str) -> None:
         self._outlook.hear_follower()
-        self._queue.put((Stop(reason), time.time()))
+        self._queue.put((Stop(reason), self._clock.now()))
 
     async def snapshot(self, wait_s: float = 0.0) -> dict[str, Any]:
         """The run at a glance, for whoever follows it; after `wait_s`, or as soon as the run is over."""
@@ -307,7 +317,7 @@ class ControllerActor:
                     self._dispatch(event, at)
                 except queue.Empty:
                     pass
-                if (now := time.time()) - last_tick >= TICK_S:
+                if (now := self._clock.now()) - last_tick >= TICK_S:
                     last_tick = now
                     self._dispatch(Tick(), now)
         except BaseException as error:
@@ -330,11 +340,11 @@ class ControllerActor:
             found = self._find_workers()
             counts = {"workers_found": len(found.workers), "workers_starting": len(found.starting)}
             self._record("controller_restarted", {"epoch": self._epoch, **counts})
-            self._dispatch(found, time.time())
+            self._dispatch(found, self._clock.now())
         else:
             # Whatever is left of this run on the cluster had another driver's controller, and obeys nobody.
             end_workers(self._directory.run_id)
-            self._dispatch(Start(), time.time())
+            self._dispatch(Start(), self._clock.now())
 
     def _find_workers(self) -> TakeOver:
         """The living workers of a predecessor, by their own accounts. Those that were warm are waited for; the others
@@ -369,7 +379,7 @@ class ControllerActor:
         for worker in (each.worker for each in starting):
             if (late := met.get(worker)) is not None and late.status is not None:
                 # It came meanwhile, and what it had told the predecessor it will not tell again.
-                self._queue.put((late.status.ready, time.time()))
+                self._queue.put((late.status.ready, self._clock.now()))
         release_places(self._directory.run_id, [h.place for h in self._handles.values() if h.place is not None])
         return TakeOver(tuple(statuses), tuple(starting))
 
@@ -388,7 +398,7 @@ class ControllerActor:
                 # It was let go, and had time to leave. Not on this thread, which is Ray's own.
                 threading.Thread(target=handle.free, daemon=True).start()
             why = self._start_errors.pop(handle.worker, detail)
-            self._queue.put((Died(handle.worker, why, node_lost), time.time()))
+            self._queue.put((Died(handle.worker, why, node_lost), self._clock.now()))
 
         handle.watch(gone)
 
@@ -500,7 +510,7 @@ class ControllerActor:
         def look(worker: WorkerId, host: str, port: int) -> None:
             handle = self._handles.get(worker)
             if handle is not None and refuses_connections(host, port):
-                self._queue.put((Died(worker, "its process is gone", self._is_lost(handle)), time.time()))
+                self._queue.put((Died(worker, "its process is gone", self._is_lost(handle)), self._clock.now()))
 
         for worker in workers:
             view = self._machine.workers.get(worker)
@@ -533,9 +543,9 @@ class ControllerActor:
         """A drain or node fault is carried out here, where the cluster can be reached."""
         handle = self._handles.get(event.worker) if event.worker is not None else None
         if handle is not None and handle.node is not None:
-            notice = game_days.practise(self._job.faults[event.index], handle.worker, handle.node)
+            notice = game_days.practise(self._job.faults[event.index], handle.worker, handle.node, self._clock.now())
             if notice is not None:
-                self._queue.put((notice, time.time()))
+                self._queue.put((notice, self._clock.now()))
 
     # ------------------------------------------------------------------------------------ the lookout thread
 
@@ -545,7 +555,7 @@ class ControllerActor:
             time.sleep(POLL_S)
             try:
                 if self._result is None:
-                    self._outlook.look(time.time())
+                    self._outlook.look(self._clock.now())
             except Exception as error:
                 log.warning("lookout: %s: %s", type(error).__name__, error)
 
@@ -567,7 +577,7 @@ class ControllerActor:
     def _publish(self) -> None:
         """Brings status.json and the metrics up to date. What takes long is done the more seldom, so that neither many
         workers nor a slow directory keep this machine busy."""
-        now = time.time()
+        now = self._clock.now()
         if now - self._published_at < max(POLL_S / 2, 20 * self._publishing_s):
             return
         try:
@@ -575,13 +585,13 @@ class ControllerActor:
                 if not self._has_told_the_end:
                     self._chronicle.publish(self._glance(now), now)
         finally:
-            self._published_at, self._publishing_s = time.time(), time.time() - now
+            self._published_at, self._publishing_s = self._clock.now(), self._clock.now() - now
 
     def _publish_the_end(self) -> None:
         """Nothing is told after this. What cannot be told changes nothing of how the run ended."""
         with self._telling, suppress(Exception):
             self._has_told_the_end = True
-            now = time.time()
+            now = self._clock.now()
             self._chronicle.publish(self._glance(now), now)
 
     def _glance(self, now: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import ray
@@ -27,10 +28,12 @@ class DrainWatch:
 
     def news(self, handles: Iterable[WorkerHandle], now: float) -> list[Notice]:
         """Notices for workers whose nodes drain, or drain sooner than was said; also for those that came to such a node
-        just before Ray knew. `now` in seconds since the epoch."""
+        just before Ray knew. `now` on the run's line of time, as the deadlines of the notices; Ray has them in wall
+        time, and what is left is counted here, once."""
         draining: dict[str, int] = ray_state.get_draining_nodes()
         self.concerns_me = self._mine in draining and not self._stays_anyway
         news: dict[tuple[str, float], list[WorkerId]] = {}
+        wall = time.time()
         for handle in handles:
             if handle.node is None or handle.node not in draining:
                 continue
@@ -38,7 +41,7 @@ class DrainWatch:
             known = self._told.get(handle.worker)
             if known is not None and (not deadline_ms or deadline_ms / 1000 >= known):
                 continue
-            deadline = deadline_ms / 1000 if deadline_ms else now + LATE_S
+            deadline = deadline_ms / 1000 if deadline_ms else wall + LATE_S
             self._told[handle.worker] = deadline
-            news.setdefault((handle.node, deadline), []).append(handle.worker)
+            news.setdefault((handle.node, now + deadline - wall), []).append(handle.worker)
         return [Notice(tuple(who), f"node {node[:8]} drains", deadline) for (node, deadline), who in news.items()]

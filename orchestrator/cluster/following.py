@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from monitoring.clock import RunClock
 from monitoring.goodput import read_ledger
 from monitoring.records import RecordFile, read_records
 from orchestrator.cluster.chronicle import generation_entry, is_training, recovery_entry
@@ -190,8 +191,9 @@ def cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:
         return dict(ended)
     result = unfinished_result(directory, "stopped", reason)
     directory.write_json("result.json", result)
+    clock = RunClock(read_records(directory.events))
     RecordFile(directory.events).append(
-        {"time": time.time(), "kind": "run_finished", "status": "stopped", "reason": reason}
+        {**clock.stamp(clock.now()), "kind": "run_finished", "status": "stopped", "reason": reason}
     )
     return result
 
@@ -200,7 +202,7 @@ def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict
     """result.json of a run that nobody is left to end in good order, from what is on record."""
     steps = list(read_records(directory.metrics))
     events = list(read_records(directory.events))
-    account = read_ledger(events, steps).account(time.time())
+    account = read_ledger(events, steps).account(RunClock(events).now())
     return outline(directory, steps, status, reason) | {
         "wall_seconds": round(account.wall_seconds, 3),
         "goodput_ratio": round(account.ratio, 4),

@@ -19,18 +19,19 @@ NOTICE_S = 30.0
 """How long before it goes a node drains, when the fault does not say."""
 
 
-def practise(fault: Fault, worker: WorkerId, node: str) -> Notice | None:
+def practise(fault: Fault, worker: WorkerId, node: str, now: float) -> Notice | None:
     """Makes the node of a worker drain, or go. Where that cannot be done (we are there too, or the cluster does not
-    answer), the notice to act on instead."""
+    answer), the notice to act on instead, with its deadline counted from `now`."""
     if fault.kind == "node":
         threading.Thread(target=_lose_node, args=(node,), daemon=True).start()
     elif fault.kind == "drain":
-        deadline = time.time() + (NOTICE_S if fault.seconds is None else fault.seconds)
+        left_s = NOTICE_S if fault.seconds is None else fault.seconds
         if node != ray.get_runtime_context().get_node_id():
             with suppress(GcsError):
-                Gcs(ray.get_runtime_context().gcs_address).ask_drain(node, "injected by a fault of the job", deadline)
+                gcs = Gcs(ray.get_runtime_context().gcs_address)
+                gcs.ask_drain(node, "injected by a fault of the job", time.time() + left_s)
                 return None
-        return Notice((worker,), "injected notice", deadline)
+        return Notice((worker,), "injected notice", now + left_s)
     return None
 
 

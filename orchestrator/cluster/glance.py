@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from monitoring.clock import when
 from monitoring.skew import Rating
 from orchestrator.cluster.chronicle import Chronicle
 from orchestrator.controller.machine import Controller
@@ -27,7 +28,7 @@ def glance(machine: Controller, chronicle: Chronicle, job: Job, now: float) -> d
     median_s = machine.progress.median_step_s()
     step = chronicle.last_step
     return {
-        "time": now,
+        **chronicle.clock.stamp(now),
         "name": job.name,
         "over": machine.state is RunState.OVER,
         "state": machine.state.name.lower(),
@@ -97,7 +98,7 @@ def _checkpoint(machine: Controller, chronicle: Chronicle) -> dict[str, Any] | N
     last = chronicle.last_checkpoint
     if last is None:
         return None
-    return {"committed": last["committed"], "time": last["time"], "saving": machine.is_saving}
+    return {"committed": last["committed"], "time": when(last), "saving": machine.is_saving}
 
 
 def _interval(job: Job, median_step_s: float) -> float:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from typing import Any, NamedTuple
 
+from monitoring.clock import Reading
 from orchestrator.messages import Status, WorkerId
 
 
@@ -31,12 +32,14 @@ class Orders(NamedTuple):
 
 
 class Introduction(NamedTuple):
-    """What a worker tells a controller that it has not met. `status` is None while it is still being built."""
+    """What a worker tells a controller that it has not met, and when, by its own clock. `status` is None while it is
+    still being built."""
 
     worker: WorkerId
     node: str
     pid: int
     status: Status | None
+    sent: Reading
 
 
 class OrderBook:

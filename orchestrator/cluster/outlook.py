@@ -67,7 +67,7 @@ class Outlook:
         self._turns.leave()
 
     def look(self, now: float) -> None:
-        """Once, at `now` (seconds since the epoch). Ends this process when it is not wanted any more, or not here."""
+        """Once, at `now` (on the run's line of time). Ends this process when it is not wanted any more, or not here."""
         if self._reign.is_over():
             # Ray may start this actor again, which then sees that it is not wanted.
             log.error("a newer controller has the run: this one ends")

@@ -17,7 +17,7 @@ from monitoring.outside import json_text, parse
 from orchestrator.cluster.room import Need
 
 SILENCE_S = 30.0
-"""Who has said nothing for so long has ended without a word. More than clocks of nodes differ by."""
+"""Who has said nothing for so long has ended without a word."""
 TELL_S = 5.0
 """How often a run says that it still waits."""
 NAMESPACE = b"orchestrator"
@@ -27,7 +27,8 @@ PREFIX = "waiting/"
 @dataclass(frozen=True)
 class Wish:
     """That a run waits for room, since when in its queue, as of when, and for what. It is `firm` when the run cannot
-    give way: its workers hold the only state there is. Times in seconds since the epoch."""
+    give way: its workers hold the only state there is. Times on that run's own line: only the order of `since` means
+    anything to others."""
 
     run: str
     since: float
@@ -55,6 +56,7 @@ class Turns:
         self._turn_s = turn_s
         self._mine: Wish | None = None
         self._first_since: float | None = None
+        self._told: dict[str, tuple[float, float]] = {}
 
     def leave(self) -> None:
         """It waits no more."""
@@ -67,7 +69,7 @@ class Turns:
         """The run waits for places like this. Whom it is to give way to, "": nobody. `could_use` says whether another
         could do anything with what this one holds."""
         mine = self._mine or Wish(self._run, now, 0.0, firm, need)
-        others = [wish for wish in self._heard() if wish.run != self._run]
+        others = [self._as_heard(wish, now) for wish in self._heard() if wish.run != self._run]
         queue = in_order([*others, replace(mine, firm=firm, told_at=now)], now)
         if queue[0].run != self._run:
             self._first_since = None
@@ -75,7 +77,9 @@ class Turns:
             self._first_since = now
         elif now - self._first_since > self._turn_s and len(queue) > 1 and not firm:
             self._first_since = None
-            mine = replace(mine, since=now, told_at=0.0)
+            # Behind all others, also those whose clocks are ahead of ours.
+            behind = max((wish.since + 0.001 for wish in queue if wish.run != self._run), default=now)
+            mine = replace(mine, since=max(now, behind), told_at=0.0)
             queue = in_order([*others, replace(mine, told_at=now)], now)
         if now - mine.told_at > TELL_S or mine.firm != firm:
             mine = replace(mine, firm=firm, need=need, told_at=now)
@@ -83,6 +87,14 @@ class Turns:
         self._mine = mine
         before = queue[: [wish.run for wish in queue].index(self._run)]
         return "" if firm else next((wish.run for wish in before if could_use(wish.need)), "")
+
+    def _as_heard(self, wish: Wish, now: float) -> Wish:
+        """With `told_at` by the clock of this run: whether it still waits is seen by its saying so again."""
+        told_at, at = self._told.get(wish.run, (None, now))
+        if told_at != wish.told_at:
+            at = now
+        self._told[wish.run] = wish.told_at, at
+        return replace(wish, told_at=at)
 
     def _heard(self) -> list[Wish]:
         found = []

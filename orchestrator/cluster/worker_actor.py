@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from monitoring.clock import reading
 from orchestrator.cluster.narration import set_up_logs
 from orchestrator.cluster.orders import Introduction, Orders
 from orchestrator.messages import Reply, WorkerId
@@ -99,7 +100,8 @@ class WorkerActor:
         )
 
     def _report(self, message: Any) -> Reply | None:
-        reply: Reply | None = ray.get(self._controller.report.remote(message), timeout=REPORT_TIMEOUT_S)
+        sent = self._controller.report.remote(self._id, message, reading())
+        reply: Reply | None = ray.get(sent, timeout=REPORT_TIMEOUT_S)
         return reply
 
     # ------------------------------------------------------------------------------------ the orders thread
@@ -114,7 +116,7 @@ class WorkerActor:
                 if orders.epoch != epoch:
                     worker = self._worker
                     status = None if worker is None else worker.status(orders.epoch)
-                    introduction = Introduction(self._id, node, pid, status)
+                    introduction = Introduction(self._id, node, pid, status, reading())
                     ray.get(self._controller.introduce.remote(introduction), timeout=REPORT_TIMEOUT_S)
                     epoch, after = orders.epoch, 0
                     continue

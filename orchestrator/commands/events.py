@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from monitoring.clock import when
 from monitoring.follow import Tail, describe_event
 from monitoring.outside import json_text
 from monitoring.records import passed_over_text
@@ -45,7 +46,7 @@ def events(
         abandoned = follow and is_abandoned(directory)
         over = False
         for event in tail.new():
-            started = started if started is not None else event["time"]
+            started = started if started is not None else when(event)
             over = event["kind"] == "run_finished"
             if (kinds and event["kind"] not in kinds) or (since is not None and event["time"] < since):
                 continue
@@ -59,6 +60,10 @@ def events(
 
 def _line(event: dict[str, Any], started: float) -> str:
     text = describe_event(event) or ", ".join(
-        f"{key}={value}" for key, value in event.items() if key not in ("time", "kind")
+        f"{key}={value}" for key, value in event.items() if key not in ("time", "clock", "kind")
     )
+<<<<<<< HEAD
     return clean(f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}")
+=======
+    return f"[{when(event) - started:8.2f} s] {event['kind']:<20} {text}"
+>>>>>>> clock

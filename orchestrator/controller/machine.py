@@ -153,7 +153,7 @@ class Controller:
     # ------------------------------------------------------------------------------------ events
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Takes one event that happened at `now` (seconds since the epoch)."""
+        """Takes one event that happened at `now` (in seconds, by a clock that never goes back)."""
         if self.state is RunState.OVER:
             return []
         self._out.clear()

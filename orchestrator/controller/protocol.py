@@ -77,7 +77,7 @@ class Died:
 
 @dataclass(frozen=True)
 class Notice:
-    """These workers' place will go away at `deadline` (seconds since the epoch)."""
+    """These workers' place will go away at `deadline` (on the run's line of time)."""
 
     workers: tuple[WorkerId, ...]
     reason: str

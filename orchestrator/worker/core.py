@@ -314,7 +314,7 @@ class Worker:
                 prepared=self.engine.prepared_step == self.committed,
                 detail=detail,
                 reports=tuple(self._reports),
-                at=time.time(),
+                at=time.monotonic(),
             )
         self._send(left)
         told = log.info if cause in ("pause", "complete") else log.warning
@@ -461,7 +461,7 @@ class Worker:
 
     def _announce_fault(self, index: int) -> None:
         log.warning("injected fault %d fires: %s", index, self.job.faults[index].model_dump(exclude_none=True))
-        fired = FaultFired(self.worker, index, time.time())
+        fired = FaultFired(self.worker, index, time.monotonic())
         heard = self._send(fired)
         heard.wait(timeout=2.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,16 +28,16 @@ class CommandLine:
         self.job.write_text(JOB)
         self.family: dict[int, psutil.Process] = {}
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         command = [
             sys.executable, "-m", "orchestrator", "run", str(self.job), "--run-dir", str(self.run_dir),
             "--set", f"data.cache={self.cache}", *arguments,
         ]  # fmt: skip
-        return self.spawn(command)
+        return self.spawn(command, environment)
 
     @staticmethod
-    def spawn(command: list[str]) -> subprocess.Popen[str]:
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    def spawn(command: list[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | dict(more or {})
         return subprocess.Popen(
             command, cwd=Path(__file__).parents[2], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

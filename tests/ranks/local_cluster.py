@@ -285,7 +285,7 @@ class LocalCluster:
 
     def feed(self, event: Event) -> None:
         """Gives the controller an event and carries out what it answers."""
-        actions = self.controller.handle(event, time.time())
+        actions = self.controller.handle(event, time.monotonic())
         if isinstance(event, Joined):
             self.moved[event.generation, event.worker] = event.bytes_moved
         for action in actions:
@@ -328,7 +328,7 @@ class LocalCluster:
     def _carry_out_fault(self, fired: FaultFired) -> None:
         fault = self.job.faults[fired.index]
         if fault.kind == "drain" and fired.worker is not None:
-            self.feed(Notice((fired.worker,), "injected", time.time() + (fault.seconds or 30.0)))
+            self.feed(Notice((fired.worker,), "injected", time.monotonic() + (fault.seconds or 30.0)))
 
     def _follow_script(self) -> None:
         on_their_way = {w for w, v in self.controller.workers.items() if v.state is WorkerState.STARTING}

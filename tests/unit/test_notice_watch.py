@@ -26,7 +26,14 @@ class Bench:
         self.trouble: Exception | None = None
         self.fails: list[Exception] = []
         self.drained: list[tuple[str, float]] = []
-        self.watcher = Watcher([self], self._drain, poll_s=2.0, lead_s=180.0, early=early, clock=lambda: self.now)
+        self.ahead = 0.0
+        self.watcher = Watcher(
+            [self], self._drain, poll_s=2.0, lead_s=180.0, early=early, clock=lambda: self.now, wall=self.wall
+        )
+
+    def wall(self) -> float:
+        """The wall clock, which is set meanwhile; `now` never goes back."""
+        return self.now + self.ahead
 
     def detect(self) -> bool:
         return True
@@ -39,7 +46,7 @@ class Bench:
     def _drain(self, reason: str, deadline: float) -> str:
         if self.fails:
             raise self.fails.pop(0)
-        self.drained.append((reason, deadline - self.now))
+        self.drained.append((reason, deadline - self.wall()))
         return "drained it"
 
     def run(self, seconds: float) -> list[float]:
@@ -77,6 +84,20 @@ def test_a_far_deadline_is_waited_for_and_an_unknown_one_is_near() -> None:
     bench.notices = [Notice("b", "some time", None)]
     bench.run(2)
     assert bench.drained[1] == ("bench: some time", UNKNOWN_DEADLINE_S)
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_wall_clock_that_is_set_neither_stops_the_watch_nor_moves_a_deadline(jump: float) -> None:
+    bench = Bench()
+    bench.run(10)
+    bench.ahead = jump
+    bench.notices = [Notice("a", "reboot", bench.wall() + 600)]
+    bench.run(10)
+    bench.notices, bench.ahead = [Notice("a", "reboot", None)], -jump
+    bench.run(400)
+    assert bench.drained == []
+    bench.run(20)
+    assert bench.drained == [("bench: reboot", pytest.approx(180, abs=3))]
 
 
 def test_a_deadline_that_comes_nearer_is_believed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from monitoring.clock import reading
 from orchestrator.cluster.orders import Introduction
 from orchestrator.cluster.reception import Reception
 from orchestrator.messages import WorkerId
@@ -12,7 +13,7 @@ W0, W1, W2 = (WorkerId(slot, 0) for slot in range(3))
 
 
 def introduction(worker: WorkerId) -> Introduction:
-    return Introduction(worker, "node", 100 + worker.slot, None)
+    return Introduction(worker, "node", 100 + worker.slot, None, reading())
 
 
 def test_whoever_waits_hears_of_all_as_soon_as_the_last_one_it_waits_for_is_met() -> None:

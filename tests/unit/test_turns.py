@@ -71,6 +71,28 @@ def test_a_wish_survives_the_store() -> None:
     assert Wish.read(json.loads(json.dumps(asdict(wish)))) == wish
 
 
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_clocks_that_differ_by_an_hour_neither_hide_a_run_nor_keep_it_first(store: Store, ahead: float) -> None:
+    first, second = Turns("first", TURN_S), Turns("second", TURN_S)
+    now, had, undecided = 0.0, set(), 0
+    for _ in range(300):
+        gives_way = {"first": look(first, now), "second": look(second, now + ahead)}
+        undecided += sorted(gives_way.values()) not in (["", "first"], ["", "second"])
+        had |= {run for run, to in gives_way.items() if not to}
+        now += 1.0
+    assert had == {"first", "second"}
+    assert undecided <= 4, "but for the looks at which a turn ends, one of them is first, and only one"
+    # One that ends without a word is missed by its silence, however far its clock is ahead.
+    quiet_since = now
+    while look(first, now):
+        now += 1.0
+    for _ in range(round(SILENCE_S) + 2):
+        look(first, now)
+        now += 1.0
+    assert look(first, now + TURN_S + 1.0) == look(first, now + 2 * TURN_S + 2.0) == "", "nobody else waits"
+    assert now - quiet_since < 2 * SILENCE_S + TURN_S
+
+
 def test_two_runs_take_turns_until_one_has_what_it_needs(store: Store) -> None:
     first, second = Turns("first", TURN_S), Turns("second", TURN_S)
     assert look(first, 0.0) == ""

@@ -26,11 +26,12 @@ NodeError."""
 
 
 class _Standing:
-    """A notice that stands, and what became of it. Its deadline is the earliest that was told of it."""
+    """A notice that stands, and what became of it. Its deadline is the earliest that was told of it, by the clock that
+    says `now`: it is `left_s` from there."""
 
-    def __init__(self, notice: Notice, now: float) -> None:
+    def __init__(self, notice: Notice, now: float, left_s: float) -> None:
         self.notice = notice
-        self.deadline = notice.deadline if notice.deadline is not None else now + UNKNOWN_DEADLINE_S
+        self.deadline = now + left_s
         self.seen_at = now
         self.is_settled = False
         self.trouble = ""
@@ -49,7 +50,10 @@ class _Watched:
 
 class Watcher:
     """See the module. A notice is acted on when its deadline is at most `lead_s` away, as draining a node days before
-    it goes would waste it; one that is only possible is acted on when `early` is set."""
+    it goes would waste it; one that is only possible is acted on when `early` is set.
+
+    Sources and Ray tell and are told deadlines in wall time (`wall`). They are counted by a `clock` that nobody sets.
+    """
 
     def __init__(
         self,
@@ -59,7 +63,8 @@ class Watcher:
         poll_s: float,
         lead_s: float,
         early: bool = False,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._watched = [_Watched(source) for source in sources]
         self._drain = drain
@@ -67,6 +72,7 @@ class Watcher:
         self._lead_s = lead_s
         self._early = early
         self._clock = clock
+        self._wall = wall
 
     def run(self, stopped: threading.Event) -> None:
         """Watches until `stopped`."""
@@ -92,7 +98,8 @@ class Watcher:
         now = self._clock()
         name = watched.source.name
         try:
-            notices = watched.source.poll(now)
+            wall = self._wall()
+            notices = watched.source.poll(wall)
         except Exception as error:  # A source may be anybody's; none of them ends the watch.
             watched.failures += 1
             watched.due = now + min(self._poll_s * 2.0**watched.failures, max(self._poll_s, _MAX_BACKOFF_S))
@@ -110,11 +117,12 @@ class Watcher:
             drained = "; a Ray drain cannot be withdrawn, so the node stays drained" if gone.is_settled else ""
             log.info("%s: withdrawn: %s%s", name, gone.notice.reason, drained)
         for key, notice in found.items():
+            left_s = UNKNOWN_DEADLINE_S if notice.deadline is None else notice.deadline - wall
             if key not in watched.standing:
-                watched.standing[key] = _Standing(notice, now)
+                watched.standing[key] = _Standing(notice, now, left_s)
                 self._announce(name, watched.standing[key], now)
             elif notice.deadline is not None:
-                watched.standing[key].deadline = min(watched.standing[key].deadline, notice.deadline)
+                watched.standing[key].deadline = min(watched.standing[key].deadline, now + left_s)
 
     def _announce(self, name: str, standing: _Standing, now: float) -> None:
         left_s = standing.deadline - now
@@ -132,7 +140,7 @@ class Watcher:
         if (standing.notice.possible and not self._early) or standing.deadline - now > self._lead_s:
             return
         try:
-            drained = self._drain(f"{name}: {standing.notice.reason}", standing.deadline)
+            drained = self._drain(f"{name}: {standing.notice.reason}", self._wall() + standing.deadline - now)
         except HeadNodeError as error:
             standing.is_settled = True
             log.error("%s: %s", name, error)
