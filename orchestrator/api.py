@@ -83,8 +83,7 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
             f"{directory.path} is a run of a job with other numbers; they differ in: {', '.join(differing)}. "
             "Choose another --run-dir, use the job file of that run, or start a new run from it with --fork"
         )
-    result = directory.read_json("result.json")
-    return dict(result) if result is not None and result.get("status") == "finished" else None
+    return directory.final_result
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[str]:

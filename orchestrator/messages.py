@@ -105,6 +105,7 @@ class Ready:
     the model, when the job has a pipeline to cut it for. `unit_seconds` is what its device was measured to need for a
     fixed piece of work, the same for all workers of a run; 0 when it was not measured. `flops_per_token` is what the
     model takes for a token, forward and backward, `peak_flops` what its device does in a second; 0 when not known.
+    `lateness_s` is how late its threads were while it got warm.
     """
 
     worker: WorkerId
@@ -120,6 +121,7 @@ class Ready:
     unit_seconds: float = 0.0
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    lateness_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Heartbeat:
     """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed.
 
     `moves` counts what it gets done inside a phase: micro-batches, collectives, chunks received, tensors read.
-    `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device.
+    `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device. `lateness_s` is
+    how late it has been lately itself: its threads, and the answers to what it reported.
     """
 
     worker: WorkerId
@@ -139,6 +142,7 @@ class Heartbeat:
     host_bytes: int = 0
     moves: int = 0
     device_bytes: int = 0
+    lateness_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,11 @@ class DurableCluster:
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
-    def start_driver(self, *arguments: str) -> subprocess.Popen[str]:
+    def start_driver(self, *arguments: str, settings: bool = False) -> subprocess.Popen[str]:
+        """In an environment with the `settings` of the cluster, or without."""
+        environment = self.environment() | (self._settings if settings else {})
         return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", *arguments], env=self.environment(), cwd=ROOT, text=True,
+            [sys.executable, "-m", "orchestrator", *arguments], env=environment, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

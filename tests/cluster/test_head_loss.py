@@ -1,4 +1,4 @@
-"""The head of a cluster loses its GCS while a run trains: with tables on disk it is started again, without it is gone."""
+"""The head of a cluster loses its GCS while a run trains: with tables on disk it is started again, else it is lost."""
 
 from __future__ import annotations
 
@@ -72,3 +72,30 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
     assert len(result["generations"]) == 1, "the workers trained on"
     assert result["recoveries"] == []
     assert [event["epoch"] for event in run.events("controller")] == [1, 2]
+
+
+def test_without_tables_the_driver_says_what_happened_and_from_where_the_run_goes_on(
+    tmp_path: Path, cache: Path
+) -> None:
+    cluster = DurableCluster(durable=False, RAY_gcs_rpc_server_reconnect_timeout_s="40")
+    try:
+        cluster.start()
+        run = Run(cluster, tmp_path, cache)
+        driver = cluster.start_driver(
+            *run.command, "--set", "train.steps=100000", "--set", "checkpoint.every_steps=10", settings=True
+        )
+
+        def saved() -> bool:
+            assert driver.poll() is None, driver.communicate()[0]
+            return bool(run.events("checkpoint_saved"))
+
+        wait_for(saved, 120, "a checkpoint")
+        cluster.lose_gcs()
+        output, _ = driver.communicate(timeout=60)
+        assert driver.returncode == 1, output
+        assert f"the head of the cluster at 127.0.0.1:{cluster.port} has not answered for 1" in output
+        (last,) = [line for line in output.splitlines() if line.startswith("orchestrator: ")]
+        assert "the same command goes on from the checkpoint of " in last
+        assert "Failed to connect to GCS" not in output, "Ray's own line, with which it ends this process"
+    finally:
+        cluster.remove()
