@@ -93,7 +93,7 @@ def test_without_tables_the_driver_says_what_happened_and_from_where_the_run_goe
         cluster.lose_gcs()
         output, _ = driver.communicate(timeout=60)
         assert driver.returncode == 1, output
-        assert f"the head of the cluster at 127.0.0.1:{cluster.port} has not answered for 1" in output
+        assert f":{cluster.port} has not answered for 1" in output, output
         (last,) = [line for line in output.splitlines() if line.startswith("orchestrator: ")]
         assert "the same command goes on from the checkpoint of " in last
         assert "Failed to connect to GCS" not in output, "Ray's own line, with which it ends this process"
