@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,10 @@ from orchestrator.rundir import RunDirectory
 
 
 @pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[queue.Queue[str]]:
+def notes(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
     monkeypatch.setattr(head_watch, "TELL_AFTER_S", 0.0)
     monkeypatch.setattr(head_watch, "_PROBE_S", 0.02)
-    yield queue.Queue()
+    return queue.Queue()
 
 
 def test_it_gives_up_before_ray_would(monkeypatch: pytest.MonkeyPatch) -> None:
