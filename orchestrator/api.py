@@ -84,8 +84,7 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
     known = directory.read_json("job.resolved.json")
     if known is None:
         return None
-    result = directory.read_json("result.json")
-    finished = dict(result) if result is not None and result.get("status") == "finished" else None
+    finished = directory.final_result
     before = job_of(directory)
     differing = sorted(_differences(before.numerics(), _like(before, job, finished is not None).numerics()))
     if differing and directory.has_begun:

@@ -408,6 +408,8 @@ def checkpoint(
             if event["kind"] == "run_finished":
                 print(f"orchestrator: {directory.path} ended before it was saved", file=sys.stderr)
                 raise typer.Exit(EXIT_FAILED)
+            if event["kind"] == "controller":
+                _ask(directory, "checkpoint")  # What the one before was asked for went with it.
         time.sleep(0.1)
     print(f"orchestrator: {directory.path} was not saved within {wait:.0f} s; it may be still", file=sys.stderr)
     raise typer.Exit(EXIT_FAILED)
@@ -533,12 +535,13 @@ def node_watcher(
 
 
 def _ask(directory: Any, kind: str, **fields: Any) -> None:
-    if not directory.is_steered:
-        _refuse(f"{directory.path} is not running now; nothing to {kind}")
-    answer = directory.answer(directory.request(kind, **fields), timeout_s=15.0)
-    if answer is None:
-        print(f"orchestrator: the controller of {directory.path} did not answer within 15 s", file=sys.stderr)
-        raise typer.Exit(EXIT_FAILED)
+    from orchestrator.succession import NoAnswer, ask
+
+    try:
+        answer = ask(directory, lambda text: print(f"orchestrator: {text}", file=sys.stderr), kind, **fields)
+    except NoAnswer as error:
+        print(f"orchestrator: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from None
     if answer.get("error"):
         _refuse(answer["error"])
 

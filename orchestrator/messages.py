@@ -105,6 +105,7 @@ class Ready:
     the model, when the job has a pipeline to cut it for. `unit_seconds` is what its device was measured to need for a
     fixed piece of work, the same for all workers of a run; 0 when it was not measured. `flops_per_token` is what the
     model takes for a token, forward and backward, `peak_flops` what its device does in a second; 0 when not known.
+    `lateness_s` is how late its threads were while it got warm.
     """
 
     worker: WorkerId
@@ -122,6 +123,7 @@ class Ready:
     peak_flops: float = 0.0
     loaded: dict[str, Any] | None = None
     """What became of a directory's weights (`orchestrator.models.loading.Loaded`); None for other models."""
+    lateness_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Heartbeat:
     """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed.
 
     `moves` counts what it gets done inside a phase: micro-batches, collectives, chunks received, tensors read.
-    `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device.
+    `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device. `lateness_s` is
+    how late it has been lately itself: its threads, and the answers to what it reported.
     """
 
     worker: WorkerId
@@ -141,6 +144,7 @@ class Heartbeat:
     host_bytes: int = 0
     moves: int = 0
     device_bytes: int = 0
+    lateness_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ job.resolved.json    with all defaults              metrics.jsonl   one record p
 environment.json     versions, machine, data        result.json     written when the run ends
 checkpoints/         step-00000120/ ...             control/        requests of `orchestrator resize` and `stop`
 logs/                .run            its identity   .epoch-*        one per controller there ever was (fencing)
+.lock                its controller's   .driver     that of a driver whose cluster ends with it
 """
 
 from __future__ import annotations
@@ -202,6 +203,45 @@ class RunDirectory:
         with self.probe_lock() as free:
             return not free
 
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """Says, for the length of the block, that a driver runs this run on a cluster that ends with it.
+
+        Raises RunDirectoryError when another does.
+        """
+        descriptor = os.open(self.path / ".driver", os.O_CREAT | os.O_RDWR)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunDirectoryError(
+                    f"{self.path} is being run right now; see `orchestrator status {self.path}`"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether a driver with a cluster of its own runs this run, whether or not a controller steers it just now."""
+        try:
+            descriptor = os.open(self.path / ".driver", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    @property
+    def final_result(self) -> dict[str, Any] | None:
+        """The content of result.json of a run that has finished: nothing is left to be trained; else None."""
+        result = self.read_json("result.json")
+        return dict(result) if isinstance(result, dict) and result.get("status") == "finished" else None
+
     # -------------------------------------------------------------------------------- requests from the command line
 
     def request(self, kind: str, **fields: Any) -> str:
@@ -211,6 +251,11 @@ class RunDirectory:
         draft.write_text(json_text({"id": name, "kind": kind, **fields}), encoding="utf-8")
         os.replace(draft, self.path / "control" / f"{name}.json")
         return name
+
+    def withdraw(self, request: str) -> None:
+        """Takes back a request that no controller has taken."""
+        with suppress(OSError):
+            (self.path / "control" / f"{request}.json").unlink()
 
     def take_requests(self) -> list[dict[str, Any]]:
         """The requests left since last time, oldest first; each is given once, as `id`, `kind` and what belongs to it.

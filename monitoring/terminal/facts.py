@@ -51,11 +51,8 @@ class RunFacts:
         self._findings: dict[tuple[str, str], Json] = {}
         self._checkpoint: Json | None = None
         self._ledger = Ledger()
-<<<<<<< HEAD
         self._unreadable: dict[str, str] = {}
-=======
         self._line = Line()
->>>>>>> clock
         self.refresh_files()
 
     @property
@@ -77,9 +74,12 @@ class RunFacts:
 
     def refresh_files(self) -> None:
         """Reads the small files, which are replaced whole."""
-<<<<<<< HEAD
         live = self._read("status.json")
-        self.live = live if live is not None and live.get("time", 0.0) >= self._since else None
+        if live is not None and live != self._stale:
+            self._line.take(live)
+            self.live = on_line(live)
+        else:
+            self.live = None
         self.result = self._read("result.json")
         self.job = self.job or self._read("job.resolved.json") or {}
 
@@ -93,16 +93,6 @@ class RunFacts:
         except Unreadable as error:
             self._unreadable[name] = str(error)
             return None
-=======
-        live = _read(self.run_dir / "status.json")
-        if live is not None and live != self._stale:
-            self._line.take(live)
-            self.live = on_line(live)
-        else:
-            self.live = None
-        self.result = _read(self.run_dir / "result.json")
-        self.job = self.job or _read(self.run_dir / "job.resolved.json") or {}
->>>>>>> clock
 
     def _take(self, event: Json) -> None:
         self._ledger.add(event)

@@ -90,13 +90,9 @@ class Chronicle:
     def _note(self, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "run_started" if self.started_at is None:
-<<<<<<< HEAD
-                self.started_at = float(event["time"])
-            case "model_loaded":
-                self.loaded = {key: value for key, value in event.items() if key not in ("kind", "time")}
-=======
                 self.started_at = when(event)
->>>>>>> clock
+            case "model_loaded":
+                self.loaded = {key: value for key, value in event.items() if key not in ("kind", "time", "clock")}
             case "controller":
                 self.findings = []
             case "generation":

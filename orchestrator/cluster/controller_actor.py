@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ from orchestrator.cluster.placement import (
 from orchestrator.cluster.reception import Reception
 from orchestrator.cluster.reign import Reign
 from orchestrator.cluster.room import Need, why_no_room
+from orchestrator.controller.detection import stretched_s
 from orchestrator.controller.history import History
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -77,11 +78,8 @@ from orchestrator.controller.protocol import (
 )
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
 from orchestrator.job import Job
-<<<<<<< HEAD
-from orchestrator.messages import FaultFired, Ready, Reply, WorkerId
-=======
-from orchestrator.messages import FaultFired, Reply, WorkerId, dated
->>>>>>> clock
+from orchestrator.lateness import Lateness
+from orchestrator.messages import FaultFired, Heartbeat, Ready, Reply, WorkerId, dated
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -93,7 +91,9 @@ TICK_S = 0.25
 POLL_S = 1.0
 """How often the cluster and the control directory are looked at."""
 INTRODUCTION_S = 5.0
-"""How long, at least, a restarted controller waits for the living workers to introduce themselves."""
+"""How long, at least, a restarted controller waits for the living workers to introduce themselves; longer while it is
+late itself, and while they show life: a worker that lost its controller and its GCS together asks again after 25 s."""
+MOST_INTRODUCTION_S = 60.0
 SOON_S = 1.5
 """How long it takes them mostly. For whoever takes longer it is seen whether its node is still there."""
 STORAGE_PATIENCE_S = 60.0
@@ -112,6 +112,8 @@ class ControllerActor:
         """
         self._spec = spec
         self._directory = RunDirectory(spec["run_dir"])
+        self._lateness = Lateness()
+        self._lateness.watch()
         deadline = time.monotonic() + STORAGE_PATIENCE_S
         self._reign = self._patiently(lambda: Reign(self._directory, spec["session"]), deadline)
         self._patiently(lambda: self._set_up(spec), deadline)
@@ -182,7 +184,8 @@ class ControllerActor:
         )  # fmt: skip
         self._chronicle.forget_the_past()
         self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
-                                    "node": ray.get_runtime_context().get_node_id()})  # fmt: skip
+                                    "node": ray.get_runtime_context().get_node_id(),
+                                    "own_cluster": spec["own_cluster"]})  # fmt: skip
         # Where this process is, which on a cluster need not be where the driver is.
         host = "127.0.0.1" if spec["own_cluster"] else ray.util.get_node_ip_address()
         port = self._chronicle.metrics.serve(host, job.monitoring.port)
@@ -226,6 +229,7 @@ class ControllerActor:
         """A worker's message, `sent` when by its own clock; answered at once, handled in order."""
         arrived = self._clock.now()
         self._queue.put((dated(message, self._clock.shift_of(worker, sent, arrived)), arrived))
+        self._reception.hear(worker, message.committed if isinstance(message, Heartbeat) else None)
         if isinstance(message, FaultFired):
             # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
             while message.index not in self._machine.fired_faults and self._result is None:
@@ -312,14 +316,16 @@ class ControllerActor:
             self._begin()
             last_tick = 0.0
             while self._result is None:
+                # Nobody is silent whose message is only waiting to be handled: the time is that of what has been.
                 try:
-                    event, at = self._queue.get(timeout=TICK_S)
-                    self._dispatch(event, at)
+                    event, now = self._queue.get(timeout=TICK_S)
+                    self._lateness.note(self._clock.now() - now)
+                    self._dispatch(event, now)
                 except queue.Empty:
-                    pass
-                if (now := self._clock.now()) - last_tick >= TICK_S:
+                    now = self._clock.now()
+                if now - last_tick >= TICK_S:
                     last_tick = now
-                    self._dispatch(Tick(), now)
+                    self._dispatch(Tick(self._lateness.recent_s()), now)
         except BaseException as error:
             log.exception("the controller failed")
             traceback.print_exc()
@@ -331,8 +337,11 @@ class ControllerActor:
             job = self._job
             self._record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
                                          "min_workers": job.elastic.workers.min})  # fmt: skip
-        elif self._reign.has_ended and (previous := self._directory.read_json("result.json")) is not None:
-            # A predecessor ended the run and died before it could say goodbye.
+        elif self._reign.is_successor and (previous := self._directory.read_json("result.json")) is not None:
+            # A predecessor ended the run and died before it could say goodbye: that of an earlier driver's is cleared.
+            if not self._reign.has_ended:
+                ended = {"status": previous["status"], "reason": previous.get("reason", "")}
+                self._record("run_finished", ended)
             end_workers(self._directory.run_id)
             self._result = previous
             return
@@ -359,8 +368,7 @@ class ControllerActor:
         met = self._reception.wait_for(warm, SOON_S)
         if silent := warm - met.keys():
             silent -= {worker for worker in silent if self._is_lost(placed[worker])}
-            patience_s = max(INTRODUCTION_S, self._job.elastic.heartbeat_timeout_s) - SOON_S
-            met = self._reception.wait_for(silent, patience_s)
+            met = self._wait_for(silent)
         statuses, starting = [], []
         for worker, handle in placed.items():
             introduction = met.get(worker)
@@ -382,6 +390,17 @@ class ControllerActor:
                 self._queue.put((late.status.ready, self._clock.now()))
         release_places(self._directory.run_id, [h.place for h in self._handles.values() if h.place is not None])
         return TakeOver(tuple(statuses), tuple(starting))
+
+    def _wait_for(self, silent: Set[WorkerId]) -> dict[WorkerId, Introduction]:
+        """Those that have been met when these have, or patience with them has run out."""
+        began, timeout_s = time.monotonic(), self._job.elastic.heartbeat_timeout_s
+        while True:
+            met = self._reception.wait_for(silent, TICK_S)
+            missing, waited_s = silent - met.keys(), SOON_S + time.monotonic() - began
+            limit_s = stretched_s(max(INTRODUCTION_S, timeout_s), self._lateness.recent_s())
+            is_late = waited_s > limit_s and not self._reception.show_life(missing, timeout_s)
+            if not missing or is_late or waited_s > MOST_INTRODUCTION_S:
+                return met
 
     def _is_lost(self, handle: WorkerHandle) -> bool:
         """Whether a worker's node is gone, as far as can be told; then nobody is placed there any more."""
@@ -616,10 +635,11 @@ class ControllerActor:
         if unfired and result["status"] == "finished":
             result["faults_not_fired"] = unfired
         try:
-            self._record("run_finished", {"status": result["status"], "reason": result["reason"]})
-            account = self._chronicle.account()
+            account = self._chronicle.account(time.time())
             result |= {"wall_seconds": round(account.wall_seconds, 3), "goodput_ratio": round(account.ratio, 4)}
+            # First: what has a result is over for whoever comes next, also if this process dies here.
             self._directory.write_json("result.json", result)
+            self._record("run_finished", {"status": result["status"], "reason": result["reason"]})
             self._publish_the_end()
         except OSError as error:
             # A full disk, most likely. Whoever follows the run is told all the same, and nothing is left running.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from monitoring import discovery
@@ -26,7 +26,7 @@ from orchestrator.cluster.following import (
     unfinished_result,
 )
 from orchestrator.cluster.interruption import Interrupted, Interruption
-from orchestrator.cluster.preparation import check_storage, controller_spec, refuse_packages
+from orchestrator.cluster.preparation import check_storage, clear_result, controller_spec, refuse_packages
 from orchestrator.cluster.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
@@ -61,14 +61,18 @@ def drive(
 
     here = os.getcwd()
     refuse_packages(job, directory)
-    if directory.is_steered and (local_nodes or not has_cluster()):
+    own = bool(local_nodes) or not has_cluster()
+    if own and (directory.is_steered or directory.is_driven):
         raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
     if not directory.is_steered:
         directory.create(job_text, job.resolved())
     about = LogContext(run=directory.run_id, process="driver")
     form, level = job.monitoring.logs, job.monitoring.log_level
     watched = job.monitoring.model_dump()
-    with logging_to(directory.path / "logs", about, form=form, level=level, echo=True):
+    with (
+        directory.driving() if own else nullcontext(),
+        logging_to(directory.path / "logs", about, form=form, level=level, echo=True),
+    ):
         try:
             # Signals are ours until the sinks have had their last, too.
             with (
@@ -108,13 +112,15 @@ def _drive(
             controller = None if own else find_controller(directory, on_note)
             if controller is None:
                 spec = controller_spec(job, directory, here, secret, own, ephemeral, on_note)
+                if (final := clear_result(directory)) is not None:
+                    return final  # It finished while the data was prepared.
                 on_note("starting workers")
                 interruption.follows = True
                 controller = start_controller(directory, spec, own)
             else:
                 on_note("the run is under way: following it, with the job file and options that it was started with")
                 interruption.follows = True
-            result = follow(controller, directory, interruption, on_update)
+            result = follow(controller, directory, interruption, on_update, on_note)
             assert result is not None, "a run of ours is followed to its end"
             return result
         finally:
@@ -158,6 +164,6 @@ def attach(
                 return dict(ended)
             interruption.follows = True
             on_note("the run is under way: following it")
-            return follow(controller, directory, interruption, on_update, is_ours=False)
+            return follow(controller, directory, interruption, on_update, on_note, is_ours=False)
     except Interrupted:
         return None

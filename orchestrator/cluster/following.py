@@ -16,6 +16,7 @@ from monitoring.records import RecordFile, read_records
 from orchestrator.cluster.chronicle import generation_entry, is_training, recovery_entry
 from orchestrator.cluster.controller_actor import ControllerActor
 from orchestrator.cluster.ending import outline
+from orchestrator.cluster.head_watch import HeadWatch, watching_head
 from orchestrator.cluster.interruption import Interruption
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError
@@ -46,7 +47,7 @@ def find_controller(
         if controller is not None:
             if even_if_over or not _dismissed(controller):
                 return controller
-        elif not directory.is_steered:
+        elif not (directory.is_steered or directory.is_driven):
             return None
         elif time.monotonic() > deadline:
             raise RunDirectoryError(
@@ -124,18 +125,34 @@ def follow(
     directory: RunDirectory,
     interruption: Interruption,
     on_update: Callable[[dict[str, Any]], None],
+    on_note: Callable[[str], None],
     *,
     is_ours: bool = True,
 ) -> dict[str, Any] | None:
     """Shows a run until it is over. Signals end one that `is_ours`, and otherwise only this (then None is returned).
 
-    Raises ClusterError when the controller is gone for good or silent for long, RunDirectoryError when it was refused.
+    Raises ClusterError when the controller is gone for good or silent for long, or the head of the cluster is;
+    RunDirectoryError when the controller was refused.
     """
+    with watching_head(directory, on_note) as head:
+        return _follow(controller, directory, interruption, on_update, head, is_ours=is_ours)
+
+
+def _follow(
+    controller: Any,
+    directory: RunDirectory,
+    interruption: Interruption,
+    on_update: Callable[[dict[str, Any]], None],
+    head: HeadWatch,
+    *,
+    is_ours: bool,
+) -> dict[str, Any] | None:
     heard, patience_s = time.monotonic(), START_SILENCE_S
     stops_sent = 0
     while True:
         if interruption.count and not is_ours:
             return None
+        head.check()
         if interruption.count >= 2:
             return cut_short(directory, f"{interruption.name} twice")
         try:
@@ -168,6 +185,8 @@ def follow(
 def _without_controller(directory: RunDirectory, error: Exception) -> dict[str, Any]:
     """The result of a run whose controller ended before it could be asked. One that is dead without a result will not
     come back: what it left on this cluster is ended, and that is the result."""
+    if (final := directory.final_result) is not None:
+        return final
     refused = re.search(r"RunDirectoryError: (.*)", str(error))
     if refused is not None:
         raise RunDirectoryError(refused[1]) from None

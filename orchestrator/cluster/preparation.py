@@ -70,8 +70,6 @@ def controller_spec(
     _same_data(directory, dataset)
     data = dataset.describe(directory.path, directory.forked_at)
     directory.write_json("environment.json", _environment(data, dataset))
-    with suppress(FileNotFoundError):
-        (directory.path / "result.json").unlink()  # Of an earlier attempt, which this one goes on from.
     return {
         "secret": secret,
         "run_dir": str(directory.path),
@@ -85,6 +83,23 @@ def controller_spec(
         "ephemeral": ephemeral and not own,  # A cluster of our own ends with its driver in any case.
         "session": uuid.uuid4().hex[:12],
     }
+
+
+def clear_result(directory: RunDirectory) -> dict[str, Any] | None:
+    """Removes what an earlier attempt came to, which is gone on from; that of a run that has finished stays and is
+    returned. Under the run's lock, so that nobody writes one meanwhile; whoever has the lock keeps it."""
+    try:
+        lock = directory.lock()
+    except RunDirectoryError:
+        return None
+    try:
+        if (final := directory.final_result) is not None:
+            return final
+        with suppress(FileNotFoundError):
+            (directory.path / "result.json").unlink()
+        return None
+    finally:
+        os.close(lock)
 
 
 def _prepare(job: Job) -> Dataset:

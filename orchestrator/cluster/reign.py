@@ -23,7 +23,7 @@ class Reign:
     """`is_successor` says that an earlier controller of the same session had the run: Ray lost that one and started
     this; `has_ended` that it had ended the run by then.
 
-    Raises RunDirectoryError when another controller has the run, or took it over meanwhile.
+    Raises RunDirectoryError when another controller has the run, took it over meanwhile, or has finished it.
     """
 
     def __init__(self, directory: RunDirectory, session: str) -> None:
@@ -48,6 +48,10 @@ class Reign:
                 self._lock = directory.lock(PATIENCE_S)
         else:
             self._lock = directory.lock(PATIENCE_S)
+            if directory.final_result is not None:
+                # Whoever had it when this driver looked has ended it since.
+                self.end()
+                raise RunDirectoryError(f"{directory.path} has finished already; its result stands in result.json")
             self.epoch = directory.next_epoch()
 
     def is_over(self) -> bool:

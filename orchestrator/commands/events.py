@@ -62,8 +62,4 @@ def _line(event: dict[str, Any], started: float) -> str:
     text = describe_event(event) or ", ".join(
         f"{key}={value}" for key, value in event.items() if key not in ("time", "clock", "kind")
     )
-<<<<<<< HEAD
-    return clean(f"[{event['time'] - started:8.2f} s] {event['kind']:<20} {text}")
-=======
-    return f"[{when(event) - started:8.2f} s] {event['kind']:<20} {text}"
->>>>>>> clock
+    return clean(f"[{when(event) - started:8.2f} s] {event['kind']:<20} {text}")

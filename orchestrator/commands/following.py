@@ -30,7 +30,7 @@ def is_abandoned(
     started = _newest((directory.path / "job.resolved.json",))
     if recorded < started:
         recorded, patience_s = max(started, _newest((directory.path / "logs").glob("*"))), start_patience_s
-    return recorded > 0 and time.time() - recorded > patience_s and not directory.is_steered
+    return recorded > 0 and time.time() - recorded > patience_s and not (directory.is_steered or directory.is_driven)
 
 
 def _newest(paths: Iterable[Path]) -> float:

@@ -16,7 +16,7 @@ def report(directory: RunDirectory, *, as_json: bool, to: Path | None) -> None:
 
     Raises OSError when the page cannot be written.
     """
-    content = report_of(directory.path, alive=directory.is_steered)
+    content = report_of(directory.path, alive=directory.is_steered or directory.is_driven)
     page = directory.path / "report.html" if to is None else to
     write_report_page(directory.path, page)
     content["page"] = str(page)

@@ -10,7 +10,7 @@ from orchestrator.rundir import RunDirectory
 
 def status(directory: RunDirectory, *, as_json: bool) -> None:
     """Prints where a run is. Without a controller it is how it ended, or "interrupted"."""
-    alive = directory.is_steered
+    alive = directory.is_steered or directory.is_driven
     facts = RunFacts(directory.path)
     facts.refresh()
     facts.run = directory.run_id

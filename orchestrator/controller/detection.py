@@ -105,21 +105,45 @@ def lost_each_other(lefts: Iterable[Left], now: float) -> Trouble | None:
 
 # ---------------------------------------------------------------------------------------- what is not
 
+HOPS = 4.0
+"""What is heard of a worker goes through so many threads and processes, each of which may be as late as the next."""
+USUAL_LATENESS_S = 0.1
+"""Nobody is called late for less: deadlines have room for that."""
+MOST_STRETCH = 4.0
+"""By how much of itself a deadline is stretched at most."""
 
-def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float) -> list[Trouble]:
-    """A worker that is silent for too long is ended for good and fenced off.
+
+def stretched_s(configured_s: float, lateness_s: float) -> float:
+    """A deadline on a machine where things have come `lateness_s` late: never less than what is configured."""
+    return configured_s + min(HOPS * max(0.0, lateness_s - USUAL_LATENESS_S), MOST_STRETCH * configured_s)
+
+
+def _said_of(configured_s: float, limit_s: float) -> str:
+    return "" if limit_s == configured_s else f", stretched from {configured_s:.1f} s as the machine is busy"
+
+
+def find_hung(
+    alive: Iterable[WorkerView], config: ControllerConfig, now: float, lateness_s: float = 0.0
+) -> list[Trouble]:
+    """A worker that is silent for too long is ended for good and fenced off. How long that is depends on how late the
+    controller has been lately (`lateness_s`), and the workers of its node.
 
     When all of a node's workers fall silent together it is the node that is gone, without a word (its power, its
     network): one incident, as for a node that is known to be lost.
     """
-    limit = config.heartbeat_timeout_s
-    kill = f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s)"
+    configured = config.heartbeat_timeout_s
     warm = [view for view in alive if view.state in (WorkerState.IDLE, WorkerState.MEMBER)]
-    silent = [view for view in warm if now - view.last_heard > limit]
+    if all(now - view.last_heard <= configured for view in warm):
+        return []
+    late = {view.node: lateness_s for view in warm}
+    for view in warm:
+        late[view.node] = max(late[view.node], view.lateness_s)
+    limits = {node: stretched_s(configured, lateness) for node, lateness in late.items()}
+    silent = [view for view in warm if now - view.last_heard > limits[view.node]]
     if not silent:
         return []
     gone: dict[str, list[WorkerView]] = {view.node: [] for view in silent if view.node}
-    for node in {view.node for view in warm if now - view.last_heard <= limit}:
+    for node in {view.node for view in warm if now - view.last_heard <= limits[view.node]}:
         gone.pop(node, None)
     for view in silent:
         if view.node in gone:
@@ -127,7 +151,8 @@ def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float)
     told: set[str] = set()
     found = []
     for view in sorted(silent, key=lambda v: (v.state is not WorkerState.MEMBER, v.worker)):
-        fellows = gone.get(view.node or "", [])
+        fellows, limit = gone.get(view.node or "", []), limits[view.node]
+        kill = f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s{_said_of(configured, limit)})"
         if len(fellows) < 2:
             what = f"worker {view.worker.slot} has been silent for {limit:.1f} s"
             found.append(Trouble("hang", what, view, view.last_heard, kill=kill))
@@ -139,7 +164,9 @@ def find_hung(alive: Iterable[WorkerView], config: ControllerConfig, now: float)
     return found
 
 
-def find_stalled(membership: Membership, config: ControllerConfig, progress: Progress, now: float) -> list[Trouble]:
+def find_stalled(
+    membership: Membership, config: ControllerConfig, progress: Progress, now: float, lateness_s: float = 0.0
+) -> list[Trouble]:
     """Everyone is heard and nothing moves: the member that is furthest behind holds the others up.
 
     When none can be named, all are told to leave, and whoever is stuck does not.
@@ -150,8 +177,11 @@ def find_stalled(membership: Membership, config: ControllerConfig, progress: Pro
     limit = config.progress_timeout_s
     if not membership.unjoined:
         limit = progress_limit_s(limit, progress.step_seconds)
+    late = max([lateness_s, *(view.lateness_s for view in membership.present())])
+    limit = stretched_s(limit, late)
     if membership.interrupted_at is not None:
-        return _find_stuck(membership, membership.interrupted_at, limit, config, now)
+        patience = stretched_s(config.interrupt_timeout_s, late)
+        return _find_stuck(membership, membership.interrupted_at, limit, patience, now)
     since = membership.moved_at
     if now - since <= limit:
         return []
@@ -175,7 +205,7 @@ def nobodys_stall(since: float, now: float, *, pending: bool = False) -> Trouble
 
 
 def _find_stuck(
-    membership: Membership, interrupted_at: float, limit: float, config: ControllerConfig, now: float
+    membership: Membership, interrupted_at: float, limit: float, interrupt_timeout_s: float, now: float
 ) -> list[Trouble]:
     """Whoever is told to break out of a collective does so at once; a computation has to come to its end.
 
@@ -186,7 +216,7 @@ def _find_stuck(
     since = interrupted_at if membership.stalled_since is None else membership.stalled_since
     found = []
     for view in membership.present():
-        patience = config.interrupt_timeout_s
+        patience = interrupt_timeout_s
         if not is_collective(view.phase, layout):
             patience = limit
         elif view.phase == "compute":

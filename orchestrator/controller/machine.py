@@ -167,7 +167,7 @@ class Controller:
             case TakeOver():
                 self._take_over(event, now)
             case Tick():
-                self._tick(now)
+                self._tick(event.lateness_s, now)
             case Placed():
                 self._out += self._roster.placed(event, now)
             case NodesStarting():
@@ -225,10 +225,10 @@ class Controller:
         self._roster.overslept(gap_s, now)
         self._run.overslept(gap_s, now)
 
-    def _tick(self, now: float) -> None:
+    def _tick(self, lateness_s: float, now: float) -> None:
         run, roster, config = self._run, self._roster, self.config
-        self._meet(detection.find_hung(roster.alive(), config, now), now)
-        self._meet(detection.find_stalled(run.membership, config, self.progress, now), now)
+        self._meet(detection.find_hung(roster.alive(), config, now, lateness_s), now)
+        self._meet(detection.find_stalled(run.membership, config, self.progress, now, lateness_s), now)
         for view in detection.find_slow_starters(roster.alive(), config, now):
             late = f"not ready {config.start_timeout_s:.0f} s after it was placed (elastic.start_timeout_s)"
             self._out += roster.kill(view, late)
@@ -329,6 +329,7 @@ class Controller:
         if view is None:
             return
         view.last_heard, view.host_bytes, view.device_bytes = now, event.host_bytes, event.device_bytes
+        view.lateness_s = event.lateness_s
         self._run.take_reports(event.reports, now)
         self._run.membership.heard(view, event, now)
 

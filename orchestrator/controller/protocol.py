@@ -49,7 +49,9 @@ class Placed:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time has passed."""
+    """Time has passed. `lateness_s` is how late the controller itself has been lately, by what it measured."""
+
+    lateness_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ class Roster:
         """A worker that was on its way is warm."""
         self._coming[view.state] -= 1
         view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
-        view.initial = event.initial
+        view.initial, view.lateness_s = event.initial, event.lateness_s
         view.held = view.whole = whole(event.elements, self._config.tensor)
         self._start_failures = 0
         fields = {"node": event.node, "pid": event.pid, "start_seconds": round(now - view.requested_at, 3)}

@@ -30,6 +30,7 @@ def view_of(status: Status, tensor: int, now: float) -> WorkerView:
         whole=whole(status.ready.elements, tensor),
         initial=status.ready.initial,
         last_heard=now,
+        lateness_s=status.ready.lateness_s,
     )
     if generation is not None and status.joined and generation.committed == 0:
         view.initial = initial_of(generation)

@@ -193,6 +193,8 @@ class WorkerView:
     phase: str = ""
     host_bytes: int = 0
     device_bytes: int = 0
+    lateness_s: float = 0.0
+    """How late it has been lately, by its own account."""
     fault_at: float | None = None
     fault_committed: int | None = None
     draining_until: float | None = None

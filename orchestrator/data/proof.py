@@ -26,12 +26,8 @@ def rehash_tokens(store: Any) -> TokensReport:
     """Reads every token of the stores that a run used, and compares their digests with those on record."""
     report = TokensReport()
     parts = store.get("parts") if isinstance(store, Mapping) else None
-    if not isinstance(parts, list) or not all(
-        isinstance(p, Mapping) and {"location", "digest"} <= p.keys() for p in parts
-    ):
-        report.unchecked.append(
-            "environment.json does not say where they are: the run is of an earlier version, or it is damaged"
-        )
+    if not (isinstance(parts, list) and parts and all(_is_part(part) for part in parts)):
+        report.unchecked.append("environment.json does not say where they are: the run is of an earlier version")
         return report
     for part in parts:
         location, recorded = str(part["location"]), str(part["digest"])
@@ -50,3 +46,7 @@ def rehash_tokens(store: Any) -> TokensReport:
         else:
             report.num_tokens += opened.num_tokens
     return report
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and {"location", "digest"} <= part.keys()

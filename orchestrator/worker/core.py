@@ -28,6 +28,7 @@ from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
 from orchestrator.data import Dataset, step_hash
 from orchestrator.job import Job
+from orchestrator.lateness import Lateness
 from orchestrator.messages import (
     FaultFired,
     Finalized,
@@ -119,6 +120,8 @@ class Worker:
         self._moves = 0
         self._phase, self._phase_step = "idle", 0
 
+        self._lateness = Lateness()
+        self._lateness.watch()
         device = build.choose_device(job)
         build.make_deterministic(job, device)
         self._rendezvous, port = serve_store(host)
@@ -140,7 +143,9 @@ class Worker:
             costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
             flops_per_token=build.flops_per_token(job), peak_flops=peak_flops(job, device),
             loaded=loaded_of(self.state.blueprint.model),
+            lateness_s=round(self._lateness.recent_s(), 3),
         )  # fmt: skip
+        self._lateness.close()  # From here on the reporting thread sees for itself.
 
     def start(self) -> None:
         """Reports for duty, from a thread of its own."""
@@ -513,16 +518,19 @@ class Worker:
     def _report_loop(self) -> None:
         interval = self.job.elastic.heartbeat_interval_s
         answered = time.monotonic()
-        next_heartbeat = 0.0
+        next_heartbeat, epoch = 0.0, -1
         while not self._over:
             with self._wake:
                 if not self._outbox:
                     self._wake.wait(timeout=max(0.0, next_heartbeat - time.monotonic()))
+                    if next_heartbeat:
+                        self._lateness.note(time.monotonic() - next_heartbeat)
                 entry = self._outbox[0] if self._outbox else None
             if entry is None and self._is_spoken_for(answered):
                 next_heartbeat = time.monotonic() + interval
                 continue
             message = entry[0] if entry is not None else self._heartbeat()
+            asked = time.monotonic()
             try:
                 reply = self._report(message)
             except Exception as error:
@@ -532,6 +540,10 @@ class Worker:
             now = time.monotonic()
             if reply is not None:
                 answered = now
+                # One that begins answers late however quiet the machine is, and a fault when it is on record.
+                if reply.epoch == epoch and not isinstance(message, FaultFired):
+                    self._lateness.note(now - asked, now)
+                epoch = reply.epoch
                 self._heed(reply)
                 if entry is not None:
                     self._outbox.popleft()
@@ -569,6 +581,7 @@ class Worker:
             reports=tuple(self._reports) if first else (),
             host_bytes=_resident_bytes(),
             device_bytes=build.allocated_bytes(self.state.device),
+            lateness_s=round(self._lateness.recent_s(), 3),
             moves=self._moves + (0 if (fabric := self._fabric) is None else fabric.moves),
         )
 

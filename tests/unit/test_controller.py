@@ -527,6 +527,39 @@ def test_a_silent_member_is_ended_and_the_others_go_on() -> None:
     assert not stage.tell(Died(W1, "killed")), "its death is no second incident"
 
 
+def test_silence_on_a_busy_machine_is_borne_for_longer_but_not_for_ever() -> None:
+    def silent_for(own: float, controller: float) -> float:
+        stage = Stage(max_workers=2, heartbeat_timeout_s=3.0).running(W0, W1)
+        view = stage.controller.workers[W1]
+        stage.tell(Heartbeat(W1, 0, "compute", 0, 0, lateness_s=own), 0.1)
+        silent_since = stage.now
+        while view.alive:
+            stage.tell(Heartbeat(W0, 0, "reduce", 0, 0), 0.25)
+            stage.tell(Tick(controller), 0.0)
+            assert stage.now - silent_since < 60.0
+        assert not of(Finish, stage.told)
+        return stage.now - silent_since
+
+    configured = silent_for(0.0, 0.0)
+    assert configured == pytest.approx(3.0, abs=0.26)
+    assert silent_for(0.09, 0.09) == configured, "what is usual on a quiet machine changes nothing"
+    assert silent_for(1.1, 0.0) == pytest.approx(7.0, abs=0.26), "it has said that it is late"
+    assert silent_for(0.0, 1.1) == pytest.approx(7.0, abs=0.26), "the controller is late itself"
+    assert silent_for(1000.0, 0.0) == pytest.approx(15.0, abs=0.26)
+
+
+def test_a_busy_neighbour_speaks_for_its_node_and_no_other() -> None:
+    stage = Stage(max_workers=3, heartbeat_timeout_s=3.0)
+    stage.tell(Start())
+    for worker, node in ((W0, "a"), (W1, "a"), (W2, "b")):
+        stage.ready(worker, node=node)
+    stage.join()
+    for _ in range(4):
+        stage.tell(Heartbeat(W0, 0, "reduce", 0, 0, lateness_s=1.1), 1.0)
+        stage.tell(Tick(), 0.0)
+    assert [action.worker for action in of(KillWorker, stage.told)] == [W2]
+
+
 def test_a_deadlocked_member_is_the_one_furthest_behind() -> None:
     stage = Stage(max_workers=2, progress_timeout_s=60.0).running(W0, W1)
     stage.train(10)

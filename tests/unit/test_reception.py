@@ -37,3 +37,17 @@ def test_patience_ends_and_nobody_has_to_be_waited_for() -> None:
     reception.forget(W0)
     reception.forget(W1)
     assert not reception.wait_for((), 60.0)
+
+
+def test_workers_that_were_not_met_may_show_life() -> None:
+    reception = Reception()
+    assert not reception.show_life({W0}, 60.0)
+    reception.hear(W1)
+    assert not reception.show_life({W0}, 60.0)
+    assert reception.show_life({W0, W1}, 60.0), "one of them says something"
+    reception.hear(W2, 7)
+    reception.hear(W2, 7)
+    assert not reception.show_life({W0}, 60.0), "that may be long ago"
+    reception.hear(W2, 8)
+    assert reception.show_life({W0}, 60.0), "no step is committed without every member"
+    assert not reception.show_life({W0}, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -88,3 +89,38 @@ def test_a_result_counts_only_for_the_session_that_ended_the_run(directory: RunD
     assert not Reign(directory, "b").has_ended, "the end on record is that of an earlier attempt"
     RecordFile(directory.events).append(finished)
     assert Reign(directory, "b").has_ended
+
+
+def test_a_run_that_has_finished_is_not_steered_again(directory: RunDirectory) -> None:
+    first = begin(directory, "a")
+    directory.write_json("result.json", {"status": "finished", "steps": 300})
+    first.end()
+    with pytest.raises(RunDirectoryError, match="has finished already"):
+        Reign(directory, "b")
+    assert directory.newest_epoch() == 1
+    assert not directory.is_steered
+
+
+def test_a_run_that_finishes_while_another_driver_waits_for_it_is_not_steered_again(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other looked when nobody had the run, as its controller was being restarted."""
+    monkeypatch.setattr(reign, "PATIENCE_S", 30.0)
+    begin(directory, "a").end()
+    successor = begin(directory, "a")
+    outcome: list[str] = []
+
+    def resume() -> None:
+        try:
+            Reign(directory, "b")
+        except RunDirectoryError as error:
+            outcome.append(str(error))
+
+    other = threading.Thread(target=resume)
+    other.start()
+    directory.write_json("result.json", {"status": "finished", "steps": 300})
+    successor.end()
+    other.join(30.0)
+    (said,) = outcome
+    assert "has finished already" in said
+    assert directory.newest_epoch() == 2

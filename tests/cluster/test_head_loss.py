@@ -1,0 +1,101 @@
+"""The head of a cluster loses its GCS while a run trains: with tables on disk it is started again, else it is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import JOB, Outcome, wait_for
+from durable_cluster import DurableCluster
+
+from monitoring.records import read_records
+
+
+class Run:
+    """One run on a cluster, by its directory."""
+
+    def __init__(self, cluster: DurableCluster, home: Path, cache: Path) -> None:
+        self.path = home / "run"
+        job = home / "job.yaml"
+        job.write_text(JOB)
+        self.command = ("run", str(job), "--run-dir", str(self.path), "--set", f"data.cache={cache}",
+                        "--set", "elastic.workers.max=2")  # fmt: skip
+        self.cluster = cluster
+
+    def steps(self) -> int:
+        return sum(1 for _ in read_records(self.path / "metrics.jsonl"))
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in read_records(self.path / "events.jsonl") if event["kind"] == kind]
+
+    def result(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "result.json").read_text()))
+
+
+@pytest.fixture
+def cluster() -> Iterator[DurableCluster]:
+    cluster = DurableCluster()
+    try:
+        yield cluster
+    finally:
+        cluster.remove()
+
+
+def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
+    cluster: DurableCluster, tmp_path: Path, cache: Path, undisturbed: Outcome
+) -> None:
+    """And the controller dies meanwhile, when nobody can start another: the workers train on without both."""
+    cluster.start()
+    run = Run(cluster, tmp_path, cache)
+    driver = cluster.start_driver(*run.command)
+
+    def trained(steps: int) -> bool:
+        assert driver.poll() is None, driver.communicate()[0]
+        return run.steps() >= steps
+
+    wait_for(lambda: trained(10), 120, "step 10")
+    command = cluster.lose_gcs()
+    wait_for(lambda: trained(20), 60, "ten steps without a GCS")
+    os.kill(run.events("controller")[-1]["pid"], signal.SIGKILL)
+    cluster.start_gcs(command)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, output
+    result = run.result()
+    assert (result["status"], result["steps"]) == ("finished", 120)
+    assert result["state_digest"] == undisturbed.result.state_digest
+    assert result["data_digest"] == undisturbed.result.data_digest
+    assert len(result["generations"]) == 1, "the workers trained on"
+    assert result["recoveries"] == []
+    assert [event["epoch"] for event in run.events("controller")] == [1, 2]
+
+
+def test_without_tables_the_driver_says_what_happened_and_from_where_the_run_goes_on(
+    tmp_path: Path, cache: Path
+) -> None:
+    cluster = DurableCluster(durable=False, RAY_gcs_rpc_server_reconnect_timeout_s="40")
+    try:
+        cluster.start()
+        run = Run(cluster, tmp_path, cache)
+        driver = cluster.start_driver(
+            *run.command, "--set", "train.steps=100000", "--set", "checkpoint.every_steps=10", settings=True
+        )
+
+        def saved() -> bool:
+            assert driver.poll() is None, driver.communicate()[0]
+            return bool(run.events("checkpoint_saved"))
+
+        wait_for(saved, 120, "a checkpoint")
+        cluster.lose_gcs()
+        output, _ = driver.communicate(timeout=60)
+        assert driver.returncode == 1, output
+        assert f":{cluster.port} has not answered for 1" in output, output
+        (last,) = [line for line in output.splitlines() if line.startswith("orchestrator: ")]
+        assert "the same command goes on from the checkpoint of " in last
+        assert "Failed to connect to GCS" not in output, "Ray's own line, with which it ends this process"
+    finally:
+        cluster.remove()
