@@ -191,6 +191,9 @@ class Schedule(_Section):
     name: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: CountInt = 0
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    convention: Literal["own", "transformers"] = "own"
+    """own: the first step has 1 / warmup_steps of the peak, the last one min_ratio. transformers: the first step has 0,
+    and min_ratio would come one step after the last."""
 
 
 class Train(_Section):
@@ -450,6 +453,8 @@ class Job(_Section):
         for key, default in (("mix", None), ("packing", "stream"), ("document_mask", False), ("document", None)):
             if full["data"][key] == default:
                 del full["data"][key]
+        if full["train"]["schedule"]["convention"] == "own":
+            del full["train"]["schedule"]["convention"]
         # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
         full["resources"] = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
         if self.resources.kinds:

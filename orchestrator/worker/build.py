@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
+from orchestrator.job.positions import too_long
 from orchestrator.planning.model import ModelCosts, describe_model, training_flops_per_token
 from strategies.batch import Batch
 from strategies.blueprint import Blueprint
@@ -22,6 +24,7 @@ from strategies.document_mask import refuse_without_positions
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.randomness import seed_stream
 from strategies.state import TrainingState
+from strategies.trial import try_model
 
 log = logging.getLogger(__name__)
 
@@ -142,11 +145,27 @@ def _vocabulary_rows(model: nn.Module) -> int | None:
 
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
     """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
-    or cut, or keep documents apart, as the job wants it to."""
+    or cut, or keep documents apart, as the job wants it to, or fails its trial (`strategies.trial`)."""
     model = build_model(job, vocab_size)
     if job.data.document_mask:
         refuse_without_positions(model)
-    blueprint = Blueprint(model, tensor=job.strategy.tensor, device=device)
+    reason = too_long(job.data.sequence_length, getattr(model, "config", None))
+    if reason is not None:
+        raise ValueError(reason)
+    started = time.perf_counter()
+    trial = try_model(
+        model, step_spec(job), vocabulary=vocab_size, length=job.data.sequence_length, device=device,
+        is_ragged=job.data.packing == "pad",
+    )  # fmt: skip
+    log.info("the model passed its trial in %.2f s", time.perf_counter() - started)
+    if trial.unused:
+        log.warning(
+            "the loss does not depend on %d parameters, which are left as they are: %s",
+            len(trial.unused), ", ".join(sorted(trial.unused)),
+        )  # fmt: skip
+    blueprint = Blueprint(
+        model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches
+    )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     return blueprint
@@ -210,6 +229,7 @@ def step_spec(job: Job) -> StepSpec:
             name=train.schedule.name,
             warmup_steps=train.schedule.warmup_steps,
             min_ratio=train.schedule.min_ratio,
+            convention=train.schedule.convention,
             total_steps=train.steps,
         ),
         clip_norm=train.clip_norm,
