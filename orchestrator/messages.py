@@ -158,7 +158,7 @@ class Joined:
     buffer_bytes: int = 0
 
 
-LeftCause = Literal["pause", "complete", "peer", "exception", "restore", "storage", "unusable"]
+LeftCause = Literal["pause", "complete", "peer", "exception", "restore", "storage", "unusable", "job"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Left:
     `held` is what it has of the state after `committed` steps; `prepared` says that it also holds the reduced gradient
     of step `committed` for all of that. Causes: a pause all agreed to; all steps done; a peer lost; its own exception;
     a checkpoint that is not what was saved; a storage that cannot be read; a checkpoint that cannot be used with this
-    job or key.
+    job or key; a mistake in the job, which no repetition mends.
     """
 
     worker: WorkerId

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +46,22 @@ class Activations(NamedTuple):
 class Blueprint:
     """See the module. Takes `model` over: its trained parameters lose their values to `initial`, on the CPU.
 
-    `constants` are frozen parameters and persistent buffers, which all ranks have. Raises ValueError for models whose
+    `constants` are frozen parameters and persistent buffers, which all ranks have; of a trial of the model it is known
+    which trained parameters are `unused` and what `caches` it makes for itself. Raises ValueError for models whose
     buffers change in training, that train nothing, or that cannot be split over `tensor` ranks.
     """
 
-    def __init__(self, model: nn.Module, *, tensor: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tensor: int = 1,
+        device: torch.device | None = None,
+        unused: Collection[str] = (),
+        caches: Collection[str] = (),
+    ) -> None:
         _refuse_running_statistics(model)
+        self.unused, self.caches = frozenset(unused), frozenset(caches)
         self.device = torch.device("cpu") if device is None else device
         self.model = model
         self.tensor = tensor
@@ -64,7 +74,7 @@ class Blueprint:
         if tensor > 1:
             self._refuse_shared("tensor", tensor)
         self.space = Space.of(
-            ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor
+            ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused
         )
         self._activations: dict[bool, Activations] = {}
         self.initial_shapes = {name: p.shape for name, p in trained}

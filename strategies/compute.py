@@ -9,7 +9,7 @@ and this rank still holds them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from torch import nn
 
 from strategies.batch import Batch, counting, positions
 from strategies.blueprint import Blueprint
-from strategies.document_mask import refuse_leaks
 from strategies.optimizers import ScheduleSpec
 from strategies.part import Part
 from strategies.randomness import Streams, draws_random_numbers
@@ -116,6 +115,26 @@ class StepSpec:
         return torch.tensor(float(targets)) if self.compile and batch.documents is not None else targets
 
 
+@contextlib.contextmanager
+def first_pass(model: nn.Module, length: int) -> Iterator[None]:
+    """Turns what goes wrong in a model's first passes, over rows of `length` tokens, into a ValueError in our words: it
+    is the job's fault, and would go wrong wherever it is tried. Only memory that is short may be there elsewhere."""
+    try:
+        yield
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # A model can fail with anything.
+        said = (str(error).strip().splitlines() or [""])[0]
+        text = f"the model {type(model).__name__} fails in its first pass, over {length} tokens: {type(error).__name__}"
+        hint = ""
+        if isinstance(error, IndexError) or "index out of" in said:
+            hint = (
+                f". Has it positions for the {length} tokens of data.sequence_length, and a vocabulary as large as the "
+                "tokenizer's?"
+            )
+        raise ValueError(f"{text}: {said}{hint}") from error
+
+
 def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:
     """The random numbers of model parts: by layer where the model draws any."""
     streams = Streams(seed)
@@ -196,18 +215,17 @@ class LocalGradients:
         The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
         has done it joins at full speed.
 
-        Raises ValueError for a model whose persistent buffers it changes, and for one that does not keep documents
-        apart where it should.
+        Raises ValueError for a model that cannot compute the job's first micro-batch, or that changes its persistent
+        buffers; `strategies.trial` has tried it before that.
         """
         before = {name: tensor.clone() for name, tensor in self.part.blueprint.constants.items()}
-        if self.spec.document_mask:
-            refuse_leaks(self.part.modules[0], self.part.device)
         self.try_out()
         for name, tensor in self.part.blueprint.constants.items():
             if not torch.equal(tensor, before[name]):
                 raise ValueError(
-                    f"the model changes its buffer {name!r} in a forward pass; it would depend on which rank saw which "
-                    "data. Make it a function of the input, or keep it out of the state (persistent=False)"
+                    f"the model changes its buffer {name!r} in a forward pass: each rank would have its own, and the "
+                    "result would depend on which rank saw which data. Compute it from the input, or make it a trained "
+                    "parameter; persistent=False is no way around it"
                 )
 
     def try_out(self) -> None:
@@ -216,7 +234,8 @@ class LocalGradients:
         rows = self.spec.micro_batches_of(batch, self.part.device)[0]
         scratch = self._pool.pop() if self._pool else torch.zeros_like(self.part.weights)
         self.part.accumulate_into(scratch)
-        self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
+        with first_pass(self.part.modules[0], rows.tokens.shape[1] - 1):
+            self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
         self.part.release_gradients()
         self._pool.append(scratch)
 

@@ -12,8 +12,7 @@ import inspect
 import torch
 from torch import nn
 
-_ROUNDING = 1e-5
-"""In units of the largest logit. Experts see other tokens beside those of a document, and may round differently."""
+from strategies.leaks import differ, logits, nothing_hidden
 
 
 def refuse_without_positions(model: nn.Module) -> None:
@@ -30,27 +29,12 @@ def refuse_leaks(model: nn.Module, device: torch.device) -> None:
     """Raises ValueError when the model, whole and with its weights, takes positions and yet lets a document attend to
     the one before: then another first document changes what the second gives. Computed in fp32."""
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=device)
-    logits = []
-    was_training = model.training
-    model.eval()
-    # What is zero at first (often the last matrix of a block) would hide what flows through it later.
-    zeros = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and not parameter.any()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            for parameter in zeros:
-                parameter.normal_(std=0.02)
-            for first in ([1, 2, 3], [3, 3, 1]):
-                tokens = torch.tensor([[*first, 1, 2, 3, 1]], device=device)
-                output = model(input_ids=tokens, position_ids=places)
-                logits.append(output if isinstance(output, torch.Tensor) else output.logits)
-    finally:
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
-        model.train(was_training)
-    one, two = (found[:, 3:].float() for found in logits)
-    if not float((one - two).abs().max()) <= _ROUNDING * float(one.abs().max()):
+    with nothing_hidden(model):
+        one, two = (
+            logits(model, torch.tensor([[*first, 1, 2, 3, 1]], device=device), places)[:, 3:]
+            for first in ([1, 2, 3], [3, 3, 1])
+        )
+    if differ(one, two):
         raise ValueError(
             f"data.document_mask: true, but in {type(model).__name__} what a document gives depends on the document "
             "before it in its row: it does not start attention anew where position_ids start at 0; use a model that "

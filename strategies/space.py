@@ -9,7 +9,7 @@ parameter has the share of one coordinate; all coordinates have the same slots.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,8 @@ def round_up(value: int, multiple: int = ALIGNMENT) -> int:
 @dataclass(frozen=True)
 class Slot:
     """Where one parameter lives: `offset` and `numel` in elements, `shape` of a coordinate's share, `block` of the
-    model, and the dimension `dim` that tensor parallelism splits (None: every coordinate has the whole parameter)."""
+    model, and the dimension `dim` that tensor parallelism splits (None: every coordinate has the whole parameter).
+    `is_used` says whether the loss depends on it."""
 
     name: str
     offset: int
@@ -33,6 +34,7 @@ class Slot:
     shape: torch.Size
     block: int
     dim: int | None = None
+    is_used: bool = True
 
     @property
     def stop(self) -> int:
@@ -41,8 +43,9 @@ class Slot:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices, not to vectors."""
-        return len(self.shape) >= 2
+        """Whether weight decay applies: to matrices, not to vectors; and to nothing that the loss does not depend on,
+        which has no gradient in torch's sense and is left alone."""
+        return self.is_used and len(self.shape) >= 2
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,21 @@ class Space:
     boundary: int
 
     @classmethod
-    def of(cls, parameters: Iterable[tuple[str, torch.Size, int, int | None]], tensor: int) -> Space:
-        """From (name, whole shape, block, split dimension) of every trained parameter, in model order.
+    def of(
+        cls,
+        parameters: Iterable[tuple[str, torch.Size, int, int | None]],
+        tensor: int,
+        unused: Collection[str] = (),
+    ) -> Space:
+        """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
+        names of those that the loss does not depend on.
 
         Raises ValueError when a dimension does not divide by the degree, naming all that do not.
         """
         slots: list[Slot] = []
         offset = boundary = 0
         uneven = []
-        ordered = sorted(parameters, key=lambda entry: (len(entry[1]) < 2, entry[2]))
+        ordered = sorted(parameters, key=lambda entry: (len(entry[1]) < 2 or entry[0] in unused, entry[2]))
         for name, whole, block, dim in ordered:
             sizes = list(whole)
             if dim is not None and tensor > 1:
@@ -72,7 +81,7 @@ class Space:
                     uneven.append(f"{name} {list(whole)} in dimension {dim}")
                 sizes[dim] //= tensor
             shape = torch.Size(sizes)
-            slot = Slot(name, offset, shape.numel(), shape, block, dim if tensor > 1 else None)
+            slot = Slot(name, offset, shape.numel(), shape, block, dim if tensor > 1 else None, name not in unused)
             slots.append(slot)
             offset = slot.stop
             boundary = offset if slot.decays else boundary

@@ -129,8 +129,10 @@ class TrainingState:
         return part
 
     def initial_digest(self) -> str:
-        """Of all that the model is made of at step 0: names, values, buffers."""
+        """Of all that the model is made of at step 0: names, values, buffers, and what of it is not used."""
         digest = xxhash.xxh3_128()
+        for name in sorted(self.blueprint.unused):
+            digest.update(f"unused {name}\n".encode())
         for name, tensor in sorted((self._initial_values() | self.blueprint.constants).items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -28,6 +28,7 @@ from strategies.space import ALIGNMENT, Space, merge
 from strategies.state import TrainingState
 from strategies.stopwatch import Stopwatch
 from strategies.timing import HEADER, RankTimes, from_row, to_row
+from strategies.trial import Constancy
 from strategies.work import IdleWork, LocalWork, Work, work_for
 
 PHASES = ("refresh", "data", "compute", "reduce", "gather", "vote", "commit")
@@ -124,6 +125,7 @@ class StepEngine:
         # True after an exception in the middle of an update: the state is then neither the old nor the new one.
         self.applying = False
         self.work: Work = IdleWork()
+        self._constancy = Constancy(())
         self.watch = Stopwatch(state.device)
         self._is_stale = True
         self._times = dict.fromkeys(PHASES, 0.0)
@@ -150,6 +152,11 @@ class StepEngine:
         self._before = {}
         self.deal, self._offered, self._agreed = 0, (0, ()), (0, ())
         self._deal_work(layout)
+        # A step that was interrupted has not been looked at.
+        self._constancy.check()
+        self._constancy = Constancy(
+            [] if arrangement.part is None else arrangement.part.modules, self.state.blueprint.caches
+        )
         self._counted = (
             [] if arrangement.own is None else _counted(self.state.space, arrangement.own, layout, self.place)
         )
@@ -299,7 +306,7 @@ class StepEngine:
 
     def prepare(self, step: int) -> None:
         """Computes this rank's share of the step and reduces; the reduced gradient of everything that is trained here
-        is then in place."""
+        is then in place. Raises ModelChanged when the model has changed what it keeps."""
         if self._is_stale:
             self.work.refresh(lambda phase: self._enter(phase, step))
             self._is_stale = False
@@ -307,6 +314,7 @@ class StepEngine:
             self.poison_step = None
             self.work.spoil()
         self.work.run(step, self._enter, self.fabric.check)
+        self._constancy.check()
         self._mirror(step)
         self.state.let_go()
         self.prepared_step = step

@@ -33,7 +33,8 @@ class RunFacts:
     def __init__(self, run_dir: Path, is_new: bool = False, steps: int | None = None) -> None:
         self.run_dir = run_dir
         self._steps_of_job = steps
-        self._stale = _read(run_dir / "status.json") if is_new else None
+        self._unreadable: dict[str, str] = {}
+        self._stale = self._read("status.json") if is_new else None
         self._events = Tail(run_dir / "events.jsonl")
         self._steps = Tail(run_dir / "metrics.jsonl", last_bytes=LAST_STEPS_BYTES)
         self.live: Json | None = None
@@ -51,7 +52,6 @@ class RunFacts:
         self._findings: dict[tuple[str, str], Json] = {}
         self._checkpoint: Json | None = None
         self._ledger = Ledger()
-        self._unreadable: dict[str, str] = {}
         self._line = Line()
         self.refresh_files()
 

@@ -368,7 +368,7 @@ class Controller:
             case "storage":
                 run.settle(now, interrupt=True)
                 run.count_failure(event.detail, 1.0, now)
-            case "unusable":
+            case "unusable" | "job":
                 run.finish("failed", event.detail, now)
             case "peer":
                 run.settle(now, interrupt=True)

@@ -199,6 +199,9 @@ class Schedule(_Section):
     name: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: CountInt = 0
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    convention: Literal["own", "transformers"] = "own"
+    """own: the first step has 1 / warmup_steps of the peak, the last one min_ratio. transformers: the first step has 0,
+    and min_ratio would come one step after the last."""
 
 
 class Train(_Section):
@@ -486,6 +489,8 @@ class Job(_Section):
                 del full["model"][key]
         if "content" in full["model"]:
             del full["model"]["hf"]  # Two links to one directory are one model.
+        if full["train"]["schedule"]["convention"] == "own":
+            del full["train"]["schedule"]["convention"]
         # Two kinds of device need not round alike, so that the kinds are part of the numbers once they are named.
         full["resources"] = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
         if self.resources.kinds:

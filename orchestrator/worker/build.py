@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 
 import torch
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
+from orchestrator.job.positions import too_long
 from orchestrator.models.errors import reason_of
 from orchestrator.models.loading import build_model
 from orchestrator.planning.model import ModelCosts, describe_model, training_flops_per_token
@@ -19,6 +21,7 @@ from strategies.compute import StepSpec
 from strategies.document_mask import refuse_without_positions
 from strategies.optimizers import OptimizerSpec, ScheduleSpec
 from strategies.state import TrainingState
+from strategies.trial import try_model
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +50,27 @@ def make_deterministic(job: Job, device: torch.device) -> None:
 
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
     """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
-    or cut, or keep documents apart, as the job wants it to."""
+    or cut, or keep documents apart, as the job wants it to, or fails its trial (`strategies.trial`)."""
     model = build_model(job, vocab_size)
     if job.data.document_mask:
         refuse_without_positions(model)
-    blueprint = Blueprint(model, tensor=job.strategy.tensor, device=device)
+    reason = too_long(job.data.sequence_length, getattr(model, "config", None))
+    if reason is not None:
+        raise ValueError(reason)
+    started = time.perf_counter()
+    trial = try_model(
+        model, step_spec(job), vocabulary=vocab_size, length=job.data.sequence_length, device=device,
+        is_ragged=job.data.packing == "pad",
+    )  # fmt: skip
+    log.info("the model passed its trial in %.2f s", time.perf_counter() - started)
+    if trial.unused:
+        log.warning(
+            "the loss does not depend on %d parameters, which are left as they are: %s",
+            len(trial.unused), ", ".join(sorted(trial.unused)),
+        )  # fmt: skip
+    blueprint = Blueprint(
+        model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches
+    )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     return blueprint
@@ -115,6 +134,7 @@ def step_spec(job: Job) -> StepSpec:
             name=train.schedule.name,
             warmup_steps=train.schedule.warmup_steps,
             min_ratio=train.schedule.min_ratio,
+            convention=train.schedule.convention,
             total_steps=train.steps,
         ),
         clip_norm=train.clip_norm,

@@ -59,6 +59,7 @@ from strategies.state import state_digest
 from strategies.statemap import Spans, share_out, subtract
 from strategies.step import Agreement, StepEngine, StepRecord, exchange
 from strategies.timing import rounded
+from strategies.trial import ModelChanged
 
 log = logging.getLogger(__name__)
 
@@ -301,6 +302,8 @@ class Worker:
             is_ours = origin is None or generation.restore != origin[1].locate(generation.committed)
             cause, detail = "restore" if is_ours else "unusable", str(error)
             self._saver.set_aside(generation.committed, detail)
+        except ModelChanged as error:
+            cause, detail = "job", str(error)
         except Exception as error:
             log.exception("worker %s failed in generation %d", self.worker, generation.number)
             cause, detail = "exception", f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,38 @@ def test_schedules_warm_up_and_decay_as_they_say() -> None:
     assert {ScheduleSpec("constant", 2, 0.1, 9).factor(step) for step in range(2, 9)} == {1.0}
     with pytest.raises(ValueError, match="zigzag"):
         ScheduleSpec("zigzag").factor(1)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_by_the_convention_of_transformers_are_theirs(name: str, warmup: int) -> None:
+    from transformers import get_scheduler
+
+    total = 60
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    given: dict[str, Any] = {"num_warmup_steps": warmup, "num_training_steps": total}
+    for min_ratio in (0.0, 0.1) if name == "cosine" else (0.0,):
+        theirs = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}.get(name, name)
+        more = {"scheduler_specific_kwargs": {"min_lr_rate": min_ratio}} if name == "cosine" else {}
+        scheduler = get_scheduler(theirs, optimizer, **given, **more)
+        (factor,) = scheduler.lr_lambdas  # type: ignore[attr-defined]
+        ours = ScheduleSpec(name, warmup, min_ratio, total, "transformers")
+        assert [ours.factor(step) for step in range(total)] == pytest.approx([factor(step) for step in range(total)])
+
+
+def test_how_conventions_differ_is_as_the_docs_say() -> None:
+    """docs/job-file.md: 60 steps, 10 of them of warm-up, min_ratio 0."""
+    found = {}
+    for convention in ("own", "transformers"):
+        for name in ("linear", "cosine"):
+            factor = ScheduleSpec(name, 10, 0.0, 60, convention).factor
+            found[convention, name] = [round(factor(step), 4) for step in (0, 9, 10, 59)]
+    assert found == {
+        ("own", "linear"): [0.1, 1.0, 1.0, 0.0],
+        ("own", "cosine"): [0.1, 1.0, 1.0, 0.0],
+        ("transformers", "linear"): [0.0, 0.9, 1.0, 0.02],
+        ("transformers", "cosine"): [0.0, 0.9, 1.0, 0.001],
+    }
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
