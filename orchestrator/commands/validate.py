@@ -11,7 +11,7 @@ from orchestrator.job import Job
 from orchestrator.job.load import located
 from orchestrator.models.content import with_content
 from orchestrator.models.errors import ModelError
-from orchestrator.models.validation import try_model
+from orchestrator.models.validation import check_model
 
 
 def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: bool) -> None:
@@ -21,7 +21,7 @@ def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: 
     """
     job = Job.load(path, overrides=overrides)
     with pointing_into(path, overrides):
-        try_model(job)
+        check_model(job)
         job = with_content(job)
     if with_data:
         from orchestrator.data.trying import try_data

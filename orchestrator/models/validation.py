@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
+from orchestrator.job.positions import limit_of
 from orchestrator.job.rules import Finding
 from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config
@@ -14,7 +15,6 @@ from orchestrator.models.loading import check_vocabulary, config_in, empty_model
 if TYPE_CHECKING:
     from torch import nn
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _OWN_HEAD_SIZES = ("head_dim", "qk_head_dim", "v_head_dim", "qk_nope_head_dim", "attention_head_dim", "kv_channels")
 
 
@@ -31,7 +31,7 @@ def look_at_model(job: Job, *, here: bool = True) -> None:
         raise ModelError(findings)
 
 
-def try_model(job: Job) -> None:
+def check_model(job: Job) -> None:
     """Builds the job's model on torch's meta device, where it takes no memory, and checks what it is built for: the
     tokenizer's vocabulary, the sequence length, the layout.
 
@@ -111,19 +111,18 @@ def _has_own_head_size(job: Job, text: Any) -> bool:
 
 
 def _positions(job: Job, text: Any) -> list[Finding]:
-    length = job.data.sequence_length
-    for name in _POSITIONS:
-        most = getattr(text, name, None)
-        if type(most) is int and 0 < most < length:
-            field = _field(job, text, name)
-            where = f"raise {field.removeprefix('model.')}" if field != "model.hf" else "use another model"
-            return [
-                Finding(
-                    ("data.sequence_length", field),
-                    f"sequence_length = {length} is above the model's {most} positions ({name}); lower it, or {where}",
-                )
-            ]
-    return []
+    length, limit = job.data.sequence_length, limit_of(text)
+    if limit is None or length <= limit[1]:
+        return []
+    name, most = limit
+    field = _field(job, text, name)
+    where = f"raise {field.removeprefix('model.')}" if field != "model.hf" else "use another model"
+    return [
+        Finding(
+            ("data.sequence_length", field),
+            f"sequence_length = {length} is above the model's {most} positions ({name}); lower it, or {where}",
+        )
+    ]
 
 
 def _field(job: Job, config: Any, name: str) -> str:

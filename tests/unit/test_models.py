@@ -21,7 +21,7 @@ from orchestrator.models.configuration import config_from, known_keys
 from orchestrator.models.content import content_of, with_content
 from orchestrator.models.errors import ModelError
 from orchestrator.models.loading import build_model, empty_model, loaded_of
-from orchestrator.models.validation import try_model
+from orchestrator.models.validation import check_model
 from strategies.blueprint import check_tensor
 
 SMALL = {
@@ -92,7 +92,7 @@ def job_of(hf: Any, **model: Any) -> Job:
 
 def why(job: Job) -> str:
     with pytest.raises(ModelError) as caught:
-        try_model(job)
+        check_model(job)
     return str(caught.value)
 
 
@@ -102,7 +102,7 @@ def why(job: Job) -> str:
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHER_SHAPES])
 def test_families_of_models_are_built_as_they_were(name: str) -> None:
     given = OTHER_SHAPES[name] if name in OTHER_SHAPES else {**SMALL, **FAMILIES[name]}
-    try_model(job_of({"model_type": name, **given}))
+    check_model(job_of({"model_type": name, **given}))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "deepseek_v3", "zamba2", "youtu"])
@@ -330,7 +330,7 @@ def test_a_hubs_model_is_taken_from_the_cache_only(saved: Path, tmp_path: Path, 
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    try_model(job_of("some-org/small"))
+    check_model(job_of("some-org/small"))
 
 
 @pytest.mark.parametrize(
