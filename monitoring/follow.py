@@ -49,10 +49,10 @@ def megabytes(num_bytes: int) -> str:
 def describe_recovery(event: dict[str, Any]) -> str:
     """One line about one recovery, e.g. "recovered in 0.21 s, 0 steps lost"."""
     moved = f", {megabytes(event['bytes_moved'])} from {event['source']}" if event["bytes_moved"] else ""
-    return (
-        f"recovered in {event['stall_seconds']:.2f} s (detected after {event['detect_seconds']:.2f} s), "
-        f"{event['steps_lost']} steps lost{moved}"
-    )
+    stall_s, detect_s = event["stall_seconds"], event["detect_seconds"]
+    # A stall is less one step, which may be more than what came after the detection took.
+    took = f"recovered in {stall_s:.2f} s" if stall_s >= detect_s else f"cost {stall_s:.2f} s more than a step takes"
+    return f"{took} (detected after {detect_s:.2f} s), {event['steps_lost']} steps lost{moved}"
 
 
 def describe_rebalance(event: dict[str, Any]) -> str:

@@ -88,7 +88,12 @@ class RunDirectory:
     def _lay_out(self, job_text: str, resolved: dict[str, Any]) -> None:
         known = self.read_json("job.resolved.json")
         is_fork = (self.path / "fork.json").exists()
-        if known is None and not is_fork and self.path.is_dir() and any(self.path.iterdir()):
+        if (
+            known is None
+            and not is_fork
+            and self.path.is_dir()
+            and any(not _is_ours(p.name) for p in self.path.iterdir())
+        ):
             raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
@@ -157,7 +162,12 @@ class RunDirectory:
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
         """Whether nobody steers this run right now. Those who ask at the same time do not take each other for one."""
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            # To look leaves nothing behind: it may be no run directory (yet), or one that others own.
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            yield True
+            return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -205,6 +215,11 @@ class RunDirectory:
                     return record
             time.sleep(0.1)
         return None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file in a directory is one that we may have left there without anything of a run."""
+    return name in (".lock", ".run", ".sinks.lock") or name.startswith(".epoch-")
 
 
 def is_package(directory: Path) -> bool:
