@@ -139,6 +139,11 @@ def describe_event(event: dict[str, Any]) -> str | None:
             return f"worker {event['worker']} could not start: {event['detail']}"
         case "metrics_endpoint":
             return f"metrics at {event['url']}"
+        case "records_delayed":
+            return f"{event['records']} records waited {event['seconds']:.0f} s for the run directory, and are written"
+        case "records_dropped":
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(event["kinds"].items()))
+            return f"{event['count']} records could not be kept while the run directory could not be written: {kinds}"
         case "stop_requested":
             return f"stop requested: {event['reason']}"
     return None

@@ -34,9 +34,9 @@ def _line(record: Mapping[str, Any]) -> bytes:
 class RecordFile:
     """Appends records to one file. Each goes out in a single write, so a crash tears at most the last line.
 
-    What cannot be written (a full disk, a storage that is away) waits in memory, in order, and goes out whole when there
-    is room: with the next record, or with `flush`. When what waits takes more than `most_bytes`, `shed` makes each of it
-    smaller, or gives it up (None): `dropped` counts these by kind.
+    What cannot be written (a full disk, a storage that is away) waits in memory, in order, and goes out whole when
+    there is room: with the next record, or with `flush`. When what waits takes more than `most_bytes`, `shed` makes
+    each of it smaller, or gives it up (None): `dropped` counts these by kind.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RecordFile:
         """Whether the file was removed, or replaced by another: what is written to it nobody will ever read."""
         try:
             there = self.path.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return True
         return there.st_ino != os.fstat(self._file.fileno()).st_ino
 

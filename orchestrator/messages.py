@@ -267,8 +267,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Reply:
-    """The controller's answer to any report. Steps below `recorded` are on record; `finished` ends the worker."""
+    """The controller's answer to any report. Steps below `recorded` are on record; those below `known` need not be told
+    to this controller again, but may have to be to its successor. `shutdown` ends the worker."""
 
     recorded: int
     epoch: int
+    known: int = 0
     shutdown: bool = False

@@ -88,12 +88,8 @@ class RunDirectory:
     def _lay_out(self, job_text: str, resolved: dict[str, Any]) -> None:
         known = self.read_json("job.resolved.json")
         is_fork = (self.path / "fork.json").exists()
-        if (
-            known is None
-            and not is_fork
-            and self.path.is_dir()
-            and any(not _is_ours(p.name) for p in self.path.iterdir())
-        ):
+        strange = self.path.is_dir() and any(not _is_ours(entry.name) for entry in self.path.iterdir())
+        if known is None and not is_fork and strange:
             raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
@@ -189,11 +185,16 @@ class RunDirectory:
     # -------------------------------------------------------------------------------- requests from the command line
 
     def request(self, kind: str, **fields: Any) -> str:
-        """Leaves a request for the controller; returns its id."""
+        """Leaves a request for the controller; returns its id. Raises RunDirectoryError when it cannot be left."""
         name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
         draft = self.path / "control" / f".{name}"
-        draft.write_text(json.dumps({"id": name, "kind": kind, **fields}))
-        os.replace(draft, self.path / "control" / f"{name}.json")
+        try:
+            draft.write_text(json.dumps({"id": name, "kind": kind, **fields}))
+            os.replace(draft, self.path / "control" / f"{name}.json")
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink()
+            raise RunDirectoryError(f"the request cannot be left in {draft.parent}: {error}") from error
         return name
 
     def take_requests(self) -> list[dict[str, Any]]:

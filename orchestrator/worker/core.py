@@ -62,6 +62,8 @@ log = logging.getLogger(__name__)
 
 TELL_MEMORY_S = 10.0
 """How often a rank that has nothing else to say tells how much memory it uses."""
+MAX_REPORTS = 100_000
+"""Of steps that are not on record yet; there are many only where the run directory cannot be written for long."""
 FORM_TIMEOUT_S = 20.0
 """A group forms in milliseconds; a rank that waits this long for a peer gives the generation up."""
 
@@ -98,7 +100,8 @@ class Worker:
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
         self._outbox: deque[tuple[Any, threading.Event]] = deque()
         self._wake = threading.Condition()
-        self._reports: deque[StepReport] = deque(maxlen=10_000)
+        self._reports: deque[StepReport] = deque(maxlen=MAX_REPORTS)
+        self._known = 0
         self._lock = threading.Lock()
         self._fabric: Fabric | None = None
         self._generation: Generation | None = None
@@ -564,13 +567,14 @@ class Worker:
             self._phase,
             self._phase_step,
             self.committed,
-            reports=tuple(self._reports) if first else (),
+            reports=tuple(r for r in self._reports if r.step >= self._known) if first else (),
             host_bytes=_resident_bytes(),
             device_bytes=build.allocated_bytes(self.state.device),
             moves=self._moves + (0 if (fabric := self._fabric) is None else fabric.moves),
         )
 
     def _heed(self, reply: Reply) -> None:
+        self._known = reply.known
         while self._reports and self._reports[0].step < reply.recorded:
             self._reports.popleft()
         if reply.shutdown:
