@@ -223,7 +223,10 @@ class SaveDelayed:
 
 @dataclass(frozen=True)
 class PartSaved:
-    """The part of `rank` is complete and durable; `digest` is that of its list of chunks. Or it failed with `error`."""
+    """The part of `rank` is complete and durable; `digest` is that of its list of chunks. Or it failed with `error`.
+
+    `reports` are the steps up to this checkpoint that were not on record when it was begun: should all workers be lost
+    before anybody tells of them, they are not lost with those."""
 
     worker: WorkerId
     plan: SavePlan
@@ -232,6 +235,7 @@ class PartSaved:
     seconds: float = 0.0
     num_bytes: int = 0
     error: str = ""
+    reports: tuple[StepReport, ...] = ()
 
 
 @dataclass(frozen=True)

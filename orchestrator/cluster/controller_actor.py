@@ -24,7 +24,7 @@ from ray._private import worker as ray_worker
 
 from monitoring import discovery
 from monitoring.skew import Window
-from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
+from orchestrator.checkpoint.of_run import catalog_of, catalog_spec, catch_up
 from orchestrator.cluster import game_days
 from orchestrator.cluster.chronicle import Chronicle
 from orchestrator.cluster.ending import compose, outline_of, settled
@@ -141,6 +141,8 @@ class ControllerActor:
         self._farewell = threading.Event()
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
         self._me = ray.get_runtime_context().current_actor
+        if not self._reign.has_ended and (found := catch_up(self._directory, catalog_of(self._directory, job))):
+            log.info("%d steps that only a checkpoint knew of are put on record", found)
         self._chronicle = Chronicle(self._directory, job)
         self._presence = Presence(self._directory, self._chronicle)
         self._loss = ""

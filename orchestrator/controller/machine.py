@@ -215,6 +215,8 @@ class Controller:
             case SaveBegun():
                 self._run.saving.begun(event, now)
             case PartSaved():
+                if self.generation is not None and event.plan.save.generation == self.generation.number:
+                    self._run.take_reports(event.reports, now)
                 self._run.saving.wrote(event, now)
             case CheckpointSaved():
                 self._out += self._run.saving.saved(event, now)

@@ -202,7 +202,7 @@ class Saving:
             if save.committed == committed and now - attempt.since > patience_s:
                 del self._attempts[save]
                 error = f"it was not complete after {patience_s:.0f} s"
-                self._last(committed).error, self._last(committed).is_over = error, True
+                self._last(committed).refused(error, now)
                 actions.append(Record("checkpoint_failed", {"committed": committed, "error": error}))
         return actions
 

@@ -129,7 +129,7 @@ class Worker:
         delay = self._faults.delay if self._faults.may_be_slow else None
         self._fetch = build.make_fetch(job, dataset, delay)
         self._catalog = catalog
-        self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send)
+        self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send, self._unrecorded)
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
@@ -557,6 +557,9 @@ class Worker:
             and generation.members[0].worker != self.worker
             and time.monotonic() - answered < min(self.job.elastic.lease_s / 4, TELL_MEMORY_S)
         )
+
+    def _unrecorded(self) -> tuple[StepReport, ...]:
+        return tuple(self._reports)
 
     def _heartbeat(self) -> Heartbeat:
         generation = self._generation
