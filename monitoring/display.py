@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rich.text import Text
 from monitoring.follow import describe_event, describe_step
 from monitoring.terminal.clean import clean, clean_lines
 from monitoring.terminal.facts import RunFacts
+from monitoring.terminal.gone import silence_stdout
 from monitoring.terminal.lines import (
     checkpoint_lines,
     counts_text,
@@ -26,6 +29,13 @@ from monitoring.terminal.lines import (
     worker_lines,
 )
 
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here; whoever shows a run has more to do before that."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
+
+
 ROWS_BELOW = 14
 """Rows of the panel that are not workers."""
 
@@ -36,6 +46,9 @@ class Display:
     On a terminal, a live panel (state, loss, speed, workers by node, goodput, checkpoint, open incidents, time left)
     under the story of what happened; elsewhere a line per step and per event. Of what happened before, the last
     `history` events are told. `facts` are those of this run; its own are made without. Use as a context manager.
+
+    When nobody reads what it prints any more (a closed pipe, a terminal that is gone) the method that finds that out
+    raises BrokenPipeError, once; from then on nothing is printed.
     """
 
     def __init__(
@@ -47,7 +60,7 @@ class Display:
         history: int = 0,
         facts: RunFacts | None = None,
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Terminal(highlight=False, soft_wrap=True)
         # An attempt that goes on with a run is not shown what the one before it was at.
         self.facts = facts or RunFacts(run_dir, is_new=not history, steps=total_steps)
         self._total = total_steps
@@ -55,6 +68,7 @@ class Display:
         past, _ = self.facts.refresh()
         self._started = self.facts.started if history and self.facts.started else self.facts.now()
         self._snapshot: dict[str, Any] = {}
+        self._waits = self._is_gone = False
         self._live: Live | None = None
         self._progress = Progress(
             TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"),
@@ -71,13 +85,26 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.update()
-        if self._live is not None:
-            self._live.stop()
+        try:
+            self.update()
+        finally:
+            if self._live is not None:
+                with suppress(OSError):
+                    self._live.stop()
 
     def note(self, text: str) -> None:
         """A line of the driver's own."""
-        self.console.print(f"[{self._clock()}] {clean_lines(text)}", markup=False)
+        self._print(f"[{self._clock()}] {clean_lines(text)}")
+
+    def _print(self, text: str) -> None:
+        if self._is_gone:
+            return
+        try:
+            self.console.print(text, markup=False)
+        except OSError as error:  # EPIPE, and of a terminal that has hung up EIO
+            self._is_gone = self.console.quiet = True
+            silence_stdout()
+            raise BrokenPipeError(errno.EPIPE, str(error)) from error
 
     def update(self, snapshot: dict[str, Any] | None = None) -> None:
         """Shows what is new. `snapshot`, the controller's own word, says how things are until status.json does."""
@@ -91,9 +118,20 @@ class Display:
             if self._live is None and (number % self._log_every == 0 or number == self._total):
                 lines.append((record["committed_at"], describe_step(record, self._total, workers)))
         for at, text in sorted(lines):
-            self.console.print(f"[{self._clock(at)}] {clean(text)}", markup=False)
+            self._print(f"[{self._clock(at)}] {clean(text)}")
+        self._tell_unwritten(self._snapshot.get("unwritten"))
         if self._live is not None:
             self._live.update(self._panel())
+
+    def _tell_unwritten(self, waiting: dict[str, Any] | None) -> None:
+        """A disk that is full cannot tell of itself in the events."""
+        if (waiting is not None) == self._waits:
+            return
+        self._waits = waiting is not None
+        if waiting is None:
+            self.note("the run directory is written again, and all that waited")
+        else:
+            self.note(f"the run directory cannot be written ({waiting['error']}): training goes on, records wait")
 
     def _clock(self, at: float | None = None) -> str:
         return f"{(at or self.facts.now()) - self._started:6.1f} s"

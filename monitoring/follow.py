@@ -53,10 +53,10 @@ def megabytes(num_bytes: int) -> str:
 def describe_recovery(event: dict[str, Any]) -> str:
     """One line about one recovery, e.g. "recovered in 0.21 s, 0 steps lost"."""
     moved = f", {megabytes(event['bytes_moved'])} from {event['source']}" if event["bytes_moved"] else ""
-    return (
-        f"recovered in {event['stall_seconds']:.2f} s (detected after {event['detect_seconds']:.2f} s), "
-        f"{event['steps_lost']} steps lost{moved}"
-    )
+    stall_s, detect_s = event["stall_seconds"], event["detect_seconds"]
+    # A stall is less one step, which may be more than what came after the detection took.
+    took = f"recovered in {stall_s:.2f} s" if stall_s >= detect_s else f"cost {stall_s:.2f} s more than a step takes"
+    return f"{took} (detected after {detect_s:.2f} s), {event['steps_lost']} steps lost{moved}"
 
 
 def describe_rebalance(event: dict[str, Any]) -> str:
@@ -151,6 +151,11 @@ def _describe_event(event: dict[str, Any]) -> str | None:
             return f"worker {event['worker']} could not start: {event['detail']}"
         case "metrics_endpoint":
             return f"metrics at {event['url']}"
+        case "records_delayed":
+            return f"{event['records']} records waited {event['seconds']:.0f} s for the run directory, and are written"
+        case "records_dropped":
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(event["kinds"].items()))
+            return f"{event['count']} records could not be kept while the run directory could not be written: {kinds}"
         case "stop_requested":
             return f"stop requested: {event['reason']}"
     return None

@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,7 +176,8 @@ def _attach(handlers: list[logging.Handler], level: str) -> Callable[[], None]:
             for handler in handlers:
                 logger.removeHandler(handler)
         for handler in handlers:
-            handler.close()
+            with suppress(OSError):
+                handler.close()  # It may have kept what a full disk did not take.
 
     return undo
 

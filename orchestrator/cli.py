@@ -134,7 +134,14 @@ def _run(
                 job, directory.path, job_text=text, local_nodes=local_nodes, ephemeral=ephemeral,
                 on_update=display.update, on_note=display.note,
             )  # fmt: skip
-    show_result(_result_json(directory.path), directory.path, as_json=json_)
+    # What the run told at its end counts: a full disk, or a deleted directory, has no result.json, or an old one.
+    try:
+        show_result(_result_json(directory.path, result), directory.path, as_json=json_)
+        sys.stdout.flush()
+    except OSError:  # Its terminal is gone. The exit code tells what came of the run all the same.
+        from monitoring.terminal.gone import silence_stdout
+
+        silence_stdout()
     raise typer.Exit(exit_code(result.status))
 
 
@@ -146,13 +153,18 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _result_json(path: Path) -> dict[str, Any]:
+def _result_json(path: Path, told: Any) -> dict[str, Any]:
+    """What result.json says; what was `told` where it cannot be read, or says otherwise."""
+    from contextlib import suppress
+    from dataclasses import asdict
+
     from orchestrator.rundir import RunDirectory, RunDirectoryError
 
-    found = RunDirectory(path).read_json("result.json")
-    if found is None:
-        raise RunDirectoryError(f"{path} has no result.json any more: what came of the run is in events.jsonl")
-    return dict(found)
+    with suppress(OSError, RunDirectoryError):
+        content = RunDirectory(path).read_json("result.json") or {}
+        if (content.get("status"), content.get("reason")) == (told.status, told.reason):
+            return dict(content)
+    return {key: value for key, value in asdict(told).items() if key != "run_dir"}
 
 
 @app.command()
@@ -590,8 +602,15 @@ def main() -> None:
     try:
         app()
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_FAILED)
+        _end_unread()
+    except SystemExit:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # Typer's sign that it met a closed pipe.
+            _end_unread()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _end_unread()
+        raise
     except Exception as error:
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _USER_ERRORS), None)
         if kind is None:
@@ -599,6 +618,14 @@ def main() -> None:
         text = f"orchestrator: {error}" if kind != "JobError" else str(error)
         print(clean_lines(text), file=sys.stderr)
         sys.exit(_USER_ERRORS[kind])
+
+
+def _end_unread() -> NoReturn:
+    """Nobody reads what is printed (`orchestrator events RUN | head`): that is no error."""
+    from monitoring.terminal.gone import EXIT_CODE, silence_stdout
+
+    silence_stdout()
+    sys.exit(EXIT_CODE)
 
 
 # By name, because importing the classes would import what they come with.

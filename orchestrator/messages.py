@@ -230,7 +230,10 @@ class SaveDelayed:
 
 @dataclass(frozen=True)
 class PartSaved:
-    """The part of `rank` is complete and durable; `digest` is that of its list of chunks. Or it failed with `error`."""
+    """The part of `rank` is complete and durable; `digest` is that of its list of chunks. Or it failed with `error`.
+
+    `reports` are the steps up to this checkpoint that were not on record when it was begun: should all workers be lost
+    before anybody tells of them, they are not lost with those."""
 
     worker: WorkerId
     plan: SavePlan
@@ -239,6 +242,7 @@ class PartSaved:
     seconds: float = 0.0
     num_bytes: int = 0
     error: str = ""
+    reports: tuple[StepReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -274,10 +278,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Reply:
-    """The controller's answer to any report. Steps below `recorded` are on record; `finished` ends the worker."""
+    """The controller's answer to any report. Steps below `recorded` are on record; those below `known` need not be told
+    to this controller again, but may have to be to its successor. `shutdown` ends the worker."""
 
     recorded: int
     epoch: int
+    known: int = 0
     shutdown: bool = False
 
 

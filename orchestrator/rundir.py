@@ -111,7 +111,8 @@ class RunDirectory:
     def _lay_out(self, job_text: str, resolved: dict[str, Any]) -> None:
         known = self.read_json("job.resolved.json")
         is_fork = (self.path / "fork.json").exists()
-        if known is None and not is_fork and self.path.is_dir() and any(self.path.iterdir()):
+        strange = self.path.is_dir() and any(not _is_ours(entry.name) for entry in self.path.iterdir())
+        if known is None and not is_fork and strange:
             raise RunDirectoryError(f"{self.path} is not empty and not a run directory; choose another --run-dir")
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,12 @@ class RunDirectory:
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
         """Whether nobody steers this run right now. Those who ask at the same time do not take each other for one."""
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            # To look leaves nothing behind: it may be no run directory (yet), or one that others own.
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            yield True
+            return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -245,11 +251,16 @@ class RunDirectory:
     # -------------------------------------------------------------------------------- requests from the command line
 
     def request(self, kind: str, **fields: Any) -> str:
-        """Leaves a request for the controller; returns its id."""
+        """Leaves a request for the controller; returns its id. Raises RunDirectoryError when it cannot be left."""
         name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
         draft = self.path / "control" / f".{name}"
-        draft.write_text(json_text({"id": name, "kind": kind, **fields}), encoding="utf-8")
-        os.replace(draft, self.path / "control" / f"{name}.json")
+        try:
+            draft.write_text(json_text({"id": name, "kind": kind, **fields}), encoding="utf-8")
+            os.replace(draft, self.path / "control" / f"{name}.json")
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink()
+            raise RunDirectoryError(f"the request cannot be left in {draft.parent}: {error}") from error
         return name
 
     def withdraw(self, request: str) -> None:
@@ -292,6 +303,11 @@ class RunDirectory:
                     return record
             time.sleep(0.1)
         return None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file in a directory is one that we may have left there without anything of a run."""
+    return name in (".lock", ".run", ".sinks.lock") or name.startswith(".epoch-")
 
 
 def is_package(directory: Path) -> bool:

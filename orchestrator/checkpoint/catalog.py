@@ -197,6 +197,7 @@ class Description:
     randomness: Mapping[str, Any]
     schedule: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    steps: Sequence[Mapping[str, Any]] = ()
 
 
 class Catalog:
@@ -338,6 +339,7 @@ class Catalog:
             tensors=dict(description.tensors), files=[part.file for part in lists],
             chunks=[chunk for part in lists for chunk in part.chunks],
             encryption=None if cipher is None else cipher.describe(),
+            steps=[dict(record) for record in description.steps],
         )  # fmt: skip
         if (problem := next(manifest.problems(), None)) is not None:
             raise CheckpointError(f"{where}: what was written is not the whole state: {problem}")

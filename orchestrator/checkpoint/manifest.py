@@ -126,6 +126,7 @@ class Manifest(_Entry):
     files: list[FileEntry]
     chunks: list[ChunkEntry]
     encryption: dict[str, Any] | None = None
+    steps: list[dict[str, Any]] = Field(default_factory=list)
 
     def to_bytes(self) -> bytes:
         return canonical(self.model_dump())

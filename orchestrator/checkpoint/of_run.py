@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from monitoring.outside import json_text
-from monitoring.records import read_records
+from monitoring.records import RecordFile, read_records
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret, find_key
 from orchestrator.checkpoint.manifest import CheckpointError
 from orchestrator.checkpoint.storage import open_storage
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+log = logging.getLogger(__name__)
 
 
 def job_of(directory: RunDirectory) -> Job:
@@ -76,6 +80,47 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
         "fork.json", {"step": step, "from": str(parent.path), "url": holder.storage.locate(""), "run": holder.run}
     )
     return step
+
+
+def catch_up(directory: RunDirectory, catalog: Catalog) -> int:
+    """Puts those steps on record that a newer valid checkpoint has and metrics.jsonl lacks: the controller ended before
+    it could write them. Returns how many. Without them that checkpoint could not be used, and they would be trained
+    again. Raises OSError."""
+    recorded = sum(1 for _ in read_records(directory.metrics))
+    missing = _missing_steps(catalog, recorded)
+    if missing:
+        file = RecordFile(directory.metrics)
+        for record in missing:
+            file.append(record)
+        if file.error is not None:
+            raise file.error
+        file.close()
+    return len(missing)
+
+
+def _missing_steps(catalog: Catalog, recorded: int) -> list[dict[str, Any]]:
+    for committed in catalog.steps():
+        if committed <= recorded:
+            break
+        try:
+            known = {record.get("step"): record for record in catalog.open(committed, keyless=True).manifest.steps}
+        except CheckpointError as error:
+            log.warning("a checkpoint that is newer than the record is passed over: %s", error)
+            continue
+        wanted = [known.get(step, {}) for step in range(recorded, committed)]
+        if all(_is_step(record) for record in wanted):
+            return wanted
+        log.warning("the checkpoint of %d steps cannot be used: only %d are on record", committed, recorded)
+    return []
+
+
+def _is_step(record: Mapping[str, Any]) -> bool:
+    try:
+        numbers = [float(record[key]) for key in ("generation", "seconds", "committed_at", "tokens", "lr")]
+        numbers += [float(record[key]) for key in ("loss", "grad_norm") if record[key] is not None]
+        return all(map(math.isfinite, numbers)) and isinstance(record["samples"], str)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def secret_of(job: Job) -> Secret | None:

@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,23 +27,34 @@ from orchestrator.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
+_EXPENDABLE = frozenset({
+    "checkpoint_delayed", "checkpoint_failed", "gave_way", "gives_way_no_more", "market_changed", "metrics_endpoint",
+    "rebalance", "rebalance_measured", "shortage", "shortage_over", "skew_found", "skew_over", "start_failed",
+})  # fmt: skip
+"""Kinds of events that only inform: where records wait for a full disk and memory for them is short, these go. What a
+result, the goodput ledger or a successor is made of stays."""
+
 RANKS_PER_STEP = 64
 """How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
 
 
 class Chronicle:
-    """`past_events` and `past_steps` are what was on record when this controller began; `recorded` counts the steps
-    that are on record now."""
+    """`past_events` and `past_steps` are what was on record when this controller began; `committed` counts the steps
+    that are known now.
+
+    While the run directory cannot be written (a full disk), records wait in memory; see `RecordFile`.
+    """
 
     def __init__(self, directory: RunDirectory, job: Job) -> None:
         self._directory = directory
         self._job = job
         self._lock = threading.RLock()
-        self._events = RecordFile(directory.events)
-        self._steps = RecordFile(directory.metrics)
+        self._events = RecordFile(directory.events, shed=_shed_event)
+        self._steps = RecordFile(directory.metrics, shed=_shed_step)
+        self._unwritten_since: float | None = None
         self.past_events = list(read_records(directory.events))
         self.past_steps = list(read_records(directory.metrics))
-        self.recorded = len(self.past_steps)
+        self.committed = len(self.past_steps)
         self.last_step: dict[str, Any] | None = self.past_steps[-1] if self.past_steps else None
         self.last_ranks: tuple[Any, ...] = ()
         self.last_incident: dict[str, Any] | None = None
@@ -128,7 +140,7 @@ class Chronicle:
             if every > 1 and report.step % every:
                 record["ranks"] = ()
             self._steps.append(record)
-            self.recorded += 1
+            self.committed += 1
             self.tokens += report.tokens
             self.last_step = record
             self.metrics.on_step(record)
@@ -136,10 +148,10 @@ class Chronicle:
     def roll_back(self, committed: int) -> None:
         """Takes the steps from `committed` on off the record."""
         with self._lock:
-            events = self._book.roll_back(committed, read_records(self._directory.metrics), self.clock.now())
+            events = self._book.roll_back(committed, self._steps.records(), self.clock.now())
             self._write(events)
             self._steps.keep(lambda record: int(record["step"]) < committed)
-            self.recorded = min(self.recorded, committed)
+            self.committed = min(self.committed, committed)
             self.tokens -= events[-1]["tokens"]
 
     # ------------------------------------------------------------------------------------ what follows
@@ -166,10 +178,61 @@ class Chronicle:
             with self._lock:
                 self.metrics.on_goodput(settled)
 
+    # ------------------------------------------------------------------------------------ what is not written yet
+
+    @property
+    def recorded(self) -> int:
+        """How many steps are in the file. Workers keep the reports of all others: should this process end before they
+        are written, its successor hears of them again."""
+        return max(0, self.committed - self._steps.num_waiting)
+
+    def unwritten(self) -> dict[str, Any] | None:
+        """What waits for room in the run directory, since when and why; None when nothing does."""
+        error = self._steps.error or self._events.error
+        if error is None:
+            return None
+        return {
+            "records": self._steps.num_waiting + self._events.num_waiting,
+            "steps": self._steps.num_waiting,
+            "since": self._unwritten_since,
+            "error": str(error),
+        }
+
+    def flush(self, now: float) -> bool:
+        """Writes what waits, if it can be written now; whether nothing waits any more. To be called now and then."""
+        with self._lock:
+            waiting = self._steps.num_waiting + self._events.num_waiting
+            dropped = self._events.dropped
+            written = self._steps.flush() and self._events.flush()
+            if not written:
+                self._unwritten_since = self._unwritten_since or now
+            elif waiting or self._unwritten_since is not None:
+                since, self._unwritten_since = self._unwritten_since or now, None
+                self.record("records_delayed", {"records": waiting, "seconds": round(now - since, 1)})
+                if dropped:
+                    self._events.dropped = Counter()
+                    self.record("records_dropped", {"count": dropped.total(), "kinds": dict(dropped), "since": since})
+                written = not self._events.num_waiting
+            return written
+
+    def missing_files(self) -> list[str]:
+        """Record files that are not where they were made any more: what is written to them is lost."""
+        with self._lock:
+            return [file.path.name for file in (self._events, self._steps) if file.is_gone]
+
     def close(self) -> None:
         self.metrics.close()
         self._events.close()
         self._steps.close()
+
+
+def _shed_event(event: dict[str, Any]) -> dict[str, Any] | None:
+    return None if event["kind"] in _EXPENDABLE else event
+
+
+def _shed_step(record: dict[str, Any]) -> dict[str, Any]:
+    """No step is given up, as they are the proof of what was trained on; but what its ranks spent on it is."""
+    return record | {"ranks": (), "phase_seconds": {}}
 
 
 def _key(finding: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -25,10 +25,10 @@ from ray._private import worker as ray_worker
 from monitoring import discovery
 from monitoring.clock import Reading
 from monitoring.skew import Window
-from orchestrator.checkpoint.of_run import catalog_of, catalog_spec
+from orchestrator.checkpoint.of_run import catalog_of, catalog_spec, catch_up
 from orchestrator.cluster import game_days
 from orchestrator.cluster.chronicle import Chronicle
-from orchestrator.cluster.ending import compose
+from orchestrator.cluster.ending import compose, outline_of, settled
 from orchestrator.cluster.glance import glance
 from orchestrator.cluster.narration import narrate, set_up_logs, tell
 from orchestrator.cluster.orders import Introduction, OrderBook, Orders
@@ -42,6 +42,7 @@ from orchestrator.cluster.placement import (
     refuses_connections,
     release_places,
 )
+from orchestrator.cluster.presence import Presence
 from orchestrator.cluster.reception import Reception
 from orchestrator.cluster.reign import Reign
 from orchestrator.cluster.room import Need, why_no_room
@@ -147,8 +148,13 @@ class ControllerActor:
         self._farewell = threading.Event()
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
         self._me = ray.get_runtime_context().current_actor
+        if not self._reign.has_ended and (found := catch_up(self._directory, catalog_of(self._directory, job))):
+            log.info("%d steps that only a checkpoint knew of are put on record", found)
         self._chronicle = Chronicle(self._directory, job)
         self._clock = self._chronicle.clock
+        self._presence = Presence(self._directory, self._chronicle)
+        self._loss = ""
+        self._complaint = ""
         history = self._history(self._chronicle.past_events, self._chronicle.past_steps)
         self._warm = frozenset(history.warm)
         self._window: Window | None = None
@@ -170,6 +176,7 @@ class ControllerActor:
                 start_timeout_s=job.elastic.start_timeout_s,
                 wait_timeout_s=job.elastic.wait_timeout_s,
                 max_failures_per_step=job.elastic.max_failures_per_step,
+                final_patience_s=job.checkpoint.final_patience_s,
                 epoch=self._epoch,
                 rebalance=RebalanceRules.for_job(job),
                 scaling=ScalingRules.for_job(job),
@@ -234,7 +241,10 @@ class ControllerActor:
             # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
             while message.index not in self._machine.fired_faults and self._result is None:
                 await asyncio.sleep(0.001)
-        return Reply(recorded=self._chronicle.recorded, epoch=self._epoch, shutdown=self._result is not None)
+        return Reply(
+            recorded=self._chronicle.recorded, epoch=self._epoch, shutdown=self._result is not None,
+            known=self._chronicle.committed,
+        )  # fmt: skip
 
     @ray.method(max_task_retries=-1)
     async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Orders:
@@ -285,7 +295,8 @@ class ControllerActor:
         return {
             "state": machine.state.value,
             "status": machine.status,
-            "step": self._chronicle.recorded,
+            "step": self._chronicle.committed,
+            "unwritten": self._chronicle.unwritten(),
             "steps": self._job.train.steps,
             "last_step": self._chronicle.last_step,
             "median_step_seconds": machine.progress.median_step_s(),
@@ -323,6 +334,8 @@ class ControllerActor:
                     self._dispatch(event, now)
                 except queue.Empty:
                     now = self._clock.now()
+                if self._loss and self._job.checkpoint.storage is None:
+                    self._end("failed", self._loss, None)  # Its state would be lost as its record is.
                 if now - last_tick >= TICK_S:
                     last_tick = now
                     self._dispatch(Tick(self._lateness.recent_s()), now)
@@ -583,10 +596,24 @@ class ControllerActor:
         while self._result is None:
             time.sleep(POLL_S / 2)
             try:
+                self._look_at_directory()
                 self._outlook.take_requests()
                 self._publish()
+                self._complaint = ""
             except Exception as error:
-                log.warning("the run directory: %s: %s", type(error).__name__, error)
+                complaint = f"{type(error).__name__}: {error}"
+                if complaint != self._complaint:  # Twice a second, it would fill what log there is.
+                    log.warning("the run directory: %s", complaint)
+                self._complaint = complaint
+
+    def _look_at_directory(self) -> None:
+        """Writes what waits for room, and sees whether there is a directory at all."""
+        self._chronicle.flush(self._clock.now())
+        if self._loss or not (loss := self._presence.look(time.monotonic())):
+            return
+        log.error("%s; the run ends", loss)
+        self._loss = loss
+        self._queue.put((Stop(loss), self._clock.now()))
 
     # ------------------------------------------------------------------------------------ records and the end
 
@@ -627,24 +654,27 @@ class ControllerActor:
         """Writes the result, then ends every worker; nothing of the run is left behind."""
         if self._result is not None:
             return
-        if "composition" in self._spec["data"]:
-            # The audit goes through all steps again, which may take long; the workers' machines do not wait for it.
+        if (loss := self._loss or self._presence.loss()) != "":
+            status, reason = "failed", self._told_loss(loss)
+        waits = not loss and self._chronicle.unwritten() is not None
+        if waits or "composition" in self._spec["data"]:
+            # The audit goes through all steps again, which may take long, as may a disk to have room again; the
+            # workers' machines do not wait for it.
             self._end_workers()
+        patience_s = 0.0 if loss else self._job.checkpoint.final_patience_s
+        deadline = time.monotonic() + patience_s
+        settled(lambda: self._chronicle.flush(self._clock.now()), deadline)
         result = compose(self._directory, self._job, self._chronicle, self._spec["data"], status, reason, digest)
+        if loss:
+            result |= outline_of(self._chronicle)
         unfired = [index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults]
         if unfired and result["status"] == "finished":
             result["faults_not_fired"] = unfired
         try:
-            account = self._chronicle.account(time.time())
+            account = self._chronicle.account(self._clock.now())
             result |= {"wall_seconds": round(account.wall_seconds, 3), "goodput_ratio": round(account.ratio, 4)}
-            # First: what has a result is over for whoever comes next, also if this process dies here.
-            self._directory.write_json("result.json", result)
-            self._record("run_finished", {"status": result["status"], "reason": result["reason"]})
-            self._publish_the_end()
-        except OSError as error:
-            # A full disk, most likely. Whoever follows the run is told all the same, and nothing is left running.
-            why = f"{result['reason']}; the run's end could not be recorded: {error}"
-            result |= {"status": "failed", "reason": why}
+            if not loss:
+                self._write_end(result, deadline)
         finally:
             self._end_workers()
             if self._target is not None:
@@ -652,6 +682,39 @@ class ControllerActor:
                     discovery.withdraw(self._target)
             self._reign.end()
             self._result = result
+
+    def _told_loss(self, loss: str) -> str:
+        """What is lost with the run directory, and what is not."""
+        last = self._chronicle.last_checkpoint
+        if last is None or self._job.checkpoint.storage is None:
+            return f"{loss}; {self._chronicle.committed} steps were committed"
+        return f"{loss}; the state of {last['committed']} steps is in {last['path']}"
+
+    def _write_end(self, result: dict[str, Any], deadline: float) -> None:
+        """Writes down how the run ended. Where that cannot be done, whoever follows the run is told all the same, and
+        that it has failed."""
+        failure = ""
+
+        def write() -> bool:
+            nonlocal failure
+            try:
+                self._directory.write_json("result.json", result)
+            except OSError as error:
+                failure = str(error)
+                return False
+            return True
+
+        everything = settled(lambda: self._chronicle.flush(self._clock.now()), deadline)
+        if not everything and (waiting := self._chronicle.unwritten()) is not None:
+            failure = f"{waiting['error']} ({waiting['records']} records, {waiting['steps']} of them of steps)"
+        if not everything or not settled(write, deadline):
+            why = f"{result['reason']}; the run's end could not be recorded: {failure}"
+            result |= {"status": "failed", "reason": why}
+            settled(write, time.monotonic())
+        # After the result: what has one is over for whoever comes next, also if this process dies here.
+        self._record("run_finished", {"status": result["status"], "reason": result["reason"]})
+        settled(lambda: self._chronicle.flush(self._clock.now()), deadline)
+        self._publish_the_end()
 
     def _end_workers(self) -> None:
         for handle in list(self._handles.values()):

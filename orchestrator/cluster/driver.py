@@ -22,10 +22,11 @@ from orchestrator.cluster.following import (
     end_run,
     find_controller,
     follow,
+    leave_result,
     start_controller,
     unfinished_result,
 )
-from orchestrator.cluster.interruption import Interrupted, Interruption
+from orchestrator.cluster.interruption import NOBODY_READS, Interrupted, Interruption
 from orchestrator.cluster.preparation import check_storage, clear_result, controller_spec, refuse_packages
 from orchestrator.cluster.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.job import Job
@@ -55,9 +56,14 @@ def drive(
     KeyProblem when there is no key for its checkpoints.
     """
 
+    interruption = Interruption()
+
     def note(text: str) -> None:
         log.info("%s", text)
-        on_note(text)
+        try:
+            on_note(text)
+        except BrokenPipeError:
+            interruption.leave(NOBODY_READS)
 
     here = os.getcwd()
     refuse_packages(job, directory)
@@ -76,7 +82,7 @@ def drive(
         try:
             # Signals are ours until the sinks have had their last, too.
             with (
-                Interruption().listening() as interruption,
+                interruption.listening(),
                 feeding(watched, directory.run_id, directory.path, job.resolved()),
             ):
                 return _drive(job, directory, here, local_nodes, ephemeral, interruption, on_update, note)
@@ -89,7 +95,7 @@ def drive(
         except ClusterError as error:
             log.info("the run cannot go on: %s", error)  # whoever catches it shows it
             if directory.events.exists() and not directory.is_steered and directory.read_json("result.json") is None:
-                directory.write_json("result.json", unfinished_result(directory, "failed", str(error)))
+                leave_result(directory, unfinished_result(directory, "failed", str(error)))
             raise
 
 
@@ -120,7 +126,7 @@ def _drive(
             else:
                 on_note("the run is under way: following it, with the job file and options that it was started with")
                 interruption.follows = True
-            result = follow(controller, directory, interruption, on_update, on_note)
+            result = follow(controller, directory, interruption, on_update, on_note, own_cluster=own)
             assert result is not None, "a run of ours is followed to its end"
             return result
         finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +26,25 @@ def outline(directory: RunDirectory, steps: list[dict[str, Any]], status: str, r
         "tokens": sum(int(record["tokens"]) for record in steps),
         "final_loss": steps[-1]["loss"] if steps else None,
     }
+
+
+def outline_of(chronicle: Chronicle) -> dict[str, Any]:
+    """The same numbers as the controller knows them, for a run whose records cannot be read any more."""
+    last = chronicle.last_step
+    return {
+        "steps": chronicle.committed,
+        "tokens": chronicle.tokens,
+        "final_loss": None if last is None else last["loss"],
+    }
+
+
+def settled(attempt: Callable[[], bool], deadline: float) -> bool:
+    """Tries until it succeeds or the deadline (monotonic seconds) has passed; at least once."""
+    while not attempt():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def compose(

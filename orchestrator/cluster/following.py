@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -17,10 +18,12 @@ from orchestrator.cluster.chronicle import generation_entry, is_training, recove
 from orchestrator.cluster.controller_actor import ControllerActor
 from orchestrator.cluster.ending import outline
 from orchestrator.cluster.head_watch import HeadWatch, watching_head
-from orchestrator.cluster.interruption import Interruption
+from orchestrator.cluster.interruption import NOBODY_READS, Interruption
 from orchestrator.cluster.placement import NAMESPACE, controller_name, end_workers
 from orchestrator.cluster.session import HEAD, ClusterError
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+
+log = logging.getLogger(__name__)
 
 SILENCE_S = 90.0
 START_SILENCE_S = 600.0
@@ -128,14 +131,18 @@ def follow(
     on_note: Callable[[str], None],
     *,
     is_ours: bool = True,
+    own_cluster: bool = False,
 ) -> dict[str, Any] | None:
     """Shows a run until it is over. Signals end one that `is_ours`, and otherwise only this (then None is returned).
 
-    Raises ClusterError when the controller is gone for good or silent for long, or the head of the cluster is;
-    RunDirectoryError when the controller was refused.
+    When the terminal goes away, a run on our `own_cluster`, which cannot outlive this process, ends in good order too;
+    on a cluster of others' it goes on.
+
+    Raises ClusterError when the controller is gone for good or silent for long, or the head of the cluster is, or the
+    terminal is gone and the run goes on; RunDirectoryError when the controller was refused.
     """
     with watching_head(directory, on_note) as head:
-        return _follow(controller, directory, interruption, on_update, head, is_ours=is_ours)
+        return _follow(controller, directory, interruption, on_update, head, is_ours=is_ours, own_cluster=own_cluster)
 
 
 def _follow(
@@ -146,6 +153,7 @@ def _follow(
     head: HeadWatch,
     *,
     is_ours: bool,
+    own_cluster: bool,
 ) -> dict[str, Any] | None:
     heard, patience_s = time.monotonic(), START_SILENCE_S
     stops_sent = 0
@@ -153,6 +161,11 @@ def _follow(
         if interruption.count and not is_ours:
             return None
         head.check()
+        if interruption.is_left and interruption.count == 1 and not own_cluster:
+            raise ClusterError(
+                f"the terminal is gone ({interruption.name}); the run goes on: `orchestrator attach {directory.path}` "
+                "follows it again"
+            )
         if interruption.count >= 2:
             return cut_short(directory, f"{interruption.name} twice")
         try:
@@ -161,8 +174,12 @@ def _follow(
                 stops_sent = interruption.count
             snapshot = ray.get(controller.snapshot.remote(0.0 if interruption.count else POLL_S), timeout=5.0)
             heard, patience_s = time.monotonic(), SILENCE_S
-            with suppress(Exception):
-                on_update(snapshot)  # A run does not fail because it could not be shown.
+            try:
+                on_update(snapshot)
+            except BrokenPipeError:
+                interruption.leave(NOBODY_READS)
+            except Exception as error:
+                log.debug("the run could not be shown: %s", error)  # It does not fail for that.
             if snapshot["over"]:
                 result: dict[str, Any] = ray.get(controller.result.remote(), timeout=5.0)
                 controller.farewell.remote()
@@ -199,7 +216,7 @@ def _without_controller(directory: RunDirectory, error: Exception) -> dict[str, 
     end_run(directory.run_id)
     reason = f"the controller died and could not be restarted: {error}"
     if directory.events.exists() and not directory.is_steered:
-        directory.write_json("result.json", unfinished_result(directory, "failed", reason))
+        leave_result(directory, unfinished_result(directory, "failed", reason))
     raise ClusterError(reason) from error
 
 
@@ -209,12 +226,24 @@ def cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:
     if (ended := directory.read_json("result.json")) is not None:
         return dict(ended)
     result = unfinished_result(directory, "stopped", reason)
-    directory.write_json("result.json", result)
-    clock = RunClock(read_records(directory.events))
-    RecordFile(directory.events).append(
-        {**clock.stamp(clock.now()), "kind": "run_finished", "status": "stopped", "reason": reason}
-    )
+    if leave_result(directory, result):
+        clock = RunClock(read_records(directory.events))
+        RecordFile(directory.events).append(
+            {**clock.stamp(clock.now()), "kind": "run_finished", "status": "stopped", "reason": reason}
+        )
     return result
+
+
+def leave_result(directory: RunDirectory, result: dict[str, Any]) -> bool:
+    """Writes result.json; where that cannot be done, `result` says so, as a run that has failed."""
+    try:
+        directory.write_json("result.json", result)
+    except OSError as error:
+        log.error("result.json cannot be written: %s", error)
+        why = f"{result['reason']}; the run's end could not be recorded: {error}"
+        result |= {"status": "failed", "reason": why}
+        return False
+    return True
 
 
 def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def glance(machine: Controller, chronicle: Chronicle, job: Job, now: float) -> d
         "state": machine.state.name.lower(),
         "detail": machine.state.value,
         "status": machine.status,
-        "step": chronicle.recorded,
+        "step": chronicle.committed,
         "steps": job.train.steps,
         "median_step_seconds": round(median_s, 6),
         "tokens": chronicle.tokens,
@@ -61,6 +61,7 @@ def glance(machine: Controller, chronicle: Chronicle, job: Job, now: float) -> d
         "checkpoint": _checkpoint(machine, chronicle),
         "checkpoint_interval_seconds": _interval(job, median_s),
         "goodput": chronicle.account(now).as_dict(),
+        "unwritten": chronicle.unwritten(),
         "findings": [{key: f[key] for key in ("finding", "workers", "detail")} for f in chronicle.findings],
     }
 

@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -177,7 +179,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
     cluster: Any = None
     usual_tmpdir: str | None = None
     try:
-        with _without_idle_services():
+        with _without_idle_services(), _deaf_to_hangup():
             if local_nodes:
                 from ray.cluster_utils import Cluster
 
@@ -218,6 +220,20 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
 
 
 @contextmanager
+def _deaf_to_hangup() -> Iterator[None]:
+    """What is started in this block ignores SIGHUP, and so does what that starts: when a terminal is closed, all its
+    processes get it, and the run is to end in good order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
 def _without_idle_services() -> Iterator[None]:
     """Ray is started without the processes that have nothing to do on a cluster of one machine.
 
@@ -247,7 +263,7 @@ def _hush() -> None:
 
 def _keep_logs(home: Path, logs: Path) -> None:
     with suppress(OSError):
-        logs.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(exist_ok=True)  # Not its parents: a run directory that was deleted is not made again.
         for path in home.glob("**/session_*/logs/worker-*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_size:
                 shutil.copy(path, logs / path.name)

@@ -441,6 +441,9 @@ class Lifecycle:
             self.pause()
         elif self.state is RunState.WAITING:
             self._after_settled(now)
+        elif self.state is RunState.FINALIZING and self.finalization is not None:
+            # All is done but for a storage that may refuse it: it is not waited for any longer.
+            self.saving.try_no_more(self.finalization.committed)
 
     def _after_settled(self, now: float) -> None:
         """No member is in the generation any more: finish, stop, or form the next one."""
@@ -514,7 +517,7 @@ class Lifecycle:
             self.saving.tick(now)
         alive = self._roster.alive()
         hands = {view.worker for view in alive if view.state in (WorkerState.IDLE, WorkerState.MEMBER)}
-        self._out += self.saving.review(hands, {view.worker for view in alive})
+        self._out += self.saving.review(hands, {view.worker for view in alive}, now)
         self._order_save()
         if self.state is RunState.FINALIZING and self.finalization is not None:
             self._out += self.saving.give_up(self.finalization.committed, now, self.config.finalize_timeout_s)
@@ -534,7 +537,9 @@ class Lifecycle:
         asked = self.finalization
         if not self.config.checkpointing or asked is None or not (writers := tuple(asked.living())):
             return
-        save = self.saving.attempt_at(asked.committed, self.config.epoch, self._record.last_generation)
+        if now - asked.since > self.config.final_patience_s:
+            self.saving.try_no_more(asked.committed)
+        save = self.saving.attempt_at(asked.committed, self.config.epoch, self._record.last_generation, now)
         if save is not None:
             self.saving.expect(SavePlan(save, writers), now)
             self._out.append(SaveState(writers, save))
@@ -563,7 +568,7 @@ class Lifecycle:
         if self.finalization.unanswered():
             return
         digests = self.finalization.digests()
-        if self.saving.is_saving(self.finalization.committed) and digests:
+        if digests and self._may_yet_be_saved(self.finalization.committed):
             return
         if not digests:
             # The last holders died while they were asked: back to the newest checkpoint.
@@ -571,15 +576,33 @@ class Lifecycle:
         elif len(set(digests.values())) > 1:
             shown = ", ".join(f"worker {worker.slot}: {digest[:23]}" for worker, digest in digests.items())
             self.finish("failed", f"the workers' final states differ, which must never happen: {shown}", now)
-        elif self.stop is not None and self._record.progress.committed < self.config.total_steps:
-            self.finish("stopped", self.stop, now, next(iter(digests.values())))
         else:
-            self.finish("finished", "all steps committed", now, next(iter(digests.values())))
+            self._end_well(self.finalization.committed, next(iter(digests.values())), now)
+
+    def _may_yet_be_saved(self, committed: int) -> bool:
+        """Whether a checkpoint of the final state is under way, or is tried again: the workers hold it meanwhile."""
+        if not self.config.checkpointing or committed in self.saving.checkpoints:
+            return False
+        return self.saving.is_saving(committed) or not self.saving.has_given_up(committed)
+
+    def _end_well(self, committed: int, digest: str, now: float) -> None:
+        """The steps are done and their digest is known; but who has no checkpoint of them has nothing of the last."""
+        is_early = self.stop is not None and self._record.progress.committed < self.config.total_steps
+        status, reason = ("stopped", self.stop or "") if is_early else ("finished", "all steps committed")
+        saved = self.saving.checkpoints
+        if self.config.checkpointing and committed not in saved:
+            newest = f"the newest checkpoint is of {max(saved)} steps" if saved else "there is no checkpoint"
+            reason = (
+                f"{reason}, but the state of {committed} steps could not be saved: "
+                f"{self.saving.why_unsaved(committed)}; {newest}, and `orchestrator resume` trains the rest again"
+            )
+            status = "failed"
+        self.finish(status, reason, now, digest)
 
     def finish(self, status: str, reason: str, now: float, digest: str | None = None) -> None:
         if self.state is RunState.OVER:
             return
-        if status != "failed":
+        if status != "failed" or digest is not None:
             self._out += self._record.close(now)
         self.state, self.status = RunState.OVER, status
         self._out.append(Finish(status, reason, digest))

@@ -215,9 +215,11 @@ class Controller:
             case SaveBegun():
                 self._run.saving.begun(event, now)
             case PartSaved():
+                if self.generation is not None and event.plan.save.generation == self.generation.number:
+                    self._run.take_reports(event.reports, now)
                 self._run.saving.wrote(event, now)
             case CheckpointSaved():
-                self._out += self._run.saving.saved(event)
+                self._out += self._run.saving.saved(event, now)
 
     def _overslept(self, gap_s: float, now: float) -> None:
         """The controller itself slept (an overloaded or suspended machine): nobody could be heard meanwhile, and no
@@ -315,6 +317,7 @@ class Controller:
         if self._run.stop is None:
             self._out.append(Record("stop_requested", {"reason": event.reason}))
             self._run.end_early(event.reason, now)
+            self._run.conclude(now)
 
     def _fault_fired(self, event: FaultFired) -> None:
         view = self.workers.get(event.worker) if event.worker is not None else None

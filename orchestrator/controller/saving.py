@@ -14,8 +14,24 @@ from orchestrator.checkpoint.names import Save
 from orchestrator.controller.protocol import Action, CommitCheckpoint, DiscardCheckpoint, Record
 from orchestrator.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
 
-MAX_ATTEMPTS = 3
-"""At the checkpoint that a run ends with."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+"""Before another attempt at the checkpoint that a run ends with, when a storage has refused one: they grow."""
+
+
+@dataclass
+class _Last:
+    """Attempts at the checkpoint that a run ends with; the next is made at `again_at`, unless it `is_over`."""
+
+    attempts: int = 0
+    refusals: int = 0
+    again_at: float = 0.0
+    error: str = ""
+    is_over: bool = False
+
+    def refused(self, error: str, now: float) -> None:
+        self.again_at = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self.refusals)
+        self.refusals += 1
+        self.error = error
 
 
 @dataclass
@@ -53,7 +69,7 @@ class Saving:
         self._attempts: dict[Save, Attempt] = {}
         self._due_from: float | None = None
         self._ordered = -1
-        self._last_attempts: dict[int, int] = {}
+        self._lasts: dict[int, _Last] = {}
 
     # ------------------------------------------------------------------------------------ asking for one
 
@@ -71,14 +87,29 @@ class Saving:
         self._ordered = generation
         return True
 
-    def attempt_at(self, committed: int, epoch: int, generation: int) -> Save | None:
-        """What to call another attempt at the state that a run ends with, if there should be one: there is no such
-        checkpoint, none is under way, and it is not hopeless."""
-        tried = self._last_attempts.get(committed, 0)
-        if committed in self.checkpoints or self.is_saving(committed) or tried >= MAX_ATTEMPTS:
+    def attempt_at(self, committed: int, epoch: int, generation: int, now: float) -> Save | None:
+        """What to call another attempt at the state that a run ends with, if there should be one now: there is no such
+        checkpoint, none is under way, and a storage that refused the last one has had some time."""
+        last = self._last(committed)
+        if committed in self.checkpoints or self.is_saving(committed) or last.is_over or now < last.again_at:
             return None
-        self._last_attempts[committed] = tried + 1
-        return Save(committed, epoch, generation, attempt=tried + 1)
+        last.attempts += 1
+        return Save(committed, epoch, generation, attempt=last.attempts)
+
+    def _last(self, committed: int) -> _Last:
+        return self._lasts.setdefault(committed, _Last())
+
+    def has_given_up(self, committed: int) -> bool:
+        """Whether no other attempt at the state that a run ends with is made."""
+        return self._last(committed).is_over
+
+    def try_no_more(self, committed: int) -> None:
+        """What is under way may go on, but it is the last attempt."""
+        self._last(committed).is_over = True
+
+    def why_unsaved(self, committed: int) -> str:
+        """What the last attempt failed with."""
+        return self._last(committed).error
 
     def is_saving(self, committed: int) -> bool:
         """Whether a checkpoint of so many steps is under way."""
@@ -118,11 +149,12 @@ class Saving:
             return None
         return self._attempts.setdefault(plan.save, Attempt(plan, now))
 
-    def saved(self, event: CheckpointSaved) -> list[Action]:
+    def saved(self, event: CheckpointSaved, now: float) -> list[Action]:
         """A worker has completed a checkpoint, or could not."""
         attempt = self._attempts.pop(event.save, None)
         fields = {"committed": event.save.committed, "path": event.path}
         if event.error:
+            self._last(event.save.committed).refused(event.error, now)
             actions: list[Action] = [Record("checkpoint_failed", fields | {"error": event.error})]
             return [DiscardCheckpoint(event.worker, event.save), *actions]
         if event.save.committed in self.checkpoints:
@@ -135,7 +167,7 @@ class Saving:
             fields["writers"] = len(attempt.plan.writers)
         return [Record("checkpoint_saved", fields)]
 
-    def review(self, hands: Collection[WorkerId], alive: Collection[WorkerId]) -> list[Action]:
+    def review(self, hands: Collection[WorkerId], alive: Collection[WorkerId], now: float) -> list[Action]:
         """Goes on with every attempt whose writers have all spoken or are no more; `hands` can be given work."""
         actions: list[Action] = []
         for save, attempt in list(self._attempts.items()):
@@ -155,11 +187,11 @@ class Saving:
             del self._attempts[save]
             # What a storage refuses it would refuse again; the next interval tries.
             self.is_due = self.is_due or not attempt.refused
+            why = "; ".join(sorted(set(attempt.lost.values())))
             if attempt.refused:
-                self._last_attempts[save.committed] = MAX_ATTEMPTS
+                self._last(save.committed).refused(why, now)
             if hand is not None:
                 actions.append(DiscardCheckpoint(hand, save))
-            why = "; ".join(sorted(set(attempt.lost.values())))
             actions.append(Record("checkpoint_failed", {"committed": save.committed, "error": why}))
         return actions
 
@@ -169,8 +201,8 @@ class Saving:
         for save, attempt in list(self._attempts.items()):
             if save.committed == committed and now - attempt.since > patience_s:
                 del self._attempts[save]
-                self._last_attempts[committed] = MAX_ATTEMPTS
                 error = f"it was not complete after {patience_s:.0f} s"
+                self._last(committed).refused(error, now)
                 actions.append(Record("checkpoint_failed", {"committed": committed, "error": error}))
         return actions
 

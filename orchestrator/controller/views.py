@@ -135,6 +135,7 @@ class ControllerConfig:
     placement_grace_s: float = 3.0
     interrupt_timeout_s: float = 3.0
     finalize_timeout_s: float = 600.0
+    final_patience_s: float = 300.0
     max_failures_per_step: int = 3
     max_start_failures: int = 5
     epoch: int = 0

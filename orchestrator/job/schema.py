@@ -335,6 +335,8 @@ class Checkpoint(_Section):
     """How many of the newest stay."""
     keep_every: PositiveInt | None = None
     """Those of a multiple of so many steps stay for ever."""
+    final_patience_s: Annotated[float, Field(ge=0)] = 300.0
+    """How long a run that ends tries to save its last state, and to write its record, where a storage refuses."""
     encryption: Encryption | None = None
 
 

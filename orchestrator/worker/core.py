@@ -65,6 +65,8 @@ log = logging.getLogger(__name__)
 
 TELL_MEMORY_S = 10.0
 """How often a rank that has nothing else to say tells how much memory it uses."""
+MAX_REPORTS = 100_000
+"""Of steps that are not on record yet; there are many only where the run directory cannot be written for long."""
 FORM_TIMEOUT_S = 20.0
 """A group forms in milliseconds; a rank that waits this long for a peer gives the generation up."""
 
@@ -101,7 +103,8 @@ class Worker:
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
         self._outbox: deque[tuple[Any, threading.Event]] = deque()
         self._wake = threading.Condition()
-        self._reports: deque[StepReport] = deque(maxlen=10_000)
+        self._reports: deque[StepReport] = deque(maxlen=MAX_REPORTS)
+        self._known = 0
         self._lock = threading.Lock()
         self._fabric: Fabric | None = None
         self._generation: Generation | None = None
@@ -131,7 +134,7 @@ class Worker:
         delay = self._faults.delay if self._faults.may_be_slow else None
         self._fetch = build.make_fetch(job, dataset, delay)
         self._catalog = catalog
-        self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send)
+        self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send, self._unrecorded)
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
@@ -572,6 +575,9 @@ class Worker:
             and time.monotonic() - answered < min(self.job.elastic.lease_s / 4, TELL_MEMORY_S)
         )
 
+    def _unrecorded(self) -> tuple[StepReport, ...]:
+        return tuple(self._reports)
+
     def _heartbeat(self) -> Heartbeat:
         generation = self._generation
         first = generation is not None and generation.members[0].worker == self.worker
@@ -581,7 +587,7 @@ class Worker:
             self._phase,
             self._phase_step,
             self.committed,
-            reports=tuple(self._reports) if first else (),
+            reports=tuple(r for r in self._reports if r.step >= self._known) if first else (),
             host_bytes=_resident_bytes(),
             device_bytes=build.allocated_bytes(self.state.device),
             lateness_s=round(self._lateness.recent_s(), 3),
@@ -589,6 +595,7 @@ class Worker:
         )
 
     def _heed(self, reply: Reply) -> None:
+        self._known = reply.known
         while self._reports and self._reports[0].step < reply.recorded:
             self._reports.popleft()
         if reply.shutdown:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from orchestrator.checkpoint.catalog import Catalog, Description
@@ -15,7 +17,7 @@ from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
 from orchestrator.checkpoint.tensors import DTYPES, bytes_of
 from orchestrator.job import Job
-from orchestrator.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
+from orchestrator.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, StepReport, WorkerId
 from orchestrator.worker import build
 from strategies.snapshot import Snapshot
 from strategies.state import TrainingState
@@ -23,11 +25,15 @@ from strategies.statemap import Spans
 
 log = logging.getLogger(__name__)
 
+MAX_STEPS_KEPT = 10_000
+"""Of those that a manifest has the records of."""
+
 
 class Saver:
     """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own.
 
-    `position` says where in its data's epochs a run is after so many samples, `send` tells the controller.
+    `position` says where in its data's epochs a run is after so many samples, `send` tells the controller, and
+    `reports` has the last steps that this worker took part in.
     """
 
     def __init__(
@@ -38,14 +44,17 @@ class Saver:
         state: TrainingState,
         position: Callable[[int], dict[str, Any]],
         send: Callable[[Any], object],
+        reports: Callable[[], Sequence[StepReport]] = tuple,
     ) -> None:
         self.worker = worker
         self.catalog = catalog
         self.last_part: PartSaved | None = None
+        self._last_reports: dict[int, StepReport] = {}
         self._job = job
         self._state = state
         self._position = position
         self._send = send
+        self._reports = reports
         self._snapshot = Snapshot(state.space, state.device)
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue()
         self._idle = threading.Event()
@@ -88,7 +97,8 @@ class Saver:
             self._send(SaveBegun(self.worker, plan, blocked_s))
         if rank in sharing:
             updates = self._state.updates
-            self._submit(lambda: self._write(plan, rank, updates))
+            reports = tuple(report for report in self._reports() if report.step < save.committed)
+            self._submit(lambda: self._write(plan, rank, updates, reports))
 
     # ------------------------------------------------------------------------------------ any thread
 
@@ -131,7 +141,7 @@ class Saver:
 
     # ------------------------------------------------------------------------------------ the checkpoint thread
 
-    def _write(self, plan: SavePlan, rank: int, updates: int) -> None:
+    def _write(self, plan: SavePlan, rank: int, updates: int, reports: tuple[StepReport, ...]) -> None:
         save = plan.save
         started = time.perf_counter()
         digest, num_bytes, error = "", 0, ""
@@ -151,8 +161,11 @@ class Saver:
         seconds = time.perf_counter() - started
         if not error:
             log.info("part %d of %s is written: %.1f MB in %.2f s", rank, save.directory, num_bytes / 1e6, seconds)
+        self._last_reports |= {report.step: report for report in reports}
+        for step in sorted(self._last_reports)[:-MAX_STEPS_KEPT]:
+            del self._last_reports[step]
         self.last_part = PartSaved(self.worker, plan, rank, digest, seconds, num_bytes, error)
-        self._send(self.last_part)
+        self._send(replace(self.last_part, reports=reports))
 
     def _commit(self, save: Save, parts: dict[int, str], layout: dict[str, Any]) -> None:
         started = time.perf_counter()
@@ -188,6 +201,7 @@ class Saver:
         return Description(
             job=job.digest(),
             layout=layout,
+            steps=[_record(report) for step, report in sorted(self._last_reports.items()) if step < committed],
             data={
                 "step": committed, "global_batch": job.train.global_batch, "samples": samples,
                 **self._position(samples), "seed": job.train.seed,
@@ -201,6 +215,15 @@ class Saver:
                 for name, (dtype, shape) in self._state.tensors().items()
             },
         )  # fmt: skip
+
+
+def _record(report: StepReport) -> dict[str, Any]:
+    """A step as metrics.jsonl has it, but for what its ranks spent on it."""
+    record = asdict(report) | {"ranks": [], "phase_seconds": {}}
+    for key in ("loss", "grad_norm"):
+        if not math.isfinite(record[key]):
+            record[key] = None
+    return record
 
 
 def _told(error: Exception) -> str:

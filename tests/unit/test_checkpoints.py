@@ -7,8 +7,10 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +30,15 @@ from checkpoints_in_tests import (
 )
 from safetensors import safe_open
 
+from monitoring.records import read_records
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import KeyProblem, Secret, find_key, read_key
 from orchestrator.checkpoint.manifest import CheckpointError, Manifest, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.of_run import catch_up
 from orchestrator.checkpoint.parts import write_part
 from orchestrator.checkpoint.storage import LocalStorage, Patient
+from orchestrator.rundir import RunDirectory
 
 STEP = "step-00000120"
 
@@ -515,3 +520,44 @@ def test_a_fork_begins_with_anothers_checkpoint_and_never_touches_it(tmp_path: P
     write(fork, 120, tensors(3))
     assert fork.holder_of(120) is fork, "rolled back, it makes one of its own"
     assert same(load(fork.open(120)), tensors(3))
+
+
+def step_record(step: int) -> dict[str, Any]:
+    return {"step": step, "generation": 0, "loss": None if step == 46 else 2.0, "grad_norm": 1.0, "lr": 0.1,
+            "tokens": 100, "samples": f"hash of {step}", "skipped": False, "committed_at": 5.0, "seconds": 0.5,
+            "phase_seconds": {}, "ranks": []}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recorded", "known", "caught_up"), [
+    (47, range(40, 48), 1), (44, range(40, 48), 4), (48, range(40, 48), 0), (39, range(40, 48), 0), (47, [], 0),
+])  # fmt: skip
+def test_the_record_catches_up_with_a_checkpoint_that_is_newer(
+    tmp_path: Path, recorded: int, known: Iterable[int], caught_up: int
+) -> None:
+    """What a controller had no time, or no room, to write down, the checkpoint knows; without all of it, it is left."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("", {"name": "x"})
+    directory.metrics.write_text("".join(json.dumps(step_record(step)) + "\n" for step in range(recorded)))
+    catalog = Catalog(LocalStorage(str(tmp_path / "checkpoints")), RUN)
+    write(catalog, 36, tensors())
+    save, parts = Save(48, 1, 0), {}
+    for rank in range(2):
+        _, parts[rank] = write_part(catalog.storage, save, rank, 48, chunks_of(tensors(), rank, 2), None)
+    catalog.commit(save, parts, replace(describe(tensors()), steps=[step_record(step) for step in known]))
+    assert catch_up(directory, catalog) == caught_up
+    records = list(read_records(directory.metrics))
+    assert records == [step_record(step) for step in range(recorded + caught_up)]
+    assert catch_up(directory, catalog) == 0
+
+
+def test_the_record_does_not_catch_up_with_a_checkpoint_that_is_damaged(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("", {"name": "x"})
+    directory.metrics.write_text(json.dumps(step_record(0)) + "\n")
+    catalog = Catalog(LocalStorage(str(tmp_path / "checkpoints")), RUN)
+    save = Save(2, 1, 0)
+    _, part = write_part(catalog.storage, save, 0, 2, chunks_of(tensors(), 0, 1), None)
+    catalog.commit(save, {0: part}, replace(describe(tensors()), steps=[step_record(1)]))
+    manifest = tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"hash of 1", b"hash of 7"))
+    assert catch_up(directory, catalog) == 0

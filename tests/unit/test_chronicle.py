@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_full_disk import limited
 
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
 from orchestrator.cluster.chronicle import Chronicle
+from orchestrator.cluster.presence import LOST_AFTER_S, Presence
 from orchestrator.job import Job
 from orchestrator.messages import StepReport
 from orchestrator.rundir import RunDirectory
@@ -121,3 +124,40 @@ def test_a_full_disk_leaves_nothing_lying_about_and_keeps_the_metrics_fresh(
         assert shown(chronicle, "world_target") == number
     assert shown(chronicle, "goodput_seconds_total") == pytest.approx(6 * 0.5)
     assert [path.name for path in directory.path.iterdir() if "status" in path.name] == []
+
+
+def test_steps_that_wait_for_room_are_not_told_to_be_on_record(directory: RunDirectory) -> None:
+    """Workers keep the reports of what is not in the file, for a successor of this controller."""
+    chronicle = begun(directory)
+    train(chronicle, 0, 3)
+    with limited(directory.metrics.stat().st_size + 10):
+        train(chronicle, 3, 9)
+        assert (chronicle.committed, chronicle.recorded) == (9, 3)
+        waiting = chronicle.unwritten()
+        assert waiting is not None
+        assert waiting["steps"] == 6
+        assert not chronicle.flush(100.0)
+        assert [record["step"] for record in read_records(directory.metrics)] == [0, 1, 2]
+    assert chronicle.flush(160.0)
+    assert (chronicle.committed, chronicle.recorded, chronicle.unwritten()) == (9, 9, None)
+    assert [record["step"] for record in read_records(directory.metrics)] == list(range(9))
+    (told,) = [event for event in read_records(directory.events) if event["kind"] == "records_delayed"]
+    assert told["seconds"] == 60.0
+    assert told["records"] >= 6
+
+
+def test_a_run_directory_that_is_deleted_is_noticed_but_not_at_once(directory: RunDirectory) -> None:
+    chronicle = begun(directory)
+    presence = Presence(directory, chronicle)
+    assert presence.look(0.0) == ""
+    away = directory.path.with_name("away")
+    directory.path.rename(away)
+    assert (presence.look(10.0), presence.look(12.0)) == ("", "")
+    away.rename(directory.path)
+    assert presence.look(20.0) == "", "it was away for a moment"
+    shutil.rmtree(directory.path)
+    assert presence.look(30.0) == ""
+    assert "was deleted or moved away in mid-run" in presence.look(30.0 + LOST_AFTER_S)
+    directory.create(JOB, Job.loads(JOB).resolved())
+    begun(directory)
+    assert "events.jsonl and metrics.jsonl" in presence.look(40.0), "another run's files are not this run's"

@@ -169,3 +169,28 @@ def test_those_who_look_whether_a_run_is_live_are_not_taken_for_its_controller(t
     with directory.probe_lock() as free:
         assert not free
     os.close(steering)
+
+
+def test_looking_whether_a_run_is_live_leaves_nothing_behind(tmp_path: Path) -> None:
+    plain = tmp_path / "out"
+    plain.mkdir()
+    for _ in range(2):
+        assert not RunDirectory(plain).is_steered
+        assert list(plain.iterdir()) == []
+    RunDirectory(plain).create("name: x", {"name": "x"})
+    assert RunDirectory(plain).read_json("job.resolved.json") == {"name": "x"}
+
+
+def test_a_directory_with_nothing_but_our_own_dot_files_is_empty(tmp_path: Path) -> None:
+    ours = RunDirectory(tmp_path / "out")
+    ours.path.mkdir()
+    os.close(ours.lock())
+    assert ours.uid
+    ours.next_epoch()
+    ours.create("name: x", {"name": "x"})
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / ".hidden").touch()
+    with pytest.raises(RunDirectoryError, match="not empty and not a run directory"):
+        RunDirectory(others).create("name: x", {"name": "x"})
+    assert [entry.name for entry in others.iterdir()] == [".hidden"]

@@ -910,14 +910,68 @@ def test_who_dies_at_the_end_is_saved_for_by_the_others() -> None:
     the(Finish, stage.tell(CheckpointSaved(W1, again.save, "c3")))
 
 
-def test_an_end_that_cannot_be_saved_is_an_end_all_the_same() -> None:
-    stage = Stage(total_steps=3, max_workers=1, checkpointing=True).running(W0)
+def refuse(stage: Stage, save: Save) -> list[Action]:
+    return stage.tell(PartSaved(W0, SavePlan(save, (W0,)), 0, "", error="No space left on device"))
+
+
+def unsaved(**changes: Any) -> tuple[Stage, Save]:
+    """A run at its end, which worker 0 holds, and whose storage is full."""
+    stage = Stage(total_steps=3, max_workers=1, checkpointing=True, final_patience_s=50.0, **changes).running(W0)
     stage.train(3)
     save = the(SaveState, stage.leave_all("complete", 3)).save
     stage.tell(Finalized(W0, "sha256:a"))
-    finish = the(Finish, stage.tell(PartSaved(W0, SavePlan(save, (W0,)), 0, "", error="No space left on device")))
-    assert finish.status == "finished"
+    assert not of(Finish, refuse(stage, save))
     assert stage.recorded("checkpoint_failed") == [{"committed": 3, "error": "No space left on device"}]
+    return stage, save
+
+
+def test_an_end_that_cannot_be_saved_at_first_is_saved_later() -> None:
+    stage, first = unsaved()
+    decided = stage.wait(3.0, W0)
+    again = the(SaveState, decided).save
+    assert (again.committed, again.attempt) == (3, first.attempt + 1)
+    assert not of(Finish, decided), "the worker holds the state until it is saved"
+    stage.tell(PartSaved(W0, SavePlan(again, (W0,)), 0, "a"))
+    assert the(Finish, stage.tell(CheckpointSaved(W0, again, "c3"))) == Finish(
+        "finished", "all steps committed", "sha256:a"
+    )
+
+
+def test_an_end_that_is_never_saved_is_a_failure_and_says_what_there_is() -> None:
+    stage, _ = unsaved()
+    tries, finish = 1, None
+    while finish is None:
+        decided = stage.wait(0.5, W0)
+        for action in of(SaveState, decided):
+            tries += 1
+            decided += refuse(stage, action.save)
+        finish = next(iter(of(Finish, decided)), None)
+    assert tries == 5, "after 0, 2, 6, 14 and 30 s"
+    assert (finish.status, finish.digest) == ("failed", "sha256:a")
+    assert finish.reason == (
+        "all steps committed, but the state of 3 steps could not be saved: No space left on device; there is no "
+        "checkpoint, and `orchestrator resume` trains the rest again"
+    )
+
+
+def test_who_stops_a_run_that_tries_to_save_its_end_need_not_wait() -> None:
+    stage, _ = unsaved()
+    finish = the(Finish, stage.tell(Stop("enough")))
+    assert finish.status == "failed"
+    assert "could not be saved: No space left on device" in finish.reason
+
+
+def test_a_stop_whose_state_is_not_saved_is_a_failure_too() -> None:
+    stage = Stage(total_steps=9, max_workers=1, checkpointing=True, final_patience_s=0.0).running(W0)
+    stage.train(3)
+    stage.tell(Stop("enough"))
+    save = the(SaveState, stage.leave_all("pause", 3)).save
+    stage.tell(Finalized(W0, "sha256:a"))
+    decided = refuse(stage, save) + stage.wait(1.0, W0)
+    finish = the(Finish, decided)
+    assert (finish.status, finish.reason.split(":")[0]) == (
+        "failed", "enough, but the state of 3 steps could not be saved"
+    )  # fmt: skip
 
 
 def test_a_checkpoint_that_is_asked_for_is_made_at_the_next_step_boundary() -> None:

@@ -122,3 +122,14 @@ def test_what_is_seen_of_skew_and_done_about_it_is_told_in_a_line() -> None:
         "worker 1 may stay: at 0.90 of the fastest's speed",
         "slow device of worker 1 is over",
     ]
+
+
+def test_what_a_recovery_took_is_never_told_as_less_than_its_detection() -> None:
+    """A stall is what came beyond one median step, which may be less than the detection alone."""
+    told = describe_event(recovery(stall_seconds=0.0, detect_seconds=0.05))
+    assert told is not None
+    assert "cost 0.00 s more than a step takes (detected after 0.05 s), 0 steps lost" in told
+    assert "recovered in" not in told
+    told = describe_event(recovery(stall_seconds=0.21, detect_seconds=0.04))
+    assert told is not None
+    assert "recovered in 0.21 s (detected after 0.04 s)" in told

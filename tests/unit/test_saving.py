@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.checkpoint.names import Save
 from orchestrator.controller.protocol import CommitCheckpoint, DiscardCheckpoint, Record
-from orchestrator.controller.saving import MAX_ATTEMPTS, Saving
+from orchestrator.controller.saving import Saving
 from orchestrator.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
 
 A, B, C = WorkerId(0, 0), WorkerId(1, 0), WorkerId(2, 0)
@@ -27,13 +27,13 @@ def test_when_all_parts_are_there_one_of_the_writers_completes_it() -> None:
     saving = begun()
     assert not saving.is_due
     wrote(saving, A)
-    assert saving.review({A, B}, {A, B}) == []
+    assert saving.review({A, B}, {A, B}, 0.0) == []
     wrote(saving, B)
     commit = CommitCheckpoint(A, PLAN.save, ((0, "digest 0"), (1, "digest 1")), {"data": 2})
-    assert saving.review({A, B}, {A, B}) == [commit]
-    assert saving.review({A, B}, {A, B}) == [], "it is told once"
+    assert saving.review({A, B}, {A, B}, 0.0) == [commit]
+    assert saving.review({A, B}, {A, B}, 0.0) == [], "it is told once"
     assert saving.is_saving(20)
-    (record,) = saving.saved(CheckpointSaved(A, PLAN.save, "c20", 0.5, 100))
+    (record,) = saving.saved(CheckpointSaved(A, PLAN.save, "c20", 0.5, 100), 0.0)
     assert record == Record(
         "checkpoint_saved",
         {"committed": 20, "path": "c20", "bytes": 100, "seconds": 2.5, "blocked_seconds": 0.01, "writers": 2},
@@ -47,14 +47,14 @@ def test_parts_may_be_heard_of_before_the_beginning() -> None:
     wrote(saving, B)
     wrote(saving, A)
     saving.begun(SaveBegun(A, PLAN, 0.01), 0.0)
-    assert isinstance(saving.review({A, B}, {A, B})[0], CommitCheckpoint)
+    assert isinstance(saving.review({A, B}, {A, B}, 0.0)[0], CommitCheckpoint)
 
 
 def test_a_lost_writer_ends_the_attempt_and_another_is_due_at_once() -> None:
     saving = begun()
-    assert saving.review({A}, {A}) == [], "who lives may still be writing: there would be more to remove"
+    assert saving.review({A}, {A}, 0.0) == [], "who lives may still be writing: there would be more to remove"
     wrote(saving, A)
-    discard, record = saving.review({A}, {A})
+    discard, record = saving.review({A}, {A}, 0.0)
     assert discard == DiscardCheckpoint(A, PLAN.save)
     assert record == Record(
         "checkpoint_failed", {"committed": 20, "error": "worker 1 was lost before it had written its part"}
@@ -67,17 +67,17 @@ def test_who_has_written_may_be_lost() -> None:
     wrote(saving, B)
     wrote(saving, A)
     commit = CommitCheckpoint(A, PLAN.save, ((0, "digest 0"), (1, "digest 1")), {"data": 2})
-    assert saving.review({A, C}, {A, C}) == [commit], "survivors finish it"
-    assert saving.review({C}, {C}) == [CommitCheckpoint(C, *[commit.save, commit.parts, commit.layout])]
-    assert saving.review(set(), set()) == []
-    assert saving.review({B}, {B})[0] == CommitCheckpoint(B, commit.save, commit.parts, commit.layout)
+    assert saving.review({A, C}, {A, C}, 0.0) == [commit], "survivors finish it"
+    assert saving.review({C}, {C}, 0.0) == [CommitCheckpoint(C, *[commit.save, commit.parts, commit.layout])]
+    assert saving.review(set(), set(), 0.0) == []
+    assert saving.review({B}, {B}, 0.0)[0] == CommitCheckpoint(B, commit.save, commit.parts, commit.layout)
 
 
 def test_what_the_storage_refuses_waits_for_the_next_interval() -> None:
     saving = begun()
     wrote(saving, A)
     wrote(saving, B, error="No space left on device")
-    discard, record = saving.review({A, B}, {A, B})
+    discard, record = saving.review({A, B}, {A, B}, 0.0)
     assert discard == DiscardCheckpoint(A, PLAN.save)
     assert record == Record("checkpoint_failed", {"committed": 20, "error": "No space left on device"})
     assert not saving.is_due
@@ -87,8 +87,8 @@ def test_a_checkpoint_that_cannot_be_completed_is_discarded() -> None:
     saving = begun()
     wrote(saving, A)
     wrote(saving, B)
-    saving.review({A, B}, {A, B})
-    discard, record = saving.saved(CheckpointSaved(A, PLAN.save, "c20", error="EIO"))
+    saving.review({A, B}, {A, B}, 0.0)
+    discard, record = saving.saved(CheckpointSaved(A, PLAN.save, "c20", error="EIO"), 0.0)
     assert discard == DiscardCheckpoint(A, PLAN.save)
     assert isinstance(record, Record)
     assert record.kind == "checkpoint_failed"
@@ -126,30 +126,39 @@ def test_what_is_already_saved_is_not_taken_up_again() -> None:
     saving = Saving({20: "c20"}, None)
     wrote(saving, A)
     assert not saving.is_saving(20)
-    assert saving.review({A}, {A}) == []
+    assert saving.review({A}, {A}, 0.0) == []
 
 
-def test_the_end_of_a_run_is_tried_a_few_times() -> None:
+def test_the_end_of_a_run_is_tried_again_at_once_when_a_writer_is_lost() -> None:
     saving = Saving({}, None)
     tried = []
-    while (save := saving.attempt_at(100, 1, 7)) is not None:
+    for _ in range(4):
+        save = saving.attempt_at(100, 1, 7, 0.0)
+        assert save is not None
         saving.expect(SavePlan(save, (A,)), 0.0)
-        assert saving.attempt_at(100, 1, 7) is None, "one at a time"
-        saving.review(set(), set())
+        assert saving.attempt_at(100, 1, 7, 0.0) is None, "one at a time"
+        saving.review(set(), set(), 0.0)
         tried.append(save)
-    assert [save.attempt for save in tried] == list(range(1, MAX_ATTEMPTS + 1))
-    assert len(set(tried)) == MAX_ATTEMPTS
+    assert [save.attempt for save in tried] == [1, 2, 3, 4]
+    saving.try_no_more(100)
+    assert saving.attempt_at(100, 1, 7, 1e9) is None
 
 
-def test_a_full_storage_does_not_hold_up_the_end() -> None:
-    saving = Saving({}, None)
-    save = saving.attempt_at(100, 1, 7)
-    assert save is not None
-    plan = SavePlan(save, (A,))
-    saving.expect(plan, 0.0)
-    saving.wrote(PartSaved(A, plan, 0, "", error="No space left on device"), 1.0)
-    saving.review({A}, {A})
-    assert saving.attempt_at(100, 1, 7) is None
+def test_a_storage_that_refuses_the_end_is_asked_again_after_growing_pauses() -> None:
+    saving, now, pauses = Saving({}, None), 0.0, []
+    save = saving.attempt_at(100, 1, 7, now)
+    for _ in range(8):
+        assert save is not None
+        plan = SavePlan(save, (A,))
+        saving.expect(plan, now)
+        saving.wrote(PartSaved(A, plan, 0, "", error="No space left on device"), now)
+        saving.review({A}, {A}, now)
+        began = now
+        while (save := saving.attempt_at(100, 1, 7, now)) is None:
+            now += 1.0
+        pauses.append(now - began)
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    assert saving.why_unsaved(100) == "No space left on device"
 
 
 def test_nobody_waits_for_ever() -> None:
@@ -161,4 +170,4 @@ def test_nobody_waits_for_ever() -> None:
     assert isinstance(record, Record)
     assert record.fields["error"] == "it was not complete after 600 s"
     assert not saving.is_saving(20)
-    assert saving.attempt_at(20, 1, 7) is None
+    assert saving.attempt_at(20, 1, 7, 1e9) is None
