@@ -82,12 +82,14 @@ class _Bench:
         self.fabric = Fabric(rank=rank, layout=self.layout, device=torch.device("cpu"))
         # Their store is on the port of the process group; ours is another.
         from strategies.groups import serve_store
+        from strategies.rendezvous_proof import fresh_secret
 
-        store, our_port = serve_store(HOST) if rank == 0 else (None, 0)
-        ports = [our_port]
-        dist.broadcast_object_list(ports, 0)
+        store, address = serve_store(HOST, fresh_secret()) if rank == 0 else (None, None)
+        addresses = [address]
+        dist.broadcast_object_list(addresses, 0)
         self._store = store
-        self.fabric.form(store_address=(HOST, ports[0]), prefix="checkpoint", host=HOST, timeout_s=60.0)
+        assert addresses[0] is not None
+        self.fabric.form(store_address=addresses[0], prefix="checkpoint", host=HOST, timeout_s=60.0)
         everything = whole(self.state.space.size, 1)
         self.domains = [Domain("", "here")] * ranks
         self.state.take_place(self.layout, self.fabric, [everything] * ranks, self.domains, 2, 0, self.barrier)

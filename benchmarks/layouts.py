@@ -25,6 +25,7 @@ from paired import HOST, Done, Side, Start, Turn
 from orchestrator.job import Job
 from strategies.layout import SCHEDULES, SHARDS, ParallelLayout
 
+SECRET = b"only ranks of this benchmark know."
 WARM_UP_STEPS = 3
 OURS, ONE_COPY = "ours", "ours, 1 copy"
 AT_4 = (
@@ -78,8 +79,8 @@ def layout_of(job_path: str, name: str) -> tuple[Job, ParallelLayout]:
 def serve() -> tuple[int, Any]:
     from strategies.groups import serve_store
 
-    store, port = serve_store(HOST)
-    return port, store
+    store, address = serve_store(HOST, SECRET)
+    return address.port, store
 
 
 def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
@@ -91,6 +92,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     from orchestrator.worker import build
     from strategies.fabric import Fabric
     from strategies.placement import Domain
+    from strategies.rendezvous_proof import StoreAddress
     from strategies.statemap import whole
     from strategies.step import StepEngine, exchange
 
@@ -101,7 +103,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     engine = StepEngine(state, build.step_spec(job), dataset.batch)
     engine.warm_up(keep=build.computes_with_the_whole_model(job))
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
-    fabric.form(store_address=(HOST, start.port), prefix="layouts", host=HOST, timeout_s=120.0)
+    fabric.form(store_address=StoreAddress(HOST, start.port, SECRET), prefix="layouts", host=HOST, timeout_s=120.0)
     everything = whole(state.space.size, state.space.tensor)
     ranks = layout.world_size
 

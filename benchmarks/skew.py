@@ -312,6 +312,7 @@ def toggle_measuring(engine: Any) -> Callable[[bool], None]:
     return toggle
 
 
+SECRET = b"only ranks of this benchmark know."
 TURN = 8
 """Steps in a turn of the overhead's measurement, of which the first is not counted."""
 
@@ -344,8 +345,8 @@ def overhead(rounds: int, home: Path) -> dict[str, Any]:
 def serve_ours() -> tuple[int, Any]:
     from strategies.groups import serve_store
 
-    server, port = serve_store("127.0.0.1")
-    return port, server
+    server, address = serve_store("127.0.0.1", SECRET)
+    return address.port, server
 
 
 def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
@@ -358,6 +359,7 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
     from strategies.fabric import Fabric
     from strategies.layout import ParallelLayout
     from strategies.placement import Domain
+    from strategies.rendezvous_proof import StoreAddress
     from strategies.step import StepEngine
 
     job = Job.loads(text)
@@ -368,7 +370,8 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
     engine.warm_up(keep=True)
     layout = ParallelLayout.fit(start.world_size, job.elastic.virtual_workers)
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
-    fabric.form(store_address=("127.0.0.1", start.port), prefix="bench", host="127.0.0.1", timeout_s=30.0)
+    address = StoreAddress("127.0.0.1", start.port, SECRET)
+    fabric.form(store_address=address, prefix="bench", host="127.0.0.1", timeout_s=30.0)
     domains = [Domain("", str(rank)) for rank in range(start.world_size)]
     state.take_place(layout, fabric, [state.held] * start.world_size, domains, 1, 0, barrier=lambda: None)
     engine.bind(fabric, layout, 0)

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import _register_process_group
 from strategies.groups import Groups, PeerLost
 from strategies.layout import ParallelLayout
 from strategies.rendezvous import StoreClient
+from strategies.rendezvous_proof import StoreAddress
 
 BACKEND = "elastic"
 AXES = ("data", "pipeline", "tensor")
@@ -66,7 +67,7 @@ class Fabric:
     def is_aborted(self) -> bool:
         return self._aborted
 
-    def form(self, *, store_address: tuple[str, int], prefix: str, host: str, timeout_s: float) -> None:
+    def form(self, *, store_address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
         """Joins the other ranks, as `Groups.form`. Raises PeerLost."""
         self.world.form(store_address=store_address, prefix=f"{prefix}/world", host=host, timeout_s=timeout_s)
         if self.layout.place(self.rank) is None:
@@ -87,7 +88,7 @@ class Fabric:
     def _alone(self) -> Groups:
         return Groups(rank=0, world_size=1, device=self.device)
 
-    def _part(self, ranks: list[int], address: tuple[str, int], prefix: str, host: str, timeout_s: float) -> Groups:
+    def _part(self, ranks: list[int], address: StoreAddress, prefix: str, host: str, timeout_s: float) -> Groups:
         groups = Groups(rank=ranks.index(self.rank), world_size=len(ranks), device=self.device)
         self._adopt(groups)
         groups.form(store_address=address, prefix=prefix, host=host, timeout_s=timeout_s)
@@ -99,7 +100,7 @@ class Fabric:
             if self._aborted:
                 groups.abort()
 
-    def _form_mesh(self, address: tuple[str, int], prefix: str, host: str, timeout_s: float) -> None:
+    def _form_mesh(self, address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
         global _forming
         from torch.distributed.device_mesh import init_device_mesh
 

@@ -20,6 +20,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -27,16 +28,21 @@ import torch
 import torch.distributed as dist
 
 from strategies.rendezvous import PeerLost as PeerLost
-from strategies.rendezvous import StoreClient, StoreServer
+from strategies.rendezvous import StoreClient
+from strategies.rendezvous_proof import StoreAddress
+from strategies.rendezvous_server import StoreServer
 
 PATIENCE = timedelta(hours=24)
 """Collectives wait for as long as it takes: hangs are found by heartbeats and progress, which abort."""
 
 
-def serve_store(host: str) -> tuple[StoreServer, int]:
-    """Starts this process's rendezvous store on a free port of `host`; returns it and the port."""
-    server = StoreServer(host)
-    return server, server.port
+def serve_store(
+    host: str, secret: bytes, on_end: Callable[[str], None] = lambda reason: None
+) -> tuple[StoreServer, StoreAddress]:
+    """Starts this process's rendezvous store on a free port of `host`, for those who have `secret`; returns it and its
+    address. `on_end` is told if it ends by itself."""
+    server = StoreServer(host, secret, on_end)
+    return server, StoreAddress(host, server.port, secret)
 
 
 Endpoint = tuple[str, int]
@@ -90,7 +96,7 @@ class Groups:
         self._patience = dist.AllToAllOptions()
         self._patience.timeout = PATIENCE
 
-    def form(self, *, store_address: tuple[str, int], prefix: str, host: str, timeout_s: float) -> None:
+    def form(self, *, store_address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
         """Joins the other ranks. `host` is this machine's address for peers; `timeout_s` bounds the forming.
 
         Raises PeerLost when a peer does not come, dies meanwhile, or `abort` is called.

@@ -4,16 +4,15 @@ It stands in for c10d's TCPStore, which asks the resolver for the name of every 
 (a resolver that does not answer costs each join 5 s), and whose waits nothing can end. Here an address is an address,
 and `StoreClient.abort` ends a wait at once, from any thread.
 
-A request is a header (operation, length of the key, length of the value), the key and the value; an answer is a length
-and a value. The answer to GET comes when the key is there.
+A connection begins with both ends proving that they are of this run (`strategies.rendezvous_proof`). Then a request is
+a header (operation, length of the key, length of the value), the key and the value; an answer is a length and a value.
+The answer to GET comes when the key is there. `strategies.rendezvous_server` is the other end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import selectors
 import socket
-import struct
 import threading
 import time
 from datetime import timedelta
@@ -21,127 +20,22 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-_REQUEST = struct.Struct("<cII")
-_ANSWER = struct.Struct("<I")
-_NUMBER = struct.Struct("<q")
-_LARGEST_BYTES = 16 << 20
-_SET, _GET, _ADD, _CHECK = b"S", b"G", b"A", b"C"
+from strategies.rendezvous_proof import HELLO_BYTES, PROOF_BYTES, ClientSide, StoreAddress
+from strategies.rendezvous_server import ADD, ANSWER, CHECK, GET, NUMBER, REQUEST, SET
 
 
 class PeerLost(RuntimeError):
     """A collective or rendezvous failed because of another rank, or was aborted; this rank itself is well."""
 
 
-class StoreServer:
-    """Serves a store on a free port of `host`, from a thread of its own, until `close`."""
-
-    def __init__(self, host: str) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=1024)
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
-        self._wake, self._woken = socket.socketpair()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self._values: dict[bytes, bytes] = {}
-        self._received: dict[socket.socket, bytearray] = {}
-        self._waiting: dict[bytes, list[socket.socket]] = {}
-        threading.Thread(target=self._serve, name="rendezvous", daemon=True).start()
-
-    def close(self) -> None:
-        """Ends the thread and every connection."""
-        with contextlib.suppress(OSError):
-            self._wake.send(b"x")
-
-    def _serve(self) -> None:
-        while True:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._woken:
-                    for connection in (*self._received, self._listener, self._wake, self._woken):
-                        connection.close()
-                    return
-                if key.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._read(key.fileobj)  # type: ignore[arg-type]
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._received[connection] = bytearray()
-            self._selector.register(connection, selectors.EVENT_READ)
-
-    def _read(self, connection: socket.socket) -> None:
-        if connection not in self._received:
-            return
-        try:
-            data = connection.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._forget(connection)
-            return
-        buffer = self._received[connection]
-        buffer += data
-        while len(buffer) >= _REQUEST.size:
-            operation, key_length, value_length = _REQUEST.unpack_from(buffer)
-            if key_length > _LARGEST_BYTES or value_length > _LARGEST_BYTES:
-                self._forget(connection)  # a stranger
-                return
-            end = _REQUEST.size + key_length + value_length
-            if len(buffer) < end:
-                break
-            name = bytes(buffer[_REQUEST.size : _REQUEST.size + key_length])
-            value = bytes(buffer[_REQUEST.size + key_length : end])
-            del buffer[:end]
-            self._handle(connection, operation, name, value)
-
-    def _handle(self, connection: socket.socket, operation: bytes, name: bytes, value: bytes) -> None:
-        if operation == _GET:
-            if name in self._values:
-                self._answer(connection, self._values[name])
-            else:
-                self._waiting.setdefault(name, []).append(connection)
-        elif operation == _CHECK:
-            self._answer(connection, b"1" if name in self._values else b"")
-        elif operation in (_SET, _ADD):
-            if operation == _ADD:
-                value = _NUMBER.pack(int(self._values.get(name, b"0")) + _NUMBER.unpack(value)[0])
-            # c10d reads the counters that `add` made as decimal digits.
-            self._values[name] = value if operation == _SET else str(_NUMBER.unpack(value)[0]).encode()
-            self._answer(connection, value if operation == _ADD else b"")
-            for waiting in self._waiting.pop(name, ()):
-                self._answer(waiting, self._values[name])
-        else:
-            self._forget(connection)
-
-    def _answer(self, connection: socket.socket, value: bytes) -> None:
-        if connection not in self._received:
-            return
-        try:
-            # Answers are small and a client has one request at a time, so they fit the socket's buffer.
-            connection.sendall(_ANSWER.pack(len(value)) + value)
-        except OSError:
-            self._forget(connection)
-
-    def _forget(self, connection: socket.socket) -> None:
-        if self._received.pop(connection, None) is not None:
-            self._selector.unregister(connection)
-            connection.close()
-
-
 class StoreClient(Store):
-    """The store at `address` as c10d's process groups use it, every key under `prefix`.
+    """The store at `address` as c10d's process groups use it. Ranks that give the same `prefix` see each other's
+    values, as long as one of them is connected.
 
     Every call raises PeerLost when the server is gone, does not answer for `timeout_s`, or `abort` was called.
     """
 
-    def __init__(self, address: tuple[str, int], prefix: str, timeout_s: float) -> None:
+    def __init__(self, address: StoreAddress, prefix: str, timeout_s: float) -> None:
         super().__init__()
         self._address = address
         self._prefix = prefix
@@ -149,24 +43,48 @@ class StoreClient(Store):
         self._aborted = threading.Event()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._obstacle = ""
 
     def connect(self) -> None:
-        """Connects; a refusal is final, because the store is served before its address is told."""
+        """Connects; a refusal is final, because the store is served before its address is told, and so is a server that
+        cannot show that it is of this run."""
         deadline = time.monotonic() + self._timeout_s
-        host, port = self._address
-        while self._socket is None:
+        while not self._connected(deadline):
+            if time.monotonic() > deadline:
+                raise PeerLost(f"no way to the rendezvous store {self._address!r}: {self._obstacle}")
+
+    def _connected(self, deadline: float) -> bool:
+        """Tries once. Raises PeerLost for what will not be better the next time."""
+        self._check_aborted()
+        self.close()
+        where, self._obstacle = (self._address.host, self._address.port), ""
+        side = ClientSide(self._address.secret, self._prefix.encode())
+        has_answered = False
+        try:
+            connection = socket.create_connection(where, timeout=0.5)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket = connection
             self._check_aborted()
-            try:
-                connection = socket.create_connection(self._address, timeout=0.5)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._socket = connection
-            except ConnectionRefusedError as error:
-                raise PeerLost(f"nobody serves the rendezvous store {host}:{port} any more") from error
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise PeerLost(f"no way to the rendezvous store {host}:{port}: {error}") from error
+            answer = side.answer(_receive(connection, HELLO_BYTES, deadline))
+            has_answered = True
+            connection.sendall(answer)
+            side.check(_receive(connection, PROOF_BYTES, deadline))
+        except ConnectionRefusedError as error:
+            raise PeerLost(f"nobody serves the rendezvous store {self._address!r} any more") from error
+        except ValueError as error:
+            self.close()
+            raise PeerLost(f"rendezvous store {self._address!r}: {error}") from error
+        except OSError as error:
+            self._check_aborted()
+            self._obstacle = str(error) or "the connection was closed"
+            if has_answered and isinstance(error, ConnectionError):
+                raise PeerLost(
+                    f"the rendezvous store {self._address!r} ended the connection: it is of another run, or ends"
+                ) from error
+            return False
         if self._aborted.is_set():
             self.close()
+        return True
 
     def abort(self) -> None:
         """Makes the call in flight, and every later one, raise PeerLost; from any thread."""
@@ -181,20 +99,20 @@ class StoreClient(Store):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def set(self, key: str, value: Any) -> None:
-        self._ask(_SET, key, value.encode() if isinstance(value, str) else bytes(value))
+        self._ask(SET, key, value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        return self._ask(_GET, key)
+        return self._ask(GET, key)
 
     def add(self, key: str, value: int) -> int:
-        return int(_NUMBER.unpack(self._ask(_ADD, key, _NUMBER.pack(value)))[0])
+        return int(NUMBER.unpack(self._ask(ADD, key, NUMBER.pack(value)))[0])
 
     def check(self, keys: list[str]) -> bool:
-        return all(self._ask(_CHECK, key) for key in keys)
+        return all(self._ask(CHECK, key) for key in keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         for key in keys:
-            self._ask(_GET, key, timeout_s=None if timeout is None else timeout.total_seconds())
+            self._ask(GET, key, timeout_s=None if timeout is None else timeout.total_seconds())
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout_s = timeout.total_seconds()
@@ -204,7 +122,7 @@ class StoreClient(Store):
             raise PeerLost("the forming of the process group was aborted")
 
     def _ask(self, operation: bytes, key: str, value: bytes = b"", timeout_s: float | None = None) -> bytes:
-        name = f"{self._prefix}/{key}".encode()
+        name = key.encode()
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit_s
         with self._lock:
@@ -214,8 +132,8 @@ class StoreClient(Store):
                 raise PeerLost("the rendezvous store is not connected")
             try:
                 connection.settimeout(limit_s)
-                connection.sendall(_REQUEST.pack(operation, len(name), len(value)) + name + value)
-                (length,) = _ANSWER.unpack(_receive(connection, _ANSWER.size, deadline))
+                connection.sendall(REQUEST.pack(operation, len(name), len(value)) + name + value)
+                (length,) = ANSWER.unpack(_receive(connection, ANSWER.size, deadline))
                 return _receive(connection, length, deadline)
             except OSError as error:
                 # The answer may still come: whatever is asked next must not take it for its own.
@@ -224,7 +142,7 @@ class StoreClient(Store):
                 what = (
                     f"no peer wrote {key!r} within {limit_s:.0f} s" if isinstance(error, TimeoutError) else str(error)
                 )
-                raise PeerLost(f"rendezvous store {self._address[0]}:{self._address[1]}: {what}") from error
+                raise PeerLost(f"rendezvous store {self._address!r}: {what}") from error
 
     def __del__(self) -> None:
         if self._socket is not None:

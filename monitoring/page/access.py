@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from monitoring.secret_files import others
 
 TOKEN_VARIABLE = "ORCHESTRATOR_PAGE_TOKEN"
 MIN_TOKEN_LENGTH = 16
@@ -32,6 +36,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def name_in(host_header: str | None) -> str | None:
+    """The name or address in a request's Host, without the port; None when there is none."""
+    try:
+        return urlsplit(f"//{host_header or ''}").hostname
+    except ValueError:
+        return None
+
+
+def is_own_name(host_header: str | None, served_on: str) -> bool:
+    """Whether a request's Host is what this machine is called: no foreign name that was made to point here.
+
+    On loopback these are loopback's names; elsewhere any address, as a page that has its name resolved to another's
+    address sends the name, and this machine's own name.
+    """
+    name = name_in(host_header)
+    if name is None:
+        return False
+    if is_loopback(name) or is_loopback(served_on):
+        return is_loopback(name)
+    with suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name.lower().rstrip(".") in (served_on.lower(), socket.gethostname().lower())
+
+
 def check_exposure(host: str, token: str | None) -> None:
     """Raises PageError when the page would be open to other machines without a token, or the token is too short."""
     if token is not None and (len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
@@ -46,13 +75,16 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 def token_of(path: Path) -> str:
-    """The token in a file. Raises PageError when there is none."""
+    """The token in a file. Raises PageError when there is none, or when others could read it too."""
     try:
         token = path.read_text(encoding="utf-8").strip()
+        mode = path.stat().st_mode & 0o777
     except (OSError, UnicodeDecodeError) as error:
         raise PageError(f"--token-file {path} cannot be read: {error}") from error
     if not token:
         raise PageError(f"--token-file {path} is empty; write a token to it, e.g. with `openssl rand -hex 16`")
+    if who := others(mode):
+        raise PageError(f"--token-file {path} has mode {mode:o}: open to {who}; chmod 600 {path}")
     return token
 
 
@@ -74,10 +106,7 @@ class Access:
         """Whether a request's Host is one that this machine calls itself; of a forwarded port too."""
         if not self._loopback:
             return True
-        try:
-            name = urlsplit(f"//{host_header or ''}").hostname
-        except ValueError:
-            return False
+        name = name_in(host_header)
         return name is not None and is_loopback(name)
 
     def is_site_allowed(self, headers: Mapping[str, str], path: str) -> bool:

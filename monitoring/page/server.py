@@ -20,6 +20,7 @@ from aiohttp import web
 
 from monitoring.outside import json_text
 from monitoring.page.access import Access, PageError
+from monitoring.page.door import Door
 from monitoring.page.feed import Feed
 from monitoring.report_page import render
 
@@ -29,6 +30,8 @@ PING_S = 5.0
 MAX_QUEUED = 64
 """Changes that a slow reader may be behind; then it gets everything anew instead."""
 MAX_LISTENERS = 100
+STUCK_S = 60.0
+"""A reader that takes nothing for so long is not reading."""
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
@@ -52,6 +55,8 @@ class Application:
     """The page of one run, as an aiohttp application; everything in it runs on one event loop."""
 
     def __init__(self, run_dir: Path, access: Access, *, tick_s: float = TICK_S) -> None:
+        self.door: Door | None = None
+        self._num_listeners = 0
         self._run_dir = run_dir
         self._access = access
         self._tick_s = tick_s
@@ -75,6 +80,12 @@ class Application:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuses what is not allowed; gives every answer the headers that a browser is to hold to."""
+        if self.door is None:
+            return await self._answer(request, handler)
+        with self.door.answering(request.transport):
+            return await self._answer(request, handler)
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             response = self._refusal(request) or await handler(request)
         except web.HTTPException as error:
@@ -137,8 +148,16 @@ class Application:
         return web.Response(text=page, content_type="text/html", headers={"Content-Security-Policy": _REPORT_POLICY})
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        if len(self._listeners) >= MAX_LISTENERS:
+        # Counted before anything is waited for: a burst finds no more room than those who come one by one.
+        if self._num_listeners >= MAX_LISTENERS:
             return _text(503, f"{MAX_LISTENERS} browsers look at this page already.")
+        self._num_listeners += 1
+        try:
+            return await self._listen(request)
+        finally:
+            self._num_listeners -= 1
+
+    async def _listen(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         response.headers.update(_HEADERS)
         await self._look()
@@ -159,7 +178,10 @@ class Application:
                     message = _message("ping", {"now": round(self._feed.view.line.now(), 2)})
                 if message is None:
                     break
-                await response.write(message)
+                await asyncio.wait_for(response.write(message), STUCK_S)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:
@@ -255,18 +277,28 @@ class PageServer:
         application = Application(self._run_dir, self._access)
         # Requests are not logged: their addresses may have a token in them.
         runner = web.AppRunner(application.web, access_log=None, handle_signals=False, shutdown_timeout=2.0)
+        server: asyncio.Server | None = None
+        watching: asyncio.Task[None] | None = None
         try:
             await runner.setup()
-            await web.TCPSite(runner, self._host, self._port).start()
-            self._port = int(runner.addresses[0][1])
+            assert runner.server is not None
+            door = application.door = Door(runner.server)
+            server = await self._loop.create_server(door, self._host, self._port, backlog=128, start_serving=False)
+            self._port = int(server.sockets[0].getsockname()[1])
             # Cookies do not tell ports apart, and there may be more than one page on a machine.
             application.cookie_name = f"orchestrator_page_{self._port}"
+            await server.start_serving()
+            watching = asyncio.create_task(door.watch())
         except (OSError, ValueError) as error:  # ValueError: what cannot be the name of a host.
             self._error = error
         finally:
             self._ready.set()
         if self._error is None:
             await self._stop.wait()
+        if watching is not None:
+            watching.cancel()
+        if server is not None:
+            server.close()
         await runner.cleanup()
 
 

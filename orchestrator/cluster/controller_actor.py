@@ -568,6 +568,8 @@ class ControllerActor:
             "run_dir": str(self._directory.path),
             "catalog": catalog_spec(self._directory, self._job),
             "secret": self._spec.get("secret"),
+            "rendezvous_secret": self._spec["rendezvous_secret"],
+            "own_cluster": self._spec["own_cluster"],
             "resources": self._job.resources.model_dump(),
         }
 

@@ -21,6 +21,7 @@ from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.data.store import RunTasks
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError, is_package
+from strategies.rendezvous_proof import fresh_secret
 
 _PARALLEL_BYTES = 64 << 20
 """Below this much text, tokenising here is faster than starting Ray workers for it."""
@@ -72,6 +73,8 @@ def controller_spec(
     directory.write_json("environment.json", _environment(data, dataset))
     return {
         "secret": secret,
+        # Told to the run's own processes only, over Ray's connections, and written down nowhere.
+        "rendezvous_secret": fresh_secret(),
         "run_dir": str(directory.path),
         "job": job.resolved(),
         "cwd": for_workers(here),

@@ -89,13 +89,16 @@ class WorkerActor:
             run=self._spec["run_id"],
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
-            host=ray.util.get_node_ip_address(),
+            # On a cluster of our own all processes are on this machine, and nobody else is to reach them.
+            host="127.0.0.1" if self._spec["own_cluster"] else ray.util.get_node_ip_address(),
+            secret=self._spec["rendezvous_secret"],
             zone=str(ray.get_runtime_context().get_node_labels().get(ZONE_LABEL, "")),
             dataset=dataset_of(job, stores),
             catalog=open_catalog(self._spec["catalog"], self._spec["secret"]),
             report=self._report,
             on_orphaned=lambda: os._exit(3),
             on_shutdown=lambda: os._exit(0),
+            on_broken=lambda: os._exit(6),
             log_context=about,
         )
 

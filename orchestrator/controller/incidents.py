@@ -163,11 +163,19 @@ class StepFailures:
     limit: float
     _weights: dict[int, dict[int, float]] = field(default_factory=dict)
 
-    def add(self, step: int, generation: int, weight: float) -> int | None:
-        """Counts a failure; the number of failures when there are too many."""
+    def add(self, step: int, generation: int, weight: float) -> str | None:
+        """Counts a failure; how often the step failed, in words, when that is too often."""
         weights = self._weights.setdefault(step, {})
         weights[generation] = max(weight, weights.get(generation, 0.0))
-        return len(weights) if sum(weights.values()) >= self.limit else None
+        times, total = len(weights), sum(weights.values())
+        if total < self.limit:
+            return None
+        if total >= times:
+            return f"{times} times"
+        return (
+            f"{times} times, which counts as {total:g} of elastic.max_failures_per_step = {self.limit:g} (an exception "
+            "as one, a lost connection or a hang as a half, a death as a quarter)"
+        )
 
     def forget_before(self, step: int) -> None:
         """Steps below `step` are committed."""

@@ -53,7 +53,7 @@ class RunRecord:
         then that is returned, and the run should end with it."""
         step = self.progress.committed
         times = self._failures.add(step, self.last_generation, weight)
-        return None if times is None else f"step {step} failed {times} times, last: {detail}"
+        return None if times is None else f"step {step} failed {times}, last: {detail}"
 
     # ------------------------------------------------------------------------------------ incidents
 

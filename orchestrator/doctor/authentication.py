@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from monitoring.secret_files import others
 from orchestrator.doctor.check import CLUSTER, HERE, NOTE, OK, PROBLEM, WARNING, Check
 
 MODES = (None, "disabled", "token")
@@ -43,8 +44,7 @@ def named(facts: Mapping[str, Any]) -> bool:
 
 
 def _judge_file(path: str, file_mode: int) -> Check:
-    who = " and ".join(name for name, bits in (("its group", 0o070), ("everybody", 0o007)) if file_mode & bits)
-    if who:
+    if who := others(file_mode):
         return Check("token file", HERE, WARNING, f"{path} has mode {file_mode:o}: open to {who}",
                      f"chmod 600 {path}: who has the token can run code on the cluster")  # fmt: skip
     return Check("token file", HERE, OK, f"{path} has mode {file_mode:o}")

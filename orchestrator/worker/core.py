@@ -55,6 +55,7 @@ from strategies.groups import PeerLost, serve_store
 from strategies.intake import Intake
 from strategies.placement import Domain, trained_spans
 from strategies.relayout import Moved, StateCorrupt
+from strategies.rendezvous_proof import StoreAddress
 from strategies.state import state_digest
 from strategies.statemap import Spans, share_out, subtract
 from strategies.step import Agreement, StepEngine, StepRecord, exchange
@@ -73,7 +74,9 @@ FORM_TIMEOUT_S = 20.0
 
 class Worker:
     """See the module. `report` may block and may raise; `on_orphaned` is called once when nobody has answered for
-    `elastic.lease_s` seconds, and `on_shutdown` when the controller says that the run is over."""
+    `elastic.lease_s` seconds, `on_shutdown` when the controller says that the run is over, and `on_broken` when this
+    process can be of no use any more. `host` is where peers reach it; only those are let in who have the `secret` of
+    the run."""
 
     def __init__(
         self,
@@ -89,6 +92,8 @@ class Worker:
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
         on_shutdown: Callable[[], None],
+        on_broken: Callable[[], None],
+        secret: bytes,
         zone: str = "",
         log_context: LogContext | None = None,
     ) -> None:
@@ -100,6 +105,8 @@ class Worker:
         self._report = report
         self._on_orphaned = on_orphaned
         self._on_shutdown = on_shutdown
+        self._on_broken = on_broken
+        self._secret = secret
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
         self._outbox: deque[tuple[Any, threading.Event]] = deque()
         self._wake = threading.Condition()
@@ -128,7 +135,7 @@ class Worker:
         self._lateness.watch()
         device = build.choose_device(job)
         build.make_deterministic(job, device)
-        self._rendezvous, port = serve_store(host)
+        self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._poison)
         self.state = build.build_state(job, dataset.vocab_size, device)
         delay = self._faults.delay if self._faults.may_be_slow else None
@@ -341,7 +348,7 @@ class Worker:
             self.committed += 1
         first = generation.members[0]
         fabric.form(
-            store_address=(first.host, first.store_port),
+            store_address=StoreAddress(first.host, first.store_port, self._secret),
             prefix=f"{self.run}/{generation.epoch}/{generation.number}",
             host=self.host,
             timeout_s=FORM_TIMEOUT_S,
@@ -478,6 +485,11 @@ class Worker:
 
     def _poison(self, step: int) -> None:
         self.engine.poison_step = step
+
+    def _without_rendezvous(self, reason: str) -> None:
+        """Without its store this worker would fail every generation that it is the first of; better it is replaced."""
+        log.critical("worker %s ends, as its rendezvous store did: %s", self.worker, reason)
+        self._on_broken()
 
     # ------------------------------------------------------------------------------------ checkpoints and the end
 

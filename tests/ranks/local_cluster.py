@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from local_ranks import HOST, context, prepare_child
+from local_ranks import HOST, SECRET, context, prepare_child
 
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
@@ -439,6 +439,8 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
         report=report,
         on_orphaned=lambda: os._exit(3),
         on_shutdown=lambda: os._exit(0),
+        on_broken=lambda: os._exit(6),
+        secret=SECRET,
     )
     _hold(worker, spec)
     for hook in spec.hooks:

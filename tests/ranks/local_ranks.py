@@ -18,7 +18,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+from strategies.rendezvous_proof import StoreAddress
+
 HOST = "127.0.0.1"
+SECRET = b"the ranks of one test know this."
+"""What their rendezvous stores ask for."""
 
 _PRELOAD = (
     "numpy",
@@ -48,7 +52,7 @@ def prepare_child() -> None:
     torch.set_num_threads(1)
 
 
-Endpoint = tuple[str, int]
+Endpoint = StoreAddress
 
 
 def run_ranks(
@@ -100,9 +104,9 @@ def _rank_main(pipe: Connection, rank: int, program: Callable[..., Any], args: t
     if rank == 0:
         from strategies.groups import serve_store
 
-        store, port = serve_store(HOST)
-        pipe.send(port)
-    address = (HOST, pipe.recv())
+        store, served = serve_store(HOST, SECRET)
+        pipe.send(served.port)
+    address = StoreAddress(HOST, pipe.recv(), SECRET)
     try:
         pipe.send((True, program(rank, address, *args)))
     except Exception:

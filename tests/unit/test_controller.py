@@ -679,6 +679,8 @@ def test_members_that_lose_each_other_for_ever_end_the_run() -> None:
     finish = the(Finish, stage.told)
     assert finish.status == "failed"
     assert "lost a peer" in finish.reason
+    # More often than the limit of 3: what a number says must not look like a mistake.
+    assert "failed 6 times, which counts as 3 of elastic.max_failures_per_step = 3" in finish.reason
     assert {incident["incident"] for incident in stage.recorded("incident")} == {"network"}
 
 

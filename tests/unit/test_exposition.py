@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -63,3 +64,54 @@ def test_only_those_who_hang_up_are_passed_over_in_silence(
     assert ("192.0.2.1" in caplog.text) == logged
     assert (type(error).__name__ in caplog.text) == logged
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("served_on", "said", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:9", 200), ("127.0.0.1", "localhost", 200), ("127.0.0.1", None, 200),
+        ("127.0.0.1", "evil.example", 421), ("127.0.0.1", "127.0.0.1.evil.example:80", 421),
+        ("127.0.0.1", "192.0.2.7", 421), ("127.0.0.1", "[", 421), ("127.0.0.1", "", 421),
+        ("0.0.0.0", "192.0.2.7:9", 200), ("0.0.0.0", socket.gethostname(), 200), ("0.0.0.0", "[2001:db8::1]:9", 200),
+        ("0.0.0.0", "localhost:9", 200), ("0.0.0.0", "evil.example:9", 421),
+    ],
+)  # fmt: skip
+def test_a_name_that_was_made_to_point_here_is_told_apart(served_on: str, said: str | None, status: int) -> None:
+    """A web page of another site, which has its own name resolved to this address, sends its name."""
+    server = MetricsServer(served_on, 0, lambda: b"up 1\n")
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60.0) as client:
+            host = "" if said is None else f"Host: {said}\r\n"
+            client.sendall(f"GET /metrics HTTP/1.1\r\n{host}\r\n".encode())
+            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    finally:
+        server.close()
+    assert answer.split()[1] == str(status).encode()
+    assert (b"up 1" in answer) == (status == 200)
+
+
+def test_what_comes_little_by_little_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the request never."""
+    assert exposition.REQUEST_S == 20.0
+    monkeypatch.setattr(exposition, "REQUEST_S", 0.2)
+    with serving() as server, socket.create_connection(("127.0.0.1", server.port), timeout=60.0) as slow:
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 3000:
+                sent += slow.send(b"G")
+                time.sleep(0.02)
+        assert sent < 3000, "it was not waited for a minute"
+        assert urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60.0).read() == b"up 1\n"
+
+
+def test_there_are_few_threads_however_many_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposition, "MAX_CONNECTIONS", 4)
+    with serving() as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port), timeout=60.0) for _ in range(20)]
+        try:
+            assert urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60.0).read() == b"up 1\n"
+            for connection in idle[:16]:
+                assert connection.recv(1) == b"", "the oldest made room"
+        finally:
+            for connection in idle:
+                connection.close()

@@ -57,7 +57,7 @@ def test_it_serves_an_ended_run_until_it_is_told_to_end(run: SimulatedRun) -> No
     [
         (("--host", "0.0.0.0"), TOKEN_VARIABLE),
         (("--host", "0.0.0.0", "--token-file", "no-such-file"), "no-such-file cannot be read"),
-        (("--host", "no such host", "--token-file", __file__), "token needs at least"),
+        (("--host", "no such host", "--token-file", __file__), "open to its group and everybody; chmod 600"),
     ],
 )
 def test_what_it_cannot_do_is_one_clear_error(run: SimulatedRun, arguments: tuple[str, ...], expected: str) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer
 
+from monitoring.page import door
 from monitoring.page.access import Access, PageError, check_exposure, is_loopback, token_of
 from monitoring.page.feed import Feed
 from monitoring.page.server import Application, PageServer
@@ -274,6 +278,11 @@ def test_beyond_this_machine_a_token_is_asked_for_with_what_to_do(tmp_path: Path
     with pytest.raises(PageError, match="cannot be read"):
         token_of(tmp_path / "none")
     (tmp_path / "token").write_text(f"{TOKEN}\n")
+    for mode, who in ((0o644, "its group and everybody"), (0o640, "its group"), (0o602, "everybody")):
+        (tmp_path / "token").chmod(mode)
+        with pytest.raises(PageError, match=f"has mode {mode:o}: open to {who}; chmod 600"):
+            token_of(tmp_path / "token")
+    (tmp_path / "token").chmod(0o600)
     assert token_of(tmp_path / "token") == TOKEN
 
 
@@ -416,3 +425,75 @@ def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
         state = json.loads(urllib.request.urlopen(f"{server.url}api/state", timeout=30).read())
         assert state["glance"]["state"] == "starting"
         assert urllib.request.urlopen(f"{server.url}report", timeout=30).status == 200
+
+
+# -------------------------------------------------------------------------------------------------------- connections
+
+
+def connect(server: PageServer, said: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=60.0)
+    connection.sendall(said)
+    return connection
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /api",
+     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nhalf"],
+    ids=["nothing", "half a request", "a request and a half", "half a body"],
+)  # fmt: skip
+def test_what_is_half_said_is_not_waited_for(run: SimulatedRun, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert door.IDLE_S == 15.0
+    monkeypatch.setattr(door, "IDLE_S", 0.2)
+    with PageServer(run.path) as server, connect(server, said) as half:
+        with suppress(ConnectionError):
+            while half.recv(1 << 16):
+                pass
+        assert urllib.request.urlopen(server.url, timeout=60.0).status == 200
+
+
+def test_who_listens_is_not_idle(run: SimulatedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "IDLE_S", 0.1)
+    monkeypatch.setattr("monitoring.page.server.PING_S", 0.5)
+    with (
+        PageServer(run.path) as server,
+        connect(server, b"GET /api/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as listener,
+    ):
+        heard = b""
+        while heard.count(b"event: ping") < 3:
+            part = listener.recv(1 << 16)
+            assert part, "the stream goes on, however long nothing changes"
+            heard += part
+
+
+def test_idle_connections_make_room_for_those_who_ask(run: SimulatedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MAX_CONNECTIONS", 8)
+    with PageServer(run.path) as server:
+        idle = [connect(server, b"GET / HTTP/1.1\r\n") for _ in range(40)]
+        try:
+            assert urllib.request.urlopen(server.url, timeout=60.0).status == 200
+            ended = 0
+            for connection in idle[:32]:
+                with suppress(ConnectionError):
+                    assert connection.recv(1) == b""
+                ended += 1
+            assert ended == 32
+        finally:
+            for connection in idle:
+                connection.close()
+
+
+def test_a_burst_of_listeners_finds_no_more_room_than_a_queue(
+    run: SimulatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("monitoring.page.server.MAX_LISTENERS", 5)
+
+    async def use(client: Client) -> list[int]:
+        responses = await asyncio.gather(*(client.get("/api/stream") for _ in range(30)))
+        statuses = [response.status for response in responses]
+        for response in responses:
+            response.close()
+        return statuses
+
+    statuses = with_client(application(run), use)
+    assert (statuses.count(200), statuses.count(503)) == (5, 25)
