@@ -538,7 +538,7 @@ def test_the_record_catches_up_with_a_checkpoint_that_is_newer(
     directory = RunDirectory(tmp_path / "run")
     directory.create("", {"name": "x"})
     directory.metrics.write_text("".join(json.dumps(step_record(step)) + "\n" for step in range(recorded)))
-    catalog = Catalog(LocalStorage(str(tmp_path / "checkpoints")), RUN)
+    catalog = Catalog(LocalStorage(tmp_path / "checkpoints"), RUN)
     write(catalog, 36, tensors())
     save, parts = Save(48, 1, 0), {}
     for rank in range(2):
@@ -554,7 +554,7 @@ def test_the_record_does_not_catch_up_with_a_checkpoint_that_is_damaged(tmp_path
     directory = RunDirectory(tmp_path / "run")
     directory.create("", {"name": "x"})
     directory.metrics.write_text(json.dumps(step_record(0)) + "\n")
-    catalog = Catalog(LocalStorage(str(tmp_path / "checkpoints")), RUN)
+    catalog = Catalog(LocalStorage(tmp_path / "checkpoints"), RUN)
     save = Save(2, 1, 0)
     _, part = write_part(catalog.storage, save, 0, 2, chunks_of(tensors(), 0, 1), None)
     catalog.commit(save, {0: part}, replace(describe(tensors()), steps=[step_record(1)]))

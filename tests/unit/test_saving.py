@@ -170,4 +170,5 @@ def test_nobody_waits_for_ever() -> None:
     assert isinstance(record, Record)
     assert record.fields["error"] == "it was not complete after 600 s"
     assert not saving.is_saving(20)
-    assert saving.attempt_at(20, 1, 7, 1e9) is None
+    assert saving.attempt_at(20, 1, 7, 900.0) is None, "what hangs is not asked again at once"
+    assert saving.attempt_at(20, 1, 7, 902.0) is not None
