@@ -565,6 +565,7 @@ class ControllerActor:
             "cwd": self._spec["cwd"],
             "stores": self._spec["stores"],
             "store_digests": self._spec["store_digests"],
+            "store_signatures": self._spec["store_signatures"],
             "run_dir": str(self._directory.path),
             "catalog": catalog_spec(self._directory, self._job),
             "secret": self._spec.get("secret"),
