@@ -137,7 +137,7 @@ def generation_record(generation: Generation, origin: Origin, num_idle: int, ste
         "layout": described,
         "dealt": [len(held) for held in layout.assignment],
         "restore": generation.restore,
-        "source": origin.kind,
+        "source": origin.source(steps_lost),
         "steps_lost": steps_lost,
     }
     if num_idle:

@@ -116,7 +116,7 @@ class IncidentBook:
             if incident.generation is None and not incident.steps_lost:
                 incident.step = start
             incident.generation = generation
-            if source == "checkpoint":
+            if source != "peers":
                 incident.source = source
 
     def moved(self, generation: int, num_bytes: int, buffer_bytes: int) -> None:

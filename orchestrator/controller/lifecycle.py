@@ -370,7 +370,7 @@ class Lifecycle:
         )  # fmt: skip
         if not collect:
             self._layouts.trains(generation)
-        record.incidents.answered(generation.number, origin.kind, origin.committed)
+        record.incidents.answered(generation.number, origin.source(steps_lost), origin.committed)
         self.membership = Membership.formed(generation, ranks.members, now)
         self.state = RunState.FORMING
         self._out += [

@@ -36,8 +36,12 @@ class Origin:
 
     @property
     def kind(self) -> str:
-        """As recoveries name it."""
+        """As recoveries name it, of a run that had not to begin anew."""
         return "peers" if self.restore is None else "checkpoint"
+
+    def source(self, steps_lost: int) -> str:
+        """The same; "initial" when all there was is lost, and workers make the state of step 0 again."""
+        return "initial" if self.restore is None and self.committed == 0 and steps_lost else self.kind
 
 
 def newest_state(idle: Sequence[WorkerView], progress: Progress, checkpoints: Mapping[int, str]) -> Origin | None:

@@ -956,6 +956,37 @@ def test_an_end_that_is_never_saved_is_a_failure_and_says_what_there_is() -> Non
     )
 
 
+@pytest.mark.parametrize(("checkpoints", "start", "source"), [({2: "c2"}, 2, "checkpoint"), ({}, 0, "initial")])
+def test_a_run_whose_end_was_not_saved_is_gone_on_with(checkpoints: dict[int, str], start: int, source: str) -> None:
+    config = ControllerConfig(3, layouts(), 1, 1, checkpointing=True)
+    stage = Stage(Controller(config, History(committed=3), checkpoints))
+    stage.tell(Start())
+    decided = stage.ready(W0)
+    assert the(Rollback, decided).committed == start
+    assert the(StartGeneration, decided).generation.committed == start
+    assert stage.recorded("generation")[0]["source"] == source
+    stage.join()
+    stage.train(3 - start)
+    assert [(r["steps_lost"], r["source"]) for r in stage.recorded("recovery")] == [(3 - start, source)]
+    save = the(SaveState, stage.leave_all("complete", 3)).save
+    stage.tell(Finalized(W0, "sha256:a"))
+    stage.tell(PartSaved(W0, SavePlan(save, (W0,)), 0, "a"))
+    assert the(Finish, stage.tell(CheckpointSaved(W0, save, "c3"))).status == "finished"
+
+
+def test_steps_that_only_a_part_of_a_checkpoint_tells_of_are_on_record_before_it_is_used() -> None:
+    """All workers may be lost before the next heartbeat."""
+    stage = Stage(max_workers=1, checkpointing=True).running(W0)
+    stage.train(2)
+    plan = SavePlan(Save(4, 0, 0), (W0,))
+    reports = tuple(stage.report(step) for step in (2, 3))
+    stage.tell(PartSaved(W0, plan, 0, "a", reports=reports))
+    assert stage.controller.progress.committed == 4
+    stale = SavePlan(Save(6, 0, 9), (W0,))
+    stage.tell(PartSaved(W0, stale, 0, "a", reports=tuple(stage.report(step) for step in (4, 5))))
+    assert stage.controller.progress.committed == 4, "that was another generation"
+
+
 def test_who_stops_a_run_that_tries_to_save_its_end_need_not_wait() -> None:
     stage, _ = unsaved()
     finish = the(Finish, stage.tell(Stop("enough")))
