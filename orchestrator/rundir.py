@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.records import read_records
+
+_UMASK = threading.RLock()
+"""Held while the umask, of which a process has one, is not its own."""
 
 
 class RunDirectoryError(RuntimeError):
@@ -44,7 +48,8 @@ class RunDirectory:
         for."""
         path = self.path / ".run"
         with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            with self.own_umask():
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             with os.fdopen(descriptor, "w") as file:
                 file.write(uuid.uuid4().hex)
         return path.read_text().strip()
@@ -75,13 +80,46 @@ class RunDirectory:
         """Whether anything was trained: a job that could not start may be mended and tried again in the same place."""
         return self.metrics.exists() and self.metrics.stat().st_size > 0
 
+    @property
+    def umask(self) -> int:
+        """What files made here lack, so that they are as open as the directory itself. Raises OSError."""
+        return ~self.path.stat().st_mode & 0o077
+
+    @contextmanager
+    def own_umask(self) -> Iterator[None]:
+        """What this process makes in the block is as open as the directory. For a moment only: all threads have it."""
+        with _UMASK:
+            before = os.umask(self.umask)
+            try:
+                yield
+            finally:
+                os.umask(before)
+
+    def make(self, *, shared: bool = False) -> None:
+        """Makes the directory: for its owner alone, or `shared` with its group. One that is there stays as it is;
+        `shared` opens it to its group, with all that is in it.
+
+        Raises RunDirectoryError.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.path.mkdir(mode=0o700)
+            if shared:
+                _share(self.path)
+        except OSError as error:
+            what = "be shared with its group" if shared else "be made a run directory"
+            raise RunDirectoryError(f"{self.path} cannot {what}: {error}") from error
+
     def create(self, job_text: str, resolved: dict[str, Any]) -> None:
         """Lays the directory out, or checks that it is of the same job.
 
         Raises RunDirectoryError when the directory is of a job with other numbers, naming the fields that differ.
         """
+        self.make()
         try:
-            self._lay_out(job_text, resolved)
+            with self.own_umask():
+                self._lay_out(job_text, resolved)
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be made a run directory: {error}; choose another") from error
 
@@ -110,7 +148,8 @@ class RunDirectory:
         """Writes a JSON file whole: readers see the old or the new content."""
         draft = self.path / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
-            draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+            with self.own_umask():
+                draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
             os.replace(draft, self.path / name)
         except BaseException:
             with suppress(OSError):
@@ -122,7 +161,8 @@ class RunDirectory:
         epoch = 1 + self.newest_epoch()
         while True:
             try:
-                os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                with self.own_umask():
+                    os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             except FileExistsError:
                 epoch += 1
             else:
@@ -138,7 +178,7 @@ class RunDirectory:
 
         Raises RunDirectoryError when another process has it.
         """
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        descriptor = self._open_lock()
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -154,10 +194,14 @@ class RunDirectory:
                 ) from error
             return descriptor
 
+    def _open_lock(self) -> int:
+        with self.own_umask():
+            return os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
         """Whether nobody steers this run right now. Those who ask at the same time do not take each other for one."""
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        descriptor = self._open_lock()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -182,6 +226,8 @@ class RunDirectory:
         """Leaves a request for the controller; returns its id."""
         name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
         draft = self.path / "control" / f".{name}"
+        with self.own_umask():
+            draft.touch()
         draft.write_text(json.dumps({"id": name, "kind": kind, **fields}))
         os.replace(draft, self.path / "control" / f"{name}.json")
         return name
@@ -205,6 +251,17 @@ class RunDirectory:
                     return record
             time.sleep(0.1)
         return None
+
+
+def _share(directory: Path) -> None:
+    """Lets the group of a directory read and write what is in it, now and later."""
+    for place, _, names in os.walk(directory):
+        # What is made in it later is its group's too.
+        os.chmod(place, os.stat(place).st_mode & 0o7777 | 0o2070)
+        for path in (Path(place, name) for name in names):
+            if not path.is_symlink():
+                mode = path.stat().st_mode & 0o7777
+                path.chmod(mode | 0o060)
 
 
 def is_package(directory: Path) -> bool:

@@ -126,6 +126,7 @@ class ControllerActor:
                 raise
 
     def _set_up(self, spec: dict[str, Any]) -> None:
+        os.umask(self._directory.umask)
         self._epoch = self._reign.epoch
         self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
         log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
@@ -522,6 +523,7 @@ class ControllerActor:
             "stores": self._spec["stores"],
             "store_digests": self._spec["store_digests"],
             "run_dir": str(self._directory.path),
+            "umask": self._directory.umask,
             "catalog": catalog_spec(self._directory, self._job),
             "secret": self._spec.get("secret"),
             "rendezvous_secret": self._spec["rendezvous_secret"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from monitoring import discovery
@@ -26,7 +26,7 @@ from orchestrator.cluster.following import (
     unfinished_result,
 )
 from orchestrator.cluster.interruption import Interrupted, Interruption
-from orchestrator.cluster.preparation import check_storage, controller_spec, refuse_packages
+from orchestrator.cluster.preparation import check_storage, controller_spec, refuse_packages, warn_of_open_token
 from orchestrator.cluster.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
@@ -61,6 +61,7 @@ def drive(
 
     here = os.getcwd()
     refuse_packages(job, directory)
+    warn_of_open_token(note)
     if directory.is_steered and (local_nodes or not has_cluster()):
         raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
     if not directory.is_steered:
@@ -68,7 +69,9 @@ def drive(
     about = LogContext(run=directory.run_id, process="driver")
     form, level = job.monitoring.logs, job.monitoring.log_level
     watched = job.monitoring.model_dump()
-    with logging_to(directory.path / "logs", about, form=form, level=level, echo=True):
+    with ExitStack() as logs:
+        with directory.own_umask():
+            logs.enter_context(logging_to(directory.path / "logs", about, form=form, level=level, echo=True))
         try:
             # Signals are ours until the sinks have had their last, too.
             with (
