@@ -54,6 +54,9 @@ Page = Annotated[bool, typer.Option("--page", help="Serve a live page of the run
 Ephemeral = Annotated[
     bool, typer.Option("--ephemeral", help="On a cluster, end the run when this process is gone; else it goes on.")
 ]
+Shared = Annotated[
+    bool, typer.Option("--shared", help="Let the directory's group read and write the run; else only you.")
+]
 PagePort = Annotated[int, typer.Option(min=0, max=65535, help="Of the live page; 0 takes any free one.")]
 
 
@@ -68,6 +71,7 @@ def run(
         bool, typer.Option("--fork", help="A new run beside --run-dir, from its newest checkpoint, with this job.")
     ] = False,
     ephemeral: Ephemeral = False,
+    shared: Shared = False,
     page: Page = False,
     page_port: PagePort = 0,
     json_: AsJson = False,
@@ -85,6 +89,8 @@ def run(
     directory = RunDirectory(run_dir if run_dir is not None else _unused(runs_root() / name))
     if fork:
         directory = _fork(loaded, directory)
+    if shared:
+        directory.make(shared=True)
     _run(
         loaded, directory, job.read_text(encoding="utf-8"), local_nodes=local_nodes, ephemeral=ephemeral,
         page=page, page_port=page_port, json_=json_,
@@ -172,6 +178,7 @@ def resume(
     run: Run,
     local_nodes: Annotated[int, typer.Option(min=0, help="Start this many Ray nodes on this machine.")] = 0,
     ephemeral: Ephemeral = False,
+    shared: Shared = False,
     page: Page = False,
     page_port: PagePort = 0,
     json_: AsJson = False,
@@ -181,6 +188,8 @@ def resume(
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
+    if shared:
+        directory.make(shared=True)
     text = (directory.path / "job.yaml").read_text(encoding="utf-8") if (directory.path / "job.yaml").exists() else ""
     _run(
         job_of(directory), directory, text, local_nodes=local_nodes, ephemeral=ephemeral,
@@ -202,6 +211,7 @@ def submit(
     set_: Overrides = None,
     fault: Faults = None,
     ephemeral: Ephemeral = False,
+    shared: Shared = False,
     working_dir: Annotated[Path, typer.Option(metavar="DIR", help="Its files go with the job.")] = Path("."),
     runtime_env: Annotated[
         Path | None, typer.Option(metavar="FILE", help="More of Ray's runtime environment (pip, env_vars, ...), YAML.")
@@ -220,6 +230,7 @@ def submit(
     with pointing_into(job, set_ or [], fault or []):
         look_at_model(loaded, here=False)
     options = [*(["--run-dir", run_dir] if run_dir else []), *(["--ephemeral"] if ephemeral else [])]
+    options += ["--shared"] if shared else []
     options += [part for value in set_ or [] for part in ("--set", value)]
     options += [part for value in fault or [] for part in ("--fault", value)]
     code = send(

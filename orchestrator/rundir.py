@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from monitoring.outside import Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
 from monitoring.shapes import SMALL_FILES, fields, text
 from monitoring.shapes import count as a_count
+
+_UMASK = threading.RLock()
+"""Held while the umask, of which a process has one, is not its own."""
 
 
 class RunDirectoryError(RuntimeError):
@@ -60,7 +64,8 @@ class RunDirectory:
         for."""
         path = self.path / ".run"
         with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            with self.own_umask():
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(uuid.uuid4().hex)
         try:
@@ -98,13 +103,46 @@ class RunDirectory:
         """Whether anything was trained: a job that could not start may be mended and tried again in the same place."""
         return self.metrics.exists() and self.metrics.stat().st_size > 0
 
+    @property
+    def umask(self) -> int:
+        """What files made here lack, so that they are as open as the directory itself. Raises OSError."""
+        return ~self.path.stat().st_mode & 0o077
+
+    @contextmanager
+    def own_umask(self) -> Iterator[None]:
+        """What this process makes in the block is as open as the directory. For a moment only: all threads have it."""
+        with _UMASK:
+            before = os.umask(self.umask)
+            try:
+                yield
+            finally:
+                os.umask(before)
+
+    def make(self, *, shared: bool = False) -> None:
+        """Makes the directory: for its owner alone, or `shared` with its group. One that is there stays as it is;
+        `shared` opens it to its group, with all that is in it.
+
+        Raises RunDirectoryError.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.path.mkdir(mode=0o700)
+            if shared:
+                _share(self.path)
+        except OSError as error:
+            what = "be shared with its group" if shared else "be made a run directory"
+            raise RunDirectoryError(f"{self.path} cannot {what}: {error}") from error
+
     def create(self, job_text: str, resolved: dict[str, Any]) -> None:
         """Lays the directory out, or checks that it is of the same job.
 
         Raises RunDirectoryError when the directory is of a job with other numbers, naming the fields that differ.
         """
+        self.make()
         try:
-            self._lay_out(job_text, resolved)
+            with self.own_umask():
+                self._lay_out(job_text, resolved)
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be made a run directory: {error}; choose another") from error
 
@@ -137,7 +175,8 @@ class RunDirectory:
         """Writes a JSON file whole: readers see the old or the new content."""
         draft = self.path / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
-            draft.write_text(json_text(value, indent=2, default=str) + "\n", encoding="utf-8")
+            with self.own_umask():
+                draft.write_text(json_text(value, indent=2, default=str) + "\n", encoding="utf-8")
             os.replace(draft, self.path / name)
         except BaseException:
             with suppress(OSError):
@@ -149,7 +188,8 @@ class RunDirectory:
         epoch = 1 + self.newest_epoch()
         while True:
             try:
-                os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                with self.own_umask():
+                    os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             except FileExistsError:
                 epoch += 1
             else:
@@ -166,7 +206,7 @@ class RunDirectory:
 
         Raises RunDirectoryError when another process has it.
         """
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        descriptor = self._open_lock()
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -181,6 +221,10 @@ class RunDirectory:
                     "or end it with `orchestrator stop`"
                 ) from error
             return descriptor
+
+    def _open_lock(self) -> int:
+        with self.own_umask():
+            return os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
 
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
@@ -255,6 +299,8 @@ class RunDirectory:
         name = f"{time.time():.6f}-{uuid.uuid4().hex[:8]}"
         draft = self.path / "control" / f".{name}"
         try:
+            with self.own_umask():
+                draft.touch()
             draft.write_text(json_text({"id": name, "kind": kind, **fields}), encoding="utf-8")
             os.replace(draft, self.path / "control" / f"{name}.json")
         except OSError as error:
@@ -307,7 +353,18 @@ class RunDirectory:
 
 def _is_ours(name: str) -> bool:
     """Whether a file in a directory is one that we may have left there without anything of a run."""
-    return name in (".lock", ".run", ".sinks.lock") or name.startswith(".epoch-")
+    return name in (".lock", ".run", ".driver", ".sinks.lock") or name.startswith(".epoch-")
+
+
+def _share(directory: Path) -> None:
+    """Lets the group of a directory read and write what is in it, now and later."""
+    for place, _, names in os.walk(directory):
+        # What is made in it later is its group's too.
+        os.chmod(place, os.stat(place).st_mode & 0o7777 | 0o2070)
+        for path in (Path(place, name) for name in names):
+            if not path.is_symlink():
+                mode = path.stat().st_mode & 0o7777
+                path.chmod(mode | 0o060)
 
 
 def is_package(directory: Path) -> bool:

@@ -175,6 +175,8 @@ def feeding(settings: Mapping[str, Any], run: str, directory: Path, job: dict[st
 def _alone(directory: Path) -> Iterator[bool]:
     """Whether this process is the one that feeds the run's sinks, until the block ends."""
     with (directory / ".sinks.lock").open("ab") as file:
+        with suppress(OSError):  # Not ours, most likely.
+            os.fchmod(file.fileno(), 0o666 & directory.stat().st_mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

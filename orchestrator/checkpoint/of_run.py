@@ -73,7 +73,8 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
             f"{parent.path} is at step {step}, and train.steps = {job.train.steps}: a fork would have nothing to do"
         )
     holder = catalog.holder_of(step)
-    target.path.mkdir(parents=True, exist_ok=False)
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    target.path.mkdir(mode=0o700)
     records = itertools.islice(read_records(parent.metrics), step)
     target.metrics.write_text("".join(json_text(record) + "\n" for record in records), encoding="utf-8")
     target.write_json(

@@ -134,6 +134,7 @@ class ControllerActor:
                 raise
 
     def _set_up(self, spec: dict[str, Any]) -> None:
+        os.umask(self._directory.umask)
         self._epoch = self._reign.epoch
         self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
         log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
@@ -567,6 +568,7 @@ class ControllerActor:
             "store_digests": self._spec["store_digests"],
             "store_signatures": self._spec["store_signatures"],
             "run_dir": str(self._directory.path),
+            "umask": self._directory.umask,
             "catalog": catalog_spec(self._directory, self._job),
             "secret": self._spec.get("secret"),
             "rendezvous_secret": self._spec["rendezvous_secret"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from monitoring import discovery
@@ -27,7 +27,13 @@ from orchestrator.cluster.following import (
     unfinished_result,
 )
 from orchestrator.cluster.interruption import NOBODY_READS, Interrupted, Interruption
-from orchestrator.cluster.preparation import check_storage, clear_result, controller_spec, refuse_packages
+from orchestrator.cluster.preparation import (
+    check_storage,
+    clear_result,
+    controller_spec,
+    refuse_packages,
+    warn_of_open_token,
+)
 from orchestrator.cluster.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
@@ -67,6 +73,7 @@ def drive(
 
     here = os.getcwd()
     refuse_packages(job, directory)
+    warn_of_open_token(note)
     own = bool(local_nodes) or not has_cluster()
     if own and (directory.is_steered or directory.is_driven):
         raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
@@ -75,10 +82,11 @@ def drive(
     about = LogContext(run=directory.run_id, process="driver")
     form, level = job.monitoring.logs, job.monitoring.log_level
     watched = job.monitoring.model_dump()
-    with (
-        directory.driving() if own else nullcontext(),
-        logging_to(directory.path / "logs", about, form=form, level=level, echo=True),
-    ):
+    with ExitStack() as held:
+        if own:
+            held.enter_context(directory.driving())
+        with directory.own_umask():
+            held.enter_context(logging_to(directory.path / "logs", about, form=form, level=level, echo=True))
         try:
             # Signals are ours until the sinks have had their last, too.
             with (

@@ -19,6 +19,9 @@ from orchestrator.cluster.session import ClusterError, for_workers, return_to
 from orchestrator.data import Dataset
 from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.data.store import RunTasks
+from orchestrator.doctor.authentication import judge_token
+from orchestrator.doctor.check import WARNING
+from orchestrator.doctor.facts import token_facts
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError, is_package
 from strategies.rendezvous_proof import fresh_secret
@@ -42,6 +45,13 @@ def refuse_packages(job: Job, directory: RunDirectory) -> None:
                 f"{name} {path} is in the directory that Ray made for this job, and removes after it; "
                 "give an absolute path, on a file system that every node mounts"
             )
+
+
+def warn_of_open_token(on_note: Callable[[str], None]) -> None:
+    """Says what doctor says of a token that others can read: who has it can run code on the cluster."""
+    for check in judge_token(token_facts(os.environ, Path.home()), to_cluster=False):
+        if check.level == WARNING:
+            on_note(f"warning: {check.found}; {check.advice}")
 
 
 def check_storage(job: Job, directory: RunDirectory) -> None:

@@ -74,6 +74,7 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
         with connected(None):
             yield False
         return
+    # Ray opens its directory to everybody; in this one, which stays ours, nobody gets there.
     home = tempfile.mkdtemp(prefix="orchestrator-", dir="/tmp")
     guard = reaper.start(home)
     os.environ[reaper.MARK] = home
@@ -176,6 +177,8 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_system_config": _FRUGAL,
     }
+    token = Path.home() / ".ray" / "auth_token"
+    had_token = token.exists()
     cluster: Any = None
     usual_tmpdir: str | None = None
     try:
@@ -204,9 +207,12 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
                 ray.init(
                     num_cpus=needed, resources={HEAD: 1}, namespace=NAMESPACE,
                     log_to_driver=False, logging_level=logging.ERROR,
-                    _temp_dir=home, **quiet,
+                    _temp_dir=str(Path(home) / "ray"), **quiet,
                 )  # fmt: skip
         _hush()
+        if not had_token:
+            with suppress(OSError):
+                token.chmod(0o600)  # Ray made it, for everybody to read.
         yield
     finally:
         with suppress(Exception):
@@ -266,4 +272,5 @@ def _keep_logs(home: Path, logs: Path) -> None:
         logs.mkdir(exist_ok=True)  # Not its parents: a run directory that was deleted is not made again.
         for path in home.glob("**/session_*/logs/worker-*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_size:
-                shutil.copy(path, logs / path.name)
+                shutil.copyfile(path, logs / path.name)
+                (logs / path.name).chmod(0o666 & logs.stat().st_mode)  # Ray's are everybody's to read.

@@ -69,6 +69,7 @@ class WorkerActor:
             os._exit(5)
 
     def _build(self) -> Any:
+        os.umask(self._spec["umask"])  # What is written of this run is as open as its directory.
         about = set_up_logs(self._spec, f"worker-{self._id}", worker=self._id.slot)
         _go_to(self._spec["cwd"])
         from orchestrator.checkpoint.of_run import open_catalog

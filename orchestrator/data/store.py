@@ -195,10 +195,12 @@ def open_store(
     the same names); None when it is in none of them (or torn, or another). signatures: as for `TokenStore`."""
     copies = [str(directory), *(join(mirror, directory.name) for mirror in Library(mirrors).mirrors)]
     for location in copies:
-        # What nobody has verified as a whole is verified range by range, when it is read.
+        # The store itself was verified when it was made; of a copy at a URL every range is, when it is read.
+        is_unknown = location != copies[0] and "://" not in location
         others = [other for other in copies if other != location]
+        known = () if is_unknown else signatures
         try:
-            store = TokenStore(location, mirrors=others, signatures=signatures if location == copies[0] else ())
+            store = TokenStore(location, verify=is_unknown, mirrors=others, signatures=known)
         except DataError:
             continue
         if store.digest == digest:

@@ -36,6 +36,8 @@ WALL_TIME = {
     "orchestrator/cluster/notices/wrapper.py": "Ray's deadlines are wall time",
     "orchestrator/commands/drain.py": "Ray's deadlines are wall time",
     "orchestrator/commands/following.py": "times of files are wall time",
+    "orchestrator/models/content.py": "times of files are wall time",
+    "orchestrator/succession.py": "when another process, perhaps on another machine, recorded last",
     "orchestrator/cluster/examination/examine.py": "how far the clocks of nodes differ is what is asked",
     "orchestrator/cluster/examination/node.py": "how far the clocks of nodes differ is what is asked",
 }
@@ -212,21 +214,48 @@ def history(jumps: dict[float, float]) -> tuple[list[dict[str, Any]], list[dict[
         for step in range(first, last):
             at = began + step - first + 1.0
             record = {"step": step, "generation": generation, "committed_at": at, "seconds": 1.0, "tokens": 8,
-                      "phase_seconds": {}, "ranks": [], "loss": 1.0, "grad_norm": 1.0, "lr": 0.1}  # fmt: skip
+                      "phase_seconds": {}, "ranks": [], "skipped": False, "loss": 1.0, "grad_norm": 1.0,
+                      "lr": 0.1}  # fmt: skip
             steps.append(record)
             events.extend(book.step(record, at + 0.1))
 
     note("run_started", 1000.0, run="r", steps=60, min_workers=1)
     note("controller", 1000.1, session="s", epoch=0)
-    note("worker_ready", 1004.0, worker=0, incarnation=0)
-    note("generation", 1005.0, generation=0, start_step=0, workers=[{"worker": 0, "incarnation": 0}], layout={})
+    note("worker_ready", 1004.0, worker=0, incarnation=0, pid=1)
+    note(
+        "generation",
+        1005.0,
+        generation=0,
+        start_step=0,
+        workers=[{"worker": 0, "incarnation": 0}],
+        layout={},
+        cause="start",
+    )
     note("generation_running", 1006.0, generation=0)
     train(0, 30, 1006.0, 0)
     note("incident", 1038.0, incident="kill", worker=0, cause="killed", step=30, at=1037.0, detect_seconds=1.0)
-    note("generation", 1039.0, generation=1, start_step=30, workers=[{"worker": 0, "incarnation": 1}], layout={})
+    note(
+        "generation",
+        1039.0,
+        generation=1,
+        start_step=30,
+        workers=[{"worker": 0, "incarnation": 1}],
+        layout={},
+        cause="kill",
+    )
     note("generation_running", 1040.0, generation=1)
     train(30, 60, 1040.0, 1)
-    note("recovery", 1041.0, incident="kill", worker=0, at=1037.0, step=30, stall_seconds=4.0, steps_lost=0)
+    note(
+        "recovery",
+        1041.0,
+        incident="kill",
+        worker=0,
+        at=1037.0,
+        step=30,
+        stall_seconds=4.0,
+        steps_lost=0,
+        detect_seconds=1.0,
+    )
     note("run_finished", 1072.0, status="finished", reason="")
     return events, steps
 

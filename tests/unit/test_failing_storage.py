@@ -446,7 +446,7 @@ def test_a_shard_truncated_under_a_running_store_is_an_error_that_names_it(store
     assert text.startswith(f"{path}: cannot be read on ")
     assert "it has 100 bytes, not" in text
     assert "(tried 3 times)" in text
-    assert text.endswith("name a place that holds a copy of the token store in data.mirrors")
+    assert text.endswith("or name a place that holds a copy of it in data.mirrors")
     assert len(Quick.slept) == 2
     first = opened.manifest.shards[0].tokens // 9
     assert opened.samples(np.arange(first - 1), 9).shape == (first - 1, 10), "the other shards can be read"

@@ -58,7 +58,7 @@ def all_lines_are_whole(path: Path) -> bool:
 
 
 def test_what_a_full_disk_does_not_take_waits_and_is_written_whole_and_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "lines.jsonl"
     file = RecordFile(path)
     with limited(5000):
         for step in range(200):
@@ -87,7 +87,7 @@ def test_the_same_on_a_real_disk_that_is_full(tmp_path: Path) -> None:
 
 
 def test_steps_are_taken_off_the_record_also_where_there_is_no_room_to_write_it_anew(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "lines.jsonl"
     file = RecordFile(path)
     with limited(5000):
         for step in range(200):
@@ -102,7 +102,7 @@ def test_steps_are_taken_off_the_record_also_where_there_is_no_room_to_write_it_
             file.append({"step": step})
     assert file.flush()
     assert steps_of(path) == list(range(30))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lines.jsonl"]
 
 
 def test_what_waits_is_bounded_and_what_is_given_up_is_counted(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_waits_is_bounded_and_what_is_given_up_is_counted(tmp_path: Path) -
 
 
 def test_a_writer_that_dies_on_a_full_disk_leaves_a_record_that_another_goes_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "lines.jsonl"
     code = (
         "import os, resource, signal, sys\nfrom pathlib import Path\nfrom monitoring.records import RecordFile\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -140,7 +140,7 @@ def test_a_writer_that_dies_on_a_full_disk_leaves_a_record_that_another_goes_on_
 
 
 def test_a_file_that_was_removed_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "lines.jsonl"
     file = RecordFile(path)
     file.append({"step": 0})
     assert not file.is_gone
