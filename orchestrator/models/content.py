@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from monitoring.outside import json_text
 from orchestrator.job import Job
 from orchestrator.models.directory import find_directory
 from orchestrator.models.errors import reason_of, refused
@@ -132,5 +133,5 @@ def _write(entry: Path, content: dict[str, Any]) -> None:
     with suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(content), "utf-8")
+        partial.write_text(json_text(content), encoding="utf-8")
         partial.replace(entry)

@@ -255,6 +255,8 @@ def history(jumps: dict[float, float]) -> tuple[list[dict[str, Any]], list[dict[
         stall_seconds=4.0,
         steps_lost=0,
         detect_seconds=1.0,
+        bytes_moved=0,
+        source="peers",
     )
     note("run_finished", 1072.0, status="finished", reason="")
     return events, steps

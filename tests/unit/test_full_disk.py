@@ -75,7 +75,7 @@ def test_what_a_full_disk_does_not_take_waits_and_is_written_whole_and_in_order(
 
 def test_the_same_on_a_real_disk_that_is_full(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as make_room:
-        path = tmp_path / "disk" / "events.jsonl"
+        path = tmp_path / "disk" / "lines.jsonl"
         file = RecordFile(path)
         for step in range(1000):
             file.append({"step": step, "text": "x" * (step % 71)})
@@ -109,7 +109,7 @@ def test_what_waits_is_bounded_and_what_is_given_up_is_counted(tmp_path: Path) -
     def shed(record: dict[str, object]) -> dict[str, object] | None:
         return None if record["kind"] == "note" else {key: value for key, value in record.items() if key != "detail"}
 
-    path = tmp_path / "events.jsonl"
+    path = tmp_path / "lines.jsonl"
     file = RecordFile(path, most_bytes=20_000, shed=shed)
     with limited(0):
         for step in range(1000):
