@@ -36,6 +36,7 @@ from monitoring.report_html import (
 )
 from monitoring.report_speeds import Speeds, rank_speeds
 from monitoring.shapes import SMALL_FILES
+from monitoring.terminal.clean import clean_lines
 
 MAX_MARKS = 200
 MAX_HEAT_ROWS = 128
@@ -55,7 +56,7 @@ def write_report_page(run_dir: Path, to: Path) -> None:
 
 def render(run_dir: Path) -> str:
     """The report as HTML."""
-    return _Report(run_dir).page()
+    return clean_lines(_Report(run_dir).page())
 
 
 class _Report:

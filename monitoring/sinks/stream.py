@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,8 @@ class Stream:
         self._events = Tail(self.run_dir / "events.jsonl")
         self._to_skip = self.position.events
         self._given_until = self.position.committed_at
-        self._known = array("d")  # by step: when it was committed
+        # Steps in order, and when each was committed: a step's number is what a file says, and costs no memory.
+        self._known, self._times = array("q"), array("d")
         self._inode, self._offset = -1, 0
         self._world: dict[int, int] = {}
 
@@ -113,11 +115,12 @@ class Stream:
     def _new_steps(self) -> Iterator[Item]:
         for record in self._records():
             step, at = int(record["step"]), float(record["committed_at"])
-            if step < len(self._known) and self._known[step] == at:
+            place = bisect_left(self._known, step)
+            if place < len(self._known) and self._known[place] == step and self._times[place] == at:
                 continue  # read again, because the file was cut
-            del self._known[step:]
-            self._known.extend([math.nan] * (step - len(self._known)))
-            self._known.append(at)
+            del self._known[place:], self._times[place:]
+            self._known.append(step)
+            self._times.append(at)
             if at <= self._given_until:
                 continue  # given before, in another process
             if step < self.position.step:
