@@ -130,11 +130,11 @@ _LAYOUT = fields({}, data=count, tensor=count, pipeline=count, shard=maybe(text)
 _DIVIDED = by_name(seconds)
 _NAMED: Mapping[str, Check] = {"worker": count, "incarnation": count}
 _INCIDENT: Mapping[str, Check] = {
-    "incident": text, "worker": maybe(count), "cause": text, "step": maybe(count), "at": seconds,
+    "incident": text, "worker": maybe(count), "cause": text, "step": count, "at": seconds,
     "detect_seconds": seconds,
 }  # fmt: skip
 _RECOVERY = fields(
-    {"worker": maybe(count), "step": maybe(count), "detect_seconds": seconds, "stall_seconds": seconds,
+    {"worker": maybe(count), "step": count, "detect_seconds": seconds, "stall_seconds": seconds,
      "steps_lost": count, "bytes_moved": count, "source": text},
     incident=text, kind=text, cause=text, at=seconds, pause_seconds=seconds, generation=maybe(whole),
 )  # fmt: skip

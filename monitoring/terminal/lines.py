@@ -216,7 +216,8 @@ def checkpoint_lines(facts: RunFacts, now: float) -> Lines:
     saving = "; another is being written" if found.get("saving") else ""
     if found.get("committed") is None:
         return [("checkpoint", f"none yet{saving}")]
-    return [("checkpoint", f"{found['committed']} steps, {age(now - found['time'])} old{saving}")]
+    old = f", {age(now - found['time'])} old" if found.get("time") is not None else ""
+    return [("checkpoint", f"{found['committed']} steps{old}{saving}")]
 
 
 def trouble_lines(facts: RunFacts, now: float) -> Lines:

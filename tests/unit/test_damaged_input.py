@@ -536,3 +536,25 @@ def test_a_value_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{", encoding="utf-8")
     with pytest.raises(Unreadable, match=r"x\.json is damaged: not JSON"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["status.json", "result.json", "events.jsonl", "metrics.jsonl"])
+def test_every_field_may_be_missing_null_or_of_another_kind(tmp_path: Path, name: str) -> None:
+    """Not by chance, but each of them once."""
+    path = make_run(tmp_path / "run", live=status(), result=RESULT)
+    lines = (path / name).read_text(encoding="utf-8").splitlines()
+    for number in range(min(len(lines), 7)):
+        whole = json.loads(lines[number])
+        for where in range(len(list(places(whole)))):
+            for how, what in (("remove", None), ("replace", None), ("replace", "x"), ("replace", -1), ("replace", [])):
+                damaged = [*lines[:number], json.dumps(mutate(whole, how, where, what)), *lines[number + 1 :]]
+                (path / name).write_text("\n".join(damaged) + "\n", encoding="utf-8")
+                facts = RunFacts(path)
+                facts.refresh()
+                for alive in (True, False):
+                    as_text(glance(facts, alive, T0 + 40))
+                lines_of(report_of(path, now=T0 + 40))
+                Feed(path).poll(T0 + 40)
+                if how == "replace" and what == "x":
+                    render(path)
+                    Stream(path).new()
