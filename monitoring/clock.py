@@ -36,7 +36,7 @@ def this_boot() -> str:
     """Names the monotonic clock of this process: that of this boot of the machine, and of its time namespace; "": it
     cannot be told."""
     with suppress(OSError):
-        found = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         namespace = ""
         with suppress(OSError):
             namespace = os.readlink("/proc/self/ns/time")

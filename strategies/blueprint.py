@@ -387,7 +387,7 @@ def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
     """A plan that splits the embedding or the head only would have every rank compute every layer."""
     split = [name for name, style in styles.items() if style in _SPLIT]
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
-    if any(name.startswith(f"{layers}.") for name in split for layers in lists):
+    if any(name.startswith(f"{layers}.") for name in split for layers in lists) or (split and not lists):
         return
     raise ValueError(
         f"the tp_plan of {type(model).__name__} splits {', '.join(split) or 'no module'} and nothing in its layers, "

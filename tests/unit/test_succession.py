@@ -41,7 +41,7 @@ def test_when_a_controller_is_to_be_expected(directory: RunDirectory) -> None:
     assert not awaits_controller(directory), "nobody has begun it"
     put(directory, "controller", epoch=1, session="a", own_cluster=False)
     assert awaits_controller(directory), "its controller is gone and has not ended it"
-    RecordFile(directory.events).append({"time": time.time() - 3600, "kind": "steps"})
+    RecordFile(directory.events).append({"time": time.time() - 3600, "kind": "noted"})
     assert not awaits_controller(directory), "that was long ago"
     put(directory, "controller", epoch=2, session="a", own_cluster=True)
     assert not awaits_controller(directory), "its driver is gone, and its cluster with it"
