@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,16 @@ def document_of(file: SourceFile, document: str | None) -> str:
             f"{' or '.join(fitting)}; change data.document, or leave the file out of data.source"
         )
     return document
+
+
+def check_field(files: Sequence[SourceFile], field: str | None, source: str | list[str]) -> None:
+    """Raises DataError for a field that would be ignored, as no file has records."""
+    if field not in (None, DEFAULT_FIELD) and all(file.format == "text" for file in files):
+        described = source if isinstance(source, str) else ", ".join(source)
+        raise DataError(
+            f"data.field: {field!r} names a field of records, but {described} is text, which has none; "
+            "leave it out, or set data.format"
+        )
 
 
 def can_be_cut(file: SourceFile, document: str | None) -> bool:
@@ -218,6 +228,11 @@ class _Reader:
     def _decode(self, data: bytes, offset: int) -> str:
         if not offset:
             data = data.removeprefix(codecs.BOM_UTF8)  # a mark of some editors, no character of the text
+            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(
+                    f"{self.file.url}: it begins with the byte order mark of UTF-16; convert it to UTF-8 (iconv -f "
+                    "UTF-16 -t UTF-8) or leave it out of data.source"
+                )
         if self.file.format == "text" and (at := data.find(b"\0")) >= 0:
             raise DataError(
                 f"{self.file.url}: a NUL byte at byte offset {offset + at}: this is no text, whatever data.format "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.dataset import DataPlan, Dataset
+from orchestrator.data.formats import DEFAULT_FIELD
 from orchestrator.data.reading import Library, join
 from orchestrator.data.shards import Signature
 from orchestrator.data.store import RunTasks, TokenStore, open_store, prepare
@@ -26,7 +27,7 @@ def sources_of(job: Job) -> list[dict[str, Any]]:
     data = job.data
     if data.mix is None:
         return [{"source": data.source, "format": data.format, "field": data.field, "document": data.document}]
-    return [
+    sources = [
         {
             "source": entry.source,
             "format": entry.format or data.format,
@@ -35,6 +36,18 @@ def sources_of(job: Job) -> list[dict[str, Any]]:
         }
         for entry in data.mix
     ]
+    if data.field != DEFAULT_FIELD:
+        # What `data` says is for those entries that have records, unless none has any.
+        is_text = [_is_text(job, number, source) for number, source in enumerate(sources)]
+        for entry, source, text in zip(data.mix, sources, is_text, strict=True):
+            if text and entry.field is None and not all(is_text):
+                source["field"] = None
+    return sources
+
+
+def _is_text(job: Job, number: int, source: dict[str, Any]) -> bool:
+    files = Library(mirrors_of(job, number)).files(source["source"], source["format"])
+    return all(file.format == "text" for file in files)
 
 
 def mirrors_of(job: Job, number: int) -> list[str]:
@@ -54,7 +67,7 @@ def prepare_stores(
 ) -> list[TokenStore]:
     """The token store of each source, found or built. `run_tasks` says by the size of a source what runs its tasks;
     `expect`, `verify` and what is raised are as for `prepare`, one digest for each."""
-    numbers = range(len(sources_of(job)))
+    numbers = range(1 if job.data.mix is None else len(job.data.mix))
     return [
         _prepare(job, number, run_tasks, None if expect is None else expect[number], verify) for number in numbers
     ]  # fmt: skip

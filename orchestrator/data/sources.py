@@ -30,12 +30,10 @@ _ADVICE = {
     ),
     ".json": "read only with an object on each line, if data.format: jsonl says so; else write it like that",
     **dict.fromkeys(
-        [".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz"], "compressed files are not read: unpack them"
-    ),
-    **dict.fromkeys(
         [".bin", ".npy", ".idx", ".arrow"], "tokens and tables are not read: give the text that they were made from"
     ),
 }
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
 _OTHERWISE = "set data.format if they all have one format, or leave them out with a pattern like DIR/**/*.jsonl"
 _TOLD = 5
 # What Hadoop, Spark and Dask leave beside the files of a table, which no reader of such directories takes for data.
@@ -129,9 +127,10 @@ def _refuse_twice(files: Sequence[SourceFile]) -> None:
 
 
 def _refuse_strays(source: str, files: Sequence[SourceFile]) -> None:
-    """What a directory of records says about itself (README.md) is no data of it."""
-    strays = [file.name for file in files if file.format == "text" and _ABOUT.match(file.name.rpartition("/")[2])]
-    if strays and any(file.format != "text" for file in files):
+    """What a directory of records says about itself (README.md, LICENSE) is no data of it, whatever data.format is."""
+    about = [file for file in files if _ABOUT.match(file.name.rpartition("/")[2])]
+    strays = [file.name for file in about if _SUFFIXES.get(_suffix(file.name), "text") == "text"]
+    if strays and any(file.format != "text" for file in files if file.name not in strays):
         raise DataError(
             f"data.source: {source} holds {_listed(strays)} beside files of records; leave the text out with a pattern "
             "like DIR/**/*.jsonl, or name it as an entry of its own"
@@ -169,21 +168,26 @@ def _find_local(source: str) -> list[tuple[str, str, int]]:
     if os.path.isfile(source):
         paths, root = [source], os.path.dirname(source)
     elif os.path.isdir(source):
-        paths, root = list(_walk(source, lambda name: name.startswith(".") or _MARKERS.fullmatch(name))), source
+        paths, root = list(_walk(source, _is_aside)), source
     else:
-        root, pattern = _split_pattern(source)
+        root, pattern = _split_pattern(source, os.path.isdir)
         found = glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)
-        paths = [path for path in found if os.path.isfile(path)]
+        paths = [path for path in found if os.path.isfile(path) and not _MARKERS.fullmatch(os.path.basename(path))]
     return [_local(path, root) for path in paths]
 
 
-def _split_pattern(source: str) -> tuple[str, str]:
-    """The directory above the first part of a local pattern that holds a wildcard, and the rest. A directory that is
-    there under its very name, with brackets in it, is no wildcard."""
+def _is_aside(name: str) -> bool:
+    """Whether what has this name in a directory is no data of it: hidden, or a marker."""
+    return name.startswith(".") or _MARKERS.fullmatch(name) is not None
+
+
+def _split_pattern(source: str, is_directory: Callable[[str], bool]) -> tuple[str, str]:
+    """The directory above the first part of a pattern that holds a wildcard, and the rest. A directory that is there
+    under its very name, with brackets in it, is no wildcard."""
     parts = source.split("/")
     first = 0
     while first < len(parts) - 1 and (
-        not glob.has_magic(parts[first]) or os.path.isdir("/".join(parts[: first + 1]) or "/")
+        not glob.has_magic(parts[first]) or is_directory("/".join(parts[: first + 1]) or "/")
     ):
         first += 1
     return "/".join(parts[:first]) or ("/" if source.startswith("/") else ""), "/".join(parts[first:])
@@ -235,15 +239,8 @@ def _standard_library() -> list[tuple[str, str, int]]:
 
 def _find_remote(url: str) -> list[tuple[str, str, int]]:
     filesystem, path = filesystem_of(url)
-    is_web = url.startswith(("http://", "https://"))  # where ? belongs to the query
-    magic = "*" in path or (not is_web and glob.has_magic(path))
     try:
-        if magic:
-            found, root = filesystem.glob(path, detail=True), _glob_root(path)
-        elif filesystem.info(path)["type"] == "directory":
-            found, root = filesystem.find(path, detail=True), path
-        else:
-            found, root = {path: filesystem.info(path)}, path.rsplit("/", 1)[0] if "/" in path else ""
+        found, root = _list_remote(filesystem, path, is_web=url.startswith(("http://", "https://")))
     except Exception as error:  # every storage library has its own errors: name the URL in each
         # Over the web, whatever went wrong comes as a file that is not there.
         cause: BaseException = error
@@ -255,7 +252,22 @@ def _find_remote(url: str) -> list[tuple[str, str, int]]:
     files = [(p, info) for p, info in found.items() if info.get("type") != "directory"]
     prefix = root.rstrip("/") + "/" if root else ""
     named = [(p.removeprefix(prefix), p, info.get("size")) for p, info in files]
+    if len(named) != 1 or named[0][1] != path:  # a file that is named outright is meant, whatever its name
+        named = [one for one in named if "/." in path or not any(map(_is_aside, one[0].split("/")))]
     return [(name, filesystem.unstrip_protocol(p), -1 if size is None else int(size)) for name, p, size in named]
+
+
+def _list_remote(filesystem: Any, path: str, *, is_web: bool) -> tuple[dict[str, Any], str]:
+    """What a path or pattern stands for, by path, and the directory above it all. Raises what the storage raises."""
+    if is_web and "*" in path:  # where ? belongs to the query, and brackets are no wildcards
+        return filesystem.glob(path, detail=True), _glob_root(path)
+    if not is_web and glob.has_magic(path) and not filesystem.exists(path):
+        root, pattern = _split_pattern(path, filesystem.isdir)
+        return filesystem.glob(f"{glob.escape(root).rstrip('/')}/{pattern}" if root else pattern, detail=True), root
+    info = filesystem.info(path)
+    if info["type"] == "directory":
+        return filesystem.find(path, detail=True), path
+    return {path: info}, path.rsplit("/", 1)[0] if "/" in path else ""
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -271,10 +283,13 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: str | None) -> list[SourceFile]:
     """Raises DataError with everything that is wrong with any of them."""
-    files, unknown, empty = [], [], []
+    files, unknown, packed, empty = [], [], [], []
     for name, url, size_bytes in found:
-        inferred = format or _SUFFIXES.get(_suffix(name))
-        if inferred is None:
+        is_packed = _suffix(name) in _PACKED
+        inferred = None if is_packed else format or _SUFFIXES.get(_suffix(name))
+        if is_packed:
+            packed.append(url)
+        elif inferred is None:
             unknown.append(url)
         elif size_bytes == 0:
             empty.append(url)
@@ -284,6 +299,8 @@ def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: st
     for advice in dict.fromkeys(_ADVICE.get(_suffix(url), _OTHERWISE) for url in unknown):
         several = [url for url in unknown if _ADVICE.get(_suffix(url), _OTHERWISE) == advice]
         problems.append(f"{_listed(several)}: cannot tell a format from the suffix {_suffix(several[0])!r}; {advice}")
+    if packed:
+        problems.append(f"{_listed(packed)}: compressed files are not read, whatever data.format says: unpack them")
     if empty:
         problems.append(f"{_listed(empty)}: the file is empty; remove it from data.source")
     if problems:

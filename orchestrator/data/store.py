@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from orchestrator.data.build import build_store, building_lock, publish
-from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, document_of
+from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, check_field, document_of
 from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError, store_digest
 from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library, join
@@ -242,11 +242,7 @@ def prepare(
     files = library.files(source, format)
     for file in files:
         document_of(file, document)
-    if field not in (None, DEFAULT_FIELD) and all(file.format == "text" for file in files):
-        raise DataError(
-            f"data.field: {field!r} names a field of records, but {described_source(source)} is text, which has none; "
-            "leave it out, or set data.format"
-        )
+    check_field(files, field, source)
     contents = [library.examine(file) for file in files]
     loaded = load_tokenizer(tokenizer)
     # Tasks may run in another working directory, so what they are given must not depend on it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.data.formats import documents
+from orchestrator.data.formats import check_field, documents
 from orchestrator.data.of_job import mirrors_of, sources_of
 from orchestrator.data.reading import Library
 from orchestrator.data.sources import DataError
@@ -15,7 +15,9 @@ def try_data(job: Job) -> None:
     tokenizer = load_tokenizer(job.data.tokenizer)
     for number, source in enumerate(sources_of(job)):
         library = Library(mirrors_of(job, number))
-        file = library.files(source["source"], source["format"])[0]
+        files = library.files(source["source"], source["format"])
+        check_field(files, source["field"], source["source"])
+        file = files[0]
         text = next(documents(file, source["field"], source["document"], library=library))
         try:
             tokenizer.encode(text)

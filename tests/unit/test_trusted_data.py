@@ -12,15 +12,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
 from orchestrator.data import DataError, documents, prepare, resolve_files
 from orchestrator.data.manifest import RANGE_BYTES
+from orchestrator.data.of_job import prepare_stores
 from orchestrator.data.places import Patience
 from orchestrator.data.proof import rehash_tokens
 from orchestrator.data.shards import Shards
 from orchestrator.data.store import TokenStore, open_store
+from orchestrator.data.trying import try_data
+from orchestrator.job import Job
 
 QUICK = Patience(attempts=2, timeout_s=5.0, pause_s=0.01, longest_pause_s=0.01)
 LENGTH = 64
@@ -208,6 +212,26 @@ def test_markers_are_no_data_and_a_readme_beside_records_is_none_either(tmp_path
     assert [file.name for file in resolve_files(f"{tmp_path}/**/*.jsonl")] == ["part-0.jsonl"]
 
 
+@pytest.mark.parametrize("format", [None, "jsonl"])
+def test_what_no_format_can_make_data_is_told_at_once(tmp_path: Path, format: str | None) -> None:
+    (tmp_path / "good.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "README.md").write_text("# About")
+    for source in (str(tmp_path), f"{tmp_path}/*"):
+        with pytest.raises(DataError, match=r"README\.md beside files of records"):
+            resolve_files(source, format)
+    for name in ("a.jsonl.gz", "b.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz, .*b\.jsonl\.zst: compressed files are not read.*unpack them"):
+        resolve_files(str(tmp_path), format)
+
+
+def test_utf_16_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one".encode("utf-16"))
+    (file,) = resolve_files(str(tmp_path))
+    with pytest.raises(DataError, match=r"byte order mark of UTF-16; convert it"):
+        list(documents(file))
+
+
 def test_bytes_that_are_no_text_are_refused_whatever_the_format_says(tmp_path: Path) -> None:
     (tmp_path / "tokens.bin").write_bytes(b"\x01\x00\x02\x00")
     (file,) = resolve_files(str(tmp_path), "text")
@@ -233,6 +257,33 @@ def test_a_field_of_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(DataError, match=r"data\.field: 'body' names a field of records, but .* is text"):
         prepare(source=str(tmp_path), field="body", tokenizer="bytes", cache=str(tmp_path / ".cache"))
+
+
+def test_the_field_of_a_mix_is_for_the_entries_that_have_records(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text('{"body": "one two"}\n')
+    (tmp_path / "plain.txt").write_text("three four")
+    (tmp_path / "more.txt").write_text("five six")
+
+    def mixed(*names: str) -> Job:
+        mix = [{"source": str(tmp_path / name), "weight": 1} for name in names]
+        data = {"mix": mix, "field": "body", "sequence_length": 4, "cache": str(tmp_path / ".cache")}
+        return Job.model_validate(
+            {
+                "name": "mixed",
+                "model": {"factory": "nowhere:model"},
+                "data": data,
+                "train": {"steps": 1, "global_batch": 8},
+                "elastic": {"workers": {"min": 1, "max": 1}, "virtual_workers": 8},
+            }
+        )
+
+    job = mixed("records.jsonl", "plain.txt")
+    assert [store.num_tokens for store in prepare_stores(job)] == [8, 11]
+    try_data(job)
+    nobodys = mixed("plain.txt", "more.txt")
+    for look in (prepare_stores, try_data):
+        with pytest.raises(DataError, match=r"data\.field: 'body' names a field of records"):
+            look(nobodys)
 
 
 # ---------------------------------------------------------------------------------------- one file by two names
@@ -276,6 +327,26 @@ def test_brackets_in_the_name_of_a_directory_are_no_pattern(tmp_path: Path) -> N
         (tmp_path / name / "x" / f"{name}.txt").write_text(name)
     assert [file.name for file in resolve_files(f"{tmp_path}/data[1]/*/*.txt")] == ["x/data[1].txt"]
     assert [file.name for file in resolve_files(f"{tmp_path}/data[12]/x/*.txt")] == ["data1/x/data1.txt"]
+
+
+def test_a_directory_at_a_url_is_read_like_one_on_the_disk() -> None:
+    files = fsspec.filesystem("memory")
+    for name in ("a.jsonl", "_SUCCESS", "_committed_1", ".a.jsonl.crc", ".parts/b.jsonl"):
+        files.pipe(f"/trusted-data/{name}", b'{"text": "a"}\n')
+    for source in ("memory://trusted-data", "memory://trusted-data/*", "memory://trusted-data/**"):
+        assert [file.name for file in resolve_files(source)] == ["a.jsonl"]
+
+
+def test_brackets_in_a_name_at_a_url_are_no_pattern() -> None:
+    """A pattern would find the neighbour, and train on it."""
+    files = fsspec.filesystem("memory")
+    for name in ("data[1]", "data1"):
+        files.pipe(f"/trusted-brackets/{name}/{name}.txt", name.encode())
+    for rest in ("", "/*.txt", "/data[1].txt"):
+        found = resolve_files(f"memory://trusted-brackets/data[1]{rest}")
+        assert [file.name for file in found] == ["data[1].txt"]
+    found = resolve_files("memory://trusted-brackets/data[12]/*.txt")
+    assert [file.name for file in found] == ["data1/data1.txt"], "elsewhere they are one"
 
 
 # ---------------------------------------------------------------------------------------- the web
