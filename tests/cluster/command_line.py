@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from conftest import JOB, wait_for
 
 from monitoring.records import read_records
+from tests.cluster.conftest import JOB, wait_for
 
 FEW = ("--set", "train.schedule.warmup_steps=1")
 

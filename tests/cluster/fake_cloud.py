@@ -22,9 +22,9 @@ from typing import Any
 
 import psutil
 import yaml
-from conftest import wait_for
 
 from orchestrator.cluster import reaper
+from tests.cluster.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
 HEAD = "f" * 51 + "00000"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import JOB, wait_for
-from fake_cloud import FakeCloud, node_type
 
 from monitoring.records import read_records
+from tests.cluster.conftest import JOB, wait_for
+from tests.cluster.fake_cloud import FakeCloud, node_type
 
 LEISURELY = (
     "model={factory: 'tests.small_models:leisurely', args: {seconds: 0.02}}", "train.schedule={name: constant}",

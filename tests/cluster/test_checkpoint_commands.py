@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import CommandLine, orchestrator
-from conftest import Outcome
+
+from tests.cluster.command_line import CommandLine, orchestrator
+from tests.cluster.conftest import Outcome
 
 SLOW = "step=30,worker=0,kind=slow,factor=60"
 KEY = secrets.token_hex(32)

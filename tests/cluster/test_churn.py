@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_cloud import FakeCloud, node_type
-from test_autoscaler import LEISURELY, Run, assert_same
+
+from tests.cluster.fake_cloud import FakeCloud, node_type
+from tests.cluster.test_autoscaler import LEISURELY, Run, assert_same
 
 SECONDS = float(os.environ.get("ORCHESTRATOR_CHURN_SECONDS", "300"))
 EVERY_S = 20.0

@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-from command_line import FEW, CommandLine
-from conftest import wait_for
-from other_clocks import OtherClocks
 
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
+from tests.cluster.command_line import FEW, CommandLine
+from tests.cluster.conftest import wait_for
+from tests.cluster.other_clocks import OtherClocks
 
 KILL = "step=40,worker=1,kind=kill"
 SMALL = ("--set", "elastic.workers.max=2", "--set", "train.steps=100")

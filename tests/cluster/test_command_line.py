@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import FEW, CommandLine, orchestrator
-from conftest import Outcome, wait_for
 
 from monitoring.records import read_records
+from tests.cluster.command_line import FEW, CommandLine, orchestrator
+from tests.cluster.conftest import Outcome, wait_for
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import wait_for
+
+from tests.cluster.conftest import wait_for
 
 CLUSTER = """
 import sys

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, Runner, steps_done, wait_for
 
 from monitoring.records import read_records
 from orchestrator.checkpoint.of_run import catalog_of
 from orchestrator.rundir import RunDirectory
+from tests.cluster.conftest import Outcome, Runner, steps_done, wait_for
 
 
 def assert_same_result(outcome: Outcome, undisturbed: Outcome) -> None:

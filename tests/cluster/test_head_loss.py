@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import JOB, Outcome, wait_for
-from durable_cluster import DurableCluster
 
 from monitoring.records import read_records
+from tests.cluster.conftest import JOB, Outcome, wait_for
+from tests.cluster.durable_cluster import DurableCluster
 
 
 class Run:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import FEW, CommandLine, orchestrator
-from conftest import wait_for
+
+from tests.cluster.command_line import FEW, CommandLine, orchestrator
+from tests.cluster.conftest import wait_for
 
 LONG = ("--set", "train.steps=20000", "--set", "elastic.workers.max=1", *FEW)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import wait_for
 
+from tests.cluster.conftest import wait_for
 from tests.fake_metadata import AWS, SPOT, MetadataServer
 
 ROOT = Path(__file__).parents[2]

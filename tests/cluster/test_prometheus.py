@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import CommandLine, orchestrator
-from conftest import wait_for
 
 from monitoring import discovery, install
 from monitoring.alerts import rules
@@ -21,6 +19,8 @@ from monitoring.dashboards.run import NO_PEAK
 from monitoring.goodput import REASONS
 from monitoring.records import read_records
 from monitoring.series import RANK_SERIES, RUN_SERIES
+from tests.cluster.command_line import CommandLine, orchestrator
+from tests.cluster.conftest import wait_for
 from tests.prometheus_tools import Prometheus, running_prometheus
 
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import CommandLine, orchestrator
-from conftest import Runner, wait_for
 
 from monitoring.records import read_records
 from orchestrator.cluster import driver
 from orchestrator.cluster.driver import drive
 from orchestrator.rundir import RunDirectory
+from tests.cluster.command_line import CommandLine, orchestrator
+from tests.cluster.conftest import Runner, wait_for
 
 
 def test_commands_while_the_controller_is_restarted(tmp_path: Path, cache: Path) -> None:

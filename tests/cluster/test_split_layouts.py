@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from conftest import Outcome, Runner, steps_done, wait_for
 from ray.util.placement_group import placement_group_table
-from test_faults import assert_nothing_lost, assert_same_result
 
 from orchestrator.rundir import RunDirectory
+from tests.cluster.conftest import Outcome, Runner, steps_done, wait_for
+from tests.cluster.test_faults import assert_nothing_lost, assert_same_result
 
 SHORT = ("train.steps=40", "model.hf.attention_dropout=0.0", "checkpoint.every_steps=15")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import orchestrator
-from conftest import Outcome, Runner
+
+from tests.cluster.command_line import orchestrator
+from tests.cluster.conftest import Outcome, Runner
 
 
 def records(run_dir: str, *options: str) -> list[dict[str, Any]]:

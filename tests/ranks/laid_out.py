@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from local_ranks import HOST, Endpoint
 
 from strategies.batch import Batch, plain_batch
 from strategies.blueprint import Blueprint
@@ -21,6 +20,7 @@ from strategies.placement import Domain, place_state, trained_spans
 from strategies.state import TrainingState, state_digest
 from strategies.statemap import NOTHING, Spans, whole
 from strategies.step import StepEngine, exchange
+from tests.ranks.local_ranks import HOST, Endpoint
 from tests.small_models import LAYERS, VOCABULARY, family, own
 
 CPU = torch.device("cpu")

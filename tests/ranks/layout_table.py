@@ -1,6 +1,6 @@
 """A table of layouts and shards: loss, digest, and what a killed rank costs in each. Not a test; prints markdown.
 
-    python tests/ranks/layout_table.py [--steps 50] [--kill-at 20] [--only dp4,pp4]
+    python -m tests.ranks.layout_table [--steps 50] [--kill-at 20] [--only dp4,pp4]
 
 Real workers in forked processes and the real controller, without Ray; the quickstart's model on shorter samples.
 """
@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from local_cluster import LocalCluster, Outcome
+from tests.ranks.local_cluster import LocalCluster, Outcome
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 LAYOUTS = {

@@ -20,8 +20,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from local_ranks import HOST, SECRET, context, prepare_child
-
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import (
     Action,
@@ -53,6 +51,7 @@ from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
 from orchestrator.job import Job
 from orchestrator.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
 from orchestrator.planning.choose import LayoutChooser
+from tests.ranks.local_ranks import HOST, SECRET, context, prepare_child
 
 TICK_S = 0.05
 NODE = "local"

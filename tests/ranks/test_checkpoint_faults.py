@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import Hook, LocalCluster, Outcome, tiny_job
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.storage import LocalStorage, Pieces
+from tests.ranks.local_cluster import Hook, LocalCluster, Outcome, tiny_job
 
 Run = Callable[..., Outcome]
 EVERY_2 = "checkpoint.every_steps=2"

@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
-from local_ranks import HOST, Endpoint, run_ranks
 
 from orchestrator.checkpoint.catalog import Catalog, Checkpoint, Description
 from orchestrator.checkpoint.manifest import ChunkEntry, TensorEntry, digest_of
@@ -25,6 +23,8 @@ from strategies.snapshot import Snapshot
 from strategies.state import state_digest
 from strategies.statemap import NOTHING, share_out, whole
 from strategies.step import StepEngine
+from tests.ranks.laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
+from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 
 SAVE = Save(2, 1, 0)
 MODEL = "llama"

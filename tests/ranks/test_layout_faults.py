@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import (
+
+from orchestrator.controller.protocol import Resize
+from orchestrator.controller.views import RunState
+from tests.ranks.local_cluster import (
     Hook,
     LocalCluster,
     Outcome,
@@ -28,9 +31,6 @@ from local_cluster import (
     when_forming,
     when_moving_state,
 )
-
-from orchestrator.controller.protocol import Resize
-from orchestrator.controller.views import RunState
 
 STEPS = 8
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from laid_out import Stretch, Trained, as_numbers, layout_of, make_engine, train, train_each
-from local_ranks import Endpoint, run_ranks
 
 import strategies.state
 from strategies.layout import SCHEDULES, SHARDS, ParallelLayout
 from strategies.relayout import WINDOW
 from strategies.statemap import plan_transfers
+from tests.ranks.laid_out import Stretch, Trained, as_numbers, layout_of, make_engine, train, train_each
+from tests.ranks.local_ranks import Endpoint, run_ranks
 
 TWO_PARTS = ("interleaved-1f1b", "zero-bubble")
 """Schedules that have two model parts on a stage."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pytest
-from laid_out import CPU, Stretch, Trained, barrier, layout_of, make_engine, run_stretch, train
-from local_ranks import HOST, Endpoint, run_ranks
 
 import strategies.state
 from strategies.fabric import Fabric
@@ -22,6 +20,8 @@ from strategies.layout import ParallelLayout
 from strategies.placement import Domain, place_state, trained_spans
 from strategies.statemap import NOTHING, Spans, subtract, whole
 from strategies.step import StepEngine
+from tests.ranks.laid_out import CPU, Stretch, Trained, barrier, layout_of, make_engine, run_stretch, train
+from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 
 SECONDS = 10.0
 """What a loaded machine may take to notice; what it takes without load is a tenth of a second."""

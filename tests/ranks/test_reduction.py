@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_ranks import HOST, Endpoint, run_ranks
 
 from strategies.batch import Batch, plain_batch
 from strategies.blueprint import Blueprint
@@ -28,6 +27,7 @@ from strategies.state import TrainingState, state_digest
 from strategies.statemap import NOTHING, Span, Transfer, plan_transfers, whole
 from strategies.step import StepEngine
 from strategies.tree import Node, cover, split
+from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 
 CPU = torch.device("cpu")
 Assignment = tuple[tuple[int, ...], ...]

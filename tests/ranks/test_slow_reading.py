@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import LocalCluster, Outcome, partial, tiny_job
 
 from orchestrator.data import TokenStore
 from orchestrator.worker.core import Worker
+from tests.ranks.local_cluster import LocalCluster, Outcome, partial, tiny_job
 
 NOTHING_AHEAD = 7
 

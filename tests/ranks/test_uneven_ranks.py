@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import LocalCluster, Outcome, at_phase, die, partial, tiny_job
 
 from monitoring.skew import Windows
 from orchestrator.messages import WorkerId
+from tests.ranks.local_cluster import LocalCluster, Outcome, at_phase, die, partial, tiny_job
 
 STEPS = 44
 LAYOUTS = {

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import LocalCluster, Outcome, tiny_job
 
 from orchestrator.data import audit
 from orchestrator.job import Job
+from tests.ranks.local_cluster import LocalCluster, Outcome, tiny_job
 
 STEPS = 6
 KINDS: dict[str, tuple[str, ...]] = {

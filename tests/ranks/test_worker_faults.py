@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cluster import (
+
+from orchestrator.controller.protocol import Resize, Stop
+from orchestrator.controller.views import RunState, WorkerState
+from orchestrator.messages import WorkerId
+from tests.ranks.local_cluster import (
     Hook,
     LocalCluster,
     Outcome,
@@ -23,10 +27,6 @@ from local_cluster import (
     when_forming,
     when_moving_state,
 )
-
-from orchestrator.controller.protocol import Resize, Stop
-from orchestrator.controller.views import RunState, WorkerState
-from orchestrator.messages import WorkerId
 
 FAST_STALL = ("elastic.progress_timeout_s=1.5",)
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from layouts_in_tests import MODEL
-
 from monitoring.book import Book
 from orchestrator.checkpoint.names import Save
 from orchestrator.controller.history import History
@@ -70,6 +68,7 @@ from orchestrator.messages import (
 from strategies.layout import ParallelLayout
 from strategies.statemap import NOTHING, Span, Spans, subtract, union, whole
 from strategies.timing import RankTimes
+from tests.unit.layouts_in_tests import MODEL
 
 TICK_S = 0.25
 HEARTBEAT_S = 0.5

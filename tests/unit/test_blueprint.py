@@ -6,13 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import (
-    CPU,
-    TinyModel,
-    bits,
-    one_thread,  # noqa: F401 (autouse)
-    state_of,
-)
 from torch import nn
 
 from strategies.blueprint import Blueprint, PassThrough
@@ -20,6 +13,13 @@ from strategies.part import Part, Runs
 from strategies.randomness import Streams
 from strategies.state import TrainingState
 from tests.small_models import FAMILIES, LAYERS, UNCUT, Own, family, own
+from tests.unit.tiny_model import (
+    CPU,
+    TinyModel,
+    bits,
+    one_thread,  # noqa: F401 (autouse)
+    state_of,
+)
 
 CUTS: list[tuple[tuple[int, int], ...]] = [
     ((0, 3), (3, 6)),

@@ -6,9 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints_in_tests import RUN, SECRET, Fragile, PowerCut, catalog_in
-from states_in_tests import save_state
-from tiny_model import CPU, make, one_thread, random_gradient, settle, update  # noqa: F401 (autouse)
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret
@@ -18,6 +15,9 @@ from strategies.fabric import Fabric
 from strategies.layout import ParallelLayout
 from strategies.placement import Domain
 from strategies.state import TrainingState, state_digest
+from tests.unit.checkpoints_in_tests import RUN, SECRET, Fragile, PowerCut, catalog_in
+from tests.unit.states_in_tests import save_state
+from tests.unit.tiny_model import CPU, make, one_thread, random_gradient, settle, update  # noqa: F401 (autouse)
 
 STEPS = 4
 

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints_in_tests import (
+from safetensors import safe_open
+
+from monitoring.records import read_records
+from orchestrator.checkpoint.catalog import Catalog
+from orchestrator.checkpoint.encryption import KeyProblem, Secret, find_key, read_key
+from orchestrator.checkpoint.manifest import CheckpointError, Manifest, UnusableCheckpoint
+from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.of_run import catch_up
+from orchestrator.checkpoint.parts import write_part
+from orchestrator.checkpoint.storage import LocalStorage, Patient
+from orchestrator.rundir import RunDirectory
+from tests.unit.checkpoints_in_tests import (
     RUN,
     SECRET,
     Failing,
@@ -28,17 +39,6 @@ from checkpoints_in_tests import (
     tensors,
     write,
 )
-from safetensors import safe_open
-
-from monitoring.records import read_records
-from orchestrator.checkpoint.catalog import Catalog
-from orchestrator.checkpoint.encryption import KeyProblem, Secret, find_key, read_key
-from orchestrator.checkpoint.manifest import CheckpointError, Manifest, UnusableCheckpoint
-from orchestrator.checkpoint.names import Save
-from orchestrator.checkpoint.of_run import catch_up
-from orchestrator.checkpoint.parts import write_part
-from orchestrator.checkpoint.storage import LocalStorage, Patient
-from orchestrator.rundir import RunDirectory
 
 STEP = "step-00000120"
 

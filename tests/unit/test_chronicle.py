@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_full_disk import limited
 
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
@@ -17,6 +16,7 @@ from orchestrator.cluster.presence import LOST_AFTER_S, Presence
 from orchestrator.job import Job
 from orchestrator.messages import StepReport
 from orchestrator.rundir import RunDirectory
+from tests.unit.test_full_disk import limited
 
 JOB = """
 name: tiny

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import yaml
-from command_lines import calls_in_shell, commands_in_comments, commands_in_markdown, parse
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceRequest
 from ray.core.generated.common_pb2 import LabelSelectorOperator
+
+from tests.unit.command_lines import calls_in_shell, commands_in_comments, commands_in_markdown, parse
 
 ROOT = Path(__file__).parents[2]
 CLOUD = {"aws": ROOT / "cluster.yaml", "gcp": ROOT / "examples/clusters/gcp.yaml"}

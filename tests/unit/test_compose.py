@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import functions_of_the_standard_library
 
 from orchestrator.data.compose import Composer, deal
 from orchestrator.data.pieces import cut
+from tests.unit.test_packing import functions_of_the_standard_library
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,7 +7,6 @@ import time
 from typing import Any, TypeVar
 
 import pytest
-from layouts_in_tests import MODEL, layouts
 
 from orchestrator.checkpoint.names import Save
 from orchestrator.controller.history import History
@@ -60,6 +59,7 @@ from orchestrator.messages import (
     WorkerId,
 )
 from strategies.statemap import NOTHING, Spans, whole
+from tests.unit.layouts_in_tests import MODEL, layouts
 
 A = TypeVar("A", bound=Action)
 ELEMENTS = 1000

@@ -11,12 +11,12 @@ import os
 from collections import Counter
 
 import pytest
-from layouts_in_tests import MODEL, layouts
-from simulation import Node, World
 
 from monitoring.goodput import VOLUNTARY
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, is_replicated
 from orchestrator.messages import Generation
+from tests.unit.layouts_in_tests import MODEL, layouts
+from tests.unit.simulation import Node, World
 
 NUM_HISTORIES = int(os.environ.get("CONTROLLER_HISTORIES", "2000"))
 TIME_LIMIT_S = 900.0

@@ -6,8 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from layouts_in_tests import MODEL, layouts
-from test_controller import ELEMENTS, W0, W1, W2, W3, WHOLE, Stage, of, ready_message, successor, the
 
 from orchestrator.checkpoint.names import Save
 from orchestrator.controller.forming import choose_ranks, make_generation
@@ -38,6 +36,8 @@ from orchestrator.planning.choose import NoLayoutFits
 from orchestrator.planning.model import ModelCosts
 from strategies.layout import ParallelLayout
 from strategies.statemap import NOTHING, Span, Spans, union, whole
+from tests.unit.layouts_in_tests import MODEL, layouts
+from tests.unit.test_controller import ELEMENTS, W0, W1, W2, W3, WHOLE, Stage, of, ready_message, successor, the
 
 Q0, Q1, Q2, Q3 = (Span(0, 250 * quarter, 250 * (quarter + 1)) for quarter in range(4))
 LOW, HIGH = union([Q0, Q1]), union([Q2, Q3])

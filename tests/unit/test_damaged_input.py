@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints_in_tests import catalog_in, load, same, tensors, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_directories import INCIDENT, RESULT, T0, append, make_run, status
 
 from monitoring.follow import describe_event
 from monitoring.outside import MAX_DEPTH, Unreadable, json_text, parse, read_json
@@ -39,6 +37,8 @@ from orchestrator.checkpoint.manifest import SEALED_BYTES, CheckpointError, cano
 from orchestrator.data.ledger import audit
 from orchestrator.data.sources import DataError
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from tests.unit.checkpoints_in_tests import catalog_in, load, same, tensors, write
+from tests.unit.run_directories import INCIDENT, RESULT, T0, append, make_run, status
 
 ROOT = Path(__file__).parents[2]
 OURS = (CheckpointError, RunDirectoryError, DataError, Unreadable)

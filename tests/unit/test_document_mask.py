@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_model import CPU
 from torch import nn
 
 from strategies.batch import Batch, positions
@@ -18,6 +17,7 @@ from strategies.document_mask import refuse_leaks, refuse_without_positions
 from strategies.optimizers import ScheduleSpec
 from strategies.part import Part
 from tests.small_models import VOCABULARY, family, own
+from tests.unit.tiny_model import CPU
 
 DOCUMENTS = np.array([[0] * 5 + [1] + [2] * 7 + [3] * 3 + [-1] * 4, [0] * 9 + [1] * 11], dtype=np.int32)
 SPEC = StepSpec(

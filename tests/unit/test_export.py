@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints_in_tests import SECRET, catalog_in
-from states_in_tests import save_state
-from tiny_model import random_gradient, settle, update
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.checkpoint.catalog import Checkpoint
@@ -20,6 +17,9 @@ from orchestrator.checkpoint.names import Save
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
 from orchestrator.worker import build
+from tests.unit.checkpoints_in_tests import SECRET, catalog_in
+from tests.unit.states_in_tests import save_state
+from tests.unit.tiny_model import random_gradient, settle, update
 
 CPU = torch.device("cpu")
 JOB = """

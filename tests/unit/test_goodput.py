@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from test_controller_histories import live, make_world
 
 from monitoring.book import Book
 from monitoring.goodput import REASONS, Account, Ledger, read_ledger
 from monitoring.stretches import Stretches, divide, uncovered
+from tests.unit.test_controller_histories import live, make_world
 
 T0 = 1000.0
 

@@ -8,12 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from run_directories import make_run
 
 from orchestrator.cluster import head_watch
 from orchestrator.cluster.head_watch import RECONNECT_VARIABLE, HeadWatch, patience_s
 from orchestrator.cluster.session import ClusterError
 from orchestrator.rundir import RunDirectory
+from tests.unit.run_directories import make_run
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ import jsonschema
 import pytest
 import ray
 import yaml
-from command_lines import calls_in_shell, parse
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from test_cluster_files import MARKET, launched
 
 from orchestrator.commands.durations import parse_duration
 from orchestrator.job import Job
+from tests.unit.command_lines import calls_in_shell, parse
+from tests.unit.test_cluster_files import MARKET, launched
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "examples/clusters"

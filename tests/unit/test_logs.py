@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_directories import GENERATION, RESULT, STARTED, T0, append, make_run
 from typer.testing import CliRunner
 
 from monitoring import logs
@@ -20,6 +19,7 @@ from monitoring.log_files import LogFiles
 from monitoring.logs import LogContext, LogRecord, logging_to, parse_line
 from orchestrator.cli import app
 from orchestrator.job import Job
+from tests.unit.run_directories import GENERATION, RESULT, STARTED, T0, append, make_run
 
 log = logging.getLogger("orchestrator.test")
 ROOT = Path(__file__).parents[2]

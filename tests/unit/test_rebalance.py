@@ -6,8 +6,6 @@ import statistics
 from typing import Any
 
 import pytest
-from layouts_in_tests import MODEL, layouts
-from simulation import Node, World
 
 from orchestrator.controller.layouts import Layouts
 from orchestrator.controller.protocol import Deal
@@ -16,6 +14,8 @@ from orchestrator.messages import Ready, WorkerId
 from orchestrator.planning.balance import best_deal, best_parts, replica_seconds, seconds_of, stage_shares
 from orchestrator.planning.choose import LayoutChooser
 from strategies.layout import ParallelLayout, deal, deal_in_turn
+from tests.unit.layouts_in_tests import MODEL, layouts
+from tests.unit.simulation import Node, World
 
 NEVER = 1e9
 

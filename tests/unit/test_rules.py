@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from rule_cases import CASES, documents
 
 from monitoring.alerts import DEFAULT_RUNBOOKS, Alert, as_yaml, rules
 from monitoring.alerts.burn import WINDOWS
 from monitoring.series import PREFIX, exposed_names
 from tests.prometheus_tools import promtool
+from tests.unit.rule_cases import CASES, documents
 
 ROOT = Path(__file__).parents[2]
 ALERTS = [alert for group in rules() for alert in group.alerts]

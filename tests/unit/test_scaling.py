@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from test_controller import W0, W1, W2, W3, Stage, of, records
 
 from orchestrator.controller.pace import Pace
 from orchestrator.controller.protocol import (
@@ -24,6 +23,7 @@ from orchestrator.controller.protocol import (
 )
 from orchestrator.controller.views import RunState, ScalingRules, WorkerView
 from orchestrator.messages import WorkerId
+from tests.unit.test_controller import W0, W1, W2, W3, Stage, of, records
 
 
 def training(**scaling: object) -> Stage:

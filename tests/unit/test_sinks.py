@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_directories import (
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from monitoring.records import RecordFile
+from monitoring.sinks import feeder as feeder_module
+from monitoring.sinks.base import Sink, SinkProblem, SinkRun
+from monitoring.sinks.feeder import Feeder, check_sinks, feeding, make_sinks
+from monitoring.sinks.stream import Item, Note, Position, Scalars, Stream
+from orchestrator.cli import main
+from orchestrator.job import Job, JobError
+from tests.unit.run_directories import (
     GENERATION,
     INCIDENT,
     JOB,
@@ -26,15 +35,6 @@ from run_directories import (
     status,
     step,
 )
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-from monitoring.records import RecordFile
-from monitoring.sinks import feeder as feeder_module
-from monitoring.sinks.base import Sink, SinkProblem, SinkRun
-from monitoring.sinks.feeder import Feeder, check_sinks, feeding, make_sinks
-from monitoring.sinks.stream import Item, Note, Position, Scalars, Stream
-from orchestrator.cli import main
-from orchestrator.job import Job, JobError
 
 ROOT = Path(__file__).parents[2]
 NONE = {"tensorboard": False, "mlflow": None, "wandb": None}

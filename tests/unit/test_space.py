@@ -10,11 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import (
-    CPU,
-    bits,
-    one_thread,  # noqa: F401 (autouse)
-)
 
 from strategies.holding import Holding
 from strategies.layout import even
@@ -22,6 +17,11 @@ from strategies.optimizers import OptimizerSpec
 from strategies.placement import row_ranges
 from strategies.space import ALIGNMENT, Slot, Space, Strip, merge, round_up
 from strategies.statemap import NOTHING, Span, union
+from tests.unit.tiny_model import (
+    CPU,
+    bits,
+    one_thread,  # noqa: F401 (autouse)
+)
 
 quick = settings(deadline=None, print_blob=True, max_examples=150)
 

@@ -10,15 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_model import (
-    VOCABULARY,
-    TinyModel,
-    bits,
-    make,
-    one_thread,  # noqa: F401 (autouse)
-    settle,
-    state_of,
-)
 from torch import nn
 
 from strategies.batch import Batch, plain_batch
@@ -29,6 +20,15 @@ from strategies.optimizers import ScheduleSpec
 from strategies.state import TrainingState, state_digest
 from strategies.step import PHASES, Agreement, StepEngine, StepRecord
 from strategies.tree import Node, cover
+from tests.unit.tiny_model import (
+    VOCABULARY,
+    TinyModel,
+    bits,
+    make,
+    one_thread,  # noqa: F401 (autouse)
+    settle,
+    state_of,
+)
 
 LENGTH = 4
 

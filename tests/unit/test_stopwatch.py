@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_step import engine
 
 from strategies.stopwatch import Stopwatch
 from strategies.timing import HEADER, RankTimes, from_row, rounded, to_row
+from tests.unit.test_step import engine
 
 
 class Clock:

@@ -9,7 +9,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from checkpoints_in_tests import RUN, SECRET, load, same, tensors, write
 from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.checkpoint.catalog import Catalog
@@ -24,6 +23,7 @@ from orchestrator.checkpoint.storage import (
     open_storage,
     why_not,
 )
+from tests.unit.checkpoints_in_tests import RUN, SECRET, load, same, tensors, write
 
 
 @pytest.fixture(params=["directory", "object store"])

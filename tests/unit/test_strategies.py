@@ -10,11 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import (
-    CPU,
-    bits,
-    one_thread,  # noqa: F401 (autouse)
-)
 
 from strategies.groups import Groups
 from strategies.layout import ParallelLayout, deal, even
@@ -22,6 +17,11 @@ from strategies.optimizers import OptimizerSpec, ScheduleSpec, build_optimizer
 from strategies.randomness import stream_key
 from strategies.reduction import Reducer
 from strategies.tree import Node, cover, fold, split
+from tests.unit.tiny_model import (
+    CPU,
+    bits,
+    one_thread,  # noqa: F401 (autouse)
+)
 
 # ---------------------------------------------------------------------------------------- the tree
 

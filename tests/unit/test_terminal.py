@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from run_directories import (
+from typer.testing import CliRunner, Result
+
+from monitoring.display import Display
+from monitoring.follow import Tail
+from monitoring.records import RecordFile
+from monitoring.terminal.facts import RunFacts
+from monitoring.terminal.lines import as_text, glance
+from orchestrator.cli import app
+from orchestrator.commands import following
+from orchestrator.commands.events import parse_since
+from orchestrator.rundir import RunDirectory
+from tests.unit.run_directories import (
     CHECKPOINT,
     CONTROLLER,
     GENERATION,
@@ -30,17 +41,6 @@ from run_directories import (
     worker,
     write_lines,
 )
-from typer.testing import CliRunner, Result
-
-from monitoring.display import Display
-from monitoring.follow import Tail
-from monitoring.records import RecordFile
-from monitoring.terminal.facts import RunFacts
-from monitoring.terminal.lines import as_text, glance
-from orchestrator.cli import app
-from orchestrator.commands import following
-from orchestrator.commands.events import parse_since
-from orchestrator.rundir import RunDirectory
 
 
 def facts_of(path: Path) -> RunFacts:

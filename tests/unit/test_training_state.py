@@ -8,18 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import (
-    CPU,
-    bits,
-    load,
-    make,
-    one_thread,  # noqa: F401 (autouse)
-    random_gradient,
-    settle,
-    state_of,
-    tiny,
-    update,
-)
 from torch import nn
 
 from strategies.blueprint import Blueprint
@@ -32,6 +20,18 @@ from strategies.placement import Domain
 from strategies.space import ALIGNMENT
 from strategies.state import TrainingState, state_digest
 from strategies.statemap import NOTHING, NotCovered, whole
+from tests.unit.tiny_model import (
+    CPU,
+    bits,
+    load,
+    make,
+    one_thread,  # noqa: F401 (autouse)
+    random_gradient,
+    settle,
+    state_of,
+    tiny,
+    update,
+)
 
 
 def settled(spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:

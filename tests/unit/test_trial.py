@@ -10,16 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_model import (
-    CPU,
-    VOCABULARY,
-    TinyModel,
-    bits,
-    one_thread,  # noqa: F401 (autouse)
-    settle,
-    state_of,
-    tiny,
-)
 from torch import nn
 
 from orchestrator.job.positions import positions_of, too_long
@@ -32,6 +22,16 @@ from strategies.trial import ModelChanged, Trial, try_model, unused_of
 from tests import small_models
 from tests.small_models import family, own
 from tests.unit.test_step import fetch_for
+from tests.unit.tiny_model import (
+    CPU,
+    VOCABULARY,
+    TinyModel,
+    bits,
+    one_thread,  # noqa: F401 (autouse)
+    settle,
+    state_of,
+    tiny,
+)
 
 SPEC = StepSpec(seed=1, micro_batch=1, micro_batches=1, base_lr=1e-2, schedule=ScheduleSpec("constant"))
 

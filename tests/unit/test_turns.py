@@ -8,13 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from test_controller import W0, W1, W2, Stage, of, records, the
 
 from orchestrator.cluster import turns
 from orchestrator.cluster.room import Need
 from orchestrator.cluster.turns import SILENCE_S, Turns, Wish, in_order
 from orchestrator.controller.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
 from orchestrator.controller.views import RunState, ScalingRules
+from tests.unit.test_controller import W0, W1, W2, Stage, of, records, the
 
 NEED = Need({"CPU": 1.0}, 1, {})
 TURN_S = 120.0
