@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from monitoring import shapes
 from monitoring.outside import json_text, parse
+from monitoring.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class TextFormatter(logging.Formatter):
             f"{name}={value}" for name in _CONTEXT_FIELDS if (value := getattr(record, name, None)) not in (None, "")
         )
         at = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
-        return f"{at}Z {record.levelname} [{about}] {record.name}: {_fold(text)}"
+        return f"{at}Z {record.levelname} [{about}] {record.name}: {_fold(redact(text))}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -91,6 +92,11 @@ class JsonFormatter(logging.Formatter):
             content["exception"] = self.formatException(record.exc_info)
         content |= {name: getattr(record, name, None) for name in _CONTEXT_FIELDS}
         return json_text(content)
+
+
+class _ShortFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def _fold(text: str) -> str:
@@ -129,7 +135,7 @@ def set_up(
         stderr.setFormatter(formatter)
         if handlers:
             stderr.setLevel(logging.WARNING)
-            stderr.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+            stderr.setFormatter(_ShortFormatter("%(levelname)s %(name)s: %(message)s"))
         handlers.append(stderr)
     for handler in handlers:
         handler.addFilter(ContextFilter(context))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from monitoring.redaction import redact
+
 MAX_DEPTH = 64
 """How deep lists and objects may lie in each other: deeper ones would end whatever walks through them."""
 SMALL_BYTES = 64 << 20
@@ -79,7 +81,10 @@ def _is_deeper(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN or infinity; they become null, so that every reader can read every line."""
+    """What is written down or sent: NaN and infinity, which JSON has not, become null, so that every reader can read
+    every line, and the secrets in text are redacted."""
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

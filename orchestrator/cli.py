@@ -648,6 +648,7 @@ _USER_ERRORS = {
     "ModelError": EXIT_BAD_INPUT,
     "PlanError": EXIT_BAD_INPUT,
     "KeyProblem": EXIT_BAD_INPUT,
+    "UrlProblem": EXIT_BAD_INPUT,
     "CheckpointError": EXIT_FAILED,
     "ExportError": EXIT_BAD_INPUT,
     "PageError": EXIT_BAD_INPUT,

@@ -24,6 +24,7 @@ from typing import Any
 
 from monitoring.outside import Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
+from monitoring.redaction import redact
 from monitoring.shapes import SMALL_FILES, fields, text
 from monitoring.shapes import count as a_count
 
@@ -155,7 +156,7 @@ class RunDirectory:
         for part in ("checkpoints", "logs", "control"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
         if known is None or not self.has_begun:
-            (self.path / "job.yaml").write_text(job_text, encoding="utf-8")
+            (self.path / "job.yaml").write_text(redact(job_text), encoding="utf-8")
         # What a run goes on with counts: other workers, other faults, ...
         self.write_json("job.resolved.json", resolved)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from monitoring.redaction import redact
 from monitoring.sinks.stream import Item
 
 
@@ -49,7 +50,7 @@ def settings_of(job: dict[str, Any]) -> dict[str, Any]:
             for key, item in value.items():
                 add(f"{prefix}.{key}", item)
         elif value is not None:
-            flat[prefix] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[prefix] = value if isinstance(value, bool | int | float) else redact(str(value))
 
     for part in ("model", "data", "train", "strategy", "elastic", "resources"):
         add(part, job.get(part, {}))

@@ -1,11 +1,14 @@
 """Text of others on our terminal: what would steer the terminal is shown instead of done.
 
 What events, logs and results say was written by whatever ran: an exception's text, a model's name, a node's address.
+Secrets in it are redacted.
 """
 
 from __future__ import annotations
 
 import re
+
+from monitoring.redaction import redact
 
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tab and line feed, delete, C1
@@ -21,7 +24,7 @@ def clean(text: str) -> str:
 
 def clean_lines(text: str) -> str:
     r"""The same for text that may have several lines, such as a traceback."""
-    return _STEERING.sub(_shown, text)
+    return _STEERING.sub(_shown, redact(text))
 
 
 def _shown(found: re.Match[str]) -> str:

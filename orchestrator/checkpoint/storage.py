@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from monitoring.redaction import redact
+from orchestrator.urls import expand
+
 T = TypeVar("T")
 
 Pieces = Callable[[], Iterable[memoryview | bytes]]
@@ -28,7 +31,7 @@ class StorageError(OSError):
     """A storage that did not do what it was asked; says which, where and why. `transient` says that it may later."""
 
     def __init__(self, text: str, *, transient: bool = False) -> None:
-        super().__init__(text)
+        super().__init__(redact(text))
         self.transient = transient
 
 
@@ -98,8 +101,8 @@ def open_storage(url: str) -> Storage:
         raise ValueError(reason)
     from fsspec.core import url_to_fs
 
-    filesystem, root = url_to_fs(url)
-    return Patient(ObjectStorage(filesystem, root, protocol))
+    filesystem, root = url_to_fs(expand(url))
+    return Patient(ObjectStorage(filesystem, root, url))
 
 
 def why_not(url: str) -> str | None:
@@ -254,13 +257,14 @@ class ObjectStorage(Storage):
 
     is_remote = True
 
-    def __init__(self, filesystem: Any, root: str, protocol: str) -> None:
+    def __init__(self, filesystem: Any, root: str, url: str) -> None:
+        """root: the place as the file system names it; url: as the user does."""
         self.filesystem = filesystem
         self.root = root.rstrip("/")
-        self.protocol = protocol
+        self.url = url.rstrip("/")
 
     def locate(self, path: str) -> str:
-        return f"{self.protocol}://{self._at(path).lstrip('/')}"
+        return f"{self.url}/{path}" if path else self.url
 
     def _at(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root

@@ -83,6 +83,7 @@ from orchestrator.lateness import Lateness
 from orchestrator.messages import FaultFired, Heartbeat, Ready, Reply, WorkerId, dated
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.urls import take_over
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class ControllerActor:
         Raises RunDirectoryError when another controller has the run.
         """
         self._spec = spec
+        take_over(spec["environment"])
         self._directory = RunDirectory(spec["run_dir"])
         self._lateness = Lateness()
         self._lateness.watch()
@@ -563,6 +565,7 @@ class ControllerActor:
         return {
             "run_id": self._directory.run_id,
             "job": self._spec["job"],
+            "environment": self._spec["environment"],
             "cwd": self._spec["cwd"],
             "stores": self._spec["stores"],
             "store_digests": self._spec["store_digests"],

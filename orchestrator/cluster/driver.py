@@ -33,10 +33,12 @@ from orchestrator.cluster.preparation import (
     controller_spec,
     refuse_packages,
     warn_of_open_token,
+    warn_of_secrets,
 )
 from orchestrator.cluster.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.urls import environment_of, expand
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def drive(
     A run that is under way on the cluster is followed from where it is; so a driver that died can be started again.
     An `ephemeral` run ends, with a checkpoint, soon after its driver is gone. `on_update` gets the controller's
     snapshot a few times a second. Raises ClusterError, DataError or RunDirectoryError when the run cannot start,
-    KeyProblem when there is no key for its checkpoints.
+    KeyProblem when there is no key for its checkpoints, UrlProblem when there is no secret for one of its URLs.
     """
 
     interruption = Interruption()
@@ -74,6 +76,7 @@ def drive(
     here = os.getcwd()
     refuse_packages(job, directory)
     warn_of_open_token(note)
+    warn_of_secrets(job, note)
     own = bool(local_nodes) or not has_cluster()
     if own and (directory.is_steered or directory.is_driven):
         raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
@@ -82,6 +85,8 @@ def drive(
     about = LogContext(run=directory.run_id, process="driver")
     form, level = job.monitoring.logs, job.monitoring.log_level
     watched = job.monitoring.model_dump()
+    if job.monitoring.mlflow is not None:
+        watched["mlflow"]["tracking_uri"] = expand(job.monitoring.mlflow.tracking_uri)
     with ExitStack() as held:
         if own:
             held.enter_context(directory.driving())
@@ -119,13 +124,14 @@ def _drive(
 ) -> dict[str, Any]:
     # Whoever has no key, or no access, is told before anything is started.
     secret = secret_of(job)
+    environment = environment_of(job)
     check_storage(job, directory)
     with ray_session(job, local_nodes, directory.path / "logs") as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             controller = None if own else find_controller(directory, on_note)
             if controller is None:
-                spec = controller_spec(job, directory, here, secret, own, ephemeral, on_note)
+                spec = controller_spec(job, directory, here, secret, environment, own, ephemeral, on_note)
                 if (final := clear_result(directory)) is not None:
                     return final  # It finished while the data was prepared.
                 on_note("starting workers")

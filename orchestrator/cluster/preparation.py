@@ -6,8 +6,9 @@ import importlib.metadata
 import os
 import platform
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from orchestrator.doctor.check import WARNING
 from orchestrator.doctor.facts import token_facts
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError, is_package
+from orchestrator.urls import fields_with_secrets, take_over
 from strategies.rendezvous_proof import fresh_secret
 
 _PARALLEL_BYTES = 64 << 20
@@ -54,6 +56,15 @@ def warn_of_open_token(on_note: Callable[[str], None]) -> None:
             on_note(f"warning: {check.found}; {check.advice}")
 
 
+def warn_of_secrets(job: Job, on_note: Callable[[str], None]) -> None:
+    """Says which fields hold a password in the clear."""
+    if fields := fields_with_secrets(job):
+        on_note(
+            f"warning: a secret stands in {', '.join(fields)}; it is not written down in the run directory, so that "
+            "`resume` will not have it: write ${env:NAME} in its place"
+        )
+
+
 def check_storage(job: Job, directory: RunDirectory) -> None:
     """Raises ClusterError when the storage of the run's checkpoints cannot be read."""
     try:
@@ -68,6 +79,7 @@ def controller_spec(
     directory: RunDirectory,
     here: str,
     secret: Any,
+    environment: Mapping[str, str],
     own: bool,
     ephemeral: bool,
     on_note: Callable[[str], None],
@@ -75,7 +87,7 @@ def controller_spec(
     """Prepares the data; what every incarnation of the run's controller is made from."""
     on_note("preparing the data")
     return_to(here)
-    dataset = _prepare(job)
+    dataset = _prepare(job, environment)
     if dataset.padding:
         on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
     _same_data(directory, dataset)
@@ -86,6 +98,8 @@ def controller_spec(
         # Told to the run's own processes only, over Ray's connections, and written down nowhere.
         "rendezvous_secret": fresh_secret(),
         "run_dir": str(directory.path),
+        # As is this.
+        "environment": environment,
         "job": job.resolved(),
         "cwd": for_workers(here),
         "stores": [str(store.directory) for store in dataset.stores],
@@ -115,24 +129,31 @@ def clear_result(directory: RunDirectory) -> dict[str, Any] | None:
         os.close(lock)
 
 
-def _prepare(job: Job) -> Dataset:
+def _prepare(job: Job, environment: Mapping[str, str]) -> Dataset:
     def tasks(size_bytes: int) -> RunTasks[Any] | None:
-        return _run_on_ray if size_bytes >= _PARALLEL_BYTES else None
+        return partial(_run_on_ray, environment) if size_bytes >= _PARALLEL_BYTES else None
 
     return dataset_of(job, prepare_stores(job, run_tasks=tasks))
 
 
-def _run_on_ray(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+def _with_environment(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
+    take_over(environment)
+    return function(*arguments)
+
+
+def _run_on_ray(
+    environment: Mapping[str, str], function: Callable[..., Any], arguments: list[tuple[Any, ...]]
+) -> list[Any]:
     """Runs tasks on Ray workers of this node, whose disk holds the store."""
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-    task = ray.remote(function).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
+    task = ray.remote(_with_environment).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
     results: dict[int, Any] = {}
     pending: dict[Any, int] = {}
     waiting = list(enumerate(arguments))
     while waiting or pending:
         while waiting and len(pending) < (os.cpu_count() or 1):
             index, args = waiting.pop(0)
-            pending[task.remote(*args)] = index
+            pending[task.remote(environment, function, *args)] = index
         done, _ = ray.wait(list(pending), num_returns=1)
         for reference in done:
             results[pending.pop(reference)] = ray.get(reference)

@@ -18,6 +18,7 @@ from monitoring.clock import reading
 from orchestrator.cluster.narration import set_up_logs
 from orchestrator.cluster.orders import Introduction, Orders
 from orchestrator.messages import Reply, WorkerId
+from orchestrator.urls import take_over
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class WorkerActor:
     def _build(self) -> Any:
         os.umask(self._spec["umask"])  # What is written of this run is as open as its directory.
         about = set_up_logs(self._spec, f"worker-{self._id}", worker=self._id.slot)
+        take_over(self._spec["environment"])
         _go_to(self._spec["cwd"])
         from orchestrator.checkpoint.of_run import open_catalog
         from orchestrator.data.of_job import dataset_of, open_stores

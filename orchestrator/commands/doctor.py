@@ -10,6 +10,7 @@ from monitoring.outside import json_text
 from orchestrator.doctor.check import Check, as_json, is_ok, lines_of, summary
 from orchestrator.doctor.stages import Settings, chosen
 from orchestrator.doctor.supervise import examine
+from orchestrator.urls import expand
 
 
 def doctor(address: str | None, storage: str | None, *, as_json_: bool, quick: bool) -> bool:
@@ -65,4 +66,4 @@ def storage_url(storage: str) -> str:
         raise ValueError(f"{storage!r} names no bucket or directory")
     if protocol not in fsspec.available_protocols():
         raise ValueError(f"{protocol}:// is no storage that fsspec knows; for example s3, gs, abfs, hdfs, sftp")
-    return storage
+    return expand(storage)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from monitoring.outside import json_text
+from monitoring.outside import json_text, plain
 from orchestrator.job import Job
 from orchestrator.job.load import located
 from orchestrator.models.content import with_content
@@ -32,7 +32,7 @@ def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: 
         return
     import yaml
 
-    print(yaml.safe_dump(job.resolved(), sort_keys=False).rstrip())
+    print(yaml.safe_dump(plain(job.resolved()), sort_keys=False).rstrip())
     print(f"# digest of what decides the numbers: {job.digest()}")
 
 

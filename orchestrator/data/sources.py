@@ -15,6 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from monitoring.redaction import redact
+from orchestrator.urls import UrlProblem, expand
+
 STANDARD_LIBRARY = "python-stdlib"
 
 _FORMATS = ("text", "jsonl", "parquet")
@@ -47,7 +50,10 @@ _STDLIB_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 class DataError(ValueError):
-    """The data a job names cannot be used; the message says what, where, and what to do about it."""
+    """The data a job names cannot be used; the message says what, where, and what to do about it, and no secret."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(redact(text))
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def _named_outright(
 ) -> list[tuple[str, str, int]]:
     """What `_find` would have found of a file that is in another place only."""
     source = source.removeprefix("file://")
-    name = source.rsplit("/", 1)[-1]
+    name = _without_query(source.rsplit("/", 1)[-1], source)
     if glob.has_magic(source) or (format is None and os.path.splitext(name)[1].lower() not in _SUFFIXES):
         return []
     size_bytes = size_elsewhere(prefix + name)
@@ -254,7 +260,27 @@ def _find_remote(url: str) -> list[tuple[str, str, int]]:
     named = [(p.removeprefix(prefix), p, info.get("size")) for p, info in files]
     if len(named) != 1 or named[0][1] != path:  # a file that is named outright is meant, whatever its name
         named = [one for one in named if "/." in path or not any(map(_is_aside, one[0].split("/")))]
-    return [(name, filesystem.unstrip_protocol(p), -1 if size is None else int(size)) for name, p, size in named]
+    above = _what_its_paths_lack(filesystem, expand(url))
+    return [
+        (
+            _without_query(name, url),
+            above + p if above else filesystem.unstrip_protocol(p),
+            -1 if size is None else int(size),
+        )
+        for name, p, size in named
+    ]
+
+
+def _what_its_paths_lack(filesystem: Any, url: str) -> str:
+    """Of a file system whose paths do not say on which host they are (ftp, sftp, smb): `sftp://user:password@host`."""
+    scheme, _, rest = url.partition("://")
+    host = f"{scheme}://{rest.split('/', 1)[0]}"
+    return host if filesystem._strip_protocol(f"{host}/x") in ("/x", "x") else ""
+
+
+def _without_query(name: str, url: str) -> str:
+    """A file's name is not who may read it, nor until when."""
+    return name.partition("?")[0] or name if url.startswith(("http://", "https://")) else name
 
 
 def _list_remote(filesystem: Any, path: str, *, is_web: bool) -> tuple[dict[str, Any], str]:
@@ -271,11 +297,14 @@ def _list_remote(filesystem: Any, path: str, *, is_web: bool) -> tuple[dict[str,
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises DataError when its driver is not installed."""
+    """The fsspec file system of a URL, and the path in it. Raises DataError when its driver is not installed, and for a
+    secret in the URL that is not to be had."""
     import fsspec
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(expand(url))
+    except UrlProblem as error:
+        raise DataError(f"data.source: {error}") from None
     except (ImportError, ValueError) as error:  # the driver for s3://, gs:// ... is a package of its own
         raise DataError(f"data.source: {url} cannot be opened: {error}") from error
     return filesystem, path

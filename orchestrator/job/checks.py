@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
+from orchestrator.urls import VARIABLE
 
 
 def find(get: Get) -> list[Finding]:
@@ -241,6 +242,23 @@ def _storage(get: Get) -> Iterator[Finding]:
             yield Finding(("checkpoint.storage",), reason)
 
 
+def _variables(get: Get) -> Iterator[Finding]:
+    """`${env:NAME}` is filled in where a URL is opened, and nowhere else."""
+    fields = {"checkpoint.storage": get("checkpoint.storage")}
+    if (mlflow := get("monitoring.mlflow")) is not None:
+        fields["monitoring.mlflow.tracking_uri"] = mlflow.get("tracking_uri")
+    sources = {"data.source": get("data.source"), "data.mirrors": get("data.mirrors")}
+    sources |= {f"data.mix.{number}.source": entry.get("source") for number, entry in enumerate(get("data.mix") or ())}
+    for name, value in sources.items():
+        fields |= {f"{name}.{n}": one for n, one in enumerate(value)} if isinstance(value, list) else {name: value}
+    for name, text in fields.items():
+        if isinstance(text, str) and "${env:" in text:
+            if "://" not in text:
+                yield Finding((name,), "${env:NAME} is filled in in URLs only; write the path, or --set it")
+            elif "${env:" in VARIABLE.sub("", text):
+                yield Finding((name,), "${env:NAME} needs the name of an environment variable and a closing brace")
+
+
 def _encryption(get: Get) -> Iterator[Finding]:
     if get("checkpoint.encryption") is None:
         return
@@ -288,5 +306,6 @@ _RULES: tuple[Rule, ...] = (
     _market,
     _storage,
     _encryption,
+    _variables,
     *LAYOUT_RULES,
 )

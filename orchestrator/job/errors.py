@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from monitoring.redaction import redact
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -23,7 +25,10 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        """`file:line:column field: reason`, or `--set a.b=value: a.b reason` for an option."""
+        """`file:line:column field: reason`, or `--set a.b=value: a.b reason` for an option; without secrets."""
+        return redact(self._text())
+
+    def _text(self) -> str:
         if not self.line:
             return f"{self.file}: {self.field} {self.reason}" if self.field else f"{self.file}: {self.reason}"
         where = f"{self.file}:{self.line}:{self.column}"

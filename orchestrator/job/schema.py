@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from monitoring.outside import plain
 from orchestrator.job import checks
 
 # The type of pydantic error whose message is already in our own words.
@@ -473,11 +474,12 @@ class Job(_Section):
         return self.model_dump(mode="json")
 
     def numerics(self) -> dict[str, Any]:
-        """The part of `resolved()` that decides the numbers: two jobs that agree here give the same bits.
+        """The part of `resolved()` that decides the numbers: two jobs that agree here give the same bits. A password
+        in a URL decides nothing and is no part.
 
         Resources stay in: the number of threads decides how a sum inside an operator is split.
         """
-        full = self.resolved()
+        full = plain(self.resolved())
         full["elastic"] = {"virtual_workers": full["elastic"]["virtual_workers"]}
         # The tensor degree splits sums inside a matrix product; the rest of a layout changes no bit.
         full["strategy"] = {key: full["strategy"][key] for key in ("tensor", "reduction", "update")}

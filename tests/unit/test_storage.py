@@ -139,7 +139,7 @@ def flaky() -> Iterator[Patient]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     filesystem = fsspec.filesystem("flaky")
     Flaky.failures.clear()
-    yield Patient(ObjectStorage(filesystem, f"/{uuid.uuid4().hex}", "flaky"), tries=3, pause_s=0.001)
+    yield Patient(ObjectStorage(filesystem, f"/{uuid.uuid4().hex}", "flaky://place"), tries=3, pause_s=0.001)
     Flaky.failures.clear()
 
 
