@@ -456,7 +456,7 @@ def checkpoints(
     if json_:
         print(json_text([asdict(row) for row in found]))
     elif not found:
-        print(f"no checkpoints in {catalog.storage.locate('')}")
+        print(clean(f"no checkpoints in {catalog.storage.locate('')}"))
     else:
         print(listing.HEADER)
         for row in found:

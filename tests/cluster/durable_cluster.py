@@ -1,12 +1,13 @@
 """A Ray cluster on this machine whose head keeps its tables on disk, so that its GCS may be lost and started again.
 
-What docs/clusters.md says a head needs for that is read from there. Everything has its own temporary directory, ports
-and token; all of its processes carry a mark and are ended by that alone.
+Either the GCS alone is lost, or all of a head that is started by the commands of cluster.yaml. Everything has its own
+temporary directory, ports and token; all of its processes carry a mark and are ended by that alone.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -18,8 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import yaml
 
 from orchestrator.cluster import reaper
+from tests.cluster.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
 STORE_BYTES = 80_000_000
@@ -42,11 +45,44 @@ class DurableCluster:
     def start(self, nodes: int = 1, cpus: int = 4) -> None:
         self.start_head()
         for _ in range(nodes):
-            self._ray_start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}")
+            self.start_node(cpus)
+
+    def start_node(self, cpus: int = 4) -> None:
+        self._ray_start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}")
+
+    def raylets(self) -> set[int]:
+        """Their processes."""
+        return {process.pid for process in self._processes("raylet")}
 
     def start_head(self) -> None:
         self._ray_start("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false",
                         f"--temp-dir={self.home / 'ray'}")  # fmt: skip
+
+    def start_head_of(self, launcher: Path) -> None:
+        """By the commands of a launcher file: with its own ports, and with what two heads on one machine would share."""
+        programs = self.home / "bin"
+        programs.mkdir()
+        (programs / "ray").write_text(
+            "#!/bin/bash\n"
+            'if [ "$1" = stop ]; then exit 0; fi\n'  # it would end the Rays of others, too
+            'if [ "$1" != start ]; then exec ray.real "$@"; fi\n'
+            # Of a head that is gone: `ray start` would take the raylets of other nodes, which are elsewhere, for it.
+            f"rm -f {self.home}/ray/ray_current_cluster\n"
+            f'exec ray.real "$@" --num-cpus=0 --include-dashboard=false --temp-dir={self.home}/ray '
+            f"--node-ip-address=127.0.0.1 --object-store-memory={STORE_BYTES} "
+            f"--dashboard-agent-listen-port={_free_port()} --metrics-export-port={_free_port()}\n"
+        )
+        (programs / "ray").chmod(0o755)
+        (programs / "ray.real").symlink_to(Path(sys.executable).parent / "ray")
+        environment = self._environment() | {"HOME": str(self.home), "RAY_AUTH_TOKEN_PATH": str(self._token)}
+        environment["PATH"] = f"{programs}:{environment['PATH']}"
+        for line in yaml.safe_load(launcher.read_text(encoding="utf-8"))["head_start_ray_commands"]:
+            if re.search(r"\bray (start|stop|health-check)\b|ray-head.pid", line):
+                line = line.replace("6379", str(self.port)).replace(
+                    " --autoscaling-config=~/ray_bootstrap_config.yaml", ""
+                )
+                subprocess.run(["bash", "-c", line], env=environment, check=True, timeout=130)
+        wait_for(lambda: len(self._processes("raylet")) == 1, 60, "the head's raylet")
 
     def _ray_start(self, *options: str) -> None:
         command = [

@@ -15,6 +15,8 @@ from monitoring.records import read_records
 from tests.cluster.conftest import JOB, Outcome, wait_for
 from tests.cluster.durable_cluster import DurableCluster
 
+ROOT = Path(__file__).parents[2]
+
 
 class Run:
     """One run on a cluster, by its directory."""
@@ -72,6 +74,36 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
     assert len(result["generations"]) == 1, "the workers trained on"
     assert result["recoveries"] == []
     assert [event["epoch"] for event in run.events("controller")] == [1, 2]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", ["cluster.yaml", "examples/clusters/gcp.yaml"])
+def test_a_head_of_a_cluster_file_that_dies_is_started_again_and_the_run_goes_on(
+    launcher: str, tmp_path: Path, cache: Path, undisturbed: Outcome
+) -> None:
+    """All of its processes go, as `ray start --block` ends them when the GCS dies."""
+    cluster = DurableCluster(durable=False, RAY_gcs_rpc_server_reconnect_timeout_s="600")
+    try:
+        cluster.start_head_of(ROOT / launcher)
+        cluster.start_node()
+        run = Run(cluster, tmp_path, cache)
+        driver = cluster.start_driver(*run.command, settings=True)
+        wait_for(lambda: run.steps() >= 10, 120, "step 10")
+        raylets = cluster.raylets()
+        cluster.lose_gcs()
+        wait_for(lambda: run.steps() >= 20, 60, "ten steps without a head")
+        wait_for(lambda: cluster.raylets() - raylets, 120, "another head")
+        output, _ = driver.communicate(timeout=300)
+        if driver.returncode != 0:  # It was connected through the head's own raylet.
+            done = cluster.orchestrator("attach", str(run.path))
+            output += done.stdout + done.stderr
+        result = run.result()
+        assert (result["status"], result["steps"]) == ("finished", 120), output
+        assert result["state_digest"] == undisturbed.result.state_digest
+        assert result["data_digest"] == undisturbed.result.data_digest
+        assert [each["steps_lost"] for each in result["recoveries"]] in ([], [0])
+    finally:
+        cluster.remove()
 
 
 def test_without_tables_the_driver_says_what_happened_and_from_where_the_run_goes_on(

@@ -12,14 +12,15 @@ from typing import Any
 
 PROGRAMS = ("orchestrator", "ray")
 _END = {";", "&", "&&", "|", "||", "(", ")", "<", ">", ">&", "&>", "<<", ">>", ";;"}
-_PREFIXES = {"exec", "nohup", "then", "do", "else", "--", "!", "sudo", "RUN"}
+_PREFIXES = {"exec", "nohup", "then", "do", "else", "until", "--", "!", "sudo", "RUN"}
 
 
 def calls_in_shell(text: str) -> list[list[str]]:
     """Every call of one of PROGRAMS in a shell command: the program and its arguments, without redirections.
 
     A program counts where a command may begin: at the start, after an operator or an assignment, after words like
-    `exec` or `--` (`ray job submit -- orchestrator run ...`), and at the start of a quoted word (`ray exec F '...'`).
+    `exec` or `--` (`ray job submit -- orchestrator run ...`), at the start of a quoted word (`ray exec F '...'`), and
+    in one behind `-c` (`bash -c '...'`).
     """
     lexer = shlex.shlex(re.sub(r"\\\n", " ", text).replace("\n", " ; "), posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
@@ -33,7 +34,7 @@ def calls_in_shell(text: str) -> list[list[str]]:
             end = next((index for index, later in enumerate(rest) if later in _END), len(rest))
             stops = end < len(rest) and rest[end] in ("<", ">", ">&", "&>", ">>") and end > 0 and rest[end - 1] in "012"
             calls.append([word, *rest[: end - 1 if stops else end]])
-        elif " " in word and word.split(" ")[0] in PROGRAMS:
+        elif " " in word and (before == "-c" or word.split(" ")[0] in PROGRAMS):
             calls += calls_in_shell(word)
     return calls
 

@@ -10,7 +10,8 @@ import os
 import subprocess
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,38 +165,67 @@ def test_what_the_nodes_install_from_is_copied_to_them(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUD)
-def test_the_start_commands_return_and_leave_one_watcher_running(cloud: str, tmp_path: Path) -> None:
+def test_the_start_commands_of_a_worker_return_and_leave_one_watcher_running(cloud: str, tmp_path: Path) -> None:
     """Run as the launcher runs them, with programs that note how they were called in place of Ray and ours."""
-    programs = tmp_path / "bin"
+    commands = load(CLOUD[cloud])["worker_start_ray_commands"]
+    with _started_twice(commands, "node-watcher", tmp_path) as calls:
+        assert calls == [
+            f"orchestrator node-watcher --source {cloud} --address 10.0.0.1:6379 mode=token",
+            "ray start --address=10.0.0.1:6379 --metrics-export-port=8080 mode=token wait=600",
+            "ray stop mode= wait=",
+        ]
+
+
+@pytest.mark.parametrize("cloud", CLOUD)
+def test_the_start_commands_of_a_head_return_and_leave_one_that_starts_it_again(cloud: str, tmp_path: Path) -> None:
+    lines = load(CLOUD[cloud])["head_start_ray_commands"]
+    commands = [
+        line for line in lines if "ray-head.pid" in line or ["ray"] in [call[:1] for call in calls_in_shell(line)]
+    ]
+    with _started_twice(commands, "--block", tmp_path) as calls:
+        assert calls == [
+            "ray health-check --address=127.0.0.1:6379 mode=token wait=",
+            "ray start --head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml --dashboard-host=127.0.0.1 "
+            f"--metrics-export-port=8080 --block mode=token wait=600 tables={tmp_path}/ray-tables",
+            "ray stop mode= wait=",
+        ]
+        (tmp_path / "calls").write_text("")
+        os.kill(int((tmp_path / "blocks").read_text().splitlines()[-1]), 9)
+        _wait_until(lambda: "--block" in (tmp_path / "calls").read_text())
+
+
+@contextmanager
+def _started_twice(commands: list[str], what_stays: str, home: Path) -> Iterator[list[str]]:
+    """The second time as `ray up` does on a node that is up already: what `what_stays` is in starts once each time, and
+    that of the first time is gone. Gives the calls, each once."""
+    programs = home / "bin"
     programs.mkdir()
-    (programs / "ray").write_text('#!/bin/sh\necho "ray $* mode=$RAY_AUTH_MODE" >> ~/calls\n')
-    (programs / "orchestrator").write_text(
-        '#!/bin/sh\necho "orchestrator $* mode=$RAY_AUTH_MODE" >> ~/calls\nexec sleep 200\n'
-    )
-    for program in programs.iterdir():
-        program.chmod(0o755)
+    ray = " wait=$RAY_gcs_rpc_server_reconnect_timeout_s${RAY_gcs_storage:+ tables=$RAY_gcs_storage_path}"
+    for name, more in (("ray", ray), ("orchestrator", "")):
+        (programs / name).write_text(
+            f'#!/bin/sh\necho "{name} $* mode=$RAY_AUTH_MODE{more}" >> ~/calls\n'
+            'case "$*" in *--block*|*node-watcher*) echo $$ >> ~/blocks; exec sleep 200;; esac\n'
+        )
+        (programs / name).chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path), "PATH": f"{programs}:/usr/bin:/bin"}
-    calls = tmp_path / "calls"
-    watchers: list[int] = []
+    environment |= {"HOME": str(home), "PATH": f"{programs}:/usr/bin:/bin"}
+    calls = home / "calls"
+    started: list[int] = []
     try:
-        for number in (1, 2):  # the second time as `ray up` does on a node that is up already
-            for line in load(CLOUD[cloud])["worker_start_ray_commands"]:
+        for number in (1, 2):
+            for line in commands:
                 shell = f"(export RAY_HEAD_IP=10.0.0.1; {line})"
                 subprocess.run(["bash", "-c", shell], env=environment, check=True, timeout=50)
-            watchers.append(int((tmp_path / "node-watcher.pid").read_text()))
-            _wait_until(lambda number=number: calls.read_text().count("node-watcher") == number)
-        assert sorted(set(calls.read_text().splitlines())) == [
-            f"orchestrator node-watcher --source {cloud} --address 10.0.0.1:6379 mode=token",
-            "ray start --address=10.0.0.1:6379 --metrics-export-port=8080 mode=token",
-            "ray stop mode=",
-        ]
-        _wait_until(lambda: not _runs(watchers[0]))
-        assert _runs(watchers[1])
+            (pid_file,) = home.glob("*.pid")
+            started.append(int(pid_file.read_text()))
+            _wait_until(lambda number=number: calls.read_text().count(what_stays) == number)
+        _wait_until(lambda: not _runs(started[0]))
+        assert _runs(started[1])
+        yield sorted(set(calls.read_text().splitlines()))
     finally:
-        for pid in watchers:
+        for pid in [*started, *map(int, (home / "blocks").read_text().split())]:
             if _runs(pid):
-                os.kill(pid, 15)
+                os.kill(pid, 9)
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

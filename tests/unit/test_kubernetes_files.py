@@ -154,6 +154,20 @@ def test_workers_start_under_the_watcher_and_have_time_to_drain(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_a_gcs_finds_its_tables_again_when_its_container_is_started_again(kind: str) -> None:
+    head, *rest = pods(cluster_specs()[kind])
+    [container] = head["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["RAY_gcs_storage"] == "rocksdb"
+    places = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "tables"}
+    assert str(Path(environment["RAY_gcs_storage_path"]).parent) in places
+    assert {"name": "tables", "emptyDir": {}} in head["volumes"], "which lives as long as the pod"
+    for pod in (head, *rest):
+        [container] = pod["containers"]
+        assert {"name": "RAY_gcs_rpc_server_reconnect_timeout_s", "value": "600"} in container["env"]
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
 def test_every_pod_mounts_the_claim_and_has_the_same_image(kind: str) -> None:
     claim = of_kind("PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
