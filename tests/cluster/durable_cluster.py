@@ -59,7 +59,7 @@ class DurableCluster:
                         f"--temp-dir={self.home / 'ray'}")  # fmt: skip
 
     def start_head_of(self, launcher: Path) -> None:
-        """By the commands of a launcher file: with its own ports, and with what two heads on one machine would share."""
+        """By the commands of a launcher file: with ports and directories of its own."""
         programs = self.home / "bin"
         programs.mkdir()
         (programs / "ray").write_text(
