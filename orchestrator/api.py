@@ -40,7 +40,7 @@ class RunResult:
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     faults_not_fired: list[int] = field(default_factory=list)
     model: dict[str, Any] | None = None
-    """Of a model's directory: which tensors are new, left out or untied."""
+    """Of a model's directory: which tensors are new, left out or untied; of any model: which are unused."""
 
 
 def run(

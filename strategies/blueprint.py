@@ -118,9 +118,7 @@ class Blueprint:
 
     def check_pipeline(self, stages: int, context: contextlib.AbstractContextManager[Any] | None = None) -> None:
         """Raises ValueError when the network, computed in `context` (autocast), cannot be cut into stages."""
-        if self.cannot_cut:
-            raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {self.cannot_cut}")
-        self._refuse_shared("pipeline", stages)
+        _refuse_cut(self.cannot_cut, self._sites, stages)
         self._refuse_work_between_modules(stages, contextlib.nullcontext() if context is None else context)
 
     def _refuse_work_between_modules(self, stages: int, context: contextlib.AbstractContextManager[Any]) -> None:
@@ -366,6 +364,23 @@ def _read_styles(model: nn.Module) -> dict[str, str]:
         styles[name] = style
     _refuse_whole_layers(model, styles)
     return styles
+
+
+def check_cut(model: nn.Module, stages: int, parts: int) -> None:
+    """What can be said without computing: raises ValueError for a model, which may be without weights, that cannot be
+    cut into `parts`, which are those of `stages` together."""
+    cannot_cut, *_, layers, _ = _read_plan(model)
+    _refuse_cut(cannot_cut, _sites(model, dict(model.named_parameters())), stages)
+    number = len(model.get_submodule(layers or ""))  # type: ignore[arg-type]
+    if parts > number:
+        raise ValueError(f"pipeline {stages} needs at least {parts} layers for its model parts; {layers} has {number}")
+
+
+def _refuse_cut(cannot_cut: str, sites: Mapping[str, list[tuple[str, str]]], stages: int) -> None:
+    if cannot_cut:
+        raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {cannot_cut}")
+    if shared := [name for name, places in sites.items() if len(places) > 1]:
+        raise ValueError(_shared_reason("pipeline", stages, shared))
 
 
 def check_tensor(model: nn.Module, degree: int) -> None:

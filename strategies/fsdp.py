@@ -64,6 +64,7 @@ class ShardedPart:
             group = block._get_fsdp_state()._fsdp_param_group
             if group is None:
                 continue
+            _give_all_a_gradient(group)
             params = group.fsdp_params
             entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
             groups.append(_Group(entries, fabric.plane))
@@ -101,6 +102,22 @@ class ShardedPart:
     def close(self) -> None:
         """Gives the modules up."""
         self.modules, self.groups = [], []
+
+
+def _give_all_a_gradient(group: Any) -> None:
+    """FSDP2 hands on nothing of parameters that a pass did not use (an expert without tokens, or what no loss
+    depends on), which would shift those behind them; here they have a gradient of zero, as without shards. (From
+    torch 2.13 on set_reduce_scatter_unused_params does it.)"""
+    hand_on = group.post_backward
+
+    def post_backward(*unused: Any) -> None:
+        for parameter in group.fsdp_params:
+            whole = getattr(parameter, "_unsharded_param", None)
+            if whole is not None and whole.grad is None and parameter.unsharded_accumulated_grad is None:
+                whole.grad = torch.zeros_like(whole)
+        hand_on(*unused)
+
+    group.post_backward = post_backward
 
 
 class _Gather(AllGather):
@@ -164,7 +181,9 @@ class _Group(ReduceScatter):
         ranks, length = self._plane.world_size, self._length
         if input_tensor.numel() != ranks * length:
             names = ", ".join(slot.name for slot, _ in self.entries[:3])
-            raise RuntimeError(f"a parameter of {names}, ... got no gradient; shard: parameters needs one for each")
+            raise RuntimeError(
+                f"the gradients of {names}, ... have {input_tensor.numel()} elements, not {ranks * length}"
+            )
         if self.is_spoiled:
             input_tensor.fill_(torch.nan)
             self.is_spoiled = False

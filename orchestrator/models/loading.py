@@ -7,7 +7,7 @@ import importlib
 import os
 import pickle
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,10 +38,12 @@ class Loaded:
     """Tensors that began as copies of the embedding, which they shared in the directory."""
 
 
-def loaded_of(model: nn.Module) -> dict[str, Any] | None:
-    """What `build_model` noted about loading this model: `Loaded` as JSON values; None for all other models."""
+def loaded_of(model: nn.Module, unused: Collection[str] = ()) -> dict[str, Any] | None:
+    """What `build_model` noted about loading this model, `Loaded` as JSON values, and the trained parameters that its
+    loss does not depend on; None where there is neither."""
     found = getattr(model, "_orchestrator_loaded", None)
-    return None if found is None else {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(found).items()}
+    told = {} if found is None else {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(found).items()}
+    return (told | ({"unused": sorted(unused)} if unused else {})) or None
 
 
 def build_model(job: Job, vocab_size: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
@@ -11,6 +12,7 @@ from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config
 from orchestrator.models.errors import ModelError
 from orchestrator.models.loading import check_vocabulary, config_in, empty_model, from_factory
+from orchestrator.planning.schedule import chunks_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,10 +137,16 @@ def _field(job: Job, config: Any, name: str) -> str:
 
 
 def _check_layout(job: Job, model: nn.Module) -> None:
-    from strategies.blueprint import check_tensor
+    from strategies.blueprint import check_cut, check_tensor
 
-    try:
-        if job.strategy.tensor > 1:
-            check_tensor(model, job.strategy.tensor)
-    except ValueError as error:
-        raise ModelError([Finding(("strategy.tensor",), str(error))]) from error
+    tensor, pipeline = job.strategy.tensor, job.strategy.pipeline
+    checks: dict[str, tuple[int, Callable[[], None]]] = {
+        "tensor": (tensor, lambda: check_tensor(model, tensor)),
+        "pipeline": (pipeline, lambda: check_cut(model, pipeline, pipeline * chunks_of(job.strategy.schedule))),
+    }
+    for name, (degree, check) in checks.items():
+        try:
+            if degree > 1:
+                check()
+        except ValueError as error:
+            raise ModelError([Finding((f"strategy.{name}",), str(error))]) from error

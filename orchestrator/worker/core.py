@@ -153,7 +153,7 @@ class Worker:
             elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
             costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
             flops_per_token=build.flops_per_token(job), peak_flops=peak_flops(job, device),
-            loaded=loaded_of(self.state.blueprint.model),
+            loaded=loaded_of(self.state.blueprint.model, self.state.blueprint.unused),
             lateness_s=round(self._lateness.recent_s(), 3),
         )  # fmt: skip
         self._lateness.close()  # From here on the reporting thread sees for itself.

@@ -20,6 +20,7 @@ from strategies.placement import Domain, place_state, trained_spans
 from strategies.state import TrainingState, state_digest
 from strategies.statemap import NOTHING, Spans, whole
 from strategies.step import StepEngine, exchange
+from strategies.trial import Trial, try_model
 from tests.ranks.local_ranks import HOST, Endpoint
 from tests.small_models import LAYERS, VOCABULARY, family, own
 
@@ -33,7 +34,37 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
     """A model of tests.small_models; dropout in its attention, or where it has any."""
     if name == "own":
         return own(dropout)
+    if name == "spare":
+        return with_spares(dropout)
+    if name == "drifting":
+        return drifting()
     return family(name, attention_dropout=dropout)
+
+
+def with_spares(dropout: float) -> torch.nn.Module:
+    """A llama with parameters that its loss does not depend on: in a layer, beside the layers, and at the top."""
+    model: Any = family("llama", attention_dropout=dropout)
+    generator = torch.Generator().manual_seed(5)
+    for place in (model.model.layers[1].mlp, model.model, model):
+        place.spare = torch.nn.Linear(3, 5)
+        for parameter in place.spare.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return model  # type: ignore[no-any-return]
+
+
+def drifting() -> torch.nn.Module:
+    """A llama whose second layer changes what it keeps, from its 100th call on."""
+    model: Any = family("llama")
+    calls = []
+
+    def drift(layer: torch.nn.Module, *unused: Any) -> None:
+        calls.append(1)
+        if len(calls) >= 100:
+            layer.self_attn.rate = len(calls)
+
+    model.model.layers[1].self_attn.rate = 0
+    model.model.layers[1].register_forward_pre_hook(drift)
+    return model  # type: ignore[no-any-return]
 
 
 def even_parts(number: int) -> tuple[tuple[int, int], ...]:
@@ -93,7 +124,9 @@ def make_engine(
     dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama"
 ) -> StepEngine:
     def blueprint() -> Blueprint:
-        return Blueprint(model_of(model, dropout), tensor=tensor, device=CPU)
+        made = model_of(model, dropout)
+        trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if model == "spare" else Trial()
+        return Blueprint(made, tensor=tensor, device=CPU, unused=trial.unused)
 
     state = TrainingState(blueprint(), OptimizerSpec(optimizer), lambda: blueprint().initial)
     return StepEngine(state, spec, fetch)

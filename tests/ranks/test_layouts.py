@@ -8,13 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 import strategies.state
+from strategies.fabric import Fabric
 from strategies.layout import SCHEDULES, SHARDS, ParallelLayout
+from strategies.placement import Domain
 from strategies.relayout import WINDOW
-from strategies.statemap import plan_transfers
-from tests.ranks.laid_out import Stretch, Trained, as_numbers, layout_of, make_engine, train, train_each
-from tests.ranks.local_ranks import Endpoint, run_ranks
+from strategies.statemap import plan_transfers, whole
+from tests.ranks.laid_out import (
+    CPU,
+    Stretch,
+    Trained,
+    as_numbers,
+    layout_of,
+    make_engine,
+    model_of,
+    run_stretch,
+    train,
+    train_each,
+)
+from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 
 TWO_PARTS = ("interleaved-1f1b", "zero-bubble")
 """Schedules that have two model parts on a stage."""
@@ -88,6 +102,67 @@ def test_stages_may_have_any_blocks(shard: str) -> None:
 def test_layouts_of_other_models_are_one_rank(model: str) -> None:
     layouts = [layout_of(2, 2, 1, "parameters"), layout_of(2, 2, 1, "gradients", "zero-bubble"), layout_of(3)]
     assert_all_give(expected(dropout=0.1, model=model), layouts, dropout=0.1, model=model)
+
+
+def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_every_layout() -> None:
+    """As torch leaves those that have no gradient: neither moved nor decayed, wherever they are held."""
+    model = model_of("spare")
+    initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".spare." in f".{name}"}
+    assert len(initial) == 6
+    layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
+    layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
+    layouts += [layout_of(1, 3), layout_of(2, 2, 1, "parameters", parts=((0, 1), (1, 6)))]
+    assert_all_give(expected(dropout=0.1, model="spare"), layouts, dropout=0.1, model="spare")
+    alone = run_ranks(1, spares_after, Stretch(layout_of()))[0]
+    assert alone.keys() == initial.keys()
+    assert all(torch.equal(alone[name], initial[name]) for name in initial)
+    stretches = [Stretch(layout_of(2, tensor=2, shard="parameters")), Stretch(layout_of(1, 2, 2))]
+    split = run_ranks(4, train, stretches, 0.0, 2, "fp32", None, "spare")
+    once = run_ranks(2, train, [Stretch(layout_of(tensor=2), 4)], 0.0, 2, "fp32", None, "spare")
+    assert as_numbers(split[0]) == as_numbers(once[0])
+
+
+def spares_after(rank: int, address: Endpoint, stretch: Stretch) -> dict[str, torch.Tensor]:
+    """The unused parameters after some steps of one rank."""
+    engine = make_engine(model="spare")
+    fabric = Fabric(rank=rank, layout=stretch.layout, device=CPU)
+    fabric.form(store_address=address, prefix="spares", host=HOST, timeout_s=20.0)
+    try:
+        held = [whole(engine.state.space.size, engine.state.space.tensor)]
+        run_stretch(engine, fabric, stretch, held, [Domain("", "0")], 1, 0, Trained())
+    finally:
+        fabric.drop()
+    values = {name.removeprefix("model."): tensor.clone() for name, tensor in engine.state.named()}
+    return {name: values[name] for name in engine.state.blueprint.unused}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [layout_of(2), layout_of(2, 1, 1, "parameters"), layout_of(1, 2, schedule="zero-bubble"), layout_of(tensor=2)],
+    ids=ParallelLayout.describe,
+)
+def test_a_model_that_changes_itself_after_many_steps_ends_its_step_in_every_layout(layout: ParallelLayout) -> None:
+    found = run_ranks(layout.world_size, changes, Stretch(layout, 20))
+    assert any("ModelChanged: the model has changed 'model.layers.1.self_attn.rate'" in text for text, _ in found), (
+        found
+    )
+    assert all(steps == found[0][1] and 0 < steps < 20 for _, steps in found), "no rank has more steps than another"
+
+
+def changes(rank: int, address: Endpoint, stretch: Stretch) -> tuple[str, int]:
+    """How training ends, and how many steps were made until then."""
+    engine = make_engine(model="drifting", tensor=stretch.layout.tensor)
+    seen = Trained()
+    fabric = Fabric(rank=rank, layout=stretch.layout, device=CPU)
+    fabric.form(store_address=address, prefix="changes", host=HOST, timeout_s=20.0)
+    held = [whole(engine.state.space.size, engine.state.space.tensor)] * stretch.layout.world_size
+    try:
+        run_stretch(engine, fabric, stretch, held, [Domain("", str(n)) for n in range(len(held))], 1, 0, seen)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", len(seen.losses)
+    finally:
+        fabric.drop()
+    return "", len(seen.losses)
 
 
 def test_layouts_in_bf16_are_one_rank() -> None:

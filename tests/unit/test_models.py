@@ -433,3 +433,30 @@ def test_a_sentencepiece_directory_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds a SentencePiece model .*sentencepiece") as caught:
         load_tokenizer(str(tmp_path))
     assert "tiktoken" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------ pipelines
+
+
+def cut(job: Job, pipeline: int, schedule: str = "1f1b") -> Job:
+    """The job with a pipeline, past what the job file alone can tell."""
+    strategy = job.strategy.model_copy(update={"pipeline": pipeline, "schedule": schedule})
+    return job.model_copy(update={"strategy": strategy})
+
+
+def test_a_pipeline_that_the_model_cannot_be_cut_for_is_found_before_anything_is_started(tmp_path: Path) -> None:
+    directory = tied_in(tmp_path / "tied")
+    assert "parameters that two modules share" in why(cut(job_of(str(directory)), 2))
+    untied = job_of(str(directory), untie=True)
+    check_model(cut(untied, 2))
+    assert "needs at least 3 layers for its model parts; model.layers has 2" in why(cut(untied, 3))
+    assert "needs at least 4 layers" in why(cut(untied, 2, "zero-bubble"))
+    assert "no pp_plan" in why(cut(job_of({"model_type": "gpt2", **GPT2}), 2))
+
+
+def test_parameters_that_no_loss_depends_on_are_told(tmp_path: Path) -> None:
+    model = build_model(job_of({"model_type": "llama", **SMALL}), 257)
+    assert loaded_of(model) is None
+    assert loaded_of(model, {"b", "a"}) == {"unused": ["a", "b"]}
+    loaded = build_model(job_of(str(tied_in(tmp_path / "tied"))), 257)
+    assert loaded_of(loaded, {"x"}) == {**(loaded_of(loaded) or {}), "unused": ["x"]}
