@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from monitoring.logs import LEVELS, LogRecord, parse_line
 from monitoring.outside import Unreadable, open_regular
@@ -18,6 +19,8 @@ from monitoring.outside import Unreadable, open_regular
 _OURS = re.compile(r"(controller-\d+|worker-(\d+)\.\d+|driver)\.log(?:\.(\d+))?")
 _RAYS = re.compile(r"worker-[0-9a-f]{16,}.*?(?:-(\d+))?\.(out|err)")
 _HEAD_BYTES = 64
+MOST_LINE_BYTES = 1 << 20
+"""A longer line comes in pieces of this, as if it were several: it may be as long as a disk."""
 _RAYS_MARK = re.compile(r":(job_id|actor_name|task_name):.*")
 
 
@@ -82,20 +85,22 @@ class LogFiles:
                 if opened.read(len(file.head)) != file.head or found.st_size < file.offset:
                     file = self._read[found.st_ino] = _File()
                 opened.seek(file.offset)
-                lines = opened.readlines()
+                yield from self._lines(path, file, opened, found.st_mtime)
         except (OSError, Unreadable):
             return  # rotated away between two looks: it is read under its new name
-        if not file.head and lines:
-            file.head = lines[0][:_HEAD_BYTES]
+
+    def _lines(self, path: Path, file: _File, opened: BinaryIO, written: float) -> Iterator[LogRecord]:
         rays = _RAYS.fullmatch(path.name)
-        for raw in lines:
-            if not raw.endswith(b"\n"):
+        while raw := opened.readline(MOST_LINE_BYTES):
+            if not file.head:
+                file.head = raw[:_HEAD_BYTES]
+            if not raw.endswith(b"\n") and len(raw) < MOST_LINE_BYTES:
                 return
             file.offset += len(raw)
             line = raw.decode("utf-8", "replace").rstrip("\r\n")
             if rays is not None:
                 if line and not _RAYS_MARK.fullmatch(line):
-                    yield LogRecord(found.st_mtime, "", line, path.name, worker=self.slots.get(int(rays[1] or -1)))
+                    yield LogRecord(written, "", line, path.name, worker=self.slots.get(int(rays[1] or -1)))
             elif (record := parse_line(line, path.name)) is not None:
                 file.last = record
                 yield record

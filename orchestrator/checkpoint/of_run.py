@@ -72,10 +72,15 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
         raise RunDirectoryError(
             f"{parent.path} is at step {step}, and train.steps = {job.train.steps}: a fork would have nothing to do"
         )
+    records = list(itertools.islice(read_records(parent.metrics), step))
+    records += _steps_of(catalog, step, len(records))
+    if len(records) < step:
+        raise RunDirectoryError(
+            f"{parent.path} cannot be forked: {len(records)} of the {step} steps of its checkpoint are on record"
+        )
     holder = catalog.holder_of(step)
     target.path.parent.mkdir(parents=True, exist_ok=True)
     target.path.mkdir(mode=0o700)
-    records = itertools.islice(read_records(parent.metrics), step)
     target.metrics.write_text("".join(json_text(record) + "\n" for record in records), encoding="utf-8")
     target.write_json(
         "fork.json", {"step": step, "from": str(parent.path), "url": holder.storage.locate(""), "run": holder.run}
@@ -103,15 +108,22 @@ def _missing_steps(catalog: Catalog, recorded: int) -> list[dict[str, Any]]:
     for committed in catalog.steps():
         if committed <= recorded:
             break
-        try:
-            known = {record.get("step"): record for record in catalog.open(committed, keyless=True).manifest.steps}
-        except CheckpointError as error:
-            log.warning("a checkpoint that is newer than the record is passed over: %s", error)
-            continue
-        wanted = [known.get(step, {}) for step in range(recorded, committed)]
-        if all(_is_step(record) for record in wanted):
-            return wanted
-        log.warning("the checkpoint of %d steps cannot be used: only %d are on record", committed, recorded)
+        if found := _steps_of(catalog, committed, recorded):
+            return found
+    return []
+
+
+def _steps_of(catalog: Catalog, committed: int, recorded: int) -> list[dict[str, Any]]:
+    """The records from step `recorded` on that the checkpoint of `committed` steps brings; none when it lacks any."""
+    try:
+        known = {record.get("step"): record for record in catalog.open(committed, keyless=True).manifest.steps}
+    except CheckpointError as error:
+        log.warning("a checkpoint that is newer than the record is passed over: %s", error)
+        return []
+    wanted = [known.get(step, {}) for step in range(recorded, committed)]
+    if all(_is_step(record) for record in wanted):
+        return wanted
+    log.warning("the checkpoint of %d steps cannot be used: only %d are on record", committed, recorded)
     return []
 
 

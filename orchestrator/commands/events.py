@@ -13,7 +13,7 @@ from monitoring.follow import Tail, describe_event
 from monitoring.outside import json_text
 from monitoring.records import passed_over_text
 from monitoring.terminal.clean import clean
-from orchestrator.commands.following import POLL_S, is_abandoned
+from orchestrator.commands.following import POLL_S, Abandonment
 from orchestrator.rundir import RunDirectory
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -41,9 +41,10 @@ def events(
     ends or is given up."""
     tail = Tail(directory.events)
     started: float | None = None
+    abandonment = Abandonment(directory)
     while True:
         # Looked at before the file is: what is written until then is still read.
-        abandoned = follow and is_abandoned(directory)
+        abandoned = follow and abandonment.has_come()
         over = False
         for event in tail.new():
             started = started if started is not None else when(event)

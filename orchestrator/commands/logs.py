@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from monitoring.follow import Tail
 from monitoring.log_files import LogFiles
 from monitoring.logs import describe
 from monitoring.outside import json_text
 from monitoring.terminal.clean import clean_lines
-from orchestrator.commands.following import POLL_S, is_abandoned
+from orchestrator.commands.following import POLL_S, Abandonment
 from orchestrator.rundir import RunDirectory
 
 
@@ -21,9 +20,9 @@ def logs(
     slots: dict[int, int] = {}
     files = LogFiles(directory.path / "logs", worker, level, slots)
     events = Tail(directory.events)
-    over: Callable[[], bool] = lambda: _is_over(directory)  # noqa: E731
+    abandonment = Abandonment(directory)
     while True:
-        ends = not follow or over()
+        ends = not follow or _is_over(directory, abandonment)
         for event in events.new():
             if event["kind"] == "worker_ready":
                 slots[event["pid"]] = event["worker"]
@@ -34,6 +33,6 @@ def logs(
         time.sleep(POLL_S)
 
 
-def _is_over(directory: RunDirectory) -> bool:
+def _is_over(directory: RunDirectory, abandonment: Abandonment) -> bool:
     ended = directory.read_json("result.json") is not None
-    return (ended and not directory.is_steered) or is_abandoned(directory)
+    return (ended and not directory.is_steered) or abandonment.has_come()

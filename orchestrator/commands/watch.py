@@ -9,7 +9,7 @@ from monitoring.follow import summary
 from monitoring.outside import json_text
 from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import RunFacts
-from orchestrator.commands.following import is_abandoned
+from orchestrator.commands.following import Abandonment
 from orchestrator.rundir import RunDirectory
 
 HISTORY = 10
@@ -29,10 +29,11 @@ def watch(directory: RunDirectory, *, as_json: bool) -> str:
 def _watch(directory: RunDirectory, facts: RunFacts) -> str:
     job = directory.read_json("job.resolved.json") or {}
     train = job.get("train", {})
+    abandonment = Abandonment(directory)
     with Display(
         directory.path, train.get("steps", 0), train.get("log_every", 1), history=HISTORY, facts=facts
     ) as shown:
-        while not _is_over(directory, facts):
+        while not _is_over(directory, facts, abandonment):
             shown.update()
             time.sleep(REFRESH_S)
     print()
@@ -47,8 +48,9 @@ def _watch(directory: RunDirectory, facts: RunFacts) -> str:
 def _watch_json(directory: RunDirectory, facts: RunFacts) -> str:
     facts.run = directory.run_id
     before = ""
+    abandonment = Abandonment(directory)
     while True:
-        over = _is_over(directory, facts)
+        over = _is_over(directory, facts, abandonment)
         facts.refresh()
         facts.run = directory.run_id
         line = json_text(facts.as_json(alive=not over))
@@ -60,7 +62,7 @@ def _watch_json(directory: RunDirectory, facts: RunFacts) -> str:
         time.sleep(REFRESH_S)
 
 
-def _is_over(directory: RunDirectory, facts: RunFacts) -> bool:
+def _is_over(directory: RunDirectory, facts: RunFacts, abandonment: Abandonment) -> bool:
     """Whether the end is on record (result.json comes last), or nobody is there to record it."""
     facts.refresh_files()
-    return (facts.result is not None and not directory.is_steered) or is_abandoned(directory)
+    return (facts.result is not None and not directory.is_steered) or abandonment.has_come()

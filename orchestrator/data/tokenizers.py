@@ -200,8 +200,7 @@ def _from_file(name: str, path: Path) -> Tokenizer:
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(path))
-    config = path.with_name("tokenizer_config.json")
-    declared = json.loads(config.read_text("utf-8")).get("eos_token") if config.is_file() else None
+    declared = _tokenizer_config(path.parent).get("eos_token")
     if isinstance(declared, dict):  # an added token written out with its flags
         declared = declared.get("content")
     candidates = [declared] if declared else list(_END_TOKENS)
@@ -211,7 +210,7 @@ def _from_file(name: str, path: Path) -> Tokenizer:
         said = f"several ({', '.join(found)})" if found else f"none (looked for {', '.join(candidates)})"
         raise DataError(
             f"data.tokenizer: {name} must have one end-of-sequence token, which marks the end of a document, "
-            f"but has {said}; name it as eos_token in {config}"
+            f"but has {said}; name it as eos_token in {path.with_name('tokenizer_config.json')}"
         )
     return FastTokenizer(backend, next(iter(found.values())))
 

@@ -21,10 +21,11 @@ from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import KeyProblem, Secret, find_key, read_key
 from orchestrator.checkpoint.manifest import CheckpointError, Manifest, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
-from orchestrator.checkpoint.of_run import catch_up
+from orchestrator.checkpoint.of_run import catalog_of, catch_up, fork
 from orchestrator.checkpoint.parts import write_part
 from orchestrator.checkpoint.storage import LocalStorage, Patient
-from orchestrator.rundir import RunDirectory
+from orchestrator.job import Job
+from orchestrator.rundir import RunDirectory, RunDirectoryError
 from tests.unit.checkpoints_in_tests import (
     RUN,
     SECRET,
@@ -561,3 +562,25 @@ def test_the_record_does_not_catch_up_with_a_checkpoint_that_is_damaged(tmp_path
     manifest = tmp_path / "checkpoints" / "step-00000002" / "MANIFEST.json"
     manifest.write_bytes(manifest.read_bytes().replace(b"hash of 1", b"hash of 7"))
     assert catch_up(directory, catalog) == 0
+
+
+@pytest.mark.parametrize(("recorded", "known"), [(6, []), (3, range(2, 6)), (3, range(4, 6))])
+def test_a_fork_of_a_checkpoint_that_is_newer_than_the_record_has_all_its_steps(
+    tmp_path: Path, recorded: int, known: Iterable[int]
+) -> None:
+    job = Job.load(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    parent, target = RunDirectory(tmp_path / "parent"), RunDirectory(tmp_path / "fork")
+    parent.create("", job.resolved())
+    parent.metrics.write_text("".join(json.dumps(step_record(step)) + "\n" for step in range(recorded)))
+    catalog = catalog_of(parent, job)
+    save = Save(6, 1, 0)
+    _, part = write_part(catalog.storage, save, 0, 6, chunks_of(tensors(), 0, 1), None)
+    catalog.commit(save, {0: part}, replace(describe(tensors()), steps=[step_record(step) for step in known]))
+    if recorded + len(list(known)) < 6:
+        with pytest.raises(RunDirectoryError, match="3 of the 6 steps"):
+            fork(parent, target, job, None)
+        assert not target.path.exists()
+        return
+    assert fork(parent, target, job, None) == 6
+    assert list(read_records(target.metrics)) == [step_record(step) for step in range(6)]
+    assert len(list(read_records(parent.metrics))) == recorded, "which is not touched"

@@ -1072,6 +1072,17 @@ def test_a_checkpoint_that_is_not_for_this_job_is_for_a_person_to_sort_out() -> 
     assert (finish.status, finish.reason) == ("failed", "encrypted with another key")
 
 
+def test_what_is_the_jobs_fault_ends_the_run_at_once() -> None:
+    """A model that changes what it keeps would do so again, whoever computes: nobody is replaced."""
+    stage = Stage(total_steps=9, max_workers=2).running(W0, W1)
+    stage.train(3)
+    asked = len(of(RequestWorker, stage.told))
+    finish = the(Finish, stage.leave(W0, "job", 3, detail="the model has changed 'layers.1.rate'"))
+    assert (finish.status, finish.reason) == ("failed", "the model has changed 'layers.1.rate'")
+    assert len(of(RequestWorker, stage.told)) == asked
+    assert records(stage.told, "incident") == []
+
+
 def test_states_that_differ_fail_the_run() -> None:
     stage = Stage(total_steps=3, max_workers=2).running(W0, W1)
     stage.train(3)

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from monitoring import logs
-from monitoring.log_files import LogFiles
+from monitoring.log_files import MOST_LINE_BYTES, LogFiles
 from monitoring.logs import LogContext, LogRecord, logging_to, parse_line
 from orchestrator.cli import app
 from orchestrator.job import Job
@@ -186,6 +186,19 @@ def test_rotation_loses_nothing_for_those_who_follow(tmp_path: Path, monkeypatch
     assert len(list((tmp_path / "logs").iterdir())) == 1 + logs.BACKUPS
     late = [record.message for record in read(tmp_path / "logs")]
     assert late == [f"record {number}" for number in range(200 - len(late), 200)], "oldest first over all files"
+
+
+def test_a_line_as_long_as_a_disk_is_read_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "worker-0.0.log"
+    with path.open("wb") as file:
+        file.write(b"2026-08-02T22:21:51.123Z INFO [run=r] a: first\n")
+        file.seek(3 * MOST_LINE_BYTES)
+        file.write(b"x\n2026-08-02T22:21:52.123Z INFO [run=r] a: last\n")
+    records = LogFiles(tmp_path).new()
+    assert records[0].message == "first"
+    assert records[-1].message == "last"
+    assert all(len(record.message) <= MOST_LINE_BYTES for record in records)
+    assert 3 <= len(records) - 2 <= 4
 
 
 def test_the_command_merges_follows_and_prints_json(tmp_path: Path) -> None:

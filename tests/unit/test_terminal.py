@@ -190,16 +190,46 @@ def test_watch_of_a_run_that_nobody_steers_any_more(tmp_path: Path, monkeypatch:
     assert f"orchestrator resume {path}" in done.stdout
 
 
+def is_abandoned(directory: RunDirectory, **patience: float) -> bool:
+    """At the first look."""
+    return following.Abandonment(directory, **patience).has_come()
+
+
+def test_how_long_nothing_came_is_measured_and_not_told_by_the_wall_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(make_run(tmp_path))
+    for path in (directory.events, directory.metrics, directory.path / "job.resolved.json"):
+        os.utime(path, (T0, T0))
+    wall, steady = [T0 + 1], [50.0]
+    monkeypatch.setattr(time, "time", lambda: wall[0])
+    monkeypatch.setattr(time, "monotonic", lambda: steady[0])
+    abandonment = following.Abandonment(directory)
+    assert not abandonment.has_come()
+    wall[0] += 3600
+    assert not abandonment.has_come(), "the clock was set"
+    steady[0] += following.PATIENCE_S - 2
+    assert not abandonment.has_come()
+    os.utime(directory.events, (T0 - 60, T0 - 60))  # by a machine whose clock was set back
+    os.utime(directory.metrics, (T0 + 1, T0 + 1))
+    assert not abandonment.has_come()
+    steady[0] += following.PATIENCE_S - 1
+    assert not abandonment.has_come(), "that was a sign of life"
+    wall[0] -= 7200
+    steady[0] += 2
+    assert abandonment.has_come()
+
+
 def test_a_controller_that_is_restarted_is_waited_for(tmp_path: Path) -> None:
     directory = RunDirectory(make_run(tmp_path))
     newest = directory.events.stat().st_mtime
     for path in (directory.events, directory.metrics):
         os.utime(path, (newest, newest))
     os.utime(directory.path / "job.resolved.json", (newest - 1, newest - 1))
-    assert not following.is_abandoned(directory, patience_s=time.time() - newest + 60)
-    assert following.is_abandoned(directory, patience_s=-1.0)
+    assert not is_abandoned(directory, patience_s=time.time() - newest + 60)
+    assert is_abandoned(directory, patience_s=-1.0)
     with steered(directory.path):
-        assert not following.is_abandoned(directory, patience_s=-1.0)
+        assert not is_abandoned(directory, patience_s=-1.0)
 
 
 def started_at(path: Path, started: float, said: float | None = None) -> RunDirectory:
@@ -222,12 +252,12 @@ def test_a_run_that_died_before_its_first_event_is_given_up(
     patience = following.START_PATIENCE_S
     assert patience > following.PATIENCE_S
     silent = started_at(tmp_path / "silent", T0 - patience - 1)
-    assert following.is_abandoned(silent)
+    assert is_abandoned(silent)
     with steered(silent.path):
-        assert not following.is_abandoned(silent)
-    assert not following.is_abandoned(started_at(tmp_path / "new", T0 - patience + 1)), "Ray may still be starting"
-    assert not following.is_abandoned(started_at(tmp_path / "busy", T0 - 2 * patience, T0 - patience + 1))
-    assert following.is_abandoned(started_at(tmp_path / "dead", T0 - 3 * patience, T0 - 2 * patience))
+        assert not is_abandoned(silent)
+    assert not is_abandoned(started_at(tmp_path / "new", T0 - patience + 1)), "Ray may still be starting"
+    assert not is_abandoned(started_at(tmp_path / "busy", T0 - 2 * patience, T0 - patience + 1))
+    assert is_abandoned(started_at(tmp_path / "dead", T0 - 3 * patience, T0 - 2 * patience))
 
 
 @pytest.mark.parametrize(
@@ -260,9 +290,9 @@ def test_a_run_that_is_resumed_is_not_given_up_before_it_recorded_anything(
         os.utime(path, (T0 - 1e6, T0 - 1e6))
     os.utime(tmp_path / "job.resolved.json", (T0 - 60, T0 - 60))
     monkeypatch.setattr(time, "time", lambda: T0)
-    assert not following.is_abandoned(directory)
+    assert not is_abandoned(directory)
     monkeypatch.setattr(time, "time", lambda: T0 + following.START_PATIENCE_S)
-    assert following.is_abandoned(directory)
+    assert is_abandoned(directory)
 
 
 def test_the_panel_shows_what_status_shows(tmp_path: Path) -> None:
