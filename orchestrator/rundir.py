@@ -207,7 +207,7 @@ class RunDirectory:
 
         Raises RunDirectoryError when another process has it.
         """
-        descriptor = self._open_lock()
+        descriptor = self._open_lock(".lock")
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -223,9 +223,9 @@ class RunDirectory:
                 ) from error
             return descriptor
 
-    def _open_lock(self) -> int:
+    def _open_lock(self, name: str) -> int:
         with self.own_umask():
-            return os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+            return os.open(self.path / name, os.O_CREAT | os.O_RDWR, 0o666)
 
     @contextmanager
     def probe_lock(self) -> Iterator[bool]:
@@ -260,7 +260,7 @@ class RunDirectory:
 
         Raises RunDirectoryError when another does.
         """
-        descriptor = os.open(self.path / ".driver", os.O_CREAT | os.O_RDWR)
+        descriptor = self._open_lock(".driver")
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

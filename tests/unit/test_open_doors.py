@@ -40,8 +40,8 @@ def filled(directory: RunDirectory) -> RunDirectory:
     directory.write_json("environment.json", {})
     directory.next_epoch()
     directory.request("stop")
-    with directory.probe_lock():
-        pass
+    with directory.driving():
+        os.close(directory.lock())
     return directory
 
 
