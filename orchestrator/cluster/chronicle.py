@@ -52,6 +52,7 @@ class Chronicle:
         self._events = RecordFile(directory.events, shed=_shed_event)
         self._steps = RecordFile(directory.metrics, shed=_shed_step)
         self._unwritten_since: float | None = None
+        self._most_waiting = 0
         self.past_events = list(read_records(directory.events))
         self.past_steps = list(read_records(directory.metrics))
         self.committed = len(self.past_steps)
@@ -96,6 +97,7 @@ class Chronicle:
     def _write(self, events: list[dict[str, Any]]) -> None:
         for event in events:
             self._events.append(event)
+            self._see_what_waits()
             self.metrics.on_event(event)
             self._note(event)
 
@@ -140,6 +142,7 @@ class Chronicle:
             if every > 1 and report.step % every:
                 record["ranks"] = ()
             self._steps.append(record)
+            self._see_what_waits()
             self.committed += 1
             self.tokens += report.tokens
             self.last_step = record
@@ -201,19 +204,24 @@ class Chronicle:
     def flush(self, now: float) -> bool:
         """Writes what waits, if it can be written now; whether nothing waits any more. To be called now and then."""
         with self._lock:
-            waiting = self._steps.num_waiting + self._events.num_waiting
+            self._see_what_waits()
             dropped = self._events.dropped
             written = self._steps.flush() and self._events.flush()
-            if not written:
-                self._unwritten_since = self._unwritten_since or now
-            elif waiting or self._unwritten_since is not None:
-                since, self._unwritten_since = self._unwritten_since or now, None
-                self.record("records_delayed", {"records": waiting, "seconds": round(now - since, 1)})
+            if written and self._unwritten_since is not None:
+                delayed = {"records": self._most_waiting, "seconds": round(now - self._unwritten_since, 1)}
+                since, self._unwritten_since, self._most_waiting = self._unwritten_since, None, 0
+                self.record("records_delayed", delayed)
                 if dropped:
                     self._events.dropped = Counter()
                     self.record("records_dropped", {"count": dropped.total(), "kinds": dict(dropped), "since": since})
                 written = not self._events.num_waiting
             return written
+
+    def _see_what_waits(self) -> None:
+        """Also when there is room again a moment later, it is told that there was none."""
+        if waiting := self._steps.num_waiting + self._events.num_waiting:
+            self._unwritten_since = self._unwritten_since or self.clock.now()
+            self._most_waiting = max(self._most_waiting, waiting)
 
     def missing_files(self) -> list[str]:
         """Record files that are not where they were made any more: what is written to them is lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 from monitoring.records import read_records
 from tests.cluster.conftest import JOB, wait_for
 
+STANDSTILL_S = 180.0
 FEW = ("--set", "train.schedule.warmup_steps=1")
 
 
@@ -47,12 +49,15 @@ class CommandLine:
         return sum(1 for _ in read_records(self.run_dir / "metrics.jsonl"))
 
     def until_step(self, process: subprocess.Popen[str], step: int) -> None:
-        def there() -> bool:
+        """Waits for it as long as the run gets on, however slowly: this machine may have more to do."""
+        seen, deadline = (-1, -1), 0.0
+        while (steps := self.steps()) < step:
             assert process.poll() is None, process.communicate()[0]
             self.remember(process.pid)
-            return self.steps() >= step
-
-        wait_for(there, timeout_s=90, what=f"step {step}")
+            if (now := (steps, sum(1 for _ in read_records(self.run_dir / "events.jsonl")))) != seen:
+                seen, deadline = now, time.monotonic() + STANDSTILL_S
+            assert time.monotonic() < deadline, f"at step {steps} for {STANDSTILL_S} s, waiting for {step}"
+            time.sleep(0.05)
         self.remember(process.pid)
 
     def remember(self, pid: int) -> None:

@@ -129,7 +129,7 @@ def test_a_run_goes_on_while_its_directory_is_full_and_writes_its_record_when_th
         assert process.wait(timeout=120) == 0, told
         reader.join()
         assert command.steps() == 400
-        assert any("records waited" in line for line in told)
+        assert any("records waited" in line for line in told), "".join(told)
         audited = orchestrator("audit", str(command.run_dir))
         assert audited.returncode == 0, audited.stdout + audited.stderr
         command.nothing_left()
