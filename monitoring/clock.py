@@ -49,6 +49,11 @@ def reading() -> Reading:
     return Reading(this_boot(), time.monotonic())
 
 
+def wall_time_of(seconds: float) -> float:
+    """What the wall clock would have said when the monotonic clock of this process read `seconds`."""
+    return time.time() - time.monotonic() + seconds
+
+
 def when(record: Mapping[str, Any]) -> float:
     """When something was recorded, on the run's line: for durations and order."""
     return float(record["clock"] if _has_clock(record) else record["time"])

@@ -20,7 +20,7 @@ _OURS = re.compile(r"(controller-\d+|worker-(\d+)\.\d+|driver)\.log(?:\.(\d+))?"
 _RAYS = re.compile(r"worker-[0-9a-f]{16,}.*?(?:-(\d+))?\.(out|err)")
 _HEAD_BYTES = 64
 MOST_LINE_BYTES = 1 << 20
-"""A longer line comes in pieces of this, as if it were several: it may be as long as a disk."""
+"""Of a longer line only so much is read: it may be as long as a disk."""
 _RAYS_MARK = re.compile(r":(job_id|actor_name|task_name):.*")
 
 
@@ -31,6 +31,7 @@ class _File:
     head: bytes = b""
     offset: int = 0
     last: LogRecord | None = None
+    is_cut: bool = False
 
 
 @dataclass
@@ -97,6 +98,10 @@ class LogFiles:
             if not raw.endswith(b"\n") and len(raw) < MOST_LINE_BYTES:
                 return
             file.offset += len(raw)
+            if file.is_cut:  # what is left of a long line
+                file.is_cut = not raw.endswith(b"\n")
+                continue
+            file.is_cut = not raw.endswith(b"\n")
             line = raw.decode("utf-8", "replace").rstrip("\r\n")
             if rays is not None:
                 if line and not _RAYS_MARK.fullmatch(line):

@@ -7,6 +7,8 @@ worker, rank, generation, step. Knows nothing of Ray or torch, nor who writes wh
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import logging.handlers
 import re
@@ -157,7 +159,8 @@ def _attach(handlers: list[logging.Handler], level: str) -> Callable[[], None]:
     def uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if issubclass(kind, Exception):  # what ends a process on purpose is no news
             logging.getLogger(LOGGERS[0]).critical("uncaught exception", exc_info=(kind, error, trace))
-        hook(kind, error, trace)
+        with _redacted_stderr():
+            hook(kind, error, trace)
 
     def uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
         if issubclass(arguments.exc_type, Exception) and arguments.exc_value is not None:
@@ -166,7 +169,8 @@ def _attach(handlers: list[logging.Handler], level: str) -> Callable[[], None]:
                 "uncaught exception in thread %s", name,
                 exc_info=(arguments.exc_type, arguments.exc_value, arguments.exc_traceback),
             )  # fmt: skip
-        thread_hook(arguments)
+        with _redacted_stderr():
+            thread_hook(arguments)
 
     sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
     logging.captureWarnings(True)
@@ -186,6 +190,15 @@ def _attach(handlers: list[logging.Handler], level: str) -> Callable[[], None]:
                 handler.close()  # It may have kept what a full disk did not take.
 
     return undo
+
+
+@contextmanager
+def _redacted_stderr() -> Iterator[None]:
+    """What is written to stderr in the block comes there without secrets, when it is over."""
+    held = io.StringIO()
+    with contextlib.redirect_stderr(held):
+        yield
+    sys.stderr.write(redact(held.getvalue()))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ than it is told to.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from monitoring.redaction import redact
+from monitoring.redaction import redact, redact_urls
 
 MAX_DEPTH = 64
 """How deep lists and objects may lie in each other: deeper ones would end whatever walks through them."""
@@ -29,6 +30,10 @@ Check = Callable[[Any], str | None]
 
 class Unreadable(ValueError):
     """What is there is not what belongs there; says what and why."""
+
+
+class Away(Unreadable, OSError):
+    """What is there cannot be read just now: no access, a failing disk, a file system that is away."""
 
 
 def parse(raw: bytes | str) -> Any:
@@ -94,6 +99,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def without_secrets(value: Any) -> Any:
+    """A value of JSON with the secrets of URLs redacted: the same from every process, whatever it has learnt."""
+    if isinstance(value, str):
+        return redact_urls(value)
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def json_text(value: Any, **options: Any) -> str:
     """JSON that every reader can read; `options` are those of json.dumps."""
     return json.dumps(plain(value), allow_nan=False, **options)
@@ -109,7 +123,8 @@ def open_regular(path: Path) -> BinaryIO:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
     except OSError as error:
-        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
+        kind = Unreadable if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV) else Away
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(f"{path} is not a regular file")
@@ -122,7 +137,7 @@ def read_small(path: Path, max_bytes: int = SMALL_BYTES) -> bytes:
         try:
             content = file.read(max_bytes + 1)
         except OSError as error:
-            raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
+            raise Away(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > max_bytes:
         raise Unreadable(f"{path} has more than {max_bytes} bytes")
     return content

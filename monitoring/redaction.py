@@ -12,21 +12,26 @@ STARS = "***"
 
 # scheme://user:password@host, also with a "/" or "@" in the password, as in keys of S3 that nobody has encoded; but not
 # a port and a path behind it that has an "@", and not `${env:NAME}`, which is none yet.
-_IN_AUTHORITY = re.compile(r"""(://[^\s/@:"'<>?#]*:)(?!\d*(?:/|$)|\$\{env:\w+\}@)(?:[^\s/"'<>?#]+@|[^\s@"'<>?#]+@)""")
+_IN_AUTHORITY = re.compile(
+    r"""(?<!\bgithub)(://[^\s/@:"'<>?#\[]*:)(?!\d*(?:/|$)|\$\{env:\w+\}@)(?:[^\s/"'<>?#]+@|[^\s@"'<>?#]+@)"""
+)
+# https://TOKEN@host; a shorter one is a name.
+_ALONE = re.compile(r"""(https?://)[^\s/@:"'<>?#]{16,}@""")
 # What signs a request for whoever has the URL: AWS, Google, Azure (sig), and the usual names of tokens.
 _IN_QUERY = re.compile(
-    r"""([?&;](?:[\w.-]*[-_.])?(?:sig|signature|token|access[-_]?token|password|passwd|secret|credential|"""
-    r"""(?:api|access|account|secret|auth)[-_]?(?:key|id)?|awsaccesskeyid|key)=)(?!\$\{env:\w+\})[^&;#\s"'<>]+""",
+    r"""([?&;](?:[\w.-]*(?:signature|token|password|passwd|secret|credential|secret[-_]?key)|"""
+    r"""(?:[\w.-]*[-_.])?(?:sig|pwd|key|(?:api|access|account|secret|auth)[-_]?key(?:[-_]?id)?)|awsaccesskeyid)=)"""
+    r"""(?!\$\{env:\w+\})[^&;#\s"'<>]+""",
     re.IGNORECASE,
 )
-_SHORTEST = 4
-"""Characters: to put stars for every "a" would hide all text and no secret."""
+_SHORTEST = 8
+"""Characters: stars for every "text" would hide more than a secret."""
 _known: set[str] = set()
 _lock = threading.Lock()
 
 
 def learn(secret: str) -> None:
-    """From now on `redact` hides this text of at least 4 characters wherever it is found in this process."""
+    """From now on `redact` hides this text of at least 8 characters wherever it is given it."""
     if len(secret) >= _SHORTEST:
         with _lock:
             _known.add(secret)
@@ -39,12 +44,18 @@ def redact(text: str) -> str:
             known = sorted(_known, key=len, reverse=True)
         for secret in known:
             text = text.replace(secret, STARS)
+    return redact_urls(text)
+
+
+def redact_urls(text: str) -> str:
+    """The same without what was learnt: what comes out depends on `text` alone."""
     if "://" not in text:
         return text
-    text = _IN_AUTHORITY.sub(rf"\1{STARS}@", text)
+    if "@" in text:
+        text = _ALONE.sub(rf"\1{STARS}@", _IN_AUTHORITY.sub(rf"\1{STARS}@", text))
     return _IN_QUERY.sub(rf"\1{STARS}", text) if "=" in text else text
 
 
 def is_redacted(url: str) -> bool:
     """Whether stars stand in a URL for what is needed to open it."""
-    return "://" in url and (f":{STARS}@" in url or f"={STARS}" in url)
+    return "://" in url and re.search(rf"[:/=]{re.escape(STARS)}(?:[@&;#]|$)", url) is not None

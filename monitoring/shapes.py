@@ -152,7 +152,7 @@ def _both(*checks: Check) -> Check:
 
 _BY_KIND: Mapping[str, Check] = {
     "run_started": fields({}, run=text, job=text, steps=count, min_workers=count),
-    "controller": fields({"session": maybe(text)}, epoch=count, pid=count),
+    "controller": fields({"session": maybe(text)}, epoch=count, pid=count, boot=text, clock_shift=number),
     "metrics_endpoint": fields({"url": text}),
     "worker_placed": fields(_NAMED, node=maybe(text)),
     "worker_ready": fields(
@@ -186,7 +186,7 @@ _BY_KIND: Mapping[str, Check] = {
 }  # fmt: skip
 """What readers rely on of each kind; a line of text that is made of others is passed over where it cannot be made."""
 
-_EVENT = fields({"time": seconds, "kind": text})
+_EVENT = fields({"time": seconds, "kind": text}, clock=seconds)
 
 
 def event(value: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,6 +13,7 @@ import typer
 import typer.core
 
 from monitoring.outside import json_text
+from monitoring.redaction import redact
 from monitoring.terminal.clean import clean, clean_lines
 from orchestrator.commands.monitoring import app as monitoring_app
 from orchestrator.commands.outcome import EXIT_BAD_INPUT, EXIT_FAILED, exit_code, show_result
@@ -625,7 +627,8 @@ def main() -> None:
     except Exception as error:
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _USER_ERRORS), None)
         if kind is None:
-            raise
+            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            sys.exit(EXIT_FAILED)
         text = f"orchestrator: {error}" if kind != "JobError" else str(error)
         print(clean_lines(text), file=sys.stderr)
         sys.exit(_USER_ERRORS[kind])

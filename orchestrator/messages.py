@@ -295,12 +295,14 @@ T = TypeVar("T")
 def dated(message: T, shift: float) -> T:
     """A worker's message with its times on the run's line, of which its monotonic clock is `shift` behind."""
     match message:
-        case Heartbeat() | Status() | Left() if message.reports or isinstance(message, Left | Status):
+        case Heartbeat() | Status() | Left() | PartSaved():
             times: dict[str, Any] = {"reports": tuple(_dated_step(report, shift) for report in message.reports)}
             if isinstance(message, Left) and message.at:
                 times["at"] = message.at + shift
             if isinstance(message, Status) and message.left is not None:
                 times["left"] = dated(message.left, shift)
+            if isinstance(message, Status) and message.part is not None:
+                times["part"] = dated(message.part, shift)
             return replace(message, **times)
         case FaultFired():
             return replace(message, at=message.at + shift)

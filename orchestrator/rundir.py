@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from monitoring.outside import Unreadable, json_text, read_json, read_small
+from monitoring.outside import Away, Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
 from monitoring.redaction import redact
 from monitoring.shapes import SMALL_FILES, fields, text
@@ -163,12 +163,14 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """A JSON file's content, an object that has what it must have (monitoring.shapes); None when it is not there.
 
-        Raises RunDirectoryError for anything else.
+        Raises RunDirectoryError for anything else, and OSError when it cannot be read just now.
         """
         try:
             return read_json(self.path / name, SMALL_FILES.get(name))
         except FileNotFoundError:
             return None
+        except Away:
+            raise
         except Unreadable as error:
             raise RunDirectoryError(str(error)) from error
 

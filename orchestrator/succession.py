@@ -27,17 +27,35 @@ class NoAnswer(RuntimeError):
     """A controller that is there did not answer a request; the request is withdrawn."""
 
 
+class Succession:
+    """Whether nobody steers a run just now and a controller is to be expected. Only at the first look the wall clock
+    tells how long ago the last one gave a sign of life; from then on it is measured."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._sign: float | None = None
+        self._since = 0.0
+
+    def is_expected(self) -> bool:
+        """To be asked again and again."""
+        directory = self._directory
+        with suppress(RunDirectoryError, OSError):
+            if directory.read_json("result.json") is not None:
+                return False
+        if directory.is_driven:
+            return True
+        last, sign = _last_controller(directory)
+        if last is None or last.get("own_cluster"):
+            return False  # Its driver is gone, and the cluster with it.
+        if sign != self._sign:
+            age_s = max(0.0, time.time() - sign) if self._sign is None else 0.0
+            self._sign, self._since = sign, time.monotonic() - age_s
+        return time.monotonic() - self._since < RESTART_PATIENCE_S
+
+
 def awaits_controller(directory: RunDirectory) -> bool:
-    """Whether nobody steers the run just now and a controller is to be expected."""
-    with suppress(RunDirectoryError, OSError):
-        if directory.read_json("result.json") is not None:
-            return False
-    if directory.is_driven:
-        return True
-    last, sign = _last_controller(directory)
-    if last is None or last.get("own_cluster"):
-        return False  # Its driver is gone, and the cluster with it.
-    return time.time() - sign < RESTART_PATIENCE_S
+    """At a first look; see `Succession`."""
+    return Succession(directory).is_expected()
 
 
 def wait_for_controller(
@@ -45,9 +63,10 @@ def wait_for_controller(
 ) -> bool:
     """Waits until a controller steers the run; False when none is to be expected, or none came."""
     began, told = time.monotonic(), False
+    succession = Succession(directory)
     while not directory.is_steered:
         waited_s = time.monotonic() - began
-        if waited_s > patience_s or not awaits_controller(directory):
+        if waited_s > patience_s or not succession.is_expected():
             return False
         if waited_s > TELL_AFTER_S and not told:
             told = True

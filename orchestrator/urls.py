@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from monitoring.redaction import is_redacted, learn, redact
+from monitoring.redaction import is_redacted, learn, redact_urls
 
 VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -17,7 +17,7 @@ class UrlProblem(ValueError):
 
 
 def expand(url: str) -> str:
-    """The URL with the values of its variables, which are redacted from then on in all text of this process.
+    """The URL with the values of its variables; those of its secrets are redacted from then on.
 
     Raises UrlProblem for a variable that is not set, and for a URL whose password was not written down.
     """
@@ -31,10 +31,20 @@ def expand(url: str) -> str:
         content = os.environ.get(found[1], "")
         if not content:
             raise UrlProblem(f"{url}: the environment variable {found[1]} is not set")
-        learn(content)
+        if found[1] in secrets:
+            learn(content)
         return content
 
+    secrets = secrets_of(url)
     return VARIABLE.sub(value, url)
+
+
+def secrets_of(url: str) -> set[str]:
+    """The variables that stand where a URL has a password or a signature; the others are no secrets (a bucket, a
+    year)."""
+    names = VARIABLE.findall(url)
+    shown = redact_urls(VARIABLE.sub(r"-variable-\1-end-of-it-", url))
+    return {name for name in names if shown.count(f"-variable-{name}-end-of-it-") < names.count(name)}
 
 
 def urls_of(job: Any) -> Iterator[tuple[str, str]]:
@@ -55,7 +65,7 @@ def urls_of(job: Any) -> Iterator[tuple[str, str]]:
 
 
 def environment_of(job: Any) -> dict[str, str]:
-    """The variables that the URLs of a `Job` name, and their values here: what its other processes need.
+    """The variables that the URLs of a `Job` name, and their values here: what its other processes need to open them.
 
     Raises UrlProblem for one that is not set.
     """
@@ -71,11 +81,9 @@ def environment_of(job: Any) -> dict[str, str]:
 
 def fields_with_secrets(job: Any) -> list[str]:
     """The fields of a `Job` that hold a secret in the clear."""
-    return [field for field, url in urls_of(job) if redact(url) != url]
+    return [field for field, url in urls_of(job) if redact_urls(url) != url]
 
 
 def take_over(environment: Mapping[str, str]) -> None:
     """In another process of the run: the variables that `environment_of` found."""
     os.environ.update(environment)
-    for value in environment.values():
-        learn(value)

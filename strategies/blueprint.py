@@ -67,7 +67,7 @@ class Blueprint:
         self.tensor = tensor
         self.cannot_cut, self.before, self.layers, self.after = _read_plan(model)
         self.styles = _read_styles(model) if tensor > 1 else {}
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trained = list(_trained(model).items())
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
         self._sites = _sites(model, dict(trained))
@@ -297,6 +297,10 @@ def _move(model: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _sites(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[str, str]]]:
     names = {id(parameter): name for name, parameter in trained.items()}
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in trained}
@@ -367,10 +371,10 @@ def _read_styles(model: nn.Module) -> dict[str, str]:
 
 
 def check_cut(model: nn.Module, stages: int, parts: int) -> None:
-    """What can be said without computing: raises ValueError for a model, which may be without weights, that cannot be
-    cut into `parts`, which are those of `stages` together."""
+    """Raises ValueError when the model, which may be without weights, cannot be cut into `parts` model parts: those of
+    all `stages`."""
     cannot_cut, *_, layers, _ = _read_plan(model)
-    _refuse_cut(cannot_cut, _sites(model, dict(model.named_parameters())), stages)
+    _refuse_cut(cannot_cut, _sites(model, _trained(model)), stages)
     number = len(model.get_submodule(layers or ""))  # type: ignore[arg-type]
     if parts > number:
         raise ValueError(f"pipeline {stages} needs at least {parts} layers for its model parts; {layers} has {number}")
@@ -386,7 +390,7 @@ def _refuse_cut(cannot_cut: str, sites: Mapping[str, list[tuple[str, str]]], sta
 def check_tensor(model: nn.Module, degree: int) -> None:
     """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
     _read_styles(model)
-    shared = [names for names in _sites(model, dict(model.named_parameters())).values() if len(names) > 1]
+    shared = [names for names in _sites(model, _trained(model)).values() if len(names) > 1]
     if shared:
         raise ValueError(_shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))
 

@@ -51,8 +51,9 @@ class ShardedPart:
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
+        frozen = {parameter for parameter in inner.parameters() if not parameter.requires_grad}
         for block in (*blocks, inner):
-            fully_shard(block, mesh=fabric.axis("data"))
+            fully_shard(block, mesh=fabric.axis("data"), ignored_params=frozen)
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -64,7 +65,6 @@ class ShardedPart:
             group = block._get_fsdp_state()._fsdp_param_group
             if group is None:
                 continue
-            _give_all_a_gradient(group)
             params = group.fsdp_params
             entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
             groups.append(_Group(entries, fabric.plane))
@@ -74,6 +74,9 @@ class ShardedPart:
             block.set_custom_all_gather(_Gather(fabric.plane))
             block.set_custom_reduce_scatter(groups[-1])
             block.set_gradient_divide_factor(1.0)
+            # Else FSDP2 hands on nothing of what a pass did not use (an expert without tokens, or what no loss depends
+            # on), which would shift what is behind it.
+            block.set_reduce_scatter_unused_params(True, recurse=False)
         return groups
 
     def rows(self) -> Iterator[tuple[Slot, Any, _Group, int]]:
@@ -102,22 +105,6 @@ class ShardedPart:
     def close(self) -> None:
         """Gives the modules up."""
         self.modules, self.groups = [], []
-
-
-def _give_all_a_gradient(group: Any) -> None:
-    """FSDP2 hands on nothing of parameters that a pass did not use (an expert without tokens, or what no loss
-    depends on), which would shift those behind them; here they have a gradient of zero, as without shards. (From
-    torch 2.13 on set_reduce_scatter_unused_params does it.)"""
-    hand_on = group.post_backward
-
-    def post_backward(*unused: Any) -> None:
-        for parameter in group.fsdp_params:
-            whole = getattr(parameter, "_unsharded_param", None)
-            if whole is not None and whole.grad is None and parameter.unsharded_accumulated_grad is None:
-                whole.grad = torch.zeros_like(whole)
-        hand_on(*unused)
-
-    group.post_backward = post_backward
 
 
 class _Gather(AllGather):

@@ -52,6 +52,7 @@ class StoreClient(Store):
         while not self._connected(deadline):
             if time.monotonic() > deadline:
                 raise PeerLost(f"no way to the rendezvous store {self._address!r}: {self._obstacle}")
+            self._aborted.wait(0.02)  # What fails at once would fail as often as a processor can try.
 
     def _connected(self, deadline: float) -> bool:
         """Tries once. Raises PeerLost for what will not be better the next time."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monitoring.outside import json_text
 from monitoring.records import RecordFile, read_records
+from monitoring.shapes import STEP
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret, find_key
 from orchestrator.checkpoint.manifest import CheckpointError
@@ -57,6 +56,7 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
     """
     there = job_of(parent)
     catalog = catalog_of(parent, there, secret)
+    on_record = _unbroken(parent)
     reasons = []
     for step in catalog.steps():
         try:
@@ -64,19 +64,16 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
         except CheckpointError as error:
             reasons.append(str(error))
             continue
-        break
+        records = on_record[:step] + _steps_of(catalog, step, on_record)
+        if len(records) == step:
+            break
+        reasons.append(f"of the {step} steps of its checkpoint, {len(on_record)} are on record")
     else:
         why = f" ({'; '.join(reasons)})" if reasons else ""
         raise RunDirectoryError(f"{parent.path} has no valid checkpoint to fork from{why}")
     if step >= job.train.steps:
         raise RunDirectoryError(
             f"{parent.path} is at step {step}, and train.steps = {job.train.steps}: a fork would have nothing to do"
-        )
-    records = list(itertools.islice(read_records(parent.metrics), step))
-    records += _steps_of(catalog, step, len(records))
-    if len(records) < step:
-        raise RunDirectoryError(
-            f"{parent.path} cannot be forked: {len(records)} of the {step} steps of its checkpoint are on record"
         )
     holder = catalog.holder_of(step)
     target.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,50 +87,67 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
 
 def catch_up(directory: RunDirectory, catalog: Catalog) -> int:
     """Puts those steps on record that a newer valid checkpoint has and metrics.jsonl lacks: the controller ended before
-    it could write them. Returns how many. Without them that checkpoint could not be used, and they would be trained
-    again. Raises OSError."""
-    recorded = sum(1 for _ in read_records(directory.metrics))
-    missing = _missing_steps(catalog, recorded)
-    if missing:
-        file = RecordFile(directory.metrics)
+    it could write them, or a line is damaged. Returns how many. Without them that checkpoint could not be used, and
+    they would be trained again, as are those behind a damaged line that no checkpoint knows: they are taken off the
+    record. Raises OSError."""
+    on_record = _unbroken(directory)
+    missing = _missing_steps(catalog, on_record)
+    has_hole = sum(1 for _ in read_records(directory.metrics)) > len(on_record)
+    if not missing and not has_hole:
+        return 0
+    file = RecordFile(directory.metrics)
+    try:
+        if has_hole:
+            log.warning("%s is damaged behind step %d: what follows is made again", directory.metrics, len(on_record))
+            file.keep(lambda record: record["step"] < len(on_record))
         for record in missing:
             file.append(record)
         if file.error is not None:
             raise file.error
+    finally:
         file.close()
     return len(missing)
 
 
-def _missing_steps(catalog: Catalog, recorded: int) -> list[dict[str, Any]]:
-    for committed in catalog.steps():
-        if committed <= recorded:
+def _unbroken(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The records of the steps from 0 on, up to the first that is missing."""
+    records: list[dict[str, Any]] = []
+    for record in read_records(directory.metrics):
+        if record["step"] != len(records):
             break
-        if found := _steps_of(catalog, committed, recorded):
+        records.append(record)
+    return records
+
+
+def _missing_steps(catalog: Catalog, on_record: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    for committed in catalog.steps():
+        if committed <= len(on_record):
+            break
+        if found := _steps_of(catalog, committed, on_record):
             return found
     return []
 
 
-def _steps_of(catalog: Catalog, committed: int, recorded: int) -> list[dict[str, Any]]:
-    """The records from step `recorded` on that the checkpoint of `committed` steps brings; none when it lacks any."""
+def _steps_of(catalog: Catalog, committed: int, on_record: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records behind those `on_record` that the checkpoint of `committed` steps brings; none when it lacks any."""
+    if committed <= len(on_record):
+        return []
     try:
         known = {record.get("step"): record for record in catalog.open(committed, keyless=True).manifest.steps}
     except CheckpointError as error:
         log.warning("a checkpoint that is newer than the record is passed over: %s", error)
         return []
-    wanted = [known.get(step, {}) for step in range(recorded, committed)]
-    if all(_is_step(record) for record in wanted):
-        return wanted
-    log.warning("the checkpoint of %d steps cannot be used: only %d are on record", committed, recorded)
-    return []
-
-
-def _is_step(record: Mapping[str, Any]) -> bool:
-    try:
-        numbers = [float(record[key]) for key in ("generation", "seconds", "committed_at", "tokens", "lr")]
-        numbers += [float(record[key]) for key in ("loss", "grad_norm") if record[key] is not None]
-        return all(map(math.isfinite, numbers)) and isinstance(record["samples"], str)
-    except (KeyError, TypeError, ValueError):
-        return False
+    found: list[dict[str, Any]] = []
+    # Its times are a wall clock's, which may have been set: no step was committed before the one that it follows.
+    at = float(on_record[-1]["committed_at"]) if on_record else 0.0
+    for step in range(len(on_record), committed):
+        record = known.get(step, {})
+        if STEP(record) is not None or not isinstance(record.get("samples"), str):
+            log.warning("the checkpoint of %d steps cannot be used: %d are on record", committed, len(on_record))
+            return []
+        at = max(at, float(record["committed_at"]))
+        found.append({**record, "committed_at": at})
+    return found
 
 
 def secret_of(job: Job) -> Secret | None:

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from ray._private import worker as ray_worker
 
 from monitoring import discovery
 from monitoring.clock import Reading
+from monitoring.redaction import redact
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec, catch_up
 from orchestrator.cluster import game_days
@@ -344,7 +346,7 @@ class ControllerActor:
                     self._dispatch(Tick(self._lateness.recent_s()), now)
         except BaseException as error:
             log.exception("the controller failed")
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
             self._end("failed", f"the controller failed: {type(error).__name__}: {error}", None)
         self._go()
 

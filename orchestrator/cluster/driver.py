@@ -84,9 +84,7 @@ def drive(
         directory.create(job_text, job.resolved())
     about = LogContext(run=directory.run_id, process="driver")
     form, level = job.monitoring.logs, job.monitoring.log_level
-    watched = job.monitoring.model_dump()
-    if job.monitoring.mlflow is not None:
-        watched["mlflow"]["tracking_uri"] = expand(job.monitoring.mlflow.tracking_uri)
+    watched = _watched(job.monitoring.model_dump())
     with ExitStack() as held:
         if own:
             held.enter_context(directory.driving())
@@ -110,6 +108,14 @@ def drive(
             if directory.events.exists() and not directory.is_steered and directory.read_json("result.json") is None:
                 leave_result(directory, unfinished_result(directory, "failed", str(error)))
             raise
+
+
+def _watched(monitoring: dict[str, Any]) -> dict[str, Any]:
+    """`monitoring` of a job as it can be used: with its secret. Raises UrlProblem."""
+    mlflow = monitoring.get("mlflow")
+    if not mlflow:
+        return monitoring
+    return {**monitoring, "mlflow": {**mlflow, "tracking_uri": expand(mlflow["tracking_uri"])}}
 
 
 def _drive(
@@ -170,7 +176,7 @@ def attach(
         with (
             Interruption().listening() as interruption,
             connected(address),
-            feeding(job["monitoring"], directory.run_id, directory.path, job),
+            feeding(_watched(job["monitoring"]), directory.run_id, directory.path, job),
         ):
             interruption.arm()
             controller = find_controller(directory, on_note, even_if_over=True)

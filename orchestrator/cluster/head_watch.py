@@ -7,6 +7,7 @@ before that, and nothing is lost.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ from orchestrator.checkpoint.of_run import catalog_of
 from orchestrator.cluster.session import ClusterError
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
 
 TELL_AFTER_S = 10.0
 _PROBE_S = 1.0
@@ -48,10 +51,14 @@ class HeadWatch:
         self._on_note = on_note
         self._answered = time.monotonic()
         self._why = ""
+        self._trouble: Exception | None = None
         self._over = threading.Event()
 
     def check(self) -> None:
-        """Raises ClusterError when the head has not answered for so long that it is given up."""
+        """Raises ClusterError when the head has not answered for `patience_s`, and what `on_note` raised."""
+        if (trouble := self._trouble) is not None:
+            self._trouble = None
+            raise trouble
         if (silent_s := time.monotonic() - self._answered) > patience_s():
             raise ClusterError(
                 f"{self._said(silent_s)}; the run's workers end with it. Start the cluster again, and the same command "
@@ -72,15 +79,23 @@ class HeadWatch:
                 silent_s = time.monotonic() - self._answered
                 if silent_s > TELL_AFTER_S and not told:
                     told = True
-                    self._on_note(
+                    self._tell(
                         f"{self._said(silent_s)}; waiting for it until {patience_s():.0f} s. If it comes back with the "
                         'tables it had, nothing is lost (docs/clusters.md, "A head that may be lost")'
                     )
                 continue
+            silent_s, self._answered = time.monotonic() - self._answered, time.monotonic()
             if told:
                 told = False
-                self._on_note(f"the head answers again, after {time.monotonic() - self._answered:.0f} s")
-            self._answered = time.monotonic()
+                self._tell(f"the head answers again, after {silent_s:.0f} s")
+
+    def _tell(self, text: str) -> None:
+        """Whatever comes of that, the head goes on being watched; `check` raises it."""
+        try:
+            self._on_note(text)
+        except Exception as error:
+            log.warning("%s (which could not be shown: %s)", text, error)
+            self._trouble = error
 
     def close(self) -> None:
         self._over.set()

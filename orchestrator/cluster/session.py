@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from monitoring.redaction import redact
 from orchestrator.cluster import reaper
 from orchestrator.cluster.placement import NAMESPACE
 from orchestrator.job import Job
@@ -272,5 +273,9 @@ def _keep_logs(home: Path, logs: Path) -> None:
         logs.mkdir(exist_ok=True)  # Not its parents: a run directory that was deleted is not made again.
         for path in home.glob("**/session_*/logs/worker-*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_size:
-                shutil.copyfile(path, logs / path.name)
+                with (
+                    path.open(encoding="utf-8", errors="backslashreplace") as lines,
+                    (logs / path.name).open("w", encoding="utf-8") as kept,
+                ):
+                    kept.writelines(map(redact, iter(lambda: lines.readline(1 << 20), "")))
                 (logs / path.name).chmod(0o666 & logs.stat().st_mode)  # Ray's are everybody's to read.

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from monitoring.clock import reading
+from monitoring.redaction import redact
 from orchestrator.cluster.narration import set_up_logs
 from orchestrator.cluster.orders import Introduction, Orders
 from orchestrator.messages import Reply, WorkerId
@@ -49,7 +50,7 @@ class WorkerActor:
             worker = self._build()
         except BaseException as error:
             log.exception("worker %s could not be built", self._id)
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
             # What is wrong with the job (a model that does not fit, data that cannot be read) is wrong everywhere.
             fatal = isinstance(error, ValueError)
             with suppress(Exception):
@@ -66,7 +67,7 @@ class WorkerActor:
             worker.train()
         except BaseException:
             log.exception("worker %s ends", self._id)
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
             os._exit(5)
 
     def _build(self) -> Any:

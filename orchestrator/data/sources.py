@@ -56,6 +56,10 @@ class DataError(ValueError):
         super().__init__(redact(text))
 
 
+class SecretMissing(DataError):
+    """A URL names a secret that is not to be had here."""
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One file of a source.
@@ -103,6 +107,8 @@ def resolve_files(
         prefix = f"{position:04d}/" if len(sources) > 1 else ""
         try:
             found = sorted(_find(one, format))
+        except SecretMissing:
+            raise
         except DataError:
             found = _named_outright(one, prefix, format, size_elsewhere)
             if not found:
@@ -222,13 +228,6 @@ def _walk(root: str, skipped: Any) -> Iterator[str]:
         yield from (os.path.join(directory, name) for name in names if not skipped(name))
 
 
-def _glob_root(pattern: str) -> str:
-    """The directory above the first part of a pattern that holds a wildcard."""
-    parts = pattern.split("/")
-    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return "/".join(parts[:first]) or ("/" if pattern.startswith("/") else "")
-
-
 def _standard_library() -> list[tuple[str, str, int]]:
     root = sysconfig.get_path("stdlib")
 
@@ -275,7 +274,7 @@ def _what_its_paths_lack(filesystem: Any, url: str) -> str:
     """Of a file system whose paths do not say on which host they are (ftp, sftp, smb): `sftp://user:password@host`."""
     scheme, _, rest = url.partition("://")
     host = f"{scheme}://{rest.split('/', 1)[0]}"
-    return host if filesystem._strip_protocol(f"{host}/x") in ("/x", "x") else ""
+    return {"/x": host, "x": f"{host}/"}.get(filesystem._strip_protocol(f"{host}/x"), "")
 
 
 def _without_query(name: str, url: str) -> str:
@@ -286,7 +285,7 @@ def _without_query(name: str, url: str) -> str:
 def _list_remote(filesystem: Any, path: str, *, is_web: bool) -> tuple[dict[str, Any], str]:
     """What a path or pattern stands for, by path, and the directory above it all. Raises what the storage raises."""
     if is_web and "*" in path:  # where ? belongs to the query, and brackets are no wildcards
-        return filesystem.glob(path, detail=True), _glob_root(path)
+        return filesystem.glob(path, detail=True), _split_pattern(path, lambda directory: False)[0]
     if not is_web and glob.has_magic(path) and not filesystem.exists(path):
         root, pattern = _split_pattern(path, filesystem.isdir)
         return filesystem.glob(f"{glob.escape(root).rstrip('/')}/{pattern}" if root else pattern, detail=True), root
@@ -304,7 +303,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(expand(url))
     except UrlProblem as error:
-        raise DataError(f"data.source: {error}") from None
+        raise SecretMissing(f"data.source: {error}") from None
     except (ImportError, ValueError) as error:  # the driver for s3://, gs:// ... is a package of its own
         raise DataError(f"data.source: {url} cannot be opened: {error}") from error
     return filesystem, path

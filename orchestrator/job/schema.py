@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from monitoring.outside import plain
+from monitoring.outside import without_secrets
 from orchestrator.job import checks
 
 # The type of pydantic error whose message is already in our own words.
@@ -479,7 +479,7 @@ class Job(_Section):
 
         Resources stay in: the number of threads decides how a sum inside an operator is split.
         """
-        full = plain(self.resolved())
+        full = without_secrets(self.resolved())
         full["elastic"] = {"virtual_workers": full["elastic"]["virtual_workers"]}
         # The tensor degree splits sums inside a matrix product; the rest of a layout changes no bit.
         full["strategy"] = {key: full["strategy"][key] for key in ("tensor", "reduction", "update")}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from monitoring.clock import wall_time_of
 from orchestrator.checkpoint.catalog import Catalog, Description
 from orchestrator.checkpoint.manifest import CheckpointError, TensorEntry
 from orchestrator.checkpoint.names import Save
@@ -218,8 +219,9 @@ class Saver:
 
 
 def _record(report: StepReport) -> dict[str, Any]:
-    """A step as metrics.jsonl has it, but for what its ranks spent on it."""
-    record = asdict(report) | {"ranks": [], "phase_seconds": {}}
+    """A step as metrics.jsonl has it, but for what its ranks spent on it, and by the wall clock: the run's is not known
+    here, nor this one elsewhere."""
+    record = asdict(report) | {"ranks": [], "phase_seconds": {}, "committed_at": wall_time_of(report.committed_at)}
     for key in ("loss", "grad_norm"):
         if not math.isfinite(record[key]):
             record[key] = None

@@ -42,13 +42,15 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
 
 
 def with_spares(dropout: float) -> torch.nn.Module:
-    """A llama with parameters that its loss does not depend on: in a layer, beside the layers, and at the top."""
+    """A llama with parameters that its loss does not depend on: in a layer, beside the layers, and at the top. One
+    parameter is frozen."""
     model: Any = family("llama", attention_dropout=dropout)
     generator = torch.Generator().manual_seed(5)
     for place in (model.model.layers[1].mlp, model.model, model):
         place.spare = torch.nn.Linear(3, 5)
         for parameter in place.spare.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    model.model.layers[2].input_layernorm.weight.requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
 

@@ -577,10 +577,42 @@ def test_a_fork_of_a_checkpoint_that_is_newer_than_the_record_has_all_its_steps(
     _, part = write_part(catalog.storage, save, 0, 6, chunks_of(tensors(), 0, 1), None)
     catalog.commit(save, {0: part}, replace(describe(tensors()), steps=[step_record(step) for step in known]))
     if recorded + len(list(known)) < 6:
-        with pytest.raises(RunDirectoryError, match="3 of the 6 steps"):
+        with pytest.raises(RunDirectoryError, match="of the 6 steps of its checkpoint, 3 are on record"):
             fork(parent, target, job, None)
         assert not target.path.exists()
         return
     assert fork(parent, target, job, None) == 6
     assert list(read_records(target.metrics)) == [step_record(step) for step in range(6)]
     assert len(list(read_records(parent.metrics))) == recorded, "which is not touched"
+
+
+@pytest.mark.parametrize(("known", "committed"), [(range(3, 10), 10), ((), 3)])
+def test_steps_behind_a_damaged_line_come_from_a_checkpoint_or_are_made_again(
+    tmp_path: Path, known: Iterable[int], committed: int
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("", {"name": "x"})
+    lines = [json.dumps(step_record(step)) + "\n" for step in range(10)]
+    lines[3] = lines[3].replace("seconds", "sec\x00onds")
+    directory.metrics.write_text("".join(lines))
+    catalog = Catalog(LocalStorage(tmp_path / "checkpoints"), RUN)
+    save = Save(10, 1, 0)
+    _, part = write_part(catalog.storage, save, 0, 10, chunks_of(tensors(), 0, 1), None)
+    catalog.commit(save, {0: part}, replace(describe(tensors()), steps=[step_record(step) for step in known]))
+    assert catch_up(directory, catalog) == committed - 3
+    assert list(read_records(directory.metrics)) == [step_record(step) for step in range(committed)]
+    assert catch_up(directory, catalog) == 0
+
+
+def test_a_step_of_a_checkpoint_was_not_committed_before_the_one_it_follows(tmp_path: Path) -> None:
+    """Its time is a wall clock's; earlier versions had a machine's monotonic one there."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("", {"name": "x"})
+    directory.metrics.write_text(json.dumps({**step_record(0), "committed_at": 1000.0}) + "\n")
+    catalog = Catalog(LocalStorage(tmp_path / "checkpoints"), RUN)
+    save = Save(3, 1, 0)
+    _, part = write_part(catalog.storage, save, 0, 3, chunks_of(tensors(), 0, 1), None)
+    steps = [{**step_record(1), "committed_at": 7.0}, {**step_record(2), "committed_at": 1001.5}]
+    catalog.commit(save, {0: part}, replace(describe(tensors()), steps=steps))
+    assert catch_up(directory, catalog) == 2
+    assert [record["committed_at"] for record in read_records(directory.metrics)] == [1000.0, 1000.0, 1001.5]

@@ -15,6 +15,7 @@ from monitoring.book import Book
 from monitoring.clock import Line, Reading, RunClock, on_line, reading, when
 from monitoring.goodput import read_ledger
 from monitoring.terminal.facts import RunFacts
+from orchestrator import messages
 from orchestrator.messages import FaultFired, Heartbeat, Left, Ready, Status, StepReport, WorkerId, dated
 from strategies.statemap import Spans
 
@@ -190,6 +191,13 @@ def test_every_time_in_a_message_is_dated() -> None:
     assert (there.left.at, there.left.reports[0].committed_at, there.reports[0].committed_at) == (111.0, 110.0, 110.0)
     assert dated(FaultFired(worker, 0, 12.0), 100.0).at == 112.0
     assert dated(ready, 100.0) is ready
+    with_reports = [kind for kind in vars(messages).values() if "reports" in getattr(kind, "__dataclass_fields__", ())]
+    assert len(with_reports) == 4
+    for kind in with_reports:
+        message = object.__new__(kind)
+        for name, field in kind.__dataclass_fields__.items():
+            object.__setattr__(message, name, (step,) if name == "reports" else None if field.name != "at" else 0.0)
+        assert dated(message, 100.0).reports[0].committed_at == 110.0, kind
     assert dated(Left(worker, 1, "pause", 3, held), 100.0).at == 0.0, "0: not told"
 
 

@@ -58,6 +58,9 @@ def nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://b.net/x.jsonl?X-Amz-Signature=abc&n=1", "https://b.net/x.jsonl?X-Amz-Signature=***&n=1"),
         ("https://b.net/x?sv=1&sig=a%2Fb", "https://b.net/x?sv=1&sig=***"),
         ("https://b.net/x?access_token=abc#end", "https://b.net/x?access_token=***#end"),
+        ("https://b.net/x?sessionToken=abc&pwd=x", "https://b.net/x?sessionToken=***&pwd=***"),
+        ("https://ghp_0123456789abcdef@github.com/x", "https://***@github.com/x"),
+        ("ftp://me:pass@[::1]:21/x", "ftp://me:***@[::1]:21/x"),
         ("https://b.net/x?AWSAccessKeyId=AK&Expires=9&Signature=s", "https://b.net/x?AWSAccessKeyId=***&Expires=9&Signature=***"),
     ],
 )  # fmt: skip
@@ -71,7 +74,9 @@ def test_passwords_and_signatures_are_hidden(text: str, shown: str) -> None:
     [
         "s3://bucket/a:b@c", "http://host:8080/path@v1", "http://host:8080", "sftp://me@host/x", "a: b@c",
         "ftp://me:@host", "ftp://me:${env:A}@host/x", "https://h/x?sig=${env:SIG}&n=1", "/data/me:pass@host",
-        "https://b.net/x?page=3&design=4", "https://b.net/[x]", "http://127.0.0.1:80, me@host",
+        "https://b.net/x?page=3&design=4", "https://b.net/[x]", "http://[::1]:80/a@b",
+        "github://org:repo@main/dir", "https://b.net/x?account=research&access=all", "https://someone@host/x",
+        "http://127.0.0.1:80, me@host",
     ],
 )  # fmt: skip
 def test_what_holds_no_secret_stays_as_it_is(text: str) -> None:
@@ -157,6 +162,7 @@ def test_a_variable_is_filled_in_where_it_is_opened_and_redacted_from_then_on(
     assert environment_of(there) == {"ORCH_PASSWORD": SECRET}
     RunDirectory(tmp_path).write_json("job.resolved.json", there.resolved())
     assert Job.model_validate(RunDirectory(tmp_path).read_json("job.resolved.json")) == there
+    assert there.digest() == job(source=there.data.source).digest(), "whatever this process has learnt"
     monkeypatch.delenv("ORCH_PASSWORD")
     with pytest.raises(UrlProblem, match=r"data.source: .*ORCH_PASSWORD is not set"):
         environment_of(there)
@@ -164,6 +170,15 @@ def test_a_variable_is_filled_in_where_it_is_opened_and_redacted_from_then_on(
         resolve_files(str(there.data.source))
     take_over({"ORCH_PASSWORD": SECRET})
     assert expand("x://${env:ORCH_PASSWORD}") == f"x://{SECRET}"
+
+
+def test_variables_that_are_no_secrets_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("YEAR", "2024"), ("BUCKET", "workspace-data"), ("TOKEN", "abcdefgh12345678"), ("PIN", "1234")):
+        monkeypatch.setenv(name, value)
+    assert expand("s3://${env:BUCKET}/${env:YEAR}?sig=${env:TOKEN}") == "s3://workspace-data/2024?sig=abcdefgh12345678"
+    assert expand("ftp://me:${env:PIN}@host/x") == "ftp://me:1234@host/x"
+    text = '{"kind": "x", "samples": "2024-1234", "path": "/workspace-data/tok", "said": "abcdefgh12345678"}'
+    assert redact(text) == text.replace("abcdefgh12345678", "***")
 
 
 @pytest.mark.parametrize(
