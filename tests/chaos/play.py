@@ -27,7 +27,7 @@ from monitoring.records import read_records
 from tests.chaos.story import JOB, STEPS, Act, Story, draw
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 420.0
+PATIENCE_S = 180.0
 """For one life of a driver; a story takes some 30 s on a quiet machine."""
 COMMAND_PATIENCE_S = 120.0
 
@@ -71,7 +71,7 @@ class Stage:
         if overrides not in self._references:
             run_dir = self.home / f"reference-{len(self._references)}"
             driver = Driver(self.run_command(run_dir, overrides, ()), self.home / f"{run_dir.name}.log")
-            if driver.wait(PATIENCE_S) != 0:
+            if driver.wait(PATIENCE_S, lambda: _num_records(run_dir)) != 0:
                 raise Deviation(f"the undisturbed run of {overrides}: {driver}")
             self._references[overrides] = _result(run_dir)
         return self._references[overrides]
@@ -130,10 +130,12 @@ class Driver:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self, timeout_s: float) -> int:
-        """Its exit code. Raises Deviation when it does not end."""
-        deadline = time.monotonic() + timeout_s
+    def wait(self, timeout_s: float, progress: Callable[[], object] = lambda: None) -> int:
+        """Its exit code. Raises Deviation when it does not end, and `progress` stays the same, for `timeout_s`."""
+        before, deadline = progress(), time.monotonic() + timeout_s
         while self.is_running:
+            if (now := progress()) != before:
+                before, deadline = now, time.monotonic() + timeout_s
             if time.monotonic() > deadline:
                 self._process.kill()
                 self._process.wait()
@@ -181,10 +183,12 @@ class _Play:
 
     def _live(self, driver: Driver, acts: list[Act]) -> Act | None:
         """Follows a driver to its end, and does what is to be done meanwhile; the act that ended it."""
-        deadline = time.monotonic() + PATIENCE_S
+        before, deadline = (0, 0), time.monotonic() + PATIENCE_S
         while driver.is_running:
+            if (now := _num_records(self._run_dir)) != before:
+                before, deadline = now, time.monotonic() + PATIENCE_S
             if time.monotonic() > deadline:
-                raise Deviation(f"no end within {PATIENCE_S:.0f} s at step {self._steps()}: {self._last_events()}")
+                raise Deviation(f"nothing for {PATIENCE_S:.0f} s at step {self._steps()}: {self._last_events()}")
             if acts and self._steps() >= acts[0].step:
                 act = acts.pop(0)
                 if self._do(act, driver):
@@ -279,6 +283,12 @@ def _ended(run_dir: Path) -> bool:
 def _signal(pid: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _num_records(run_dir: Path) -> tuple[int, int]:
+    """Of steps and of events: a run that gets on is waited for, however slow the machine is."""
+    steps, events = (sum(1 for _ in read_records(run_dir / f"{name}.jsonl")) for name in ("metrics", "events"))
+    return steps, events
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -37,6 +37,8 @@ class Layout:
 
 
 _SHARDED = ("refresh", "data", "compute", "reduce", "gather", "vote", "commit")
+_TENSOR = ("strategy.tensor=2", "model.hf.num_hidden_layers=2", "train.global_batch=8")
+"""Less to do: every layer of every micro-batch costs some collectives, each of which may take milliseconds."""
 LAYOUTS = (
     Layout("replicas"),
     Layout("replicas and a standby", others=("elastic.standby=1",), largest=3),
@@ -47,9 +49,9 @@ LAYOUTS = (
     Layout("gpipe, optimizer", others=("strategy={pipeline: 2, schedule: gpipe, shard: optimizer}",), phases=_SHARDED),
     Layout("interleaved", others=("strategy={pipeline: 2, schedule: interleaved-1f1b}",)),
     Layout("zero-bubble", others=("strategy={pipeline: 2, schedule: zero-bubble}",)),
-    Layout("tensor", ("strategy.tensor=2",), smallest=2),
-    Layout("tensor and pipeline", ("strategy.tensor=2",), ("strategy.pipeline=2",), smallest=2),
-    Layout("tensor, optimizer", ("strategy.tensor=2",), ("strategy.shard=optimizer",), smallest=2, phases=_SHARDED),
+    Layout("tensor", _TENSOR, smallest=2),
+    Layout("tensor and pipeline", _TENSOR, ("strategy.pipeline=2",), smallest=2),
+    Layout("tensor, optimizer", _TENSOR, ("strategy.shard=optimizer",), smallest=2, phases=_SHARDED),
     Layout("packed", ("data.packing=pack", "data.document_mask=true")),
     Layout("padded", ("data.packing=pad", "train.micro_batch=2")),
     Layout("bf16", ("train.precision=bf16",)),
