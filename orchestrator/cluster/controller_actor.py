@@ -106,6 +106,27 @@ LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
 
+def _config(job: Job, epoch: int) -> ControllerConfig:
+    return ControllerConfig(
+        total_steps=job.train.steps,
+        chooser=LayoutChooser.for_job(job),
+        min_workers=job.elastic.workers.min,
+        max_workers=job.elastic.workers.max,
+        standby=job.elastic.standby,
+        checkpointing=True,
+        save_every_s=job.checkpoint.every_seconds,
+        heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
+        progress_timeout_s=job.elastic.progress_timeout_s,
+        start_timeout_s=job.elastic.start_timeout_s,
+        wait_timeout_s=job.elastic.wait_timeout_s,
+        max_failures_per_step=job.elastic.max_failures_per_step,
+        final_patience_s=job.checkpoint.final_patience_s,
+        epoch=epoch,
+        rebalance=RebalanceRules.for_job(job),
+        scaling=ScalingRules.for_job(job),
+    )
+
+
 class ControllerActor:
     """See the module. `spec` is what every incarnation of this run's controller is made from."""
 
@@ -168,24 +189,7 @@ class ControllerActor:
         self._published_at = 0.0
         self._publishing_s = 0.0
         self._machine = Controller(
-            ControllerConfig(
-                total_steps=job.train.steps,
-                chooser=LayoutChooser.for_job(job),
-                min_workers=job.elastic.workers.min,
-                max_workers=job.elastic.workers.max,
-                standby=job.elastic.standby,
-                checkpointing=True,
-                save_every_s=job.checkpoint.every_seconds,
-                heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
-                progress_timeout_s=job.elastic.progress_timeout_s,
-                start_timeout_s=job.elastic.start_timeout_s,
-                wait_timeout_s=job.elastic.wait_timeout_s,
-                max_failures_per_step=job.elastic.max_failures_per_step,
-                final_patience_s=job.checkpoint.final_patience_s,
-                epoch=self._epoch,
-                rebalance=RebalanceRules.for_job(job),
-                scaling=ScalingRules.for_job(job),
-            ),
+            _config(job, self._epoch),
             history,
             checkpoints=self._checkpoints(),
         )

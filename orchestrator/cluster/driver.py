@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from monitoring import discovery
@@ -82,14 +82,11 @@ def drive(
         raise RunDirectoryError(f"{directory.path} is being run right now; see `orchestrator status {directory.path}`")
     if not directory.is_steered:
         directory.create(job_text, job.resolved())
-    about = LogContext(run=directory.run_id, process="driver")
-    form, level = job.monitoring.logs, job.monitoring.log_level
     watched = _watched(job.monitoring.model_dump())
     with ExitStack() as held:
         if own:
             held.enter_context(directory.driving())
-        with directory.own_umask():
-            held.enter_context(logging_to(directory.path / "logs", about, form=form, level=level, echo=True))
+        held.enter_context(_logging(job, directory))
         try:
             # Signals are ours until the sinks have had their last, too.
             with (
@@ -104,10 +101,23 @@ def drive(
                 ) from None
             return cut_short(directory, f"{signalled} before the run began")
         except ClusterError as error:
-            log.info("the run cannot go on: %s", error)  # whoever catches it shows it
+            log.info("the run cannot go on: %s", error)  # the caller shows it
             if directory.events.exists() and not directory.is_steered and directory.read_json("result.json") is None:
                 leave_result(directory, unfinished_result(directory, "failed", str(error)))
             raise
+
+
+@contextmanager
+def _logging(job: Job, directory: RunDirectory) -> Iterator[None]:
+    about = LogContext(run=directory.run_id, process="driver")
+    with ExitStack() as held:
+        with directory.own_umask():
+            held.enter_context(
+                logging_to(
+                    directory.path / "logs", about, form=job.monitoring.logs, level=job.monitoring.log_level, echo=True
+                )
+            )
+        yield
 
 
 def _watched(monitoring: dict[str, Any]) -> dict[str, Any]:
