@@ -183,7 +183,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
     cluster: Any = None
     usual_tmpdir: str | None = None
     try:
-        with _without_idle_services(), _deaf_to_hangup():
+        with _without_idle_services(), _deaf_to_hangup(), _in_our_words():
             if local_nodes:
                 from ray.cluster_utils import Cluster
 
@@ -224,6 +224,20 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
             os.environ.pop("RAY_TMPDIR", None)
             if usual_tmpdir is not None:
                 os.environ["RAY_TMPDIR"] = usual_tmpdir
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Ray raises bare exceptions when it does not come up, with a limit of 30 s of its own. Raises ClusterError."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except Exception as error:
+        raise ClusterError(
+            f"Ray did not start on this machine: {type(error).__name__}: {error} If the machine was busy with other "
+            "things, give the same command again when it is less so"
+        ) from error
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import pytest
 
 from monitoring.sinks.feeder import _alone
 from orchestrator.cluster.preparation import warn_of_open_token
-from orchestrator.cluster.session import _keep_logs
+from orchestrator.cluster.session import ClusterError, _keep_logs, _own_cluster
+from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 
 
@@ -126,3 +127,23 @@ def test_run_warns_of_a_token_that_others_can_read(
     notes: list[str] = []
     warn_of_open_token(notes.append)
     assert [f"open to {who}; chmod 600 {token}" in note for note in notes] == ([True] if who else [])
+
+
+@pytest.mark.parametrize("local_nodes", [0, 1])
+def test_a_ray_that_does_not_start_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_nodes: int
+) -> None:
+    import ray
+    import ray.cluster_utils
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray.cluster_utils, "Cluster", fail)
+    job = Job.load(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    with (
+        pytest.raises(ClusterError, match=r"Ray did not start on this machine: .*timed out.*again when it is less so"),
+        _own_cluster(job, local_nodes, str(tmp_path)),
+    ):
+        raise AssertionError("it did not start")
