@@ -1,6 +1,6 @@
 """Passwords in text that is shown or written down: one function that takes them out, wherever text leaves the process.
 
-Nothing that is redacted can be got back: whoever needs the secret has it from `${env:NAME}` or gives it again.
+Nothing that is redacted can be got back: a command that needs the secret has it from `${env:NAME}` or is given it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _IN_AUTHORITY = re.compile(
 )
 # https://TOKEN@host; a shorter one is a name.
 _ALONE = re.compile(r"""(https?://)[^\s/@:"'<>?#]{16,}@""")
-# What signs a request for whoever has the URL: AWS, Google, Azure (sig), and the usual names of tokens.
+# What signs a request, so that having the URL is enough: AWS, Google, Azure (sig), and the usual names of tokens.
 _IN_QUERY = re.compile(
     r"""([?&;](?:[\w.-]*(?:signature|token|password|passwd|secret|credential|secret[-_]?key)|"""
     r"""(?:[\w.-]*[-_.])?(?:sig|pwd|key|(?:api|access|account|secret|auth)[-_]?key(?:[-_]?id)?)|awsaccesskeyid)=)"""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from monitoring.outside import json_text
@@ -56,7 +57,7 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
     """
     there = job_of(parent)
     catalog = catalog_of(parent, there, secret)
-    on_record = _unbroken(parent)
+    on_record = _unbroken(read_records(parent.metrics))
     reasons = []
     for step in catalog.steps():
         try:
@@ -90,9 +91,10 @@ def catch_up(directory: RunDirectory, catalog: Catalog) -> int:
     it could write them, or a line is damaged. Returns how many. Without them that checkpoint could not be used, and
     they would be trained again, as are those behind a damaged line that no checkpoint knows: they are taken off the
     record. Raises OSError."""
-    on_record = _unbroken(directory)
+    records = list(read_records(directory.metrics))
+    on_record = _unbroken(records)
     missing = _missing_steps(catalog, on_record)
-    has_hole = sum(1 for _ in read_records(directory.metrics)) > len(on_record)
+    has_hole = len(records) > len(on_record)
     if not missing and not has_hole:
         return 0
     file = RecordFile(directory.metrics)
@@ -109,14 +111,9 @@ def catch_up(directory: RunDirectory, catalog: Catalog) -> int:
     return len(missing)
 
 
-def _unbroken(directory: RunDirectory) -> list[dict[str, Any]]:
-    """The records of the steps from 0 on, up to the first that is missing."""
-    records: list[dict[str, Any]] = []
-    for record in read_records(directory.metrics):
-        if record["step"] != len(records):
-            break
-        records.append(record)
-    return records
+def _unbroken(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the steps from 0 on, up to the first that is missing."""
+    return [record for _, record in itertools.takewhile(lambda each: each[1]["step"] == each[0], enumerate(records))]
 
 
 def _missing_steps(catalog: Catalog, on_record: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
