@@ -1,6 +1,6 @@
 """Passwords in text that is shown or written down: one function that takes them out, wherever text leaves the process.
 
-Nothing that is redacted can be got back: a command that needs the secret has it from `${env:NAME}` or is given it again.
+Nothing that is redacted can be got back: what needs the secret has it from `${env:NAME}` or is given it again.
 """
 
 from __future__ import annotations

@@ -101,7 +101,12 @@ def open_storage(url: str) -> Storage:
         raise ValueError(reason)
     from fsspec.core import url_to_fs
 
-    filesystem, root = url_to_fs(expand(url))
+    try:
+        filesystem, root = url_to_fs(expand(url))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of those that connect at once, like ftp, each in words of its own
+        raise StorageError(f"{url} cannot be opened: {type(error).__name__}: {error}", transient=True) from error
     return Patient(ObjectStorage(filesystem, root, url))
 
 

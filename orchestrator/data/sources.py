@@ -243,9 +243,11 @@ def _standard_library() -> list[tuple[str, str, int]]:
 
 
 def _find_remote(url: str) -> list[tuple[str, str, int]]:
-    filesystem, path = filesystem_of(url)
     try:
+        filesystem, path = filesystem_of(url)  # Some connect at once (ftp, sftp).
         found, root = _list_remote(filesystem, path, is_web=url.startswith(("http://", "https://")))
+    except DataError:
+        raise
     except Exception as error:  # every storage library has its own errors: name the URL in each
         # Over the web, whatever went wrong comes as a file that is not there.
         cause: BaseException = error

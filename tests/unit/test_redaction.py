@@ -211,3 +211,10 @@ def test_a_server_that_asks_for_a_password_is_read(tmp_path: Path, monkeypatch: 
     kept = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert PASSWORD.encode() not in kept
     assert b"abc" not in kept.replace(text.encode(), b"")
+
+
+def test_a_server_that_is_connected_to_at_once_and_is_not_there_is_told_in_a_line() -> None:
+    with pytest.raises(DataError, match=r"ftp://me:\*\*\*@127.0.0.1:1/a.txt cannot be listed: .*[Rr]efused"):
+        resolve_files(f"ftp://me:{SECRET}@127.0.0.1:1/a.txt")
+    with pytest.raises(OSError, match=r"[Rr]efused"):
+        open_storage(f"ftp://me:{SECRET}@127.0.0.1:1/x")
