@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install run test lint types unit tools lock clean
+.PHONY: install run test test-nightly lint types unit tools lock clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ types: install
 
 unit: install tools
 	$(BIN)/python -m pytest
+
+# What takes long and differs little from what every run tries: hours. Before a release.
+test-nightly: install tools
+	$(BIN)/python -m pytest -m nightly
 
 # A browser and Prometheus for the tests that use them; without them those are skipped, and say so.
 tools:

@@ -26,25 +26,41 @@ _IN_QUERY = re.compile(
 )
 _SHORTEST = 8
 """Characters: stars for every "text" would hide more than a secret."""
-_known: set[str] = set()
-_lock = threading.Lock()
+
+
+class _Learnt:
+    """Secrets of this process, the longest first. What is pickled of it (as this module is, for nodes that lack it) has
+    none of them."""
+
+    def __init__(self) -> None:
+        self._all: list[str] = []
+        self._lock = threading.Lock()
+
+    def add(self, secret: str) -> None:
+        with self._lock:
+            self._all = sorted({*self._all, secret}, key=len, reverse=True)
+
+    def take_out_of(self, text: str) -> str:
+        for secret in self._all:
+            text = text.replace(secret, STARS)
+        return text
+
+    def __reduce__(self) -> tuple[type[_Learnt], tuple[()]]:
+        return (_Learnt, ())
+
+
+_learnt = _Learnt()
 
 
 def learn(secret: str) -> None:
     """From now on `redact` hides this text of at least 8 characters wherever it is given it."""
     if len(secret) >= _SHORTEST:
-        with _lock:
-            _known.add(secret)
+        _learnt.add(secret)
 
 
 def redact(text: str) -> str:
     """`text` with stars for the passwords and signatures of URLs in it, and for the secrets that were learnt."""
-    if _known:
-        with _lock:
-            known = sorted(_known, key=len, reverse=True)
-        for secret in known:
-            text = text.replace(secret, STARS)
-    return redact_urls(text)
+    return redact_urls(_learnt.take_out_of(text))
 
 
 def redact_urls(text: str) -> str:

@@ -228,7 +228,7 @@ def test_what_goes_to_the_nodes_needs_no_package_of_ours() -> None:
     )
     unpickling = (
         "import json, pickle, sys, tempfile, ray\n"
-        "sys.modules['orchestrator'] = None\n"
+        "for ours in ('orchestrator', 'monitoring', 'strategies'): sys.modules[ours] = None\n"
         "examiner = pickle.load(sys.stdin.buffer)()\n"
         "home = tempfile.mkdtemp()\n"
         "print(json.dumps([examiner.facts({}), examiner.write_file(home, 'd', 'f', 10),\n"

@@ -22,6 +22,7 @@ from strategies.statemap import NOTHING, Spans, subtract, whole
 from strategies.step import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, Trained, barrier, layout_of, make_engine, run_stretch, train
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.selection import nightly
 
 SECONDS = 10.0
 """What a loaded machine may take to notice; what it takes without load is a tenth of a second."""
@@ -226,8 +227,19 @@ RANKS = (2, 1, 3, 0)
 """Which process is which rank. Process 0 serves the store and is never lost."""
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-@pytest.mark.parametrize(("name", "victim"), zip(FOUR, (1, 2, 3, 1, 2, 3), strict=True))
+@pytest.mark.parametrize(
+    ("name", "victim", "how"),
+    [
+        ("pipeline", 1, "killed"), ("tensor", 3, "stopped"), ("fsdp", 1, "killed"), ("fsdp and pipeline", 2, "stopped"),
+        *nightly(
+            [
+                ("pipeline", 1, "stopped"), ("zero bubble", 2, "killed"), ("zero bubble", 2, "stopped"),
+                ("tensor", 3, "killed"), ("fsdp", 1, "stopped"), ("fsdp and pipeline", 2, "killed"),
+                ("tensor and pipeline", 3, "killed"), ("tensor and pipeline", 3, "stopped"),
+            ]
+        ),
+    ],
+)  # fmt: skip
 def test_a_rank_lost_in_the_middle_of_computing(name: str, victim: int, how: str) -> None:
     layout = FOUR[name]
     tensor = layout.tensor
@@ -251,9 +263,14 @@ def test_one_of_two_ranks_lost_leaves_the_other_with_everything(layout: Parallel
 @pytest.mark.parametrize(
     ("phase", "how", "shard"),
     [
-        ("refresh", "killed", "optimizer"), ("reduce", "stopped", "optimizer"), ("gather", "killed", "gradients"),
-        ("vote", "killed", "gradients"), ("vote", "stopped", "optimizer"), ("transfers", "killed", "optimizer"),
-        ("transfers", "stopped", "gradients"), ("barrier", "killed", "gradients"), ("barrier", "stopped", "optimizer"),
+        ("reduce", "stopped", "optimizer"), ("gather", "killed", "gradients"), ("vote", "stopped", "optimizer"),
+        ("transfers", "killed", "optimizer"), ("barrier", "killed", "gradients"),
+        *nightly(
+            [
+                ("refresh", "killed", "optimizer"), ("vote", "killed", "gradients"),
+                ("transfers", "stopped", "gradients"), ("barrier", "stopped", "optimizer"),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_a_rank_lost_where_ranks_wait_for_each_other(phase: str, how: str, shard: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from orchestrator.data import audit
 from orchestrator.job import Job
 from tests.ranks.local_cluster import LocalCluster, Outcome, tiny_job
+from tests.selection import nightly
 
 STEPS = 6
 KINDS: dict[str, tuple[str, ...]] = {
@@ -112,7 +113,7 @@ def test_three_workers_and_a_kill_give_what_one_gives(train: Train, kind: str) -
     assert outcome.rollbacks == []
 
 
-@pytest.mark.parametrize("shard", ["gradients", "parameters"])
+@pytest.mark.parametrize("shard", ["parameters", *nightly(["gradients"])])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_layouts_give_what_one_worker_gives(train: Train, kind: str, shard: str) -> None:
     train(kind, 3, overrides=(f"strategy.shard={shard}",))
@@ -123,7 +124,7 @@ def test_a_sharded_layout_that_loses_a_worker_gives_what_one_worker_gives(train:
     assert outcome.rollbacks == []
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved-1f1b", "zero-bubble"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble", *nightly(["gpipe", "interleaved-1f1b"])])
 def test_pipelines_give_what_one_worker_gives(train: Train, schedule: str) -> None:
     train("pack", 2, overrides=("strategy.pipeline=2", f"strategy.schedule={schedule}"))
 
@@ -132,6 +133,6 @@ def test_a_pipeline_of_sharded_replicas_gives_what_one_worker_gives(train: Train
     train("masked stream", 4, overrides=("strategy.pipeline=2", "strategy.shard=parameters"))
 
 
-@pytest.mark.parametrize("kind", ["pack", "pad"])
+@pytest.mark.parametrize("kind", ["pack", *nightly(["pad"])])
 def test_tensor_parallel_groups_give_what_one_group_gives(train: Train, kind: str) -> None:
     train(kind, 4, tensor=2)

@@ -3,6 +3,8 @@
 Run one again, with everything that was said, by its seed:
 
     CONTROLLER_SEED=1234 .venv/bin/python -m pytest tests/unit/test_controller_histories.py -k one_seed -s
+
+There are 400 in every run and 4,000 at night.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import pytest
 from monitoring.goodput import VOLUNTARY
 from orchestrator.controller.views import ControllerConfig, RebalanceRules, is_replicated
 from orchestrator.messages import Generation
+from tests.selection import nightly
 from tests.unit.layouts_in_tests import MODEL, layouts
 from tests.unit.simulation import Node, World
 
-NUM_HISTORIES = int(os.environ.get("CONTROLLER_HISTORIES", "2000"))
 TIME_LIMIT_S = 900.0
 
 
@@ -224,13 +226,14 @@ def history(seed: int, *, loud: bool = False) -> World:
     return world
 
 
-def test_random_histories() -> None:
+@pytest.mark.parametrize("histories", [400, *nightly([4_000])])
+def test_random_histories(histories: int) -> None:
     """Whatever happens: no step lost that somebody holds, every failure on the books, and the run comes to its end."""
     ends: Counter[str] = Counter()
     incidents: Counter[str] = Counter()
     met: Counter[str] = Counter()
     failed = []
-    for seed in range(NUM_HISTORIES):
+    for seed in range(histories):
         try:
             world = history(seed)
         except Exception as error:
@@ -249,7 +252,7 @@ def test_random_histories() -> None:
     if failed:
         print(f"failed seeds: {failed}")
         raise first
-    assert ends["finished"] > 0.8 * NUM_HISTORIES
+    assert ends["finished"] > 0.8 * histories
     for kind in ("collect", "hands over", "rolls", "rolls a part", "whole", "parts", "restore", "tensor", "pipeline"):
         assert met[kind] > 0, f"no history had a generation that {kind}"
     # A history that never meets a kind of trouble proves nothing about it.

@@ -11,6 +11,7 @@ import pytest
 from monitoring.book import Book
 from monitoring.goodput import REASONS, Account, Ledger, read_ledger
 from monitoring.stretches import Stretches, divide, uncovered
+from tests.selection import nightly
 from tests.unit.test_controller_histories import live, make_world
 
 T0 = 1000.0
@@ -289,7 +290,7 @@ def test_long_stretches_are_told_in_parts_with_nothing_between_them() -> None:
 # ---------------------------------------------------------------------------------------- whatever happens
 
 
-@pytest.mark.parametrize("first_seed", range(0, 400, 100))
+@pytest.mark.parametrize("first_seed", [0, *nightly(range(100, 1000, 100))])
 def test_goodput_and_badput_add_up_to_the_wall_time_of_chaotic_runs(first_seed: int) -> None:
     seen = dict.fromkeys(REASONS, 0.0)
     for seed in range(first_seed, first_seed + 100):

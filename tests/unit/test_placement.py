@@ -16,7 +16,7 @@ from strategies.placement import Domain, Shard, effective_shard, place_state, ro
 from strategies.space import ALIGNMENT, Space
 from strategies.statemap import NOTHING, Span, intersect, num_elements, subtract, union, whole
 
-quick = settings(deadline=None, print_blob=True, max_examples=150)
+quick = settings(deadline=None, print_blob=True, max_examples=50)
 BLOCKS = 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def job(**data: Any) -> Job:
 
 @pytest.fixture(autouse=True)
 def nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setattr(redaction, "_learnt", redaction._Learnt())
 
 
 @pytest.mark.parametrize(
@@ -218,3 +219,14 @@ def test_a_server_that_is_connected_to_at_once_and_is_not_there_is_told_in_a_lin
         resolve_files(f"ftp://me:{SECRET}@127.0.0.1:1/a.txt")
     with pytest.raises(OSError, match=r"[Rr]efused"):
         open_storage(f"ftp://me:{SECRET}@127.0.0.1:1/x")
+
+
+def test_what_goes_to_other_machines_by_value_has_no_secret_that_was_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` sends this module so to nodes that lack our package, and Ray keeps what is sent so."""
+    learnt = redaction._Learnt()
+    monkeypatch.setattr(redaction, "_learnt", learnt)
+    redaction.learn("a long secret")
+    assert redaction.redact("it is a long secret") == "it is ***"
+    sent = pickle.dumps(learnt)
+    assert b"a long secret" not in sent
+    assert pickle.loads(sent).take_out_of("it is a long secret") == "it is a long secret"

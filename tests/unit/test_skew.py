@@ -19,6 +19,7 @@ from monitoring.skew import (
     fastest,
     standard_error,
 )
+from tests.selection import nightly
 
 STEP_S = 1.0
 WORKERS = tuple("abcdefgh")
@@ -75,7 +76,8 @@ def noisy(rng: random.Random, share: float) -> float:
 
 @pytest.mark.parametrize("num_workers", [2, 4, 8, 64])
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
-def test_noise_of_ten_percent_names_nobody_in_10_000_windows(num_workers: int, kind: str) -> None:
+@pytest.mark.parametrize("windows", [1_000, *nightly([20_000])])
+def test_noise_of_ten_percent_names_nobody(num_workers: int, kind: str, windows: int) -> None:
     rng = random.Random(f"{num_workers} {kind}")
     names = [f"w{number}" for number in range(num_workers)]
 
@@ -83,7 +85,6 @@ def test_noise_of_ten_percent_names_nobody_in_10_000_windows(num_workers: int, k
         return noisy(rng, 0.1) if kind == "uniform" else max(0.5, rng.gauss(1.0, 0.1))
 
     trace = Trace(lambda _: {name: account(name, busy=0.8 * swing(), data=0.01 * swing()) for name in names})
-    windows = 10_000 if num_workers < 64 else 1_000
     for number in range(windows):
         _, news = trace.window()
         assert not news.opened, f"{news.opened} after {number} windows of {num_workers} workers, {kind}"

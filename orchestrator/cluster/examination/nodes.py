@@ -183,5 +183,7 @@ _SENT = (
     "orchestrator.doctor.exchange",
     "orchestrator.doctor.storage_probe",
     "orchestrator.checkpoint.storage",
+    "orchestrator.urls",
+    "monitoring.redaction",
 )
-"""Modules that go to the nodes by value."""
+"""Modules that go to the nodes by value: all of ours that what is run there imports."""
