@@ -137,10 +137,15 @@ _COMMON = {"s3", "gs", "abfs", "az", "hdfs", "sftp", "http", "memory", "file"}
 
 class LocalStorage(Storage):
     """A directory that the operating system knows, local or shared. A file is durable when it and the names that lead
-    to it have been synced (fsync)."""
+    to it have been synced (fsync).
+
+    A root that was there once is not made again: it was deleted, or its file system is no longer mounted, and what would
+    be written in its place nobody would look for.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._was_there = root.is_dir()
 
     def locate(self, path: str) -> str:
         return str(self.root / path) if path else str(self.root)
@@ -165,10 +170,13 @@ class LocalStorage(Storage):
     def _make_directory(self, path: Path) -> None:
         if path.is_dir():
             return
+        if path == self.root and self._was_there:
+            raise StorageError(f"{path} was there and is gone: deleted, moved or no longer mounted", transient=True)
         self._make_directory(path.parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         self._sync_directory(path.parent)
+        self._was_there = self._was_there or path == self.root
 
     # What tests count, and let fail.
 

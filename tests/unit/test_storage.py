@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,10 +109,10 @@ class Forbidden(Exception):
     response = {"ResponseMetadata": {"HTTPStatusCode": 403}}  # noqa: RUF012
 
 
-class Flaky(MemoryFileSystem):
+class Busy(MemoryFileSystem):
     """Every operation fails so many times."""
 
-    protocol = "flaky"
+    protocol = "busy"
     cachable = False
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
@@ -135,36 +136,36 @@ class Flaky(MemoryFileSystem):
 
 
 @pytest.fixture
-def flaky() -> Iterator[Patient]:
-    fsspec.register_implementation("flaky", Flaky, clobber=True)
-    filesystem = fsspec.filesystem("flaky")
-    Flaky.failures.clear()
-    yield Patient(ObjectStorage(filesystem, f"/{uuid.uuid4().hex}", "flaky://place"), tries=3, pause_s=0.001)
-    Flaky.failures.clear()
+def busy() -> Iterator[Patient]:
+    fsspec.register_implementation("busy", Busy, clobber=True)
+    filesystem = fsspec.filesystem("busy")
+    Busy.failures.clear()
+    yield Patient(ObjectStorage(filesystem, f"/{uuid.uuid4().hex}", "busy://place"), tries=3, pause_s=0.001)
+    Busy.failures.clear()
 
 
-def test_a_store_that_is_busy_is_asked_again(flaky: Patient) -> None:
-    Flaky.failures += [SlowDown(), TimeoutError("no answer")]
-    flaky.put("x", lambda: [b"1"])
-    Flaky.failures += [SlowDown(), ConnectionResetError("reset")]
-    assert flaky.read("x") == b"1"
-    Flaky.failures += [SlowDown(), SlowDown()]
-    assert flaky.names("") == ["x"]
+def test_a_store_that_is_busy_is_asked_again(busy: Patient) -> None:
+    Busy.failures += [SlowDown(), TimeoutError("no answer")]
+    busy.put("x", lambda: [b"1"])
+    Busy.failures += [SlowDown(), ConnectionResetError("reset")]
+    assert busy.read("x") == b"1"
+    Busy.failures += [SlowDown(), SlowDown()]
+    assert busy.names("") == ["x"]
 
 
-def test_a_store_that_stays_busy_fails_with_its_own_words(flaky: Patient) -> None:
-    Flaky.failures += [SlowDown("come again later")] * 3
-    with pytest.raises(StorageError, match=r"flaky://.*/x: SlowDown: come again later"):
-        flaky.put("x", lambda: [b"1"])
-    assert not Flaky.failures
-    assert flaky.names("") == []
+def test_a_store_that_stays_busy_fails_with_its_own_words(busy: Patient) -> None:
+    Busy.failures += [SlowDown("come again later")] * 3
+    with pytest.raises(StorageError, match=r"busy://.*/x: SlowDown: come again later"):
+        busy.put("x", lambda: [b"1"])
+    assert not Busy.failures
+    assert busy.names("") == []
 
 
-def test_a_store_that_refuses_is_not_asked_again(flaky: Patient) -> None:
-    Flaky.failures += [Forbidden("no"), Forbidden("no")]
+def test_a_store_that_refuses_is_not_asked_again(busy: Patient) -> None:
+    Busy.failures += [Forbidden("no"), Forbidden("no")]
     with pytest.raises(StorageError, match="Forbidden"):
-        flaky.put("x", lambda: [b"1"])
-    assert len(Flaky.failures) == 1
+        busy.put("x", lambda: [b"1"])
+    assert len(Busy.failures) == 1
     assert not is_transient(StorageError("x"))
 
 
@@ -192,3 +193,21 @@ def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     assert "Install s3fs" in str(why_not("s3://bucket"))
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_directory_that_was_there_and_is_gone_is_not_made_again(tmp_path: Path, is_new: bool) -> None:
+    """It was deleted, or unmounted: what is written in its place is lost, or fills another disk."""
+    root = tmp_path / "not yet" / "there"
+    if not is_new:
+        root.mkdir(parents=True)
+    storage = LocalStorage(root)
+    storage.put("x/one", lambda: [b"1"])
+    shutil.rmtree(tmp_path / "not yet")
+    with pytest.raises(StorageError, match="was there and is gone: deleted, moved or no longer mounted") as failure:
+        storage.put("x/two", lambda: [b"2"])
+    assert is_transient(failure.value), "it may be mounted again"
+    assert list(tmp_path.iterdir()) == []
+    root.mkdir(parents=True)
+    storage.put("x/two", lambda: [b"2"])
+    assert storage.names("x") == ["two"]
