@@ -139,8 +139,8 @@ class LocalStorage(Storage):
     """A directory that the operating system knows, local or shared. A file is durable when it and the names that lead
     to it have been synced (fsync).
 
-    A root that was there once is not made again: it was deleted, or its file system is no longer mounted, and what would
-    be written in its place nobody would look for.
+    A root that was there once is not made again: it was deleted, or its file system is no longer mounted, and nobody
+    would look for what is written in its place.
     """
 
     def __init__(self, root: Path) -> None:
