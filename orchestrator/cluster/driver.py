@@ -142,7 +142,7 @@ def _drive(
     secret = secret_of(job)
     environment = environment_of(job)
     check_storage(job, directory)
-    with ray_session(job, local_nodes, directory.path / "logs") as own:
+    with ray_session(job, local_nodes, directory.path / "logs", on_note) as own:
         try:
             interruption.arm()  # Ray puts its own handler for SIGTERM in place when it starts.
             controller = None if own else find_controller(directory, on_note)

@@ -11,8 +11,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,26 @@ _FRUGAL = {
 
 CONNECT_PATIENCE_S = 5.0
 """How long a cluster may be unreachable when a run starts."""
+STARTS = 3
+"""How often a cluster of our own is started, all in all, when it does not come up: Ray gives a node 30 s."""
 
 
 class ClusterError(RuntimeError):
     """Ray cannot be reached or started; says what to do."""
 
 
+class NotStarted(ClusterError):
+    """A Ray of our own did not come up, for a `cause` that may not be there the next time."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"{cause}; if the machine was busy with other things, give the same command again when it is less so"
+        )
+        self.cause = cause
+
+
 @contextmanager
-def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
+def ray_session(job: Job, local_nodes: int, logs: Path, on_note: Callable[[str], None]) -> Iterator[bool]:
     """Connects to Ray for the length of the block; yields whether the cluster is ours and ends with it.
 
     With `RAY_ADDRESS` set (or Ray initialised already) that cluster is used. Otherwise one is started on this machine:
@@ -75,13 +87,28 @@ def ray_session(job: Job, local_nodes: int, logs: Path) -> Iterator[bool]:
         with connected(None):
             yield False
         return
+    with ExitStack() as cluster:
+        for number in range(1, STARTS + 1):
+            try:
+                cluster.enter_context(_own_session(job, local_nodes, logs))
+                break
+            except NotStarted as error:
+                if number == STARTS:
+                    raise
+                on_note(f"{error.cause}; trying once more")
+        yield True
+
+
+@contextmanager
+def _own_session(job: Job, local_nodes: int, logs: Path) -> Iterator[None]:
+    """A Ray of our own, of which nothing is left after the block. Raises ClusterError."""
     # Ray opens its directory to everybody; in this one, which stays ours, nobody gets there.
     home = tempfile.mkdtemp(prefix="orchestrator-", dir="/tmp")
     guard = reaper.start(home)
     os.environ[reaper.MARK] = home
     try:
         with _own_cluster(job, local_nodes, home):
-            yield True
+            yield
     finally:
         os.environ.pop(reaper.MARK, None)
         reaper.end_session(home, patience_s=3.0, spare=frozenset({guard.pid}))
@@ -181,14 +208,13 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
     cluster: Any = None
-    usual_tmpdir: str | None = None
+    usual_tmpdir = os.environ.get("RAY_TMPDIR")
     try:
         with _without_idle_services(), _deaf_to_hangup(), _in_our_words():
             if local_nodes:
                 from ray.cluster_utils import Cluster
 
                 # It writes its address below the temporary directory, where another Ray of this user may write too.
-                usual_tmpdir = os.environ.get("RAY_TMPDIR")
                 os.environ["RAY_TMPDIR"] = home
                 (Path(home) / "ray").mkdir()
                 share = math.ceil(units / local_nodes) * tensor * math.ceil(job.resources.cpu)
@@ -221,23 +247,21 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
         if cluster is not None:
             with suppress(Exception):
                 cluster.shutdown()
-            os.environ.pop("RAY_TMPDIR", None)
-            if usual_tmpdir is not None:
-                os.environ["RAY_TMPDIR"] = usual_tmpdir
+        os.environ.pop("RAY_TMPDIR", None)
+        if usual_tmpdir is not None:
+            os.environ["RAY_TMPDIR"] = usual_tmpdir
 
 
 @contextmanager
 def _in_our_words() -> Iterator[None]:
-    """Ray raises bare exceptions when it does not come up, with a limit of 30 s of its own. Raises ClusterError."""
+    """Ray raises bare exceptions when it does not come up, with a limit of 30 s of its own. Raises NotStarted."""
     try:
         yield
     except ClusterError:
         raise
     except Exception as error:
-        raise ClusterError(
-            f"Ray did not start on this machine: {type(error).__name__}: {error} If the machine was busy with other "
-            "things, give the same command again when it is less so"
-        ) from error
+        text = str(error).rstrip(".")
+        raise NotStarted(f"Ray did not start on this machine: {type(error).__name__}: {text}") from error
 
 
 @contextmanager

@@ -6,13 +6,15 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from monitoring.sinks.feeder import _alone
 from orchestrator.cluster.preparation import warn_of_open_token
-from orchestrator.cluster.session import ClusterError, _keep_logs, _own_cluster
+from orchestrator.cluster.session import STARTS, NotStarted, _keep_logs, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 
@@ -130,20 +132,37 @@ def test_run_warns_of_a_token_that_others_can_read(
 
 
 @pytest.mark.parametrize("local_nodes", [0, 1])
-def test_a_ray_that_does_not_start_is_told_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_nodes: int
+@pytest.mark.parametrize("failures", [STARTS, STARTS - 1])
+def test_a_ray_that_does_not_start_is_started_again_and_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_nodes: int, failures: int
 ) -> None:
     import ray
     import ray.cluster_utils
 
-    def fail(*arguments: object, **options: object) -> None:
-        raise Exception("The current node timed out during startup.")
+    homes: list[Path] = []
 
-    monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setattr(ray.cluster_utils, "Cluster", fail)
+    def start(*arguments: object, **options: object) -> MagicMock:
+        home = os.environ["RAY_TMPDIR"] if local_nodes else Path(str(options["_temp_dir"])).parent
+        homes.append(Path(home))
+        if len(homes) <= failures:
+            raise Exception("The current node timed out during startup.")
+        return MagicMock()
+
+    monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
+    monkeypatch.setattr(ray, "init", MagicMock() if local_nodes else start)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray.cluster_utils, "Cluster", start)
     job = Job.load(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    notes: list[str] = []
+    message = r"Ray did not start on this machine: .*timed out during startup; if .* again when it is less so"
     with (
-        pytest.raises(ClusterError, match=r"Ray did not start on this machine: .*timed out.*again when it is less so"),
-        _own_cluster(job, local_nodes, str(tmp_path)),
+        pytest.raises(NotStarted, match=message) if failures == STARTS else nullcontext(),
+        ray_session(job, local_nodes, tmp_path / "logs", notes.append) as own,
     ):
-        raise AssertionError("it did not start")
+        assert own
+        assert failures < STARTS
+        assert homes[-1].exists()
+    assert len(homes) == len(set(homes)) == STARTS
+    assert [note.rpartition("; ")[2] for note in notes] == ["trying once more"] * (STARTS - 1)
+    assert not any(home.exists() for home in homes)
+    assert os.environ["RAY_TMPDIR"] == "/somewhere"
