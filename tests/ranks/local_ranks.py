@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 from strategies.rendezvous_proof import StoreAddress
@@ -28,11 +29,17 @@ _PRELOAD = (
     "numpy",
     "torch",
     "torch.distributed",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
     "transformers",
     "transformers.models.llama.modeling_llama",
     "pytest",
     "orchestrator.worker.core",
+    *(f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*.py"))),
 )
+"""What ranks would otherwise each import by themselves, for as long as a short test takes."""
 _PR_SET_PDEATHSIG = 1
 
 
