@@ -117,6 +117,10 @@ def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_every_layout(
     alone = run_ranks(1, spares_after, Stretch(layout_of()))[0]
     assert alone.keys() == initial.keys()
     assert all(torch.equal(alone[name], initial[name]) for name in initial)
+
+
+@pytest.mark.nightly
+def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_tensor_parallel_groups() -> None:
     stretches = [Stretch(layout_of(2, tensor=2, shard="parameters")), Stretch(layout_of(1, 2, 2))]
     split = run_ranks(4, train, stretches, 0.0, 2, "fp32", None, "spare")
     once = run_ranks(2, train, [Stretch(layout_of(tensor=2), 4)], 0.0, 2, "fp32", None, "spare")

@@ -14,6 +14,7 @@ import pytest
 from monitoring.skew import Windows
 from orchestrator.messages import WorkerId
 from tests.ranks.local_cluster import LocalCluster, Outcome, at_phase, die, partial, tiny_job
+from tests.selection import nightly
 
 STEPS = 44
 LAYOUTS = {
@@ -182,8 +183,10 @@ def pace_stages(factors: tuple[float, ...], worker: Any) -> None:
     watch.seconds = seconds
 
 
-@pytest.mark.parametrize("name", ["d3", "d3 parameters"])
-@pytest.mark.parametrize("phase", ["compute", "vote"])
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [("d3", "compute"), ("d3", "vote"), *nightly([("d3 parameters", "compute"), ("d3 parameters", "vote")])],
+)
 def test_a_worker_lost_while_work_is_dealt_anew(
     name: str, phase: str, job_text: str, undisturbed: Outcome, tmp_path: Path
 ) -> None:
