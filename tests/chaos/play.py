@@ -309,22 +309,27 @@ def _load(wanted: bool) -> Iterator[None]:
             burner.wait()
 
 
+def _seeds(text: str) -> list[int]:
+    """The numbers of "0-3,7": 0, 1, 2, 3 and 7."""
+    ranges = [part.partition("-") for part in text.split(",")]
+    return [seed for first, _, last in ranges for seed in range(int(first), int(last or first) + 1)]
+
+
 def main(show: Callable[[str], None] = lambda line: print(line, flush=True)) -> int:
     parser = argparse.ArgumentParser(description="Plays stories of faults and compares them with undisturbed runs.")
-    parser.add_argument("--seeds", default="0-39", help="N or N-M")
+    parser.add_argument("--seeds", default="0-39", type=_seeds, help="N, N-M, or several with commas")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--loaded", action="store_true", help="all of them beside two busy processes")
     how.add_argument("--quiet", action="store_true", help="none of them")
     parser.add_argument("--keep", type=Path, help="keep the run directories here")
     options = parser.parse_args()
-    first, _, last = options.seeds.partition("-")
     is_loaded = True if options.loaded else False if options.quiet else None
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         home = options.keep or Path(temporary)
         home.mkdir(parents=True, exist_ok=True)
         stage = Stage(home)
-        for seed in range(int(first), int(last or first) + 1):
+        for seed in options.seeds:
             verdicts.append(stage.play(draw(seed, is_loaded=is_loaded)))
             show(str(verdicts[-1]))
     bad = sum(bool(verdict.deviations) for verdict in verdicts)

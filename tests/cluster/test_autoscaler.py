@@ -161,6 +161,7 @@ def test_a_run_grows_from_one_worker_to_all_and_gives_nodes_back(
     assert_same(run, tmp_path, cache, *LEISURELY)
 
 
+@pytest.mark.nightly
 def test_markets_in_order_of_preference(cloud: FakeCloud, start: Callable[[str], Run]) -> None:
     """Three spot nodes are all there are: the fourth worker comes on demand, after a while."""
     run = start("markets")
@@ -251,6 +252,7 @@ def test_the_driver_is_killed_and_the_run_goes_on(
     assert_same(run, tmp_path, cache, *LEISURELY)
 
 
+@pytest.mark.nightly
 def test_an_ephemeral_run_ends_with_its_driver(cloud: FakeCloud, start: Callable[[str], Run]) -> None:
     run = start("ephemeral")
     with run.going(*LEISURELY, "elastic.workers={min: 1, max: 1}", options=("--ephemeral",)) as driver:
@@ -263,6 +265,7 @@ def test_an_ephemeral_run_ends_with_its_driver(cloud: FakeCloud, start: Callable
     assert run.events("checkpoint_saved"), "what it has is kept"
 
 
+@pytest.mark.nightly
 def test_the_controller_is_killed(cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path) -> None:
     """Training goes on in the same generation, with the same processes, and each successor finds all workers."""
     run = start("headless")
@@ -283,6 +286,7 @@ def test_the_controller_is_killed(cloud: FakeCloud, start: Callable[[str], Run],
     assert_same(run, tmp_path, cache, *LEISURELY)
 
 
+@pytest.mark.nightly
 def test_runs_that_cannot_train_for_want_of_room_take_turns(start: Callable[[str], Run]) -> None:
     """The first has all three nodes and needs a fourth, which there is not: it lets the second train meanwhile."""
     short = ("resources.market=[spot]", "elastic.scaling.shortage_after_s=2", "elastic.scaling.turn_s=10")
@@ -310,6 +314,7 @@ main()
 """The command line, but that controllers go to a node of choice, and not to the head."""
 
 
+@pytest.mark.nightly
 def test_the_node_of_the_controller_drains(
     cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
     command.nothing_left()
 
 
+@pytest.mark.nightly
 def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path: Path, cache: Path, undisturbed: Outcome) -> None:
     command = CommandLine(tmp_path, cache)
     run = str(command.run_dir)

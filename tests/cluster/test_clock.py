@@ -82,6 +82,7 @@ def test_processes_whose_clocks_differ_by_hours_train_and_recover(line: CommandL
     check_recovery(result)
 
 
+@pytest.mark.nightly
 def test_a_machine_that_is_suspended_for_longer_than_the_heartbeat_timeout(line: CommandLine) -> None:
     process = line.start(*FEW, *SMALL)
     line.until_step(process, 20)

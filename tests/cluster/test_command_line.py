@@ -47,6 +47,7 @@ def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, 
     assert '"run_finished"' in orchestrator("events", str(command.run_dir), "--json").stdout
 
 
+@pytest.mark.nightly
 def test_a_hopeless_worker_is_replaced_on_another_node(command: CommandLine) -> None:
     process = command.start(
         "--local-nodes", "3", "--set", "elastic.workers={min: 2, max: 2}", "--set", "train.steps=100000",

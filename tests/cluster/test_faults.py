@@ -15,6 +15,7 @@ from monitoring.records import read_records
 from orchestrator.checkpoint.of_run import catalog_of
 from orchestrator.rundir import RunDirectory
 from tests.cluster.conftest import Outcome, Runner, steps_done, wait_for
+from tests.selection import nightly
 
 
 def assert_same_result(outcome: Outcome, undisturbed: Outcome) -> None:
@@ -39,7 +40,7 @@ def assert_nothing_lost(outcome: Outcome, gone: set[int]) -> None:
     assert len(incidents) == len(outcome.result.recoveries), "one incident, one recovery record"
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("workers", [3, *nightly([2, 4])])
 def test_the_number_of_workers_does_not_change_a_bit(runner: Runner, undisturbed: Outcome, workers: int) -> None:
     outcome = runner(f"elastic.workers.max={workers}", f"elastic.workers.min={workers}")
     assert_same_result(outcome, undisturbed)
@@ -85,6 +86,7 @@ def test_a_standby_takes_the_place_of_a_killed_worker(runner: Runner, undisturbe
     assert {w["worker"] for w in outcome.result.generations[1]["workers"]} == {0, 2}
 
 
+@pytest.mark.nightly
 def test_two_workers_at_once_and_one_more_during_the_recovery(runner: Runner, undisturbed: Outcome) -> None:
     faults = (
         "step=30,worker=1,kind=kill",
@@ -148,6 +150,7 @@ def test_the_controller_is_killed_while_checkpoints_are_made(runner: Runner, und
         catalog.open(step).verify()
 
 
+@pytest.mark.nightly
 def test_notice_bad_gradient_and_slow_worker(runner: Runner, undisturbed: Outcome) -> None:
     faults = (
         "step=15,worker=2,kind=nan", "step=30,worker=0,kind=slow,factor=3,seconds=1", "step=60,worker=1,kind=drain",
@@ -159,6 +162,7 @@ def test_notice_bad_gradient_and_slow_worker(runner: Runner, undisturbed: Outcom
     assert not any(s["skipped"] for s in outcome.steps)
 
 
+@pytest.mark.nightly
 def test_resizes_while_it_runs(runner: Runner, undisturbed: Outcome) -> None:
     def resize(directory: RunDirectory) -> None:
         for at, workers in ((15, 2), (40, 1), (60, 4)):
@@ -207,6 +211,7 @@ def test_the_place_of_a_dead_worker_is_given_back(runner: Runner) -> None:
     assert [len(g["workers"]) for g in outcome.result.generations] == [2, 1, 2]
 
 
+@pytest.mark.nightly
 def test_bf16_and_a_factory_model_are_as_reproducible(runner: Runner) -> None:
     settings = (
         "model={factory: 'examples.tiny_gpt:build', args: {vocab_size: 320, hidden_size: 32, layers: 2, heads: 2, "
@@ -226,6 +231,7 @@ def test_below_min_the_run_waits_and_goes_on(runner: Runner, undisturbed: Outcom
     assert any(e["kind"] == "waiting" and e["needed"] == 2 for e in outcome.events)
 
 
+@pytest.mark.nightly
 def test_all_workers_lost_replays_from_the_newest_checkpoint(runner: Runner, undisturbed: Outcome) -> None:
     outcome = runner(
         "elastic.workers.max=2",
@@ -254,6 +260,7 @@ def test_stopped_runs_go_on_where_they_were(runner: Runner, undisturbed: Outcome
     assert len(third.result.generations) == len(second.result.generations), "a finished run is not run again"
 
 
+@pytest.mark.nightly
 def test_native_reduction_is_equal_within_rounding_and_says_so(runner: Runner, undisturbed: Outcome) -> None:
     outcome = runner("strategy.reduction=native", "elastic.workers.max=3")
     assert outcome.result.status == "finished", outcome.result.reason

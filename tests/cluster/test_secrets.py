@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.command_line import FEW, CommandLine, orchestrator
 from tests.password_server import PASSWORD, USER, password_server
 
-STEPS = 150
+STEPS = 60
 TEXT = b"".join(b"line %d of a text that nobody has to read\n" % number for number in range(2000))
 
 
