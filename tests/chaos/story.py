@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 JOB = """
 name: chaos
-model: {hf: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4,
+model: {hf: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
              num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 320, attention_dropout: 0.1,
              max_position_embeddings: 128, tie_word_embeddings: false}}
 data: {source: python-stdlib, tokenizer: bytes, sequence_length: 64}
@@ -37,8 +37,10 @@ class Layout:
 
 
 _SHARDED = ("refresh", "data", "compute", "reduce", "gather", "vote", "commit")
-_TENSOR = ("strategy.tensor=2", "model.hf.num_hidden_layers=2", "train.global_batch=8")
+_TENSOR = ("strategy.tensor=2", "train.global_batch=8")
 """Less to do: every layer of every micro-batch costs some collectives, each of which may take milliseconds."""
+_DEEPER = ("model.hf.num_hidden_layers=4",)
+"""Each of the two stages has two parts."""
 LAYOUTS = (
     Layout("replicas"),
     Layout("replicas and a standby", others=("elastic.standby=1",), largest=3),
@@ -47,8 +49,8 @@ LAYOUTS = (
     Layout("parameters", others=("strategy.shard=parameters",), phases=_SHARDED),
     Layout("pipeline", others=("strategy.pipeline=2",)),
     Layout("gpipe, optimizer", others=("strategy={pipeline: 2, schedule: gpipe, shard: optimizer}",), phases=_SHARDED),
-    Layout("interleaved", others=("strategy={pipeline: 2, schedule: interleaved-1f1b}",)),
-    Layout("zero-bubble", others=("strategy={pipeline: 2, schedule: zero-bubble}",)),
+    Layout("interleaved", _DEEPER, ("strategy={pipeline: 2, schedule: interleaved-1f1b}",)),
+    Layout("zero-bubble", _DEEPER, ("strategy={pipeline: 2, schedule: zero-bubble}",)),
     Layout("tensor", _TENSOR, smallest=2),
     Layout("tensor and pipeline", _TENSOR, ("strategy.pipeline=2",), smallest=2),
     Layout("tensor, optimizer", _TENSOR, ("strategy.shard=optimizer",), smallest=2, phases=_SHARDED),
