@@ -153,6 +153,7 @@ class LocalStorage(Storage):
     def put(self, path: str, pieces: Pieces) -> None:
         target = self.root / path
         self._make_directory(target.parent)
+        self._was_there = True  # Whoever made it: another rank may have.
         file = self._create(target)
         try:
             try:
@@ -176,7 +177,6 @@ class LocalStorage(Storage):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         self._sync_directory(path.parent)
-        self._was_there = self._was_there or path == self.root
 
     # What tests count, and let fail.
 

@@ -72,7 +72,8 @@ def ray_session(job: Job, local_nodes: int, logs: Path, on_note: Callable[[str],
     With `RAY_ADDRESS` set (or Ray initialised already) that cluster is used. Otherwise one is started on this machine:
     a single node with enough logical CPUs for the job, or, with `local_nodes`, a head without CPUs and that many
     worker nodes as separate raylets, each with its share of the CPUs, so that losing a node can be practised.
-    The logs of a cluster of our own are kept in `logs` when it ends.
+    The logs of a cluster of our own are kept in `logs` when it ends. One that does not come up is started again, which
+    `on_note` is told.
 
     Raises ClusterError.
     """

@@ -222,7 +222,9 @@ def test_what_goes_to_the_nodes_needs_no_package_of_ours() -> None:
     """Such a node is one of the findings, and the others are made there all the same."""
     pickling = (
         "import sys, ray\n"
+        "from monitoring.redaction import learn\n"
         "from orchestrator.cluster.examination import node, nodes\n"
+        "learn('a long secret')\n"
         "for name in nodes._SENT: ray.cloudpickle.register_pickle_by_value(sys.modules[name])\n"
         "sys.stdout.buffer.write(ray.cloudpickle.dumps(node.NodeExaminer))\n"
     )
@@ -237,6 +239,7 @@ def test_what_goes_to_the_nodes_needs_no_package_of_ours() -> None:
     sent = subprocess.run(
         [sys.executable, "-c", pickling], capture_output=True, check=True, cwd=Path(__file__).parents[2]
     )
+    assert b"a long secret" not in sent.stdout, "Ray keeps what is sent so"
     done = subprocess.run(
         [sys.executable, "-c", unpickling], input=sent.stdout, capture_output=True, check=False, cwd="/"
     )  # fmt: skip

@@ -195,13 +195,15 @@ def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Install s3fs" in str(why_not("s3://bucket"))
 
 
-@pytest.mark.parametrize("is_new", [True, False])
-def test_a_directory_that_was_there_and_is_gone_is_not_made_again(tmp_path: Path, is_new: bool) -> None:
+@pytest.mark.parametrize("made_by", ["somebody before", "this rank", "another rank"])
+def test_a_directory_that_was_there_and_is_gone_is_not_made_again(tmp_path: Path, made_by: str) -> None:
     """It was deleted, or unmounted: what is written in its place is lost, or fills another disk."""
     root = tmp_path / "not yet" / "there"
-    if not is_new:
+    if made_by == "somebody before":
         root.mkdir(parents=True)
     storage = LocalStorage(root)
+    if made_by == "another rank":
+        LocalStorage(root).put("x/other", lambda: [b"1"])
     storage.put("x/one", lambda: [b"1"])
     shutil.rmtree(tmp_path / "not yet")
     with pytest.raises(StorageError, match="was there and is gone: deleted, moved or no longer mounted") as failure:
