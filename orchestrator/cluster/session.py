@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -105,6 +106,9 @@ def _own_session(job: Job, local_nodes: int, logs: Path) -> Iterator[None]:
     """A Ray of our own, of which nothing is left after the block. Raises ClusterError."""
     # Ray opens its directory to everybody; in this one, which stays ours, nobody gets there.
     home = tempfile.mkdtemp(prefix="orchestrator-", dir="/tmp")
+    # A Ray that did not come up makes its directory once more when this process ends. What is registered before it does
+    # so comes after it.
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
     guard = reaper.start(home)
     os.environ[reaper.MARK] = home
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,50 @@ def test_a_signal_before_the_run_began_ends_its_preparation(command: CommandLine
     command.nothing_left()
     again = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5", *FEW)
     assert again.wait(timeout=90) == 0, "a run that never began may be begun with another job"
+
+
+FAILS_ONCE = """
+import sys
+from pathlib import Path
+import ray._private.services as services
+from orchestrator.cluster import reaper
+from orchestrator.cli import main
+
+homes, start, get_node = Path(sys.argv.pop(1)), reaper.start, services.get_node
+
+def started(home):
+    with homes.open("a") as file:
+        file.write(home + chr(10))
+    return start(home)
+
+def late(*arguments):
+    services.get_node = get_node
+    raise Exception("The current node timed out during startup.")
+
+reaper.start, services.get_node = started, late
+sys.exit(main())
+"""
+"""The command line, but that Ray gives its first node up when all of its processes are there."""
+
+
+@pytest.mark.nightly
+def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(command: CommandLine) -> None:
+    homes = command.home / "homes"
+    process = command.spawn(
+        [sys.executable, "-c", FAILS_ONCE, str(homes), "run", str(command.job), "--run-dir", str(command.run_dir),
+         "--set", f"data.cache={command.cache}", "--set", "elastic.workers.max=1", "--set", "train.steps=3", *FEW]
+    )  # fmt: skip
+    while process.poll() is None:
+        command.remember(process.pid)
+        time.sleep(0.05)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert output.count("timed out during startup; trying once more") == 1, output
+    command.nothing_left()
+    first, second = map(Path, homes.read_text(encoding="utf-8").split())
+    assert first != second
+    assert not first.exists()
+    assert not second.exists()
 
 
 def test_a_second_driver_for_the_same_run_directory_is_refused(command: CommandLine) -> None:
