@@ -43,9 +43,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("token-store")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_here() -> Iterator[None]:
-    """One local Ray for all tests of a session that do not start their own."""
+    """One local Ray for all tests here that do not start their own; the process is connected to none afterwards."""
     import ray
 
     home = tempfile.mkdtemp(prefix="orch-test-", dir="/tmp")
@@ -172,7 +172,7 @@ def runner(ray_here: None, tmp_path: Path, cache: Path) -> Runner:
     return Runner(tmp_path, cache)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def undisturbed(ray_here: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Outcome:
     """One worker, nothing happens: what every other history must equal."""
     outcome = Runner(tmp_path_factory.mktemp("undisturbed"), cache)("elastic.workers.max=1")
