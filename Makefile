@@ -30,12 +30,16 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# Two lanes, each with its share of the processors (tests/conftest.py); in the order of collection, so that what takes
+# long is begun first.
+LANES := -n 2 --dist loadgroup --no-loadscope-reorder
+
 unit: install tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(LANES)
 
 # What takes long and differs little from what every run tries: hours. Before a release.
 test-nightly: install tools
-	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest $(LANES) -m nightly
 
 # A browser and Prometheus for the tests that use them; without them those are skipped, and say so.
 tools:

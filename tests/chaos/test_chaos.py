@@ -9,9 +9,9 @@ import pytest
 from tests.chaos.play import Stage
 from tests.chaos.story import ACTS, KINDS_INSIDE, LAYOUTS, draw
 
-FEW = (4, 12, 16, 18, 20)
-"""Parameters, packed documents, replicas with a standby, gradients and a pipeline: the stories of every run of the
-tests, and not long ones. (Those with tensors take minutes each where a collective takes milliseconds.)"""
+FEW = (4, 20)
+"""Parameters, and a pipeline: the stories of every run of the tests, and not long ones. (Those with tensors take
+minutes each where a collective takes milliseconds.)"""
 MANY = range(40)
 
 

@@ -75,9 +75,3 @@ class CommandLine:
 
     def nothing_left(self) -> None:
         wait_for(lambda: not self.left(), timeout_s=20, what=lambda: f"the end of {self.left()}")
-
-
-def orchestrator(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments], capture_output=True, text=True, timeout=60, check=False
-    )

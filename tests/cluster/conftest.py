@@ -24,11 +24,11 @@ name: test
 model: {hf: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
              num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 320, attention_dropout: 0.1}}
 data: {source: python-stdlib, tokenizer: bytes, sequence_length: 64}
-train: {steps: 120, global_batch: 16, micro_batch: 1, optimizer: {name: adamw, lr: 1.0e-3},
-        schedule: {warmup_steps: 10}, seed: 7}
+train: {steps: 40, global_batch: 16, micro_batch: 1, optimizer: {name: adamw, lr: 1.0e-3},
+        schedule: {warmup_steps: 5}, seed: 7}
 elastic: {workers: {min: 1, max: 4}, virtual_workers: 8, heartbeat_interval_s: 0.25, heartbeat_timeout_s: 2.0,
           progress_timeout_s: 6.0, rebalance: {enabled: false}}
-checkpoint: {every_steps: 50}
+checkpoint: {every_steps: 20}
 """
 
 

@@ -132,6 +132,7 @@ def assert_same(run: Run, tmp_path: Path, cache: Path, *overrides: str) -> dict[
     return result
 
 
+@pytest.mark.nightly
 def test_a_run_grows_from_one_worker_to_all_and_gives_nodes_back(
     cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_node_lost_and_a_node_drained(
     assert {recovery["source"] for recovery in result["recoveries"]} == {"peers"}
 
 
+@pytest.mark.nightly
 def test_the_driver_is_killed_and_the_run_goes_on(
     cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path
 ) -> None:
@@ -343,23 +345,24 @@ def test_the_node_of_the_controller_drains(
 def test_ray_job_submit_end_to_end(cloud: FakeCloud, start: Callable[[str], Run], cache: Path) -> None:
     """With the command line of Ray, over the dashboard, with its token; a worker is killed on the way."""
     run = start("submitted")
-    sets = [part for value in (f"data.cache={cache}", "train.steps=60", "elastic.workers={min: 2, max: 2}")
+    sets = [part for value in (f"data.cache={cache}", "train.steps=30", "elastic.workers={min: 2, max: 2}")
             for part in ("--set", value)]  # fmt: skip
     folder = run.path.parent / "folder"
     folder.mkdir()
     (folder / "job.yaml").write_text(JOB)
     done = cloud.run(
         "ray", "job", "submit", "--address", cloud.dashboard, "--working-dir", str(folder), "--",
-        "orchestrator", "run", "job.yaml", "--run-dir", str(run.path), *sets, "--fault", "step=20,worker=1,kind=kill",
+        "orchestrator", "run", "job.yaml", "--run-dir", str(run.path), *sets, "--fault", "step=10,worker=1,kind=kill",
         timeout_s=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout + done.stderr
     result = run.result()
     assert result["status"] == "finished"
-    assert [(r["kind"], r["step"], r["steps_lost"]) for r in result["recoveries"]][:1] == [("kill", 20, 0)]
+    assert [(r["kind"], r["step"], r["steps_lost"]) for r in result["recoveries"]][:1] == [("kill", 10, 0)]
 
 
+@pytest.mark.nightly
 def test_orchestrator_submit_brings_its_own_code_and_ray_job_stop_ends_it(
     cloud: FakeCloud, start: Callable[[str], Run], cache: Path
 ) -> None:
@@ -403,6 +406,7 @@ def test_a_job_outside_its_working_directory_is_refused(cloud: FakeCloud, tmp_pa
     assert "--working-dir" in refused.stderr
 
 
+@pytest.mark.nightly
 def test_the_head_is_lost_with_everything_and_the_same_command_goes_on(
     tmp_path: Path, cache: Path, cloud: FakeCloud
 ) -> None:

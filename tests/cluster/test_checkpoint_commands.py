@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster.command_line import CommandLine, orchestrator
+from tests.cluster.command_line import CommandLine
 from tests.cluster.conftest import Outcome
+from tests.in_process import orchestrator
 
-SLOW = "step=30,worker=0,kind=slow,factor=60"
+SLOW = "step=10,worker=0,kind=slow,factor=60"
+WARM_UP = ("--set", "train.schedule.warmup_steps=10")
 KEY = secrets.token_hex(32)
 
 
@@ -31,7 +33,7 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
         "--set", "elastic.workers.max=2", "--set", "checkpoint.encryption.key=${env:A_CHECKPOINT_KEY}",
         "--set", f"checkpoint.storage={tmp_path / 'storage'}", "--set", "checkpoint.every_steps=null", "--fault", SLOW,
     )  # fmt: skip
-    command.until_step(process, 32)
+    command.until_step(process, 12)
     saved = orchestrator("checkpoint", run)
     assert saved.returncode == 0, saved.stdout + saved.stderr
     assert "checkpoint of" in saved.stdout
@@ -39,7 +41,7 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
     assert row["valid"]
     assert row["encrypted"]
     assert row["writers"] == 2
-    assert 30 < row["step"] < 120
+    assert 10 < row["step"] < 40
     assert orchestrator("stop", run).returncode == 0
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, output
@@ -87,8 +89,8 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
 def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path: Path, cache: Path, undisturbed: Outcome) -> None:
     command = CommandLine(tmp_path, cache)
     run = str(command.run_dir)
-    process = command.start("--set", "elastic.workers.max=2", "--set", "checkpoint.every_steps=15", "--fault", SLOW)
-    command.until_step(process, 32)
+    process = command.start("--set", "elastic.workers.max=2", "--set", "checkpoint.every_steps=5", "--fault", SLOW)
+    command.until_step(process, 12)
     assert orchestrator("stop", run).returncode == 0
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, output
@@ -115,11 +117,13 @@ def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path: Path, cache: Pa
     command.nothing_left()
 
 
+@pytest.mark.nightly
 def test_a_changed_job_goes_on_as_a_run_of_its_own(tmp_path: Path, cache: Path) -> None:
     command = CommandLine(tmp_path, cache)
-    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=20")
+    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=20", *WARM_UP)
     assert first.wait(timeout=90) == 0
-    changed = ("--set", "elastic.workers.max=2", "--set", "train.steps=30", "--set", "train.optimizer.lr=5.0e-4")
+    changed = ("--set", "elastic.workers.max=2", "--set", "train.steps=30", *WARM_UP,
+               "--set", "train.optimizer.lr=5.0e-4")  # fmt: skip
     refused = command.start(*changed)
     output, _ = refused.communicate(timeout=60)
     assert refused.returncode == 2

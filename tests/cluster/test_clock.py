@@ -20,8 +20,8 @@ from tests.cluster.command_line import FEW, CommandLine
 from tests.cluster.conftest import wait_for
 from tests.cluster.other_clocks import OtherClocks
 
-KILL = "step=40,worker=1,kind=kill"
-SMALL = ("--set", "elastic.workers.max=2", "--set", "train.steps=100")
+KILL = "step=20,worker=1,kind=kill"
+SMALL = ("--set", "elastic.workers.max=2", "--set", "train.steps=60")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_wall_clock_jumps_an_hour_forward_and_two_back(line: CommandLine, tm
     process = line.start(*FEW, *SMALL, "--fault", KILL, environment=clocks.environment)
     line.until_step(process, 10)
     clocks.jump_to(3600.0)
-    line.until_step(process, 60)
+    line.until_step(process, 30)
     clocks.jump_to(-3600.0)
     result = result_of(line, process)
     walls = [event["time"] for event in read_records(line.run_dir / "events.jsonl")]
@@ -71,6 +71,7 @@ def test_the_wall_clock_jumps_an_hour_forward_and_two_back(line: CommandLine, tm
     check_recovery(result)
 
 
+@pytest.mark.nightly
 def test_processes_whose_clocks_differ_by_hours_train_and_recover(line: CommandLine, tmp_path: Path) -> None:
     clocks = OtherClocks(tmp_path / "clocks", apart=True)
     began = time.monotonic()
@@ -85,7 +86,7 @@ def test_processes_whose_clocks_differ_by_hours_train_and_recover(line: CommandL
 @pytest.mark.nightly
 def test_a_machine_that_is_suspended_for_longer_than_the_heartbeat_timeout(line: CommandLine) -> None:
     process = line.start(*FEW, *SMALL)
-    line.until_step(process, 20)
+    line.until_step(process, 10)
     everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in everybody:
         os.kill(one.pid, signal.SIGSTOP)
@@ -93,7 +94,7 @@ def test_a_machine_that_is_suspended_for_longer_than_the_heartbeat_timeout(line:
         # Three heartbeat timeouts, and as long as nothing may move.
         wait_for(lambda: all(one.status() == psutil.STATUS_STOPPED for one in everybody), what="their stop")
         time.sleep(6.5)
-        assert line.steps() < 100
+        assert line.steps() < 60
     finally:
         for one in everybody:
             os.kill(one.pid, signal.SIGCONT)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from monitoring.records import read_records
-from tests.cluster.command_line import FEW, CommandLine, orchestrator
+from tests.cluster.command_line import FEW, CommandLine
 from tests.cluster.conftest import Outcome, wait_for
+from tests.in_process import orchestrator
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def command(tmp_path: Path, cache: Path) -> CommandLine:
 def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, undisturbed: Outcome) -> None:
     process = command.start(
         "--local-nodes", "3", "--set", "elastic.workers.max=3", "--json",
-        "--fault", "step=30,worker=1,kind=node", "--fault", "step=60,worker=2,kind=drain,seconds=20",
+        "--fault", "step=10,worker=1,kind=node", "--fault", "step=20,worker=2,kind=drain,seconds=20",
     )  # fmt: skip
-    command.until_step(process, 10)
+    command.until_step(process, 5)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
@@ -44,7 +45,7 @@ def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, 
     assert audit.returncode == 0, audit.stdout + audit.stderr
     assert result["data_digest"] in audit.stdout
     status = json.loads(orchestrator("status", str(command.run_dir), "--json").stdout)
-    assert (status["state"], status["step"]) == ("finished", 120)
+    assert (status["state"], status["step"]) == ("finished", 40)
     assert '"run_finished"' in orchestrator("events", str(command.run_dir), "--json").stdout
 
 
@@ -76,9 +77,13 @@ def test_a_hopeless_worker_is_replaced_on_another_node(command: CommandLine) -> 
     assert audit.returncode == 0, audit.stdout + audit.stderr
 
 
-def test_one_signal_stops_in_good_order(command: CommandLine) -> None:
+def test_others_are_refused_while_it_runs_and_one_signal_stops_in_good_order(command: CommandLine) -> None:
     process = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
     command.until_step(process, 5)
+    second = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "is being run right now" in output
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, output
@@ -88,6 +93,10 @@ def test_one_signal_stops_in_good_order(command: CommandLine) -> None:
     checkpoint = command.run_dir / "checkpoints" / f"step-{result['steps']:08d}"
     assert (checkpoint / "MANIFEST.json").exists(), "stopping saves, so that nothing is lost"
     command.nothing_left()
+    other = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000", "--set", "train.seed=8")
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "train.seed (7 there, 8 here)" in output
 
 
 def test_two_signals_stop_at_once(command: CommandLine) -> None:
@@ -111,6 +120,7 @@ def test_a_driver_that_is_killed_takes_its_own_cluster_with_it(command: CommandL
     command.nothing_left()
 
 
+@pytest.mark.nightly
 def test_a_signal_before_the_run_began_ends_its_preparation(command: CommandLine) -> None:
     process = command.start("--set", "elastic.workers.max=1")
     wait_for(lambda: command.remember(process.pid) or len(command.family) > 2, timeout_s=60, what="Ray's processes")
@@ -166,25 +176,3 @@ def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(command
     assert first != second
     assert not first.exists()
     assert not second.exists()
-
-
-def test_a_second_driver_for_the_same_run_directory_is_refused(command: CommandLine) -> None:
-    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=100000")
-    command.until_step(first, 3)
-    second = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=100000")
-    output, _ = second.communicate(timeout=60)
-    assert second.returncode == 2
-    assert "is being run right now" in output
-    stop = orchestrator("stop", str(command.run_dir))
-    assert stop.returncode == 0, stop.stderr
-    assert first.wait(timeout=60) == 3
-    command.nothing_left()
-
-
-def test_another_job_in_the_same_run_directory_is_refused(command: CommandLine) -> None:
-    first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5", *FEW)
-    assert first.wait(timeout=90) == 0
-    other = command.start("--set", "train.steps=5", *FEW, "--set", "train.seed=8")
-    output, _ = other.communicate(timeout=60)
-    assert other.returncode == 2
-    assert "train.seed (7 there, 8 here)" in output

@@ -26,7 +26,8 @@ class Run:
         job = home / "job.yaml"
         job.write_text(JOB)
         self.command = ("run", str(job), "--run-dir", str(self.path), "--set", f"data.cache={cache}",
-                        "--set", "elastic.workers.max=2")  # fmt: skip
+                        "--set", "elastic.workers.max=2",
+                        "--fault", "step=5,worker=0,kind=slow,factor=30")  # fmt: skip
         self.cluster = cluster
 
     def steps(self) -> int:
@@ -60,15 +61,15 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
         assert driver.poll() is None, driver.communicate()[0]
         return run.steps() >= steps
 
-    wait_for(lambda: trained(10), 120, "step 10")
+    wait_for(lambda: trained(6), 120, "step 6")
     command = cluster.lose_gcs()
-    wait_for(lambda: trained(20), 60, "ten steps without a GCS")
+    wait_for(lambda: trained(12), 60, "six steps without a GCS")
     os.kill(run.events("controller")[-1]["pid"], signal.SIGKILL)
     cluster.start_gcs(command)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, output
     result = run.result()
-    assert (result["status"], result["steps"]) == ("finished", 120)
+    assert (result["status"], result["steps"]) == ("finished", 40)
     assert result["state_digest"] == undisturbed.result.state_digest
     assert result["data_digest"] == undisturbed.result.data_digest
     assert len(result["generations"]) == 1, "the workers trained on"
@@ -88,17 +89,17 @@ def test_a_head_of_a_cluster_file_that_dies_is_started_again_and_the_run_goes_on
         cluster.start_node()
         run = Run(cluster, tmp_path, cache)
         driver = cluster.start_driver(*run.command, settings=True)
-        wait_for(lambda: run.steps() >= 10, 120, "step 10")
+        wait_for(lambda: run.steps() >= 6, 120, "step 6")
         raylets = cluster.raylets()
         cluster.lose_gcs()
-        wait_for(lambda: run.steps() >= 20, 60, "ten steps without a head")
+        wait_for(lambda: run.steps() >= 12, 60, "six steps without a head")
         wait_for(lambda: cluster.raylets() - raylets, 120, "another head")
         output, _ = driver.communicate(timeout=300)
         if driver.returncode != 0:  # It was connected through the head's own raylet.
             done = cluster.orchestrator("attach", str(run.path))
             output += done.stdout + done.stderr
         result = run.result()
-        assert (result["status"], result["steps"]) == ("finished", 120), output
+        assert (result["status"], result["steps"]) == ("finished", 40), output
         assert result["state_digest"] == undisturbed.result.state_digest
         assert result["data_digest"] == undisturbed.result.data_digest
         assert [each["steps_lost"] for each in result["recoveries"]] in ([], [0])
@@ -106,6 +107,7 @@ def test_a_head_of_a_cluster_file_that_dies_is_started_again_and_the_run_goes_on
         cluster.remove()
 
 
+@pytest.mark.nightly
 def test_without_tables_the_driver_says_what_happened_and_from_where_the_run_goes_on(
     tmp_path: Path, cache: Path
 ) -> None:

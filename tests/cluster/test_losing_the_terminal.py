@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.command_line import FEW, CommandLine, orchestrator
+from tests.cluster.command_line import FEW, CommandLine
 from tests.cluster.conftest import wait_for
+from tests.in_process import orchestrator
 from tests.selection import nightly
 
 LONG = ("--set", "train.steps=20000", "--set", "elastic.workers.max=1", *FEW)
@@ -58,6 +59,7 @@ def test_a_run_whose_output_nobody_reads_any_more_stops_with_a_checkpoint(comman
         assert (done.returncode, done.stderr) == (141, ""), arguments
 
 
+@pytest.mark.nightly
 def test_a_run_whose_terminal_hangs_up_stops_with_a_checkpoint(command: CommandLine) -> None:
     """Closing a terminal sends SIGHUP to all processes in it, Ray's too."""
     ours, theirs = pty.openpty()
@@ -104,6 +106,7 @@ def test_a_run_whose_directory_is_deleted_has_failed_and_says_so(
     command.nothing_left()
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_while_its_directory_is_full_and_writes_its_record_when_there_is_room(
     command: CommandLine, tmp_path: Path
 ) -> None:

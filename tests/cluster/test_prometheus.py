@@ -19,8 +19,9 @@ from monitoring.dashboards.run import NO_PEAK
 from monitoring.goodput import REASONS
 from monitoring.records import read_records
 from monitoring.series import RANK_SERIES, RUN_SERIES
-from tests.cluster.command_line import CommandLine, orchestrator
+from tests.cluster.command_line import CommandLine
 from tests.cluster.conftest import wait_for
+from tests.in_process import orchestrator
 from tests.prometheus_tools import Prometheus, running_prometheus
 
 ROOT = Path(__file__).parents[2]
@@ -80,10 +81,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
         process = command.start(
             "--set", f"monitoring.targets={targets}", "--set", "train.steps=100000", "--set", "elastic.workers.max=3",
             "--set", "data.sequence_length=128", "--fault", "step=20,worker=1,kind=kill",
-            "--fault", "step=35,worker=2,kind=hang", "--fault", "step=50,kind=controller", "--json",
+            "--fault", "step=30,worker=2,kind=hang", "--fault", "step=40,kind=controller", "--json",
         )  # fmt: skip
         try:
-            command.until_step(process, 60)
+            command.until_step(process, 45)
             resized = orchestrator("resize", str(command.run_dir), "2")
             assert resized.returncode == 0, resized.stderr
             _until_resized(command)

@@ -14,8 +14,10 @@ from monitoring.records import read_records
 from orchestrator.cluster import driver
 from orchestrator.cluster.driver import drive
 from orchestrator.rundir import RunDirectory
-from tests.cluster.command_line import CommandLine, orchestrator
+from tests.cluster.command_line import CommandLine
 from tests.cluster.conftest import Runner, wait_for
+from tests.in_process import orchestrator
+from tests.selection import nightly
 
 
 def test_commands_while_the_controller_is_restarted(tmp_path: Path, cache: Path) -> None:
@@ -53,19 +55,19 @@ def test_commands_while_the_controller_is_restarted(tmp_path: Path, cache: Path)
     command.nothing_left()
 
 
-@pytest.mark.parametrize("is_seen_by", ["driver", "controller"])
+@pytest.mark.parametrize("is_seen_by", ["controller", *nightly(["driver"])])
 def test_a_run_that_finished_after_its_driver_looked_is_not_steered_again(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, is_seen_by: str
 ) -> None:
     """The driver looked while the controller was being restarted; its successor finished the run meanwhile."""
-    few = ("train.steps=20", "train.schedule.warmup_steps=1", "elastic.workers.max=1")
+    few = ("train.steps=5", "train.schedule.warmup_steps=1", "elastic.workers.max=1")
     outcome = runner(*few)
     assert outcome.result.status == "finished"
     before = (outcome.directory.path / "result.json").read_bytes()
     if is_seen_by == "controller":
         monkeypatch.setattr(driver, "clear_result", lambda directory: None)
     result = drive(runner.job(*few), outcome.directory, job_text="")
-    assert (result["status"], result["steps"]) == ("finished", 20)
+    assert (result["status"], result["steps"]) == ("finished", 5)
     assert (outcome.directory.path / "result.json").read_bytes() == before
     assert [e["kind"] for e in outcome.events].count("generation") == 1
     assert [e["kind"] for e in outcome.events].count("controller") == 1

@@ -11,12 +11,14 @@ from orchestrator.rundir import RunDirectory
 from tests.cluster.conftest import Outcome, Runner, steps_done, wait_for
 from tests.cluster.test_faults import assert_nothing_lost, assert_same_result
 
-SHORT = ("train.steps=14", "train.global_batch=8", "model.hf.attention_dropout=0.0", "checkpoint.every_steps=5")
+SHORT = ("train.steps=8", "train.global_batch=8", "model.hf.attention_dropout=0.0", "checkpoint.every_steps=3",
+         "model.hf.num_hidden_layers=1")  # fmt: skip
 """A step of tensor-parallel groups takes some hundred collectives."""
 
 
+@pytest.mark.nightly
 def test_pipelines_of_shards_lose_and_regain_workers(runner: Runner, undisturbed: Outcome) -> None:
-    faults = ("step=20,worker=1,kind=kill", "step=50,worker=2,kind=hang", "step=90,worker=3,kind=raise")
+    faults = ("step=7,worker=1,kind=kill", "step=17,worker=2,kind=hang", "step=30,worker=3,kind=raise")
     outcome = runner("strategy.pipeline=2", "strategy.shard=optimizer", faults=faults)
     assert_same_result(outcome, undisturbed)
     assert_nothing_lost(outcome, gone={1, 2, 3})
@@ -29,7 +31,7 @@ def test_pipelines_of_shards_lose_and_regain_workers(runner: Runner, undisturbed
 
 @pytest.mark.nightly
 def test_sharded_parameters_with_a_killed_controller(runner: Runner, undisturbed: Outcome) -> None:
-    faults = ("step=30,kind=controller", "step=60,worker=0,kind=kill")
+    faults = ("step=10,kind=controller", "step=25,worker=0,kind=kill")
     outcome = runner("strategy.shard=parameters", "elastic.workers.max=3", faults=faults)
     assert_same_result(outcome, undisturbed)
     assert_nothing_lost(outcome, gone={0})
@@ -51,7 +53,7 @@ def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(
                 bundles[group["name"]] = dict(counts)
                 assert group["strategy"] == "STRICT_PACK"
 
-    outcome = runner(*split, "strategy.pipeline=2", faults=("step=7,worker=1,kind=kill",), meanwhile=look)
+    outcome = runner(*split, "strategy.pipeline=2", faults=("step=5,worker=1,kind=kill",), meanwhile=look)
     assert_same_result(outcome, calm)
     assert_nothing_lost(outcome, gone={1})
     assert sorted(sum(counts.values()) for counts in bundles.values()) == [2, 2], bundles

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.command_line import orchestrator
 from tests.cluster.conftest import Outcome, Runner
+from tests.in_process import orchestrator
 
 
 def records(run_dir: str, *options: str) -> list[dict[str, Any]]:

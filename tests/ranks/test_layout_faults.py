@@ -172,8 +172,13 @@ EVERY_KIND = (
     "split",
     [
         Split(4, pipeline=2, shard="parameters"),
-        Split(4, tensor=2, shard="gradients"),
-        *nightly([Split(4, pipeline=2, shard="optimizer"), Split(4, tensor=2, pipeline=2)]),
+        *nightly(
+            [
+                Split(4, tensor=2, shard="gradients"),
+                Split(4, pipeline=2, shard="optimizer"),
+                Split(4, tensor=2, pipeline=2),
+            ]
+        ),
     ],
     ids=str,
 )
@@ -373,9 +378,9 @@ def walk_over_all_changes(sizes: list[int]) -> list[int]:
     ("split", "sizes"),
     [
         (Split(4, shard="optimizer"), [1, 2, 3, 4]),
-        (Split(8, pipeline=2, shard="parameters"), [2, 4, 8]),
         *nightly(
             [
+                (Split(8, pipeline=2, shard="parameters"), [2, 4, 8]),
                 (Split(8, shard="optimizer"), list(range(1, 9))),
                 (Split(8, pipeline=2, shard="parameters"), [2, 4, 6, 8]),
                 (Split(8, tensor=2, pipeline=2, shard="gradients", virtual_workers=8), [2, 4, 6, 8]),
@@ -424,7 +429,7 @@ def test_growing_and_shrinking_between_any_two_sizes_changes_nothing(
 # ---------------------------------------------------------------------------------------- anything at all
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 4, *nightly([3, *range(5, 32)])])
+@pytest.mark.parametrize("seed", [0, 1, 4, *nightly([2, 3, *range(5, 32)])])
 def test_any_mixture_of_layouts_and_faults_gives_the_same_result(train: Train, seed: int) -> None:
     rng = random.Random(seed)
     tensor = 2 if seed % 5 == 4 else 1

@@ -110,13 +110,19 @@ def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_every_layout(
     model = model_of("spare")
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if ".spare." in f".{name}"}
     assert len(initial) == 6
-    layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
-    layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
-    layouts += [layout_of(1, 3), layout_of(2, 2, 1, "parameters", parts=((0, 1), (1, 6)))]
+    layouts = [layout_of(3), layout_of(3, 1, 1, "parameters"), layout_of(2, 2, 1, "optimizer", "zero-bubble")]
     assert_all_give(expected(dropout=0.1, model="spare"), layouts, dropout=0.1, model="spare")
     alone = run_ranks(1, spares_after, Stretch(layout_of()))[0]
     assert alone.keys() == initial.keys()
     assert all(torch.equal(alone[name], initial[name]) for name in initial)
+
+
+@pytest.mark.nightly
+def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_many_layouts() -> None:
+    layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
+    layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
+    layouts += [layout_of(1, 3), layout_of(2, 2, 1, "parameters", parts=((0, 1), (1, 6)))]
+    assert_all_give(expected(dropout=0.1, model="spare"), layouts, dropout=0.1, model="spare")
 
 
 @pytest.mark.nightly
@@ -143,7 +149,11 @@ def spares_after(rank: int, address: Endpoint, stretch: Stretch) -> dict[str, to
 
 @pytest.mark.parametrize(
     "layout",
-    [layout_of(2), layout_of(2, 1, 1, "parameters"), layout_of(1, 2, schedule="zero-bubble"), layout_of(tensor=2)],
+    [
+        layout_of(2, 1, 1, "parameters"),
+        layout_of(1, 2, schedule="zero-bubble"),
+        *nightly([layout_of(2), layout_of(tensor=2)]),
+    ],
     ids=ParallelLayout.describe,
 )
 def test_a_model_that_changes_itself_after_many_steps_ends_its_step_in_every_layout(layout: ParallelLayout) -> None:
@@ -193,7 +203,7 @@ def expected_split(model: str = "llama", precision: str = "fp32") -> Numbers:
     return as_numbers(alone)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("shard", ["none", "parameters", *nightly(["optimizer", "gradients"])])
+@pytest.mark.parametrize("shard", ["parameters", *nightly(["none", "optimizer", "gradients"])])
 def test_layouts_of_tensor_parallel_groups_are_one_such_group(shard: str) -> None:
     assert_all_give(expected_split(), [layout_of(2, 1, 2, shard), layout_of(1, 2, 2, shard, "zero-bubble")])
 
@@ -204,13 +214,14 @@ def test_layouts_of_all_axes_are_one_tensor_parallel_group(shard: str) -> None:
     assert_all_give(expected_split(), [layout_of(2, 2, 2, shard), layout_of(1, 2, 2, shard, "1f1b")])
 
 
-@pytest.mark.parametrize("model", ["olmo2", "gpt_neox", *nightly(["qwen3", "own"])])
+@pytest.mark.parametrize("model", ["gpt_neox", *nightly(["olmo2", "qwen3", "own"])])
 def test_other_models_are_split_by_their_own_plans(model: str) -> None:
     """Among them norms of single heads (qwen3) and of all heads (olmo2), and one matrix for all inputs of attention."""
     layouts = [layout_of(1, 2, 2), layout_of(2, 1, 2, "parameters")]
     assert_all_give(expected_split(model), layouts, model=model)
 
 
+@pytest.mark.nightly
 def test_tensor_parallel_groups_in_bf16_are_one_such_group() -> None:
     layouts = [layout_of(2, 1, 2, "gradients"), layout_of(1, 2, 2), layout_of(2, 1, 2, "parameters")]
     assert_all_give(expected_split(precision="bf16"), layouts, precision="bf16")
@@ -275,7 +286,7 @@ def expected_journey(tensor: int) -> Numbers:
     return as_numbers(run_ranks(tensor, train, [stretch])[0])  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("seed", [0, *nightly(range(1, 6))])
+@pytest.mark.parametrize("seed", [1, *nightly([0, *range(2, 6)])])
 def test_layouts_of_tensor_parallel_groups_may_change_too(seed: int) -> None:
     stretches = journey(seed, tensor=2)
     assert_arrived(stretches, travel(stretches), expected_journey(2))

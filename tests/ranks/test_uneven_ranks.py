@@ -99,7 +99,7 @@ def all_there(name: str) -> Callable[[LocalCluster], bool]:
     return lambda cluster: cluster.is_whole(workers)
 
 
-@pytest.mark.parametrize("name", ["d3", "d3 optimizer", "d3 gradients", "d3 parameters"])
+@pytest.mark.parametrize("name", ["d3", "d3 optimizer", *nightly(["d3 gradients", "d3 parameters"])])
 def test_work_is_dealt_anew_and_back_without_changing_a_bit(
     name: str, job_text: str, undisturbed: Outcome, tmp_path: Path
 ) -> None:
@@ -142,7 +142,7 @@ def test_replicas_of_a_pipeline_are_dealt_to_anew(job_text: str, undisturbed: Ou
     assert len([generation for generation in outcome.generations if generation.layout.pipeline == 2]) == 1
 
 
-@pytest.mark.parametrize("name", ["d2p2", "d2p2 zero-bubble"])
+@pytest.mark.parametrize("name", ["d2p2", *nightly(["d2p2 zero-bubble"])])
 def test_stages_are_cut_anew_without_changing_a_bit(
     name: str, job_text: str, undisturbed: Outcome, tmp_path: Path
 ) -> None:

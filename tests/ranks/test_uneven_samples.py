@@ -139,6 +139,6 @@ def test_a_pipeline_of_sharded_replicas_gives_what_one_worker_gives(train: Train
     train("masked stream", 4, overrides=("strategy.pipeline=2", "strategy.shard=parameters"))
 
 
-@pytest.mark.parametrize("kind", ["pack", *nightly(["pad"])])
+@pytest.mark.parametrize("kind", nightly(["pack", "pad"]))
 def test_tensor_parallel_groups_give_what_one_group_gives(train: Train, kind: str) -> None:
     train(kind, 4, tensor=2)

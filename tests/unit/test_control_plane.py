@@ -13,6 +13,7 @@ from benchmarks.control_plane import CHANGES, changes, started
 from orchestrator.controller.machine import Controller
 from orchestrator.controller.protocol import Action, Event, Tick
 from orchestrator.messages import Heartbeat
+from tests.selection import nightly
 
 FEW, MANY = 128, 512
 MOST = 1.4
@@ -47,7 +48,7 @@ class Operations:
         return float(self.count)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "optimizer-tp8"])
+@pytest.mark.parametrize("layout", ["optimizer-tp8", *nightly(["replicated"])])
 def test_what_a_change_of_membership_takes_grows_with_the_number_of_workers(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,7 +226,7 @@ def history(seed: int, *, loud: bool = False) -> World:
     return world
 
 
-@pytest.mark.parametrize("histories", [400, *nightly([4_000])])
+@pytest.mark.parametrize("histories", [150, *nightly([4_000])])
 def test_random_histories(histories: int) -> None:
     """Whatever happens: no step lost that somebody holds, every failure on the books, and the run comes to its end."""
     ends: Counter[str] = Counter()
@@ -253,11 +253,12 @@ def test_random_histories(histories: int) -> None:
         print(f"failed seeds: {failed}")
         raise first
     assert ends["finished"] > 0.8 * histories
+    # A history that never meets a kind of trouble proves nothing about it; the more there are the more it must be met.
+    least = histories // 150
     for kind in ("collect", "hands over", "rolls", "rolls a part", "whole", "parts", "restore", "tensor", "pipeline"):
-        assert met[kind] > 0, f"no history had a generation that {kind}"
-    # A history that never meets a kind of trouble proves nothing about it.
+        assert met[kind] >= least, f"few histories had a generation that {kind}"
     for kind in ("kill", "node", "hang", "stall", "crash", "drain", "grow", "shrink", "controller"):
-        assert incidents[kind] > 0, f"no history had a {kind}"
+        assert incidents[kind] >= least, f"few histories had a {kind}"
 
 
 @pytest.mark.skipif("CONTROLLER_SEED" not in os.environ, reason="set CONTROLLER_SEED to see one history")

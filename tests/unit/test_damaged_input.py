@@ -37,12 +37,13 @@ from orchestrator.checkpoint.manifest import SEALED_BYTES, CheckpointError, cano
 from orchestrator.data.ledger import audit
 from orchestrator.data.sources import DataError
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from tests.selection import nightly
 from tests.unit.checkpoints_in_tests import catalog_in, load, same, tensors, write
 from tests.unit.run_directories import INCIDENT, RESULT, T0, append, make_run, status
 
 ROOT = Path(__file__).parents[2]
 OURS = (CheckpointError, RunDirectoryError, DataError, Unreadable)
-CHECKPOINT_MUTATIONS, RUN_MUTATIONS = 1000, 1000
+MUTATIONS_OF_EACH = [250, *nightly([1000])]
 HEADROOM_BYTES = 1 << 30
 PLACEHOLDER = "PLACEHOLDER-DEEP"
 
@@ -144,7 +145,10 @@ def recommit(catalog: Catalog, step: int, manifest: bytes) -> None:
     (directory / "COMMIT").write_bytes(canonical(content | {"xxh3_128": digest_of(canonical(content))}))
 
 
-def test_no_damaged_checkpoint_raises_anything_but_our_error(tmp_path: Path, little_memory: None) -> None:
+@pytest.mark.parametrize("mutations", MUTATIONS_OF_EACH)
+def test_no_damaged_checkpoint_raises_anything_but_our_error(
+    tmp_path: Path, little_memory: None, mutations: int
+) -> None:
     catalog, values = catalog_in(tmp_path), tensors()
     write(catalog, 60, values)
     write(catalog, 120, values)
@@ -154,7 +158,7 @@ def test_no_damaged_checkpoint_raises_anything_but_our_error(tmp_path: Path, lit
     good |= {name: (directory / name).read_bytes() for name in data}
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=CHECKPOINT_MUTATIONS, **FUZZING)
+    @settings(max_examples=mutations, **FUZZING)
     @given(st.sampled_from(["MANIFEST.json"] * 6 + ["COMMIT"] * 2 + data), MUTATIONS)
     def fuzz(name: str, mutation: tuple[str, int, int]) -> None:
         for known, raw in good.items():
@@ -181,7 +185,7 @@ def test_no_damaged_checkpoint_raises_anything_but_our_error(tmp_path: Path, lit
 
     fuzz()
     print(f"checkpoints: {dict(counts)}")
-    assert counts["all"] >= CHECKPOINT_MUTATIONS
+    assert counts["all"] >= mutations
     assert counts["refused"] > counts["all"] // 2
     assert same(load(catalog.open(60)), values)
 
@@ -212,7 +216,10 @@ def read_everything(path: Path, now: float) -> None:
         directory.read_json(name)
 
 
-def test_no_damaged_run_directory_raises_anything_but_our_error(tmp_path: Path, little_memory: None) -> None:
+@pytest.mark.parametrize("mutations", MUTATIONS_OF_EACH)
+def test_no_damaged_run_directory_raises_anything_but_our_error(
+    tmp_path: Path, little_memory: None, mutations: int
+) -> None:
     path = make_run(tmp_path / "run", live=status(), result=RESULT)
     (path / "control").mkdir()
     environment = {"data": {"num_samples": 40}, "store": {"digest": "sha256:0", "tokens": 5}, "packages": {"ray": "2"}}
@@ -225,7 +232,7 @@ def test_no_damaged_run_directory_raises_anything_but_our_error(tmp_path: Path, 
     good["control/1.json"] = request
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=RUN_MUTATIONS, **FUZZING)
+    @settings(max_examples=mutations, **FUZZING)
     @given(st.sampled_from(names), MUTATIONS, st.integers(0, 5))
     def fuzz(name: str, mutation: tuple[str, int, int], line: int) -> None:
         for known, raw in good.items():
@@ -244,7 +251,7 @@ def test_no_damaged_run_directory_raises_anything_but_our_error(tmp_path: Path, 
 
     fuzz()
     print(f"run directories: {dict(counts)}")
-    assert counts["all"] >= RUN_MUTATIONS
+    assert counts["all"] >= mutations
     assert counts["taken"] > 0
     assert counts["refused"] > 0
 

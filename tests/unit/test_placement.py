@@ -123,7 +123,7 @@ def test_slices_are_even_and_whole_vectors(data: int, tensor: int, shard: str) -
 # ---------------------------------------------------------------------------------------- copies
 
 
-@quick
+@settings(quick, max_examples=20)
 @given(placements())
 def test_every_element_has_as_many_holders_as_wanted_or_as_there_are_ranks(
     placed: tuple[ParallelLayout, Space, list[Domain], int, list[Shard]],

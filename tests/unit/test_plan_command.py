@@ -17,14 +17,14 @@ from orchestrator.planning.assume import MachineOptions, machine_for
 from orchestrator.planning.command import LimitOptions, limits_of
 from orchestrator.planning.units import PlanError, parse_bytes, parse_counts, parse_rate, parse_seconds, show_runs
 from strategies.layout import SCHEDULES, SHARDS
+from tests.in_process import orchestrator
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples/quickstart.yaml"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return orchestrator("plan", *arguments, cwd=ROOT)
 
 
 # ---------------------------------------------------------------------------------------- numbers as people write them
