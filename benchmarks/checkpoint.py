@@ -61,17 +61,17 @@ class _Bench:
         from torch import nn
 
         from orchestrator.checkpoint.catalog import Catalog
-        from orchestrator.checkpoint.storage import open_storage
         from orchestrator.job import Job
-        from orchestrator.messages import WorkerId
-        from orchestrator.worker.saving import Saver
-        from strategies.blueprint import Blueprint
-        from strategies.fabric import Fabric
-        from strategies.layout import ParallelLayout
-        from strategies.optimizers import OptimizerSpec
-        from strategies.placement import Domain
-        from strategies.state import TrainingState
-        from strategies.statemap import whole
+        from orchestrator.storage import open_storage
+        from orchestrator.training.messages import WorkerId
+        from orchestrator.training.saving import Saver
+        from strategies.comm.fabric import Fabric
+        from strategies.layout.parallel import ParallelLayout
+        from strategies.layout.placement import Domain
+        from strategies.layout.statemap import whole
+        from strategies.model.blueprint import Blueprint
+        from strategies.optim.optimizers import OptimizerSpec
+        from strategies.state.training_state import TrainingState
 
         self.rank, self.ranks, self.directory = rank, ranks, directory
         torch.manual_seed(0)
@@ -81,8 +81,8 @@ class _Bench:
         self.layout = ParallelLayout(data=ranks, assignment=tuple((index,) for index in range(ranks)))
         self.fabric = Fabric(rank=rank, layout=self.layout, device=torch.device("cpu"))
         # Their store is on the port of the process group; ours is another.
-        from strategies.groups import serve_store
-        from strategies.rendezvous_proof import fresh_secret
+        from strategies.comm.groups import serve_store
+        from strategies.comm.rendezvous_proof import fresh_secret
 
         store, address = serve_store(HOST, fresh_secret()) if rank == 0 else (None, None)
         addresses = [address]
@@ -168,8 +168,8 @@ class _Bench:
         import torch.distributed as dist
 
         from orchestrator.checkpoint.names import Save
-        from strategies.placement import trained_spans
-        from strategies.statemap import share_out
+        from strategies.layout.placement import trained_spans
+        from strategies.layout.statemap import share_out
 
         save = Save(number + 1, 1, 0)
         shares = share_out(trained_spans(self.layout, self.state.arrangement.shards))
@@ -190,7 +190,7 @@ class _Bench:
         return finish
 
     def restore_ours(self, number: int) -> None:
-        from orchestrator.worker.restoring import open_checkpoint, read_checkpoint
+        from orchestrator.training.restoring import open_checkpoint, read_checkpoint
 
         checkpoint = open_checkpoint(self.catalog, number + 1, self.state)
         self.state.tear()

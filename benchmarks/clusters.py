@@ -40,8 +40,8 @@ import psutil
 from ray_train import CHECKPOINT_STEPS, fit
 
 from monitoring.follow import Tail
-from orchestrator.cluster import reaper
-from orchestrator.cluster.nodes import Gcs, GcsError, drain
+from orchestrator.runtime import reaper
+from orchestrator.runtime.ray.nodes import Gcs, GcsError, drain
 
 WORKERS, LEAST = 4, 2
 CALM_STEPS = 8

@@ -1,7 +1,7 @@
 """What the controller's decisions cost with 64 to 10,000 workers: the state machine of production, without Ray.
 
 Workers are simulated as far as the controller hears of them: 8 on a node, with the messages that
-`orchestrator.worker.core` sends, answered in order. Only the time inside `Controller.handle` counts, in
+`orchestrator.training.worker` sends, answered in order. Only the time inside `Controller.handle` counts, in
 processor seconds, as it waits for nothing; the clock of the run is made up.
 
 changes  a membership change is three things: the first news of it until members are told (Interrupt or Pause), what
@@ -41,9 +41,9 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from orchestrator.controller.history import History
-from orchestrator.controller.machine import Controller
-from orchestrator.controller.protocol import (
+from orchestrator.control.history import History
+from orchestrator.control.machine import Controller
+from orchestrator.control.protocol import (
     Action,
     Died,
     Event,
@@ -61,8 +61,10 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RunState, ScalingRules
-from orchestrator.messages import (
+from orchestrator.control.views import ControllerConfig, RunState, ScalingRules
+from orchestrator.models.costs import Block, ModelCosts
+from orchestrator.planning.choose import LayoutChooser
+from orchestrator.training.messages import (
     Generation,
     Heartbeat,
     Joined,
@@ -73,11 +75,9 @@ from orchestrator.messages import (
     StepReport,
     WorkerId,
 )
-from orchestrator.planning.choose import LayoutChooser
-from orchestrator.planning.model import Block, ModelCosts
-from strategies.layout import ParallelLayout
-from strategies.statemap import NOTHING, Span, Spans, union, whole
-from strategies.timing import RankTimes
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.statemap import NOTHING, Span, Spans, union, whole
+from strategies.update.timing import RankTimes
 
 LAYOUTS = ("replicated", "optimizer-tp8", "parameters-tp8", "pipeline-8")
 CHANGES = ("death", "node lost", "growth by a node", "drain of a node", "shrink by an eighth", "growth by an eighth")
@@ -148,7 +148,7 @@ def _even(tensor: int, data: int, replica: int) -> Spans:
 
 
 def _rows(tensor: int, data: int, replica: int) -> Spans:
-    """Of every parameter the rows of its chunk, as FSDP2 shards; see `strategies.placement.row_ranges`."""
+    """Of every parameter the rows of its chunk, as FSDP2 shards; see `strategies.layout.placement.row_ranges`."""
     spans, offset = [], 0
     for shape in SHAPES:
         width = shape[1] // tensor if len(shape) == 2 else 1

@@ -23,7 +23,8 @@ from typing import Any
 from paired import HOST, Done, Side, Start, Turn
 
 from orchestrator.job import Job
-from strategies.layout import SCHEDULES, SHARDS, ParallelLayout
+from strategies.layout.parallel import SHARDS, ParallelLayout
+from strategies.layout.schedule import SCHEDULES
 
 SECRET = b"only ranks of this benchmark know."
 WARM_UP_STEPS = 3
@@ -63,7 +64,7 @@ def parse(name: str) -> dict[str, str]:
 def layout_of(job_path: str, name: str) -> tuple[Job, ParallelLayout]:
     """The job in this layout, and what its controller would choose for that many workers."""
     from orchestrator.planning.choose import LayoutChooser
-    from orchestrator.worker import build
+    from orchestrator.training import build
 
     settings = parse(name)
     workers = int(settings.pop("data")) * int(settings["tensor"]) * int(settings["pipeline"])
@@ -77,7 +78,7 @@ def layout_of(job_path: str, name: str) -> tuple[Job, ParallelLayout]:
 
 
 def serve() -> tuple[int, Any]:
-    from strategies.groups import serve_store
+    from strategies.comm.groups import serve_store
 
     store, address = serve_store(HOST, SECRET)
     return address.port, store
@@ -89,12 +90,13 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     import torch
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
-    from orchestrator.worker import build
-    from strategies.fabric import Fabric
-    from strategies.placement import Domain
-    from strategies.rendezvous_proof import StoreAddress
-    from strategies.statemap import whole
-    from strategies.step import StepEngine, exchange
+    from orchestrator.training import build
+    from strategies.comm.fabric import Fabric
+    from strategies.comm.rendezvous_proof import StoreAddress
+    from strategies.layout.placement import Domain
+    from strategies.layout.statemap import whole
+    from strategies.update.synchronous import StepEngine
+    from strategies.update.vote import exchange
 
     device = torch.device("cpu")
     build.make_deterministic(job, device)
@@ -248,8 +250,8 @@ def show_relayouts(figures: dict[str, Any]) -> None:
 
 def planner(job_path: str, workers: int = 4096, times: int = 5) -> dict[str, Any]:
     """Seconds to rank all layouts for so many workers, each time by a planner that knows nothing yet."""
+    from orchestrator.models.costs import describe_model
     from orchestrator.planning.assume import MachineOptions, machine_for
-    from orchestrator.planning.model import describe_model
     from orchestrator.planning.search import Limits, Planner
     from orchestrator.planning.work import work_of
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 HOST = "127.0.0.1"
 _PRELOAD = ("numpy", "torch", "torch.distributed", "transformers", "transformers.models.llama.modeling_llama",
-            "orchestrator.worker.core", "torch.distributed.pipelining", "torch.distributed.tensor.parallel",
+            "orchestrator.training.worker", "torch.distributed.pipelining", "torch.distributed.tensor.parallel",
             "torch.distributed.fsdp")  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 

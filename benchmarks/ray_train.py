@@ -56,7 +56,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
-    from orchestrator.worker import build
+    from orchestrator.training import build
 
     torch.set_num_threads(1)
     context = train.get_context()

@@ -99,7 +99,7 @@ def ddp(start: Start, text: str, factor: Callable[[int, int], float], padded: bo
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
-    from orchestrator.worker import build
+    from orchestrator.training import build
 
     store = start.store or dist.TCPStore("127.0.0.1", start.port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=start.rank, world_size=start.world_size)
@@ -298,7 +298,7 @@ def toggle_measuring(engine: Any) -> Callable[[bool], None]:
     """Puts what measures into an engine, or takes it out."""
     from contextlib import nullcontext
 
-    from strategies.timing import RankTimes
+    from strategies.update.timing import RankTimes
 
     nothing = nullcontext()
     on, rank_times = engine.watch.on, engine._rank_times
@@ -343,7 +343,7 @@ def overhead(rounds: int, home: Path) -> dict[str, Any]:
 
 
 def serve_ours() -> tuple[int, Any]:
-    from strategies.groups import serve_store
+    from strategies.comm.groups import serve_store
 
     server, address = serve_store("127.0.0.1", SECRET)
     return address.port, server
@@ -355,12 +355,12 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
-    from orchestrator.worker import build
-    from strategies.fabric import Fabric
-    from strategies.layout import ParallelLayout
-    from strategies.placement import Domain
-    from strategies.rendezvous_proof import StoreAddress
-    from strategies.step import StepEngine
+    from orchestrator.training import build
+    from strategies.comm.fabric import Fabric
+    from strategies.comm.rendezvous_proof import StoreAddress
+    from strategies.layout.parallel import ParallelLayout
+    from strategies.layout.placement import Domain
+    from strategies.update.synchronous import StepEngine
 
     job = Job.loads(text)
     dataset = dataset_of(job, prepare_stores(job, verify=False))
@@ -390,8 +390,8 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
 
 def measuring_seconds() -> float:
     """Seconds that the stopwatch, and a rank's account, take in a step of 8 micro-batches."""
-    from strategies.stopwatch import Stopwatch
-    from strategies.timing import RankTimes, from_row, to_row
+    from strategies.gradient.stopwatch import Stopwatch
+    from strategies.update.timing import RankTimes, from_row, to_row
 
     watch = Stopwatch()
     rounds = 2000
@@ -409,13 +409,13 @@ def measuring_seconds() -> float:
 
 def policy_seconds(ranks: int) -> float:
     """Seconds that the policy takes for a step of so many equal ranks."""
-    from orchestrator.controller.layouts import Layouts
-    from orchestrator.controller.rebalance import Rebalancer
-    from orchestrator.controller.views import ControllerConfig, RebalanceRules, WorkerView
-    from orchestrator.messages import Generation, Member, StepReport, WorkerId
+    from orchestrator.control.layouts import Layouts
+    from orchestrator.control.rebalance import Rebalancer
+    from orchestrator.control.views import ControllerConfig, RebalanceRules, WorkerView
     from orchestrator.planning.choose import LayoutChooser
-    from strategies.layout import ParallelLayout
-    from strategies.timing import RankTimes
+    from orchestrator.training.messages import Generation, Member, StepReport, WorkerId
+    from strategies.layout.parallel import ParallelLayout
+    from strategies.update.timing import RankTimes
 
     chooser = LayoutChooser(1, 1, "none", "1f1b", 4 * ranks, 1, ranks)
     config = ControllerConfig(total_steps=10**6, chooser=chooser, min_workers=1, max_workers=ranks)

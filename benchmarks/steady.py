@@ -73,7 +73,7 @@ def _ddp_rank(rank: int, world_size: int, port: int, job_path: str, steps: int, 
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
-    from orchestrator.worker import build
+    from orchestrator.training import build
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)

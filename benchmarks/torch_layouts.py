@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.job import Job
-from orchestrator.worker import build
-from strategies.layout import ParallelLayout, parts_of
+from orchestrator.training import build
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.schedule import parts_of
 
 Step = Callable[[int], Done]
 

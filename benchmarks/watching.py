@@ -33,8 +33,8 @@ def is_watched(step: int, turn: int) -> bool:
 def overhead(pairs: int, turn: int, workers: int, home: Path) -> list[float]:
     """Seconds of a step that is watched by those of one that is not, pair by pair."""
     from orchestrator import Job, run
-    from orchestrator.cluster import driver
-    from orchestrator.cluster.controller_actor import ControllerActor
+    from orchestrator.runtime.ray import driver
+    from orchestrator.runtime.ray.controller_actor import ControllerActor
 
     class Toggled(ControllerActor):
         def _carry_out(self, action: Any) -> None:

@@ -69,7 +69,7 @@ def run(
     look_at_model(job)
     job = with_content(job)
 
-    from orchestrator.cluster.driver import drive
+    from orchestrator.runtime.ray.driver import drive
 
     text = job_text if job_text is not None else yaml.safe_dump(job.resolved())
     result = drive(

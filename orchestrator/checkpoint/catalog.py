@@ -34,7 +34,7 @@ from orchestrator.checkpoint.manifest import (
     digest_of,
 )
 from orchestrator.checkpoint.names import Save, directory_name, is_part, step_of
-from orchestrator.checkpoint.storage import NotAFile, Storage
+from orchestrator.storage import NotAFile, Storage
 
 READ_AT_ONCE = 32 << 20
 """Bytes of neighbouring chunks that are read in one go."""

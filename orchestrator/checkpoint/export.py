@@ -20,10 +20,10 @@ from monitoring.outside import json_text
 from orchestrator.checkpoint.catalog import Checkpoint
 from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
 from orchestrator.checkpoint.parts import safetensors_header
-from orchestrator.checkpoint.storage import LocalStorage
 from orchestrator.checkpoint.tensors import DTYPES, TYPES, as_tensor, bytes_of
 from orchestrator.data import load_tokenizer
 from orchestrator.job import Job
+from orchestrator.storage import LocalStorage
 
 SHARD_BYTES = 4 << 30
 """Of one file at most, where a tensor allows."""

@@ -13,9 +13,9 @@ from monitoring.shapes import STEP
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret, find_key
 from orchestrator.checkpoint.manifest import CheckpointError
-from orchestrator.checkpoint.storage import open_storage
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.storage import open_storage
 
 log = logging.getLogger(__name__)
 

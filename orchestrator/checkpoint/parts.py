@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.checkpoint.encryption import OVERHEAD, Cipher
 from orchestrator.checkpoint.manifest import ChunkEntry, FileEntry, Part, chunk_name, digest_of
 from orchestrator.checkpoint.names import Save
-from orchestrator.checkpoint.storage import Storage
+from orchestrator.storage import Storage
 
 
 @dataclass(frozen=True)

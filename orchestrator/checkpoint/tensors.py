@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from orchestrator.checkpoint.manifest import ChunkEntry
-from strategies.chunks import Box
+from strategies.state.chunks import Box
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

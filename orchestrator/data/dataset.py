@@ -24,7 +24,7 @@ from orchestrator.data.ledger import virtual_worker_hash, write_lengths
 from orchestrator.data.mix import MixedSampler
 from orchestrator.data.sampler import Sampler
 from orchestrator.data.store import TokenStore
-from strategies.batch import Batch
+from strategies.objective.batch import Batch
 
 LENGTHS_NAME = "sample-lengths.bin"
 _STEPS_KEPT = 4

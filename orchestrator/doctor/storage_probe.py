@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.storage import LocalStorage, open_storage
+from orchestrator.storage import LocalStorage, open_storage
 
 PIECE_BYTES = 8 << 20
 

@@ -34,7 +34,14 @@ Command = Callable[[Settings, int, list[Stage]], list[str]]
 def command_of(settings: Settings, descriptor: int, stages: list[Stage]) -> list[str]:
     """What runs these stages, and tells of them on a file descriptor."""
     names = [stage.name for stage in stages]
-    return [sys.executable, "-m", "orchestrator.doctor.child", json_text(asdict(settings)), str(descriptor), *names]
+    return [
+        sys.executable,
+        "-m",
+        "orchestrator.runtime.ray.examination.child",
+        json_text(asdict(settings)),
+        str(descriptor),
+        *names,
+    ]
 
 
 def examine(

@@ -236,7 +236,7 @@ def _market(get: Get) -> Iterator[Finding]:
 def _storage(get: Get) -> Iterator[Finding]:
     storage = get("checkpoint.storage")
     if storage is not None and "://" in storage:
-        from orchestrator.checkpoint.storage import why_not
+        from orchestrator.storage import why_not
 
         if (reason := why_not(storage)) is not None:
             yield Finding(("checkpoint.storage",), reason)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
-from orchestrator.planning.schedule import Schedule, chunks_of
+from strategies.layout.schedule import Schedule, chunks_of
 
 _MOST_LISTED = 64
 """Tensor degrees above are not suggested: a tensor-parallel group shares a node."""

@@ -52,7 +52,7 @@ def build_model(job: Job, vocab_size: int) -> nn.Module:
     Raises ModelError, a ValueError, when the configuration does not fit (unknown model type or field, vocabulary
     smaller than the tokenizer's, a factory that cannot be imported or gives no module) or the weights do not.
     """
-    from strategies.randomness import seed_stream
+    from strategies.model.randomness import seed_stream
 
     seed_stream(job.train.seed, "initialisation")
     spec = job.model

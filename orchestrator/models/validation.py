@@ -12,7 +12,7 @@ from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config
 from orchestrator.models.errors import ModelError
 from orchestrator.models.loading import check_vocabulary, config_in, empty_model, from_factory
-from orchestrator.planning.schedule import chunks_of
+from strategies.layout.schedule import chunks_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ def check_model(job: Job) -> None:
 def _build(job: Job) -> nn.Module:
     import torch
 
-    from strategies.randomness import seed_stream
+    from strategies.model.randomness import seed_stream
 
     seed_stream(job.train.seed, "initialisation")
     if job.model.factory is None:
@@ -137,7 +137,7 @@ def _field(job: Job, config: Any, name: str) -> str:
 
 
 def _check_layout(job: Job, model: nn.Module) -> None:
-    from strategies.blueprint import check_cut, check_tensor
+    from strategies.model.blueprint import check_cut, check_tensor
 
     tensor, pipeline = job.strategy.tensor, job.strategy.pipeline
     checks: dict[str, tuple[int, Callable[[], None]]] = {

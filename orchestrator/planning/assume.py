@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.errors import PlanError
 from orchestrator.planning.machine import Link, Machine
-from orchestrator.planning.units import PlanError, parse_bytes, parse_rate, parse_seconds, show_bytes
+from orchestrator.planning.units import parse_bytes, parse_rate, parse_seconds, show_bytes
 
 if TYPE_CHECKING:
     from orchestrator.job import Job

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.choose import blocks_of
-from orchestrator.planning.model import ModelCosts
-from strategies.layout import ParallelLayout, deal, deal_in_turn, deal_subtrees, parts_of
+from strategies.layout.assignment import deal, deal_in_turn, deal_subtrees
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.schedule import parts_of
 
 Assignment = tuple[tuple[int, ...], ...]
 

@@ -12,16 +12,18 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
+from orchestrator.errors import PlanError
+from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.memory import predict_memory
-from orchestrator.planning.model import ModelCosts
-from orchestrator.planning.schedule import NO_PIPELINE, Schedule, chunks_of
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.stages import stages_of
-from orchestrator.planning.units import PlanError, show_bytes
+from orchestrator.planning.units import show_bytes
 from orchestrator.planning.work import ADAMW, Degrees, StateBytes, Work, state_bytes
-from strategies.layout import ParallelLayout, deal, deal_in_turn
+from strategies.layout.assignment import deal, deal_in_turn
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.schedule import NO_PIPELINE, Schedule, chunks_of
 
 if TYPE_CHECKING:
     from orchestrator.job import Job

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from monitoring.outside import json_text
+from orchestrator.errors import PlanError
 from orchestrator.job import Job
+from orchestrator.models.costs import describe_model
 from orchestrator.models.validation import check_sizes
 from orchestrator.planning.assume import MachineOptions, machine_for
-from orchestrator.planning.model import describe_model
 from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.report import Answer, as_json, print_answers
 from orchestrator.planning.search import Limits, Planner
-from orchestrator.planning.units import PlanError, parse_counts
+from orchestrator.planning.units import parse_counts
 from orchestrator.planning.work import work_of
-from strategies.layout import SCHEDULES, SHARDS
+from strategies.layout.parallel import SHARDS
+from strategies.layout.schedule import SCHEDULES
 
 _FEW = 4
 """Up to so many numbers of workers, each is shown with more than its best layout."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from orchestrator.errors import PlanError
 from orchestrator.planning.memory import Memory
 from orchestrator.planning.search import Planner
-from orchestrator.planning.units import PlanError, show_bytes, show_runs
+from orchestrator.planning.units import show_bytes, show_runs
 from orchestrator.planning.work import Degrees
 
 

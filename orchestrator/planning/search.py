@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from orchestrator.planning.machine import Machine
 from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
-from orchestrator.planning.schedule import NO_PIPELINE, Schedule, schedules
 from orchestrator.planning.stages import cut_model
 from orchestrator.planning.step_time import StepTime, compute_and_bubble, predict_step
 from orchestrator.planning.work import Degrees, Stages, Work, most_held
-from strategies.layout import SCHEDULES, SHARDS, deal
+from strategies.layout.assignment import deal
+from strategies.layout.parallel import SHARDS
+from strategies.layout.schedule import NO_PIPELINE, SCHEDULES, Schedule, schedules
 
 SAME_TIME = 1.01
 """Given a layout to come from, those within 1 % of the fastest count as equally fast: the model is no better."""

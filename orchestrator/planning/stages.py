@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.planning.model import Block, ModelCosts
+from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.partition import cut
-from orchestrator.planning.schedule import Schedule
 from orchestrator.planning.work import Rank, Stages
+from strategies.layout.schedule import Schedule
 
 
 def cut_model(model: ModelCosts, schedule: Schedule, tensor: int) -> Stages:

@@ -121,7 +121,8 @@ def _copies_s(work: Work, machine: Machine, stages: Stages, degrees: Degrees) ->
 
 
 def most_pieces(virtual_workers: int, data: int) -> int:
-    """An upper bound on the whole subtrees that one replica's virtual workers make up (see `strategies.tree`).
+    """An upper bound on the whole subtrees that one replica's virtual workers make up (see
+    `strategies.reduction.tree`).
 
     1 when every replica has the same power of two; otherwise a run of n needs at most 2 log2(n) subtrees.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from orchestrator.errors import PlanError
+
 _FACTORS = {
     "": 1.0,
     "k": 1e3,
@@ -19,10 +21,6 @@ _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _NUMBER = r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*"
 MOST_WORKERS = 1_000_000
 _MOST_COUNTS = 4096
-
-
-class PlanError(ValueError):
-    """The question cannot be answered as it was asked, or no layout fits; the text says which number is wrong."""
 
 
 def parse_bytes(text: str, option: str) -> float:

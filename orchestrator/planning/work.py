@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from orchestrator.planning.model import ModelCosts
-from orchestrator.planning.schedule import Schedule
+from orchestrator.models.costs import ModelCosts
+from strategies.layout.schedule import Schedule
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -131,7 +131,7 @@ class Stages:
 
 
 def most_held(virtual_workers: int, data: int) -> int:
-    """Virtual workers of the slowest of `data` equal replicas, as `strategies.layout.deal` deals them."""
+    """Virtual workers of the slowest of `data` equal replicas, as `strategies.layout.parallel.deal` deals them."""
     return -(-virtual_workers // data)
 
 

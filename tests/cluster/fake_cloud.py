@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from orchestrator.cluster import reaper
+from orchestrator.runtime import reaper
 from tests.cluster.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]

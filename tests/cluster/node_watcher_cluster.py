@@ -18,7 +18,7 @@ from ray._private.state import state
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.session import _FRUGAL, _without_idle_services
+from orchestrator.runtime.ray.session import _FRUGAL, _without_idle_services
 
 OBJECT_STORE_BYTES = 80 << 20
 

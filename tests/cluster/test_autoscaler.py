@@ -307,7 +307,7 @@ def test_runs_that_cannot_train_for_want_of_room_take_turns(start: Callable[[str
 
 BESIDE = """
 import sys
-from orchestrator.cluster import following
+from orchestrator.runtime.ray import following
 node = sys.argv.pop(1)
 following._head_node = lambda: node
 from orchestrator.cli import main

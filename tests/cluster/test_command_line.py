@@ -138,7 +138,7 @@ FAILS_ONCE = """
 import sys
 from pathlib import Path
 import ray._private.services as services
-from orchestrator.cluster import reaper
+from orchestrator.runtime import reaper
 from orchestrator.cli import main
 
 homes, start, get_node = Path(sys.argv.pop(1)), reaper.start, services.get_node

@@ -25,7 +25,7 @@ from tests.cluster.conftest import wait_for
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-from orchestrator.cluster.session import _FRUGAL, _OBJECT_STORE_BYTES, _without_idle_services
+from orchestrator.runtime.ray.session import _FRUGAL, _OBJECT_STORE_BYTES, _without_idle_services
 with _without_idle_services():
     head = dict(num_cpus=0, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, _system_config=_FRUGAL)
     cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
@@ -223,7 +223,7 @@ def test_what_goes_to_the_nodes_needs_no_package_of_ours() -> None:
     pickling = (
         "import sys, ray\n"
         "from monitoring.redaction import learn\n"
-        "from orchestrator.cluster.examination import node, nodes\n"
+        "from orchestrator.runtime.ray.examination import node, nodes\n"
         "learn('a long secret')\n"
         "for name in nodes._SENT: ray.cloudpickle.register_pickle_by_value(sys.modules[name])\n"
         "sys.stdout.buffer.write(ray.cloudpickle.dumps(node.NodeExaminer))\n"

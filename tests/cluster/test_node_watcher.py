@@ -164,7 +164,7 @@ def test_drains(ray_with_two_nodes: tuple[RealRay, subprocess.Popen[bytes], Path
 
 def shut_down(real: RealRay, wrapper: subprocess.Popen[bytes], log: Path, others: set[str]) -> None:
     """SIGTERM to `orchestrator node-watcher -- ray start --block` while one of our actors is on its node."""
-    from orchestrator.cluster.notices.local import raylets_below
+    from orchestrator.runtime.ray.node_watcher.local import raylets_below
 
     wait_for(lambda: real.ask("alive").keys() >= raylets_below(wrapper.pid).keys() > set(), 30, log.read_text)
     (second, address), = raylets_below(wrapper.pid).items()  # fmt: skip

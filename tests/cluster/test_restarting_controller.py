@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from monitoring.records import read_records
-from orchestrator.cluster import driver
-from orchestrator.cluster.driver import drive
 from orchestrator.rundir import RunDirectory
+from orchestrator.runtime.ray import driver
+from orchestrator.runtime.ray.driver import drive
 from tests.cluster.command_line import CommandLine
 from tests.cluster.conftest import Runner, wait_for
 from tests.in_process import orchestrator

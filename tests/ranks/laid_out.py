@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from strategies.batch import Batch, plain_batch
-from strategies.blueprint import Blueprint
-from strategies.compute import StepSpec
-from strategies.fabric import Fabric
-from strategies.layout import ParallelLayout, deal, parts_of
-from strategies.optimizers import OptimizerSpec, ScheduleSpec
-from strategies.placement import Domain, place_state, trained_spans
-from strategies.state import TrainingState, state_digest
-from strategies.statemap import NOTHING, Spans, whole
-from strategies.step import StepEngine, exchange
-from strategies.trial import Trial, try_model
+from strategies.comm.fabric import Fabric
+from strategies.gradient.spec import StepSpec
+from strategies.layout.assignment import deal
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain, place_state, trained_spans
+from strategies.layout.schedule import parts_of
+from strategies.layout.statemap import NOTHING, Spans, whole
+from strategies.model.blueprint import Blueprint
+from strategies.objective.batch import Batch, plain_batch
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.schedule import ScheduleSpec
+from strategies.state.training_state import TrainingState, state_digest
+from strategies.trial.trial import Trial, try_model
+from strategies.update.synchronous import StepEngine
+from strategies.update.vote import exchange
 from tests.ranks.local_ranks import HOST, Endpoint
 from tests.small_models import LAYERS, VOCABULARY, family, own
 

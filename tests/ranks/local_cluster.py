@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.controller.machine import Controller
-from orchestrator.controller.protocol import (
+from orchestrator.control.machine import Controller
+from orchestrator.control.protocol import (
     Action,
     CommitCheckpoint,
     Deal,
@@ -47,15 +47,15 @@ from orchestrator.controller.protocol import (
     StepCommitted,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RebalanceRules, RunState, WorkerState
+from orchestrator.control.views import ControllerConfig, RebalanceRules, RunState, WorkerState
 from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
 from orchestrator.job import Job
-from orchestrator.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
 from orchestrator.planning.choose import LayoutChooser
+from orchestrator.training.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
 from tests.ranks.local_ranks import HOST, SECRET, context, prepare_child
 
 if TYPE_CHECKING:
-    from strategies.trial import Trial
+    from strategies.trial.trial import Trial
 
 TICK_S = 0.05
 NODE = "local"
@@ -420,8 +420,8 @@ def _gate(directory: Path, step: int) -> Path:
 def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) -> None:
     prepare_child()
     from orchestrator.checkpoint.catalog import Catalog
-    from orchestrator.checkpoint.storage import open_storage
-    from orchestrator.worker.core import Worker
+    from orchestrator.storage import open_storage
+    from orchestrator.training.worker import Worker
 
     _try_models_once(spec.job)
     lock = threading.Lock()
@@ -465,7 +465,7 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
 def _try_models_once(job: Job) -> None:
     """A trial takes as long as the steps of a test, and finds the same for every worker and run of a job: what the
     first found is kept beside its tokens. (What a trial finds has tests of its own.)"""
-    from orchestrator.worker import build
+    from orchestrator.training import build
 
     known = Path(job.data.cache) / f"trial-{job.digest().removeprefix('sha256:')}"
     try_model = build.try_model
@@ -510,7 +510,7 @@ def stop_for_good() -> None:
 
 def miss_the_news(step: int, slot: int, worker: Any) -> None:
     """Worker `slot` takes part in the vote of `step`, so that all others commit, but does not learn its result."""
-    from strategies.groups import PeerLost
+    from strategies.comm.groups import PeerLost
 
     vote = worker.engine.vote
     missed: list[int] = []
@@ -530,7 +530,7 @@ def vote_by_pairs(step: int, victim: int, lucky: int, worker: Any) -> None:
     """In the vote of `step` the rank `victim` dies after its vote has reached the rank `lucky` and nobody else."""
     import torch
 
-    from strategies.groups import PATIENCE, PeerLost
+    from strategies.comm.groups import PATIENCE, PeerLost
 
     bind = worker.engine.bind
 
@@ -585,7 +585,7 @@ def linger_and_die(seconds: float) -> None:
 
 def when_forming(generation: int, rank: int, action: Callable[[], None], worker: Any) -> None:
     """Runs `action` when the rank is about to join the process group of `generation`."""
-    core: Any = importlib.import_module("orchestrator.worker.core")
+    core: Any = importlib.import_module("orchestrator.training.worker")
     usual: Any = core.Fabric
 
     class Watched(usual):  # type: ignore[misc]
@@ -599,7 +599,7 @@ def when_forming(generation: int, rank: int, action: Callable[[], None], worker:
 
 def when_moving_state(generation: int, rank: int, worker: Any) -> None:
     """The rank dies in the middle of the state transfer of `generation`: after the first of its transfers."""
-    state: Any = importlib.import_module("strategies.state")
+    state: Any = importlib.import_module("strategies.state.training_state")
     usual = state.execute
 
     def part_of(plan: Any, sources: Any, targets: Any, kinds: Any, groups: Any) -> Any:

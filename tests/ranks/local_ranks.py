@@ -19,7 +19,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from strategies.rendezvous_proof import StoreAddress
+from strategies.comm.rendezvous_proof import StoreAddress
 
 HOST = "127.0.0.1"
 SECRET = b"the ranks of one test know this."
@@ -36,7 +36,7 @@ _PRELOAD = (
     "transformers",
     "transformers.models.llama.modeling_llama",
     "pytest",
-    "orchestrator.worker.core",
+    "orchestrator.training.worker",
     *(f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*.py"))),
 )
 """What ranks would otherwise each import by themselves, for as long as a short test takes."""
@@ -109,7 +109,7 @@ def _rank_main(pipe: Connection, rank: int, program: Callable[..., Any], args: t
     prepare_child()
     store = None
     if rank == 0:
-        from strategies.groups import serve_store
+        from strategies.comm.groups import serve_store
 
         store, served = serve_store(HOST, SECRET)
         pipe.send(served.port)

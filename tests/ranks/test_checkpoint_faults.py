@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.catalog import Catalog
-from orchestrator.checkpoint.storage import LocalStorage, Pieces
+from orchestrator.storage import LocalStorage, Pieces
 from tests.ranks.local_cluster import Hook, LocalCluster, Outcome, tiny_job
 
 Run = Callable[..., Outcome]

@@ -12,17 +12,17 @@ from orchestrator.checkpoint.catalog import Catalog, Checkpoint, Description
 from orchestrator.checkpoint.manifest import ChunkEntry, TensorEntry, digest_of
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
-from orchestrator.checkpoint.storage import LocalStorage
 from orchestrator.checkpoint.tensors import DTYPES, bytes_of
-from orchestrator.worker.restoring import open_checkpoint, read_checkpoint
-from strategies.fabric import Fabric
-from strategies.intake import Intake
-from strategies.layout import ParallelLayout
-from strategies.placement import Domain, trained_spans
-from strategies.snapshot import Snapshot
-from strategies.state import state_digest
-from strategies.statemap import NOTHING, share_out, whole
-from strategies.step import StepEngine
+from orchestrator.storage import LocalStorage
+from orchestrator.training.restoring import open_checkpoint, read_checkpoint
+from strategies.comm.fabric import Fabric
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain, trained_spans
+from strategies.layout.statemap import NOTHING, share_out, whole
+from strategies.state.intake import Intake
+from strategies.state.snapshot import Snapshot
+from strategies.state.training_state import state_digest
+from strategies.update.synchronous import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller.protocol import Resize
-from orchestrator.controller.views import RunState
+from orchestrator.control.protocol import Resize
+from orchestrator.control.views import RunState
 from tests.ranks.local_cluster import (
     Hook,
     LocalCluster,

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-import strategies.state
-from strategies.fabric import Fabric
-from strategies.layout import SCHEDULES, SHARDS, ParallelLayout
-from strategies.placement import Domain
-from strategies.relayout import WINDOW
-from strategies.statemap import plan_transfers, whole
+import strategies.state.training_state
+from strategies.comm.fabric import Fabric
+from strategies.layout.parallel import SHARDS, ParallelLayout
+from strategies.layout.placement import Domain
+from strategies.layout.schedule import SCHEDULES
+from strategies.layout.statemap import plan_transfers, whole
+from strategies.state.relayout import WINDOW
 from tests.ranks.laid_out import (
     CPU,
     Stretch,
@@ -351,7 +352,7 @@ MAX_ELEMENTS = 1000
 def train_in_small_transfers(rank: int, address: Endpoint, stretches: list[Stretch]) -> Trained:
     """The tests' models are smaller than the largest transfer; here it is smaller than they are."""
     small = functools.partial(plan_transfers, max_elements=MAX_ELEMENTS)
-    strategies.state.plan_transfers = small  # type: ignore[assignment]
+    strategies.state.training_state.plan_transfers = small  # type: ignore[assignment]
     return train(rank, address, stretches)
 
 

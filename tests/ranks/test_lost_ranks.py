@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import pytest
 
-import strategies.state
-from strategies.fabric import Fabric
-from strategies.groups import PeerLost
-from strategies.layout import ParallelLayout
-from strategies.placement import Domain, place_state, trained_spans
-from strategies.statemap import NOTHING, Spans, subtract, whole
-from strategies.step import StepEngine
+import strategies.state.training_state
+from strategies.comm.fabric import Fabric
+from strategies.comm.groups import PeerLost
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain, place_state, trained_spans
+from strategies.layout.statemap import NOTHING, Spans, subtract, whole
+from strategies.update.synchronous import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, Trained, barrier, layout_of, make_engine, run_stretch, train
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 from tests.selection import nightly
@@ -176,7 +176,7 @@ def arm(engine: StepEngine, fabric: Fabric, loss: Loss) -> None:
     fabric.check = check  # type: ignore[method-assign]
     engine.on_phase = on_phase
     if loss.phase == "transfers":
-        strategies.state.execute = execute
+        strategies.state.training_state.execute = execute
 
 
 def arm_barrier(fabric: Fabric, loss: Loss) -> Callable[[], object]:

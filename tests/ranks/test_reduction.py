@@ -10,23 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-from strategies.batch import Batch, plain_batch
-from strategies.blueprint import Blueprint
-from strategies.compute import StepSpec
-from strategies.fabric import Fabric
-from strategies.groups import Groups
-from strategies.holding import Holding
-from strategies.layout import ParallelLayout, deal, even
-from strategies.norm import square_sum
-from strategies.optimizers import OptimizerSpec, ScheduleSpec
-from strategies.placement import Domain
-from strategies.reduction import Reducer, RoundReducer
-from strategies.relayout import StateCorrupt, execute
-from strategies.space import ALIGNMENT, Strip
-from strategies.state import TrainingState, state_digest
-from strategies.statemap import NOTHING, Span, Transfer, plan_transfers, whole
-from strategies.step import StepEngine
-from strategies.tree import Node, cover, split
+from strategies.comm.fabric import Fabric
+from strategies.comm.groups import Groups
+from strategies.gradient.spec import StepSpec
+from strategies.layout.assignment import deal, even
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain
+from strategies.layout.space import ALIGNMENT, Strip
+from strategies.layout.statemap import NOTHING, Span, Transfer, plan_transfers, whole
+from strategies.model.blueprint import Blueprint
+from strategies.objective.batch import Batch, plain_batch
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.schedule import ScheduleSpec
+from strategies.reduction.norm import square_sum
+from strategies.reduction.reducer import Reducer, RoundReducer
+from strategies.reduction.tree import Node, cover, split
+from strategies.state.holding import Holding
+from strategies.state.relayout import StateCorrupt, execute
+from strategies.state.training_state import TrainingState, state_digest
+from strategies.update.synchronous import StepEngine
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.data import TokenStore
-from orchestrator.worker.core import Worker
+from orchestrator.training.worker import Worker
 from tests.ranks.local_cluster import LocalCluster, Outcome, partial, tiny_job
 
 NOTHING_AHEAD = 7

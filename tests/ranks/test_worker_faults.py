@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller.protocol import Resize, Stop
-from orchestrator.controller.views import RunState, WorkerState
-from orchestrator.messages import WorkerId
+from orchestrator.control.protocol import Resize, Stop
+from orchestrator.control.views import RunState, WorkerState
+from orchestrator.training.messages import WorkerId
 from tests.ranks.local_cluster import (
     Hook,
     LocalCluster,

@@ -15,8 +15,8 @@ from orchestrator.checkpoint.export import read_tensor
 from orchestrator.checkpoint.manifest import TensorEntry
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
-from orchestrator.checkpoint.storage import LocalStorage, Storage
 from orchestrator.checkpoint.tensors import DTYPES
+from orchestrator.storage import LocalStorage, Storage
 
 RUN = "a-run"
 SECRET = Secret(bytes(range(32)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.planning.model import Block, ModelCosts
 
 
 def _block(name: str, parameters: int) -> Block:

@@ -1,8 +1,8 @@
 """A simulated world around the real controller: workers, a cluster, messages and a clock, all from one seed.
 
-Workers behave as `orchestrator.worker.core` does: they refuse what is old, take part in one generation at a time, train
-by the vote, give up when a peer is lost, say what was not heard again. What they hold is checked where it matters: who
-is named a holder must have that part of that state. Nothing sleeps; an event queue moves the time on.
+Workers behave as `orchestrator.training.worker` does: they refuse what is old, take part in one generation at a time,
+train by the vote, give up when a peer is lost, say what was not heard again. What they hold is checked where it
+matters: who is named a holder must have that part of that state. Nothing sleeps; an event queue moves the time on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from monitoring.book import Book
 from orchestrator.checkpoint.names import Save
-from orchestrator.controller.history import History
-from orchestrator.controller.machine import Controller
-from orchestrator.controller.protocol import (
+from orchestrator.control.history import History
+from orchestrator.control.machine import Controller
+from orchestrator.control.protocol import (
     Action,
     CommitCheckpoint,
     Deal,
@@ -46,8 +46,8 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RunState, computes_together
-from orchestrator.messages import (
+from orchestrator.control.views import ControllerConfig, RunState, computes_together
+from orchestrator.training.messages import (
     CheckpointSaved,
     FaultFired,
     Finalized,
@@ -65,9 +65,9 @@ from orchestrator.messages import (
     StepReport,
     WorkerId,
 )
-from strategies.layout import ParallelLayout
-from strategies.statemap import NOTHING, Span, Spans, subtract, union, whole
-from strategies.timing import RankTimes
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.statemap import NOTHING, Span, Spans, subtract, union, whole
+from strategies.update.timing import RankTimes
 from tests.unit.layouts_in_tests import MODEL
 
 TICK_S = 0.25
@@ -212,7 +212,7 @@ class Room:
 
 
 class Worker:
-    """One process. See `orchestrator.worker.core.Worker`."""
+    """One process. See `orchestrator.training.worker.Worker`."""
 
     def __init__(self, world: World, worker: WorkerId, node: Node) -> None:
         self.world, self.id, self.node = world, worker, node

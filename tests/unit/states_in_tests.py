@@ -7,9 +7,9 @@ from orchestrator.checkpoint.manifest import TensorEntry
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
 from orchestrator.checkpoint.tensors import DTYPES, bytes_of
-from strategies.snapshot import Snapshot
-from strategies.state import TrainingState
-from strategies.statemap import share_out, whole
+from strategies.layout.statemap import share_out, whole
+from strategies.state.snapshot import Snapshot
+from strategies.state.training_state import TrainingState
 
 
 def save_state(state: TrainingState, catalog: Catalog, save: Save) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.blueprint import Blueprint, PassThrough
-from strategies.part import Part, Runs
-from strategies.randomness import Streams
-from strategies.state import TrainingState
+from strategies.model.blueprint import Blueprint, PassThrough
+from strategies.model.part import Part, Runs
+from strategies.model.randomness import Streams
+from strategies.state.training_state import TrainingState
 from tests.small_models import FAMILIES, LAYERS, UNCUT, Own, family, own
 from tests.unit.tiny_model import (
     CPU,

@@ -10,11 +10,11 @@ import pytest
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import Secret
 from orchestrator.checkpoint.names import Save
-from orchestrator.worker.restoring import open_checkpoint, read_checkpoint
-from strategies.fabric import Fabric
-from strategies.layout import ParallelLayout
-from strategies.placement import Domain
-from strategies.state import TrainingState, state_digest
+from orchestrator.training.restoring import open_checkpoint, read_checkpoint
+from strategies.comm.fabric import Fabric
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain
+from strategies.state.training_state import TrainingState, state_digest
 from tests.unit.checkpoints_in_tests import RUN, SECRET, Fragile, PowerCut, catalog_in
 from tests.unit.states_in_tests import save_state
 from tests.unit.tiny_model import CPU, make, one_thread, random_gradient, settle, update  # noqa: F401 (autouse)

@@ -23,9 +23,9 @@ from orchestrator.checkpoint.manifest import CheckpointError, Manifest, Unusable
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.of_run import catalog_of, catch_up, fork
 from orchestrator.checkpoint.parts import write_part
-from orchestrator.checkpoint.storage import LocalStorage, Patient
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.storage import LocalStorage, Patient
 from tests.selection import nightly
 from tests.unit.checkpoints_in_tests import (
     RUN,

@@ -14,17 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.errors import PlanError
 from orchestrator.job import Job
+from orchestrator.models.costs import ModelCosts
 from orchestrator.planning import search
 from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
 from orchestrator.planning.choose import LayoutChooser, NoLayoutFits, blocks_of
 from orchestrator.planning.machine import Link
-from orchestrator.planning.model import ModelCosts
-from orchestrator.planning.schedule import Schedule, chunks_of
 from orchestrator.planning.search import Limits, Planner
-from orchestrator.planning.units import PlanError
 from orchestrator.planning.work import Degrees, Work
-from strategies.layout import SCHEDULES, SHARDS, ParallelLayout, deal, deal_in_turn
+from strategies.layout.assignment import deal, deal_in_turn
+from strategies.layout.parallel import SHARDS, ParallelLayout
+from strategies.layout.schedule import SCHEDULES, Schedule, chunks_of
 from tests.unit.test_plan import model
 
 ROOT = Path(__file__).parents[2]
@@ -308,7 +309,7 @@ def test_choosing_needs_neither_torch_nor_ray() -> None:
     code = (
         "import sys\n"
         "from orchestrator.planning.choose import LayoutChooser\n"
-        "from orchestrator.planning.model import Block, ModelCosts\n"
+        "from orchestrator.models.costs import Block, ModelCosts\n"
         "costs = ModelCosts((Block('b', 9, 1, 2, 0, 4, 0),) * 6, 0, 8, 8, None, None, 4)\n"
         "assert LayoutChooser(1, 2, 'none', '1f1b', 8, 4, 8).choose(5, costs, 0, None)\n"
         "heavy = {'ray', 'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\n"

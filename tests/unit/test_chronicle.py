@@ -11,11 +11,11 @@ import pytest
 
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
-from orchestrator.cluster.chronicle import Chronicle
-from orchestrator.cluster.presence import LOST_AFTER_S, Presence
 from orchestrator.job import Job
-from orchestrator.messages import StepReport
 from orchestrator.rundir import RunDirectory
+from orchestrator.runtime.presence import LOST_AFTER_S, Presence
+from orchestrator.runtime.run_log import Chronicle
+from orchestrator.training.messages import StepReport
 from tests.unit.test_full_disk import limited
 
 JOB = """

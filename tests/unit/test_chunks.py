@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.chunks import Box, full_shape, pieces_of, slot_pieces
-from strategies.holding import Holding, name_of
-from strategies.intake import Intake
-from strategies.optimizers import OptimizerSpec
-from strategies.space import Space, Strip
-from strategies.statemap import NOTHING, Span, Spans, num_elements, share_out, subtract, union, whole
+from strategies.layout.space import Space, Strip
+from strategies.layout.statemap import NOTHING, Span, Spans, num_elements, share_out, subtract, union, whole
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.state.chunks import Box, full_shape, pieces_of, slot_pieces
+from strategies.state.holding import Holding, name_of
+from strategies.state.intake import Intake
 
 SPEC = OptimizerSpec()
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from monitoring.book import Book
 from monitoring.clock import Line, Reading, RunClock, on_line, reading, when
 from monitoring.goodput import read_ledger
 from monitoring.terminal.facts import RunFacts
-from orchestrator import messages
-from orchestrator.messages import FaultFired, Heartbeat, Left, Ready, Status, StepReport, WorkerId, dated
-from strategies.statemap import Spans
+from orchestrator.training import messages
+from orchestrator.training.messages import FaultFired, Heartbeat, Left, Ready, Status, StepReport, WorkerId, dated
+from strategies.layout.statemap import Spans
 
 ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
@@ -29,18 +29,18 @@ WALL_TIME = {
     "orchestrator/rundir.py": "the name of a request",
     "orchestrator/checkpoint/catalog.py": "when a checkpoint was saved, for showing",
     "orchestrator/checkpoint/listing.py": "its age",
-    "orchestrator/cluster/drains.py": "Ray's deadlines are wall time",
-    "orchestrator/cluster/game_days.py": "Ray's deadlines are wall time",
-    "orchestrator/cluster/nodes.py": "Ray's deadlines are wall time",
-    "orchestrator/cluster/notices/local.py": "Ray's deadlines are wall time",
-    "orchestrator/cluster/notices/watch.py": "clouds' deadlines are wall time",
-    "orchestrator/cluster/notices/wrapper.py": "Ray's deadlines are wall time",
-    "orchestrator/commands/drain.py": "Ray's deadlines are wall time",
-    "orchestrator/commands/following.py": "times of files are wall time",
+    "orchestrator/runtime/ray/drains.py": "Ray's deadlines are wall time",
+    "orchestrator/runtime/ray/fault_injection.py": "Ray's deadlines are wall time",
+    "orchestrator/runtime/ray/nodes.py": "Ray's deadlines are wall time",
+    "orchestrator/runtime/ray/node_watcher/local.py": "Ray's deadlines are wall time",
+    "orchestrator/runtime/ray/node_watcher/watch.py": "clouds' deadlines are wall time",
+    "orchestrator/runtime/ray/node_watcher/wrapper.py": "Ray's deadlines are wall time",
+    "orchestrator/cli/drain.py": "Ray's deadlines are wall time",
+    "orchestrator/cli/following.py": "times of files are wall time",
     "orchestrator/models/content.py": "times of files are wall time",
     "orchestrator/succession.py": "when another process, perhaps on another machine, recorded last",
-    "orchestrator/cluster/examination/examine.py": "how far the clocks of nodes differ is what is asked",
-    "orchestrator/cluster/examination/node.py": "how far the clocks of nodes differ is what is asked",
+    "orchestrator/runtime/ray/examination/examine.py": "how far the clocks of nodes differ is what is asked",
+    "orchestrator/runtime/ray/examination/node.py": "how far the clocks of nodes differ is what is asked",
 }
 """Where the wall clock may be read, and why. Everything that waits, ticks, orders or measures uses another."""
 

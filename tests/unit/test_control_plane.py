@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.control_plane import CHANGES, changes, started
-from orchestrator.controller.machine import Controller
-from orchestrator.controller.protocol import Action, Event, Tick
-from orchestrator.messages import Heartbeat
+from orchestrator.control.machine import Controller
+from orchestrator.control.protocol import Action, Event, Tick
+from orchestrator.training.messages import Heartbeat
 from tests.selection import nightly
 
 FEW, MANY = 128, 512

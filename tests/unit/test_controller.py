@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import pytest
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.controller.history import History
-from orchestrator.controller.machine import Controller
-from orchestrator.controller.protocol import (
+from orchestrator.control.history import History
+from orchestrator.control.machine import Controller
+from orchestrator.control.protocol import (
     Abort,
     Action,
     CommitCheckpoint,
@@ -40,8 +40,8 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.views import ControllerConfig, RunState
-from orchestrator.messages import (
+from orchestrator.control.views import ControllerConfig, RunState
+from orchestrator.training.messages import (
     CheckpointSaved,
     FaultFired,
     Finalized,
@@ -58,7 +58,7 @@ from orchestrator.messages import (
     StepReport,
     WorkerId,
 )
-from strategies.statemap import NOTHING, Spans, whole
+from strategies.layout.statemap import NOTHING, Spans, whole
 from tests.unit.layouts_in_tests import MODEL, layouts
 
 A = TypeVar("A", bound=Action)

@@ -15,8 +15,8 @@ from collections import Counter
 import pytest
 
 from monitoring.goodput import VOLUNTARY
-from orchestrator.controller.views import ControllerConfig, RebalanceRules, is_replicated
-from orchestrator.messages import Generation
+from orchestrator.control.views import ControllerConfig, RebalanceRules, is_replicated
+from orchestrator.training.messages import Generation
 from tests.selection import nightly
 from tests.unit.layouts_in_tests import MODEL, layouts
 from tests.unit.simulation import Node, World

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.controller.forming import choose_ranks, make_generation
-from orchestrator.controller.layouts import Layouts
-from orchestrator.controller.protocol import (
+from orchestrator.control.forming import choose_ranks, make_generation
+from orchestrator.control.layouts import Layouts
+from orchestrator.control.protocol import (
     Died,
     Finalize,
     Finish,
@@ -29,13 +29,13 @@ from orchestrator.controller.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.controller.state import Origin, newest_state, pick_holders, state_at_hand
-from orchestrator.controller.views import ControllerConfig, Progress, RunState, WorkerState, WorkerView, is_collective
-from orchestrator.messages import CheckpointSaved, Finalized, Heartbeat, Joined, Left, Ready, Status, WorkerId
+from orchestrator.control.state import Origin, newest_state, pick_holders, state_at_hand
+from orchestrator.control.views import ControllerConfig, Progress, RunState, WorkerState, WorkerView, is_collective
+from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.choose import NoLayoutFits
-from orchestrator.planning.model import ModelCosts
-from strategies.layout import ParallelLayout
-from strategies.statemap import NOTHING, Span, Spans, union, whole
+from orchestrator.training.messages import CheckpointSaved, Finalized, Heartbeat, Joined, Left, Ready, Status, WorkerId
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.statemap import NOTHING, Span, Spans, union, whole
 from tests.unit.layouts_in_tests import MODEL, layouts
 from tests.unit.test_controller import ELEMENTS, W0, W1, W2, W3, WHOLE, Stage, of, ready_message, successor, the
 

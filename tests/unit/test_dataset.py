@@ -20,7 +20,7 @@ from orchestrator.data.cuts import cut_of
 from orchestrator.data.dataset import LENGTHS_NAME
 from orchestrator.data.of_job import open_stores, prepare_stores
 from orchestrator.job import Job
-from strategies.batch import Batch, counting, positions
+from strategies.objective.batch import Batch, counting, positions
 
 PLAN = DataPlan(sequence_length=16, global_batch=24, micro_batch=2, virtual_workers=4, seed=5, token_cost=40)
 END = 256

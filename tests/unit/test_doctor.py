@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.commands import doctor as command
+from orchestrator.cli import doctor as command
 from orchestrator.doctor import authentication, machine, network, storage_probe, supervise, versions
 from orchestrator.doctor.check import HERE, Check, as_json, is_ok, lines_of, summary
 from orchestrator.doctor.facts import machine_facts, token_facts

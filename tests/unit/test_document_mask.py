@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.batch import Batch, positions
-from strategies.blueprint import Blueprint
-from strategies.compute import StepSpec
-from strategies.document_mask import refuse_leaks, refuse_without_positions
-from strategies.optimizers import ScheduleSpec
-from strategies.part import Part
+from strategies.gradient.spec import StepSpec
+from strategies.model.blueprint import Blueprint
+from strategies.model.part import Part
+from strategies.objective.batch import Batch, positions
+from strategies.optim.schedule import ScheduleSpec
+from strategies.trial.document_mask import refuse_leaks, refuse_without_positions
 from tests.small_models import VOCABULARY, family, own
 from tests.unit.tiny_model import CPU
 

@@ -16,7 +16,7 @@ from orchestrator.checkpoint.export import ExportError, export
 from orchestrator.checkpoint.names import Save
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
-from orchestrator.worker import build
+from orchestrator.training import build
 from tests.unit.checkpoints_in_tests import SECRET, catalog_in
 from tests.unit.states_in_tests import save_state
 from tests.unit.tiny_model import random_gradient, settle, update
@@ -139,7 +139,7 @@ def test_a_run_begins_with_what_was_exported(tmp_path: Path, shard_bytes: int) -
 
 def test_never_more_than_a_tensor_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest thing that is ever handed to the storage is one tensor."""
-    from orchestrator.checkpoint import storage
+    from orchestrator import storage
 
     job, model, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
     sizes: list[int] = []

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster import head_watch
-from orchestrator.cluster.head_watch import RECONNECT_VARIABLE, HeadWatch, patience_s
-from orchestrator.cluster.session import ClusterError
 from orchestrator.rundir import RunDirectory
+from orchestrator.runtime.ray import head_watch
+from orchestrator.runtime.ray.head_watch import RECONNECT_VARIABLE, HeadWatch, patience_s
+from orchestrator.runtime.ray.session import ClusterError
 from tests.unit.run_directories import make_run
 
 

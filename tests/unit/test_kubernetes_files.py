@@ -19,7 +19,7 @@ import ray
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from orchestrator.commands.durations import parse_duration
+from orchestrator.cli.durations import parse_duration
 from orchestrator.job import Job
 from tests.unit.command_lines import calls_in_shell, parse
 from tests.unit.test_cluster_files import MARKET, launched

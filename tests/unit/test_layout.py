@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.layout import SCHEDULES, ParallelLayout, Place, deal, deal_in_turn, even, parts_of
-from strategies.tree import cover
+from strategies.layout.assignment import deal, deal_in_turn, even
+from strategies.layout.parallel import ParallelLayout, Place
+from strategies.layout.schedule import SCHEDULES, parts_of
+from strategies.reduction.tree import cover
 
 quick = settings(deadline=None, print_blob=True, max_examples=200)
 

@@ -33,7 +33,7 @@ def form(request: pytest.FixtureRequest) -> str:
 def write(directory: Path, process: str, at: float, message: str, worker: int | None = None, **about: int) -> None:
     """A record as the process would have written it at that time."""
     context = LogContext("tiny-1234", process, worker, **about)
-    record = logging.LogRecord("orchestrator.worker.core", logging.INFO, "", 0, message, None, None)
+    record = logging.LogRecord("orchestrator.training.worker", logging.INFO, "", 0, message, None, None)
     record.created = at
     logs.ContextFilter(context).filter(record)
     directory.mkdir(exist_ok=True)

@@ -29,8 +29,8 @@ while True:
 
 WRAPPER = """
 import sys, time
-from orchestrator.cluster.nodes import GcsError, HeadNodeError
-from orchestrator.cluster.notices.wrapper import Wrapped
+from orchestrator.runtime.ray.nodes import GcsError, HeadNodeError
+from orchestrator.runtime.ray.node_watcher.wrapper import Wrapped
 class Node:
     is_head, busy_s, away_s = {is_head}, {busy_s}, {away_s}
     asked = drained = None
@@ -143,7 +143,7 @@ def test_the_command_may_end_by_itself_or_by_a_signal(start: Start) -> None:
 
 ORPHANS = """
 import os
-from orchestrator.cluster.notices.wrapper import reap_orphans
+from orchestrator.runtime.ray.node_watcher.wrapper import reap_orphans
 def ended(code):
     pid = os.fork()
     if pid == 0:

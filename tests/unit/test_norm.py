@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.norm import LIMIT, WORDS, from_words, norm_of, square_sum, to_words
+from strategies.reduction.norm import LIMIT, WORDS, from_words, norm_of, square_sum, to_words
 
 
 def exact(values: torch.Tensor) -> float:

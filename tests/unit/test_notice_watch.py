@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from orchestrator.cluster.nodes import GcsError, HeadNodeError, NodeError
-from orchestrator.cluster.notices.notice import Notice, SourceError
-from orchestrator.cluster.notices.watch import UNKNOWN_DEADLINE_S, Watcher
+from orchestrator.notices.notice import Notice, SourceError
+from orchestrator.runtime.ray.node_watcher.watch import UNKNOWN_DEADLINE_S, Watcher
+from orchestrator.runtime.ray.nodes import GcsError, HeadNodeError, NodeError
 
 NOW = datetime(2026, 8, 2, 8, 20, 0, tzinfo=UTC).timestamp()
 
@@ -60,7 +60,7 @@ class Bench:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.INFO, logger="orchestrator.cluster.notices")
+    caplog.set_level(logging.INFO, logger="orchestrator.runtime.ray.node_watcher")
     return lambda: [record.getMessage() for record in caplog.records]
 
 

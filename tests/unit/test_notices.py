@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster.notices.aws import Aws
-from orchestrator.cluster.notices.azure import Azure
-from orchestrator.cluster.notices.file import NoticeFile
-from orchestrator.cluster.notices.gcp import Gcp
-from orchestrator.cluster.notices.notice import Notice, NoticeError, SourceError, parse_time
-from orchestrator.cluster.notices.sources import SOURCES, detect, make_source
+from orchestrator.notices.aws import Aws
+from orchestrator.notices.azure import Azure
+from orchestrator.notices.file import NoticeFile
+from orchestrator.notices.gcp import Gcp
+from orchestrator.notices.notice import Notice, NoticeError, SourceError, parse_time
+from orchestrator.notices.sources import SOURCES, detect, make_source
 from tests.fake_metadata import (
     AWS,
     AZURE,

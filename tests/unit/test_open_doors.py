@@ -13,10 +13,10 @@ from unittest.mock import MagicMock
 import pytest
 
 from monitoring.sinks.feeder import _alone
-from orchestrator.cluster.preparation import warn_of_open_token
-from orchestrator.cluster.session import STARTS, NotStarted, _keep_logs, ray_session
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
+from orchestrator.runtime.ray.preparation import warn_of_open_token
+from orchestrator.runtime.ray.session import STARTS, NotStarted, _keep_logs, ray_session
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from monitoring.page.access import TOKEN_VARIABLE, PageError
-from orchestrator.commands.page import page_of
+from orchestrator.cli.page import page_of
 from tests.simulated_run import SimulatedRun
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.layout import SCHEDULES, SHARDS, ParallelLayout, deal
-from strategies.placement import Domain, Shard, effective_shard, place_state, row_ranges, trained_spans
-from strategies.space import ALIGNMENT, Space
-from strategies.statemap import NOTHING, Span, intersect, num_elements, subtract, union, whole
+from strategies.layout.assignment import deal
+from strategies.layout.parallel import SHARDS, ParallelLayout
+from strategies.layout.placement import Domain, Shard, effective_shard, place_state, row_ranges, trained_spans
+from strategies.layout.schedule import SCHEDULES
+from strategies.layout.space import ALIGNMENT, Space
+from strategies.layout.statemap import NOTHING, Span, intersect, num_elements, subtract, union, whole
 
 quick = settings(deadline=None, print_blob=True, max_examples=50)
 BLOCKS = 10

@@ -15,18 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning import search
 from orchestrator.planning.machine import Link, Machine, ring_all_reduce_s, scatter_s
 from orchestrator.planning.memory import predict_memory, zero_state
-from orchestrator.planning.model import Block, ModelCosts
 from orchestrator.planning.partition import bottleneck, cut
 from orchestrator.planning.refusals import nothing_fits, refusals
-from orchestrator.planning.schedule import Schedule, schedules
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.step_time import most_pieces
 from orchestrator.planning.work import Degrees, StateBytes, Work, most_held
-from strategies.layout import SCHEDULES, SHARDS, ParallelLayout, deal
-from strategies.tree import cover
+from strategies.layout.assignment import deal
+from strategies.layout.parallel import SHARDS, ParallelLayout
+from strategies.layout.schedule import SCHEDULES, Schedule, chunks_of, schedules
+from strategies.reduction.tree import cover
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -194,13 +195,12 @@ def test_bubbles_are_those_of_the_papers() -> None:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_empty_micro_batches_are_planned_as_the_engine_makes_them_up(kind: str) -> None:
-    from strategies.pipeline import padded_micro_batches
-
+def test_a_schedule_is_padded_until_it_can_be_followed_and_no_further(kind: str) -> None:
     for stages, wanted in itertools.product(range(2, 9), range(1, 40)):
-        schedule = Schedule(kind, stages)
-        assert schedule.padded(wanted) == padded_micro_batches(kind, stages, wanted)
-        assert not schedule.refuses(schedule.padded(wanted))
+        schedule = Schedule(kind, stages, chunks_of(kind))
+        padded = schedule.padded(wanted)
+        assert not schedule.refuses(padded)
+        assert all(schedule.refuses(count) for count in range(wanted, padded))
 
 
 @quick

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.errors import PlanError
 from orchestrator.job import Job
 from orchestrator.planning.assume import MachineOptions, machine_for
 from orchestrator.planning.command import LimitOptions, limits_of
-from orchestrator.planning.units import PlanError, parse_bytes, parse_counts, parse_rate, parse_seconds, show_runs
-from strategies.layout import SCHEDULES, SHARDS
+from orchestrator.planning.units import parse_bytes, parse_counts, parse_rate, parse_seconds, show_runs
+from strategies.layout.parallel import SHARDS
+from strategies.layout.schedule import SCHEDULES
 from tests.in_process import orchestrator
 
 ROOT = Path(__file__).parents[2]

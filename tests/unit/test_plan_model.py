@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from orchestrator.errors import PlanError
 from orchestrator.job import Job
-from orchestrator.planning.model import ModelCosts, describe_model
-from orchestrator.planning.units import PlanError
+from orchestrator.models.costs import ModelCosts, describe_model
 from orchestrator.planning.work import work_of
 
 ROOT = Path(__file__).parents[2]

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller.layouts import Layouts
-from orchestrator.controller.protocol import Deal
-from orchestrator.controller.views import ControllerConfig, RebalanceRules, WorkerView
-from orchestrator.messages import Ready, WorkerId
+from orchestrator.control.layouts import Layouts
+from orchestrator.control.protocol import Deal
+from orchestrator.control.views import ControllerConfig, RebalanceRules, WorkerView
 from orchestrator.planning.balance import best_deal, best_parts, replica_seconds, seconds_of, stage_shares
 from orchestrator.planning.choose import LayoutChooser
-from strategies.layout import ParallelLayout, deal, deal_in_turn
+from orchestrator.training.messages import Ready, WorkerId
+from strategies.layout.assignment import deal, deal_in_turn
+from strategies.layout.parallel import ParallelLayout
 from tests.selection import nightly
 from tests.unit.layouts_in_tests import MODEL, layouts
 from tests.unit.simulation import Node, World

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 from monitoring.clock import reading
-from orchestrator.cluster.orders import Introduction
-from orchestrator.cluster.reception import Reception
-from orchestrator.messages import WorkerId
+from orchestrator.runtime.orders import Introduction
+from orchestrator.runtime.reception import Reception
+from orchestrator.training.messages import WorkerId
 
 W0, W1, W2 = (WorkerId(slot, 0) for slot in range(3))
 

@@ -19,11 +19,11 @@ from monitoring.records import RecordFile
 from monitoring.redaction import is_redacted, redact
 from monitoring.sinks.base import settings_of
 from monitoring.terminal.clean import clean, clean_lines
-from orchestrator.checkpoint.storage import StorageError, open_storage
 from orchestrator.data.sources import DataError, resolve_files
 from orchestrator.data.store import prepare
 from orchestrator.job import Job, JobError
 from orchestrator.rundir import RunDirectory
+from orchestrator.storage import StorageError, open_storage
 from orchestrator.urls import UrlProblem, environment_of, expand, fields_with_secrets, take_over
 from tests.password_server import PASSWORD, USER, password_server
 

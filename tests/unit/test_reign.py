@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from monitoring.records import RecordFile
-from orchestrator.cluster import reign
-from orchestrator.cluster.reign import Reign
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.runtime import lease as reign
+from orchestrator.runtime.lease import Reign
 
 
 @pytest.fixture(autouse=True)

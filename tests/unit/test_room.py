@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.cluster.room import Need, meets
 from orchestrator.job import Job
+from orchestrator.runtime.ray.resource_request import Need, meets
 
 JOB = """
 name: test

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from orchestrator.controller.pace import Pace
-from orchestrator.controller.protocol import (
+from orchestrator.control.pace import Pace
+from orchestrator.control.protocol import (
     Action,
     Died,
     NodesStarting,
@@ -21,8 +21,8 @@ from orchestrator.controller.protocol import (
     Stop,
     TellShortage,
 )
-from orchestrator.controller.views import RunState, ScalingRules, WorkerView
-from orchestrator.messages import WorkerId
+from orchestrator.control.views import RunState, ScalingRules, WorkerView
+from orchestrator.training.messages import WorkerId
 from tests.unit.test_controller import W0, W1, W2, W3, Stage, of, records
 
 

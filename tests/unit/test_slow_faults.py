@@ -7,7 +7,7 @@ import time
 import pytest
 
 from orchestrator.job import Job
-from orchestrator.worker.faults import FaultInjector
+from orchestrator.training.faults import FaultInjector
 
 TEXT = """
 name: slow

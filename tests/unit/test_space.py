@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.holding import Holding
-from strategies.layout import even
-from strategies.optimizers import OptimizerSpec
-from strategies.placement import row_ranges
-from strategies.space import ALIGNMENT, Slot, Space, Strip, merge, round_up
-from strategies.statemap import NOTHING, Span, union
+from strategies.layout.assignment import even
+from strategies.layout.placement import row_ranges
+from strategies.layout.space import ALIGNMENT, Slot, Space, Strip, merge, round_up
+from strategies.layout.statemap import NOTHING, Span, union
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.state.holding import Holding
 from tests.unit.tiny_model import (
     CPU,
     bits,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.statemap import (
+from strategies.layout.statemap import (
     NOTHING,
     NotCovered,
     Span,

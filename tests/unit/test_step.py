@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.batch import Batch, plain_batch
-from strategies.compute import Fetch, LocalGradients, Rows, StepSpec
-from strategies.groups import PeerLost
-from strategies.holding import Holding
-from strategies.optimizers import ScheduleSpec
-from strategies.state import TrainingState, state_digest
-from strategies.step import PHASES, Agreement, StepEngine, StepRecord
-from strategies.tree import Node, cover
+from strategies.comm.groups import PeerLost
+from strategies.gradient.compute import Fetch, LocalGradients
+from strategies.gradient.spec import StepSpec
+from strategies.objective.batch import Batch, plain_batch
+from strategies.objective.rows import Rows
+from strategies.optim.schedule import ScheduleSpec
+from strategies.reduction.tree import Node, cover
+from strategies.state.holding import Holding
+from strategies.state.training_state import TrainingState, state_digest
+from strategies.update.synchronous import PHASES, StepEngine, StepRecord
+from strategies.update.vote import Agreement
 from tests.unit.tiny_model import (
     VOCABULARY,
     TinyModel,

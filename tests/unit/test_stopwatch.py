@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from strategies.stopwatch import Stopwatch
-from strategies.timing import HEADER, RankTimes, from_row, rounded, to_row
+from strategies.gradient.stopwatch import Stopwatch
+from strategies.update.timing import HEADER, RankTimes, from_row, rounded, to_row
 from tests.unit.test_step import engine
 
 

@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.names import Save
-from orchestrator.checkpoint.storage import (
+from orchestrator.storage import (
     LocalStorage,
     ObjectStorage,
     Patient,

@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.groups import Groups
-from strategies.layout import ParallelLayout, deal, even
-from strategies.optimizers import OptimizerSpec, ScheduleSpec, build_optimizer
-from strategies.randomness import stream_key
-from strategies.reduction import Reducer
-from strategies.tree import Node, cover, fold, split
+from strategies.comm.groups import Groups
+from strategies.layout.assignment import deal, even
+from strategies.layout.parallel import ParallelLayout
+from strategies.model.randomness import stream_key
+from strategies.optim.optimizers import OptimizerSpec, build_optimizer
+from strategies.optim.schedule import ScheduleSpec
+from strategies.reduction.reducer import Reducer
+from strategies.reduction.tree import Node, cover, fold, split
 from tests.unit.tiny_model import (
     CPU,
     bits,

@@ -15,10 +15,10 @@ from datetime import timedelta
 
 import pytest
 
-from strategies import rendezvous_server
-from strategies.rendezvous import PeerLost, StoreClient
-from strategies.rendezvous_proof import HELLO_BYTES, MAGIC, ClientSide, StoreAddress, fresh_secret
-from strategies.rendezvous_server import ADD, ANSWER, GET, NUMBER, REQUEST, SET, StoreServer
+from strategies.comm import rendezvous_server
+from strategies.comm.rendezvous import PeerLost, StoreClient
+from strategies.comm.rendezvous_proof import HELLO_BYTES, MAGIC, ClientSide, StoreAddress, fresh_secret
+from strategies.comm.rendezvous_server import ADD, ANSWER, GET, NUMBER, REQUEST, SET, StoreServer
 
 HOST = "127.0.0.1"
 SECRET = fresh_secret()

@@ -71,8 +71,6 @@ def test_importing_the_packages_does_no_heavy_work() -> None:
 
 def test_the_controller_process_needs_no_torch() -> None:
     """A restarted controller is in charge the sooner the less it imports."""
-    code = (
-        "import sys, orchestrator.cluster.controller_actor\nsys.exit('imported torch' if 'torch' in sys.modules else 0)"
-    )
+    code = "import sys, orchestrator.runtime.ray.controller_actor\nsys.exit('imported torch' if 'torch' in sys.modules else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

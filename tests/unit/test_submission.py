@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster.preparation import refuse_packages
-from orchestrator.cluster.submission import EXCLUDES, PACKAGES, Submission, SubmissionError, read_runtime_env
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError, is_package, runs_root
+from orchestrator.runtime.ray.preparation import refuse_packages
+from orchestrator.runtime.ray.submission import EXCLUDES, PACKAGES, Submission, SubmissionError, read_runtime_env
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0")

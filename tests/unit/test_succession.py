@@ -14,9 +14,9 @@ import pytest
 
 from monitoring.records import RecordFile
 from orchestrator import succession
-from orchestrator.cluster.preparation import clear_result
-from orchestrator.cluster.reign import Reign
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.runtime.lease import Reign
+from orchestrator.runtime.ray.preparation import clear_result
 from orchestrator.succession import NoAnswer, ask, awaits_controller, wait_for_controller
 
 

@@ -19,9 +19,8 @@ from monitoring.follow import Tail
 from monitoring.records import RecordFile
 from monitoring.terminal.facts import RunFacts
 from monitoring.terminal.lines import as_text, glance
-from orchestrator.cli import app
-from orchestrator.commands import following
-from orchestrator.commands.events import parse_since
+from orchestrator.cli import app, following
+from orchestrator.cli.events import parse_since
 from orchestrator.rundir import RunDirectory
 from tests.unit.run_directories import (
     CHECKPOINT,

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from strategies.blueprint import Blueprint
-from strategies.fabric import Fabric
-from strategies.holding import Holding
-from strategies.layout import ParallelLayout
-from strategies.optimizers import OptimizerSpec
-from strategies.part import Part
-from strategies.placement import Domain
-from strategies.space import ALIGNMENT
-from strategies.state import TrainingState, state_digest
-from strategies.statemap import NOTHING, NotCovered, whole
+from strategies.comm.fabric import Fabric
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain
+from strategies.layout.space import ALIGNMENT
+from strategies.layout.statemap import NOTHING, NotCovered, whole
+from strategies.model.blueprint import Blueprint
+from strategies.model.part import Part
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.state.holding import Holding
+from strategies.state.training_state import TrainingState, state_digest
 from tests.unit.tiny_model import (
     CPU,
     bits,

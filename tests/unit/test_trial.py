@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from orchestrator.job.positions import positions_of, too_long
-from strategies.blueprint import Blueprint
-from strategies.compute import StepSpec
-from strategies.optimizers import OptimizerSpec, ScheduleSpec
-from strategies.state import TrainingState
-from strategies.step import StepEngine
-from strategies.trial import ModelChanged, Trial, try_model, unused_of
+from strategies.gradient.spec import StepSpec
+from strategies.model.blueprint import Blueprint
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.schedule import ScheduleSpec
+from strategies.state.training_state import TrainingState
+from strategies.trial.trial import ModelChanged, Trial, try_model, unused_of
+from strategies.update.synchronous import StepEngine
 from tests import small_models
 from tests.small_models import family, own
 from tests.unit.test_step import fetch_for

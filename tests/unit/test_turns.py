@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster import turns
-from orchestrator.cluster.room import Need
-from orchestrator.cluster.turns import SILENCE_S, Turns, Wish, in_order
-from orchestrator.controller.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
-from orchestrator.controller.views import RunState, ScalingRules
+from orchestrator.control.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
+from orchestrator.control.views import RunState, ScalingRules
+from orchestrator.runtime.ray import run_queue as turns
+from orchestrator.runtime.ray.resource_request import Need
+from orchestrator.runtime.ray.run_queue import SILENCE_S, Turns, Wish, in_order
 from tests.unit.test_controller import W0, W1, W2, Stage, of, records, the
 
 NEED = Need({"CPU": 1.0}, 1, {})

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.blueprint import Blueprint
-from strategies.chunks import Box
-from strategies.fabric import Fabric
-from strategies.intake import Intake
-from strategies.layout import ParallelLayout
-from strategies.optimizers import OptimizerSpec
-from strategies.placement import Domain
-from strategies.state import TrainingState
-from strategies.statemap import Spans
+from strategies.comm.fabric import Fabric
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain
+from strategies.layout.statemap import Spans
+from strategies.model.blueprint import Blueprint
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.state.chunks import Box
+from strategies.state.intake import Intake
+from strategies.state.training_state import TrainingState
 
 CPU = torch.device("cpu")
 VOCABULARY = 11

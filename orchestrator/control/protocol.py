@@ -1,0 +1,303 @@
+"""Events the state machine takes and actions it gives, beyond the workers' own messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.checkpoint.names import Save
+from orchestrator.training.messages import (
+    CheckpointSaved,
+    FaultFired,
+    Finalized,
+    Generation,
+    Heartbeat,
+    Joined,
+    Left,
+    PartSaved,
+    Ready,
+    SaveBegun,
+    SaveDelayed,
+    Status,
+    StepReport,
+    WorkerId,
+)
+
+# ---------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run begins (or begins again after its whole cluster was lost)."""
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """A restarted controller found these living workers of its run, and those that are `starting`."""
+
+    workers: tuple[Status, ...]
+    starting: tuple[Placed, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The cluster found room for a worker; its process is starting on `node`."""
+
+    worker: WorkerId
+    node: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed. `lateness_s` is how late the controller itself has been lately, by what it measured."""
+
+    lateness_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class GiveWay:
+    """Another run that waits for room is to have it before this one; "": none is any more."""
+
+    to: str
+
+
+@dataclass(frozen=True)
+class NodesStarting:
+    """The autoscaler has got so many nodes that are not there yet. They may be for workers that wait for room."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker's process is gone; `node_lost` when its whole node is."""
+
+    worker: WorkerId
+    detail: str
+    node_lost: bool = False
+
+
+@dataclass(frozen=True)
+class Notice:
+    """These workers' place will go away at `deadline` (on the run's line of time)."""
+
+    workers: tuple[WorkerId, ...]
+    reason: str
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A user asks for this many workers."""
+
+    workers: int
+
+
+@dataclass(frozen=True)
+class SaveRequested:
+    """A user asks for a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A user asks the run to end at the next step boundary."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The run cannot go on, whatever workers there are: a model that cannot be built, for example."""
+
+    reason: str
+
+
+Event = (
+    Start
+    | Abort
+    | TakeOver
+    | Tick
+    | Placed
+    | NodesStarting
+    | GiveWay
+    | Died
+    | Notice
+    | Resize
+    | SaveRequested
+    | Stop
+    | Ready
+    | Heartbeat
+    | Joined
+    | Left
+    | Finalized
+    | FaultFired
+    | SaveBegun
+    | SaveDelayed
+    | PartSaved
+    | CheckpointSaved
+)
+
+# ---------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True)
+class RequestWorker:
+    """Ask the cluster for one more worker: on another node than those to `avoid`, if there is room on any; on no
+    account on those when it `must_avoid` them. On a node of that `market`, unless it is ""."""
+
+    worker: WorkerId
+    avoid: tuple[str, ...] = ()
+    must_avoid: bool = False
+    market: str = ""
+
+
+@dataclass(frozen=True)
+class TellShortage:
+    """These workers have found no room for `waited_s`: put that on record, with what the cluster says of it."""
+
+    workers: tuple[WorkerId, ...]
+    waited_s: float
+    market: str = ""
+
+
+@dataclass(frozen=True)
+class ReleaseWorker:
+    """A worker is no longer needed: let it end in good order and give its place back."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True)
+class KillWorker:
+    """End a worker for good, without its cooperation."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True)
+class StartGeneration:
+    """Send every member its place."""
+
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    """Tell these workers to break out of whatever collective they are in."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Tell these workers to agree on leaving the generation at a step boundary."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Tell these workers that the virtual workers of their generation are dealt anew; `assignment` is by replica."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+    number: int
+    assignment: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class RequestSave:
+    """Tell these workers to agree on saving the state at a step boundary of the generation."""
+
+    workers: tuple[WorkerId, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
+class SaveState:
+    """Let these workers, who all have the whole state and are in no generation, save it together."""
+
+    workers: tuple[WorkerId, ...]
+    save: Save
+
+
+@dataclass(frozen=True)
+class CommitCheckpoint:
+    """Let a worker complete the checkpoint that others wrote the parts of: (rank, digest of its list of chunks)."""
+
+    worker: WorkerId
+    save: Save
+    parts: tuple[tuple[int, str], ...]
+    layout: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DiscardCheckpoint:
+    """Let a worker remove what is left of an attempt."""
+
+    worker: WorkerId
+    save: Save
+
+
+@dataclass(frozen=True)
+class Finalize:
+    """Ask these workers for the digest of their state."""
+
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True)
+class StepCommitted:
+    """A step counts as committed from here on: put it on record. Given once for each step, in order; after a
+    `Rollback` the steps taken off the record are given again."""
+
+    report: StepReport
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Committed steps from `committed` on are lost and will be replayed: take them off the record."""
+
+    committed: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Something happened that belongs in the event log."""
+
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The run is over."""
+
+    status: str
+    reason: str
+    digest: str | None
+
+
+Action = (
+    RequestWorker
+    | TellShortage
+    | ReleaseWorker
+    | KillWorker
+    | StartGeneration
+    | Interrupt
+    | Pause
+    | Deal
+    | RequestSave
+    | SaveState
+    | CommitCheckpoint
+    | DiscardCheckpoint
+    | Finalize
+    | StepCommitted
+    | Rollback
+    | Record
+    | Finish
+)

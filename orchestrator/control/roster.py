@@ -1,0 +1,356 @@
+"""The workers of a run: who is asked for, on its way, warm, draining, let go, ended.
+
+What the roster does about them comes back as actions, for the caller to put among its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import count, islice
+from typing import Any
+
+from orchestrator.control.demand import Demand
+from orchestrator.control.history import History
+from orchestrator.control.protocol import Action, Died, KillWorker, Notice, Placed, Record, ReleaseWorker, RequestWorker
+from orchestrator.control.views import ControllerConfig, WorkerState, WorkerView
+from orchestrator.training.messages import Ready, WorkerId
+from strategies.layout.statemap import whole
+
+MAX_PAUSE_S = 30.0
+"""The longest time between two tries when workers die while they start."""
+CROWDED_AFTER_S = 15.0
+CROWDED_S = 60.0
+"""A worker that was to avoid nodes and is not placed after so long is asked for anywhere; so are others for a while."""
+_TOO_MANY = "more workers than the job wants"
+_TOO_SLOW = "another took its place, as it was too slow"
+
+
+class Roster:
+    """`workers` are all that were ever asked for, also those that are gone. How many are on their way, and who is to
+    leave, is kept beside them, for questions that come with every message."""
+
+    def __init__(self, config: ControllerConfig, history: History) -> None:
+        self.workers: dict[WorkerId, WorkerView] = {}
+        self._alive: dict[WorkerId, WorkerView] = {}
+        self._coming = {WorkerState.REQUESTED: 0, WorkerState.STARTING: 0}
+        self._leaving: set[WorkerId] = set()
+        self.num_removed = 0
+        """How many have gone since this controller began."""
+        self._incarnations = dict(history.incarnations)
+        self._draining = dict(history.draining)
+        self._given_up = set(history.gone)
+        self._condemned = dict(history.condemned)
+        self._crowded_until = 0.0
+        self._config = config
+        self._start_failures = 0
+        self._next_request_at = 0.0
+        self._demand = Demand(config.scaling)
+
+    def living(self, worker: WorkerId) -> WorkerView | None:
+        """A worker that counts; None when it is gone, or was never one of this run's."""
+        return self._alive.get(worker)
+
+    def alive(self) -> list[WorkerView]:
+        return list(self._alive.values())
+
+    @property
+    def num_starting(self) -> int:
+        """Those that are placed and warm up."""
+        return self._coming[WorkerState.STARTING]
+
+    @property
+    def num_warm(self) -> int:
+        """Those in a generation, and idle."""
+        return len(self._alive) - sum(self._coming.values())
+
+    @property
+    def any_leaving(self) -> bool:
+        """Whether anybody is to be replaced."""
+        return bool(self._leaving)
+
+    def idle(self) -> list[WorkerView]:
+        return [view for view in self._alive.values() if view.state is WorkerState.IDLE]
+
+    # ------------------------------------------------------------------------------------ they come
+
+    def fill(
+        self,
+        wanted: int,
+        members: Collection[WorkerId],
+        now: float,
+        *,
+        needed: Callable[[], Collection[WorkerId]],
+        may_leave: Callable[[WorkerView], bool],
+    ) -> list[Action]:
+        """Asks for the workers that are missing and releases the units that are too many. Members are left alone, and
+        so are those `needed` for their state; of the draining workers that are idle, those go that `may_leave`."""
+        actions = self._ask_again(now)
+        units = self._units()
+        leaving = {self._config.unit_of(view.worker) for view in self._alive.values() if view.leaving}
+        staying = {unit: views for unit, views in units.items() if unit not in leaving}
+        surplus = len(staying) - -(-wanted // self._config.tensor)
+        if surplus > 0:
+            actions += self._release_units(staying, surplus, members, needed())
+        if now >= self._next_request_at and (slots := self._missing_slots(units, staying, -surplus)):
+            actions += self._request(slots, now, self._num_replacing(wanted, units, staying, len(slots)))
+        if len(staying) < len(units):
+            for view in self.idle():
+                is_leaving = self._config.unit_of(view.worker) not in staying
+                if is_leaving and view.worker not in members and view.alive and may_leave(view):
+                    actions += self.release(view, _TOO_SLOW if view.condemned else "its node drains")
+        return actions
+
+    def _ask_again(self, now: float) -> list[Action]:
+        """Takes back requests that nothing would come of: those that no longer are for one that is too slow, which were
+        not to be placed just anywhere; and those that were to avoid nodes, if other nodes have no room after all."""
+        waiting = self._requested()
+        slow = sum([view.condemned for view in self._alive.values()])
+        replacing = sorted((view for view in waiting if view.must_avoid), key=lambda view: view.worker)
+        hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
+        if hopeless:
+            self._crowded_until = now + CROWDED_S
+        actions: list[Action] = []
+        for view in (*replacing[slow:], *hopeless):
+            actions += self.release(view, "it is asked for again, wherever there is room")
+        late, told = self._demand.turn_to_next([view for view in waiting if view.alive], now)
+        for view in late:
+            actions += self.release(view, "its market has not met the request in time")
+        return actions + told
+
+    @property
+    def is_short(self) -> bool:
+        """Whether workers have found no room for long."""
+        return self._demand.is_short
+
+    def withdraw(self, reason: str) -> list[Action]:
+        """Takes back the requests that nothing has come of yet."""
+        return [action for view in self._requested() for action in self.release(view, reason)]
+
+    def nodes_starting(self, now: float) -> None:
+        """Nodes are on their way, which may be for workers that wait for room."""
+        self._demand.coming(now)
+
+    def tell_shortage(self, now: float) -> list[Action]:
+        """What is to be said of workers that find no room."""
+        return self._demand.tell(self._requested(), now)
+
+    def _requested(self) -> list[WorkerView]:
+        return [view for view in self._alive.values() if view.state is WorkerState.REQUESTED]
+
+    def _num_replacing(
+        self, wanted: int, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], missing: int
+    ) -> int:
+        """How many of the missing workers are to take the place of one that is too slow and works on meanwhile."""
+        slow = sum(any(view.condemned for view in views) for views in units.values())
+        waiting = sum(any(v.must_avoid and v.state is WorkerState.REQUESTED for v in vs) for vs in staying.values())
+        others = (len(staying) - waiting + slow) * self._config.tensor
+        return max(0, missing - max(0, wanted - others))
+
+    def _units(self) -> dict[int, list[WorkerView]]:
+        units: dict[int, list[WorkerView]] = {}
+        tensor = self._config.tensor
+        for view in self._alive.values():
+            units.setdefault(view.worker.slot // tensor, []).append(view)
+        return units
+
+    def _release_units(
+        self,
+        staying: dict[int, list[WorkerView]],
+        surplus: int,
+        members: Collection[WorkerId],
+        needed: Collection[WorkerId],
+    ) -> list[Action]:
+        order = list(WorkerState)
+
+        def value(unit: int) -> tuple[bool, int, bool, int, int]:
+            views = staying[unit]
+            return (
+                len(views) == self._config.tensor,
+                min(order.index(view.state) for view in views),
+                any(view.has_state for view in views),
+                max(view.committed for view in views),
+                -unit,
+            )
+
+        spare = [
+            unit
+            for unit, views in staying.items()
+            if not any(view.worker in members or view.worker in needed for view in views)
+        ]
+        # Before a generation is formed the idle ones may hold its state: the newest goes last.
+        spare.sort(key=value)
+        gone = spare[:surplus]
+        actions = [action for unit in gone for view in staying[unit] for action in self.release(view, _TOO_MANY)]
+        for unit in gone:
+            del staying[unit]
+        return actions
+
+    def _missing_slots(
+        self, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], num_units: int
+    ) -> list[int]:
+        """Of units that have lost a worker, and of `num_units` new ones."""
+        tensor = self._config.tensor
+        new = list(islice((unit for unit in count() if unit not in units), max(0, num_units)))
+        wanted = sorted([*(unit for unit, views in staying.items() if len(views) < tensor), *new])
+        if not wanted:
+            return []
+        taken = {worker.slot for worker in self._alive}
+        return [slot for unit in wanted for slot in range(unit * tensor, (unit + 1) * tensor) if slot not in taken]
+
+    def _request(self, slots: Sequence[int], now: float, num_replacing: int) -> list[Action]:
+        """Asks for workers. The last `num_replacing` are for those that are too slow: where these are, or were, they
+        would be of no use."""
+        actions: list[Action] = []
+        avoided = tuple(sorted(set(self._condemned.values()) - {""}))
+        market = self._demand.market(now)
+        for number, slot in enumerate(slots):
+            must = bool(avoided) and number >= len(slots) - num_replacing
+            avoid = avoided if must or now >= self._crowded_until else ()
+            worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
+            self._incarnations[slot] = worker.incarnation
+            self.add(WorkerView(worker, requested_at=now, avoids=bool(avoid), must_avoid=must, market=market))
+            fields = _named(worker) | ({"market": market} if market else {})
+            actions += [Record("worker_requested", fields), RequestWorker(worker, avoid, must, market)]
+        return actions
+
+    def add(self, view: WorkerView) -> None:
+        self.workers[view.worker] = self._alive[view.worker] = view
+        view.draining_until = self._draining.get(view.worker)
+        view.condemned = view.worker in self._condemned
+        self._note_leaving(view)
+        if view.state in self._coming:
+            self._coming[view.state] += 1
+
+    def _note_leaving(self, view: WorkerView) -> None:
+        if view.leaving and view.alive:
+            self._leaving.add(view.worker)
+        else:
+            self._leaving.discard(view.worker)
+
+    def adopt(self, view: WorkerView) -> list[Action]:
+        """Takes over a worker of an earlier controller, unless that one had given it up."""
+        slot, incarnation = view.worker
+        self._incarnations[slot] = max(self._incarnations.get(slot, -1), incarnation)
+        if self.was_given_up(view.worker):
+            return [KillWorker(view.worker, "an earlier controller had given it up")]
+        self.add(view)
+        return []
+
+    def was_given_up(self, worker: WorkerId) -> bool:
+        """Whether it was gone by the record of earlier controllers."""
+        return worker in self._given_up
+
+    def placed(self, event: Placed, now: float) -> list[Action]:
+        """The cluster found room for a worker; it may say so twice."""
+        view = self.workers.get(event.worker)
+        if view is None or view.state is not WorkerState.REQUESTED:
+            return []
+        view.state, view.node, view.placed_at = WorkerState.STARTING, event.node, now
+        self._coming[WorkerState.REQUESTED] -= 1
+        self._coming[WorkerState.STARTING] += 1
+        self._demand.placed()
+        return [Record("worker_placed", {**_named(event.worker), "node": event.node})]
+
+    def ready(self, view: WorkerView, event: Ready, now: float) -> list[Action]:
+        """A worker that was on its way is warm."""
+        self._coming[view.state] -= 1
+        view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
+        view.initial, view.lateness_s = event.initial, event.lateness_s
+        view.held = view.whole = whole(event.elements, self._config.tensor)
+        self._start_failures = 0
+        fields = {"node": event.node, "pid": event.pid, "start_seconds": round(now - view.requested_at, 3)}
+        if event.flops_per_token and event.peak_flops:
+            fields |= {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}
+        return [Record("worker_ready", {**_named(event.worker), **fields})]
+
+    def start_failed(self, detail: str, now: float) -> str | None:
+        """A worker did not live to be ready: the next is asked for after a pause. What to give up with, when too many
+        did not."""
+        self._start_failures += 1
+        self._next_request_at = now + min(MAX_PAUSE_S, 0.25 * 2 ** min(self._start_failures, 10))
+        if self._start_failures < self._config.max_start_failures:
+            return None
+        return f"{self._start_failures} workers in a row died while starting: {detail}"
+
+    # ------------------------------------------------------------------------------------ and go
+
+    def notice(self, event: Notice) -> list[WorkerView]:
+        """The place of these workers goes away; those for whom that is news."""
+        noticed = []
+        for worker in event.workers:
+            view = self.living(worker)
+            if view is None:
+                continue
+            if not view.draining:
+                noticed.append(view)
+            view.draining_until = event.deadline
+            self._note_leaving(view)
+        return noticed
+
+    def condemn(self, worker: WorkerId) -> None:
+        """It is too slow: another is to take its place, elsewhere."""
+        view = self.living(worker)
+        if view is not None:
+            view.condemned = True
+            self._condemned[worker] = view.node
+            self._note_leaving(view)
+
+    def pardon(self, worker: WorkerId) -> None:
+        """It is no longer too slow."""
+        self._condemned.pop(worker, None)
+        view = self.living(worker)
+        if view is not None:
+            view.condemned = False
+            self._note_leaving(view)
+
+    def release(self, view: WorkerView, reason: str) -> list[Action]:
+        """Lets go of a worker that is not needed."""
+        self.remove(view)
+        return [
+            ReleaseWorker(view.worker, reason),
+            Record("worker_released", {**_named(view.worker), "reason": reason}),
+        ]
+
+    def kill(self, view: WorkerView, reason: str) -> list[Action]:
+        """Ends a worker that cannot be trusted any more; what it may still say is not listened to."""
+        self.remove(view)
+        return [KillWorker(view.worker, reason), Record("worker_killed", {**_named(view.worker), "reason": reason})]
+
+    def remove(self, view: WorkerView) -> None:
+        """It is gone."""
+        if self._alive.pop(view.worker, None) is not None:
+            self.num_removed += 1
+            if view.state in self._coming:
+                self._coming[view.state] -= 1
+        view.state = WorkerState.GONE
+        self._leaving.discard(view.worker)
+
+    # ------------------------------------------------------------------------------------ time
+
+    def overslept(self, gap_s: float, now: float) -> None:
+        """Nobody could be heard for so long."""
+        for view in self._alive.values():
+            view.last_heard = max(view.last_heard, now)
+            if view.placed_at is not None:
+                view.placed_at += gap_s
+            elif view.state is WorkerState.REQUESTED:
+                view.requested_at += gap_s
+        self._demand.overslept(gap_s)
+
+
+def death_record(view: WorkerView, event: Died) -> Record:
+    return Record(
+        "worker_died",
+        {**_named(view.worker), "node": view.node, "node_lost": event.node_lost, "detail": event.detail},
+    )
+
+
+def notice_record(view: WorkerView, event: Notice) -> Record:
+    return Record(
+        "drain_notice",
+        {**_named(view.worker), "node": view.node, "reason": event.reason, "deadline": event.deadline},
+    )
+
+
+def _named(worker: WorkerId) -> dict[str, Any]:
+    return {"worker": worker.slot, "incarnation": worker.incarnation}

@@ -1,0 +1,306 @@
+"""What a job's network costs, block by block, from its shapes alone: it is built without weights.
+
+The only module of the planner that imports torch and transformers, and only inside functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import PlanError
+from orchestrator.models.trace import CannotTrace, kept_bytes_per_sample
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from orchestrator.job import Job
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the network that no stage boundary goes through: the embedding, a decoder layer, or norm and head.
+
+    Tokens are those of one sample in one forward pass. `kept` is what the forward pass keeps for the backward pass,
+    `kept_split` the part of it that tensor parallelism divides. `working` is needed only while the block runs.
+    """
+
+    name: str
+    parameters: int
+    """Elements, without those it borrows from another block."""
+    whole_parameters: int
+    """Of these, the ones every tensor-parallel rank keeps: vectors, as in norms."""
+    flops_per_token: int
+    """Forward, attention included."""
+    attention_flops_per_token: int
+    """Of these, the products of activations with activations, which have no gradient of weights."""
+    kept_bytes_per_token: int
+    kept_split_bytes_per_token: int
+    working_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """A network as the planner sees it. `blocks`: the embedding, the decoder layers, the norm and head."""
+
+    blocks: tuple[Block, ...]
+    tied: int
+    """Elements of the embedding that the head uses too; 0 when each has its own."""
+    hidden_size: int
+    vocab_size: int
+    heads: int | None
+    key_value_heads: int | None
+    """Heads are None when the network does not say: then it cannot be split by tensor parallelism."""
+    value_bytes: int
+    """Of an activation that is communicated or multiplied: 4 in fp32, 2 under bf16 autocast."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks) - 2
+
+    @property
+    def parameters(self) -> int:
+        """All elements, shared ones once."""
+        return sum(block.parameters for block in self.blocks)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward."""
+        return sum(block.flops_per_token for block in self.blocks)
+
+
+def describe_model(job: Job) -> ModelCosts:
+    """The costs of the job's network at its sequence length and precision.
+
+    Raises PlanError when it cannot be built without weights or has no list of layers.
+    """
+    build = _builder(job)
+    module = _on_meta(job, build)
+    layers, tokens, measure = _look_at(module, job)
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None)
+    blocks, tied = _blocks(module, layers, tokens, measure)
+    notes = [] if heads else ["the network does not name its number of attention heads, so tensor stays 1"]
+    try:
+        kept = kept_bytes_per_sample(build, _layers, measure.sequence, measure.value_bytes == 2)
+        blocks = [_with_kept(block, size / measure.sequence) for block, size in zip(blocks, kept, strict=True)]
+    except CannotTrace as error:
+        notes.append(f"activation memory is estimated from weight shapes, as the network cannot be traced: {error}")
+    return ModelCosts(
+        blocks=tuple(blocks), tied=tied, hidden_size=measure.hidden, vocab_size=tokens.num_embeddings, heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads, value_bytes=measure.value_bytes,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def training_flops_per_token(job: Job) -> int:
+    """What the network takes for a token, forward and backward (twice as much again), attention included and nothing
+    counted twice: after PaLM (arXiv:2204.02311), appendix B. Raises PlanError or ValueError like `describe_model`."""
+    module = _on_meta(job, _builder(job))
+    layers, tokens, measure = _look_at(module, job)
+    blocks, _ = _blocks(module, layers, tokens, measure)
+    return 3 * sum(block.flops_per_token for block in blocks)
+
+
+def _look_at(module: nn.Module, job: Job) -> tuple[nn.ModuleList, nn.Embedding, _Measure]:
+    """A network's layers, its table of tokens, and the rules by which its blocks are measured."""
+    layers = _layers(module)
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    tokens = _tokens(module)
+    heads = getattr(text, "num_attention_heads", None)
+    hidden = int(getattr(text, "hidden_size", None) or tokens.embedding_dim)
+    measure = _Measure(
+        hidden=hidden,
+        attention_width=(getattr(text, "head_dim", None) or hidden // heads) * heads if heads else hidden,
+        sequence=job.data.sequence_length,
+        value_bytes=2 if job.train.precision == "bf16" else 4,
+        active_experts=_first(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"),
+        experts=_first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    )
+    return layers, tokens, measure
+
+
+def _with_kept(block: Block, kept_per_token: float) -> Block:
+    """With what was traced instead of what shapes say; the share that tensor parallelism divides stays."""
+    share = block.kept_split_bytes_per_token / block.kept_bytes_per_token
+    return replace(
+        block, kept_bytes_per_token=int(kept_per_token), kept_split_bytes_per_token=int(kept_per_token * share)
+    )
+
+
+def _layers(module: nn.Module) -> nn.ModuleList:
+    layers = max(_outermost_lists(module), key=len, default=None)
+    if not layers:
+        raise PlanError(
+            f"{type(module).__name__} has no torch.nn.ModuleList of layers, so the planner cannot tell its blocks; "
+            "keep the decoder layers in one"
+        )
+    return layers
+
+
+def _tokens(module: nn.Module) -> nn.Embedding:
+    """The table of tokens: what the network says, or the one a head gives logits for, or the largest."""
+    from torch import nn
+
+    get = getattr(module, "get_input_embeddings", None)
+    found = get() if callable(get) else None
+    if isinstance(found, nn.Embedding):
+        return found
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    if not embeddings:
+        raise PlanError(f"{type(module).__name__} has no torch.nn.Embedding, so the planner cannot tell its width")
+    outputs = {part.out_features for part in module.modules() if isinstance(part, nn.Linear)}
+    return max(embeddings, key=lambda part: (part.num_embeddings in outputs, part.num_embeddings))
+
+
+def _blocks(
+    module: nn.Module, layers: nn.ModuleList, tokens: nn.Embedding, measure: _Measure
+) -> tuple[list[Block], int]:
+    """The blocks by the shapes of their parameters, each parameter once, and the elements of a tied head."""
+    from torch import nn
+
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    tables = {id(part.weight): part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+    first = [table for key, table in tables.items() if key not in inside]
+    outside = {id(parameter) for parameter in first} | inside
+    last = [parameter for parameter in module.parameters() if id(parameter) not in outside]
+    tied = _head_weight(module, tokens) is tokens.weight
+    blocks = [
+        measure.embedding(first),
+        *(measure.layer(f"layer {index}", list(layer.named_parameters())) for index, layer in enumerate(layers)),
+        measure.head(last, tokens.weight if tied else None, tokens.num_embeddings),
+    ]
+    return blocks, tokens.weight.numel() if tied else 0
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Turns parameter shapes into costs; the rules and how good they are: docs/planning.md."""
+
+    hidden: int
+    attention_width: int
+    sequence: int
+    value_bytes: int
+    active_experts: int | None
+    experts: int | None
+
+    def embedding(self, tables: list[Any]) -> Block:
+        # A look-up keeps the token ids only.
+        return Block("embedding", sum(table.numel() for table in tables), 0, 0, 0, 8, 0)
+
+    def layer(self, name: str, named: list[tuple[str, Any]]) -> Block:
+        matrices = [(part, self._active(part, parameter)) for part, parameter in named if parameter.dim() >= 2]
+        shapes = {part: parameter.shape for part, parameter in named}
+        attention = 4 * self.sequence * self.attention_width
+        flops = sum(2 * shapes[part].numel() * active for part, active in matrices)
+        # Every product keeps its input and its output (which is some operation's input). One side of each has the
+        # network's width and is whole on every tensor-parallel rank, the other is split.
+        sides = sum(sum(_sides(shapes[part])) * active for part, active in matrices)
+        whole = min(sides, sum(self.hidden * active * _copies(shapes[part]) for part, active in matrices))
+        # Norms work in fp32 whatever the precision: their input is kept a second time under autocast.
+        norms = 2 * self.hidden * 4 if self.value_bytes < 4 else 0
+        split = int((sides - whole) * self.value_bytes)
+        return Block(
+            name,
+            parameters=sum(parameter.numel() for _, parameter in named),
+            whole_parameters=sum(parameter.numel() for _, parameter in named if parameter.dim() < 2),
+            flops_per_token=int(flops) + attention,
+            attention_flops_per_token=attention,
+            kept_bytes_per_token=int(whole * self.value_bytes) + norms + split,
+            kept_split_bytes_per_token=split,
+        )
+
+    def head(self, parameters: list[Any], borrowed: Any, vocab_size: int) -> Block:
+        matrices = [each for each in (*parameters, borrowed) if each is not None and each.dim() >= 2]
+        return Block(
+            "norm and head",
+            parameters=sum(parameter.numel() for parameter in parameters),
+            whole_parameters=sum(parameter.numel() for parameter in parameters if parameter.dim() < 2),
+            flops_per_token=sum(2 * matrix.numel() for matrix in matrices),
+            attention_flops_per_token=0,
+            # The loss keeps the logarithms of all probabilities in fp32; around it the logits live in the products'
+            # precision and again in fp32. Logits are gathered: tensor parallelism does not divide them.
+            kept_bytes_per_token=2 * self.hidden * self.value_bytes + 4 * vocab_size,
+            kept_split_bytes_per_token=0,
+            working_bytes_per_token=(4 + self.value_bytes) * vocab_size,
+        )
+
+    def _active(self, name: str, parameter: Any) -> float:
+        """The fraction of a parameter that one token goes through: less than 1 in a mixture's experts."""
+        routed = "experts" in name and "shared" not in name
+        return self.active_experts / self.experts if routed and self.active_experts and self.experts else 1.0
+
+
+def _copies(shape: Any) -> int:
+    return int(shape[0]) if len(shape) == 3 else 1
+
+
+def _sides(shape: Any) -> tuple[int, int]:
+    """Input plus output features of a matrix, or of a stack of them (all experts in one tensor)."""
+    if len(shape) == 3:
+        return int(shape[0] * shape[1]), int(shape[0] * shape[2])
+    return int(shape[0]), int(shape[1:].numel())
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    """The ModuleLists that are not inside another: a mixture's experts are not its layers."""
+    from torch import nn
+
+    found: list[nn.ModuleList] = []
+    for child in module.children():
+        found.extend([child] if isinstance(child, nn.ModuleList) else _outermost_lists(child))
+    return found
+
+
+def _head_weight(module: nn.Module, tokens: nn.Embedding) -> Any:
+    """The weight that makes logits, if it can be told."""
+    from torch import nn
+
+    get = getattr(module, "get_output_embeddings", None)
+    found = get() if callable(get) else None
+    if found is not None:
+        return found.weight
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    return next((part.weight for part in reversed(linears) if part.out_features == tokens.num_embeddings), None)
+
+
+def _on_meta(job: Job, build: Callable[[], nn.Module]) -> nn.Module:
+    import torch
+
+    from orchestrator.models.errors import ModelError
+
+    try:
+        with torch.device("meta"):
+            return build()
+    except ModelError as error:
+        if job.model.factory is None:
+            raise  # It says what to change.
+        raise PlanError(
+            "model.factory: the network cannot be built without weights (on torch's meta device), which planning "
+            f"needs: {error.findings[0].reason}"
+        ) from error
+    except Exception as error:
+        # Whatever transformers or a user's own code raises, the planner can only say that and where.
+        where = "model.factory" if job.model.factory else "model.hf"
+        raise PlanError(
+            f"{where}: the network cannot be built without weights (on torch's meta device), which planning needs: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _builder(job: Job) -> Callable[[], nn.Module]:
+    """A function that builds the job's network as the worker does, in fp32, wherever torch is told to put it."""
+    from orchestrator.models.loading import empty_model, from_factory
+
+    if job.model.factory is not None:
+        return functools.partial(from_factory, job.model.factory, job.model.args)
+    return functools.partial(empty_model, job)

@@ -1,0 +1,58 @@
+"""Which sources of notices there are, and which this machine has."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Mapping
+
+from orchestrator.notices.aws import Aws
+from orchestrator.notices.azure import Azure
+from orchestrator.notices.gcp import Gcp
+from orchestrator.notices.notice import NoticeError, Source, SourceError
+
+Factory = Callable[[str | None], Source]
+
+SOURCES: Mapping[str, Factory] = {"aws": Aws, "gcp": Gcp, "azure": Azure}
+"""By the name that `--source` takes; made with the base URL of the service, None for its own."""
+AUTO, NONE = "auto", "none"
+_TRIES = 5
+_PAUSE_S = 3.0
+
+
+def make_source(name: str, base_url: str | None) -> Source:
+    """The source of a name in `SOURCES`, or of `package.module:Class` (see `Source` for what the class must have).
+
+    Raises NoticeError.
+    """
+    if name in SOURCES:
+        return SOURCES[name](base_url)
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        known = ", ".join([AUTO, *SOURCES, NONE])
+        raise NoticeError(f"--source {name}: choose one of {known}, or give package.module:Class")
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)(base_url)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise NoticeError(f"--source {name}: {type(error).__name__}: {error}; is it on PYTHONPATH?") from error
+    missing = [what for what in ("name", "detect", "poll") if not hasattr(made, what)]
+    if missing:
+        raise NoticeError(f"--source {name}: it has no {', '.join(missing)}; see orchestrator.notices.notice")
+    return made  # type: ignore[no-any-return]
+
+
+def detect(
+    base_url: str | None, stopped: threading.Event, tries: int = _TRIES, pause_s: float = _PAUSE_S
+) -> Source | None:  # fmt: skip
+    """The first source that answers here, or None after some tries: at boot, the network may not be up yet."""
+    candidates = [factory(base_url) for factory in SOURCES.values()]
+    for attempt in range(tries):
+        if attempt and stopped.wait(pause_s):
+            return None
+        for candidate in candidates:
+            try:
+                if candidate.detect():
+                    return candidate
+            except (SourceError, OSError, ValueError):
+                continue
+    return None

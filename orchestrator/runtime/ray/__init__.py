@@ -1,0 +1,1 @@
+"""The one room that knows Ray: a thin adapter between its world and ours."""

@@ -1,0 +1,291 @@
+"""Workers as Ray things: one placement group and one named, detached actor each, so that one can come or go alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from orchestrator.runtime.ray.resource_request import Need, has_room
+from orchestrator.runtime.ray.worker_actor import WorkerActor
+from orchestrator.training.messages import WorkerId
+
+NAMESPACE = "orchestrator"
+"""All actors of all runs live in this Ray namespace."""
+
+
+def controller_name(run_id: str) -> str:
+    return f"{run_id}/controller"
+
+
+def worker_name(run_id: str, worker: WorkerId) -> str:
+    return f"{run_id}/worker-{worker}"
+
+
+class Place:
+    """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is given back when
+    its last worker is gone; until then a lost one is replaced in it."""
+
+    def __init__(self, group: PlacementGroup) -> None:
+        self.group = group
+        self._workers: set[WorkerId] = set()
+        self._is_given_back = False
+        self._lock = threading.Lock()
+
+    def take(self, worker: WorkerId) -> bool:
+        """Whether the worker may be placed here; not any more when the place is given back."""
+        with self._lock:
+            if not self._is_given_back:
+                self._workers.add(worker)
+            return not self._is_given_back
+
+    def leave(self, worker: WorkerId) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+            if self._workers or self._is_given_back:
+                return
+            self._is_given_back = True
+        with suppress(Exception):
+            remove_placement_group(self.group)
+
+
+class WorkerHandle:
+    """One worker's actor and place; `watch` calls back when its process is gone."""
+
+    def __init__(self, run_id: str, worker: WorkerId, actor: Any, place: Place | None) -> None:
+        self.run_id = run_id
+        self.worker = worker
+        self.actor = actor
+        self.place = place
+        self.node: str | None = None
+        self.pid: int | None = None
+        self.placed = False
+
+    @classmethod
+    def request(
+        cls,
+        run_id: str,
+        worker: WorkerId,
+        spec: dict[str, Any],
+        controller: Any,
+        *,
+        need: Need,
+        places: Iterable[Place] = (),
+        avoid: Collection[str] = (),
+        must_avoid: bool = False,
+        lost: Collection[str] = (),
+    ) -> WorkerHandle:
+        """Asks Ray for an actor in one of the `places` of its unit, whose `need` it is, or in a new one when none is to
+        be had; returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if
+        another has room, or in any case when it `must_avoid` them; and never on those that are `lost`, of which Ray may
+        not know yet."""
+        resources = spec["resources"]
+        name = worker_name(run_id, worker)
+        place = next((place for place in places if place.take(worker)), None)
+        if place is None:
+            if avoid and not must_avoid and not has_room(need, avoid):
+                avoid = ()
+            place = Place(_reserve(name, need, {*avoid, *lost}))
+            place.take(worker)
+        actor = (
+            ray.remote(WorkerActor)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                num_cpus=resources["cpu"],
+                num_gpus=resources["gpu"] or None,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=place.group, placement_group_bundle_index=worker.slot % need.tensor
+                ),
+            )
+            .remote(worker, spec, controller)
+        )
+        return cls(run_id, worker, actor, place)
+
+    def where(self) -> str | None:
+        """The node this worker's placement group got, or None while it waits for room."""
+        if self.place is None:
+            return self.node
+        return _node_of(ray.util.placement_group_table(self.place.group))
+
+    def watch(self, on_gone: Callable[[str], None]) -> None:
+        """Sets the worker going, and calls `on_gone(detail)` from a thread of Ray's when its process has ended.
+
+        A worker that lives already goes on; the call then waits behind the one that set it going.
+        """
+
+        def done(future: Any) -> None:
+            try:
+                future.result()
+                on_gone("left")
+            except Exception as error:
+                on_gone(_death_detail(error))
+
+        self.actor.live.remote().future().add_done_callback(done)
+
+    def kill(self) -> None:
+        """Ends the process for good, whatever it does, and gives its place back; never blocks for long."""
+        if self.pid is not None and self.node == ray.get_runtime_context().get_node_id():
+            # ray.kill waits 5 s for a stopped process; the kernel does not.
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
+                if any("ray::" in part for part in psutil.Process(self.pid).cmdline()):
+                    os.kill(self.pid, signal.SIGKILL)
+        elif self.pid is not None and self.node is not None:
+            self._kill_from_its_node(self.node, self.pid)
+        with suppress(Exception):
+            ray.kill(self.actor, no_restart=True)
+        self.free()
+
+    @staticmethod
+    def _kill_from_its_node(node: str, pid: int) -> None:
+        with suppress(Exception):
+            _kill_pid.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)).remote(pid)
+
+    def free(self) -> None:
+        """Gives its part of the place back."""
+        if self.place is not None:
+            self.place.leave(self.worker)
+
+    def kill_later(self) -> None:
+        """Gives a worker that was told to leave 5 s to end in good order, then makes sure and frees its place."""
+        timer = threading.Timer(5.0, self.kill)
+        timer.daemon = True
+        timer.start()
+
+
+def _reserve(name: str, need: Need, avoid: Collection[str]) -> PlacementGroup:
+    labels = dict(need.labels)
+    if avoid:
+        labels["ray.io/node-id"] = f"!in({','.join(sorted(avoid))})"
+    # It is named after the first worker in it.
+    group: PlacementGroup = placement_group(
+        [dict(need.bundle) for _ in range(need.tensor)],
+        strategy="STRICT_PACK" if need.tensor > 1 else "PACK",
+        lifetime="detached",
+        name=name,
+        bundle_label_selector=[labels] * need.tensor if labels else None,
+    )
+    return group
+
+
+def find_workers(run_id: str, tensor: int) -> list[WorkerHandle]:
+    """The workers of an earlier controller that Ray knows, in their units' places."""
+    places: dict[int, tuple[Place, str | None]] = {}
+    # Of several of a unit (one was being given back) the last counts.
+    for first, group, node in sorted(_groups(run_id), key=lambda found: found[0].incarnation):
+        places[first.slot // tensor] = Place(group), node
+    handles = []
+    for worker, actor in _actors(run_id).items():
+        place, node = places.get(worker.slot // tensor, (None, None))
+        if place is not None:
+            place.take(worker)
+        handle = WorkerHandle(run_id, worker, actor, place)
+        handle.placed, handle.node = node is not None, node
+        handles.append(handle)
+    return handles
+
+
+def _worker_named(run_id: str, name: str) -> WorkerId | None:
+    """The worker of this run that an actor or a placement group is named after."""
+    prefix = worker_name(run_id, WorkerId(0, 0)).removesuffix("0.0")
+    return WorkerId(*map(int, name.removeprefix(prefix).split("."))) if name.startswith(prefix) else None
+
+
+def _actors(run_id: str) -> dict[WorkerId, Any]:
+    """Those of its workers that Ray knows by name."""
+    found = {}
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and (worker := _worker_named(run_id, entry["name"])) is not None:
+            with suppress(ValueError):
+                found[worker] = ray.get_actor(entry["name"], namespace=NAMESPACE)
+    return found
+
+
+def _groups(run_id: str) -> list[tuple[WorkerId, PlacementGroup, str | None]]:
+    """Its placement groups: the first worker in each, and on which node it is."""
+    return [
+        (worker, PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))), _node_of(entry))
+        for group_id, entry in ray.util.placement_group_table().items()
+        if entry["state"] != "REMOVED" and (worker := _worker_named(run_id, entry["name"])) is not None
+    ]
+
+
+def _node_of(entry: dict[str, Any]) -> str | None:
+    """Where a placement group is, by its entry in Ray's table; None while it waits for room."""
+    if entry.get("state") != "CREATED":
+        return None
+    return next(iter(entry["bundles_to_node_id"].values()), None)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill_pid(pid: int) -> None:
+    with suppress(psutil.Error, ProcessLookupError, PermissionError):
+        if any("ray::" in part for part in psutil.Process(pid).cmdline()):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _death_detail(error: Exception) -> str:
+    """What Ray knows of a death, without its advice."""
+    if isinstance(error, ray.exceptions.ActorDiedError) and "unexpectedly" in str(error):
+        return "its process ended unexpectedly"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def refuses_connections(host: str, port: int) -> bool:
+    """Whether a process that listened on a port is gone: its machine answers, and says that nobody is there.
+
+    The kernel tells within a millisecond what Ray's own bookkeeping tells within tens, or not at all when the node's
+    raylet died with it. A stopped process still accepts, so it is not taken for dead.
+    """
+    try:
+        socket.create_connection((host, port), timeout=0.5).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def raylet_is_gone(node_id: str) -> bool:
+    """Whether a node's raylet no longer answers its port. Ray itself takes 12 s and more to say so."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            if not node["Alive"]:
+                return True
+            try:
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=0.5).close()
+            except OSError:
+                return True
+            return False
+    return True
+
+
+def release_places(run_id: str, taken: Iterable[Place]) -> None:
+    """Gives back the places of a run that none of its workers has: those that an earlier controller was about to give
+    back, or had asked for."""
+    kept = {place.group.id for place in taken}
+    for _, group, _ in _groups(run_id):
+        if group.id not in kept:
+            with suppress(Exception):
+                remove_placement_group(group)
+
+
+def end_workers(run_id: str) -> None:
+    """Ends whatever workers of a run are left, and gives back their places, also those that no worker came to fill."""
+    with suppress(Exception):
+        for actor in _actors(run_id).values():
+            with suppress(Exception):
+                ray.kill(actor, no_restart=True)
+        release_places(run_id, ())

@@ -1,0 +1,208 @@
+"""What has to be there before a run's controller can start: its storage, its data, the record of where it runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.checkpoint.of_run import catalog_of
+from orchestrator.data import Dataset
+from orchestrator.data.of_job import dataset_of, prepare_stores
+from orchestrator.data.store import RunTasks
+from orchestrator.doctor.authentication import judge_token
+from orchestrator.doctor.check import WARNING
+from orchestrator.doctor.facts import token_facts
+from orchestrator.job import Job
+from orchestrator.rundir import RunDirectory, RunDirectoryError, is_package
+from orchestrator.runtime.ray.session import ClusterError, for_workers, return_to
+from orchestrator.urls import fields_with_secrets, take_over
+from strategies.comm.rendezvous_proof import fresh_secret
+
+_PARALLEL_BYTES = 64 << 20
+"""Below this much text, tokenising here is faster than starting Ray workers for it."""
+
+
+def refuse_packages(job: Job, directory: RunDirectory) -> None:
+    """Nothing that is to last belongs where Ray unpacks the files of a submitted job, which it removes again.
+
+    Raises RunDirectoryError.
+    """
+    storage = job.checkpoint.storage
+    places = {"--run-dir": directory.path}
+    if storage is not None and "://" not in storage:
+        places["checkpoint.storage"] = Path(storage).resolve()
+    for name, path in places.items():
+        if is_package(path):
+            raise RunDirectoryError(
+                f"{name} {path} is in the directory that Ray made for this job, and removes after it; "
+                "give an absolute path, on a file system that every node mounts"
+            )
+
+
+def warn_of_open_token(on_note: Callable[[str], None]) -> None:
+    """Says what doctor says of a token that others can read: who has it can run code on the cluster."""
+    for check in judge_token(token_facts(os.environ, Path.home()), to_cluster=False):
+        if check.level == WARNING:
+            on_note(f"warning: {check.found}; {check.advice}")
+
+
+def warn_of_secrets(job: Job, on_note: Callable[[str], None]) -> None:
+    """Says which fields hold a password in the clear."""
+    if fields := fields_with_secrets(job):
+        on_note(
+            f"warning: a secret stands in {', '.join(fields)}; it is not written down in the run directory, so that "
+            "`resume` will not have it: write ${env:NAME} in its place"
+        )
+
+
+def check_storage(job: Job, directory: RunDirectory) -> None:
+    """Raises ClusterError when the storage of the run's checkpoints cannot be read."""
+    try:
+        catalog_of(directory, job).steps()
+    except (OSError, ValueError) as error:
+        where = job.checkpoint.storage or directory.path
+        raise ClusterError(f"checkpoint.storage {where} cannot be read from here: {error}") from error
+
+
+def controller_spec(
+    job: Job,
+    directory: RunDirectory,
+    here: str,
+    secret: Any,
+    environment: Mapping[str, str],
+    own: bool,
+    ephemeral: bool,
+    on_note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prepares the data; what every incarnation of the run's controller is made from."""
+    on_note("preparing the data")
+    return_to(here)
+    dataset = _prepare(job, environment)
+    if dataset.padding:
+        on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
+    _same_data(directory, dataset)
+    data = dataset.describe(directory.path, directory.forked_at)
+    directory.write_json("environment.json", _environment(data, dataset))
+    return {
+        "secret": secret,
+        # Told to the run's own processes only, over Ray's connections, and written down nowhere.
+        "rendezvous_secret": fresh_secret(),
+        "run_dir": str(directory.path),
+        # As is this.
+        "environment": environment,
+        "job": job.resolved(),
+        "cwd": for_workers(here),
+        "stores": [str(store.directory) for store in dataset.stores],
+        "store_digests": [store.digest for store in dataset.stores],
+        "store_signatures": [store.signatures for store in dataset.stores],
+        "data": data,
+        "own_cluster": own,
+        "ephemeral": ephemeral and not own,  # A cluster of our own ends with its driver in any case.
+        "session": uuid.uuid4().hex[:12],
+    }
+
+
+def clear_result(directory: RunDirectory) -> dict[str, Any] | None:
+    """Removes what an earlier attempt came to, which is gone on from; that of a run that has finished stays and is
+    returned. Under the run's lock, so that nobody writes one meanwhile; whoever has the lock keeps it."""
+    try:
+        lock = directory.lock()
+    except RunDirectoryError:
+        return None
+    try:
+        if (final := directory.final_result) is not None:
+            return final
+        with suppress(FileNotFoundError):
+            (directory.path / "result.json").unlink()
+        return None
+    finally:
+        os.close(lock)
+
+
+def _prepare(job: Job, environment: Mapping[str, str]) -> Dataset:
+    def tasks(size_bytes: int) -> RunTasks[Any] | None:
+        return partial(_run_on_ray, environment) if size_bytes >= _PARALLEL_BYTES else None
+
+    return dataset_of(job, prepare_stores(job, run_tasks=tasks))
+
+
+def _with_environment(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
+    take_over(environment)
+    return function(*arguments)
+
+
+def _run_on_ray(
+    environment: Mapping[str, str], function: Callable[..., Any], arguments: list[tuple[Any, ...]]
+) -> list[Any]:
+    """Runs tasks on Ray workers of this node, whose disk holds the store."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    task = ray.remote(_with_environment).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
+    results: dict[int, Any] = {}
+    pending: dict[Any, int] = {}
+    waiting = list(enumerate(arguments))
+    while waiting or pending:
+        while waiting and len(pending) < (os.cpu_count() or 1):
+            index, args = waiting.pop(0)
+            pending[task.remote(environment, function, *args)] = index
+        done, _ = ray.wait(list(pending), num_returns=1)
+        for reference in done:
+            results[pending.pop(reference)] = ray.get(reference)
+    return [results[index] for index in range(len(arguments))]
+
+
+def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
+    """Refuses to go on with other data than a run has begun with."""
+    known = directory.read_json("environment.json")
+    if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
+        return
+    if "store" not in known:
+        raise RunDirectoryError(
+            f"{directory.path / 'environment.json'} is damaged: it does not say what data the run has"
+        )
+    if known["store"]["digest"] != dataset.digest:
+        raise RunDirectoryError(
+            f"{directory.path} was begun with other data ({known['store']['tokens']:,} tokens then, "
+            f"{dataset.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
+            "restore it, or choose another --run-dir"
+        )
+
+
+def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "data": data,
+        "store": {
+            "directory": ", ".join(str(store.directory) for store in dataset.stores),
+            "digest": dataset.digest,
+            "tokens": dataset.num_tokens,
+            "padding": round(dataset.padding, 6),
+            "parts": [{"location": store.location, "digest": store.digest} for store in dataset.stores],
+        },
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

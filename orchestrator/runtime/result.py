@@ -1,0 +1,86 @@
+"""The result of a run, from what is on record."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from monitoring.records import read_records
+from orchestrator.data import DataError
+from orchestrator.data.ledger import audit
+from orchestrator.job import Job
+from orchestrator.rundir import RunDirectory
+from orchestrator.runtime.run_log import Chronicle
+
+
+def outline(directory: RunDirectory, steps: list[dict[str, Any]], status: str, reason: str) -> dict[str, Any]:
+    """What every result begins with. `steps` are the records of metrics.jsonl."""
+    return {
+        "run": directory.run_id,
+        "status": status,
+        "reason": reason,
+        "steps": len(steps),
+        "tokens": sum(int(record["tokens"]) for record in steps),
+        "final_loss": steps[-1]["loss"] if steps else None,
+    }
+
+
+def outline_of(chronicle: Chronicle) -> dict[str, Any]:
+    """The same numbers as the controller knows them, for a run whose records cannot be read any more."""
+    last = chronicle.last_step
+    return {
+        "steps": chronicle.committed,
+        "tokens": chronicle.tokens,
+        "final_loss": None if last is None else last["loss"],
+    }
+
+
+def settled(attempt: Callable[[], bool], deadline: float) -> bool:
+    """Tries until it succeeds or the deadline (monotonic seconds) has passed; at least once."""
+    while not attempt():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def compose(
+    directory: RunDirectory,
+    job: Job,
+    chronicle: Chronicle,
+    data: dict[str, Any],
+    status: str,
+    reason: str,
+    digest: str | None,
+) -> dict[str, Any]:
+    """The content of result.json, but for the times: a run whose ledger does not add up has failed, however it ended.
+
+    `data` says what the samples of each step must be, `digest` is that of the final state.
+    """
+    steps = []
+    with suppress(OSError, ValueError):
+        steps = list(read_records(directory.metrics))
+    data_digest = None
+    if status != "failed" or steps:
+        try:
+            report = audit(directory.metrics, **data)
+            data_digest = report.data_digest or None
+            if not report.ok:
+                status, reason = "failed", f"the ledger does not add up: {report.problems[0]}"
+        except (DataError, OSError, ValueError) as error:
+            reason = f"{reason}; the ledger could not be audited: {error}"
+    return outline(directory, steps, status, reason) | {
+        "wall_seconds": 0.0,
+        "goodput_ratio": 0.0,
+        "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,
+        "reduction": job.strategy.reduction,
+        "bit_exact": job.strategy.reduction == "canonical",
+        "state_digest": digest,
+        "data_digest": data_digest,
+        "generations": chronicle.generations,
+        "recoveries": chronicle.recoveries,
+        **({} if chronicle.loaded is None else {"model": chronicle.loaded}),
+    }

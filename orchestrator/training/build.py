@@ -1,0 +1,158 @@
+"""From a job to what a rank trains with: model, optimizer state, step engine. The same on every rank, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from orchestrator.data import Dataset, ReadAhead
+from orchestrator.job import Job
+from orchestrator.job.positions import too_long
+from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
+from orchestrator.models.errors import reason_of
+from orchestrator.models.loading import build_model
+from strategies.gradient.spec import StepSpec
+from strategies.model.blueprint import Blueprint
+from strategies.objective.batch import Batch
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.schedule import ScheduleSpec
+from strategies.state.training_state import TrainingState
+from strategies.trial.document_mask import refuse_without_positions
+from strategies.trial.trial import try_model
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(job: Job) -> torch.device:
+    """`cuda` when the job gives each worker a GPU, else `cpu`.
+
+    Raises ValueError when a GPU is asked for and none can be seen.
+    """
+    if job.resources.gpu > 0:
+        if not torch.cuda.is_available():
+            raise ValueError(f"resources.gpu is {job.resources.gpu:g}, but torch sees no CUDA device in this process")
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def make_deterministic(job: Job, device: torch.device) -> None:
+    """Process-wide settings that the numbers depend on: threads from the job file, deterministic CUDA kernels."""
+    torch.set_num_threads(max(1, int(job.resources.cpu)))
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
+    """The job's model, ready to be laid out. Raises ValueError like `build_model`, and when the model cannot be split
+    or cut, or keep documents apart, as the job wants it to, or fails its trial (`strategies.trial.trial`)."""
+    model = build_model(job, vocab_size)
+    if job.data.document_mask:
+        refuse_without_positions(model)
+    reason = too_long(job.data.sequence_length, getattr(model, "config", None))
+    if reason is not None:
+        raise ValueError(reason)
+    started = time.perf_counter()
+    trial = try_model(
+        model, step_spec(job), vocabulary=vocab_size, length=job.data.sequence_length, device=device,
+        is_ragged=job.data.packing == "pad",
+    )  # fmt: skip
+    log.info("the model passed its trial in %.2f s", time.perf_counter() - started)
+    if trial.unused:
+        log.warning(
+            "the loss does not depend on %d parameters, which are left as they are: %s",
+            len(trial.unused), ", ".join(sorted(trial.unused)),
+        )  # fmt: skip
+    blueprint = Blueprint(
+        model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches
+    )  # fmt: skip
+    if job.strategy.pipeline > 1:
+        blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
+    return blueprint
+
+
+def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingState:
+    """The training state of step 0; raises like `build_blueprint`."""
+
+    def rebuild() -> dict[str, torch.Tensor]:
+        return Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor).initial
+
+    return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), rebuild)
+
+
+def computes_with_the_whole_model(job: Job) -> bool:
+    """Whether every rank of every layout of the job has all the model's weights."""
+    return job.strategy.tensor == job.strategy.pipeline == 1 and job.strategy.shard != "parameters"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What a worker on this device may use; 0 where that is not known (on a CPU, whose memory others share)."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
+def model_costs(job: Job) -> ModelCosts | None:
+    """What the model costs block by block, for a job that has a pipeline to cut it for. Raises PlanError."""
+    return describe_model(job) if job.strategy.pipeline > 1 else None
+
+
+def flops_per_token(job: Job) -> float:
+    """What the model takes for a token, forward and backward; 0 where its shapes do not say."""
+    try:
+        return float(training_flops_per_token(job))
+    except Exception as error:
+        # Networks and their configurations are of all kinds, and nobody trains less well for a number that is missing.
+        log.info("there will be no MFU: %s: %s", type(error).__name__, reason_of(error))
+        return 0.0
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """What this process has allocated on its device; 0 on a CPU, whose memory is the process's own."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def optimizer_spec(job: Job) -> OptimizerSpec:
+    o = job.train.optimizer
+    return OptimizerSpec(
+        name=o.name, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, momentum=o.momentum
+    )
+
+
+def step_spec(job: Job) -> StepSpec:
+    """The numbers a step is made of, from the job."""
+    train = job.train
+    return StepSpec(
+        seed=train.seed,
+        micro_batch=train.micro_batch,
+        micro_batches=job.micro_batches_per_virtual_worker,
+        base_lr=train.optimizer.lr,
+        schedule=ScheduleSpec(
+            name=train.schedule.name,
+            warmup_steps=train.schedule.warmup_steps,
+            min_ratio=train.schedule.min_ratio,
+            convention=train.schedule.convention,
+            total_steps=train.steps,
+        ),
+        clip_norm=train.clip_norm,
+        precision=train.precision,
+        native_reduction=job.strategy.reduction == "native",
+        compile=train.compile,
+        document_mask=job.data.document_mask,
+    )
+
+
+def make_fetch(job: Job, dataset: Dataset, delay: Callable[[], None] | None = None) -> ReadAhead[Batch]:
+    """How a step gets its samples: by (step, virtual worker) alone; before they are asked for, where reading is slow.
+    `delay` is called before each reading (an injected slow input)."""
+
+    def read(step: int, virtual_worker: int) -> Batch:
+        if delay is not None:
+            delay()
+        return dataset.batch(step, virtual_worker)
+
+    return ReadAhead(read, num_steps=job.train.steps)

@@ -1,0 +1,69 @@
+"""Reading a checkpoint into a worker: of every tensor the chunks that this rank is to have, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.checkpoint.catalog import Catalog, Checkpoint
+from orchestrator.checkpoint.manifest import CheckpointError, ChunkEntry, UnusableCheckpoint
+from orchestrator.checkpoint.tensors import DTYPES, as_tensor, box_of, bytes_of
+from strategies.state.intake import Intake
+from strategies.state.training_state import TrainingState
+
+
+class StorageFailed(RuntimeError):
+    """The storage of a checkpoint cannot be read now, which says nothing about the checkpoint."""
+
+
+def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> Checkpoint:
+    """The checkpoint after so many steps, if it is one of this model.
+
+    Raises CheckpointError, or UnusableCheckpoint among them, and StorageFailed.
+    """
+    try:
+        found = catalog.open(committed)
+    except OSError as error:
+        raise StorageFailed(f"{catalog.storage.locate('')} cannot be read: {error}") from error
+    there = {name: (entry.dtype, tuple(entry.shape)) for name, entry in found.manifest.tensors.items()}
+    here = {name: (DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in state.tensors().items()}
+    problems = [f"missing {name}" for name in here.keys() - there.keys()]
+    problems += [f"unknown {name}" for name in there.keys() - here.keys()]
+    problems += [
+        f"{name} is {there[name]}, needed {needed}"
+        for name, needed in here.items()
+        if there.get(name, needed) != needed
+    ]
+    if problems:
+        raise UnusableCheckpoint(f"{found.location} does not fit this model: {'; '.join(sorted(problems)[:20])}")
+    return found
+
+
+def read_checkpoint(checkpoint: Checkpoint, intake: Intake, on_chunk: Callable[[], None]) -> None:
+    """Reads what a rank is to be given; `on_chunk` is called after each chunk.
+
+    Raises CheckpointError, StorageFailed.
+    """
+
+    in_place: set[int] = set()
+
+    def room(chunk: ChunkEntry) -> memoryview | None:
+        found = intake.room(chunk.tensor, box_of(chunk))
+        if found is None or DTYPES[found.dtype] != chunk.dtype:
+            return None
+        in_place.add(id(chunk))
+        return bytes_of(found)
+
+    def take(chunk: ChunkEntry, data: memoryview) -> None:
+        if id(chunk) in in_place:
+            intake.filled(box_of(chunk))
+        else:
+            intake.put(chunk.tensor, box_of(chunk), as_tensor(chunk, data))
+        on_chunk()
+
+    wanted = [chunk for chunk in checkpoint.manifest.chunks if intake.wants(chunk.tensor, box_of(chunk))]
+    try:
+        checkpoint.read(wanted, take, room)
+    except OSError as error:
+        raise StorageFailed(f"{checkpoint.location} cannot be read: {error}") from error
+    if intake.missing:
+        raise CheckpointError(f"{checkpoint.location}: {intake.missing} elements are in no chunk")

@@ -1,0 +1,1 @@
+"""Process groups: formed together, left together, and how their ranks find one another."""

@@ -1,0 +1,200 @@
+"""All process groups of a rank in one generation: formed together, left together.
+
+The world is a plain group of ours (`strategies.comm.groups`). Where torch's own parts need groups under torch's global
+names (DTensor, pipelining, FSDP2), a c10d default group and a DeviceMesh are made of groups of ours too, by a
+registered backend whose creator forms them; so every one of them can be broken out of, and a process can join
+generation after generation."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group
+
+from strategies.comm.groups import Groups, PeerLost
+from strategies.comm.rendezvous import StoreClient
+from strategies.comm.rendezvous_proof import StoreAddress
+from strategies.layout.parallel import ParallelLayout
+
+BACKEND = "elastic"
+AXES = ("data", "pipeline", "tensor")
+"""The axes of the mesh, as ranks are numbered."""
+
+_forming: Fabric | None = None
+
+
+class Fabric:
+    """`world` has all ranks of a generation, `plane` those that compute the same part of the model in all replicas.
+
+    `mesh` is a DeviceMesh with AXES, None where no part of torch's needs one and for spares.
+    """
+
+    def __init__(self, *, rank: int, layout: ParallelLayout, device: torch.device) -> None:
+        self.rank = rank
+        self.layout = layout
+        self.device = device
+        self.world = Groups(rank=rank, world_size=layout.world_size, device=device)
+        self.plane = self.world
+        self.mesh: Any = None
+        self._axes: tuple[str, ...] = AXES
+        self._others: list[Groups] = []
+        self._by_group: dict[int, Groups] = {}
+        self._store: StoreClient | None = None
+        self._lock = threading.Lock()
+        self._aborted = False
+
+    @property
+    def needs_mesh(self) -> bool:
+        layout = self.layout
+        return layout.tensor > 1 or layout.pipeline > 1 or (layout.shard == "parameters" and layout.data > 1)
+
+    @property
+    def moves(self) -> int:
+        """Counts what gets done in any of the groups."""
+        return self.world.moves + sum(groups.moves for groups in self._others)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent in exchanges of any of the groups."""
+        return self.world.waited_s + sum(groups.waited_s for groups in self._others)
+
+    @property
+    def is_aborted(self) -> bool:
+        return self._aborted
+
+    def form(self, *, store_address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
+        """Joins the other ranks, as `Groups.form`. Raises PeerLost."""
+        self.world.form(store_address=store_address, prefix=f"{prefix}/world", host=host, timeout_s=timeout_s)
+        if self.layout.place(self.rank) is None:
+            self.plane = self._alone()
+            return
+        if not self.needs_mesh:
+            self.plane = self.world if not self.layout.spares else self._part(
+                list(range(self.layout.num_placed)), store_address, f"{prefix}/plane", host, timeout_s
+            )  # fmt: skip
+            return
+        try:
+            self._form_mesh(store_address, f"{prefix}/mesh", host, timeout_s)
+        except RuntimeError as error:
+            if isinstance(error, PeerLost):
+                raise
+            raise PeerLost(f"could not form the groups of {prefix}: {str(error).splitlines()[0][:200]}") from error
+
+    def _alone(self) -> Groups:
+        return Groups(rank=0, world_size=1, device=self.device)
+
+    def _part(self, ranks: list[int], address: StoreAddress, prefix: str, host: str, timeout_s: float) -> Groups:
+        groups = Groups(rank=ranks.index(self.rank), world_size=len(ranks), device=self.device)
+        self._adopt(groups)
+        groups.form(store_address=address, prefix=prefix, host=host, timeout_s=timeout_s)
+        return groups
+
+    def _adopt(self, groups: Groups) -> None:
+        with self._lock:
+            self._others.append(groups)
+            if self._aborted:
+                groups.abort()
+
+    def _form_mesh(self, address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
+        global _forming
+        from torch.distributed.device_mesh import init_device_mesh
+
+        _register()
+        self._host, self._timeout_s = host, timeout_s
+        layout = self.layout
+        store = StoreClient(address, prefix, timeout_s)
+        with self._lock:
+            self.check()
+            self._store = store
+        store.connect()
+        _forming = self
+        try:
+            dist.init_process_group(
+                BACKEND, store=store, rank=self.rank, world_size=layout.num_placed, timeout=timedelta(hours=24)
+            )
+            shape = (layout.data, layout.pipeline, layout.tensor)
+            # By their names too, DTensor is to tell the meshes of generations apart in which this process has another
+            # place: which share is whose is part of what it remembers.
+            self._axes = tuple(f"{axis} {at}" for axis, at in zip(AXES, layout.place(self.rank) or (), strict=True))
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=self._axes)
+            _name_groups(self.mesh)
+            self.plane = self.groups_of(self.group("data"))
+        finally:
+            _forming = None
+
+    def create(self, store: Any, rank: int, world_size: int) -> Any:
+        """A process group for c10d, made by us."""
+        groups = Groups(rank=rank, world_size=world_size, device=self.device)
+        self._adopt(groups)
+        group = groups.form_on(store, self._host, self._timeout_s)
+        self._by_group[id(group)] = groups
+        return group
+
+    def axis(self, name: str) -> Any:
+        """The part of the mesh along one of AXES that this rank is in."""
+        return self.mesh[self._axes[AXES.index(name)]]
+
+    def group(self, name: str) -> Any:
+        """The process group of `axis`."""
+        return self.mesh.get_group(AXES.index(name))
+
+    def groups_of(self, group: Any) -> Groups:
+        """Our groups behind a process group that c10d made of them."""
+        backend = group._get_backend(self.device)
+        return self._by_group[id(backend)] if id(backend) in self._by_group else self._by_group[id(group)]
+
+    def check(self) -> None:
+        """Raises PeerLost when the groups were aborted or left; counts as a move."""
+        self.world.check()
+
+    def abort(self) -> None:
+        """Makes every collective of this rank in flight, and every later one, raise. From any thread."""
+        with self._lock:
+            self._aborted = True
+            others = list(self._others)
+            if self._store is not None:
+                self._store.abort()
+        self.world.abort()
+        for groups in others:
+            groups.abort()
+
+    def drop(self) -> None:
+        """Leaves all groups for good; neighbours still waiting for this rank see an error at once."""
+        self.abort()
+        if self.mesh is not None or dist.is_initialized():
+            self.mesh = None
+            dist.destroy_process_group()
+        self._by_group = {}
+        self.world.drop()
+        for groups in self._others:
+            groups.drop()
+
+
+def _name_groups(mesh: Any) -> None:
+    """Gives the groups of a mesh names that are the same in every generation.
+
+    DTensor remembers what it has worked out, and the mesh with it, for the life of the process; it takes the mesh of
+    another generation with as many ranks for the same one, and finds the group of a collective by the name that the
+    remembered one has. c10d's own names are numbers, which depend on the shape of the mesh and on the rank.
+    """
+    names = [dist.GroupName(f"{BACKEND}/{axis}") for axis in AXES]
+    for index, name in enumerate(names):
+        _register_process_group(name, mesh.get_group(index))
+    mesh._dim_group_names = names
+    # What is remembered must not keep the groups of its generation alive.
+    mesh._pg_registry = {}
+
+
+def _create(options: Any, _: Any = None) -> Any:
+    if _forming is None:
+        raise RuntimeError("process groups of this backend are formed by a Fabric only")
+    return _forming.create(options.store, options.group_rank, options.group_size)
+
+
+def _register() -> None:
+    if BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])

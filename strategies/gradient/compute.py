@@ -1,0 +1,184 @@
+"""What one rank computes of a step: the gradients of its virtual workers, summed along the tree as far as it can.
+
+Nothing of it depends on other ranks, and what a virtual worker computes is a function of (job, step, virtual worker).
+So a step that is interrupted, because another rank was lost, is gone on with by the next generation, not begun again:
+finished subtrees, and the micro-batches of one that was under way, are kept for as long as their step is not committed
+and this rank still holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from strategies.gradient.spec import StepSpec, first_pass
+from strategies.gradient.stopwatch import Stopwatch
+from strategies.model.blueprint import Blueprint
+from strategies.model.part import Part
+from strategies.model.randomness import Streams, draws_random_numbers
+from strategies.objective.batch import Batch
+from strategies.objective.rows import Rows
+from strategies.reduction.tree import Node
+from strategies.reduction.tree_sum import TreeSum
+
+Fetch = Callable[[int, int], Batch]
+"""(step, virtual worker) -> what it computes."""
+Enter = Callable[[str, int], None]
+"""Called with (phase, step) at the start of a phase; what it raises interrupts the work."""
+
+
+def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:
+    """The random numbers of model parts: by layer where the model draws any."""
+    streams = Streams(seed)
+    if draws_random_numbers(blueprint.model):
+        for module in modules:
+            for number, layer in blueprint.numbered_layers(module):
+                streams.install(layer, number)
+    return streams
+
+
+class _UnderWay(NamedTuple):
+    """A virtual worker of which the first `micro_batches` are in `gradient` and `loss`."""
+
+    virtual_worker: int
+    micro_batches: int
+    gradient: torch.Tensor
+    loss: torch.Tensor
+
+
+class LocalGradients:
+    """Computes and keeps a replica's share of one step, where the replica has one pipeline stage.
+
+    `losses` (its share of the global mean, nats per token) and `hashes` (of the sample ids) are by virtual worker.
+    """
+
+    def __init__(self, part: Part, spec: StepSpec, fetch: Fetch, watch: Stopwatch | None = None) -> None:
+        self.part = part
+        self.watch = Stopwatch(part.device) if watch is None else watch
+        self.spec = spec
+        self.fetch = fetch
+        self.losses: dict[int, torch.Tensor] = {}
+        self.hashes: dict[int, int] = {}
+        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self._pool: list[torch.Tensor] = []
+        self._sums: TreeSum | None = None
+        self._step: int | None = None
+        self._under_way: _UnderWay | None = None
+        self._loss = torch.compile(self._micro_loss) if spec.compile else self._micro_loss
+
+    def compute(
+        self, step: int, held: Sequence[int], virtual_workers: int, *, enter: Enter, check: Callable[[], None]
+    ) -> dict[Node, torch.Tensor]:
+        """The gradients [size] of `held`, as one sum per node of their cover; to be read, not written.
+
+        `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
+        micro-batch. What they raise interrupts the work, which the next call for the same step goes on with.
+        """
+        if step != self._step or self._sums is None:
+            self.discard()
+            self._step, self._sums = step, TreeSum(virtual_workers, self._pool)
+        self._drop_others(held)
+        missing = [index for index in held if index not in self.losses]
+        if not missing:
+            enter("data", step)
+            enter("compute", step)
+        for index in missing:
+            gradient = self._virtual_worker(step, index, enter, check)
+            self._sums.add((index, index + 1), gradient)
+        return dict(self._sums.pieces)
+
+    def discard(self) -> None:
+        """Forgets all that is kept; the buffers are used again."""
+        if self._sums is not None:
+            self._sums.clear()
+        if self._under_way is not None:
+            self._pool.append(self._under_way.gradient)
+        self.losses, self.hashes = {}, {}
+        self._step = self._under_way = self._sums = None
+
+    def come_back(self) -> None:
+        """To be called when another kind of work may have computed with the part since: its layers take their random
+        numbers from here again."""
+        self.streams = streams_for(self.part.blueprint, self.part.modules, self.spec.seed)
+
+    def warm_up(self) -> None:
+        """Tries the model out before it is needed.
+
+        The first pass of a process is slow (kernels are chosen, memory is mapped, code is compiled); a standby that
+        has done it joins at full speed.
+
+        Raises ValueError for a model that cannot compute the job's first micro-batch, or that changes its persistent
+        buffers; `strategies.trial.trial` has tried it before that.
+        """
+        before = {name: tensor.clone() for name, tensor in self.part.blueprint.constants.items()}
+        self.try_out()
+        for name, tensor in self.part.blueprint.constants.items():
+            if not torch.equal(tensor, before[name]):
+                raise ValueError(
+                    f"the model changes its buffer {name!r} in a forward pass: each rank would have its own, and the "
+                    "result would depend on which rank saw which data. Compute it from the input, or make it a trained "
+                    "parameter; persistent=False is no way around it"
+                )
+
+    def try_out(self) -> None:
+        """One forward and backward pass, its result thrown away."""
+        batch = self.fetch(0, 0)
+        rows = self.spec.micro_batches_of(batch, self.part.device)[0]
+        scratch = self._pool.pop() if self._pool else torch.zeros_like(self.part.weights)
+        self.part.accumulate_into(scratch)
+        with first_pass(self.part.modules[0], rows.tokens.shape[1] - 1):
+            self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
+        self.part.release_gradients()
+        self._pool.append(scratch)
+
+    def _drop_others(self, held: Sequence[int]) -> None:
+        """Lets go of sums that contain a virtual worker which somebody else holds now."""
+        wanted = frozenset(held)
+        assert self._sums is not None
+        for node in [node for node in self._sums.pieces if not wanted.issuperset(range(*node))]:
+            self._pool.append(self._sums.pieces.pop(node))
+            for index in range(*node):
+                del self.losses[index], self.hashes[index]
+        if self._under_way is not None and self._under_way.virtual_worker not in wanted:
+            self._pool.append(self._under_way.gradient)
+            self._under_way = None
+
+    def _virtual_worker(self, step: int, index: int, enter: Enter, check: Callable[[], None]) -> torch.Tensor:
+        """The gradient [size] of one virtual worker, summed in micro-batch order."""
+        enter("data", step)
+        batch = self.fetch(step, index)
+        micro_batches, targets = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
+        enter("compute", step)
+        done, gradient, total = self._begin(index)
+        self.part.accumulate_into(gradient)
+        for micro, rows in enumerate(micro_batches):
+            if micro < done:
+                continue
+            try:
+                check()
+            except BaseException:
+                self._under_way = _UnderWay(index, micro, gradient, total)
+                raise
+            with self.watch.on(index):
+                self.streams.enter(step, index, micro)
+                loss = self._loss(rows, targets)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        self.losses[index], self.hashes[index] = total, batch.digest
+        return gradient
+
+    def _begin(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """How many micro-batches of a virtual worker are done, the gradient [size] and the loss they sum to."""
+        if self._under_way is not None and self._under_way.virtual_worker == index:
+            _, done, gradient, total = self._under_way
+            self._under_way = None
+            return done, gradient, total
+        gradient = self._pool.pop() if self._pool else torch.empty_like(self.part.weights)
+        gradient.zero_()
+        return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.part.device)
+
+    def _micro_loss(self, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
+        return self.spec.loss(self.part.modules[0], rows, targets)

@@ -1,0 +1,203 @@
+"""A replica's share of a step when its model is cut into pipeline stages, on torch.distributed.pipelining.
+
+The schedules and the exchange of activations are torch's. Ours is that the gradient of each virtual worker is set
+apart: its micro-batches are neighbours in the schedule, and before each backward pass the collector is told which one
+it is for. Sources of the schedules: docs/layouts.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from strategies.comm.fabric import Fabric
+from strategies.gradient.compute import Enter, Fetch, streams_for
+from strategies.gradient.sharded import MADE_UP, Collector
+from strategies.gradient.spec import StepSpec
+from strategies.gradient.stopwatch import Stopwatch, Stretch
+from strategies.layout.parallel import ParallelLayout, Place
+from strategies.layout.schedule import Schedule, chunks_of, parts_of
+from strategies.model.blueprint import Activations
+from strategies.model.fsdp import ShardedPart
+from strategies.model.part import Part
+from strategies.objective.batch import counting, positions
+from strategies.objective.rows import Rows
+
+_SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved-1f1b": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleZBVZeroBubble,
+}
+
+
+class PipelineGradients:
+    """Computes this rank's stage of its replica. `losses` are known on the last stage only, `hashes` on all."""
+
+    def __init__(
+        self,
+        part: Part | ShardedPart,
+        spec: StepSpec,
+        fetch: Fetch,
+        collector: Collector,
+        layout: ParallelLayout,
+        place: Place,
+        fabric: Fabric,
+        watch: Stopwatch,
+    ) -> None:
+        self.part = part
+        self.watch = watch
+        self.spec = spec
+        self.fetch = fetch
+        self.collector = collector
+        self.held = layout.assignment[place.data]
+        self.losses: dict[int, torch.Tensor] = {}
+        self.hashes: dict[int, int] = {}
+        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self.check: Callable[[], None] = lambda: None
+        numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), place.stage)
+        self.is_first = 0 in numbers
+        self.is_last = len(layout.parts) - 1 in numbers
+        group = fabric.group("pipeline")
+        self._stages = []
+        batch = (spec.micro_batch, fetch(0, 0).tokens.shape[1] - 1)
+        sizes = part.blueprint.activations(spec.autocast(part.device))
+        for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
+            stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, sizes, batch)
+            self._stages.append(stage)
+        rounds = collector.num_rounds if collector.computes_all else len(self.held)
+        schedule = Schedule(layout.schedule, layout.pipeline, chunks_of(layout.schedule))
+        self.num_micro_batches = schedule.padded(rounds * spec.micro_batches)
+        # A virtual worker that is not there at all, or in part, is made up of another's tokens.
+        made_up = -(-self.num_micro_batches // spec.micro_batches) - len(self.held)
+        self._numbers = (*self.held, *([0] * max(0, made_up)))
+        kind = _SCHEDULES[layout.schedule]
+        stages = self._stages if layout.schedule in ("interleaved-1f1b", "zero-bubble") else self._stages[0]
+        self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
+
+    def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
+        """Runs the schedule once. Raises PeerLost, or what torch's collectives raise when a peer is gone."""
+        enter("data", step)
+        self.losses, self.hashes = {}, {}
+        self._step, self.check = step, check
+        batches = []
+        for number, index in enumerate(self._numbers):
+            batch = self.fetch(step, index)
+            batches.append(batch)
+            if number < len(self.held):
+                self.hashes[index] = batch.digest
+        self._targets = self.spec.divisor(batches[0])
+        tokens = self._joined([batch.tokens for batch in batches])
+        arguments = (tokens[:, :-1],) if self.is_first else ()
+        target, more = tokens, {}
+        if batches[0].documents is not None:
+            documents = [batch.documents for batch in batches if batch.documents is not None]
+            # One tensor is cut into micro-batches: tokens, and whether each counts as a target (the first never does).
+            target = torch.stack([tokens, F.pad(self._joined([counting(each) for each in documents]), (1, 0))], dim=1)
+            if self.spec.document_mask:
+                more["position_ids"] = self._joined([positions(each[:, :-1]) for each in documents])
+        enter("compute", step)
+        self.collector.start()
+        self._schedule.step(*arguments, target=target if self.is_last else None, return_outputs=False, **more)
+
+    def _joined(self, arrays: list[np.ndarray]) -> torch.Tensor:
+        """Rows of virtual workers end to end, as many as the schedule goes through."""
+        rows = np.concatenate(arrays)[: self.num_micro_batches * self.spec.micro_batch]
+        return torch.from_numpy(rows).to(self.part.device)
+
+    # ------------------------------------------------------------------------------------ what the stages ask
+
+    def locate(self, chunk: int) -> tuple[int, int]:
+        """(number of the virtual worker in this replica, micro-batch in it) of a chunk of the schedule."""
+        return divmod(chunk, self.spec.micro_batches)
+
+    def busy_with(self, chunk: int) -> Stretch:
+        """The stretch of work that a pass of this chunk is."""
+        number, _ = self.locate(chunk)
+        return self.watch.on(self.held[number] if number < len(self.held) else MADE_UP)
+
+    def enter_forward(self, chunk: int) -> None:
+        self.check()
+        number, micro = self.locate(chunk)
+        self._chunk = chunk
+        self.streams.enter(self._step, self._numbers[number], micro)
+
+    def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        rows = Rows(target) if target.dim() == 2 else Rows(target[:, 0], target[:, 1, 1:].bool())
+        loss = self.spec.loss_of(logits, rows, self._targets)
+        number, _ = self.locate(self._chunk)
+        if number < len(self.held):
+            index = self.held[number]
+            if index not in self.losses:
+                self.losses[index] = torch.zeros((), dtype=torch.float64, device=loss.device)
+            self.losses[index] += loss.detach()
+        return loss
+
+
+class _Stage(PipelineStage):
+    """A pipeline stage that tells whose micro-batch it is at."""
+
+    def __init__(
+        self,
+        owner: PipelineGradients,
+        index: int,
+        module: Any,
+        number: int,
+        parts: int,
+        device: torch.device,
+        group: Any,
+        sizes: Activations,
+        batch: tuple[int, int],
+    ) -> None:
+        tokens = torch.empty(batch, dtype=torch.int64, device="meta")
+        hidden = torch.empty((*batch, *sizes.hidden_size), dtype=sizes.hidden_dtype, device="meta", requires_grad=True)
+        logits = torch.empty((*batch, *sizes.logits_size), dtype=sizes.logits_dtype, device="meta", requires_grad=True)
+        super().__init__(  # type: ignore[no-untyped-call]
+            module, number, parts, device, group=group,
+            input_args=(tokens if number == 0 else hidden,),
+            output_args=(logits if number == parts - 1 else hidden,),
+        )  # fmt: skip
+        self._owner = owner
+        self._index = index
+        # FSDP2 hands gradients out at the end of a whole backward pass; with it zero bubble keeps its order only.
+        self._splits_backward = not isinstance(owner.part, ShardedPart)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._owner.enter_forward(fwd_chunk_id)
+        with self._owner.busy_with(fwd_chunk_id), self._owner.spec.autocast(self._owner.part.device):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        backward = functools.partial(super().backward_one_chunk, bwd_chunk_id, loss)
+        if full_backward or not self._splits_backward:
+            self._collect(bwd_chunk_id, lambda: backward(True, last_backward))
+        else:
+            with self._owner.busy_with(bwd_chunk_id):
+                backward(False, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if self._splits_backward:
+            backward = functools.partial(super().backward_weight_one_chunk, bwd_chunk_id, last_backward)
+            self._collect(bwd_chunk_id, backward)
+
+    def _collect(self, chunk: int, backward: Callable[[], None]) -> None:
+        self._owner.check()
+        number, micro = self._owner.locate(chunk)
+        self._owner.collector.begin(number, micro, self._index)
+        with self._owner.busy_with(chunk):
+            backward()
+        self._owner.collector.end(number, micro, self._index)

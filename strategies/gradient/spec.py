@@ -1,0 +1,100 @@
+"""What decides the numbers of a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from strategies.objective.batch import Batch, counting, positions
+from strategies.objective.rows import IGNORED, Rows
+from strategies.optim.schedule import ScheduleSpec
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What decides the numbers of a step; a function of the job file.
+
+    With `document_mask` the model is told where documents begin, and must not attend across."""
+
+    seed: int
+    micro_batch: int
+    micro_batches: int
+    base_lr: float
+    schedule: ScheduleSpec
+    clip_norm: float | None = 1.0
+    precision: str = "fp32"
+    native_reduction: bool = False
+    compile: bool = False
+    document_mask: bool = False
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The context of forward passes."""
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    def micro_batches_of(self, batch: Batch, device: torch.device) -> list[Rows]:
+        """A virtual worker's micro-batches, on the device."""
+        if batch.documents is None:
+            tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
+            return [Rows(rows) for rows in tokens.split(self.micro_batch)]
+        found = []
+        for tokens_, documents in batch.micro_batches(self.micro_batch):
+            assert documents is not None
+            arrays = [tokens_, counting(documents)]
+            if self.document_mask:
+                arrays.append(positions(documents[:, :-1]))
+            found.append(Rows(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)))
+        return found
+
+    def loss(self, module: nn.Module, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
+        """The share that a micro-batch has of the mean loss (nats per token) of a step with so many targets."""
+        with self.autocast(rows.tokens.device):
+            if rows.positions is None:
+                output = module(input_ids=rows.tokens[:, :-1])
+            else:
+                output = module(input_ids=rows.tokens[:, :-1], position_ids=rows.positions)
+        return self.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows, targets)
+
+    def loss_of(self, logits: torch.Tensor, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
+        """The same from the model's `logits` [batch, length, vocabulary]."""
+        labels = rows.tokens[:, 1:]
+        if rows.counting is not None:
+            labels = labels.masked_fill(~rows.counting, IGNORED)
+        summed = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        )  # fmt: skip
+        return summed / targets
+
+    def divisor(self, batch: Batch) -> float | torch.Tensor:
+        """The targets of the step that a batch is of, to divide by: 1 for a step that has none, whose loss is 0.
+
+        Where it differs from step to step a compiled model must not be compiled for each: then it is a tensor."""
+        targets = max(1, batch.targets)
+        return torch.tensor(float(targets)) if self.compile and batch.documents is not None else targets
+
+
+@contextlib.contextmanager
+def first_pass(model: nn.Module, length: int) -> Iterator[None]:
+    """Turns what goes wrong in a model's first passes, over rows of `length` tokens, into a ValueError in our words: it
+    is the job's fault, and would go wrong wherever it is tried. Only memory that is short may be there elsewhere."""
+    try:
+        yield
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # A model can fail with anything.
+        said = (str(error).strip().splitlines() or [""])[0]
+        text = f"the model {type(model).__name__} fails in its first pass, over {length} tokens: {type(error).__name__}"
+        hint = ""
+        if isinstance(error, IndexError) or "index out of" in said:
+            hint = (
+                f". Has it positions for the {length} tokens of data.sequence_length, and a vocabulary as large as the "
+                "tokenizer's?"
+            )
+        raise ValueError(f"{text}: {said}{hint}") from error

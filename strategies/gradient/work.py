@@ -1,0 +1,275 @@
+"""How a rank makes its slice of the reduced gradient in a layout: what computes, and what reduces.
+
+`work_for` is the one place where the kinds of layouts part ways; to a step they are all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from strategies.comm.fabric import Fabric
+from strategies.gradient.compute import Enter, Fetch, LocalGradients
+from strategies.gradient.pipeline import PipelineGradients
+from strategies.gradient.sharded import Collector, RoundCollector, RoundGradients, ShardedCollector, TreeCollector
+from strategies.gradient.spec import StepSpec
+from strategies.gradient.stopwatch import Stopwatch
+from strategies.layout.parallel import ParallelLayout, Place
+from strategies.layout.placement import effective_shard
+from strategies.model.fsdp import ShardedPart
+from strategies.model.part import Part
+from strategies.reduction.reducer import Reducer, RoundReducer
+from strategies.reduction.tree import Node
+from strategies.state.holding import Holding
+from strategies.state.training_state import Arrangement
+
+
+class Work(Protocol):
+    """One rank's part of every step in a layout."""
+
+    @property
+    def losses(self) -> dict[int, torch.Tensor]:
+        """Its share of the mean loss (nats per token), by virtual worker; known where the model ends."""
+
+    @property
+    def hashes(self) -> dict[int, int]:
+        """Of the sample ids, by virtual worker."""
+
+    def refresh(self, enter: Callable[[str], None]) -> None:
+        """Brings the weights that the model computes with up to date."""
+
+    def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
+        """Computes, reduces, and leaves the reduced gradient of what this rank trains in `own.gradient`."""
+
+    def spoil(self) -> None:
+        """The next gradient is to be not finite (fault injection)."""
+
+    def discard(self) -> None:
+        """Forgets what is kept of the step."""
+
+
+class IdleWork:
+    """A spare's: it has none."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, torch.Tensor] = {}
+        self.hashes: dict[int, int] = {}
+
+    def refresh(self, enter: Callable[[str], None]) -> None:
+        """Nothing computes here."""
+
+    def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
+        """Only waits for the vote."""
+
+    def spoil(self) -> None:
+        """Nothing to spoil."""
+
+    def discard(self) -> None:
+        """Nothing is kept."""
+
+
+class _Replicated:
+    """Weights are whole on every rank of the plane; its slices are reduced at once (ZeRO stages 0 and 1)."""
+
+    def __init__(self, part: Part, own: Holding, reducer: Reducer, *, sharded: bool) -> None:
+        self.part = part
+        self.own = own
+        self.reducer = reducer
+        self.sharded = sharded
+        self._is_spoiled = False
+
+    def refresh(self, enter: Callable[[str], None]) -> None:
+        if self.sharded:
+            enter("refresh")
+            self.reducer.gather(self.own.weights, self.part.weights)
+
+    def spoil(self) -> None:
+        self._is_spoiled = True
+
+    def reduce(self, step: int, pieces: dict[Node, torch.Tensor], enter: Enter) -> None:
+        if self._is_spoiled:
+            self._is_spoiled = False
+            for piece in pieces.values():
+                piece[0] = torch.nan
+        enter("reduce", step)
+        reduced = self.reducer.reduce(pieces)
+        if self.sharded:
+            self.own.gradient.copy_(self.reducer.own_slice(reduced) if self.reducer.native else reduced)
+        else:
+            enter("gather", step)
+            self.reducer.gather(reduced, self.own.gradient)
+
+
+class LocalWork(_Replicated):
+    """A replica of one stage; what it has computed outlives an interrupted step."""
+
+    def __init__(
+        self, local: LocalGradients, part: Part, own: Holding, reducer: Reducer, held: tuple[int, ...], *, sharded: bool
+    ) -> None:
+        super().__init__(part, own, reducer, sharded=sharded)
+        self.local = local
+        self.held = held
+
+    @property
+    def losses(self) -> dict[int, torch.Tensor]:
+        return self.local.losses
+
+    @property
+    def hashes(self) -> dict[int, int]:
+        return self.local.hashes
+
+    def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
+        virtual_workers = self.reducer.layout.virtual_workers
+        self.reduce(step, self.local.compute(step, self.held, virtual_workers, enter=enter, check=check), enter)
+
+    def discard(self) -> None:
+        self.local.discard()
+
+
+class PipelineWork(_Replicated):
+    """A stage of a replica, with whole gradients."""
+
+    def __init__(
+        self, pipeline: PipelineGradients, collector: TreeCollector, part: Part, own: Holding, reducer: Reducer, *,
+        sharded: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(part, own, reducer, sharded=sharded)
+        self._pipeline = pipeline
+        self._collector = collector
+
+    @property
+    def losses(self) -> dict[int, torch.Tensor]:
+        return self._pipeline.losses
+
+    @property
+    def hashes(self) -> dict[int, int]:
+        return self._pipeline.hashes
+
+    def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
+        self._pipeline.compute(step, enter=enter, check=check)
+        self.reduce(step, self._collector.pieces, enter)
+
+    def discard(self) -> None:
+        """Pieces belong to the collector, which starts anew with every step."""
+
+
+class RoundWork:
+    """Gradients are reduced while they are made, round by round (ZeRO stages 2 and 3)."""
+
+    def __init__(
+        self,
+        gradients: RoundGradients | PipelineGradients,
+        collector: Collector,
+        own: Holding,
+        gather: Callable[[Callable[[str], None]], None],
+        take: Callable[[torch.Tensor], object],
+    ) -> None:
+        self._gradients = gradients
+        self._collector = collector
+        self._own = own
+        self._gather = gather
+        self._take = take
+
+    @property
+    def losses(self) -> dict[int, torch.Tensor]:
+        return self._gradients.losses
+
+    @property
+    def hashes(self) -> dict[int, int]:
+        return self._gradients.hashes
+
+    def refresh(self, enter: Callable[[str], None]) -> None:
+        self._gather(enter)
+
+    def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
+        self._gradients.compute(step, enter=enter, check=check)
+        enter("reduce", step)
+        self._take(self._own.gradient)
+
+    def spoil(self) -> None:
+        self._collector.spoil()
+
+    def discard(self) -> None:
+        """The collector starts anew with every step."""
+
+
+def work_for(
+    arrangement: Arrangement, layout: ParallelLayout, fabric: Fabric, spec: StepSpec, fetch: Fetch,
+    watch: Stopwatch, kept: LocalGradients | None,
+) -> Work:  # fmt: skip
+    """This rank's work in `layout`, timed by `watch`. `kept` is what an earlier generation computed with the same part
+    of the model."""
+    place, part, own = layout.place(fabric.rank), arrangement.part, arrangement.own
+    if place is None or part is None or own is None:
+        return IdleWork()
+    match effective_shard(layout):
+        case "parameters":
+            assert isinstance(part, ShardedPart)
+            return _sharded_work(part, own, layout, place, fabric, spec, fetch, watch)
+        case "gradients":
+            assert isinstance(part, Part)
+            return _round_work(part, own, layout, place, fabric, spec, fetch, watch)
+        case kind:
+            assert isinstance(part, Part)
+            sharded = kind == "optimizer"
+            return _replicated_work(part, own, layout, place, fabric, spec, fetch, watch, kept, sharded=sharded)
+
+
+def _replicated_work(
+    part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
+    watch: Stopwatch, kept: LocalGradients | None, *, sharded: bool,
+) -> Work:  # fmt: skip
+    reducer = Reducer(fabric.plane, layout, part.size, part.device, native=spec.native_reduction)
+    held = layout.assignment[place.data]
+    if layout.pipeline == 1:
+        if kept is not None and kept.part is part:
+            local = kept
+            local.come_back()
+        else:
+            local = LocalGradients(part, spec, fetch, watch)
+        if layout.tensor > 1:
+            # What a tensor-parallel group has computed it must have computed together.
+            local.discard()
+        return LocalWork(local, part, own, reducer, held, sharded=sharded)
+    collector = TreeCollector(part, held, layout.virtual_workers, spec.micro_batches)
+    pipeline = PipelineGradients(part, spec, fetch, collector, layout, place, fabric, watch)
+    return PipelineWork(pipeline, collector, part, own, reducer, sharded=sharded)
+
+
+def _round_work(
+    part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
+    watch: Stopwatch,
+) -> Work:  # fmt: skip
+    slices = Reducer(fabric.plane, layout, part.size, part.device)
+    rounds = RoundReducer(fabric.plane, layout, slices.slices, part.device)
+    collector = RoundCollector(part, rounds, spec.micro_batches, computes_all=layout.pipeline > 1)
+
+    def gather(enter: Callable[[str], None]) -> None:
+        enter("refresh")
+        slices.gather(own.weights, part.weights)
+
+    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch, watch)
+    return RoundWork(gradients, collector, own, gather, lambda gradient: gradient.copy_(rounds.total()))
+
+
+def _sharded_work(
+    part: ShardedPart, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
+    watch: Stopwatch,
+) -> Work:  # fmt: skip
+    collector = ShardedCollector(part, layout, spec.micro_batches)
+    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch, watch)
+    return RoundWork(
+        gradients, collector, own,
+        lambda enter: part.load(own.weights, own.strip), lambda gradient: part.unload(gradient, own.strip),
+    )  # fmt: skip
+
+
+def _gradients(
+    part: Part | ShardedPart, collector: Collector, layout: ParallelLayout, place: Place, fabric: Fabric,
+    spec: StepSpec, fetch: Fetch, watch: Stopwatch,
+) -> RoundGradients | PipelineGradients:  # fmt: skip
+    if layout.pipeline == 1:
+        return RoundGradients(part, spec, fetch, collector, layout.assignment[place.data], watch)
+    return PipelineGradients(part, spec, fetch, collector, layout, place, fabric, watch)

@@ -1,0 +1,188 @@
+"""The trained state as one flat vector per tensor-parallel coordinate, and how its ranges are kept in buffers.
+
+Every trained parameter has a slot, at an offset that is a multiple of 64 bytes, in the order: matrices of all blocks
+(they are weight-decayed), then everything else; within each, blocks in model order. So a pipeline stage is a few long
+ranges of it, and the place of a value does not depend on any layout. With tensor parallelism the slot of a split
+parameter has the share of one coordinate; all coordinates have the same slots.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 16
+"""Elements of fp32 per 64 bytes, the widest vector register and the allocator's own alignment."""
+
+
+def round_up(value: int, multiple: int = ALIGNMENT) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lives: `offset` and `numel` in elements, `shape` of a coordinate's share, `block` of the
+    model, and the dimension `dim` that tensor parallelism splits (None: every coordinate has the whole parameter).
+    `is_used` says whether the loss depends on it."""
+
+    name: str
+    offset: int
+    numel: int
+    shape: tuple[int, ...]
+    block: int
+    dim: int | None = None
+    is_used: bool = True
+
+    @property
+    def stop(self) -> int:
+        """Where the next slot begins; what lies between is padding, and always zero."""
+        return self.offset + round_up(self.numel)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices, not to vectors; and to nothing that the loss does not depend on,
+        which has no gradient in torch's sense and is left alone."""
+        return self.is_used and len(self.shape) >= 2
+
+
+@dataclass(frozen=True)
+class Space:
+    """The slots of a model at a tensor-parallel degree. `size` is in elements; `boundary` is where the parameters that
+    are weight-decayed end."""
+
+    slots: tuple[Slot, ...]
+    tensor: int
+    size: int
+    boundary: int
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Iterable[tuple[str, Sequence[int], int, int | None]],
+        tensor: int,
+        unused: Collection[str] = (),
+    ) -> Space:
+        """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
+        names of those that the loss does not depend on.
+
+        Raises ValueError when a dimension does not divide by the degree, naming all that do not.
+        """
+        slots: list[Slot] = []
+        offset = boundary = 0
+        uneven = []
+        ordered = sorted(parameters, key=lambda entry: (len(entry[1]) < 2 or entry[0] in unused, entry[2]))
+        for name, whole, block, dim in ordered:
+            sizes = list(whole)
+            if dim is not None and tensor > 1:
+                if sizes[dim] % tensor:
+                    uneven.append(f"{name} {list(whole)} in dimension {dim}")
+                sizes[dim] //= tensor
+            shape = tuple(sizes)
+            slot = Slot(name, offset, math.prod(shape), shape, block, dim if tensor > 1 else None, name not in unused)
+            slots.append(slot)
+            offset = slot.stop
+            boundary = offset if slot.decays else boundary
+        if uneven:
+            raise ValueError(f"tensor {tensor} does not divide {'; '.join(uneven[:5])}")
+        return cls(tuple(slots), tensor, offset, boundary)
+
+    def ranges_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+        """The (start, stop) of all slots in these runs of blocks (None: of all), as few as can be."""
+        if blocks is None:
+            return [(0, self.size)]
+        inside = [slot for slot in self.slots if any(first <= slot.block < last for first, last in blocks)]
+        return merge((slot.offset, slot.stop) for slot in inside)
+
+    def overlapping(self, start: int, stop: int) -> Iterator[Slot]:
+        """The slots that have elements in start..stop, ascending."""
+        slots = self.slots
+        for index in range(max(0, bisect_right(slots, start, key=lambda slot: slot.offset) - 1), len(slots)):
+            if slots[index].offset >= stop:
+                return
+            if slots[index].offset + slots[index].numel > start:
+                yield slots[index]
+
+    def share(self, slot: Slot, whole: torch.Tensor, coordinate: int) -> torch.Tensor:
+        """A coordinate's share (a view) of a whole parameter."""
+        return whole if slot.dim is None else whole.chunk(self.tensor, slot.dim)[coordinate]
+
+    def assemble(self, slot: Slot, shares: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole parameter from all coordinates' shares."""
+        if slot.dim is None:
+            return shares[0]
+        size = shares[0].shape[slot.dim]
+        shape = list(shares[0].shape)
+        shape[slot.dim] = size * len(shares)
+        whole = shares[0].new_empty(shape)
+        for number, share in enumerate(shares):
+            whole.narrow(slot.dim, number * size, size).copy_(share)
+        return whole
+
+
+def merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending ranges, those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        elif stop > start:
+            merged.append((start, stop))
+    return merged
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Ranges of a space laid end to end in one buffer, each from a multiple of 64 bytes on.
+
+    `boundary` is where weight-decayed elements end in the buffer. Updates are elementwise, and kernels treat an
+    element the same way wherever it is as long as it is not in the ragged end of a buffer: so there are none.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    size: int
+    boundary: int
+    _offsets: tuple[int, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, ranges: Iterable[tuple[int, int]], boundary: int) -> Strip:
+        cut = []
+        for start, stop in merge(ranges):
+            middle = min(max(start, boundary), stop)
+            cut += [part for part in ((start, middle), (middle, stop)) if part[0] < part[1]]
+        return cls._laid(cut, boundary)
+
+    @classmethod
+    def pieces(cls, ranges: Iterable[tuple[int, int]], boundary: int) -> Strip:
+        """Like `of`, but ranges that touch stay apart."""
+        return cls._laid(sorted(ranges), boundary)
+
+    @classmethod
+    def _laid(cls, ranges: list[tuple[int, int]], boundary: int) -> Strip:
+        offsets, size, decayed = [], 0, 0
+        for start, stop in ranges:
+            offsets.append(size)
+            size += round_up(stop - start)
+            decayed = size if start < boundary else decayed
+        return cls(tuple(ranges), size, decayed, tuple(offsets))
+
+    def locate(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where elements start..stop of the space are: (from, position in the buffer, length), for those held."""
+        for (first, last), offset in zip(self.ranges, self._offsets, strict=True):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                yield low, offset + low - first, high - low
+
+    def cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The ranges of the space that lie at start..stop of the buffer, without padding."""
+        found = []
+        for (first, last), offset in zip(self.ranges, self._offsets, strict=True):
+            low, high = max(offset, start), min(offset + last - first, stop)
+            if low < high:
+                found.append((first + low - offset, first + high - offset))
+        return found

@@ -1,0 +1,1 @@
+"""The model that a rank computes with: cut into stages, split over ranks, sharded."""

@@ -1,0 +1,205 @@
+"""Sharded parameters (ZeRO stage 3), on FSDP2 (torch.distributed.fsdp.fully_shard).
+
+FSDP2 gathers a block's parameters before it is computed and hands its gradients out after. What it communicates with is
+ours: the gather is an all-to-all (with gloo much faster than its all-gather), and in place of a reduce-scatter every
+owner is sent its rows from every replica, to add them up per virtual worker and along the tree. All replicas make the
+same backward passes, one virtual worker each at a time; one that has fewer computes made-up work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from strategies.comm.fabric import Fabric
+from strategies.comm.groups import Groups
+from strategies.layout.space import Slot, Strip
+from strategies.model.blueprint import Blueprint
+from strategies.model.part import Runs, add_up
+from strategies.model.stage import Stage
+from strategies.reduction.tree_sum import TreeSum
+
+
+class ShardedPart:
+    """The model parts of a rank, of whose parameters it has only its rows. Looks like a `Part` to what computes."""
+
+    def __init__(self, blueprint: Blueprint, runs: Runs, fabric: Fabric) -> None:
+        self.blueprint = blueprint
+        self.runs = None if runs is None else tuple(runs)
+        self.device = blueprint.device
+        self.modules: list[nn.Module] = [
+            blueprint.stage(run) for run in (self.runs if self.runs is not None else [None])
+        ]
+        self.groups: list[list[_Group]] = []
+        for module in self.modules:
+            if fabric.layout.tensor > 1:
+                blueprint.parallelize(module, fabric.axis("tensor"))
+            inner: nn.Module = module.module if isinstance(module, Stage) else module
+            if isinstance(module, Stage):
+                # FSDP2 gathers what no block has when the model's own forward is entered.
+                module.may_call_directly = False
+            self.groups.append(self._shard(inner, fabric))
+            module.train()
+
+    def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
+        blocks = self.blueprint.blocks(inner)
+        frozen = {parameter for parameter in inner.parameters() if not parameter.requires_grad}
+        for block in (*blocks, inner):
+            fully_shard(block, mesh=fabric.axis("data"), ignored_params=frozen)
+        inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
+        # Transformers returns a view of the logits, of which nothing here makes anything in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        names = {id(parameter): name for name, parameter in inner.named_parameters()}
+        slots = {slot.name: slot for slot in self.blueprint.space.slots}
+        groups = []
+        sharded: list[Any] = [*blocks, inner]
+        for block in sharded:
+            group = block._get_fsdp_state()._fsdp_param_group
+            if group is None:
+                continue
+            params = group.fsdp_params
+            entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
+            groups.append(_Group(entries, fabric.plane))
+            if fabric.layout.tensor > 1:
+                parts = [slot.name for slot, _ in entries if self.blueprint.is_reduced(slot.name)]
+                groups[-1].add_over(fabric.axis("tensor"), parts)
+            block.set_custom_all_gather(_Gather(fabric.plane))
+            block.set_custom_reduce_scatter(groups[-1])
+            block.set_gradient_divide_factor(1.0)
+            # Else FSDP2 hands on nothing of what a pass did not use (an expert without tokens, or what no loss depends
+            # on), which would shift what is behind it.
+            block.set_reduce_scatter_unused_params(True, recurse=False)
+        return groups
+
+    def rows(self) -> Iterator[tuple[Slot, Any, _Group, int]]:
+        """(slot, FSDP2's parameter, its group, where its rows are in the group's slice) of all parameters."""
+        for groups in self.groups:
+            for group in groups:
+                offset = 0
+                for slot, parameter in group.entries:
+                    yield slot, parameter, group, offset
+                    offset += parameter.padded_sharded_param_size.numel()
+
+    def load(self, weights: torch.Tensor, strip: Strip) -> None:
+        """Takes this rank's rows from `weights` [strip.size], which it trains."""
+        with torch.no_grad():
+            for slot, parameter, _, _ in self.rows():
+                local = parameter.sharded_param._local_tensor.view(-1)
+                for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+                    local[:length].copy_(weights[offset : offset + length])
+
+    def unload(self, gradient: torch.Tensor, strip: Strip) -> None:
+        """Puts this rank's rows of the reduced gradient into `gradient` [strip.size]."""
+        for slot, _, group, start in self.rows():
+            for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+                gradient[offset : offset + length].copy_(group.total()[start : start + length])
+
+    def close(self) -> None:
+        """Gives the modules up."""
+        self.modules, self.groups = [], []
+
+
+class _Gather(AllGather):
+    """An all-gather as an all-to-all of as many copies as there are ranks."""
+
+    def __init__(self, plane: Groups) -> None:
+        self._plane = plane
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> None:
+        ranks, length = self._plane.world_size, input_tensor.numel()
+        copies = input_tensor.reshape(1, -1).expand(ranks, -1).reshape(-1)
+        self._plane.all_to_all(output_tensor.view(-1), copies, [length] * ranks, [length] * ranks)
+
+
+class _Group(ReduceScatter):
+    """What FSDP2 treats as one: a block's parameters. Adds up this rank's rows of their gradients."""
+
+    def __init__(self, entries: list[tuple[Slot, Any]], plane: Groups) -> None:
+        self.entries = entries
+        self._plane = plane
+        self._length = sum(p.padded_sharded_param_size.numel() for _, p in entries)
+        self._pool: list[torch.Tensor] = []
+        self._open: dict[int, torch.Tensor] = {}
+        self._workers: list[tuple[int, int]] = []
+        self._is_last = False
+        self._sums: TreeSum | None = None
+        self._add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._parts: Collection[str] = ()
+        self.is_spoiled = False
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def add_over(self, tensor_mesh: Any, names: Collection[str]) -> None:
+        """The gradients of these parameters are to be added up over the tensor-parallel ranks."""
+        self._add_up, self._parts = add_up(tensor_mesh), names
+
+    def start(self, virtual_workers: int) -> None:
+        """A step begins."""
+        self._pool += self._open.values()
+        self._open = {}
+        if self._sums is not None:
+            self._sums.clear()
+        self._sums = TreeSum(virtual_workers, self._pool)
+        for _, parameter in self.entries:
+            parameter.sharded_param.grad = None
+
+    def expect(self, workers: list[tuple[int, int]], *, is_last: bool) -> None:
+        """The next backward pass is of these (replica, virtual worker), for the last time if `is_last`; other replicas'
+        work is made up."""
+        self._workers, self._is_last = workers, is_last
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        ranks, length = self._plane.world_size, self._length
+        if input_tensor.numel() != ranks * length:
+            names = ", ".join(slot.name for slot, _ in self.entries[:3])
+            raise RuntimeError(
+                f"the gradients of {names}, ... have {input_tensor.numel()} elements, not {ranks * length}"
+            )
+        if self.is_spoiled:
+            input_tensor.fill_(torch.nan)
+            self.is_spoiled = False
+        self._complete(input_tensor.view(ranks, length))
+        received = torch.empty_like(input_tensor)
+        self._plane.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)
+        parts = received.split(length) if length else [received] * ranks
+        for replica, worker in self._workers:
+            if worker not in self._open:
+                own = self._pool.pop() if self._pool else torch.empty(length, device=received.device)
+                self._open[worker] = own.zero_()
+            self._open[worker].add_(parts[replica])
+            if self._is_last:
+                assert self._sums is not None
+                self._sums.add((worker, worker + 1), self._open.pop(worker))
+        output_tensor.zero_()
+
+    def _complete(self, gradients: torch.Tensor) -> None:
+        """Adds up, in place, what tensor-parallel ranks have only parts of; `gradients` [ranks, rows of each] is padded
+        where rows do not divide. Whole parameters, as without shards: the order of a sum may depend on the shape."""
+        offset = 0
+        for slot, parameter in self.entries:
+            size = parameter.padded_sharded_param_size.numel()
+            if slot.name in self._parts and self._add_up is not None:
+                rows = gradients[:, offset : offset + size]
+                padded = rows.reshape(-1)
+                padded[: slot.numel] = self._add_up(padded[: slot.numel].view(slot.shape)).reshape(-1)
+                rows.copy_(padded.view_as(rows))
+            offset += size
+
+    def total(self) -> torch.Tensor:
+        """The sum over all virtual workers of this rank's rows, padding included."""
+        assert self._sums is not None
+        return self._sums.total()

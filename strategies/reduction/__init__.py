@@ -1,0 +1,1 @@
+"""The canonical reduction: sums whose bits do not depend on who computed what."""

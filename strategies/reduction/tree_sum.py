@@ -1,0 +1,44 @@
+"""Sums of tensors along the tree, as its subtrees become complete."""
+
+from __future__ import annotations
+
+import torch
+
+from strategies.reduction.tree import Node, split
+
+
+class TreeSum:
+    """Sums tensors of one shape along the tree, as soon as siblings are there. What is added is taken over; buffers
+    that are no longer needed go to `pool`."""
+
+    def __init__(self, virtual_workers: int, pool: list[torch.Tensor]) -> None:
+        self.virtual_workers = virtual_workers
+        self.pieces: dict[Node, torch.Tensor] = {}
+        self._pool = pool
+
+    def add(self, node: Node, tensor: torch.Tensor) -> None:
+        """Adds a finished subtree, and joins it with its sibling for as long as that one is complete too."""
+        parents: list[Node] = []
+        at: Node = (0, self.virtual_workers)
+        while at != node:
+            parents.append(at)
+            left, right = split(at)
+            at = left if node[1] <= left[1] else right
+        while parents:
+            left, right = split(parents[-1])
+            sibling = left if node == right else right
+            if sibling not in self.pieces:
+                break
+            other = self.pieces.pop(sibling)
+            first, second = (other, tensor) if sibling == left else (tensor, other)
+            tensor, node = first.add_(second), parents.pop()
+            self._pool.append(second)
+        self.pieces[node] = tensor
+
+    def total(self) -> torch.Tensor:
+        """The sum over all virtual workers, which must all have been added."""
+        return self.pieces[0, self.virtual_workers]
+
+    def clear(self) -> None:
+        self._pool += self.pieces.values()
+        self.pieces = {}

@@ -1,0 +1,106 @@
+"""State that a rank trains: weights, optimizer tensors and reduced gradient of some ranges, and their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from strategies.layout.space import Strip
+from strategies.layout.statemap import Span, Spans, union
+from strategies.optim.optimizers import OptimizerSpec, build_optimizer
+
+WEIGHTS = "weights"
+
+
+def name_of(kind: str, parameter: str) -> str:
+    """The name of a full tensor of the state: a parameter itself, or what the optimizer keeps for it."""
+    return f"model.{parameter}" if kind == WEIGHTS else f"optimizer.{kind}.{parameter}"
+
+
+class Holding:
+    """A strip of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [strip.size].
+
+    The optimizer's tensors are all fp32. With `weights` (a buffer of that size) those are used, not new ones. What is
+    not filled is zero.
+    """
+
+    def __init__(
+        self,
+        coordinate: int,
+        strip: Strip,
+        spec: OptimizerSpec,
+        device: torch.device,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        self.coordinate = coordinate
+        self.strip = strip
+        self.spec = spec
+        self.device = device
+        self.weights = torch.zeros(strip.size, dtype=torch.float32, device=device) if weights is None else weights
+        self.moments = {name: torch.zeros_like(self.weights) for name in spec.moments}
+        self._gradient: torch.Tensor | None = None
+        self._updates = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._counters: list[torch.Tensor] = []
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The reduced gradient [strip.size], to be filled before `apply`."""
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self.weights)
+        return self._gradient
+
+    @property
+    def spans(self) -> Spans:
+        return union(Span(self.coordinate, start, stop) for start, stop in self.strip.ranges)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights and optimizer tensors."""
+        return 4 * self.strip.size * (1 + len(self.moments))
+
+    def kinds(self) -> dict[str, torch.Tensor]:
+        """All tensors that a span stands for, by kind, in a fixed order."""
+        return {WEIGHTS: self.weights, **self.moments}
+
+    def locate(self, span: Span) -> Iterator[tuple[int, int, int]]:
+        """Like `Strip.locate`; nothing for another coordinate's span."""
+        if span.tensor == self.coordinate:
+            yield from self.strip.locate(span.start, span.stop)
+
+    def set_updates(self, updates: int) -> None:
+        """Says how many updates this state has seen."""
+        self._updates = updates
+        for counter in self._counters:
+            counter.fill_(updates)
+
+    def apply(self, lr: float) -> None:
+        """One optimizer update from `gradient` at learning rate `lr`; local, deterministic, no communication."""
+        self._updates += 1
+        if not self.strip.size:
+            return
+        if self._optimizer is None:
+            self._optimizer = self._bind()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def _bind(self) -> torch.optim.Optimizer:
+        boundary = self.strip.boundary
+        parts = [slice(0, boundary), slice(boundary, self.strip.size)]
+        flat = [nn.Parameter(self.weights[part]) for part in parts]
+        decayed, others = ([p] if p.numel() else [] for p in flat)
+        optimizer = build_optimizer(self.spec, decayed, others)
+        for parameter, part in zip(flat, parts, strict=True):
+            if not parameter.numel():
+                continue
+            parameter.grad = self.gradient[part]
+            state = {name: buffer[part] for name, buffer in self.moments.items()}
+            if self.spec.name == "adamw":
+                counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
+                self._counters.append(counter)
+                state["step"] = counter
+            optimizer.state[parameter] = state
+        return optimizer

@@ -1,0 +1,139 @@
+"""Moving state between ranks: a plan of transfers (`strategies.layout.statemap`) carried out over a process group."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from strategies.comm.groups import PATIENCE, Groups, PeerLost
+from strategies.layout.statemap import Span, Transfer
+from strategies.state.holding import Holding
+
+WINDOW = 2
+"""Transfers that a rank has on their way at once; with the buffers of so many it needs no more memory."""
+_DIGEST = 4
+"""Elements of fp32 that hold a digest (xxh3-128)."""
+
+
+class StateCorrupt(RuntimeError):
+    """A part of the state arrived with other bytes than its holder sent."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a relayout took on this rank, in bytes: received, sent, and the most that buffers needed at once."""
+
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    buffer_bytes: int = 0
+
+
+def copy_within(sources: Sequence[Holding], targets: Sequence[Holding], spans: Iterable[Span]) -> None:
+    """Copies what is here already from one set of holdings to another, wherever it is in them."""
+    for span in spans:
+        for target in targets:
+            for start, offset, length in target.locate(span):
+                inner = Span(span.tensor, start, start + length)
+                for source in sources:
+                    if source is target:
+                        continue
+                    for first, place, count in source.locate(inner):
+                        at = offset + first - start
+                        for kind, buffer in target.kinds().items():
+                            buffer[at : at + count].copy_(source.kinds()[kind][place : place + count])
+
+
+def execute(
+    plan: Iterable[Transfer],
+    sources: Sequence[Holding],
+    targets: Sequence[Holding],
+    kinds: Sequence[str],
+    groups: Groups,
+) -> Moved:
+    """Carries out the part of `plan` that concerns this rank: sends out of `sources`, receives into `targets`; each
+    span with all `kinds` of its tensors.
+
+    All ranks take the transfers in the order of the plan, at most WINDOW of their own at once, so none can wait for
+    another in a circle while different pairs work side by side. Each is checked against its digest on arrival.
+
+    Raises PeerLost when a peer is gone, StateCorrupt when a digest does not fit.
+    """
+    rank = groups.rank
+    pairs: dict[tuple[int, int], int] = {}
+    under_way: deque[_Move] = deque()
+    received = sent = most = 0
+    for transfer in plan:
+        if rank not in (transfer.source, transfer.target):
+            continue
+        if len(under_way) == WINDOW:
+            under_way.popleft().finish(groups)
+        pair = (transfer.source, transfer.target)
+        tag = pairs[pair] = pairs.get(pair, -1) + 1
+        move = _Move(transfer, sources if transfer.source == rank else targets, kinds, tag, groups)
+        under_way.append(move)
+        most = max(most, sum(4 * each.buffer.numel() for each in under_way))
+        if transfer.source == rank:
+            sent += move.num_bytes
+        else:
+            received += move.num_bytes
+    while under_way:
+        under_way.popleft().finish(groups)
+    return Moved(received, sent, most)
+
+
+class _Move:
+    """One transfer on its way: all kinds of tensors of its span, then their digest."""
+
+    def __init__(
+        self, transfer: Transfer, holdings: Sequence[Holding], kinds: Sequence[str], tag: int, groups: Groups
+    ) -> None:
+        self.transfer = transfer
+        self._holdings = holdings
+        length = transfer.span.length
+        self.num_bytes = 4 * len(kinds) * length
+        self.buffer = torch.empty(len(kinds) * length + _DIGEST, device=groups.device)
+        self._parts = dict(zip(kinds, self.buffer[:-_DIGEST].split(length), strict=True))
+        self._is_source = transfer.source == groups.rank
+        self._work: Any
+        if self._is_source:
+            found = self._each(lambda inside, part: part.copy_(inside))
+            assert found >= length, f"{transfer.span} is not here to be sent"
+            self.buffer[-_DIGEST:].copy_(self._digest())
+            self._work = groups.send(self.buffer, transfer.target, tag)
+        else:
+            self._work = groups.receive(self.buffer, transfer.source, tag)
+
+    def _each(self, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> int:
+        """Calls `copy` with a view of the state and the view of the buffer that goes with it, for all of the span that
+        is here; how many elements that is (one that two holdings have counts twice)."""
+        span = self.transfer.span
+        found = 0
+        for holding in self._holdings:
+            for start, offset, length in holding.locate(span):
+                at = start - span.start
+                for kind, tensor in holding.kinds().items():
+                    copy(tensor[offset : offset + length], self._parts[kind][at : at + length])
+                found += length
+        return found
+
+    def _digest(self) -> torch.Tensor:
+        host = self.buffer[:-_DIGEST].detach().cpu().contiguous().view(torch.uint8)
+        return torch.frombuffer(bytearray(xxhash.xxh3_128_digest(host.numpy().data)), dtype=torch.float32)
+
+    def finish(self, groups: Groups) -> None:
+        try:
+            self._work.wait(PATIENCE)
+        except RuntimeError as error:
+            raise PeerLost(f"state transfer: {error}") from error
+        groups.check()
+        if self._is_source:
+            return
+        arrived = self.buffer[-_DIGEST:].cpu().view(torch.int32)
+        if not torch.equal(self._digest().view(torch.int32), arrived):
+            raise StateCorrupt(f"{self.transfer.span} arrived with other bytes than were sent")
+        self._each(lambda inside, part: inside.copy_(part))

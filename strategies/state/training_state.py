@@ -1,0 +1,373 @@
+"""What a rank has of the training state, and how it takes its place in a layout.
+
+A rank computes with a part of the model and trains shards of the state (`strategies.layout.placement`). When the layout
+changes it makes room for what it is to have, copies what it has already, and is sent the rest; what it had before
+counts until every rank has what it needs. So whoever is interrupted on the way has lost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+
+from strategies.comm.fabric import Fabric
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.placement import Domain, Shard, effective_shard, place_state, trained_spans
+from strategies.layout.space import Strip
+from strategies.layout.statemap import (
+    NOTHING,
+    Span,
+    Spans,
+    intersect,
+    plan_transfers,
+    share_out,
+    subtract,
+    union,
+    whole,
+)
+from strategies.model.blueprint import Blueprint
+from strategies.model.fsdp import ShardedPart
+from strategies.model.part import Part
+from strategies.optim.optimizers import OptimizerSpec
+from strategies.state.chunks import full_shape
+from strategies.state.holding import WEIGHTS, Holding, name_of
+from strategies.state.intake import Intake
+from strategies.state.relayout import Moved, copy_within, execute
+
+
+@dataclass
+class Arrangement:
+    """A rank's place in a layout: the part it computes with (None for a spare), what it trains of it itself, and what
+    it mirrors of others. `shards` are everybody's."""
+
+    part: Part | ShardedPart | None = None
+    own: Holding | None = None
+    mirrors: dict[int, Holding] = field(default_factory=dict)
+    """By the owner's rank."""
+    shards: Sequence[Shard] = ()
+
+    @property
+    def holdings(self) -> list[Holding]:
+        return [*([self.own] if self.own is not None else []), *self.mirrors.values()]
+
+
+class TrainingState:
+    """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen.
+
+    `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. All state is fp32.
+    """
+
+    def __init__(
+        self, blueprint: Blueprint, spec: OptimizerSpec, rebuild: Callable[[], dict[str, torch.Tensor]]
+    ) -> None:
+        self.blueprint = blueprint
+        self.space = blueprint.space
+        self.spec = spec
+        self.device = blueprint.device
+        self.arrangement = Arrangement()
+        self.updates = 0
+        self.collected: list[Holding] = []
+        self.is_initial = True
+        """The state is that of step 0, every part of which can be made here."""
+        self._rebuild = rebuild
+        self._initial: dict[str, torch.Tensor] | None = blueprint.initial
+        self._held = NOTHING
+
+    # ------------------------------------------------------------------------------------ what is here
+
+    @property
+    def held(self) -> Spans:
+        if self.is_initial or self.collected:
+            return whole(self.space.size, self.space.tensor)
+        return self._held
+
+    @property
+    def holdings(self) -> list[Holding]:
+        """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
+        return self.collected or self.arrangement.holdings
+
+    def whereabouts(self, span: Span) -> Iterator[tuple[int, int, int, Holding]]:
+        """Where the elements of a span are: (from, position in the buffers, length, of which holding), each once.
+
+        Raises RuntimeError when not all of it is here.
+        """
+        left = union((span,))
+        for holding in self.holdings:
+            for part in left:
+                for start, offset, length in holding.locate(part):
+                    yield start, offset, length, holding
+            left = subtract(left, holding.spans)
+            if not left:
+                return
+        raise RuntimeError(f"{next(iter(left))} is not on this rank")
+
+    def start_over(self) -> None:
+        """Back to the state of step 0."""
+        self.collected, self._held, self.updates, self.is_initial = [], NOTHING, 0, True
+
+    def tear(self) -> None:
+        """Nothing that is here counts any more."""
+        self.collected, self._held, self.is_initial = [], NOTHING, False
+
+    def trained(self, lr: float) -> None:
+        """One update of everything that is trained here, from the reduced gradients at learning rate `lr`."""
+        for holding in self.arrangement.holdings:
+            holding.apply(lr)
+        self.updates += 1
+
+    def let_go(self) -> None:
+        """A step is prepared, for what is trained here: from now on that alone counts, and no copy beside it, which
+        could not go along."""
+        self.collected = []
+
+    def moved_on(self) -> None:
+        """A step was committed: what is here is that of a later step than any copy beside it."""
+        self.collected, self._initial, self.is_initial = [], None, False
+        self.blueprint.initial = {}
+
+    def whole_part(self) -> Part:
+        """The whole model, with the weights of step 0, to compute with before there is a layout."""
+        part = Part(self.blueprint, 0, None)
+        with torch.no_grad():
+            for slot, offset in part.slots:
+                part.weights[offset : offset + slot.numel].copy_(self._initial_values()[slot.name].reshape(-1))
+        self.arrangement.part = part
+        return part
+
+    def initial_digest(self) -> str:
+        """Of all that the model is made of at step 0: names, values, buffers, and what of it is not used."""
+        digest = xxhash.xxh3_128()
+        for name in sorted(self.blueprint.unused):
+            digest.update(f"unused {name}\n".encode())
+        for name, tensor in sorted((self._initial_values() | self.blueprint.constants).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------------------------ a new layout
+
+    def take_place(
+        self,
+        layout: ParallelLayout,
+        fabric: Fabric,
+        held: Sequence[Spans],
+        domains: Sequence[Domain],
+        copies: int,
+        updates: int,
+        barrier: Callable[[], object],
+        read: Callable[[Intake], object] | None = None,
+        *,
+        read_by_node: bool = False,
+    ) -> Moved:
+        """Brings this rank's part of the state here. `held` is what all ranks have, by rank. With `read` nobody has
+        anything: what each is to have is shared out, so that all together `read` everything once, and then passed on.
+        With `read_by_node` each node reads it once: there a second reader costs less than passing on does.
+
+        Until `barrier` has been passed, which is when every rank has what it needs, what was here before still counts.
+        Raises PeerLost, StateCorrupt, and NotCovered when some of the state is nowhere; and what `read` raises.
+        """
+        rank = fabric.rank
+        shards = place_state(layout, self.space, domains, copies)
+        new = self._arrange(layout, fabric, shards)
+        wanted = trained_spans(layout, shards)
+        if read is not None:
+            held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
+        plan = plan_transfers(held, wanted)
+        if read is not None:
+            read(Intake(self.space, new.holdings, held[rank], self.blueprint.constants))
+            sources = new.holdings
+        elif self.is_initial and held[rank]:
+            self._fill(new.holdings)
+            sources = self._make_initial() if any(transfer.source == rank for transfer in plan) else []
+        else:
+            sources = self.holdings
+            copy_within(sources, new.holdings, intersect(wanted[rank], held[rank]))
+        moved = execute(plan, sources, new.holdings, self._kinds, fabric.world)
+        barrier()
+        old = self.arrangement
+        if old.part is not None and old.part is not new.part:
+            old.part.close()
+        self.arrangement, self._held, self.collected = new, wanted[rank], []
+        self.is_initial = False
+        self.updates = updates
+        for holding in new.holdings:
+            holding.set_updates(updates)
+        return moved
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return (WEIGHTS, *self.spec.moments)
+
+    def _initial_values(self) -> dict[str, torch.Tensor]:
+        if self._initial is None:
+            self._initial = self._rebuild()
+        return self._initial
+
+    def _fill(self, holdings: Sequence[Holding]) -> None:
+        """The state of step 0."""
+        values = self._initial_values()
+        with torch.no_grad():
+            for holding in holdings:
+                for slot in self.space.slots:
+                    flat = None
+                    for start, offset, length in holding.strip.locate(slot.offset, slot.offset + slot.numel):
+                        if flat is None:
+                            flat = self.space.share(slot, values[slot.name], holding.coordinate).reshape(-1)
+                        first = start - slot.offset
+                        holding.weights[offset : offset + length].copy_(flat[first : first + length])
+                for name in self.spec.moments:
+                    holding.moments[name].zero_()
+
+    def _make_initial(self) -> list[Holding]:
+        """The whole state of step 0."""
+        return self._whole_of({f"model.{name}": tensor for name, tensor in self._initial_values().items()})
+
+    def _arrange(self, layout: ParallelLayout, fabric: Fabric, shards: Sequence[Shard]) -> Arrangement:
+        """Room for what this rank is to have; what has the same shape as before is the same memory."""
+        place = layout.place(fabric.rank)
+        if place is None:
+            return Arrangement(shards=shards)
+        kind = effective_shard(layout)
+        shard = shards[fabric.rank]
+        runs = layout.blocks_of(place.stage)
+        part: Part | ShardedPart
+        if kind == "parameters":
+            part = ShardedPart(self.blueprint, runs, fabric)
+            own = self._room(shard, Strip.pieces(shard.ranges, self.space.boundary))
+        else:
+            part = self._part(place.tensor, runs, fabric)
+            if kind == "none":
+                own = self._room(shard, part.strip, part.weights)
+            else:
+                own = self._room(shard, Strip.of(shard.ranges, self.space.boundary))
+        pieces = Strip.pieces if kind == "parameters" else Strip.of
+        mirrors = {
+            other.owner: self._room(other, pieces(other.ranges, self.space.boundary))
+            for other in shards
+            if fabric.rank in other.mirrors
+        }
+        return Arrangement(part, own, mirrors, shards)
+
+    def _part(self, coordinate: int, runs: tuple[tuple[int, int], ...] | None, fabric: Fabric) -> Part:
+        old = self.arrangement.part
+        mesh = fabric.axis("tensor") if fabric.layout.tensor > 1 else None
+        if isinstance(old, Part) and old.is_plain and runs is None and mesh is None:
+            return old
+        weights = None
+        own = self.arrangement.own
+        if isinstance(old, Part) and (old.coordinate, old.runs) == (coordinate, runs):
+            weights = old.weights if own is not None and own.weights is old.weights else None
+        return Part(self.blueprint, coordinate, runs, mesh, weights)
+
+    def _room(self, shard: Shard, strip: Strip, weights: torch.Tensor | None = None) -> Holding:
+        """A holding with these `weights`, or with weights of its own, which nothing computes with."""
+        part = self.arrangement.part
+        computed_with = part.weights if isinstance(part, Part) else None
+        for old in self.arrangement.holdings:
+            fits = old.weights is not computed_with if weights is None else old.weights is weights
+            if fits and old.coordinate == shard.coordinate and old.strip == strip:
+                return old
+        return Holding(shard.coordinate, strip, self.spec, self.device, weights)
+
+    # ------------------------------------------------------------------------------------ the whole state
+
+    def collect(self, held: Sequence[Spans], fabric: Fabric) -> Moved:
+        """Brings the whole state to rank 0, beside what is there. Raises PeerLost, StateCorrupt, NotCovered."""
+        everything = whole(self.space.size, self.space.tensor)
+        wanted = [everything, *[NOTHING] * (fabric.world.world_size - 1)]
+        sources = self._make_initial() if self.is_initial else self.holdings
+        targets = self._whole_of({}) if fabric.rank == 0 else []
+        copy_within(sources, targets, held[fabric.rank])
+        moved = execute(plan_transfers(held, wanted), sources, targets, self._kinds, fabric.world)
+        if fabric.rank == 0:
+            self.collected = targets
+        return moved
+
+    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Holding]:
+        """The whole state, one holding per coordinate, filled from tensors by the names of `named`."""
+        strip = Strip.of([(0, self.space.size)], self.space.boundary)
+        holdings = [Holding(c, strip, self.spec, self.device) for c in range(self.space.tensor)]
+        with torch.no_grad():
+            for holding in holdings:
+                for slot in self.space.slots:
+                    for kind, buffer in holding.kinds().items():
+                        found = tensors.get(name_of(kind, slot.name))
+                        if found is not None:
+                            view = buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
+                            view.copy_(self.space.share(slot, found, holding.coordinate))
+        return holdings
+
+    def whole_holdings(self) -> list[Holding] | None:
+        """One holding of the whole state per coordinate, if all of it is here."""
+        if self.collected:
+            return self.collected
+        if self.is_initial:
+            return self._make_initial()
+        everything = whole(self.space.size, self.space.tensor)
+        if subtract(everything, self.held):
+            return None
+        own = self.arrangement.own
+        if own is not None and own.spans == everything:
+            return [own]
+        # It is here in pieces: a shard of its own and those of others.
+        pieced = self._whole_of({})
+        copy_within(self.holdings, pieced, everything)
+        return pieced
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every full parameter, buffer and optimizer tensor under a stable name, in name order.
+
+        Raises RuntimeError when not all of the state is here.
+        """
+        holdings = self.whole_holdings()
+        if holdings is None:
+            raise RuntimeError("not all of the state is on this rank")
+        slots = {slot.name: slot for slot in self.space.slots}
+        sources: dict[str, tuple[str, str]] = {f"model.{name}": ("", name) for name in self.blueprint.constants}
+        sources |= {name_of(kind, name): (kind, name) for name in slots for kind in self._kinds}
+        sources["optimizer.updates"] = ("", "")
+        for name, (kind, inner) in sorted(sources.items()):
+            if kind:
+                slot = slots[inner]
+                views = [h.kinds()[kind][slot.offset : slot.offset + slot.numel].view(slot.shape) for h in holdings]
+                yield name, self.space.assemble(slot, views)
+            elif inner:
+                yield name, self.blueprint.constants[inner]
+            else:
+                yield name, torch.tensor(self.updates, dtype=torch.int64)
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """What `named` gives, but for the number of updates: dtype and full shape by name."""
+        found = {f"model.{name}": (tensor.dtype, tensor.shape) for name, tensor in self.blueprint.constants.items()}
+        for slot in self.space.slots:
+            shape = torch.Size(full_shape(self.space, slot))
+            found |= {name_of(kind, slot.name): (torch.float32, shape) for kind in self._kinds}
+        return found
+
+
+def _by_node(wanted: Sequence[Spans], domains: Sequence[Domain]) -> list[Spans]:
+    """What each rank reads of what it wants, so that every node reads its share of everything, and all ranks of it
+    theirs of that."""
+    # Of ranks whose node is not known, each is taken to be on one of its own.
+    names = [domain if domain.node else rank for rank, domain in enumerate(domains)]
+    nodes = list(dict.fromkeys(names))
+    by_node = [union(*(want for want, name in zip(wanted, names, strict=True) if name == node)) for node in nodes]
+    shares = dict(zip(nodes, share_out(by_node), strict=True))
+    return [intersect(want, shares[name]) for want, name in zip(wanted, names, strict=True)]
+
+
+def state_digest(state: TrainingState) -> str:
+    """ "sha256:…" over name, dtype, shape and little-endian bytes of every tensor of the state, in name order.
+
+    Raises RuntimeError when not all of the state is on this rank.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in state.named():
+        host = tensor.detach().contiguous().cpu()
+        digest.update(f"{name} {str(host.dtype).removeprefix('torch.')} {list(host.shape)}\n".encode())
+        digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"

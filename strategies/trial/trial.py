@@ -1,0 +1,252 @@
+"""The trial of a model, whole and with its first weights, before any layout: what would make results wrong is refused.
+
+What a virtual worker computes must be a function of weights, tokens and random streams. A model can break that by what
+it keeps for itself (buffers, attributes, closures, random generators of its own), which each rank would have of its
+own. So the model is given two inputs in several orders: loss and gradients must be the same to the last bit whatever it
+saw before, and what it keeps must not tell how often it was called. What it makes once and reads again (rotary tables,
+masks) passes.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from strategies.gradient.spec import StepSpec, first_pass
+from strategies.model.randomness import seed_stream
+from strategies.model.stage import Stage
+from strategies.objective.rows import Rows
+from strategies.trial.document_mask import refuse_leaks
+from strategies.trial.footprint import Footprint, changed, footprint, own_attributes, value_sums
+from strategies.trial.leaks import refuse_foresight
+
+ADVICE = (
+    "each rank would have its own, and the result would depend on which rank saw which data. Compute it from the "
+    "input, or make it a trained parameter; a buffer with persistent=False or a plain attribute is no way around it"
+)
+"""What is wrong with a model that changes what it keeps, and what to do."""
+_LONGEST_ON_CPU = 64
+"""Tokens a row has when a model that does not fit its device is tried on the processor."""
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was found out. `unused` are the trained parameters that the loss does not depend on; `caches` what the model
+    makes for itself and that proved to be a function of its input."""
+
+    unused: frozenset[str] = frozenset()
+    caches: frozenset[str] = frozenset()
+
+
+def try_model(
+    model: nn.Module, spec: StepSpec, *, vocabulary: int, length: int, device: torch.device, is_ragged: bool = False
+) -> Trial:
+    """Tries `model` with rows of `length` made-up tokens below `vocabulary`, and with shorter ones where the rows of
+    the job are of several lengths (`is_ragged`). Leaves it, and all random numbers, as they were.
+
+    Raises ValueError for a model that cannot be computed, whose result depends on what it computed before, that draws
+    random numbers which are not keyed, or that lets a position see later ones (or other documents).
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return Trial()  # There is nothing to train, which is refused elsewhere.
+    where = _place_for(model, device)
+    if where != device:
+        length = min(length, _LONGEST_ON_CPU)
+    states = random.getstate(), np.random.get_state()
+    model.to(where)
+    try:
+        with torch.random.fork_rng(), first_pass(model, length):
+            return _try(model, spec, _inputs(vocabulary, length, where, spec, is_ragged=is_ragged))
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.to("cpu")
+
+
+def _place_for(model: nn.Module, device: torch.device) -> torch.device:
+    """The device, or the processor where weights and gradients of the whole model would not fit on that."""
+    if device.type != "cuda":
+        return device
+    needed = sum(2.5 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return device if needed < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+
+
+def _inputs(
+    vocabulary: int, length: int, device: torch.device, spec: StepSpec, *, is_ragged: bool
+) -> tuple[torch.Tensor, list[Rows]]:
+    """Two rows of `length` ids, nowhere alike, and two micro-batches of one row each."""
+    seed_stream(spec.seed, "trial")
+    first = torch.randint(vocabulary, (1, length + 1))
+    second = (first + torch.randint(1, max(2, vocabulary), (1, length + 1))) % vocabulary
+    tokens = torch.cat([first, second]).to(device)
+    places = torch.arange(length, device=device)[None] if spec.document_mask else None
+    shorter = max(1, length // 2) if is_ragged else length
+    rows = [Rows(tokens[:1], None, places)]
+    rows.append(Rows(tokens[1:, : shorter + 1], None, None if places is None else places[:, :shorter]))
+    return tokens[:, :-1], rows
+
+
+def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:
+    tokens, rows = inputs
+    one, other, watched = _copy(model), _copy(model), _copy(model)
+    passes = _Passes(spec, rows)
+    before = footprint(one)
+    persistent, weights = set(one.state_dict()), _weights(model)
+    passes.run(one, 0)
+    passes.run(one, 1)
+    passes.run(one, 0)
+    settled = footprint(one)
+    passes.run(one, 0)
+    after = footprint(one)
+    passes.run(other, 1)
+    passes.run(other, 0)
+    touched = set(changed(before, after)) | set(changed(before, settled))
+    _refuse_memory(model, [*changed(settled, after), *(touched & persistent), *changed(weights, _weights(model))])
+    _refuse_strange_numbers(model, passes)
+    passes.refuse_differences(model, touched)
+    if spec.document_mask:
+        refuse_leaks(watched, tokens.device)
+    refuse_foresight(watched, tokens)
+    return Trial(unused=unused_of(model, passes.used), caches=frozenset(touched))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """With the same parameters, and buffers and attributes of its own. What cannot be copied is tried as it is."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception:  # Whatever a user's object raises.
+        return model
+
+
+def _weights(model: nn.Module) -> Footprint:
+    return {name: value_sums(parameter) for name, parameter in model.named_parameters()}
+
+
+class _Passes:
+    """Forward and backward passes in training mode, always with the random streams of their input."""
+
+    def __init__(self, spec: StepSpec, rows: Sequence[Rows]) -> None:
+        self._spec = spec
+        self._rows = rows
+        self.results: dict[int, list[Any]] = {}
+        self.used: set[str] = set()
+        self.moved: dict[str, list[bool]] = {"Python's module random": [], "numpy.random": []}
+
+    def run(self, model: nn.Module, which: int) -> None:
+        rows = self._rows[which]
+        for parameter in model.parameters():
+            parameter.grad = None
+        before = _foreign_states()
+        seed_stream(self._spec.seed, "trial", which)
+        loss = self._spec.loss(model, rows, rows.tokens.numel())
+        loss.backward()  # type: ignore[no-untyped-call]
+        for moved, one, two in zip(self.moved.values(), before, _foreign_states(), strict=True):
+            moved.append(one != two)
+        result: list[Any] = [value_sums(loss)]
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.used.add(name)
+                result.append((name, value_sums(parameter.grad)))
+        self.results.setdefault(which, []).append(result)
+
+    def refuse_differences(self, model: nn.Module, touched: Collection[str]) -> None:
+        """Raises ValueError when the same input gave other bits."""
+        for results in self.results.values():
+            if any(result != results[0] for result in results[1:]):
+                kept = f" It changes {_listed(sorted(touched))}." if touched else ""
+                raise ValueError(
+                    f"the model {type(model).__name__} gives another loss or other gradients for the same tokens, "
+                    f"weights and random seed, depending on what it computed before.{kept} It remembers something, or "
+                    f"draws random numbers that torch's seed does not decide: {ADVICE}"
+                )
+
+
+def _foreign_states() -> tuple[Any, Any]:
+    """Of the process-wide generators that are not torch's."""
+    _, keys, position, *_ = np.random.get_state()
+    return hash(random.getstate()), (np.asarray(keys).tobytes(), position)
+
+
+def _refuse_memory(model: nn.Module, names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"the model {type(model).__name__} changes {_listed(sorted(set(names)))} in a forward pass: {ADVICE}"
+        )
+
+
+def _refuse_strange_numbers(model: nn.Module, passes: _Passes) -> None:
+    for name, moved in passes.moved.items():
+        if all(moved):
+            # What other threads draw now and then is not the model's doing.
+            raise ValueError(
+                f"the model {type(model).__name__} draws from {name} in a forward pass, whose numbers depend on what "
+                "else the process has done: draw from torch (torch.rand), which is seeded for each micro-batch"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(map(repr, names[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def unused_of(model: nn.Module, used: Collection[str]) -> frozenset[str]:
+    """The trained parameters not in `used`. An expert that no token was sent to is not unused: one whose name differs
+    in the last of several numbers only (experts of one layer) is."""
+
+    def kind(name: str) -> str:
+        numbers = list(re.finditer(r"\.\d+\.", name))
+        last = numbers[-1] if len(numbers) > 1 else None
+        return name if last is None else f"{name[: last.start()]}.*.{name[last.end() :]}"
+
+    kinds = {kind(name) for name in used}
+    return frozenset(name for name, p in model.named_parameters() if p.requires_grad and kind(name) not in kinds)
+
+
+class Constancy:
+    """Holds that modules do not change what they keep while they train: what a trial could not see (a change at step
+    100) is an error when it happens. `exempt` are the caches that a trial has seen and passed."""
+
+    def __init__(self, modules: Sequence[nn.Module], exempt: Collection[str] = ()) -> None:
+        self._watched: list[tuple[str, dict[str, Any], str, Any, int]] = []
+        for module in modules:
+            inner: nn.Module = module.module if isinstance(module, Stage) else module
+            for owner, part in inner.named_modules():
+                places = [(part._buffers, key) for key in part._buffers]
+                places += [(vars(part), key) for key, _ in own_attributes(part)]
+                for place, key in places:
+                    name, value = f"{owner}.{key}" if owner else key, place[key]
+                    if isinstance(value, (torch.Tensor, int, float)) and name not in exempt:
+                        self._watched.append((name, place, key, value, _writes(value)))
+
+    def check(self) -> None:
+        """Raises ModelChanged, with names. Reads no tensor's values: microseconds."""
+        names = [name for name, place, key, *before in self._watched if _is_new(place.get(key), *before)]
+        if names:
+            raise ModelChanged(f"the model has changed {_listed(names)} while it computed a step: {ADVICE}")
+
+
+def _writes(value: Any) -> int:
+    """How often a tensor was written to."""
+    return value._version if isinstance(value, torch.Tensor) else 0
+
+
+def _is_new(value: Any, before: Any, writes: int) -> bool:
+    if isinstance(before, torch.Tensor):
+        return value is not before or value._version != writes
+    return isinstance(value, torch.Tensor) or bool(value != before)
+
+
+class ModelChanged(ValueError):
+    """A model changed what it keeps beside its parameters: the job's fault, and final."""

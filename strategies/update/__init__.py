@@ -1,0 +1,1 @@
+"""How a step becomes an update: prepare, vote, commit."""
