@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from monitoring.page.series import Point
+from monitoring.report.steps import Point
 
 SILENT_S = 5.0
 """status.json is written every second; a controller that restarts is silent for some."""

@@ -22,7 +22,7 @@ from monitoring.outside import json_text
 from monitoring.page.access import Access, PageError
 from monitoring.page.door import Door
 from monitoring.page.feed import Feed
-from monitoring.report_page import render
+from monitoring.report.page import render
 
 TICK_S = 0.5
 """How often the files are looked at while somebody looks at the page, and so how often it changes."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from monitoring.clock import Line, on_line
 from monitoring.page.glance import Glance
-from monitoring.page.series import Point, Series
 from monitoring.page.timeline import Timeline
 from monitoring.page.workers import Workers
+from monitoring.report.steps import Point, Series
 
 MAX_GENERATIONS = 500
 """So many generations back the number of workers is shown."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from monitoring.outside import json_text
-from monitoring.report import lines_of, report_of
-from monitoring.report_page import write_report_page
+from monitoring.report.page import write_report_page
+from monitoring.report.report import lines_of, report_of
 from monitoring.terminal.clean import clean
 from orchestrator.rundir import RunDirectory
 

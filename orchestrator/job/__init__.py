@@ -13,21 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.job.errors import JobError, Problem
     from orchestrator.job.overrides import parse_fault
-    from orchestrator.job.schema import (
-        Checkpoint,
-        Data,
-        Elastic,
-        Fault,
-        Job,
-        Model,
-        Monitoring,
-        Optimizer,
-        Resources,
-        Schedule,
-        Strategy,
-        Train,
-        Workers,
-    )
+    from orchestrator.job.schema import Job
+    from orchestrator.job.sections.checkpoint import Checkpoint
+    from orchestrator.job.sections.data import Data
+    from orchestrator.job.sections.elastic import Elastic, Workers
+    from orchestrator.job.sections.faults import Fault
+    from orchestrator.job.sections.model import Model
+    from orchestrator.job.sections.monitoring import Monitoring
+    from orchestrator.job.sections.resources import Resources
+    from orchestrator.job.sections.strategy import Strategy
+    from orchestrator.job.sections.train import Optimizer, Schedule, Train
 
 __all__ = [
     "Checkpoint",
@@ -48,11 +43,16 @@ __all__ = [
     "parse_fault",
 ]
 
-_MODULES = {"JobError": "errors", "Problem": "errors", "parse_fault": "overrides"}
+_MODULES = {
+    "Job": "schema", "JobError": "errors", "Problem": "errors", "parse_fault": "overrides",
+    "Fault": "sections.faults", "Optimizer": "sections.train", "Schedule": "sections.train",
+    "Workers": "sections.elastic",
+}  # fmt: skip
+"""Others are in a file of their own name."""
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `orchestrator --help` does not pay for importing pydantic.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'schema')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, f'sections.{name.lower()}')}"), name)

@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from orchestrator.job.rules import Unknown
-from orchestrator.job.schema import ACROSS_FIELDS, OWN_WORDS
+from orchestrator.job.rules import ACROSS_FIELDS, OWN_WORDS, Unknown
 from orchestrator.job.yaml_tree import Path, describe
 
-Section = TypeVar("Section", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 _WANTED = {
     "int": "an integer",
@@ -165,11 +164,11 @@ def _choices(annotation: Any) -> list[Any]:
     return [choice for inner in typing.get_args(annotation) for choice in _choices(inner)]
 
 
-def validate(root: type[Section], data: object) -> tuple[Section | None, list[Explained]]:
+def validate(root: type[Kind], data: object) -> tuple[Kind | None, list[Explained]]:
     """`data` as a `root`, and what is wrong with it; both empty when only rules across fields do not hold."""
     try:
         # The class's own `model_validate` may tell of mistakes in other words than pydantic's.
-        found: Section = root.__pydantic_validator__.validate_python(data)
+        found: Kind = root.__pydantic_validator__.validate_python(data)
         return found, []
     except ValidationError as error:
         return None, list(explain(error, root, data))

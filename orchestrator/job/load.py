@@ -1,23 +1,29 @@
-"""From a YAML file and the command line's options to a `Job`, or to every mistake in them at once."""
+"""From a YAML file and the command line's options to a job, or to every mistake in them at once.
+
+The class of the job (`root`) is an argument, so that its own methods can be these.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.job import checks
 from orchestrator.job.errors import JobError, Problem
 from orchestrator.job.explain import Explained, default_at, explain, validate
 from orchestrator.job.overrides import apply_override, graft, parse_override, problem_of, read_fault
 from orchestrator.job.rules import Finding, Get, Unknown
-from orchestrator.job.schema import Job
 from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Place, Tree, describe, read
 
+Root = TypeVar("Root", bound=BaseModel)
 
-def load_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), faults: Sequence[str] = ()) -> Job:
+
+def load_file(
+    root: type[Root], path: str | os.PathLike[str], overrides: Sequence[str] = (), faults: Sequence[str] = ()
+) -> Root:
     """See `Job.load`. Raises JobError, also when the file cannot be read or is not UTF-8."""
     name = os.fspath(path)
     try:
@@ -34,15 +40,21 @@ def load_file(path: str | os.PathLike[str], overrides: Sequence[str] = (), fault
         column = len(raw[line_start : error.start].decode("utf-8")) + 1
         reason = f"not UTF-8: the byte 0x{raw[error.start]:02x} does not belong here"
         raise JobError([Problem(name, line, column, "", reason)]) from None
-    return load_text(text, name, overrides, faults)
+    return load_text(root, text, name, overrides, faults)
 
 
-def load_text(text: str, filename: str = "<string>", overrides: Sequence[str] = (), faults: Sequence[str] = ()) -> Job:
+def load_text(
+    root: type[Root],
+    text: str,
+    filename: str = "<string>",
+    overrides: Sequence[str] = (),
+    faults: Sequence[str] = (),
+) -> Root:
     """See `Job.loads`. Raises JobError."""
     tree = read(text, Place(filename))
-    usable = _is_mapping(tree)
+    usable = _is_mapping(root, tree)
     _take_options(tree, overrides, faults, usable)
-    job = _validated(tree) if usable else None
+    job = _validated(root, tree) if usable else None
     if job is None or tree.mistakes:
         raise JobError(_in_order(tree.mistakes))
     return job
@@ -62,21 +74,21 @@ def located(
         return JobError([Problem(name, 0, 0, finding.fields[0], finding.reason) for finding in findings])
 
 
-def mistakes_in(error: ValidationError, data: object) -> JobError:
+def mistakes_in(root: type[BaseModel], error: ValidationError, data: object) -> JobError:
     """Every mistake of a job that was made of a mapping and not of a file: those that pydantic found, and those across
     the fields that are valid."""
     if not isinstance(data, dict):
         return JobError([Problem("job", 0, 0, "", f"must be a mapping of fields, got {describe(data)}")])
-    found = list(explain(error, Job, data))
+    found = list(explain(error, root, data))
     mistakes = [Mistake(Place("job"), each.path, each.reason) for each in found]
-    for finding in checks.find(_reader(data, {each.path for each in found})):
+    for finding in checks.find(_reader(root, data, {each.path for each in found})):
         mistakes.append(Mistake(Place("job"), _path_of(finding.fields[0]), finding.reason))
     return JobError(list(dict.fromkeys(problem_of(mistake) for mistake in mistakes)))
 
 
-def _is_mapping(tree: Tree) -> bool:
+def _is_mapping(root: type[BaseModel], tree: Tree) -> bool:
     if tree.empty:
-        required = [name for name, field in Job.model_fields.items() if field.is_required()]
+        required = [name for name, field in root.model_fields.items() if field.is_required()]
         reason = f"the file is empty; a job needs at least {', '.join(required)}"
     elif isinstance(tree.data, dict):
         return True
@@ -107,13 +119,13 @@ def _take_options(tree: Tree, overrides: Sequence[str], faults: Sequence[str], u
                 graft(tree, ("faults", len(entries) - 1), fault)
 
 
-def _validated(tree: Tree) -> Job | None:
+def _validated(root: type[Root], tree: Tree) -> Root | None:
     """The job in the tree, if it is valid; adds to the tree's mistakes."""
-    job, explained = validate(Job, tree.data)
+    job, explained = validate(root, tree.data)
     explained = [found for found in explained if not _under(found.path, tree.broken)]
     tree.mistakes.extend(Mistake(_place_of(tree, found), found.path, found.reason) for found in explained)
     invalid = tree.broken | {found.path for found in explained}
-    for finding in checks.find(_reader(tree.data, invalid)):
+    for finding in checks.find(_reader(root, tree.data, invalid)):
         tree.mistakes.append(_located(tree, finding))
     if job is None and not tree.mistakes:
         raise AssertionError("pydantic refuses a job in which the loader finds nothing wrong")
@@ -128,7 +140,7 @@ def _path_of(dotted: str) -> Path:
     return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
 
 
-def _reader(data: dict[str, Any], invalid: set[Path]) -> Get:
+def _reader(root: type[BaseModel], data: dict[str, Any], invalid: set[Path]) -> Get:
     """`Get` over data of which the values at `invalid` cannot be used."""
 
     def get(dotted: str) -> Any:
@@ -142,7 +154,7 @@ def _reader(data: dict[str, Any], invalid: set[Path]) -> Get:
             elif isinstance(value, dict) and part in value:
                 value = value[part]
             else:
-                return default_at(Job, path)
+                return default_at(root, path)
         return value
 
     return get

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.job import checks
 from orchestrator.job.errors import JobError, Problem
 from orchestrator.job.explain import validate
-from orchestrator.job.schema import Fault
+from orchestrator.job.sections.faults import Fault
 from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Place, Tree, describe, one_line, read, shorten
 
 

@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+OWN_WORDS = "job"
+"""The type of pydantic error whose message is already in our own words."""
+ACROSS_FIELDS = "job_across_fields"
+"""The same for mistakes across fields, which the loader finds by itself, with positions."""
+
 Get = Callable[[str], Any]
 """The value at a dotted path, defaults included; raises Unknown when it is missing or not valid by itself."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.job import Job
-from orchestrator.job.schema import Fault
+from orchestrator.job.sections.faults import Fault
 
 
 class InjectedFault(RuntimeError):

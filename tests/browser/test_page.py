@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from monitoring.page.server import PageServer
-from monitoring.report_page import write_report_page
+from monitoring.report.page import write_report_page
 from tests.simulated_run import SimulatedRun
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install .[dev]")

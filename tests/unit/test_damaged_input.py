@@ -24,8 +24,8 @@ from monitoring.follow import describe_event
 from monitoring.outside import MAX_DEPTH, Unreadable, json_text, parse, read_json
 from monitoring.page.feed import Feed
 from monitoring.records import read_records
-from monitoring.report import lines_of, report_of
-from monitoring.report_page import render
+from monitoring.report.page import render
+from monitoring.report.report import lines_of, report_of
 from monitoring.sinks.stream import Stream
 from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import RunFacts

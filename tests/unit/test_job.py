@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.job import Job, JobError, parse_fault
+from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, Section, decides_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -370,6 +373,51 @@ def test_a_mix_is_part_of_the_numbers() -> None:
         return Job.loads(MINIMAL.replace("source: python-stdlib", mix)).digest()
 
     assert digest("1") == digest("1.0") != digest("2")
+
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_digests.json").read_text(encoding="utf-8"))
+"""Digests that jobs had before: what stands in the run directories and checkpoints of users."""
+
+
+@pytest.mark.parametrize(
+    ("example", "overrides", "digest"), RECORDED, ids=[f"{e} {' '.join(o)}" for e, o, _ in RECORDED]
+)
+def test_digests_are_what_they_were(example: str, overrides: list[str], digest: str) -> None:
+    assert Job.load(ROOT / example, overrides=overrides).digest() == digest
+
+
+def sections_of(kind: type[Section]) -> Iterator[type[Section]]:
+    yield kind
+    for field in kind.model_fields.values():
+        for inner in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, Section):
+                yield from sections_of(inner)
+
+
+def test_every_field_says_what_it_decides() -> None:
+    sections = set(sections_of(Job))
+    assert len(sections) > 15
+    for section in sections:
+        for field in section.model_fields.values():
+            assert decides_of(field).numbers in (True, False)
+
+
+def test_a_field_that_is_added_changes_no_digest_until_it_is_used() -> None:
+    class Before(Section):
+        steps: Annotated[int, NUMBERS]
+
+    class After(Before):
+        epochs: Annotated[int | None, NUMBERS_LATER] = None
+        where: Annotated[str, CIRCUMSTANCES] = "here"
+
+    assert After(steps=3).numerics() == After(steps=3, where="there").numerics() == Before(steps=3).numerics()
+    assert After(steps=3, epochs=2).numerics() == {"steps": 3, "epochs": 2}
+
+    class Silent(Before):
+        forgotten: int = 0
+
+    with pytest.raises(TypeError, match="must say what it decides"):
+        Silent(steps=3).numerics()
 
 
 def test_the_digest_of_a_job_without_the_newer_fields_is_what_it_was() -> None:

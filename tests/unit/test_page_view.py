@@ -11,8 +11,8 @@ import pytest
 
 from monitoring.page.feed import Feed, StepFile
 from monitoring.page.glance import INTERRUPTED_S
-from monitoring.page.series import MAX_POINTS, Point, Series
 from monitoring.page.workers import LOST_SHOWN_S
+from monitoring.report.steps import MAX_POINTS, Point, Series
 from tests.simulated_run import SimulatedRun
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
-from monitoring.report_charts import Mark, elapsed, line_chart, ribbon, ticks, time_ticks
-from monitoring.report_page import render, write_report_page
-from monitoring.report_speeds import rank_speeds
+from monitoring.report.charts import Mark, elapsed, line_chart, ribbon, ticks, time_ticks
+from monitoring.report.page import render, write_report_page
+from monitoring.report.speeds import rank_speeds
 from tests.simulated_run import SimulatedRun
 
 

@@ -1,27 +1,42 @@
-"""Imports point one way, and only one room knows Ray."""
+"""Imports point one way, without a circle, and only one room knows Ray; also between the rooms inside the packages."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Container, Iterable, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("orchestrator", "strategies", "monitoring")
+FLOORS = {
+    "strategies": (
+        "layout", "comm", "reduction", "model", "optim", "state", "objective", "gradient", "trial", "update",
+    ),
+    "orchestrator": (
+        "errors", "urls", "lateness", "storage", "job", "rundir", "succession", "data", "models", "planning",
+        "checkpoint", "notices", "training", "control", "doctor", "runtime", "runtime.ray", "api", "cli",
+    ),
+}  # fmt: skip
+"""The rooms of a package from the ground up: each imports only those before it."""
+KNOWS_RAY = ("orchestrator", "runtime", "ray")
 
 
-def imported(path: Path) -> set[str]:
-    """The modules a file imports, wherever in it."""
+def imported(path: Path, modules: Container[str] = ()) -> set[str]:
+    """The modules that a file imports, wherever in it; of `modules` also those that it takes out of a package."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in modules else node.module or "" for name in inner}
     return names
 
 
@@ -33,6 +48,63 @@ def files(*parts: str) -> list[Path]:
 
 def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)}
+
+
+@cache
+def graph() -> Mapping[str, set[str]]:
+    """By module of ours, the modules of ours that it imports."""
+    modules = {}
+    for package in PACKAGES:
+        for path in files(package):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            modules[name] = path
+    return {name: imported(path, modules) & modules.keys() - {name} for name, path in modules.items()}
+
+
+def room(module: str) -> str:
+    """The room of a module in its package: the first folder or file below it; what knows Ray is one of its own."""
+    _, *inside = module.split(".")
+    return "runtime.ray" if inside[:2] == ["runtime", "ray"] else inside[0] if inside else ""
+
+
+def in_a_circle(arrows: Mapping[str, Iterable[str]]) -> list[str]:
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert not in_a_circle(graph())
+
+
+def test_a_circle_would_be_found() -> None:
+    assert set(in_a_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_room_imports_one_above_it(package: str) -> None:
+    floors = FLOORS[package]
+    for module, others in graph().items():
+        name = room(module)
+        if module.split(".")[0] != package or name in ("", "__main__"):
+            continue  # The face of the package.
+        assert name in floors, f"{module} is in no room of {package} that has a floor"
+        for other in others:
+            if other.split(".")[0] == package and room(other):
+                assert floors.index(room(other)) <= floors.index(name), f"{module} imports {other}, which is above it"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_do_not_import_each_other_in_a_circle(package: str) -> None:
+    arrows: dict[str, set[str]] = {}
+    for module, others in graph().items():
+        name = room(module)
+        inside = {room(other) for other in others if other.split(".")[0] == package} - {name, ""}
+        if module.split(".")[0] == package and name:
+            arrows.setdefault(name, set()).update(inside)
+    assert not in_a_circle(arrows)
 
 
 @pytest.mark.parametrize(
@@ -47,16 +119,28 @@ def test_strategies_and_monitoring_stand_alone(package: str, forbidden: set[str]
         assert not roots(path) & forbidden, path
 
 
-def test_only_the_cluster_room_knows_ray() -> None:
+def test_only_one_room_knows_ray() -> None:
     for package in PACKAGES:
         for path in files(package):
-            if "cluster" not in path.relative_to(ROOT).parts:
+            if path.relative_to(ROOT).parts[:3] != KNOWS_RAY:
                 assert "ray" not in roots(path), path
 
 
 def test_the_state_machine_has_no_clock_and_no_io() -> None:
-    for path in files("orchestrator", "controller"):
+    for path in files("orchestrator", "control"):
         assert not roots(path) & {"time", "os", "pathlib", "random", "threading", "asyncio", "torch", "socket"}, path
+
+
+@pytest.mark.parametrize("room_of", ["strategies/layout", "orchestrator/control", "orchestrator/notices"])
+def test_what_steers_imports_no_torch_itself(room_of: str) -> None:
+    for path in files(*room_of.split("/")):
+        names = {
+            name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        }
+        assert not any(name.split(".")[0] == "torch" for name in names), path
 
 
 def test_importing_the_packages_does_no_heavy_work() -> None:
@@ -71,6 +155,9 @@ def test_importing_the_packages_does_no_heavy_work() -> None:
 
 def test_the_controller_process_needs_no_torch() -> None:
     """A restarted controller is in charge the sooner the less it imports."""
-    code = "import sys, orchestrator.runtime.ray.controller_actor\nsys.exit('imported torch' if 'torch' in sys.modules else 0)"
+    code = (
+        "import sys, orchestrator.runtime.ray.controller_actor\n"
+        "sys.exit('imported torch' if 'torch' in sys.modules else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

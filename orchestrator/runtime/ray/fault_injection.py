@@ -11,7 +11,7 @@ import psutil
 import ray
 
 from orchestrator.control.protocol import Notice
-from orchestrator.job.schema import Fault
+from orchestrator.job.sections.faults import Fault
 from orchestrator.runtime.ray.nodes import Gcs, GcsError
 from orchestrator.training.messages import WorkerId
 

@@ -15,7 +15,6 @@ import aiohttp
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-import orchestrator
 from orchestrator.runtime.ray.session import ClusterError
 
 PACKAGES = ("orchestrator", "strategies", "monitoring")
@@ -60,7 +59,7 @@ class Submission:
         env = dict(self.runtime_env)
         env["working_dir"] = str(self.working_dir.resolve())
         env["excludes"] = [*dict.fromkeys((*(env.get("excludes") or ()), *EXCLUDES))]
-        home = Path(orchestrator.__file__).resolve().parents[1]
+        home = Path(__file__).resolve().parents[3]
         if home != self.working_dir.resolve():
             env["py_modules"] = [*(env.get("py_modules") or ()), *(str(home / name) for name in PACKAGES)]
         env["env_vars"] = {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S), **(env.get("env_vars") or {})}

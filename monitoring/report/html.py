@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from monitoring.report_charts import elapsed
+from monitoring.report.charts import elapsed
 
 MAX_ROWS = 200
 """Rows of a table; of a longer one the last are shown, and how many were left out."""

@@ -18,10 +18,9 @@ from monitoring.clock import Line, on_line
 from monitoring.follow import megabytes
 from monitoring.goodput import read_ledger
 from monitoring.outside import Unreadable, read_json
-from monitoring.page.series import Point, Series
 from monitoring.records import passed_over_text, read_records
-from monitoring.report_charts import Mark, bar, elapsed, heat_map, line_chart, ribbon
-from monitoring.report_html import (
+from monitoring.report.charts import Mark, bar, elapsed, heat_map, line_chart, ribbon
+from monitoring.report.html import (
     MAX_ROWS,
     clip,
     costs,
@@ -34,7 +33,8 @@ from monitoring.report_html import (
     table,
     words,
 )
-from monitoring.report_speeds import Speeds, rank_speeds
+from monitoring.report.speeds import Speeds, rank_speeds
+from monitoring.report.steps import Point, Series
 from monitoring.shapes import SMALL_FILES
 from monitoring.terminal.clean import clean_lines
 

@@ -1,0 +1,62 @@
+"""`data`: what is read, and how it becomes samples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag
+
+from orchestrator.job.fields import (
+    CIRCUMSTANCES,
+    NUMBERS,
+    NUMBERS_LATER,
+    PositiveFloat,
+    Section,
+    Text,
+    one_of,
+)
+
+Source = Annotated[
+    Annotated[Text, Tag("str")] | Annotated[list[Text], Field(min_length=1), Tag("list")],
+    one_of("str", "list", reason="must be a path, glob, URL or python-stdlib, or a list of them"),
+]
+Format = Literal["text", "jsonl", "parquet"]
+
+
+class MixEntry(Section):
+    """One of several sources; `format`, `field` and `document` are those of `data` where they are not given."""
+
+    source: Annotated[Source, NUMBERS]
+    weight: Annotated[PositiveFloat, NUMBERS]
+    """Relative to the weights of the others: how many of its samples are used for one of theirs."""
+    format: Annotated[Format | None, NUMBERS] = None
+    field: Annotated[Text | None, NUMBERS] = None
+    document: Annotated[Literal["file", "line", "record"] | None, NUMBERS] = None
+
+
+class Data(Section):
+    """What is read, and how it becomes samples of `sequence_length` tokens: exactly one of `source` and `mix`."""
+
+    source: Annotated[Source | None, NUMBERS] = None
+    """Relative paths start at the current working directory."""
+    mix: Annotated[Annotated[list[MixEntry], Field(min_length=1)] | None, NUMBERS_LATER] = None
+    """Several sources, each with epochs of its own."""
+    format: Annotated[Format | None, NUMBERS] = None
+    """None: told from each file's suffix."""
+    field: Annotated[Text, NUMBERS] = "text"
+    """The field of a jsonl or parquet record that holds the text."""
+    document: Annotated[Literal["file", "line", "record"] | None, NUMBERS_LATER] = None
+    """What one document is. None: text files are one each, of jsonl and parquet each record is one."""
+    tokenizer: Annotated[Text, NUMBERS] = "bytes"
+    """`bytes` (257 ids; 256 ends a document), or a path or hub id."""
+    sequence_length: Annotated[int, Field(ge=2), NUMBERS]
+    """Tokens per sample; the most, with packing pad."""
+    packing: Annotated[Literal["stream", "pack", "pad"], NUMBERS_LATER] = "stream"
+    """How documents become samples. stream: end to end, cut anywhere. pack: whole ones side by side. pad: one each."""
+    document_mask: Annotated[bool, NUMBERS_LATER] = False
+    """Whether a document is kept from attending to those before it in its sample."""
+    shuffle: Annotated[bool, NUMBERS] = True
+    cache: Annotated[Text | None, CIRCUMSTANCES] = None
+    """The directory for token stores. None: the platform's choice."""
+    mirrors: Annotated[list[Text], CIRCUMSTANCES] = Field(default_factory=list)
+    """Directories or URLs with copies of the source's files, and of token stores, to be read where those fail."""

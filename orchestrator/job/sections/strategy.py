@@ -1,0 +1,25 @@
+"""`strategy`: how one step is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from orchestrator.job.fields import (
+    CIRCUMSTANCES,
+    NUMBERS,
+    PositiveInt,
+    Section,
+)
+
+
+class Strategy(Section):
+    """How one step is spread over ranks. What tensor and pipeline leave over is data parallel."""
+
+    tensor: Annotated[PositiveInt, NUMBERS] = 1
+    pipeline: Annotated[PositiveInt, CIRCUMSTANCES] = 1
+    shard: Annotated[Literal["none", "optimizer", "gradients", "parameters"], CIRCUMSTANCES] = "none"
+    schedule: Annotated[Literal["1f1b", "gpipe", "interleaved-1f1b", "zero-bubble"], CIRCUMSTANCES] = "1f1b"
+    """The order in which a pipeline computes micro-batches; with one stage there is none to choose."""
+    reduction: Annotated[Literal["canonical", "native"], NUMBERS] = "canonical"
+    """canonical: the same bits for any number of workers. native: the backend's own collectives."""
+    update: Annotated[Literal["synchronous"], NUMBERS] = "synchronous"

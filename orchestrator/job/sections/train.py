@@ -1,0 +1,61 @@
+"""`train`: steps, batches, the optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from orchestrator.job.fields import (
+    CIRCUMSTANCES,
+    NUMBERS,
+    NUMBERS_LATER,
+    CountFloat,
+    CountInt,
+    Decay,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    pair,
+)
+
+
+class Optimizer(Section):
+    name: Annotated[Literal["adamw", "sgd"], NUMBERS] = "adamw"
+    lr: Annotated[PositiveFloat, NUMBERS] = 3e-4
+    """The peak learning rate."""
+    betas: Annotated[tuple[Decay, Decay], BeforeValidator(pair), NUMBERS] = (0.9, 0.95)
+    """adamw only."""
+    eps: Annotated[PositiveFloat, NUMBERS] = 1e-8
+    """adamw only."""
+    weight_decay: Annotated[CountFloat, NUMBERS] = 0.1
+    momentum: Annotated[Decay, NUMBERS] = 0.0
+    """sgd only."""
+
+
+class Schedule(Section):
+    """The learning rate over the steps: a linear warm-up, then this shape down to `min_ratio` of the peak."""
+
+    name: Annotated[Literal["constant", "linear", "cosine"], NUMBERS] = "cosine"
+    warmup_steps: Annotated[CountInt, NUMBERS] = 0
+    min_ratio: Annotated[float, Field(ge=0, le=1), NUMBERS] = 0.1
+    convention: Annotated[Literal["own", "transformers"], NUMBERS_LATER] = "own"
+    """own: the first step has 1 / warmup_steps of the peak, the last one min_ratio. transformers: the first step has 0,
+    and min_ratio would come one step after the last."""
+
+
+class Train(Section):
+    steps: Annotated[PositiveInt, NUMBERS]
+    global_batch: Annotated[PositiveInt, NUMBERS]
+    """Samples per optimizer step, whatever the number of workers."""
+    micro_batch: Annotated[PositiveInt, NUMBERS] = 1
+    """Samples per forward pass."""
+    optimizer: Annotated[Optimizer, NUMBERS] = Field(default_factory=Optimizer)
+    schedule: Annotated[Schedule, NUMBERS] = Field(default_factory=Schedule)
+    clip_norm: Annotated[PositiveFloat | None, NUMBERS] = 1.0
+    """The largest norm of the whole gradient. None: gradients are not clipped."""
+    precision: Annotated[Literal["fp32", "bf16"], NUMBERS] = "fp32"
+    compile: Annotated[bool, NUMBERS] = False
+    seed: Annotated[CountInt, NUMBERS] = 0
+    log_every: Annotated[PositiveInt, CIRCUMSTANCES] = 1
+    """Steps between two log lines."""
