@@ -70,7 +70,7 @@ class _Bench:
         from strategies.layout.placement import Domain
         from strategies.layout.statemap import whole
         from strategies.model.blueprint import Blueprint
-        from strategies.optim.optimizers import OptimizerSpec
+        from strategies.optim.spec import OptimizerSpec
         from strategies.state.training_state import TrainingState
 
         self.rank, self.ranks, self.directory = rank, ranks, directory

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class PlanError(ValueError):
     """The question cannot be answered as it was asked, or no layout fits; the text says which number is wrong."""
+
+
+class PluginError(ValueError):
+    """A part that another package was to bring is not there, or is not what it should be."""

@@ -650,6 +650,7 @@ _USER_ERRORS = {
     "DataError": EXIT_BAD_INPUT,
     "ModelError": EXIT_BAD_INPUT,
     "PlanError": EXIT_BAD_INPUT,
+    "PluginError": EXIT_BAD_INPUT,
     "KeyProblem": EXIT_BAD_INPUT,
     "UrlProblem": EXIT_BAD_INPUT,
     "CheckpointError": EXIT_FAILED,

@@ -83,7 +83,7 @@ def _reason(detail: ErrorDetails, root: type[BaseModel], path: Path) -> str:
     if kind == "missing":
         return "is required, but missing"
     if kind == OWN_WORDS:
-        return detail["msg"] + got
+        return detail["msg"] + got + did_you_mean(close(value, context.get("choices", ()), 0.6))
     if kind == "literal_error":
         choices = [str(choice) for choice in _choices(_annotation(root, path))]
         listed = f"must be one of {', '.join(choices)}" if len(choices) > 1 else f"can only be {choices[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from orchestrator import plugins
 from orchestrator.job.rules import OWN_WORDS
 
 
@@ -67,6 +69,19 @@ def matches(pattern: str, reason: str) -> AfterValidator:
     def check(value: str) -> str:
         if not compiled.fullmatch(value):
             raise PydanticCustomError(OWN_WORDS, "{reason}", {"reason": reason})
+        return value
+
+    return AfterValidator(check)
+
+
+def named(kind: str, own: Iterable[str]) -> AfterValidator:
+    """A name among those of a kind (see `orchestrator.plugins`): our own, and those of installed packages."""
+    ours = tuple(own)
+
+    def check(value: str) -> str:
+        if value not in ours and value not in (known := plugins.names(kind, ours)):
+            listed = f"must be one of {', '.join(known)}" if len(known) > 1 else f"can only be {known[0]}"
+            raise PydanticCustomError(OWN_WORDS, "{reason}", {"reason": listed, "choices": known})
         return value
 
     return AfterValidator(check)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from orchestrator.job.parts import optimizer_named
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.schedule import Schedule
+from strategies.optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -23,7 +25,7 @@ class StateBytes:
 
 
 ADAMW = StateBytes(weights=4.0, gradients=4.0, optimizer=8.0)
-"""Weights and gradients are fp32 in every precision (bf16 is autocast), and so are the two moments."""
+"""With that optimizer: weights and gradients are fp32 in every precision (bf16 is autocast), and so are moments."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ def work_of(job: Job, model: ModelCosts) -> Work:
 
 def state_bytes(job: Job) -> StateBytes:
     """What training keeps of each parameter."""
-    moments = {"adamw": ADAMW.optimizer, "sgd": 4.0 if job.train.optimizer.momentum else 0.0}
-    return replace(ADAMW, optimizer=moments[job.train.optimizer.name])
+    asked = job.train.optimizer
+    spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_named(asked.name))
+    return replace(ADAMW, optimizer=float(spec.state_bytes))
 
 
 @dataclass(frozen=True)

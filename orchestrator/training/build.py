@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
+from orchestrator.job.parts import optimizer_named
 from orchestrator.job.positions import too_long
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.errors import reason_of
@@ -18,8 +19,8 @@ from orchestrator.models.loading import build_model
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch
-from strategies.optim.optimizers import OptimizerSpec
 from strategies.optim.schedule import ScheduleSpec
+from strategies.optim.spec import OptimizerSpec
 from strategies.state.training_state import TrainingState
 from strategies.trial.document_mask import refuse_without_positions
 from strategies.trial.trial import try_model
@@ -117,10 +118,8 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def optimizer_spec(job: Job) -> OptimizerSpec:
-    o = job.train.optimizer
-    return OptimizerSpec(
-        name=o.name, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, momentum=o.momentum
-    )
+    asked = job.train.optimizer
+    return OptimizerSpec(**asked.model_dump(exclude={"name"}), kind=optimizer_named(asked.name))
 
 
 def step_spec(job: Job) -> StepSpec:

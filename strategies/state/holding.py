@@ -9,7 +9,7 @@ from torch import nn
 
 from strategies.layout.space import Strip
 from strategies.layout.statemap import Span, Spans, union
-from strategies.optim.optimizers import OptimizerSpec, build_optimizer
+from strategies.optim.spec import OptimizerSpec
 
 WEIGHTS = "weights"
 
@@ -92,13 +92,13 @@ class Holding:
         parts = [slice(0, boundary), slice(boundary, self.strip.size)]
         flat = [nn.Parameter(self.weights[part]) for part in parts]
         decayed, others = ([p] if p.numel() else [] for p in flat)
-        optimizer = build_optimizer(self.spec, decayed, others)
+        optimizer = self.spec.build(decayed, others)
         for parameter, part in zip(flat, parts, strict=True):
             if not parameter.numel():
                 continue
             parameter.grad = self.gradient[part]
             state = {name: buffer[part] for name, buffer in self.moments.items()}
-            if self.spec.name == "adamw":
+            if self.spec.kind.counts_updates:
                 counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
                 self._counters.append(counter)
                 state["step"] = counter

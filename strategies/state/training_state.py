@@ -32,7 +32,7 @@ from strategies.layout.statemap import (
 from strategies.model.blueprint import Blueprint
 from strategies.model.fsdp import ShardedPart
 from strategies.model.part import Part
-from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunks import full_shape
 from strategies.state.holding import WEIGHTS, Holding, name_of
 from strategies.state.intake import Intake

@@ -19,8 +19,8 @@ from strategies.layout.schedule import parts_of
 from strategies.layout.statemap import NOTHING, Spans, whole
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch, plain_batch
-from strategies.optim.optimizers import OptimizerSpec
 from strategies.optim.schedule import ScheduleSpec
+from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.trial.trial import Trial, try_model
 from strategies.update.synchronous import StepEngine
@@ -134,7 +134,7 @@ def make_engine(
         trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if model == "spare" else Trial()
         return Blueprint(made, tensor=tensor, device=CPU, unused=trial.unused)
 
-    state = TrainingState(blueprint(), OptimizerSpec(optimizer), lambda: blueprint().initial)
+    state = TrainingState(blueprint(), OptimizerSpec(kind=OPTIMIZERS[optimizer]), lambda: blueprint().initial)
     return StepEngine(state, spec, fetch)
 
 

@@ -20,8 +20,8 @@ from strategies.layout.space import ALIGNMENT, Strip
 from strategies.layout.statemap import NOTHING, Span, Transfer, plan_transfers, whole
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch, plain_batch
-from strategies.optim.optimizers import OptimizerSpec
 from strategies.optim.schedule import ScheduleSpec
+from strategies.optim.spec import OptimizerSpec
 from strategies.reduction.norm import square_sum
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Node, cover, split
@@ -260,7 +260,7 @@ SIZE = 10_016
 def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: int) -> tuple[str, int, int]:
     """The digest of what this rank has in the end, bytes received, and the most that buffers took."""
     torch.manual_seed(0 if rank in holders else 100 + rank)
-    holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec("adamw"), CPU)
+    holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
     for buffer in holding.kinds().values():
         buffer.copy_(torch.randn(SIZE))
     held = [whole(SIZE, 1) if other in holders else NOTHING for other in range(4)]
@@ -283,7 +283,7 @@ def test_everyone_ends_up_with_the_holders_state(holders: tuple[int, ...]) -> No
 
 def move_with_a_flipped_bit(rank: int, address: Endpoint) -> str:
     """Rank 0's memory changes between the digest and the network."""
-    holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec("adamw"), CPU)
+    holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
     groups = form(rank, 2, address, "corrupt")
     send = groups.send
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from strategies.layout.space import Space, Strip
 from strategies.layout.statemap import NOTHING, Span, Spans, num_elements, share_out, subtract, union, whole
-from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunks import Box, full_shape, pieces_of, slot_pieces
 from strategies.state.holding import Holding, name_of
 from strategies.state.intake import Intake

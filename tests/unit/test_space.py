@@ -15,7 +15,8 @@ from strategies.layout.assignment import even
 from strategies.layout.placement import row_ranges
 from strategies.layout.space import ALIGNMENT, Slot, Space, Strip, merge, round_up
 from strategies.layout.statemap import NOTHING, Span, union
-from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.sgd import SGD
+from strategies.optim.spec import OptimizerSpec
 from strategies.state.holding import Holding
 from tests.unit.tiny_model import (
     CPU,
@@ -26,9 +27,9 @@ from tests.unit.tiny_model import (
 quick = settings(deadline=None, print_blob=True, max_examples=150)
 
 OPTIMIZERS = [
-    OptimizerSpec("adamw", betas=(0.9, 0.99), weight_decay=0.1),
-    OptimizerSpec("sgd", weight_decay=0.2),
-    OptimizerSpec("sgd", momentum=0.9, weight_decay=0.01),
+    OptimizerSpec(betas=(0.9, 0.99), weight_decay=0.1),
+    OptimizerSpec(weight_decay=0.2, kind=SGD),
+    OptimizerSpec(momentum=0.9, weight_decay=0.01, kind=SGD),
 ]
 """Every kind, each with weight decay, so that a wrong boundary shows."""
 
@@ -289,7 +290,7 @@ def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> Non
 
 def test_a_holding_says_what_it_has() -> None:
     strip = Strip.of([(0, 20), (32, 48)], 32)
-    holding = Holding(1, strip, OptimizerSpec("adamw"), CPU)
+    holding = Holding(1, strip, OptimizerSpec(), CPU)
     assert holding.spans == union([Span(1, 0, 20), Span(1, 32, 48)])
     assert holding.num_bytes == 4 * 3 * 48
     assert list(holding.locate(Span(1, 16, 40))) == [(16, 16, 4), (32, 32, 8)]
@@ -297,7 +298,7 @@ def test_a_holding_says_what_it_has() -> None:
 
 
 def test_a_holding_of_nothing_can_be_updated() -> None:
-    nothing = Holding(0, Strip.of([], 0), OptimizerSpec("adamw"), CPU)
+    nothing = Holding(0, Strip.of([], 0), OptimizerSpec(), CPU)
     nothing.apply(1e-2)
     assert nothing.spans == NOTHING
 

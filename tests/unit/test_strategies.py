@@ -15,7 +15,6 @@ from strategies.comm.groups import Groups
 from strategies.layout.assignment import deal, even
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.randomness import stream_key
-from strategies.optim.optimizers import OptimizerSpec, build_optimizer
 from strategies.optim.schedule import ScheduleSpec
 from strategies.reduction.reducer import Reducer
 from strategies.reduction.tree import Node, cover, fold, split
@@ -228,13 +227,6 @@ def test_random_streams_are_told_apart_by_every_part() -> None:
     assert stream_key(1, 11) != stream_key(11, 1)
     assert all(0 <= key < 2**63 for key in keys)
     assert stream_key(5, "step", 0, 1, 2) == 1845650695205280241, "the streams of recorded runs must not change"
-
-
-def test_unknown_optimizers_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
-        OptimizerSpec("lion").moments  # noqa: B018
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
-        build_optimizer(OptimizerSpec("lion"), [torch.zeros(1)], [])
 
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:

@@ -19,7 +19,7 @@ FLOORS = {
         "layout", "comm", "reduction", "model", "optim", "state", "objective", "gradient", "trial", "update",
     ),
     "orchestrator": (
-        "errors", "urls", "lateness", "storage", "job", "rundir", "succession", "data", "models", "planning",
+        "errors", "plugins", "urls", "lateness", "storage", "job", "rundir", "succession", "data", "models", "planning",
         "checkpoint", "notices", "training", "control", "doctor", "runtime", "runtime.ray", "api", "cli",
     ),
 }  # fmt: skip

@@ -17,7 +17,9 @@ from strategies.layout.space import ALIGNMENT
 from strategies.layout.statemap import NOTHING, NotCovered, whole
 from strategies.model.blueprint import Blueprint
 from strategies.model.part import Part
-from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.adamw import ADAMW
+from strategies.optim.sgd import SGD
+from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.holding import Holding
 from strategies.state.training_state import TrainingState, state_digest
 from tests.unit.tiny_model import (
@@ -95,9 +97,9 @@ def test_gradients_are_accumulated_in_the_buffer_given() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        OptimizerSpec("adamw", betas=(0.9, 0.99), weight_decay=0.1),
-        OptimizerSpec("sgd", weight_decay=0.0),
-        OptimizerSpec("sgd", momentum=0.9, weight_decay=0.01),
+        OptimizerSpec(betas=(0.9, 0.99), weight_decay=0.1),
+        OptimizerSpec(weight_decay=0.0, kind=SGD),
+        OptimizerSpec(momentum=0.9, weight_decay=0.01, kind=SGD),
     ],
     ids=["adamw", "sgd", "sgd with momentum"],
 )
@@ -116,7 +118,7 @@ def test_updates_are_those_of_torchs_own_optimizer(spec: OptimizerSpec) -> None:
             {"params": [p for p in copies[fused].values() if p.ndim < 2], "weight_decay": 0.0},
         ]
         other: torch.optim.Optimizer
-        if spec.name == "adamw":
+        if spec.kind is ADAMW:
             other = torch.optim.AdamW(groups, lr=1.0, betas=spec.betas, eps=spec.eps, fused=fused)
         else:
             other = torch.optim.SGD(groups, lr=1.0, momentum=spec.momentum, fused=fused)
@@ -139,7 +141,7 @@ def test_updates_are_those_of_torchs_own_optimizer(spec: OptimizerSpec) -> None:
 
 
 def test_only_matrices_are_decayed() -> None:
-    state = settled(OptimizerSpec("sgd", weight_decay=0.5))
+    state = settled(OptimizerSpec(weight_decay=0.5, kind=SGD))
     before = {slot.name: saved(state)[f"model.{slot.name}"] for slot in state.space.slots}
     update(state, torch.zeros(state.space.size), 0.1)
     for slot in state.space.slots:
@@ -152,7 +154,7 @@ def test_only_matrices_are_decayed() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_saved_state_continues_as_if_it_had_not_been_saved(name: str) -> None:
-    spec = OptimizerSpec(name, momentum=0.9 if name == "sgd" else 0.0)
+    spec = OptimizerSpec(momentum=0.9 if name == "sgd" else 0.0, kind=OPTIMIZERS[name])
     first = settled(spec)
     update(first, random_gradient(first, 1))
     kept = saved(first)

@@ -15,8 +15,9 @@ from torch import nn
 from orchestrator.job.positions import positions_of, too_long
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
-from strategies.optim.optimizers import OptimizerSpec
 from strategies.optim.schedule import ScheduleSpec
+from strategies.optim.sgd import SGD
+from strategies.optim.spec import OptimizerSpec
 from strategies.state.training_state import TrainingState
 from strategies.trial.trial import ModelChanged, Trial, try_model, unused_of
 from strategies.update.synchronous import StepEngine
@@ -325,7 +326,7 @@ class Spare(TinyModel):
         self.spare = nn.Linear(7, 7)
 
 
-@pytest.mark.parametrize("spec", [OptimizerSpec(), OptimizerSpec("sgd", momentum=0.9, weight_decay=0.1)])
+@pytest.mark.parametrize("spec", [OptimizerSpec(), OptimizerSpec(momentum=0.9, weight_decay=0.1, kind=SGD)])
 def test_unused_parameters_are_left_alone_as_in_torch(spec: OptimizerSpec) -> None:
     torch.manual_seed(3)
     model = Spare()

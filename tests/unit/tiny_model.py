@@ -13,7 +13,7 @@ from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain
 from strategies.layout.statemap import Spans
 from strategies.model.blueprint import Blueprint
-from strategies.optim.optimizers import OptimizerSpec
+from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunks import Box
 from strategies.state.intake import Intake
 from strategies.state.training_state import TrainingState

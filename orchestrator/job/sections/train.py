@@ -16,12 +16,16 @@ from orchestrator.job.fields import (
     PositiveFloat,
     PositiveInt,
     Section,
+    named,
     pair,
 )
+from strategies.optim.spec import OPTIMIZERS
 
 
 class Optimizer(Section):
-    name: Annotated[Literal["adamw", "sgd"], NUMBERS] = "adamw"
+    """Which, and its settings; each optimizer looks at those that it has."""
+
+    name: Annotated[str, named("optimizers", OPTIMIZERS), NUMBERS] = "adamw"
     lr: Annotated[PositiveFloat, NUMBERS] = 3e-4
     """The peak learning rate."""
     betas: Annotated[tuple[Decay, Decay], BeforeValidator(pair), NUMBERS] = (0.9, 0.95)

@@ -1,0 +1,43 @@
+"""An optimizer and the settings that a job has for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from strategies.optim.adamw import ADAMW
+from strategies.optim.base import MOMENT_BYTES, Optimizer, Settings
+from strategies.optim.sgd import SGD
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIMIZERS: dict[str, Optimizer] = {kind.name: kind for kind in (ADAMW, SGD)}
+"""Those that come with this package, by the name that a job file has for them."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec(Settings):
+    """What the job asks for."""
+
+    kind: Optimizer = field(default=ADAMW, kw_only=True)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the tensors kept for each parameter."""
+        return self.kind.moments(self)
+
+    @property
+    def state_bytes(self) -> int:
+        """What is kept for each element of a parameter, beside the parameter itself."""
+        return MOMENT_BYTES * len(self.moments)
+
+    def build(self, decayed: Sequence[torch.Tensor], undecayed: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        """A torch optimizer over flat parameter tensors; weight decay applies to `decayed` only."""
+        groups = [
+            {"params": list(tensors), "weight_decay": decay}
+            for tensors, decay in ((decayed, self.weight_decay), (undecayed, 0.0))
+            if tensors
+        ]
+        return self.kind.build(groups, self)

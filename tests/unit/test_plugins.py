@@ -1,0 +1,108 @@
+"""Parts that another package brings: found by name, and as good as our own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator import plugins
+from orchestrator.errors import PluginError
+from orchestrator.job import Job, JobError
+from orchestrator.job.parts import optimizer_named
+from orchestrator.planning.work import state_bytes
+from strategies.layout.space import Space, Strip
+from strategies.optim.adamw import ADAMW
+from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
+from strategies.state.holding import Holding
+
+PACKAGE = Path(__file__).parents[1] / "plugin_package"
+JOB = """
+name: plugged
+model: {hf: {model_type: llama}}
+data: {source: python-stdlib, sequence_length: 16}
+train: {steps: 4, global_batch: 8, optimizer: {name: NAME}}
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the example package installed, as pip does it."""
+    home = tmp_path_factory.mktemp("plugins")
+    shutil.copytree(PACKAGE, home / "package")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+               "--no-index", "--no-build-isolation", "--target", str(home / "site"), str(home / "package")]  # fmt: skip
+    subprocess.run(command, check=True)
+    return home / "site"
+
+
+@pytest.fixture
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(site)
+    plugins._of_packages.cache_clear()
+    yield
+    plugins._of_packages.cache_clear()
+
+
+def test_without_the_package_its_name_is_unknown() -> None:
+    with pytest.raises(JobError, match=r"must be one of adamw, sgd, got the string 'lion'"):
+        Job.loads(JOB.replace("NAME", "lion"))
+    with pytest.raises(JobError, match=r"got the string 'adamv', did you mean \"adamw\"\?"):
+        Job.loads(JOB.replace("NAME", "adamv"))
+
+
+def test_with_it_a_job_may_name_what_it_brings(installed: None) -> None:
+    job = Job.loads(JOB.replace("NAME", "lion"))
+    assert job.digest() != Job.loads(JOB.replace("NAME", "adamw")).digest()
+    assert state_bytes(job).optimizer == 4.0, "the planner asks it what it keeps"
+    with pytest.raises(JobError, match=r"must be one of adamw, sgd, broken, impostor, lion, got the string 'lyon'"):
+        Job.loads(JOB.replace("NAME", "lyon"))
+
+
+def test_ours_come_first() -> None:
+    assert optimizer_named("adamw") is ADAMW
+
+
+def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed: None) -> None:
+    spec = OptimizerSpec(kind=optimizer_named("lion"), lr=0.1)
+    space = Space.of([("a", (8, 8), 0, None), ("b", (5,), 0, None), ("c", (16, 3), 1, None)], 1)
+    torch.manual_seed(3)
+    weights, gradients = torch.randn(space.size), torch.randn(4, space.size)
+
+    def train(ranges: list[tuple[int, int]]) -> torch.Tensor:
+        found = torch.zeros(space.size)
+        for start, stop in ranges:
+            holding = Holding(0, Strip.of([(start, stop)], space.boundary), spec, torch.device("cpu"))
+            assert holding.kinds().keys() == {"weights", "exp_avg"}
+            for low, at, length in holding.strip.locate(start, stop):
+                holding.weights[at : at + length].copy_(weights[low : low + length])
+            for gradient in gradients:
+                for low, at, length in holding.strip.locate(start, stop):
+                    holding.gradient[at : at + length].copy_(gradient[low : low + length])
+                holding.apply(0.1)
+            for low, at, length in holding.strip.locate(start, stop):
+                found[low : low + length] = holding.weights[at : at + length]
+        return found
+
+    whole = train([(0, space.size)])
+    assert not torch.equal(whole, weights)
+    assert torch.equal(whole, train([(0, 48), (48, space.size)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("broken", "example_plugin.nowhere:NOTHING fails: ModuleNotFoundError"),
+        ("impostor", "example_plugin.lion:Update is a type, not a Optimizer"),
+        ("absent", "there is none of the optimizers named 'absent'; known are adamw, sgd, broken, impostor, lion"),
+    ],
+)
+def test_what_is_wrong_with_a_package_is_said(installed: None, name: str, reason: str) -> None:
+    with pytest.raises(PluginError) as found:
+        plugins.find("optimizers", name, OPTIMIZERS, type(ADAMW).__mro__[1])
+    assert reason in str(found.value)
