@@ -151,7 +151,7 @@ def _both(*checks: Check) -> Check:
 
 
 _BY_KIND: Mapping[str, Check] = {
-    "run_started": fields({}, run=text, job=text, steps=count, min_workers=count),
+    "run_started": fields({}, run=text, job=text, steps=count, min_workers=count, loss_unit=text),
     "controller": fields({"session": maybe(text)}, epoch=count, pid=count, boot=text, clock_shift=number),
     "metrics_endpoint": fields({"url": text}),
     "worker_placed": fields(_NAMED, node=maybe(text)),

@@ -24,7 +24,8 @@ class Glance:
     """Folds events, steps and status.json into one flat record."""
 
     def __init__(self, name: str) -> None:
-        self._fields: dict[str, Any] = {"name": name, "run": name, "state": "starting", "step": 0}
+        self._fields: dict[str, Any] = {"name": name, "run": name, "state": "starting", "step": 0,
+                                        "loss_unit": "nats per token"}  # fmt: skip
         self._finished: dict[str, Any] | None = None
         self._heard: float | None = None
         self._last_status: Any = None
@@ -58,6 +59,7 @@ class Glance:
         match event["kind"]:
             case "run_started":
                 fields["run"] = event.get("run", fields["run"])
+                fields["loss_unit"] = event.get("loss_unit", fields["loss_unit"])
             case "controller":
                 self._finished = None  # Gone on with.
                 # What status.json said before is of the one before.

@@ -192,7 +192,7 @@ class _Report:
             world.append((self.end, world[-1][1]))
         segments = [(a - self.start, b - self.start, reason) for a, b, reason in self.ledger.segments()]
         charts = [
-            ("Loss", "nats per token", line_chart("Loss over time", loss, self.end, marks, height=230)),
+            ("Loss", self.loss_unit, line_chart("Loss over time", loss, self.end, marks, height=230)),
             ("Throughput", "tokens/s while stepping",
              line_chart("Throughput over time", speed, self.end, marks, from_zero=True, height=150)),
             ("Workers", "in the generation",
@@ -309,6 +309,12 @@ class _Report:
         cells = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in rows if value)
         note = '<p class="note">Runs with equal digests of weights ended in the same state, bit for bit.</p>'
         return section("Identity", f'<dl class="identity">{cells}</dl>{note}') + "</main>"
+
+    @property
+    def loss_unit(self) -> str:
+        """As the run's objective has it; runs of earlier versions had one objective."""
+        started = next((event for event in self.events if event["kind"] == "run_started"), {})
+        return str(started.get("loss_unit") or "nats per token")
 
     def _run_id(self) -> str:
         started = next((event for event in self.events if event["kind"] == "run_started"), {})

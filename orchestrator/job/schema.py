@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from monitoring.outside import without_secrets
 from orchestrator.job import checks
-from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, Name, Section
+from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, Name, Section
 from orchestrator.job.load import load_file, load_text, mistakes_in
 from orchestrator.job.rules import ACROSS_FIELDS
 from orchestrator.job.sections.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from orchestrator.job.sections.elastic import Elastic
 from orchestrator.job.sections.faults import Fault
 from orchestrator.job.sections.model import Model
 from orchestrator.job.sections.monitoring import Monitoring
+from orchestrator.job.sections.objective import Objective
 from orchestrator.job.sections.resources import Resources
 from orchestrator.job.sections.strategy import Strategy
 from orchestrator.job.sections.train import Train
@@ -40,6 +41,7 @@ class Job(Section):
     model: Annotated[Model, NUMBERS]
     data: Annotated[Data, NUMBERS]
     train: Annotated[Train, NUMBERS]
+    objective: Annotated[Objective, NUMBERS_LATER] = Field(default_factory=Objective)
     strategy: Annotated[Strategy, NUMBERS] = Field(default_factory=Strategy)
     elastic: Annotated[Elastic, NUMBERS] = Field(default_factory=Elastic)
     resources: Annotated[Resources, NUMBERS] = Field(default_factory=Resources)

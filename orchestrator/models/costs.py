@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PlanError
+from orchestrator.job.parts import objective_of
 from orchestrator.models.trace import CannotTrace, kept_bytes_per_sample
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def describe_model(job: Job) -> ModelCosts:
     blocks, tied = _blocks(module, layers, tokens, measure)
     notes = [] if heads else ["the network does not name its number of attention heads, so tensor stays 1"]
     try:
-        kept = kept_bytes_per_sample(build, _layers, measure.sequence, measure.value_bytes == 2)
+        kept = kept_bytes_per_sample(build, _layers, measure.sequence, measure.value_bytes == 2, objective_of(job))
         blocks = [_with_kept(block, size / measure.sequence) for block, size in zip(blocks, kept, strict=True)]
     except CannotTrace as error:
         notes.append(f"activation memory is estimated from weight shapes, as the network cannot be traced: {error}")

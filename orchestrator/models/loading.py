@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
+from orchestrator.job.parts import objective_of
 from orchestrator.models.configuration import check_model_type, config_from, refuse_router_loss
 from orchestrator.models.content import with_content
 from orchestrator.models.directory import find_directory, read_config
@@ -61,7 +62,7 @@ def build_model(job: Job, vocab_size: int) -> nn.Module:
     elif isinstance(spec.hf, str):
         model = _from_directory(job, spec.hf)
     else:
-        model = _from_config(config_from(dict(spec.hf or {}), vocab_size))
+        model = _from_config(job, config_from(dict(spec.hf or {}), vocab_size))
     check_vocabulary(job, model, vocab_size)
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", None):
@@ -77,11 +78,11 @@ def empty_model(job: Job) -> Any:
     from orchestrator.data import load_tokenizer
 
     if isinstance(job.model.hf, str):
-        return _from_config(config_in(job, job.model.hf)[1])
+        return _from_config(job, config_in(job, job.model.hf)[1])
     given = dict(job.model.hf or {})
     # A plan is made where the tokenizer need not be yet.
     size = 0 if "vocab_size" in given else load_tokenizer(job.data.tokenizer).vocab_size
-    return _from_config(config_from(given, size))
+    return _from_config(job, config_from(given, size))
 
 
 def config_in(job: Job, name: str) -> tuple[Path, Any]:
@@ -111,12 +112,18 @@ def _set_tied(config: Any, is_tied: bool) -> None:
         part.tie_word_embeddings = is_tied
 
 
-def _from_config(config: Any) -> nn.Module:
+def _model_class(job: Job) -> Any:
+    """The class of transformers that builds models for the job's objective."""
+    import transformers
+
+    return getattr(transformers, objective_of(job).model_class)
+
+
+def _from_config(job: Job, config: Any) -> nn.Module:
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model: nn.Module = _model_class(job).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         # Configurations are checked by whatever line first trips over them, with whatever that raises.
         raise refused(
@@ -127,16 +134,14 @@ def _from_config(config: Any) -> nn.Module:
 
 def _from_directory(job: Job, name: str) -> nn.Module:
     import torch
-    from transformers import AutoModelForCausalLM
 
     if job.model.content is not None:
         with_content(job)  # This node's directory is the one that the run was started with.
     directory, config = config_in(job, name)
     if job.model.untie:
         _set_tied(config, True)
-    auto: Any = AutoModelForCausalLM
     try:
-        model, info = auto.from_pretrained(
+        model, info = _model_class(job).from_pretrained(
             str(directory), config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False, local_files_only=True,
         )  # fmt: skip

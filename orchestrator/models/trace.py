@@ -11,13 +11,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from strategies.objective.base import Objective
+
 
 class CannotTrace(Exception):
     """The network does not run on tensors without data; the text says why."""
 
 
 def kept_bytes_per_sample(
-    build: Callable[[], nn.Module], layers_of: Callable[[nn.Module], nn.ModuleList], length: int, bf16: bool
+    build: Callable[[], nn.Module],
+    layers_of: Callable[[nn.Module], nn.ModuleList],
+    length: int,
+    bf16: bool,
+    objective: Objective,
 ) -> list[float]:
     """Bytes kept per sample of `length` tokens by the embedding, each layer, and the head with its loss.
 
@@ -32,7 +38,7 @@ def kept_bytes_per_sample(
                 module = build().train()
                 if getattr(getattr(module, "config", None), "use_cache", None):
                     module.config.use_cache = False  # type: ignore[union-attr]
-                one, two = (_kept(module, layers_of(module), batch, length, bf16) for batch in (1, 2))
+                one, two = (_kept(module, layers_of(module), batch, length, bf16, objective) for batch in (1, 2))
         except Exception as error:
             # Any operator of any network may refuse; the caller says so and estimates instead.
             reason = str(error).strip().splitlines() or [""]
@@ -40,9 +46,12 @@ def kept_bytes_per_sample(
     return [after - before for before, after in zip(one, two, strict=True)]
 
 
-def _kept(module: nn.Module, layers: nn.ModuleList, batch: int, length: int, bf16: bool) -> list[float]:
+def _kept(
+    module: nn.Module, layers: nn.ModuleList, batch: int, length: int, bf16: bool, objective: Objective
+) -> list[float]:
     import torch
-    from torch.nn import functional
+
+    from strategies.objective.rows import Rows
 
     weights = {_storage(parameter) for parameter in module.parameters()}
     kept: list[dict[int, tuple[int, Any]]] = [{} for _ in range(len(layers) + 2)]
@@ -65,12 +74,12 @@ def _kept(module: nn.Module, layers: nn.ModuleList, batch: int, length: int, bf1
         layer.register_forward_pre_hook(lambda *_, index=index: enter(index)) for index, layer in enumerate(layers, 1)
     ]
     hooks.append(layers[-1].register_forward_hook(lambda *_: enter(len(layers) + 1)))
-    ids = torch.zeros((batch, length), dtype=torch.long)
+    tokens = torch.zeros((batch, length + 1), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            output = module(input_ids=ids)
+            output = module(input_ids=tokens[:, :-1])
         logits = output if isinstance(output, torch.Tensor) else output.logits
-        functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+        objective.loss(logits, Rows(tokens))
     for hook in hooks:
         hook.remove()
     return [float(sum(size for size, _ in block.values())) for block in kept]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from orchestrator.job.parts import optimizer_named
+from orchestrator.job.parts import optimizer_of
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.schedule import Schedule
 from strategies.optim.spec import OptimizerSpec
@@ -57,7 +57,7 @@ def work_of(job: Job, model: ModelCosts) -> Work:
 def state_bytes(job: Job) -> StateBytes:
     """What training keeps of each parameter."""
     asked = job.train.optimizer
-    spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_named(asked.name))
+    spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_of(job))
     return replace(ADAMW, optimizer=float(spec.state_bytes))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
-from orchestrator.job.parts import optimizer_named
+from orchestrator.job.parts import objective_of, optimizer_of
 from orchestrator.job.positions import too_long
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.errors import reason_of
@@ -119,7 +119,7 @@ def allocated_bytes(device: torch.device) -> int:
 
 def optimizer_spec(job: Job) -> OptimizerSpec:
     asked = job.train.optimizer
-    return OptimizerSpec(**asked.model_dump(exclude={"name"}), kind=optimizer_named(asked.name))
+    return OptimizerSpec(**asked.model_dump(exclude={"name"}), kind=optimizer_of(job))
 
 
 def step_spec(job: Job) -> StepSpec:
@@ -142,6 +142,7 @@ def step_spec(job: Job) -> StepSpec:
         native_reduction=job.strategy.reduction == "native",
         compile=train.compile,
         document_mask=job.data.document_mask,
+        objective=objective_of(job),
     )
 
 

@@ -52,7 +52,7 @@ class _UnderWay(NamedTuple):
 class LocalGradients:
     """Computes and keeps a replica's share of one step, where the replica has one pipeline stage.
 
-    `losses` (its share of the global mean, nats per token) and `hashes` (of the sample ids) are by virtual worker.
+    `losses` (its share of the step's mean) and `hashes` (of the sample ids) are by virtual worker.
     """
 
     def __init__(self, part: Part, spec: StepSpec, fetch: Fetch, watch: Stopwatch | None = None) -> None:
@@ -150,7 +150,7 @@ class LocalGradients:
         """The gradient [size] of one virtual worker, summed in micro-batch order."""
         enter("data", step)
         batch = self.fetch(step, index)
-        micro_batches, targets = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
+        micro_batches, weight = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
         enter("compute", step)
         done, gradient, total = self._begin(index)
         self.part.accumulate_into(gradient)
@@ -164,7 +164,7 @@ class LocalGradients:
                 raise
             with self.watch.on(index):
                 self.streams.enter(step, index, micro)
-                loss = self._loss(rows, targets)
+                loss = self._loss(rows, weight)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         self.losses[index], self.hashes[index] = total, batch.digest
@@ -180,5 +180,5 @@ class LocalGradients:
         gradient.zero_()
         return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.part.device)
 
-    def _micro_loss(self, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
-        return self.spec.loss(self.part.modules[0], rows, targets)
+    def _micro_loss(self, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
+        return self.spec.loss(self.part.modules[0], rows, weight)

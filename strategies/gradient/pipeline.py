@@ -98,7 +98,7 @@ class PipelineGradients:
             batches.append(batch)
             if number < len(self.held):
                 self.hashes[index] = batch.digest
-        self._targets = self.spec.divisor(batches[0])
+        self._weight = self.spec.divisor(batches[0])
         tokens = self._joined([batch.tokens for batch in batches])
         arguments = (tokens[:, :-1],) if self.is_first else ()
         target, more = tokens, {}
@@ -136,7 +136,7 @@ class PipelineGradients:
 
     def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         rows = Rows(target) if target.dim() == 2 else Rows(target[:, 0], target[:, 1, 1:].bool())
-        loss = self.spec.loss_of(logits, rows, self._targets)
+        loss = self.spec.loss_of(logits, rows, self._weight)
         number, _ = self.locate(self._chunk)
         if number < len(self.held):
             index = self.held[number]

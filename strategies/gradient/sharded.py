@@ -215,7 +215,7 @@ class RoundGradients:
             is_real = number < len(self.held)
             index = self.held[number] if is_real else 0
             batch = self.fetch(step, index)
-            micro_batches, targets = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
+            micro_batches, weight = self.spec.micro_batches_of(batch, self.part.device), self.spec.divisor(batch)
             enter("compute", step)
             total = torch.zeros((), dtype=torch.float64, device=self.part.device)
             for micro, rows in enumerate(micro_batches):
@@ -223,7 +223,7 @@ class RoundGradients:
                 # Nobody looks at made-up work.
                 with self.watch.on(index if is_real else MADE_UP):
                     self.streams.enter(step, index, micro)
-                    loss = self.spec.loss(self.part.modules[0], rows if is_real else self._made_up(rows), targets)
+                    loss = self.spec.loss(self.part.modules[0], rows if is_real else self._made_up(rows), weight)
                     self.collector.begin(number, micro, 0)
                     loss.backward()  # type: ignore[no-untyped-call]
                     self.collector.end(number, micro, 0)
@@ -234,4 +234,4 @@ class RoundGradients:
     def _made_up(self, rows: Rows) -> Rows:
         """One token is enough for a model to take part, if it takes rows of any length, as those of transformers do."""
         config = getattr(self.part.blueprint.model, "config", None)
-        return rows.first_token() if hasattr(config, "model_type") else rows
+        return self.spec.objective.made_up(rows) if hasattr(config, "model_type") else rows

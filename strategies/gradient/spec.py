@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from strategies.objective.base import Objective
 from strategies.objective.batch import Batch, counting, positions
-from strategies.objective.rows import IGNORED, Rows
+from strategies.objective.causal_lm import CAUSAL_LM
+from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
 
 
@@ -32,6 +33,7 @@ class StepSpec:
     native_reduction: bool = False
     compile: bool = False
     document_mask: bool = False
+    objective: Objective = CAUSAL_LM
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -53,31 +55,26 @@ class StepSpec:
             found.append(Rows(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)))
         return found
 
-    def loss(self, module: nn.Module, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
-        """The share that a micro-batch has of the mean loss (nats per token) of a step with so many targets."""
+    def loss(self, module: nn.Module, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
+        """The share that a micro-batch has of the mean loss of a step of this `weight` (see `Objective.weight`)."""
         with self.autocast(rows.tokens.device):
             if rows.positions is None:
                 output = module(input_ids=rows.tokens[:, :-1])
             else:
                 output = module(input_ids=rows.tokens[:, :-1], position_ids=rows.positions)
-        return self.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows, targets)
+        return self.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows, weight)
 
-    def loss_of(self, logits: torch.Tensor, rows: Rows, targets: float | torch.Tensor) -> torch.Tensor:
-        """The same from the model's `logits` [batch, length, vocabulary]."""
-        labels = rows.tokens[:, 1:]
-        if rows.counting is not None:
-            labels = labels.masked_fill(~rows.counting, IGNORED)
-        summed = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
-        )  # fmt: skip
-        return summed / targets
+    def loss_of(self, logits: torch.Tensor, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
+        """The same from the model's `logits` [batch, length, classes]."""
+        return self.objective.loss(logits, rows) / weight
 
     def divisor(self, batch: Batch) -> float | torch.Tensor:
-        """The targets of the step that a batch is of, to divide by: 1 for a step that has none, whose loss is 0.
+        """The weight of the step that a batch is of, to divide by: 1 for a step in which nothing counts, whose loss is
+        0.
 
         Where it differs from step to step a compiled model must not be compiled for each: then it is a tensor."""
-        targets = max(1, batch.targets)
-        return torch.tensor(float(targets)) if self.compile and batch.documents is not None else targets
+        weight = max(1, self.objective.weight(batch))
+        return torch.tensor(float(weight)) if self.compile and batch.documents is not None else weight
 
 
 @contextlib.contextmanager

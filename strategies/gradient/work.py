@@ -31,7 +31,7 @@ class Work(Protocol):
 
     @property
     def losses(self) -> dict[int, torch.Tensor]:
-        """Its share of the mean loss (nats per token), by virtual worker; known where the model ends."""
+        """Its share of the mean loss, by virtual worker; known where the model ends."""
 
     @property
     def hashes(self) -> dict[int, int]:

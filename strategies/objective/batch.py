@@ -43,12 +43,6 @@ class Batch:
             yield self.tokens[start : start + size, :stop], documents
 
 
-def plain_batch(tokens: NDArray[np.int64], ids: NDArray[np.int64], digest: int, virtual_workers: int) -> Batch:
-    """A batch of which every target counts, in a step of so many virtual workers like it."""
-    num_targets = tokens[:, 1:].size
-    return Batch(tokens, ids, digest, None, virtual_workers * num_targets, num_targets)
-
-
 def positions(documents: NDArray[np.int32]) -> NDArray[np.int64]:
     """The place of each token in its document, or piece of padding: int64 of the shape of `documents` [rows, width]."""
     places = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)

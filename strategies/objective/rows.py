@@ -1,10 +1,11 @@
-"""A micro-batch on the device."""
+"""A micro-batch on the device. No torch to know of it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 IGNORED = -100
 """The label of a target that does not count."""

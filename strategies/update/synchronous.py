@@ -43,9 +43,9 @@ collectives; the last is local."""
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a committed step was; identical on every rank but for `seconds` and `phase_seconds`. `loss` is nats per
-    token, `ranks` what each rank spent on it, `deal` the number of the deal by which virtual workers were held (0: that
-    of the generation)."""
+    """What a committed step was; identical on every rank but for `seconds` and `phase_seconds`. `loss` is in the unit
+    of the objective, `ranks` what each rank spent on it, `deal` the number of the deal by which virtual workers were
+    held (0: that of the generation)."""
 
     step: int
     loss: float

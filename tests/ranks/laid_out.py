@@ -18,13 +18,16 @@ from strategies.layout.placement import Domain, place_state, trained_spans
 from strategies.layout.schedule import parts_of
 from strategies.layout.statemap import NOTHING, Spans, whole
 from strategies.model.blueprint import Blueprint
-from strategies.objective.batch import Batch, plain_batch
+from strategies.objective.base import Objective
+from strategies.objective.batch import Batch
+from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.trial.trial import Trial, try_model
 from strategies.update.synchronous import StepEngine
 from strategies.update.vote import exchange
+from tests.batches import plain_batch
 from tests.ranks.local_ranks import HOST, Endpoint
 from tests.small_models import LAYERS, VOCABULARY, family, own
 
@@ -141,9 +144,12 @@ def make_engine(
 def train(
     rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
+    objective: Objective = CAUSAL_LM,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
-    engine = make_engine(dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision), model=model)
+    engine = make_engine(
+        dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision, objective=objective), model=model
+    )
     seen = Trained()
     step = 0
     space = engine.state.space

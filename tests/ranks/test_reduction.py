@@ -19,7 +19,7 @@ from strategies.layout.placement import Domain
 from strategies.layout.space import ALIGNMENT, Strip
 from strategies.layout.statemap import NOTHING, Span, Transfer, plan_transfers, whole
 from strategies.model.blueprint import Blueprint
-from strategies.objective.batch import Batch, plain_batch
+from strategies.objective.batch import Batch
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
 from strategies.reduction.norm import square_sum
@@ -29,6 +29,7 @@ from strategies.state.holding import Holding
 from strategies.state.relayout import StateCorrupt, execute
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.update.synchronous import StepEngine
+from tests.batches import plain_batch
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 
 CPU = torch.device("cpu")

@@ -14,10 +14,13 @@ import torch
 from orchestrator import plugins
 from orchestrator.errors import PluginError
 from orchestrator.job import Job, JobError
-from orchestrator.job.parts import optimizer_named
+from orchestrator.job.parts import objective_of, optimizer_of
 from orchestrator.planning.work import state_bytes
+from orchestrator.training.build import step_spec
 from strategies.layout.space import Space, Strip
+from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.optim.adamw import ADAMW
+from strategies.optim.base import Optimizer
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.holding import Holding
 
@@ -65,11 +68,21 @@ def test_with_it_a_job_may_name_what_it_brings(installed: None) -> None:
 
 
 def test_ours_come_first() -> None:
-    assert optimizer_named("adamw") is ADAMW
+    job = Job.loads(JOB.replace("NAME", "adamw"))
+    assert optimizer_of(job) is ADAMW
+    assert objective_of(job) is CAUSAL_LM
+
+
+def test_a_job_names_an_objective(installed: None) -> None:
+    job, usual = (Job.loads(JOB.replace("NAME", "adamw"), overrides=[f"objective.name={name}"])
+                  for name in ("remainder", "causal-lm"))  # fmt: skip
+    assert objective_of(job).loss_unit == "nats per row"
+    assert step_spec(job).objective is objective_of(job)
+    assert usual.digest() == Job.loads(JOB.replace("NAME", "adamw")).digest() != job.digest()
 
 
 def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed: None) -> None:
-    spec = OptimizerSpec(kind=optimizer_named("lion"), lr=0.1)
+    spec = OptimizerSpec(kind=optimizer_of(Job.loads(JOB.replace("NAME", "lion"))), lr=0.1)
     space = Space.of([("a", (8, 8), 0, None), ("b", (5,), 0, None), ("c", (16, 3), 1, None)], 1)
     torch.manual_seed(3)
     weights, gradients = torch.randn(space.size), torch.randn(4, space.size)
@@ -104,5 +117,5 @@ def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed:
 )
 def test_what_is_wrong_with_a_package_is_said(installed: None, name: str, reason: str) -> None:
     with pytest.raises(PluginError) as found:
-        plugins.find("optimizers", name, OPTIMIZERS, type(ADAMW).__mro__[1])
+        plugins.find("optimizers", name, OPTIMIZERS, Optimizer)  # type: ignore[type-abstract]
     assert reason in str(found.value)

@@ -15,7 +15,7 @@ from torch import nn
 from strategies.comm.groups import PeerLost
 from strategies.gradient.compute import Fetch, LocalGradients
 from strategies.gradient.spec import StepSpec
-from strategies.objective.batch import Batch, plain_batch
+from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
 from strategies.reduction.tree import Node, cover
@@ -23,6 +23,7 @@ from strategies.state.holding import Holding
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.update.synchronous import PHASES, StepEngine, StepRecord
 from strategies.update.vote import Agreement
+from tests.batches import plain_batch
 from tests.unit.tiny_model import (
     VOCABULARY,
     TinyModel,

@@ -94,6 +94,7 @@ function showHead() {
   say(byId("name"), glance.name ?? "run");
   say(byId("run-id"), glance.run ?? "");
   document.title = `${glance.step ?? 0}/${glance.steps ?? "?"} ${text} – ${glance.name ?? "run"}`;
+  say(byId("loss-unit"), glance.loss_unit ?? "");
   say(byId("step"), count(glance.step));
   say(byId("steps"), count(glance.steps));
   const share = glance.steps ? Math.min(1, glance.step / glance.steps) : 0;

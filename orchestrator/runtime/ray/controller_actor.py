@@ -61,6 +61,7 @@ from orchestrator.control.protocol import (
 )
 from orchestrator.control.views import ControllerConfig, RebalanceRules, ScalingRules, WorkerState
 from orchestrator.job import Job
+from orchestrator.job.parts import objective_of
 from orchestrator.lateness import Lateness
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
@@ -358,7 +359,8 @@ class ControllerActor:
         if self._chronicle.started_at is None:
             job = self._job
             self._record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
-                                         "min_workers": job.elastic.workers.min})  # fmt: skip
+                                         "min_workers": job.elastic.workers.min,
+                                         "loss_unit": objective_of(job).loss_unit})  # fmt: skip
         elif self._reign.is_successor and (previous := self._directory.read_json("result.json")) is not None:
             # A predecessor ended the run and died before it could say goodbye: that of an earlier driver's is cleared.
             if not self._reign.has_ended:

@@ -1,0 +1,43 @@
+"""Causal language modelling: every token is predicted from those before it in its document."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from strategies.objective.base import Objective
+from strategies.objective.batch import Batch
+from strategies.objective.rows import IGNORED, Rows
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CausalLm(Objective):
+    """Cross-entropy over the vocabulary, the mean over all targets of a step that count."""
+
+    name = "causal-lm"
+    loss_unit = "nats per token"
+    model_class = "AutoModelForCausalLM"
+
+    def labels(self, rows: Rows) -> torch.Tensor:
+        """The next token, int64 [batch, length]."""
+        labels = rows.tokens[:, 1:]
+        return labels if rows.counting is None else labels.masked_fill(~rows.counting, IGNORED)
+
+    def loss(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """See `Objective`."""
+        import torch.nn.functional as F
+
+        labels = self.labels(rows)
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        )  # fmt: skip
+
+    def weight(self, batch: Batch) -> int:
+        """The targets that count."""
+        return batch.targets
+
+
+CAUSAL_LM = CausalLm()
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (CAUSAL_LM,)}
+"""Those that come with this package, by the name that a job file has for them."""
