@@ -47,17 +47,14 @@ from orchestrator.control.protocol import (
     Action,
     Died,
     Event,
-    Interrupt,
     KillWorker,
     Notice,
-    Pause,
     Placed,
     Record,
     ReleaseWorker,
     RequestWorker,
     Resize,
     Start,
-    StartGeneration,
     TakeOver,
     Tick,
 )
@@ -75,6 +72,7 @@ from orchestrator.training.messages import (
     StepReport,
     WorkerId,
 )
+from orchestrator.training.orders import Interrupt, Pause, StartGeneration
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, union, whole
 from strategies.update.timing import RankTimes

@@ -19,7 +19,7 @@ from orchestrator.control.history import History
 from orchestrator.control.layouts import Layouts, memory_of
 from orchestrator.control.membership import Membership
 from orchestrator.control.pace import Pace
-from orchestrator.control.protocol import Action, Finalize, Finish, Record, RequestSave, SaveState, StartGeneration
+from orchestrator.control.protocol import Action, Finish, Record
 from orchestrator.control.rebalance import Rebalancer
 from orchestrator.control.roster import Roster
 from orchestrator.control.run_record import RunRecord
@@ -28,6 +28,7 @@ from orchestrator.control.state import Origin
 from orchestrator.control.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
 from orchestrator.planning.balance import Assignment
 from orchestrator.training.messages import Left, PartSaved, Ready, SavePlan, StepReport, WorkerId
+from orchestrator.training.orders import Finalize, RequestSave, SaveState, StartGeneration
 
 WantsRoom = Literal["no", "yes", "firmly"]
 

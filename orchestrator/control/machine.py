@@ -24,7 +24,6 @@ from orchestrator.control.protocol import (
     Event,
     Finish,
     GiveWay,
-    Interrupt,
     NodesStarting,
     Notice,
     Placed,
@@ -55,6 +54,7 @@ from orchestrator.training.messages import (
     Status,
     WorkerId,
 )
+from orchestrator.training.orders import Interrupt
 
 _ON_ITS_WAY = (WorkerState.REQUESTED, WorkerState.STARTING)
 

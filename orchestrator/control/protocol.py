@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.checkpoint.names import Save
 from orchestrator.training.messages import (
     CheckpointSaved,
     FaultFired,
     Finalized,
-    Generation,
     Heartbeat,
     Joined,
     Left,
@@ -22,6 +20,7 @@ from orchestrator.training.messages import (
     StepReport,
     WorkerId,
 )
+from orchestrator.training.orders import Order
 
 # ---------------------------------------------------------------------------------------- events
 
@@ -177,80 +176,6 @@ class KillWorker:
 
 
 @dataclass(frozen=True)
-class StartGeneration:
-    """Send every member its place."""
-
-    generation: Generation
-
-
-@dataclass(frozen=True)
-class Interrupt:
-    """Tell these workers to break out of whatever collective they are in."""
-
-    workers: tuple[WorkerId, ...]
-    generation: int
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Tell these workers to agree on leaving the generation at a step boundary."""
-
-    workers: tuple[WorkerId, ...]
-    generation: int
-
-
-@dataclass(frozen=True)
-class Deal:
-    """Tell these workers that the virtual workers of their generation are dealt anew; `assignment` is by replica."""
-
-    workers: tuple[WorkerId, ...]
-    generation: int
-    number: int
-    assignment: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class RequestSave:
-    """Tell these workers to agree on saving the state at a step boundary of the generation."""
-
-    workers: tuple[WorkerId, ...]
-    generation: int
-
-
-@dataclass(frozen=True)
-class SaveState:
-    """Let these workers, who all have the whole state and are in no generation, save it together."""
-
-    workers: tuple[WorkerId, ...]
-    save: Save
-
-
-@dataclass(frozen=True)
-class CommitCheckpoint:
-    """Let a worker complete the checkpoint that others wrote the parts of: (rank, digest of its list of chunks)."""
-
-    worker: WorkerId
-    save: Save
-    parts: tuple[tuple[int, str], ...]
-    layout: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DiscardCheckpoint:
-    """Let a worker remove what is left of an attempt."""
-
-    worker: WorkerId
-    save: Save
-
-
-@dataclass(frozen=True)
-class Finalize:
-    """Ask these workers for the digest of their state."""
-
-    workers: tuple[WorkerId, ...]
-
-
-@dataclass(frozen=True)
 class StepCommitted:
     """A step counts as committed from here on: put it on record. Given once for each step, in order; after a
     `Rollback` the steps taken off the record are given again."""
@@ -282,22 +207,4 @@ class Finish:
     digest: str | None
 
 
-Action = (
-    RequestWorker
-    | TellShortage
-    | ReleaseWorker
-    | KillWorker
-    | StartGeneration
-    | Interrupt
-    | Pause
-    | Deal
-    | RequestSave
-    | SaveState
-    | CommitCheckpoint
-    | DiscardCheckpoint
-    | Finalize
-    | StepCommitted
-    | Rollback
-    | Record
-    | Finish
-)
+Action = RequestWorker | TellShortage | ReleaseWorker | KillWorker | Order | StepCommitted | Rollback | Record | Finish

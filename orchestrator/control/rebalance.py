@@ -17,10 +17,11 @@ from typing import Any
 from monitoring.goodput import VOLUNTARY
 from monitoring.skew import Account, Detector, Finding, Rating, Window, Windows
 from orchestrator.control.layouts import Layouts
-from orchestrator.control.protocol import Action, Deal, Record
+from orchestrator.control.protocol import Action, Record
 from orchestrator.control.views import RebalanceRules, WorkerView
 from orchestrator.planning.balance import Assignment, best_deal, replica_seconds, seconds_of, stage_shares
 from orchestrator.training.messages import Generation, StepReport, WorkerId
+from orchestrator.training.orders import Deal
 from strategies.layout.assignment import deal_subtrees
 from strategies.layout.parallel import ParallelLayout
 

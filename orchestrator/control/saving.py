@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.protocol import Action, CommitCheckpoint, DiscardCheckpoint, Record
+from orchestrator.control.protocol import Action, Record
 from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
+from orchestrator.training.orders import CommitCheckpoint, DiscardCheckpoint
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 """Before another attempt at the checkpoint that a run ends with, when a storage has refused one: they grow."""

@@ -15,23 +15,25 @@ from monitoring.goodput import VOLUNTARY
 from monitoring.logs import LogContext, set_up
 from orchestrator.control.protocol import (
     Action,
+    Finish,
+    KillWorker,
+    ReleaseWorker,
+    RequestWorker,
+    Rollback,
+    StepCommitted,
+)
+from orchestrator.training.messages import WorkerId
+from orchestrator.training.orders import (
     CommitCheckpoint,
     Deal,
     DiscardCheckpoint,
     Finalize,
-    Finish,
     Interrupt,
-    KillWorker,
     Pause,
-    ReleaseWorker,
     RequestSave,
-    RequestWorker,
-    Rollback,
     SaveState,
     StartGeneration,
-    StepCommitted,
 )
-from orchestrator.training.messages import WorkerId
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,6 @@ from orchestrator.training.messages import (
     Generation,
     Heartbeat,
     Joined,
-    Left,
     LeftCause,
     Ready,
     Reply,
@@ -47,7 +46,19 @@ from orchestrator.training.messages import (
     StepReport,
     WorkerId,
 )
+from orchestrator.training.orders import (
+    CommitCheckpoint,
+    Deal,
+    DiscardCheckpoint,
+    Finalize,
+    Interrupt,
+    Leave,
+    Order,
+    SaveState,
+    StartGeneration,
+)
 from orchestrator.training.peak import peak_flops
+from orchestrator.training.protocol import Holds, WorkerProtocol
 from orchestrator.training.restoring import StorageFailed, open_checkpoint, read_checkpoint
 from orchestrator.training.saving import Saver
 from strategies.comm.fabric import Fabric
@@ -67,8 +78,6 @@ log = logging.getLogger(__name__)
 
 TELL_MEMORY_S = 10.0
 """How often a rank that has nothing else to say tells how much memory it uses."""
-MAX_REPORTS = 100_000
-"""Of steps that are not on record yet; there are many only where the run directory cannot be written for long."""
 FORM_TIMEOUT_S = 20.0
 """A group forms in milliseconds; a rank that waits this long for a peer gives the generation up."""
 
@@ -111,21 +120,13 @@ class Worker:
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
         self._outbox: deque[tuple[Any, threading.Event]] = deque()
         self._wake = threading.Condition()
-        self._reports: deque[StepReport] = deque(maxlen=MAX_REPORTS)
-        self._known = 0
+        self.protocol = WorkerProtocol(worker)
         self._lock = threading.Lock()
+        """For the protocol, and which groups belong to its generation."""
         self._fabric: Fabric | None = None
-        self._generation: Generation | None = None
-        self._left: Left | None = None
-        self._is_joined = False
-        self._interrupted = -1
-        self._pause_wanted = -1
-        self._save_wanted = self._save_delayed = False
         self._shares: list[Spans] | None = None
         self._held_up_s = 0.0
         """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
-        self._epoch = -1
-        self._accepted = -1
         self._over = False
         self.committed = 0
         self._spoken = 0
@@ -165,96 +166,42 @@ class Worker:
         self._send(self.ready)
         threading.Thread(target=self._report_loop, name="reporting", daemon=True).start()
 
-    # ------------------------------------------------------------------------------------ commands, any thread
+    # ------------------------------------------------------------------------------------ orders, any thread
 
-    def join(self, generation: Generation) -> None:
-        """Takes a place in `generation`, unless a newer one or a newer controller is known already."""
+    def take(self, order: Order, term: int) -> None:
+        """Carries out an order of the controller of `term`, or has the training thread do it; see `WorkerProtocol`."""
+        fabric = None
         with self._lock:
-            if generation.epoch < self._epoch or generation.number <= self._accepted:
+            if not self.protocol.takes(order, term):
                 return
-            self._epoch, self._accepted = generation.epoch, generation.number
-        self._commands.put((self._run_generation, (generation,)))
-
-    def interrupt(self, generation: int, epoch: int) -> None:
-        """Breaks out of `generation` now, wherever the training thread is in it (or before it gets there)."""
-        with self._lock:
-            if not self._obey(epoch):
-                return
-            self._interrupted = max(self._interrupted, generation)
-            current = self._generation
-            fabric = self._fabric if current is not None and current.number <= generation else None
-        if fabric is not None:
-            fabric.abort()
-
-    def pause(self, generation: int, epoch: int) -> None:
-        """Asks, in the next vote of `generation`, that all ranks leave at that step boundary."""
-        with self._lock:
-            if not self._obey(epoch):
-                return
-            self._pause_wanted = max(self._pause_wanted, generation)
-            if self._generation is not None and self._generation.number == generation:
-                self.engine.pause_requested = True
-
-    def request_save(self, generation: int, epoch: int) -> None:
-        """Asks, in the next vote of `generation`, that all ranks save the state at that step boundary."""
-        with self._lock:
-            if self._obey(epoch) and self._generation is not None and self._generation.number == generation:
-                self._save_wanted = self.engine.save_requested = True
-
-    def deal(self, generation: int, number: int, assignment: tuple[tuple[int, ...], ...], epoch: int) -> None:
-        """Deals the virtual workers of `generation` anew, from the step on before which all its ranks know."""
-        with self._lock:
-            if self._obey(epoch) and self._generation is not None and self._generation.number == generation:
+            self.engine.pause_requested = self.protocol.pause_requested
+            self.engine.save_requested = self.protocol.save_requested
+            if self.protocol.is_interrupted:
+                fabric = self._fabric
+        match order:
+            case StartGeneration(generation=generation):
+                self._commands.put((self._run_generation, (generation,)))
+            case Interrupt():
+                # Wherever the training thread is in it; if it has not got there yet, it will see for itself.
+                if fabric is not None:
+                    fabric.abort()
+            case Deal(number=number, assignment=assignment):
                 self.engine.offer(number, assignment)
+            case SaveState(workers=writers, save=save):
+                self._commands.put((self._save_share, (writers, save)))
+            case CommitCheckpoint(save=save, parts=parts, layout=layout):
+                self._saver.commit(save, dict(parts), layout)
+            case DiscardCheckpoint(save=save):
+                self._saver.discard(save)
+            case Finalize():
+                self._commands.put((self._finalize, ()))
+            case Leave():
+                self.shutdown()
 
-    def save_state(self, writers: tuple[WorkerId, ...], save: Save, epoch: int) -> None:
-        """Saves a share of the state, of which all `writers` have all."""
+    def status(self, term: int) -> Status | None:
+        """This worker's whole situation for the controller of `term`, which it obeys from now on."""
         with self._lock:
-            if not self._obey(epoch):
-                return
-        self._commands.put((self._save_share, (writers, save)))
-
-    def commit_checkpoint(
-        self, save: Save, parts: tuple[tuple[int, str], ...], layout: dict[str, Any], epoch: int
-    ) -> None:
-        """Completes a checkpoint that is written."""
-        with self._lock:
-            if not self._obey(epoch):
-                return
-        self._saver.commit(save, dict(parts), layout)
-
-    def discard_checkpoint(self, save: Save, epoch: int) -> None:
-        """Removes what is left of an attempt at a checkpoint."""
-        with self._lock:
-            if not self._obey(epoch):
-                return
-        self._saver.discard(save)
-
-    def finalize(self, epoch: int) -> None:
-        """Digests the state."""
-        with self._lock:
-            if not self._obey(epoch):
-                return
-        self._commands.put((self._finalize, ()))
-
-    def status(self, epoch: int) -> Status | None:
-        """This worker's whole situation for the controller of `epoch`, which it obeys from now on."""
-        with self._lock:
-            if not self._obey(epoch):
-                return None
-            return Status(
-                ready=self.ready,
-                generation=self._generation,
-                left=self._left,
-                committed=self.committed,
-                held=self.state.held,
-                prepared=self.engine.prepared_step == self.committed,
-                joined=self._is_joined,
-                epoch=self._epoch,
-                reports=tuple(self._reports),
-                part=self._saver.last_part,
-                assignment=self.engine.newest_assignment if self._generation is not None and self._is_joined else (),
-            )
+            return self.protocol.status(term, self.ready, self._holds(), self._saver.last_part, self._assignment())
 
     def shutdown(self) -> None:
         """Ends `train` and the reports; groups are dropped so that no neighbour waits."""
@@ -267,11 +214,12 @@ class Worker:
         with self._wake:
             self._wake.notify_all()
 
-    def _obey(self, epoch: int) -> bool:
-        if epoch < self._epoch:
-            return False
-        self._epoch = epoch
-        return True
+    def _assignment(self) -> tuple[tuple[int, ...], ...]:
+        """The newest deal that it knows of; none before it has been dealt any work."""
+        return self.engine.newest_assignment if self.protocol.is_joined else ()
+
+    def _holds(self) -> Holds:
+        return Holds(self.committed, self.state.held, prepared=self.engine.prepared_step == self.committed)
 
     # ------------------------------------------------------------------------------------ the training thread
 
@@ -288,10 +236,11 @@ class Worker:
             return
         fabric = Fabric(rank=rank, layout=generation.layout, device=self.state.device)
         with self._lock:
-            self._generation, self._fabric, self._left, self._is_joined = generation, fabric, None, False
-            self.engine.pause_requested = self._pause_wanted >= generation.number
-            self.engine.save_requested = self._save_wanted
-            if self._interrupted >= generation.number:
+            self.protocol.enters(generation)
+            self._fabric = fabric
+            self.engine.pause_requested = self.protocol.pause_requested
+            self.engine.save_requested = self.protocol.save_requested
+            if self.protocol.is_interrupted:
                 fabric.abort()
         self._phase, self._phase_step = "form", generation.committed
         self._about.generation, self._about.rank, self._about.step = generation.number, rank, generation.committed
@@ -324,17 +273,7 @@ class Worker:
         self._phase = "idle"
         with self._lock:
             self._fabric = None
-            left = self._left = Left(
-                self.worker,
-                generation.number,
-                cause,
-                self.committed,
-                self.state.held,
-                prepared=self.engine.prepared_step == self.committed,
-                detail=detail,
-                reports=tuple(self._reports),
-                at=time.monotonic(),
-            )
+            left = self.protocol.leaves(cause, self._holds(), time.monotonic(), detail)
         self._send(left)
         told = log.info if cause in ("pause", "complete") else log.warning
         told(
@@ -354,15 +293,13 @@ class Worker:
             host=self.host,
             timeout_s=FORM_TIMEOUT_S,
         )
-        # Steps that are to be run again will be reported again.
-        kept = [report for report in self._reports if report.step < generation.committed]
-        self._reports = deque(kept, maxlen=self._reports.maxlen)
+        self.protocol.begins_at(generation.committed)
         if generation.collect:
             return self._collect(generation, fabric)
         moved = self._bring_state(generation, rank, fabric)
         self.engine.bind(fabric, generation.layout, generation.number)
         self._shares, self._held_up_s = None, 0.0
-        self._is_joined = True
+        self.protocol.is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         log.info(
             "joined generation %d of %d ranks (%s) with the state of %d steps, %.1f MB of it received",
@@ -418,7 +355,7 @@ class Worker:
         except StateCorrupt as error:
             raise PeerLost(str(error)) from error
         self.committed = generation.committed
-        self._is_joined = True
+        self.protocol.is_joined = True
         self._send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         return "complete"
 
@@ -453,7 +390,7 @@ class Worker:
         return [int(each) for each in exchange(fabric.world, np.array([value]), sizes, self.state.device)]
 
     def _note(self, record: StepRecord, rank: int) -> None:
-        self._reports.append(
+        self.protocol.reports.append(
             StepReport(
                 step=record.step,
                 generation=record.generation,
@@ -496,15 +433,14 @@ class Worker:
 
     def _save_if_due(self, generation: Generation, rank: int, agreement: Agreement) -> None:
         """Saves at this step boundary if it is time to, which all ranks find alike."""
-        every, last = self.job.checkpoint.every_steps, self.committed == self.job.train.steps
-        is_due = last or agreement.save or (every is not None and self.committed % every == 0)
-        # Training does not wait for a slow storage, and snapshots do not pile up.
-        is_delayed = is_due and agreement.saving and not last
-        if is_delayed and not self._save_delayed and rank == 0:
+        every, is_last = self.job.checkpoint.every_steps, self.committed == self.job.train.steps
+        is_due = is_last or agreement.save or (every is not None and self.committed % every == 0)
+        saves, tells = self.protocol.saves(is_due=is_due, is_busy=agreement.saving, is_last=is_last)
+        self.engine.save_requested = self.protocol.save_requested
+        if tells and rank == 0:
             self._send(SaveDelayed(self.worker, self.committed))
-        self._save_delayed = self._save_wanted = self.engine.save_requested = is_delayed
-        if not is_due or agreement.saving:
-            return  # At the very end those that have the state are asked to save it when they are free.
+        if not saves:
+            return
         layout = generation.layout
         if self._shares is None:  # Once in a generation: training waits for this.
             self._shares = share_out(trained_spans(layout, self.state.arrangement.shards))
@@ -578,29 +514,28 @@ class Worker:
     def _is_spoken_for(self, answered: float) -> bool:
         """Whether a heartbeat would say nothing that rank 0's does not: a step was committed since the last one, and no
         step is committed without every member. The controller's answers are needed now and then all the same."""
-        generation = self._generation
+        protocol = self.protocol
         moved, self._spoken = self.committed > self._spoken, self.committed
         return (
             moved
-            and generation is not None
-            and self._left is None
-            and generation.members[0].worker != self.worker
+            and protocol.generation is not None
+            and protocol.left is None
+            and not protocol.is_first
             and time.monotonic() - answered < min(self.job.elastic.lease_s / 4, TELL_MEMORY_S)
         )
 
     def _unrecorded(self) -> tuple[StepReport, ...]:
-        return tuple(self._reports)
+        return tuple(self.protocol.reports)
 
     def _heartbeat(self) -> Heartbeat:
-        generation = self._generation
-        first = generation is not None and generation.members[0].worker == self.worker
+        generation = self.protocol.generation
         return Heartbeat(
             self.worker,
             -1 if generation is None else generation.number,
             self._phase,
             self._phase_step,
             self.committed,
-            reports=tuple(r for r in self._reports if r.step >= self._known) if first else (),
+            reports=self.protocol.unknown(),
             host_bytes=_resident_bytes(),
             device_bytes=build.allocated_bytes(self.state.device),
             lateness_s=round(self._lateness.recent_s(), 3),
@@ -608,10 +543,7 @@ class Worker:
         )
 
     def _heed(self, reply: Reply) -> None:
-        self._known = reply.known
-        while self._reports and self._reports[0].step < reply.recorded:
-            self._reports.popleft()
-        if reply.shutdown:
+        if self.protocol.heeds(reply):
             self._over = True
             self._on_shutdown()
 

@@ -24,26 +24,17 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Action,
-    CommitCheckpoint,
-    Deal,
     Died,
-    DiscardCheckpoint,
     Event,
-    Finalize,
     Finish,
-    Interrupt,
     KillWorker,
     Notice,
-    Pause,
     Placed,
     Record,
     ReleaseWorker,
-    RequestSave,
     RequestWorker,
     Rollback,
-    SaveState,
     Start,
-    StartGeneration,
     StepCommitted,
     Tick,
 )
@@ -51,7 +42,8 @@ from orchestrator.control.views import ControllerConfig, RebalanceRules, RunStat
 from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
 from orchestrator.job import Job
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.training.messages import FaultFired, Generation, Joined, Ready, Reply, Status, StepReport, WorkerId
+from orchestrator.training.messages import FaultFired, Generation, Joined, Ready, Reply, StepReport, WorkerId
+from orchestrator.training.orders import Leave, Order, StartGeneration
 from tests.ranks.local_ranks import HOST, SECRET, context, prepare_child
 
 if TYPE_CHECKING:
@@ -165,9 +157,9 @@ class _Process:
         child_commands.close()
         self.is_gone = False
 
-    def tell(self, *command: Any) -> None:
+    def tell(self, order: Order, term: int) -> None:
         with contextlib.suppress(OSError):
-            self.commands.send(command)
+            self.commands.send((order, term))
 
     def kill(self) -> None:
         if self.process.exitcode is None and self.process.pid is not None:
@@ -348,7 +340,7 @@ class LocalCluster:
             entry[1](self)
 
     def _carry_out(self, action: Action) -> None:
-        epoch = self.controller.config.epoch
+        term = self.controller.config.epoch
         match action:
             case RequestWorker():
                 spec = WorkerSpec(action.worker, self.job, self.directory, self.stores, self.hooks, tuple(self.holds))
@@ -357,36 +349,15 @@ class LocalCluster:
                 self.pids[action.worker] = process.process.pid
                 self.feed(Placed(action.worker, NODE))
             case ReleaseWorker():
-                self.processes[action.worker].tell("shutdown")
+                self.processes[action.worker].tell(Leave(action.worker), term)
             case KillWorker():
                 self.processes[action.worker].kill()
-            case StartGeneration():
-                self.generations.append(action.generation)
-                (self.directory / "has-begun").touch()
-                for member in action.generation.members:
-                    self.processes[member.worker].tell("join", action.generation)
-            case Interrupt():
-                for worker in action.workers:
-                    self.processes[worker].tell("interrupt", action.generation, epoch)
-            case Pause():
-                for worker in action.workers:
-                    self.processes[worker].tell("pause", action.generation, epoch)
-            case Deal():
-                for worker in action.workers:
-                    self.processes[worker].tell("deal", action.generation, action.number, action.assignment, epoch)
-            case Finalize():
-                for worker in action.workers:
-                    self.processes[worker].tell("finalize", epoch)
-            case RequestSave():
-                for worker in action.workers:
-                    self.processes[worker].tell("request_save", action.generation, epoch)
-            case SaveState():
-                for worker in action.workers:
-                    self.processes[worker].tell("save_state", action.workers, action.save, epoch)
-            case CommitCheckpoint():
-                self.processes[action.worker].tell("commit_checkpoint", action.save, action.parts, action.layout, epoch)
-            case DiscardCheckpoint():
-                self.processes[action.worker].tell("discard_checkpoint", action.save, epoch)
+            case Order():
+                if isinstance(action, StartGeneration):
+                    self.generations.append(action.generation)
+                    (self.directory / "has-begun").touch()
+                for worker in action.recipients:
+                    self.processes[worker].tell(action.sent(), term)
             case Rollback():
                 self.rollbacks.append(action.committed)
                 self.steps = {step: report for step, report in self.steps.items() if step < action.committed}
@@ -402,7 +373,7 @@ class LocalCluster:
         """Lets every worker end in good order; exit codes, None for those that had to be killed."""
         living = [process for process in self.processes.values() if not process.is_gone]
         for process in living:
-            process.tell("shutdown")
+            process.tell(Leave(process.worker), self.controller.config.epoch)
         exits: dict[WorkerId, int | None] = {}
         for process in living:
             process.process.join(5.0)
@@ -454,10 +425,9 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
     threading.Thread(target=worker.train, daemon=True).start()
     with contextlib.suppress(EOFError):
         while True:
-            name, *arguments = commands.recv()
-            answer: Status | None = getattr(worker, name)(*arguments)
-            assert answer is None
-            if name == "shutdown":
+            order, term = commands.recv()
+            worker.take(order, term)
+            if isinstance(order, Leave):
                 break
     os._exit(0)
 
@@ -487,7 +457,7 @@ def _hold(worker: Any, spec: WorkerSpec) -> None:
     fetch = worker.engine.fetch
 
     def held(step: int, virtual_worker: int) -> Any:
-        while step in spec.held_steps and worker._is_joined and not _gate(spec.directory, step).exists():
+        while step in spec.held_steps and worker.protocol.is_joined and not _gate(spec.directory, step).exists():
             worker.engine.fabric.check()
             time.sleep(0.005)
         return fetch(step, virtual_worker)
@@ -590,7 +560,7 @@ def when_forming(generation: int, rank: int, action: Callable[[], None], worker:
 
     class Watched(usual):  # type: ignore[misc]
         def form(self, **arguments: Any) -> None:
-            if worker._generation.number == generation and self.rank == rank:
+            if worker.protocol.generation.number == generation and self.rank == rank:
                 action()
             super().form(**arguments)
 
@@ -603,7 +573,7 @@ def when_moving_state(generation: int, rank: int, worker: Any) -> None:
     usual = state.execute
 
     def part_of(plan: Any, sources: Any, targets: Any, kinds: Any, groups: Any) -> Any:
-        if worker._generation.number == generation and groups.rank == rank:
+        if worker.protocol.generation.number == generation and groups.rank == rank:
             usual(plan[:1], sources, targets, kinds, groups)
             die()
         return usual(plan, sources, targets, kinds, groups)
@@ -618,7 +588,7 @@ def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: A
 
     def watched(*arguments: Any, barrier: Callable[[], object], **reading: Any) -> Any:
         def wait_and_act() -> None:
-            here = worker._generation.number == generation and arguments[1].rank == rank
+            here = worker.protocol.generation.number == generation and arguments[1].rank == rank
             if here and not passed:
                 action()
             barrier()

@@ -25,7 +25,7 @@ def read_ahead_always(worker: Worker) -> None:
 
 
 def _end(worker: Worker, end: Callable[[], None]) -> None:
-    if worker._generation is not None and worker._fetch._thread is None:
+    if worker.protocol.generation is not None and worker._fetch._thread is None:
         os._exit(NOTHING_AHEAD)
     end()
 

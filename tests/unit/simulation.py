@@ -20,27 +20,18 @@ from orchestrator.control.history import History
 from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Action,
-    CommitCheckpoint,
-    Deal,
     Died,
-    DiscardCheckpoint,
     Event,
-    Finalize,
     Finish,
-    Interrupt,
     KillWorker,
     Notice,
-    Pause,
     Placed,
     Record,
     ReleaseWorker,
-    RequestSave,
     RequestWorker,
     Resize,
     Rollback,
-    SaveState,
     Start,
-    StartGeneration,
     StepCommitted,
     Stop,
     TakeOver,
@@ -54,10 +45,10 @@ from orchestrator.training.messages import (
     Generation,
     Heartbeat,
     Joined,
-    Left,
     LeftCause,
     PartSaved,
     Ready,
+    Reply,
     SaveBegun,
     SaveDelayed,
     SavePlan,
@@ -65,6 +56,18 @@ from orchestrator.training.messages import (
     StepReport,
     WorkerId,
 )
+from orchestrator.training.orders import (
+    CommitCheckpoint,
+    Deal,
+    DiscardCheckpoint,
+    Finalize,
+    Interrupt,
+    Order,
+    Pause,
+    SaveState,
+    StartGeneration,
+)
+from orchestrator.training.protocol import Holds, WorkerProtocol
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, subtract, union, whole
 from strategies.update.timing import RankTimes
@@ -141,6 +144,8 @@ class Room:
         if self.broken or any(worker.hung for worker in self.members):
             return
         generation = self.generation
+        for worker in self.members:
+            worker.protocol.begins_at(generation.committed)
         if generation.restore is not None:
             first = self.members[0]
             first.held, first.committed, first.prepared = NOTHING, 0, False
@@ -188,9 +193,9 @@ class Room:
             (worker.busy_s / max(1, len(worker.held_work(self))),) * len(worker.held_work(self)),
             0.0, 0.0, 0.0, float(len(worker.held_work(self))), 10, 0,
         )  # fmt: skip
-        if worker.pause_wanted >= self.generation.number:
+        if worker.protocol.pause_requested:
             self.pausing.add(step)
-        if worker.save_wanted:
+        if worker.protocol.save_requested:
             self.saving.add(step)
         if worker.writing:
             self.busy.add(step)
@@ -218,17 +223,14 @@ class Worker:
         self.world, self.id, self.node = world, worker, node
         self.alive, self.hung, self.doomed, self.warm = True, False, False, False
         self.held, self.committed, self.prepared = world.whole, 0, False
-        self.generation: Generation | None = None
-        self.left: Left | None = None
-        self.joined = False
+        self.protocol = WorkerProtocol(worker)
         self.room: Room | None = None
-        self.phase, self.epoch, self.interrupted, self.pause_wanted = "idle", -1, -1, -1
-        self.reports: list[StepReport] = []
+        self.phase = "idle"
         self.outbox: list[Any] = []
         self.sending = False
         self.queued: list[Generation] = []
         self.started: defaultdict[int, int] = defaultdict(int)
-        self.save_wanted = self.writing = False
+        self.writing = False
         self.last_part: PartSaved | None = None
         self.will_raise = self.will_deadlock = self.mute = False
         self.slowness = 1.0
@@ -239,6 +241,10 @@ class Worker:
     @property
     def running(self) -> bool:
         return self.alive and not self.hung
+
+    @property
+    def holds(self) -> Holds:
+        return Holds(self.committed, self.held, self.prepared)
 
     def held_work(self, room: Room) -> tuple[int, ...]:
         """Its virtual workers by the deal in force."""
@@ -262,65 +268,42 @@ class Worker:
 
     # -------------------------------------------------------------------------------- commands
 
-    def take(self, command: Action, epoch: int) -> None:
+    def take(self, command: Order, epoch: int) -> None:
         """What the controller of `epoch` says."""
         if not self.running:
             return
-        if epoch < self.epoch:
-            self.world.refused += 1
+        known, generation = self.protocol.term, self.protocol.generation
+        if isinstance(command, StartGeneration) and epoch >= known:
+            newest = -1 if generation is None else generation.number
+            assert command.generation.epoch == epoch
+            assert command.generation.number > newest, f"{self.id} was in {newest} and is told to start {command}"
+        if not self.protocol.takes(command, epoch):
+            self.world.refused += epoch < known
             return
         match command:
-            case StartGeneration(generation):
-                assert generation.epoch == epoch
-                newest = -1 if self.generation is None else self.generation.number
-                self.started[generation.number] += 1
-                assert generation.number > newest, f"{self.id} was in {newest} and is told to start {generation}"
-                self.epoch = epoch
-                self.queued.append(generation)
+            case StartGeneration(generation=new):
+                self.started[new.number] += 1
+                self.queued.append(new)
                 self.next_command()
-            case Interrupt(generation=number):
-                self.epoch = epoch
-                self.interrupted = max(self.interrupted, number)
+            case Interrupt():
                 room = self.room
-                if room is not None and room.generation.number <= number and self.in_collective:
+                if room is not None and self.protocol.is_interrupted and self.in_collective:
                     self.world.after(0.01, lambda: self.lose_peer(room))
-            case Pause(generation=number):
-                self.epoch = epoch
-                self.pause_wanted = max(self.pause_wanted, number)
-            case Deal(generation=number):
-                self.epoch = epoch
-                if (
-                    self.generation is not None
-                    and self.generation.number == number
-                    and command.number > self.offered[0]
-                ):
-                    self.offered = (command.number, command.assignment)
-            case RequestSave(generation=number):
-                self.epoch = epoch
-                if self.generation is not None and self.generation.number == number:
-                    self.save_wanted = True
+            case Deal(number=number, assignment=assignment):
+                if number > self.offered[0]:
+                    self.offered = (number, assignment)
             case SaveState(workers, save):
-                self.epoch = epoch
                 assert self.held == self.world.whole
                 self.write(SavePlan(save, workers), workers.index(self.id))
             case CommitCheckpoint():
-                self.epoch = epoch
                 self.world.after(self.world.random.uniform(0.05, 0.5), lambda: self.world.complete(self, command))
             case DiscardCheckpoint(save=save):
-                self.epoch = epoch
                 self.world.after(0.05, lambda: self.world.written.pop(save, None))
             case Finalize():
-                self.epoch = epoch
                 self.world.after(self.world.random.uniform(0.05, 0.5), self.finalize)
 
     def status(self, epoch: int) -> Status | None:
-        if epoch < self.epoch:
-            return None
-        self.epoch = epoch
-        return Status(
-            self.ready(), self.generation, self.left, self.committed, self.held, self.prepared, self.joined, epoch,
-            tuple(self.reports), self.last_part, self.offered[1],
-        )  # fmt: skip
+        return self.protocol.status(epoch, self.ready(), self.holds, self.last_part, self.offered[1])
 
     def ready(self) -> Ready:
         return Ready(
@@ -340,21 +323,19 @@ class Worker:
         if self.room is not None or not self.queued:
             return
         generation = self.queued.pop(0)
-        self.generation, self.left, self.joined = generation, None, False
+        self.protocol.enters(generation)
         self.deal = self.offered = self.voted_deal = (0, ())
         self.room = room = self.world.room(generation)
         self.phase = "form"
         rank = generation.rank_of(self.id)
         assert rank is not None, f"{self.id} is told to start a generation without it"
-        # What was committed of the state after is computed again.
-        self.reports = [report for report in self.reports if report.step < generation.committed]
         if rank in generation.roll_forward and self.committed == generation.committed - 1:
             assert generation.norm == self.committed, f"{generation} has the norm of another step"
             assert self.prepared, f"{self.id} is told to roll forward and is not prepared"
             self.committed, self.prepared = self.committed + 1, False
-        if self.interrupted >= generation.number:
+        if self.protocol.is_interrupted:
             self.world.after(0.01, lambda: self.lose_peer(room))
-        self.world.after(FORM_TIMEOUT_S, lambda: None if self.joined else self.lose_peer(room))
+        self.world.after(FORM_TIMEOUT_S, lambda: None if self.protocol.is_joined else self.lose_peer(room))
         room.arrive(self)
 
     def join_done(self, room: Room) -> None:
@@ -362,7 +343,8 @@ class Worker:
             return
         rank = room.generation.rank_of(self.id)
         assert rank is not None
-        self.held, self.joined, self.prepared = room.trained[rank], True, False
+        self.held, self.prepared = room.trained[rank], False
+        self.protocol.is_joined = True
         self.committed = room.generation.committed
         self.send(Joined(self.id, room.generation.number, 100))
         if room.generation.collect:
@@ -406,7 +388,7 @@ class Worker:
             self.will_raise = False
             self.world.note_failure(self)
             self.leave("exception", "RuntimeError: simulated")
-        elif room.broken or self.interrupted >= room.generation.number:
+        elif room.broken or self.protocol.is_interrupted:
             self.leave("peer", "a peer is gone")
         else:
             self.phase = "reduce"
@@ -430,7 +412,7 @@ class Worker:
         number, first = room.generation.number, room.members[0] is self
         ranks = tuple(room.accounts[step][member.id] for member in room.members) if first else ()
         took = world.now - self.begun_at
-        self.reports.append(
+        self.protocol.reports.append(
             StepReport(
                 step, number, 1.0, float(step), 0.1, 10, f"samples-{step}", False, world.now, took,
                 ranks=ranks, deal=self.deal[0],
@@ -448,13 +430,13 @@ class Worker:
         world, every = self.world, self.world.checkpoint_every
         last = self.committed == world.config.total_steps and world.config.checkpointing
         is_due = last or step in room.saving or bool(every and self.committed % every == 0)
-        self.save_wanted = is_due and step in room.busy and not last
+        saves, tells = self.protocol.saves(is_due=is_due, is_busy=step in room.busy, is_last=last)
         first = room.members[0] is self
-        if self.save_wanted and first:
+        if tells and first:
             self.send(SaveDelayed(self.id, self.committed))
         members = room.generation.members[: room.generation.layout.num_placed]
         writers = tuple(member.worker for member in members)
-        if is_due and not self.save_wanted and self.id in writers:
+        if saves and self.id in writers:
             plan = SavePlan(Save(self.committed, room.generation.epoch, room.generation.number), writers)
             if first:
                 self.send(SaveBegun(self.id, plan, 0.01))
@@ -483,11 +465,7 @@ class Worker:
         room = self.room
         assert room is not None
         self.room, self.phase = None, "idle"
-        self.left = Left(
-            self.id, room.generation.number, cause, self.committed, self.held, self.prepared, detail,
-            tuple(self.reports), self.world.now,
-        )  # fmt: skip
-        self.send(self.left)
+        self.send(self.protocol.leaves(cause, self.holds, self.world.now, detail))
         if cause not in ("pause", "complete") or self.world.random.random() < self.world.rude:
             room.breaks()
         self.next_command()
@@ -508,8 +486,7 @@ class Worker:
             self.world.after(0.2, self.deliver)
             return
         self.outbox.pop(0)
-        while self.reports and self.reports[0].step < recorded:
-            self.reports.pop(0)
+        self.protocol.heeds(Reply(recorded, self.protocol.term, known=recorded))
         self.sending = bool(self.outbox)
         if self.sending:
             self.world.after(self.world.delay(), self.deliver)
@@ -518,12 +495,11 @@ class Worker:
         if not self.alive:
             return
         if self.running and not self.outbox:
-            generation = self.generation
-            first = generation is not None and generation.members[0].worker == self.id
+            generation = self.protocol.generation
             self.send(
                 Heartbeat(
                     self.id, -1 if generation is None else generation.number, self.phase, self.committed,
-                    self.committed, tuple(self.reports) if first else (),
+                    self.committed, self.protocol.unknown(),
                 )
             )  # fmt: skip
         self.world.after(HEARTBEAT_S, self.beat)
@@ -758,18 +734,13 @@ class World:
                 assert known is generation, f"generation {generation.number} is made twice"
                 if generation.collect and self.random.random() < self.cruel_end:
                     self._disturb_the_end(tuple(member.worker for member in generation.members))
-                for member in generation.members:
-                    self._send(member.worker, action)
-            case (
-                Interrupt(workers) | Pause(workers) | Deal(workers) | Finalize(workers) | RequestSave(workers)
-                | SaveState(workers)
-            ):  # fmt: skip
+                for recipient in action.recipients:
+                    self._send(recipient, action)
+            case Order():
                 if isinstance(action, Finalize) and self.random.random() < self.cruel_end:
-                    self._disturb_the_end(workers)
-                for worker in workers:
-                    self._send(worker, action)
-            case CommitCheckpoint(worker) | DiscardCheckpoint(worker):
-                self._send(worker, action)
+                    self._disturb_the_end(action.workers)
+                for recipient in action.recipients:
+                    self._send(recipient, action.sent())
             case Finish(status, reason, digest):
                 self.outcome = Outcome(status, reason, digest, self.now)
                 self.events += self.book.record("run_finished", {"status": status, "reason": reason}, self.now)
@@ -777,7 +748,7 @@ class World:
                     failed = any(record["kind"] == "checkpoint_failed" for record in self.records)
                     assert failed or self.config.total_steps in controller.checkpoints, "the end was not saved"
 
-    def _send(self, worker: WorkerId, action: Action) -> None:
+    def _send(self, worker: WorkerId, action: Order) -> None:
         """Orders reach each worker in order, but not all workers at the same time, and also after their sender died."""
         if not self._may_send():
             return
@@ -808,7 +779,7 @@ class World:
     def newest_state(self, workers: Iterable[Worker]) -> int:
         """The most steps that these have all parts of the state of. What one has committed will be on record."""
         living = [w for w in workers if w.running and w.warm and not w.doomed]
-        recorded = max([len(self.steps), *(w.committed for w in living if w.reports)])
+        recorded = max([len(self.steps), *(w.committed for w in living if w.protocol.reports)])
         for committed in sorted({w.committed for w in living} | {recorded}, reverse=True):
             held = [
                 w.held

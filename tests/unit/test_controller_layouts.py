@@ -12,19 +12,15 @@ from orchestrator.control.forming import choose_ranks, make_generation
 from orchestrator.control.layouts import Layouts
 from orchestrator.control.protocol import (
     Died,
-    Finalize,
     Finish,
-    Interrupt,
     KillWorker,
     Notice,
-    Pause,
     Placed,
     ReleaseWorker,
     RequestWorker,
     Resize,
     Rollback,
     Start,
-    StartGeneration,
     Stop,
     TakeOver,
     Tick,
@@ -34,6 +30,7 @@ from orchestrator.control.views import ControllerConfig, Progress, RunState, Wor
 from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.choose import NoLayoutFits
 from orchestrator.training.messages import CheckpointSaved, Finalized, Heartbeat, Joined, Left, Ready, Status, WorkerId
+from orchestrator.training.orders import Finalize, Interrupt, Pause, StartGeneration
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, union, whole
 from tests.unit.layouts_in_tests import MODEL, layouts

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 
 from monitoring.clock import reading
-from orchestrator.runtime.orders import Introduction
-from orchestrator.runtime.reception import Reception
+from orchestrator.runtime.mailbox import Introduction, Introductions
 from orchestrator.training.messages import WorkerId
 
 W0, W1, W2 = (WorkerId(slot, 0) for slot in range(3))
@@ -17,7 +16,7 @@ def introduction(worker: WorkerId) -> Introduction:
 
 
 def test_whoever_waits_hears_of_all_as_soon_as_the_last_one_it_waits_for_is_met() -> None:
-    reception = Reception()
+    reception = Introductions()
     reception.meet(introduction(W2))
     found: list[set[WorkerId]] = []
     waiting = threading.Thread(target=lambda: found.append(set(reception.wait_for({W0, W1}, 60.0))))
@@ -30,7 +29,7 @@ def test_whoever_waits_hears_of_all_as_soon_as_the_last_one_it_waits_for_is_met(
 
 
 def test_patience_ends_and_nobody_has_to_be_waited_for() -> None:
-    reception = Reception()
+    reception = Introductions()
     reception.meet(introduction(W0))
     assert set(reception.wait_for({W0, W1}, 0.01)) == {W0}
     assert set(reception.wait_for((), 60.0)) == {W0}
@@ -40,7 +39,7 @@ def test_patience_ends_and_nobody_has_to_be_waited_for() -> None:
 
 
 def test_workers_that_were_not_met_may_show_life() -> None:
-    reception = Reception()
+    reception = Introductions()
     assert not reception.show_life({W0}, 60.0)
     reception.hear(W1)
     assert not reception.show_life({W0}, 60.0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.protocol import CommitCheckpoint, DiscardCheckpoint, Record
+from orchestrator.control.protocol import Record
 from orchestrator.control.saving import Saving
 from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
+from orchestrator.training.orders import CommitCheckpoint, DiscardCheckpoint
 
 A, B, C = WorkerId(0, 0), WorkerId(1, 0), WorkerId(2, 0)
 PLAN = SavePlan(Save(20, 1, 3), (A, B), {"data": 2})

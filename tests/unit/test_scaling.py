@@ -12,7 +12,6 @@ from orchestrator.control.protocol import (
     Died,
     NodesStarting,
     Notice,
-    Pause,
     Record,
     ReleaseWorker,
     RequestWorker,
@@ -23,6 +22,7 @@ from orchestrator.control.protocol import (
 )
 from orchestrator.control.views import RunState, ScalingRules, WorkerView
 from orchestrator.training.messages import WorkerId
+from orchestrator.training.orders import Pause
 from tests.unit.test_controller import W0, W1, W2, W3, Stage, of, records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from strategies.comm.groups import Groups
 from strategies.layout.assignment import deal, even
 from strategies.layout.parallel import ParallelLayout
-from strategies.model.randomness import stream_key
+from strategies.model.randomness import Streams, stream_key
 from strategies.optim.schedule import ScheduleSpec
 from strategies.reduction.reducer import Reducer
 from strategies.reduction.tree import Node, cover, fold, split
@@ -227,6 +229,20 @@ def test_random_streams_are_told_apart_by_every_part() -> None:
     assert stream_key(1, 11) != stream_key(11, 1)
     assert all(0 <= key < 2**63 for key in keys)
     assert stream_key(5, "step", 0, 1, 2) == 1845650695205280241, "the streams of recorded runs must not change"
+
+
+def test_every_pass_and_every_layer_in_it_draw_numbers_of_their_own() -> None:
+    streams, layers = Streams(3), [nn.Identity() for _ in range(2)]
+    for number, layer in enumerate(layers):
+        streams.install(layer, number)
+    drawn = []
+    for at in itertools.product(range(2), range(3), range(2)):
+        streams.enter(*at)
+        drawn.append(float(torch.rand(())))
+        for layer in layers:
+            layer(torch.zeros(1))
+            drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == len(drawn) == 36
 
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:

@@ -34,25 +34,16 @@ from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Abort,
     Action,
-    CommitCheckpoint,
-    Deal,
     Died,
-    DiscardCheckpoint,
     Event,
-    Finalize,
     Finish,
-    Interrupt,
     KillWorker,
-    Pause,
     Placed,
     Record,
     ReleaseWorker,
-    RequestSave,
     RequestWorker,
     Rollback,
-    SaveState,
     Start,
-    StartGeneration,
     StepCommitted,
     Stop,
     TakeOver,
@@ -67,7 +58,7 @@ from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.runtime.action_log import narrate, set_up_logs, tell
 from orchestrator.runtime.lease import Reign
-from orchestrator.runtime.orders import Introduction, OrderBook, Orders
+from orchestrator.runtime.mailbox import Delivery, Introduction, Introductions, Mailbox
 from orchestrator.runtime.presence import Presence
 from orchestrator.runtime.ray import fault_injection as game_days
 from orchestrator.runtime.ray.cluster_watcher import Outlook
@@ -81,11 +72,11 @@ from orchestrator.runtime.ray.placement import (
     release_places,
 )
 from orchestrator.runtime.ray.resource_request import Need, why_no_room
-from orchestrator.runtime.reception import Reception
 from orchestrator.runtime.result import compose, outline_of, settled
 from orchestrator.runtime.run_log import Chronicle
 from orchestrator.runtime.status import glance
 from orchestrator.training.messages import FaultFired, Heartbeat, Ready, Reply, WorkerId, dated
+from orchestrator.training.orders import Interrupt, Leave, Order
 from orchestrator.urls import take_over
 
 log = logging.getLogger(__name__)
@@ -166,9 +157,9 @@ class ControllerActor:
         log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
         self._job = job = Job.model_validate(spec["job"])
         self._handles: dict[WorkerId, WorkerHandle] = {}
-        self._books: dict[WorkerId, OrderBook] = {}
-        self._books_lock = threading.Lock()
-        self._reception = Reception()
+        self._mailboxes: dict[WorkerId, Mailbox] = {}
+        self._mailboxes_lock = threading.Lock()
+        self._introductions = Introductions()
         self._start_errors: dict[WorkerId, str] = {}
         self._lost_nodes: set[str] = set()
         self._result: dict[str, Any] | None = None
@@ -246,7 +237,7 @@ class ControllerActor:
         """A worker's message, `sent` when by its own clock; answered at once, handled in order."""
         arrived = self._clock.now()
         self._queue.put((dated(message, self._clock.shift_of(worker, sent, arrived)), arrived))
-        self._reception.hear(worker, message.committed if isinstance(message, Heartbeat) else None)
+        self._introductions.hear(worker, message.committed if isinstance(message, Heartbeat) else None)
         if isinstance(message, FaultFired):
             # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
             while message.index not in self._machine.fired_faults and self._result is None:
@@ -257,22 +248,22 @@ class ControllerActor:
         )  # fmt: skip
 
     @ray.method(max_task_retries=-1)
-    async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Orders:
+    async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Delivery:
         """What `worker`, which has its orders up to number `after` from the controller of `epoch`, is to do next.
 
         Ray asks again when this controller dies, and so brings its successor and the workers together at once; a call
         that is made while there is none fails only after 2 s.
         """
         if epoch != self._epoch:
-            return Orders(self._epoch, ())
-        return Orders(self._epoch, await self._book(worker).fetch(after, wait_s))
+            return Delivery(self._epoch, ())
+        return Delivery(self._epoch, await self._mailbox(worker).fetch(after, wait_s))
 
     async def introduce(self, introduction: Introduction) -> None:
         """A worker that has not spoken with this controller before says who and where it is."""
         if introduction.status is not None:
             shift = self._clock.shift_of(introduction.worker, introduction.sent, self._clock.now())
             introduction = introduction._replace(status=dated(introduction.status, shift))
-        self._reception.meet(introduction)
+        self._introductions.meet(introduction)
         handle = self._handles.get(introduction.worker)
         if handle is not None:
             handle.node, handle.pid, handle.placed = introduction.node, introduction.pid, True
@@ -389,7 +380,7 @@ class ControllerActor:
             else:
                 handle.kill()  # It waits for room, and will again: why, and for how long, went with the predecessor.
         warm = self._warm & placed.keys()
-        met = self._reception.wait_for(warm, SOON_S)
+        met = self._introductions.wait_for(warm, SOON_S)
         if silent := warm - met.keys():
             silent -= {worker for worker in silent if self._is_lost(placed[worker])}
             met = self._wait_for(silent)
@@ -407,7 +398,7 @@ class ControllerActor:
                 continue
             self._handles[worker] = handle
             self._watch(handle)
-        met = self._reception.wait_for((), 0.0)
+        met = self._introductions.wait_for((), 0.0)
         for worker in (each.worker for each in starting):
             if (late := met.get(worker)) is not None and late.status is not None:
                 # It came meanwhile, and what it had told the predecessor it will not tell again.
@@ -419,10 +410,10 @@ class ControllerActor:
         """Those that have been met when these have, or patience with them has run out."""
         began, timeout_s = time.monotonic(), self._job.elastic.heartbeat_timeout_s
         while True:
-            met = self._reception.wait_for(silent, TICK_S)
+            met = self._introductions.wait_for(silent, TICK_S)
             missing, waited_s = silent - met.keys(), SOON_S + time.monotonic() - began
             limit_s = stretched_s(max(INTRODUCTION_S, timeout_s), self._lateness.recent_s())
-            is_late = waited_s > limit_s and not self._reception.show_life(missing, timeout_s)
+            is_late = waited_s > limit_s and not self._introductions.show_life(missing, timeout_s)
             if not missing or is_late or waited_s > MOST_INTRODUCTION_S:
                 return met
 
@@ -460,9 +451,9 @@ class ControllerActor:
             # Its place outlives it, and no other could have it.
             threading.Thread(target=dead.kill, daemon=True).start()
         if isinstance(event, Died):
-            with self._books_lock:
-                self._books.pop(event.worker, None)
-            self._reception.forget(event.worker)
+            with self._mailboxes_lock:
+                self._mailboxes.pop(event.worker, None)
+            self._introductions.forget(event.worker)
         if isinstance(event, FaultFired):
             if self._job.faults[event.index].kind == "controller":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -489,7 +480,7 @@ class ControllerActor:
                 threading.Thread(target=self._tell_shortage, args=(action,), daemon=True).start()
             case ReleaseWorker():
                 if (leaving := self._handles.pop(action.worker, None)) is not None:
-                    self._book(action.worker).put("leave")
+                    self._send(Leave(action.worker))
                     # One that waits for a place goes at once, or the autoscaler might yet start a node for it.
                     if leaving.placed:
                         leaving.kill_later()
@@ -499,32 +490,8 @@ class ControllerActor:
                 if (condemned := self._handles.pop(action.worker, None)) is not None:
                     # Off this thread: recovery must not wait until Ray has finished with a dead worker.
                     threading.Thread(target=condemned.kill, daemon=True).start()
-            case StartGeneration():
-                for member in action.generation.members:
-                    self._tell(member.worker, "join", action.generation)
-            case Interrupt():
-                for worker in action.workers:
-                    self._tell(worker, "interrupt", action.generation, self._epoch)
-                self._probe(action.workers)
-            case Pause():
-                for worker in action.workers:
-                    self._tell(worker, "pause", action.generation, self._epoch)
-            case Deal():
-                for worker in action.workers:
-                    self._tell(worker, "deal", action.generation, action.number, action.assignment, self._epoch)
-            case Finalize():
-                for worker in action.workers:
-                    self._tell(worker, "finalize", self._epoch)
-            case RequestSave():
-                for worker in action.workers:
-                    self._tell(worker, "request_save", action.generation, self._epoch)
-            case SaveState():
-                for worker in action.workers:
-                    self._tell(worker, "save_state", action.workers, action.save, self._epoch)
-            case CommitCheckpoint():
-                self._tell(action.worker, "commit_checkpoint", action.save, action.parts, action.layout, self._epoch)
-            case DiscardCheckpoint():
-                self._tell(action.worker, "discard_checkpoint", action.save, self._epoch)
+            case Order():
+                self._send(action)
             case Rollback():
                 self._chronicle.roll_back(action.committed)
             case Finish():
@@ -539,13 +506,18 @@ class ControllerActor:
         self._record("shortage", {"workers": [worker.slot for worker in action.workers],
                                   "waited_seconds": round(action.waited_s, 1), "reason": reason})  # fmt: skip
 
-    def _tell(self, worker: WorkerId, command: str, *arguments: Any) -> None:
-        # A worker that does not come for its orders is dead or silent, which is noticed by itself.
-        self._book(worker).put(command, *arguments)
+    def _send(self, order: Order) -> None:
+        """Leaves an order in the mailboxes of those it is for. A worker that does not come for it is dead or silent,
+        which is noticed by itself."""
+        sent = order.sent()
+        for worker in order.recipients:
+            self._mailbox(worker).put(sent)
+        if isinstance(order, Interrupt):
+            self._probe(order.workers)
 
-    def _book(self, worker: WorkerId) -> OrderBook:
-        with self._books_lock:
-            return self._books.setdefault(worker, OrderBook())
+    def _mailbox(self, worker: WorkerId) -> Mailbox:
+        with self._mailboxes_lock:
+            return self._mailboxes.setdefault(worker, Mailbox())
 
     def _probe(self, workers: tuple[WorkerId, ...]) -> None:
         """Somebody lost a peer: finds out which of the others is gone, without waiting for Ray to say so."""

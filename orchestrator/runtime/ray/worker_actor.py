@@ -17,8 +17,9 @@ import ray
 from monitoring.clock import reading
 from monitoring.redaction import redact
 from orchestrator.runtime.action_log import set_up_logs
-from orchestrator.runtime.orders import Introduction, Orders
+from orchestrator.runtime.mailbox import Delivery, Introduction
 from orchestrator.training.messages import Reply, WorkerId
+from orchestrator.training.orders import Leave, Order
 from orchestrator.urls import take_over
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class WorkerActor:
         self._spec = spec
         self._controller = controller
         self._worker: Any = None
-        self._early: list[tuple[str, tuple[Any, ...]]] = []
+        self._early: list[tuple[Order, int]] = []
         self._lock = threading.Lock()
 
     def live(self) -> None:
@@ -62,8 +63,8 @@ class WorkerActor:
                 self._worker = worker
                 early, self._early = self._early, []
             worker.start()
-            for name, arguments in early:
-                getattr(worker, name)(*arguments)
+            for order, term in early:
+                worker.take(order, term)
             worker.train()
         except BaseException:
             log.exception("worker %s ends", self._id)
@@ -119,7 +120,7 @@ class WorkerActor:
         while True:
             try:
                 call = self._controller.orders.remote(self._id, epoch, after, LISTEN_S)
-                orders: Orders = ray.get(call, timeout=LISTEN_S + 5.0)
+                orders: Delivery = ray.get(call, timeout=LISTEN_S + 5.0)
                 if orders.epoch != epoch:
                     worker = self._worker
                     status = None if worker is None else worker.status(orders.epoch)
@@ -132,23 +133,23 @@ class WorkerActor:
                 log.debug("no orders: %s", error)
                 time.sleep(0.05)
                 continue
-            for number, command, arguments in orders.pending:
+            for number, order in orders.pending:
                 after = number
                 try:
-                    self._obey(command, arguments)
+                    self._obey(order, orders.epoch)
                 except Exception:
                     # The next order must be heard in any case; a worker that is no good is found by what it does.
-                    log.exception("order %d (%s) failed", number, command)
+                    log.exception("order %d (%s) failed", number, type(order).__name__)
 
-    def _obey(self, command: str, arguments: tuple[Any, ...]) -> None:
-        if command == "leave":
+    def _obey(self, order: Order, term: int) -> None:
+        if isinstance(order, Leave):
             self._leave()
             return
         with self._lock:
             if self._worker is None:
-                self._early.append((command, arguments))
+                self._early.append((order, term))
                 return
-        getattr(self._worker, command)(*arguments)
+        self._worker.take(order, term)
 
     def _leave(self) -> None:
         """Ends this process in good order."""
