@@ -99,7 +99,7 @@ class _Report:
     # --------------------------------------------------------------------------------------------------- the page
 
     def page(self) -> str:
-        style = (_text("page/static/tokens.css") + _text("report.css")).replace("</", "<\\/")
+        style = (_text("page/static/tokens.css") + _text("report/report.css")).replace("</", "<\\/")
         name = str(self.job.get("name") or self.dir.name)
         marks = [
             Mark(float(event["at"]) - self.start, f"{event['incident']}: {event['cause']}")

@@ -774,18 +774,23 @@ def test_audit_rejects_another_jobs_run_and_a_broken_line(tmp_path: Path) -> Non
         audit(tmp_path / "none.jsonl", **JOB)
 
 
-def test_audit_counts_ids_rather_than_trusting_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [1, -1], ids=["in one step", "in two steps"])
+def test_audit_counts_ids_rather_than_trusting_the_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
     """Were the permutation not one, ledger and sampler would still agree; the count of ids must not."""
     honest = Sampler._epoch_ids
+    order = honest(Sampler(**JOB), 0, 0, JOB["num_samples"])
+    used, lost = order[0], order[at]
 
     def lossy(self: Sampler, epoch: int, first: int, length: int) -> Any:
         ids = honest(self, epoch, first, length)
-        return np.where(ids == 7, 8, ids)
+        return np.where(ids == lost, used, ids)
 
     monkeypatch.setattr(Sampler, "_epoch_ids", lossy)
     report = audit(_jsonl(tmp_path / "metrics.jsonl", _records(15)), **JOB)
     assert not report.ok
-    assert any("epoch 0 uses 1 samples again, among them [8]" in one for one in report.problems)
+    assert any(f"epoch 0 uses 1 samples again, among them [{used}]" in one for one in report.problems)
     assert any("epoch 0 is over, yet 1 of its 50 samples were never used" in one for one in report.problems)
     assert report.epochs_complete == 0
 

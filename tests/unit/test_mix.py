@@ -39,6 +39,14 @@ def test_weights_are_kept_as_they_are_written() -> None:
         shares([1.0, 0.0])
 
 
+@pytest.fixture(params=range(3))
+def seed() -> int:
+    """Another each time: a failure shows it."""
+    drawn = random.randrange(2**32)
+    print(f"seed {drawn}")
+    return drawn
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(0, 2**40), st.integers(1, 400))
 def test_every_window_holds_the_weights(weights: list[int], first: int, window: int) -> None:
@@ -50,7 +58,6 @@ def test_every_window_holds_the_weights(weights: list[int], first: int, window: 
     assert np.abs(found - wanted).max() <= 1 + len(weights) / 2
 
 
-@pytest.mark.parametrize("seed", [random.randrange(2**32) for _ in range(3)])
 def test_each_source_has_each_of_its_epochs_exactly_once(seed: int) -> None:
     print(f"seed {seed}")
     sizes, weights = [60, 7, 25], [0.5, 0.3, 0.2]
@@ -92,7 +99,6 @@ def test_where_each_source_is_after_so_many_samples() -> None:
         }
 
 
-@pytest.mark.parametrize("seed", [random.randrange(2**32) for _ in range(3)])
 def test_a_dataset_sorted_by_length_is_even_in_every_window(seed: int) -> None:
     """The mean of 256 samples of 20,000 in order of length lies within six standard errors of the mean of all."""
     print(f"seed {seed}")
@@ -104,7 +110,6 @@ def test_a_dataset_sorted_by_length_is_even_in_every_window(seed: int) -> None:
     assert np.abs(np.diff(means)).mean() > 0.2 * error, "windows differ as random ones do"
 
 
-@pytest.mark.parametrize("seed", [random.randrange(2**32) for _ in range(3)])
 def test_a_dataset_sorted_by_source_is_even_in_every_window(seed: int) -> None:
     """Half of the places of one source are long samples, which all stand at its end."""
     print(f"seed {seed}")
