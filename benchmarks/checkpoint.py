@@ -92,8 +92,8 @@ class _Bench:
         self.fabric.form(store_address=addresses[0], prefix="checkpoint", host=HOST, timeout_s=60.0)
         everything = whole(self.state.space.size, 1)
         self.domains = [Domain("", "here")] * ranks
-        self.state.take_place(self.layout, self.fabric, [everything] * ranks, self.domains, 2, 0, self.barrier)
-        self.state.moved_on()
+        self.state.adopt_layout(self.layout, self.fabric, [everything] * ranks, self.domains, 2, 0, self.barrier)
+        self.state.step_committed()
         own = self.state.arrangement.own
         assert own is not None
         for moment in own.moments.values():
@@ -193,8 +193,8 @@ class _Bench:
         from orchestrator.training.restoring import open_checkpoint, read_checkpoint
 
         checkpoint = open_checkpoint(self.catalog, number + 1, self.state)
-        self.state.tear()
-        self.state.take_place(
+        self.state.invalidate()
+        self.state.adopt_layout(
             self.layout, self.fabric, [()] * self.ranks, self.domains, 2, 0, self.barrier,
             lambda intake: read_checkpoint(checkpoint, intake, lambda: None), read_by_node=True,
         )  # fmt: skip

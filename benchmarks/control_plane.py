@@ -41,14 +41,14 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+from orchestrator.control.controller import Controller
 from orchestrator.control.history import History
-from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Action,
     Died,
+    DrainNotice,
     Event,
     KillWorker,
-    Notice,
     Placed,
     Record,
     ReleaseWorker,
@@ -378,7 +378,7 @@ def changes(
         found["node lost"].append(changed(fleet, begin, Interrupt, "peer", workers - max(group, PER_NODE)))
         grow("growth by a node")
         node = fleet.on_node_of(fleet.members[fleet.random.randrange(workers)])
-        notice = Notice(tuple(node), "spot", fleet.now + 120.0)
+        notice = DrainNotice(tuple(node), "spot", fleet.now + 120.0)
         begin = partial(fleet.tell, notice)
         found["drain of a node"].append(changed(fleet, begin, Pause, "pause", workers - max(group, PER_NODE)))
         grow(None)
@@ -407,7 +407,7 @@ def starts(layout: str, workers: int, rounds: int) -> dict[str, list[float]]:
         history = History.read(events, steps)
         took["history read"] = time.thread_time() - begun
         successor = Fleet(layout, workers)
-        successor.controller = Controller(replace(fleet.config, epoch=1), history)
+        successor.controller = Controller(replace(fleet.config, term=1), history)
         successor.now = fleet.now + 3.0
         successor.tell(TakeOver(tuple(statuses)))
         took["takeover"] = successor.spent_s

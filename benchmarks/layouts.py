@@ -112,7 +112,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     def barrier() -> None:
         exchange(fabric.world, np.array([0]), [1] * ranks, device)
 
-    state.take_place(layout, fabric, [everything] * ranks, [Domain("", "here")] * ranks, copies, 0, barrier)
+    state.adopt_layout(layout, fabric, [everything] * ranks, [Domain("", "here")] * ranks, copies, 0, barrier)
     engine.bind(fabric, layout, 0)
 
     def step(number: int) -> Done:

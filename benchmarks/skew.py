@@ -373,7 +373,7 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
     address = StoreAddress("127.0.0.1", start.port, SECRET)
     fabric.form(store_address=address, prefix="bench", host="127.0.0.1", timeout_s=30.0)
     domains = [Domain("", str(rank)) for rank in range(start.world_size)]
-    state.take_place(layout, fabric, [state.held] * start.world_size, domains, 1, 0, barrier=lambda: None)
+    state.adopt_layout(layout, fabric, [state.held] * start.world_size, domains, 1, 0, barrier=lambda: None)
     engine.bind(fabric, layout, 0)
 
     toggle = toggle_measuring(engine)

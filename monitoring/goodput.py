@@ -36,7 +36,7 @@ _PENDING = "pending"
 
 
 @dataclass(frozen=True)
-class Account:
+class GoodputAccount:
     """Seconds; `productive_seconds` and `badput_seconds` (by reason) add up to `wall_seconds`."""
 
     wall_seconds: float
@@ -278,12 +278,12 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------ telling
 
-    def account(self, now: float | None = None, partial: Mapping[str, Any] | None = None) -> Account:
+    def account(self, now: float | None = None, partial: Mapping[str, Any] | None = None) -> GoodputAccount:
         """Up to `now`; without it up to the end of the run, or to what is last known of it. `partial` is the stretch of
         steps that is under way. A step that is under way counts as training until something says otherwise."""
         totals = self.settled(now, partial)
         totals["productive"] += totals.pop(_PENDING)
-        return Account(
+        return GoodputAccount(
             sum(totals.values()), totals["productive"], {reason: max(0.0, totals[reason]) for reason in REASONS}
         )
 

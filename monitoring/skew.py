@@ -33,7 +33,7 @@ Worker = Hashable
 
 
 @dataclass(frozen=True)
-class Account:
+class RankAccount:
     """What one worker says of a step; times in seconds.
 
     `stage` is the part of the model that it computes, `share` the share of the whole model's cost that it was predicted
@@ -120,14 +120,14 @@ class Windows:
     def __init__(self, steps: int = WINDOW_STEPS, seconds: float = WINDOW_SECONDS) -> None:
         self._steps = steps
         self._seconds = seconds
-        self._open: list[tuple[float, Mapping[Worker, Account]]] = []
+        self._open: list[tuple[float, Mapping[Worker, RankAccount]]] = []
         self._best: dict[Worker, float] = {}
 
     def restart(self) -> None:
         """What was dealt or who is there changes: the window under way is no window."""
         self._open = []
 
-    def add(self, seconds: float, accounts: Mapping[Worker, Account]) -> Window | None:
+    def add(self, seconds: float, accounts: Mapping[Worker, RankAccount]) -> Window | None:
         """A step that took so long; the window that it completes."""
         if self._open and self._open[-1][1].keys() != accounts.keys():
             self._open = []
@@ -145,7 +145,7 @@ class Windows:
         return self._rate(steps, noise, usual)
 
     @staticmethod
-    def _rates_of(steps: Sequence[tuple[float, Mapping[Worker, Account]]]) -> dict[Worker, list[float]]:
+    def _rates_of(steps: Sequence[tuple[float, Mapping[Worker, RankAccount]]]) -> dict[Worker, list[float]]:
         """Seconds for an average virtual worker in every step that a worker was seen at work in."""
         found: dict[Worker, list[float]] = {}
         for _, accounts in steps:
@@ -155,7 +155,7 @@ class Windows:
         return found
 
     def _rate(
-        self, steps: Sequence[tuple[float, Mapping[Worker, Account]]], noise: Mapping[Worker, float], usual: float
+        self, steps: Sequence[tuple[float, Mapping[Worker, RankAccount]]], noise: Mapping[Worker, float], usual: float
     ) -> Window:
         step_seconds = median(seconds for seconds, _ in steps)
         rates = {worker: median(each) for worker, each in self._rates_of(steps).items()}
@@ -199,7 +199,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Finding:
+class SkewFinding:
     """Something that costs time. `kind` is one of slow device, slow node, slow input, input starvation, uneven data,
     pipeline imbalance; `workers` are those that it is about (none: all alike), `value` is what gave it away."""
 
@@ -214,15 +214,15 @@ class Finding:
 class News:
     """What a window changed."""
 
-    opened: tuple[Finding, ...] = ()
-    closed: tuple[Finding, ...] = ()
+    opened: tuple[SkewFinding, ...] = ()
+    closed: tuple[SkewFinding, ...] = ()
 
 
 @dataclass
 class Detector:
     """Turns windows into findings. `open` are those that hold."""
 
-    open: dict[tuple[str, Worker], Finding] = field(default_factory=dict)
+    open: dict[tuple[str, Worker], SkewFinding] = field(default_factory=dict)
     _seen: dict[tuple[str, Worker], int] = field(default_factory=dict)
     _missed: dict[tuple[str, Worker], int] = field(default_factory=dict)
 
@@ -255,10 +255,10 @@ def _is_renamed(kind: str, who: Worker, found: Iterable[tuple[str, Worker]]) -> 
     return any(other != kind and name == who for other, name in found)
 
 
-def suspects(window: Window) -> tuple[dict[tuple[str, Worker], Finding], set[tuple[str, Worker]]]:
+def suspects(window: Window) -> tuple[dict[tuple[str, Worker], SkewFinding], set[tuple[str, Worker]]]:
     """What one window speaks for, by kind and worker (None: nobody in particular); and what it speaks against. Between
     the two limits it says nothing."""
-    found: dict[tuple[str, Worker], Finding] = {}
+    found: dict[tuple[str, Worker], SkewFinding] = {}
     cleared: set[tuple[str, Worker]] = set()
     ratings = window.workers
     starved = median(rating.data_share for rating in ratings.values()) if ratings else 0.0
@@ -268,7 +268,7 @@ def suspects(window: Window) -> tuple[dict[tuple[str, Worker], Finding], set[tup
         doubt = 1 + 2 * (rating.noise**2 + window.noise**2) ** 0.5
         by_device = rating.device_speed * doubt < SLOW
         if rating.speed * doubt < SLOW and not by_device:
-            found["slow input", worker] = Finding(
+            found["slow input", worker] = SkewFinding(
                 "slow input", (worker,), rating.speed,
                 f"works at {rating.speed:.2f} of the fastest's speed, {rating.data_share:.0%} of a step for input",
                 rating.node,
@@ -281,7 +281,7 @@ def suspects(window: Window) -> tuple[dict[tuple[str, Worker], Finding], set[tup
             cleared |= {("slow device", worker), ("slow node", worker)}
     _name_devices(window, slow_devices, found)
     if starved > STARVED:
-        found["input starvation", None] = Finding(
+        found["input starvation", None] = SkewFinding(
             "input starvation", (), starved, f"half of the workers wait for input for {starved:.0%} of the step or more"
         )
     elif starved < FED:
@@ -289,7 +289,7 @@ def suspects(window: Window) -> tuple[dict[tuple[str, Worker], Finding], set[tup
     uneven = skew([rating.cost_per_held for rating in ratings.values()]) if ratings else 1.0
     if uneven > UNEVEN:
         most = max(ratings, key=lambda worker: ratings[worker].cost_per_held)
-        found["uneven data", None] = Finding(
+        found["uneven data", None] = SkewFinding(
             "uneven data", (most,), uneven, f"its virtual workers cost {uneven:.2f} times the average"
         )
     elif uneven < EVEN:
@@ -299,7 +299,7 @@ def suspects(window: Window) -> tuple[dict[tuple[str, Worker], Finding], set[tup
 
 
 def _name_devices(
-    window: Window, slow: Sequence[Worker], found: dict[tuple[str, Worker], Finding]
+    window: Window, slow: Sequence[Worker], found: dict[tuple[str, Worker], SkewFinding]
 ) -> None:  # fmt: skip
     """When all of a node's workers are slow, and others' are not, it is the node."""
     ratings = window.workers
@@ -312,7 +312,7 @@ def _name_devices(
         is_node = len(fellows) > 1 and len(fellows) < len(ratings) and all(fellow in slow for fellow in fellows)
         kind = "slow node" if is_node else "slow device"
         was = f", at {rating.own_speed:.2f} of its own best" if rating.own_speed < RECOVERED else ""
-        found[kind, worker] = Finding(
+        found[kind, worker] = SkewFinding(
             kind, (worker,), rating.device_speed, f"computes at {rating.device_speed:.2f} of the fastest's speed{was}",
             rating.node,
         )  # fmt: skip
@@ -320,7 +320,7 @@ def _name_devices(
 
 def _look_at_stages(
     ratings: Mapping[Worker, Rating],
-    found: dict[tuple[str, Worker], Finding],
+    found: dict[tuple[str, Worker], SkewFinding],
     cleared: set[tuple[str, Worker]],
 ) -> None:
     """A stage that takes longer than others though its devices are no slower has too much of the model."""
@@ -336,7 +336,7 @@ def _look_at_stages(
     if uneven > UNEVEN:
         stage = max(stages, key=lambda each: stages[each])
         workers = tuple(worker for worker, rating in ratings.items() if rating.stage == stage)
-        found["pipeline imbalance", None] = Finding(
+        found["pipeline imbalance", None] = SkewFinding(
             "pipeline imbalance", workers, uneven, f"stage {stage} takes {uneven:.2f} times as long as the average one"
         )
     elif uneven < EVEN:

@@ -186,20 +186,20 @@ class RunDirectory:
                 draft.unlink()
             raise
 
-    def next_epoch(self) -> int:
-        """Claims the next controller epoch of this run; no two controllers ever get the same."""
-        epoch = 1 + self.newest_epoch()
+    def next_term(self) -> int:
+        """Claims the next controller term of this run; no two controllers ever get the same."""
+        term = 1 + self.newest_term()
         while True:
             try:
                 with self.own_umask():
-                    os.close(os.open(self.path / f".epoch-{epoch}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                    os.close(os.open(self.path / f".epoch-{term}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             except FileExistsError:
-                epoch += 1
+                term += 1
             else:
-                return epoch
+                return term
 
-    def newest_epoch(self) -> int:
-        """The highest epoch that a controller has claimed; 0 when there was none."""
+    def newest_term(self) -> int:
+        """The highest term that a controller has claimed; 0 when there was none."""
         names = (re.fullmatch(r"\.epoch-(\d{1,18})", path.name, re.ASCII) for path in self.path.glob(".epoch-*"))
         return max((int(found[1]) for found in names if found is not None), default=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.alerts.model import Alert, Group, Recording, as_yaml
+from monitoring.alerts.rule import Alert, Group, Recording, as_yaml
 from monitoring.alerts.rules import DEFAULT_GOODPUT_TARGET, DEFAULT_RUNBOOKS, rules
 
 __all__ = ["DEFAULT_GOODPUT_TARGET", "DEFAULT_RUNBOOKS", "Alert", "Group", "Recording", "as_yaml", "rules"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from monitoring.alerts.model import Alert, Recording, Severity
+from monitoring.alerts.rule import Alert, Recording, Severity
 
 WEEK_HOURS = 7 * 24
 MOST_BADPUT = 0.95
@@ -18,7 +18,7 @@ MOST_BADPUT = 0.95
 
 
 @dataclass(frozen=True)
-class Window:
+class BurnWindow:
     """Alert when so much of a week's budget is spent within `hours`, and at that rate still within `short`."""
 
     hours: int
@@ -40,10 +40,10 @@ class Window:
 
 
 WINDOWS = (
-    Window(1, "1h", "5m", 0.05, "critical", "2m"),
-    Window(6, "6h", "30m", 0.15, "critical", "15m"),
-    Window(24, "1d", "2h", 0.30, "warning", "1h"),
-    Window(72, "3d", "6h", 0.45, "warning", "3h"),
+    BurnWindow(1, "1h", "5m", 0.05, "critical", "2m"),
+    BurnWindow(6, "6h", "30m", 0.15, "critical", "15m"),
+    BurnWindow(24, "1d", "2h", 0.30, "warning", "1h"),
+    BurnWindow(72, "3d", "6h", 0.45, "warning", "3h"),
 )
 _LENGTHS = tuple(length for window in WINDOWS for length in (window.short, window.long))
 
@@ -80,7 +80,7 @@ def alerts(target: float) -> tuple[Alert, ...]:
     )
 
 
-def _alert(name: str, target: float, windows: tuple[Window, ...]) -> Alert:
+def _alert(name: str, target: float, windows: tuple[BurnWindow, ...]) -> Alert:
     first = windows[0]
     return Alert(
         name,
@@ -98,7 +98,7 @@ def _days(hours: float) -> str:
     return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.0f} hours"
 
 
-def _condition(window: Window, target: float) -> str:
+def _condition(window: BurnWindow, target: float) -> str:
     """Both windows burn; a quarter of the long one has passed, as start-up is all badput."""
     limit = f"{window.most_badput(target):.4g}"
     return (

@@ -7,7 +7,7 @@ its section of docs/runbooks.md, and has a test that it fires and one that it do
 from __future__ import annotations
 
 from monitoring.alerts import burn
-from monitoring.alerts.model import Alert, Group, Recording
+from monitoring.alerts.rule import Alert, Group, Recording
 from monitoring.goodput import VOLUNTARY
 
 DEFAULT_GOODPUT_TARGET = 0.9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from monitoring.dashboards import checkpoints, fleet, ranks, run
-from monitoring.dashboards.model import Dashboard
+from monitoring.dashboards.panels import Dashboard
 
 
 def dashboards() -> tuple[Dashboard, ...]:

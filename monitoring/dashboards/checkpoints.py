@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.dashboards.model import Dashboard, Panel, Row, Target, Threshold
+from monitoring.dashboards.panels import Dashboard, Panel, Row, Target, Threshold
 from monitoring.dashboards.query import count, mean_so_far, now, so_far
 from monitoring.dashboards.run import CHOICE, INCIDENTS, NO_CHECKPOINT
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.dashboards.model import Color, Column, Dashboard, Panel, Row, Target, Threshold
+from monitoring.dashboards.panels import Color, Column, Dashboard, Panel, Row, Target, Threshold
 from monitoring.dashboards.query import of_all, rate
 from monitoring.dashboards.run import NO_INCIDENT, NO_PEAK
 

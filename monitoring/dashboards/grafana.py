@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from monitoring.dashboards.model import Annotation, Color, Column, Dashboard, Panel, Row, Target, Threshold, Variable
+from monitoring.dashboards.panels import Annotation, Color, Column, Dashboard, Panel, Row, Target, Threshold, Variable
 
 SCHEMA_VERSION = 41
 COLUMNS = 24

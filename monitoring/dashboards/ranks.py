@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.dashboards.model import Column, Dashboard, Panel, Row, Target, Threshold
+from monitoring.dashboards.panels import Column, Dashboard, Panel, Row, Target, Threshold
 from monitoring.dashboards.query import of_run
 from monitoring.dashboards.run import CHOICE, GENERATIONS, INCIDENTS
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.dashboards.model import Annotation, Color, Dashboard, Panel, Row, Target, Threshold, Variable
+from monitoring.dashboards.panels import Annotation, Color, Dashboard, Panel, Row, Target, Threshold, Variable
 from monitoring.dashboards.query import STATES, count, lately, mean_so_far, now, of_run, rate, so_far, state_number
 
 CHOICE = Variable("run", "orchestrator_run_info", "run")

@@ -41,7 +41,7 @@ READ_AT_ONCE = 32 << 20
 THREADS = 4
 
 
-class Checkpoint:
+class StoredCheckpoint:
     """A complete checkpoint whose manifest is the one that was written. Its chunks are verified as they are read."""
 
     def __init__(self, storage: Storage, commit: Commit, manifest: Manifest, cipher: Cipher | None) -> None:
@@ -243,7 +243,7 @@ class Catalog:
         found = [step for name in self.storage.names("") if (step := step_of(name)) is not None]
         return [(step, set(self.storage.names(directory_name(step)))) for step in sorted(found, reverse=True)]
 
-    def open(self, committed: int, *, keyless: bool = False) -> Checkpoint:
+    def open(self, committed: int, *, keyless: bool = False) -> StoredCheckpoint:
         """The checkpoint after so many steps, as far as can be told without reading its parts. A `keyless` one may be
         encrypted, and can be verified, but not read.
 
@@ -279,7 +279,7 @@ class Catalog:
             raise CheckpointError(f"{where}: incomplete: {error}") from error
         except (NotAFile, IsADirectoryError) as error:
             raise CheckpointError(f"{where}: damaged: {error}") from error
-        return Checkpoint(self.storage, commit, manifest, cipher)
+        return StoredCheckpoint(self.storage, commit, manifest, cipher)
 
     def _why_set_aside(self, directory: str) -> str:
         try:
@@ -333,7 +333,7 @@ class Catalog:
             raise CheckpointError(f"{where}: the ranks wrote states of different numbers of updates: {sorted(updates)}")
         cipher = self.cipher(save)
         manifest = Manifest(
-            run=self.run, job=description.job, committed=save.committed, updates=updates.pop(), epoch=save.epoch,
+            run=self.run, job=description.job, committed=save.committed, updates=updates.pop(), epoch=save.term,
             generation=save.generation, attempt=save.attempt, layout=dict(description.layout),
             data=dict(description.data), randomness=dict(description.randomness), schedule=dict(description.schedule),
             tensors=dict(description.tensors), files=[part.file for part in lists],

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from monitoring.outside import json_text
-from orchestrator.checkpoint.catalog import Checkpoint
+from orchestrator.checkpoint.catalog import StoredCheckpoint
 from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
 from orchestrator.checkpoint.parts import safetensors_header
 from orchestrator.checkpoint.tensors import DTYPES, TYPES, as_tensor, bytes_of
@@ -35,7 +35,7 @@ class ExportError(ValueError):
 
 
 def export(
-    checkpoint: Checkpoint, job: Job, target: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    checkpoint: StoredCheckpoint, job: Job, target: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
     """Writes the model of a checkpoint to the new directory `target`, its floating-point tensors as `dtype` (fp32, bf16
     or fp16; None: as they are). Returns the files.
@@ -73,7 +73,7 @@ def _skeleton(job: Job) -> nn.Module:
     return skeleton
 
 
-def _exported_names(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _exported_names(skeleton: nn.Module, checkpoint: StoredCheckpoint) -> dict[str, str]:
     """The tensors of the model, by the names that transformers gives them, and their names in the checkpoint."""
     wanted = {name: f"model.{name}" for name in skeleton.state_dict()}
     there = checkpoint.manifest.tensors
@@ -85,7 +85,7 @@ def _exported_names(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, st
     return found
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def read_tensor(checkpoint: StoredCheckpoint, name: str) -> torch.Tensor:
     """A whole tensor of a checkpoint, put together from its chunks and verified.
 
     Raises CheckpointError, OSError, KeyError when there is no such tensor.
@@ -104,7 +104,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def _write_weights(
-    checkpoint: Checkpoint, target: Path, names: Mapping[str, str], dtype: str | None, shard_bytes: int
+    checkpoint: StoredCheckpoint, target: Path, names: Mapping[str, str], dtype: str | None, shard_bytes: int
 ) -> None:
     types, sizes = {}, {}
     for name, ours in names.items():
@@ -141,7 +141,7 @@ def _deal(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def _contents(
-    checkpoint: Checkpoint,
+    checkpoint: StoredCheckpoint,
     names: Mapping[str, str],
     shard: Sequence[str],
     types: Mapping[str, torch.dtype],

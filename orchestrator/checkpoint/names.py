@@ -28,11 +28,11 @@ def is_part(name: str) -> bool:
 
 
 class Save(NamedTuple):
-    """One attempt to save the state after `committed` steps, by ranks of a generation of the controller `epoch`. Its
+    """One attempt to save the state after `committed` steps, by ranks of a generation of the controller `term`. Its
     files have names that no other attempt uses."""
 
     committed: int
-    epoch: int
+    term: int
     generation: int
     attempt: int = 0
 
@@ -43,7 +43,7 @@ class Save(NamedTuple):
     @property
     def prefix(self) -> str:
         """What the names of all its parts begin with."""
-        return f"part-e{self.epoch}-g{self.generation}-a{self.attempt}-"
+        return f"part-e{self.term}-g{self.generation}-a{self.attempt}-"
 
     def part(self, rank: int) -> str:
         """What the names of a rank's files begin with."""

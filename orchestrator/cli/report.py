@@ -6,7 +6,7 @@ from pathlib import Path
 
 from monitoring.outside import json_text
 from monitoring.report.page import write_report_page
-from monitoring.report.report import lines_of, report_of
+from monitoring.report.summary import lines_of, report_of
 from monitoring.terminal.clean import clean
 from orchestrator.rundir import RunDirectory
 

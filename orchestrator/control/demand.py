@@ -92,7 +92,7 @@ class Demand:
             actions.append(TellShortage(tuple(sorted(view.worker for view in those)), waited_s, market))
         return actions
 
-    def overslept(self, gap_s: float) -> None:
+    def skip_gap(self, gap_s: float) -> None:
         """Nothing could be asked for so long."""
         if self._short_since is not None:
             self._short_since += gap_s

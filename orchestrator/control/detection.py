@@ -18,7 +18,7 @@ from strategies.layout.parallel import ParallelLayout
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Failure:
     """Something that went wrong: the `kind` and `cause` of its incident, and `at` what time it began (None: now).
 
     `view` is the worker whose trouble it is, None when it is nobody's in particular. That worker is lost with it: it is
@@ -43,10 +43,10 @@ class Trouble:
 # ---------------------------------------------------------------------------------------- what is reported
 
 
-def died(view: WorkerView, event: Died) -> Trouble:
+def died(view: WorkerView, event: Died) -> Failure:
     """A process is gone. Who had to leave anyway is no argument against the step it was in."""
     kind, weight = ("drain", 0.0) if view.draining else ("kill", 1 / 4)
-    return Trouble(kind, f"worker {view.worker.slot} died: {event.detail}", view, weight=weight)
+    return Failure(kind, f"worker {view.worker.slot} died: {event.detail}", view, weight=weight)
 
 
 def node_lost(
@@ -54,7 +54,7 @@ def node_lost(
     alive: Iterable[WorkerView],
     members: Collection[WorkerId],
     is_missed: Callable[[WorkerView], bool],
-) -> list[Trouble]:
+) -> list[Failure]:
     """Everything on the node of `first`, whose process is gone, went at once: one incident, however many workers it
     took. It names those that are missed, if there are any."""
     victims = [first, *(view for view in alive if view.node == first.node and view is not first)]
@@ -63,7 +63,7 @@ def node_lost(
     # The worker whose fault it was, if one was injected, knows the true time.
     victims.sort(key=lambda v: (v.worker not in members, v.fault_at is None, v.worker))
     return [
-        Trouble(
+        Failure(
             "node", f"the node of worker {slots} was lost", victim,
             kill=None if victim is first else "its node was lost", quiet=number > 0,
         )
@@ -71,30 +71,30 @@ def node_lost(
     ]  # fmt: skip
 
 
-def raised(view: WorkerView, event: Left, *, spared: bool) -> Trouble:
+def raised(view: WorkerView, event: Left, *, spared: bool) -> Failure:
     """A step raised an exception."""
-    return Trouble(
+    return Failure(
         "crash", f"worker {event.worker.slot} raised: {event.detail}", view, event.at or None, weight=1.0,
         kill=f"its step raised: {event.detail}", spared=spared,
     )  # fmt: skip
 
 
-def could_not_finish(view: WorkerView, event: Finalized) -> Trouble:
+def could_not_finish(view: WorkerView, event: Finalized) -> Failure:
     """It failed to give its final state."""
-    return Trouble(
+    return Failure(
         "crash", f"worker {event.worker.slot} could not finish: {event.error}", view,
         kill=f"it could not finish: {event.error}",
     )  # fmt: skip
 
 
-def lost_each_other(lefts: Iterable[Left], now: float) -> Trouble | None:
+def lost_each_other(lefts: Iterable[Left], now: float) -> Failure | None:
     """Members lost their peers, yet all are alive and nothing else happened: the network failed them."""
     lost = [left for left in lefts if left.cause == "peer"]
     if not lost:
         return None
     at = min((left.at for left in lost if left.at), default=now)
     what = f"all workers live, but worker {lost[0].worker.slot} lost a peer: {lost[0].detail}"
-    return Trouble("network", what, at=at, weight=1 / 2)
+    return Failure("network", what, at=at, weight=1 / 2)
 
 
 # ---------------------------------------------------------------------------------------- what is not
@@ -118,7 +118,7 @@ def _said_of(configured_s: float, limit_s: float) -> str:
 
 def find_hung(
     alive: Iterable[WorkerView], config: ControllerConfig, now: float, lateness_s: float = 0.0
-) -> list[Trouble]:
+) -> list[Failure]:
     """A worker that is silent for too long is ended for good and fenced off. How long that is depends on how late the
     controller has been lately (`lateness_s`), and the workers of its node.
 
@@ -149,18 +149,18 @@ def find_hung(
         kill = f"silent for more than {limit:.1f} s (elastic.heartbeat_timeout_s{_said_of(configured, limit)})"
         if len(fellows) < 2:
             what = f"worker {view.worker.slot} has been silent for {limit:.1f} s"
-            found.append(Trouble("hang", what, view, view.last_heard, kill=kill))
+            found.append(Failure("hang", what, view, view.last_heard, kill=kill))
             continue
         slots = ", ".join(str(fellow.worker.slot) for fellow in sorted(fellows, key=lambda v: v.worker))
         what = f"the node of worker {slots} has been silent for {limit:.1f} s"
-        found.append(Trouble("node", what, view, view.last_heard, kill=kill, quiet=view.node in told))
+        found.append(Failure("node", what, view, view.last_heard, kill=kill, quiet=view.node in told))
         told.add(view.node)
     return found
 
 
 def find_stalled(
     membership: Membership, config: ControllerConfig, progress: Progress, now: float, lateness_s: float = 0.0
-) -> list[Trouble]:
+) -> list[Failure]:
     """Everyone is heard and nothing moves: the member that is furthest behind holds the others up.
 
     When none can be named, all are told to leave, and whoever is stuck does not.
@@ -184,7 +184,7 @@ def find_stalled(
     if not culprits:
         return [nobodys_stall(since, now, pending=True)]
     return [
-        Trouble(
+        Failure(
             "stall", f"worker {view.worker.slot} made no progress for {limit:.0f} s in {view.phase}", view, since,
             weight=1 / 2, kill=f"no progress for {limit:.0f} s in {view.phase} (elastic.progress_timeout_s)",
         )
@@ -192,15 +192,15 @@ def find_stalled(
     ]  # fmt: skip
 
 
-def nobodys_stall(since: float, now: float, *, pending: bool = False) -> Trouble:
+def nobodys_stall(since: float, now: float, *, pending: bool = False) -> Failure:
     """Nothing moved, and all left when they were told to."""
     what = f"progress for {now - since:.0f} s"
-    return Trouble("stall", f"no member made {what}", at=since, weight=1 / 2, failure=f"no {what}", pending=pending)
+    return Failure("stall", f"no member made {what}", at=since, weight=1 / 2, failure=f"no {what}", pending=pending)
 
 
 def _find_stuck(
     membership: Membership, interrupted_at: float, limit: float, interrupt_timeout_s: float, now: float
-) -> list[Trouble]:
+) -> list[Failure]:
     """Whoever is told to break out of a collective does so at once; a computation has to come to its end.
 
     A phase that is both is given the time of a computation, counted from when the member last moved.
@@ -217,7 +217,7 @@ def _find_stuck(
             patience = max(patience, view.moved_at + limit - interrupted_at)
         if now - interrupted_at > patience:
             found.append(
-                Trouble(
+                Failure(
                     "stall", f"worker {view.worker.slot} did not leave its step ({view.phase})", view, since,
                     kill=f"stuck in {view.phase} for {patience:.1f} s after it was told to leave",
                 )
@@ -235,12 +235,12 @@ def find_slow_starters(alive: Iterable[WorkerView], config: ControllerConfig, no
     ]
 
 
-def find_slow_finishers(finalization: Finalization, config: ControllerConfig, now: float) -> list[Trouble]:
+def find_slow_finishers(finalization: Finalization, config: ControllerConfig, now: float) -> list[Failure]:
     limit = config.finalize_timeout_s
     if now - finalization.since <= limit:
         return []
     return [
-        Trouble(
+        Failure(
             "stall", f"worker {view.worker.slot} did not give its final state", view, finalization.since,
             kill=f"it did not give its final state within {limit:.0f} s",
         )

@@ -38,6 +38,6 @@ class Finalization:
             if view.alive and worker in self._answers
         }
 
-    def overslept(self, gap_s: float) -> None:
+    def skip_gap(self, gap_s: float) -> None:
         """Nobody could be heard for so long."""
         self.since += gap_s

@@ -46,7 +46,7 @@ def choose_ranks(
     able.sort(
         key=lambda unit: (
             any(view.draining for view in unit),
-            any(view.condemned for view in unit),
+            any(view.evicting for view in unit),
             not any(view.worker in origin.held for view in unit),
             unit[0].worker,
         )
@@ -94,7 +94,7 @@ def collect_ranks(idle: Sequence[WorkerView], origin: Origin, virtual_workers: i
 
 def make_generation(
     number: int,
-    epoch: int,
+    term: int,
     cause: str,
     origin: Origin,
     ranks: Ranks,
@@ -106,7 +106,7 @@ def make_generation(
     workers = [view.worker for view in ranks.members]
     return Generation(
         number=number,
-        epoch=epoch,
+        term=term,
         committed=origin.committed,
         cause=cause,
         members=tuple(_member(view) for view in ranks.members),

@@ -17,7 +17,7 @@ class History:
 
     `generation` is the last number used (-1: none), `incarnations` the last of each slot ever asked for, so that no
     name is used twice. `incidents` are those without a recovery, `members` those of the last generation that were not
-    heard to have gone, `warm` all that were ready and not heard to have gone, `gone` all that were; `condemned` were
+    heard to have gone, `warm` all that were ready and not heard to have gone, `gone` all that were; `evicting` were
     found too slow, on these nodes.
     """
 
@@ -30,7 +30,7 @@ class History:
     warm: set[WorkerId] = field(default_factory=set)
     gone: set[WorkerId] = field(default_factory=set)
     draining: dict[WorkerId, float] = field(default_factory=dict)
-    condemned: dict[WorkerId, str] = field(default_factory=dict)
+    evicting: dict[WorkerId, str] = field(default_factory=dict)
     target: int | None = None
     stop: str | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -81,9 +81,9 @@ class History:
             case "drain_notice":
                 self.draining[WorkerId(event["worker"], event["incarnation"])] = event["deadline"]
             case "eviction":
-                self.condemned[WorkerId(event["worker"], event["incarnation"])] = event["node"]
+                self.evicting[WorkerId(event["worker"], event["incarnation"])] = event["node"]
             case "eviction_withdrawn":
-                self.condemned.pop(WorkerId(event["worker"], event["incarnation"]), None)
+                self.evicting.pop(WorkerId(event["worker"], event["incarnation"]), None)
             case "resize_requested":
                 self.target = event["to"]
             case "stop_requested":

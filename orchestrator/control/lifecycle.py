@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.control import detection, forming, policy, state
-from orchestrator.control.detection import Trouble
+from orchestrator.control.detection import Failure
 from orchestrator.control.finalizing import Finalization
 from orchestrator.control.forming import Ranks
 from orchestrator.control.history import History
 from orchestrator.control.layouts import Layouts, memory_of
 from orchestrator.control.membership import Membership
-from orchestrator.control.pace import Pace
 from orchestrator.control.protocol import Action, Finish, Record
 from orchestrator.control.rebalance import Rebalancer
 from orchestrator.control.roster import Roster
 from orchestrator.control.run_record import RunRecord
 from orchestrator.control.saving import Saving
+from orchestrator.control.scale_up import ScaleUpBackoff
 from orchestrator.control.state import Origin
 from orchestrator.control.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
 from orchestrator.planning.balance import Assignment
@@ -77,8 +77,8 @@ class Lifecycle:
         self._early: _Early | None = None
         self._has_run = False
         self._layouts = Layouts(config)
-        self.pace = Pace(config.scaling)
-        self.balance = Rebalancer(config.rebalance, self._layouts, config.epoch, config.total_steps)
+        self.scale_up = ScaleUpBackoff(config.scaling)
+        self.balance = Rebalancer(config.rebalance, self._layouts, config.term, config.total_steps)
         self._roster = roster
         self._record = record
         self._out = out
@@ -98,19 +98,19 @@ class Lifecycle:
         if membership.generation is not None and not membership.generation.collect:
             self._layouts.trains(membership.generation)
             self.balance.begin(membership.generation, assignment)
-            self.balance.condemned |= {view.worker for view in self._roster.alive() if view.condemned}
+            self.balance.evicting |= {view.worker for view in self._roster.alive() if view.evicting}
         if not intact:
             # Everyone is told to leave by the caller; the time to obey runs from here.
             self.state, membership.interrupted_at = RunState.SETTLING, now
         else:
             self.state = RunState.FORMING if membership.unjoined else RunState.RUNNING
 
-    def overslept(self, gap_s: float, now: float) -> None:
+    def skip_gap(self, gap_s: float, now: float) -> None:
         """The controller slept for `gap_s` seconds, which count for nothing."""
-        self.membership.overslept(gap_s, now)
+        self.membership.skip_gap(gap_s, now)
         if self.finalization is not None:
-            self.finalization.overslept(gap_s)
-        self.saving.overslept(gap_s)
+            self.finalization.skip_gap(gap_s)
+        self.saving.skip_gap(gap_s)
         if self.waiting_since is not None:
             self.waiting_since += gap_s
 
@@ -123,7 +123,7 @@ class Lifecycle:
                 self.membership.moved_at = now
                 self._out += actions
                 self.balance.learn(actions)
-                self.pace.learn(actions, now)
+                self.scale_up.learn(actions, now)
                 if not is_over:
                     self._weigh(report, now)
 
@@ -135,10 +135,10 @@ class Lifecycle:
         verdict = self.balance.observe(report, generation, self._roster.workers)
         self._out += verdict.actions
         for worker in verdict.evict:
-            self._roster.condemn(worker)
-        for worker in verdict.pardon:
-            self._roster.pardon(worker)
-        if verdict.evict or verdict.pardon:
+            self._roster.evict(worker)
+        for worker in verdict.keep_on:
+            self._roster.keep_on(worker)
+        if verdict.evict or verdict.keep_on:
             self.fill(now)
             self.adjust(now)
         if verdict.cut is not None and self.state is RunState.RUNNING:
@@ -147,26 +147,26 @@ class Lifecycle:
             self._out += self._record.incident("rebalance", f"stages are cut anew: {stages} blocks", now)
             self.pause()
 
-    def meet(self, trouble: Trouble, now: float) -> None:
+    def handle_failure(self, failure: Failure, now: float) -> None:
         """Acts on trouble. Callers `conclude` when they are through with all there is.
 
         Losing a member is an incident, and so is losing the last holder of the state.
         """
-        if trouble.pending:
-            self.membership.stalled_since = trouble.at
+        if failure.pending:
+            self.membership.stalled_since = failure.at
             self.settle(now, interrupt=True)
             return
-        told, breaks = not trouble.quiet, True
-        if trouble.view is not None and not trouble.spared:
-            told, breaks = told and self.is_missed(trouble.view), self._breaks_with(trouble.view)
-            self.pace.lost(trouble.view, now)
-            self._remove(trouble.view, trouble.kill)
+        told, breaks = not failure.quiet, True
+        if failure.view is not None and not failure.spared:
+            told, breaks = told and self.is_missed(failure.view), self._breaks_with(failure.view)
+            self.scale_up.lost(failure.view, now)
+            self._remove(failure.view, failure.kill)
         if told:
-            self._out += self._record.incident(trouble.kind, trouble.cause, now, trouble.view, trouble.at)
+            self._out += self._record.incident(failure.kind, failure.cause, now, failure.view, failure.at)
         if breaks:
             self.settle(now, interrupt=True)
-            if trouble.weight:
-                self.count_failure(trouble.failure or trouble.cause, trouble.weight, now)
+            if failure.weight:
+                self.count_failure(failure.failure or failure.cause, failure.weight, now)
 
     def is_missed(self, view: WorkerView) -> bool:
         """Whether the run is the worse for losing this worker."""
@@ -302,7 +302,7 @@ class Lifecycle:
             if same and self.stop is None and self._roster.num_warm < early.wanted:
                 return
         is_settled = not self._roster.any_leaving and not self.membership.spares
-        if self.state is RunState.RUNNING and is_settled and not self.pace.may_grow(now):
+        if self.state is RunState.RUNNING and is_settled and not self.scale_up.may_grow(now):
             return
         self.reconsider(now)
 
@@ -358,7 +358,7 @@ class Lifecycle:
         causes = "; ".join(incident.cause for incident in record.incidents.unanswered())
         otherwise = "collect" if collect else "start" if self.membership.generation is None else "regroup"
         generation = forming.make_generation(
-            record.last_generation, self.config.epoch, causes or otherwise, origin, ranks, record.fired_faults,
+            record.last_generation, self.config.term, causes or otherwise, origin, ranks, record.fired_faults,
             collect=collect,
         )  # fmt: skip
         if not collect:
@@ -381,7 +381,7 @@ class Lifecycle:
         self._out.append(Record("generation_running", {"generation": self.membership.generation.number}))
         if self._collecting:
             return
-        self.pace.changed(now)
+        self.scale_up.changed(now)
         self.balance.begin(self.membership.generation)
         if self.stop is not None:
             self.pause()
@@ -396,7 +396,7 @@ class Lifecycle:
             return
         members, spares = list(self.membership.members.values()), self.membership.spares
         change = policy.wanted_change(members, spares, self._roster.idle(), self._wanted(), self._layouts, now)
-        if change is None or (change[0] == "grow" and not self.pace.may_grow(now)):
+        if change is None or (change[0] == "grow" and not self.scale_up.may_grow(now)):
             return
         kind, cause = change
         if kind not in ("drain", "handover"):
@@ -485,9 +485,9 @@ class Lifecycle:
         if self._record.incidents.unanswered() or any(left.cause == "restore" for left in lefts):
             return
         if (since := self.membership.stalled_since) is not None:
-            self.meet(detection.nobodys_stall(since, now), now)
-        elif (trouble := detection.lost_each_other(lefts, now)) is not None:
-            self.meet(trouble, now)
+            self.handle_failure(detection.nobodys_stall(since, now), now)
+        elif (failure := detection.lost_each_other(lefts, now)) is not None:
+            self.handle_failure(failure, now)
 
     # ------------------------------------------------------------------------------------ checkpoints
 
@@ -519,7 +519,7 @@ class Lifecycle:
 
     def recall_saves(self, parts: list[PartSaved], now: float) -> None:
         """What the workers of an earlier controller wrote last. What is older has been dealt with."""
-        newest = max((part.plan.save for part in parts), key=lambda save: (save.epoch, *save), default=None)
+        newest = max((part.plan.save for part in parts), key=lambda save: (save.term, *save), default=None)
         for part in parts:
             if part.plan.save == newest:
                 self.saving.wrote(part, now)
@@ -532,7 +532,7 @@ class Lifecycle:
             return
         if now - asked.since > self.config.final_patience_s:
             self.saving.try_no_more(asked.committed)
-        save = self.saving.attempt_at(asked.committed, self.config.epoch, self._record.last_generation, now)
+        save = self.saving.attempt_at(asked.committed, self.config.term, self._record.last_generation, now)
         if save is not None:
             self.saving.expect(SavePlan(save, writers), now)
             self._out.append(SaveState(writers, save))

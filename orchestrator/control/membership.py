@@ -135,7 +135,7 @@ class Membership:
         self.members, self.unjoined = {}, set()
         return lefts
 
-    def overslept(self, gap_s: float, now: float) -> None:
+    def skip_gap(self, gap_s: float, now: float) -> None:
         """Nobody could be heard for so long."""
         self.moved_at = now
         for worker in self.inside:

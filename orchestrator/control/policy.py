@@ -44,8 +44,8 @@ def usable(idle: Sequence[WorkerView], least: int, config: ControllerConfig, now
     if any(view.draining for view in idle):
         leaving = [unit for unit in staying if any(view.draining for view in unit)]
         staying = [unit for unit in staying if not any(view.draining for view in unit)]
-    if any(view.condemned for view in idle):
-        staying.sort(key=lambda unit: any(view.condemned for view in unit))
+    if any(view.evicting for view in idle):
+        staying.sort(key=lambda unit: any(view.evicting for view in unit))
     until = {unit[0].worker: min(v.draining_until for v in unit if v.draining_until is not None) for unit in leaving}
     leaving = [unit for unit in leaving if until[unit[0].worker] - now >= NEAR_S]
     leaving.sort(key=lambda unit: (-until[unit[0].worker], unit[0].worker))
@@ -95,7 +95,7 @@ def wanted_change(
         return "handover", f"worker {_slots([view for view in members if view.worker in spares])} has handed over"
     if draining:
         return None
-    slow = [view for view in working if view.condemned]
+    slow = [view for view in working if view.evicting]
     if len(staying) + len(slow) > target:
         return "shrink", f"{len(staying) + len(slow)} workers, {target} wanted"
     joining = layouts.ranks(min(target, len(staying) + len(fresh)), [*staying, *fresh]) - len(staying)

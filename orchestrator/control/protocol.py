@@ -77,7 +77,7 @@ class Died:
 
 
 @dataclass(frozen=True)
-class Notice:
+class DrainNotice:
     """These workers' place will go away at `deadline` (on the run's line of time)."""
 
     workers: tuple[WorkerId, ...]
@@ -120,7 +120,7 @@ Event = (
     | NodesStarting
     | GiveWay
     | Died
-    | Notice
+    | DrainNotice
     | Resize
     | SaveRequested
     | Stop

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from monitoring.goodput import VOLUNTARY
-from monitoring.skew import Account, Detector, Finding, Rating, Window, Windows
+from monitoring.skew import Detector, RankAccount, Rating, SkewFinding, Window, Windows
 from orchestrator.control.layouts import Layouts
 from orchestrator.control.protocol import Action, Record
 from orchestrator.control.views import RebalanceRules, WorkerView
@@ -75,14 +75,14 @@ class Verdict:
     actions: tuple[Action, ...] = ()
     cut: ParallelLayout | None = None
     evict: tuple[WorkerId, ...] = ()
-    pardon: tuple[WorkerId, ...] = ()
+    keep_on: tuple[WorkerId, ...] = ()
 
 
 class Rebalancer:
-    """Looks at what ranks spend on steps. `assignment` is the deal in force in the current generation, `condemned` are
+    """Looks at what ranks spend on steps. `assignment` is the deal in force in the current generation, `evicting` are
     those that are to be replaced."""
 
-    def __init__(self, rules: RebalanceRules, layouts: Layouts, epoch: int, total_steps: int) -> None:
+    def __init__(self, rules: RebalanceRules, layouts: Layouts, term: int, total_steps: int) -> None:
         self.rules = rules
         self.assignment: Assignment = ()
         self.findings = Detector()
@@ -93,11 +93,11 @@ class Rebalancer:
         self._rates: dict[WorkerId, float] = {}
         self._recent: deque[Window] = deque(maxlen=max(EVIDENCE))
         self._deals: dict[int, Assignment] = {}
-        self._number = epoch << 32
+        self._number = term << 32
         self._deal = 0
         self._generation = -1
         self._slow_since: dict[WorkerId, float] = {}
-        self.condemned: set[WorkerId] = set()
+        self.evicting: set[WorkerId] = set()
         self._change: _Change | None = None
         self._rest = 0
         self._patience = 1
@@ -180,14 +180,14 @@ class Rebalancer:
 
     def _accounts(
         self, report: StepReport, layout: ParallelLayout, members: Sequence[WorkerView], shares: Sequence[float]
-    ) -> dict[Any, Account]:
-        accounts: dict[Any, Account] = {}
+    ) -> dict[Any, RankAccount]:
+        accounts: dict[Any, RankAccount] = {}
         for rank, view in enumerate(members):
             times, place = report.ranks[rank], layout.place(rank)
             assert place is not None
             # A virtual worker that was computed before an interruption took no time now.
             complete = all(seconds > 0 for seconds in times.busy)
-            accounts[view.worker] = Account(
+            accounts[view.worker] = RankAccount(
                 node=view.node, busy=sum(times.busy) if complete else 0.0, data=times.data, wait=times.wait,
                 cost=times.cost, held=len(times.busy), tokens=times.tokens, padding=times.padding, stage=place.stage,
                 share=shares[place.stage],
@@ -213,9 +213,9 @@ class Rebalancer:
         actions += [Record("skew_over", _described(finding)) for finding in news.closed]
         actions += self._measure(window, report, members)
         steps_left = self._total_steps - report.step - 1
-        evict, pardon = self._look_for_hopeless(window, members, report.committed_at) if steps_left else ([], [])
+        evict, keep_on = self._look_for_hopeless(window, members, report.committed_at) if steps_left else ([], [])
         actions += [Record("eviction", self._reasons(worker, window, report.committed_at)) for worker in evict]
-        for worker in pardon:
+        for worker in keep_on:
             rating = window.workers[worker]
             fields = {"node": rating.node, "speed": round(rating.speed, 3)}
             actions.append(Record("eviction_withdrawn", _named(worker) | fields))
@@ -229,7 +229,7 @@ class Rebalancer:
             if found is not None:
                 actions += self._carry_out(found, window, report, members, generation)
                 cut = found.layout if found.what == "stages" else None
-        return Verdict(tuple(actions), cut, tuple(evict), tuple(pardon))
+        return Verdict(tuple(actions), cut, tuple(evict), tuple(keep_on))
 
     def _propose(
         self,
@@ -366,22 +366,22 @@ class Rebalancer:
     ) -> tuple[list[WorkerId], list[WorkerId]]:
         """Who has been too slow for too long, and who no longer is. Where a job has several kinds of devices, each is
         compared with what its kind can do."""
-        evict, pardon = [], []
+        evict, keep_on = [], []
         expected = self._expected(members)
         for worker, rating in window.workers.items():
             assert isinstance(worker, WorkerId)
             speed = rating.speed / expected.get(worker, 1.0)
             if speed >= PARDON * self.rules.evict_below:
                 self._slow_since.pop(worker, None)
-                if worker in self.condemned:
-                    self.condemned.discard(worker)
-                    pardon.append(worker)
+                if worker in self.evicting:
+                    self.evicting.discard(worker)
+                    keep_on.append(worker)
             elif speed < self.rules.evict_below:
                 since = self._slow_since.setdefault(worker, now)
-                if self.rules.enabled and now - since >= self.rules.evict_after_s and worker not in self.condemned:
-                    self.condemned.add(worker)
+                if self.rules.enabled and now - since >= self.rules.evict_after_s and worker not in self.evicting:
+                    self.evicting.add(worker)
                     evict.append(worker)
-        return evict, pardon
+        return evict, keep_on
 
     def _expected(self, members: Sequence[WorkerView]) -> dict[WorkerId, float]:
         """The speeds of their devices as they were measured before training, where they may be of several kinds."""
@@ -438,7 +438,7 @@ def _named(worker: WorkerId) -> dict[str, Any]:
     return {"worker": worker.slot, "incarnation": worker.incarnation}
 
 
-def _described(finding: Finding) -> dict[str, Any]:
+def _described(finding: SkewFinding) -> dict[str, Any]:
     workers = [worker.slot for worker in finding.workers if isinstance(worker, WorkerId)]
     return {
         "finding": finding.kind,

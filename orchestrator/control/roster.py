@@ -11,7 +11,16 @@ from typing import Any
 
 from orchestrator.control.demand import Demand
 from orchestrator.control.history import History
-from orchestrator.control.protocol import Action, Died, KillWorker, Notice, Placed, Record, ReleaseWorker, RequestWorker
+from orchestrator.control.protocol import (
+    Action,
+    Died,
+    DrainNotice,
+    KillWorker,
+    Placed,
+    Record,
+    ReleaseWorker,
+    RequestWorker,
+)
 from orchestrator.control.views import ControllerConfig, WorkerState, WorkerView
 from orchestrator.training.messages import Ready, WorkerId
 from strategies.layout.statemap import whole
@@ -39,7 +48,7 @@ class Roster:
         self._incarnations = dict(history.incarnations)
         self._draining = dict(history.draining)
         self._given_up = set(history.gone)
-        self._condemned = dict(history.condemned)
+        self._evicting = dict(history.evicting)
         self._crowded_until = 0.0
         self._config = config
         self._start_failures = 0
@@ -97,14 +106,14 @@ class Roster:
             for view in self.idle():
                 is_leaving = self._config.unit_of(view.worker) not in staying
                 if is_leaving and view.worker not in members and view.alive and may_leave(view):
-                    actions += self.release(view, _TOO_SLOW if view.condemned else "its node drains")
+                    actions += self.release(view, _TOO_SLOW if view.evicting else "its node drains")
         return actions
 
     def _ask_again(self, now: float) -> list[Action]:
         """Takes back requests that nothing would come of: those that no longer are for one that is too slow, which were
         not to be placed just anywhere; and those that were to avoid nodes, if other nodes have no room after all."""
         waiting = self._requested()
-        slow = sum([view.condemned for view in self._alive.values()])
+        slow = sum([view.evicting for view in self._alive.values()])
         replacing = sorted((view for view in waiting if view.must_avoid), key=lambda view: view.worker)
         hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
         if hopeless:
@@ -141,7 +150,7 @@ class Roster:
         self, wanted: int, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], missing: int
     ) -> int:
         """How many of the missing workers are to take the place of one that is too slow and works on meanwhile."""
-        slow = sum(any(view.condemned for view in views) for views in units.values())
+        slow = sum(any(view.evicting for view in views) for views in units.values())
         waiting = sum(any(v.must_avoid and v.state is WorkerState.REQUESTED for v in vs) for vs in staying.values())
         others = (len(staying) - waiting + slow) * self._config.tensor
         return max(0, missing - max(0, wanted - others))
@@ -201,7 +210,7 @@ class Roster:
         """Asks for workers. The last `num_replacing` are for those that are too slow: where these are, or were, they
         would be of no use."""
         actions: list[Action] = []
-        avoided = tuple(sorted(set(self._condemned.values()) - {""}))
+        avoided = tuple(sorted(set(self._evicting.values()) - {""}))
         market = self._demand.market(now)
         for number, slot in enumerate(slots):
             must = bool(avoided) and number >= len(slots) - num_replacing
@@ -216,7 +225,7 @@ class Roster:
     def add(self, view: WorkerView) -> None:
         self.workers[view.worker] = self._alive[view.worker] = view
         view.draining_until = self._draining.get(view.worker)
-        view.condemned = view.worker in self._condemned
+        view.evicting = view.worker in self._evicting
         self._note_leaving(view)
         if view.state in self._coming:
             self._coming[view.state] += 1
@@ -274,7 +283,7 @@ class Roster:
 
     # ------------------------------------------------------------------------------------ and go
 
-    def notice(self, event: Notice) -> list[WorkerView]:
+    def notice(self, event: DrainNotice) -> list[WorkerView]:
         """The place of these workers goes away; those for whom that is news."""
         noticed = []
         for worker in event.workers:
@@ -287,20 +296,20 @@ class Roster:
             self._note_leaving(view)
         return noticed
 
-    def condemn(self, worker: WorkerId) -> None:
+    def evict(self, worker: WorkerId) -> None:
         """It is too slow: another is to take its place, elsewhere."""
         view = self.living(worker)
         if view is not None:
-            view.condemned = True
-            self._condemned[worker] = view.node
+            view.evicting = True
+            self._evicting[worker] = view.node
             self._note_leaving(view)
 
-    def pardon(self, worker: WorkerId) -> None:
+    def keep_on(self, worker: WorkerId) -> None:
         """It is no longer too slow."""
-        self._condemned.pop(worker, None)
+        self._evicting.pop(worker, None)
         view = self.living(worker)
         if view is not None:
-            view.condemned = False
+            view.evicting = False
             self._note_leaving(view)
 
     def release(self, view: WorkerView, reason: str) -> list[Action]:
@@ -327,7 +336,7 @@ class Roster:
 
     # ------------------------------------------------------------------------------------ time
 
-    def overslept(self, gap_s: float, now: float) -> None:
+    def skip_gap(self, gap_s: float, now: float) -> None:
         """Nobody could be heard for so long."""
         for view in self._alive.values():
             view.last_heard = max(view.last_heard, now)
@@ -335,7 +344,7 @@ class Roster:
                 view.placed_at += gap_s
             elif view.state is WorkerState.REQUESTED:
                 view.requested_at += gap_s
-        self._demand.overslept(gap_s)
+        self._demand.skip_gap(gap_s)
 
 
 def death_record(view: WorkerView, event: Died) -> Record:
@@ -345,7 +354,7 @@ def death_record(view: WorkerView, event: Died) -> Record:
     )
 
 
-def notice_record(view: WorkerView, event: Notice) -> Record:
+def notice_record(view: WorkerView, event: DrainNotice) -> Record:
     return Record(
         "drain_notice",
         {**_named(view.worker), "node": view.node, "reason": event.reason, "deadline": event.deadline},

@@ -88,14 +88,14 @@ class Saving:
         self._ordered = generation
         return True
 
-    def attempt_at(self, committed: int, epoch: int, generation: int, now: float) -> Save | None:
+    def attempt_at(self, committed: int, term: int, generation: int, now: float) -> Save | None:
         """What to call another attempt at the state that a run ends with, if there should be one now: there is no such
         checkpoint, none is under way, and a storage that refused the last one has had some time."""
         last = self._last(committed)
         if committed in self.checkpoints or self.is_saving(committed) or last.is_over or now < last.again_at:
             return None
         last.attempts += 1
-        return Save(committed, epoch, generation, attempt=last.attempts)
+        return Save(committed, term, generation, attempt=last.attempts)
 
     def _last(self, committed: int) -> _Last:
         return self._lasts.setdefault(committed, _Last())
@@ -207,7 +207,7 @@ class Saving:
                 actions.append(Record("checkpoint_failed", {"committed": committed, "error": error}))
         return actions
 
-    def overslept(self, gap_s: float) -> None:
+    def skip_gap(self, gap_s: float) -> None:
         """Nobody could be heard for so long."""
         for attempt in self._attempts.values():
             attempt.since += gap_s

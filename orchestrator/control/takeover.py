@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from orchestrator.control.detection import Trouble
+from orchestrator.control.detection import Failure
 from orchestrator.control.membership import Membership, initial_of
 from orchestrator.control.protocol import Placed
 from orchestrator.control.roster import Roster
@@ -95,6 +95,6 @@ def not_found(worker: WorkerId) -> str:
     return f"worker {worker.slot} was not found by the restarted controller"
 
 
-def lost_with_the_controller(view: WorkerView) -> Trouble:
+def lost_with_the_controller(view: WorkerView) -> Failure:
     """A member that nobody found. In case it lives and is out of reach it is ended."""
-    return Trouble("kill", not_found(view.worker), view, kill="it was not found by the restarted controller")
+    return Failure("kill", not_found(view.worker), view, kill="it was not found by the restarted controller")

@@ -138,7 +138,7 @@ class ControllerConfig:
     final_patience_s: float = 300.0
     max_failures_per_step: int = 3
     max_start_failures: int = 5
-    epoch: int = 0
+    term: int = 0
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
     scaling: ScalingRules = field(default_factory=ScalingRules)
 
@@ -199,7 +199,7 @@ class WorkerView:
     fault_at: float | None = None
     fault_committed: int | None = None
     draining_until: float | None = None
-    condemned: bool = False
+    evicting: bool = False
     """It is too slow, and goes when another can take its place."""
     avoids: bool = False
     must_avoid: bool = False
@@ -220,7 +220,7 @@ class WorkerView:
     @property
     def leaving(self) -> bool:
         """Whether it is to be replaced."""
-        return self.condemned or self.draining_until is not None
+        return self.evicting or self.draining_until is not None
 
     @property
     def has_state(self) -> bool:

@@ -22,12 +22,12 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from orchestrator.data.cutting import cut
-from orchestrator.data.formats import Span, can_be_cut, documents, no_document, row_groups
-from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, FileEntry, Manifest, ShardEntry
-from orchestrator.data.places import Patience
+from orchestrator.data.formats import ByteSpan, can_be_cut, documents, no_document, row_groups
+from orchestrator.data.locations import Patience
+from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, FileEntry, ShardEntry, StoreManifest
 from orchestrator.data.reading import Content, Library
 from orchestrator.data.sources import DataError, SourceFile
+from orchestrator.data.task_split import cut
 from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 
 MAX_TASKS = 16
@@ -52,7 +52,7 @@ class ShardTask:
     tokenizer_identity: str
     files: tuple[SourceFile, ...]
     contents: tuple[Content, ...]
-    spans: tuple[Span, ...]
+    spans: tuple[ByteSpan, ...]
     mirrors: tuple[str, ...]
     patience: Patience
 
@@ -112,7 +112,7 @@ def build_store(
     try:
         results: list[tuple[ShardEntry, list[FileEntry]]] = run_tasks(write_shard, [(task,) for task in tasks])
         assert [shard.name for shard, _ in results] == [task.shard for task in tasks], "run_tasks changed the order"
-        manifest = Manifest(
+        manifest = StoreManifest(
             key=key,
             dtype=dtype,
             vocab_size=loaded.vocab_size,

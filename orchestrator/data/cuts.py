@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.pieces import best_fit, cut
+from orchestrator.data.packing import best_fit, cut
 from orchestrator.data.sources import DataError
 from orchestrator.data.store import TokenStore
 

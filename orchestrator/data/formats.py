@@ -26,7 +26,7 @@ _COUNT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """A part of a file: bytes start..stop where documents are lines (a line belongs to the part in which it begins),
     row groups start..stop in parquet. None: to the end."""
 
@@ -38,7 +38,7 @@ class Span:
         return self.start == 0 and self.stop is None
 
 
-WHOLE = Span()
+WHOLE = ByteSpan()
 
 
 def document_of(file: SourceFile, document: str | None) -> str:
@@ -76,7 +76,7 @@ def documents(
     *,
     library: Library | None = None,
     content: Content | None = None,
-    span: Span = WHOLE,
+    span: ByteSpan = WHOLE,
 ) -> Iterator[str]:
     """The documents of one file, or of a part of it, in order.
 
@@ -131,7 +131,7 @@ class _Reader:
     field: str
     library: Library
     content: Content | None
-    span: Span
+    span: ByteSpan
 
     def whole(self) -> Iterator[str]:
         with self._open() as stream:

@@ -91,7 +91,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class StoreManifest:
     """The content of a store. dtype: uint16 or uint32, little-endian; files and shards are in token order."""
 
     key: str
@@ -121,7 +121,7 @@ class Manifest:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, raw: str) -> Manifest:
+    def from_json(cls, raw: str) -> StoreManifest:
         """Parse MANIFEST.json; BrokenStoreError when it is torn, of another version or contradicts itself."""
         try:
             content: dict[str, Any] = parse(raw)

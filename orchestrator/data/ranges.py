@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from orchestrator.data.places import LASTING, Patience, Place
+from orchestrator.data.locations import LASTING, Location, Patience
 from orchestrator.data.sources import DataError
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Ranges:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[Location],
         *,
         identify: Callable[[int], None],
         verify: Callable[[int, int, bytes, int], None],

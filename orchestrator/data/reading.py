@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from orchestrator.data.places import Changed, Patience, Place, RemotePlace, persist, place_at
+from orchestrator.data.locations import Changed, Location, Patience, RemotePlace, persist, place_at
 from orchestrator.data.ranges import Begun, Ranges, Unreadable
 from orchestrator.data.sources import DataError, SourceFile, resolve_files
 
@@ -137,7 +137,7 @@ class Library:
         that it may come from. Raises DataError, as reading from it does, when no place gives it; it names all of them.
         """
         size_bytes = file.size_bytes if content is None else content.size_bytes
-        places: list[Place] = [place_at(file.url, has_size=file.size_bytes >= 0)]
+        places: list[Location] = [place_at(file.url, has_size=file.size_bytes >= 0)]
         places += [place_at(join(mirror, file.name), has_size=size_bytes >= 0) for mirror in self.mirrors]
         first = self._first
         if only is not None:

@@ -22,8 +22,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, BrokenStoreError, Manifest, ShardEntry
-from orchestrator.data.places import Descriptor, LocalPlace, Patience, persist, place_at
+from orchestrator.data.locations import Descriptor, LocalPlace, Patience, persist, place_at
+from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, BrokenStoreError, ShardEntry, StoreManifest
 from orchestrator.data.ranges import Lane, Ranges, Unreadable
 from orchestrator.data.reading import join
 from orchestrator.data.sources import DataError
@@ -58,14 +58,14 @@ def signature_of(descriptor: int) -> Signature:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def read_manifest(location: str, patience: Patience) -> Manifest:
+def read_manifest(location: str, patience: Patience) -> StoreManifest:
     """The manifest of the store in a directory or at a URL. Raises BrokenStoreError when it is torn or missing."""
     place = place_at(join(location, MANIFEST_NAME))
     try:
         text = persist(patience, place.reopen, lambda: place.read(0, place.size() or 0)).decode("utf-8")
     except Exception as error:  # every storage library has its own errors
         raise BrokenStoreError(f"{location}: {error}") from error
-    return Manifest.from_json(text)
+    return StoreManifest.from_json(text)
 
 
 class Shards:
@@ -74,7 +74,7 @@ class Shards:
     def __init__(
         self,
         location: str,
-        manifest: Manifest,
+        manifest: StoreManifest,
         mirrors: Sequence[str],
         patience: Patience,
         signatures: Sequence[Signature | None] = (),

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from orchestrator.data.build import build_store, building_lock, publish
 from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, check_field, document_of
+from orchestrator.data.locations import Patience
 from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError, store_digest
-from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library, join
 from orchestrator.data.shards import TRAINING_PATIENCE, Shards, Signature, read_manifest
 from orchestrator.data.sources import DataError, SourceFile

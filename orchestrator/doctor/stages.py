@@ -26,7 +26,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ExaminedStage:
     """`limit_s` is how long it may take; `advice` is for when it takes longer. One that `leads` to the cluster takes
     the stages that need the cluster with it when it fails."""
 
@@ -50,28 +50,47 @@ class Stage:
 _NODES_ADVICE = "see `ray status` and the logs of the nodes' raylets; a node that hangs has to be replaced"
 
 STAGES = (
-    Stage("address", CLUSTER, 12.0, "see that this is the GCS of Ray's head and not another of its ports (the GCS has "
-          "6379, if not chosen otherwise), and that the head is not overloaded",
-          leads=True),
-    Stage("machine", HERE, 30.0, "see whether a file system hangs (`df`)", needs_cluster=False),
-    Stage("GPUs", HERE, 90.0, "see whether `nvidia-smi` answers; restart the driver, or replace the machine",
-          needs_cluster=False),
-    Stage("nodes", CLUSTER, 150.0, _NODES_ADVICE, leads=True),
-    Stage("clock", CLUSTER, 30.0, _NODES_ADVICE),
-    Stage("ports", CLUSTER, 60.0, _NODES_ADVICE),
-    Stage("dashboard", CLUSTER, 30.0, _NODES_ADVICE),
-    Stage("autoscaler", CLUSTER, 30.0, _NODES_ADVICE),
-    Stage("bandwidth", CLUSTER, 300.0, "see the checks of ports and the load of the nodes", needs_cluster=False),
-    Stage("storage", CLUSTER, 300.0, "see that the storage answers from here and from the nodes (route, credentials, a "
-          "mount that hangs)", needs_cluster=False),
-)  # fmt: skip
+    ExaminedStage(
+        "address",
+        CLUSTER,
+        12.0,
+        "see that this is the GCS of Ray's head and not another of its ports (the GCS has 6379, if not chosen "
+        "otherwise), and that the head is not overloaded",
+        leads=True,
+    ),
+    ExaminedStage("machine", HERE, 30.0, "see whether a file system hangs (`df`)", needs_cluster=False),
+    ExaminedStage(
+        "GPUs",
+        HERE,
+        90.0,
+        "see whether `nvidia-smi` answers; restart the driver, or replace the machine",
+        needs_cluster=False,
+    ),
+    ExaminedStage("nodes", CLUSTER, 150.0, _NODES_ADVICE, leads=True),
+    ExaminedStage("clock", CLUSTER, 30.0, _NODES_ADVICE),
+    ExaminedStage("ports", CLUSTER, 60.0, _NODES_ADVICE),
+    ExaminedStage("dashboard", CLUSTER, 30.0, _NODES_ADVICE),
+    ExaminedStage("autoscaler", CLUSTER, 30.0, _NODES_ADVICE),
+    ExaminedStage(
+        "bandwidth", CLUSTER, 300.0, "see the checks of ports and the load of the nodes", needs_cluster=False
+    ),
+    ExaminedStage(
+        "storage",
+        CLUSTER,
+        300.0,
+        "see that the storage answers from here and from the nodes (route, credentials, a mount that hangs)",
+        needs_cluster=False,
+    ),
+)
 """In this order. Those of a cluster are left out when there is none."""
 
-SWEEP = Stage("storage sweep", HERE, 30.0, "remove the directory doctor-* in the storage by hand", needs_cluster=False)
+SWEEP = ExaminedStage(
+    "storage sweep", HERE, 30.0, "remove the directory doctor-* in the storage by hand", needs_cluster=False
+)
 """After a stage of the storage that had to be ended: takes away what it left."""
 
 
-def chosen(settings: Settings) -> list[Stage]:
+def chosen(settings: Settings) -> list[ExaminedStage]:
     """The stages that these settings ask for."""
     return [
         stage

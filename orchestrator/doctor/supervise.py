@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from monitoring.outside import json_text
 from orchestrator.doctor.check import Check
-from orchestrator.doctor.stages import SWEEP, Settings, Stage, not_swept
+from orchestrator.doctor.stages import SWEEP, ExaminedStage, Settings, not_swept
 
 START_S = 30.0
 """How long a process may take to begin."""
@@ -28,10 +28,10 @@ END_S = 20.0
 LEAVE_S = 5.0
 """How long it may take to clean up the storage when it is told to end in the middle, before it is killed."""
 
-Command = Callable[[Settings, int, list[Stage]], list[str]]
+Command = Callable[[Settings, int, list[ExaminedStage]], list[str]]
 
 
-def command_of(settings: Settings, descriptor: int, stages: list[Stage]) -> list[str]:
+def command_of(settings: Settings, descriptor: int, stages: list[ExaminedStage]) -> list[str]:
     """What runs these stages, and tells of them on a file descriptor."""
     names = [stage.name for stage in stages]
     return [
@@ -45,7 +45,7 @@ def command_of(settings: Settings, descriptor: int, stages: list[Stage]) -> list
 
 
 def examine(
-    settings: Settings, stages: list[Stage], tell: Callable[[list[Check]], None], command: Command = command_of
+    settings: Settings, stages: list[ExaminedStage], tell: Callable[[list[Check]], None], command: Command = command_of
 ) -> list[Check]:
     """Goes through all stages; `tell` hears of each when it is done. Returns all checks."""
     checks: list[Check] = []
@@ -95,7 +95,7 @@ class _Process:
 
 
 @contextmanager
-def _process(settings: Settings, pending: list[Stage], command: Command) -> Iterator[_Process]:
+def _process(settings: Settings, pending: list[ExaminedStage], command: Command) -> Iterator[_Process]:
     """In a session of its own, so that it can be ended with whatever it started, however the block ends."""
     reading, writing = os.pipe()
     with os.fdopen(reading, encoding="utf-8") as lines, tempfile.TemporaryFile() as errors:
@@ -120,8 +120,8 @@ def _process(settings: Settings, pending: list[Stage], command: Command) -> Iter
 
 
 def _follow(
-    child: _Process, pending: list[Stage], settings: Settings, found: Callable[[list[Check]], None]
-) -> tuple[list[Stage], bool]:  # fmt: skip
+    child: _Process, pending: list[ExaminedStage], settings: Settings, found: Callable[[list[Check]], None]
+) -> tuple[list[ExaminedStage], bool]:  # fmt: skip
     """Listens until the child is done, dead or too late; returns the stages that are left, and whether those that need
     the cluster are not among them any more."""
     pending, blocked = list(pending), False
@@ -160,5 +160,5 @@ def _follow(
         return pending, blocked
 
 
-def _without_cluster(stages: list[Stage]) -> list[Stage]:
+def _without_cluster(stages: list[ExaminedStage]) -> list[ExaminedStage]:
     return [stage for stage in stages if not stage.needs_cluster]

@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.job.errors import JobError, Problem
     from orchestrator.job.overrides import parse_fault
+    from orchestrator.job.problems import JobError, Problem
     from orchestrator.job.schema import Job
     from orchestrator.job.sections.checkpoint import Checkpoint
     from orchestrator.job.sections.data import Data

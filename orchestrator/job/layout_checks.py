@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
-from strategies.layout.schedule import Schedule, chunks_of
+from strategies.layout.schedule import PipelineSchedule, chunks_of
 
 _MOST_LISTED = 64
 """Tensor degrees above are not suggested: a tensor-parallel group shares a node."""
@@ -63,7 +63,7 @@ def _micro_batches(get: Get) -> Iterator[Finding]:
     data = min(high // group, shares)
     if pipeline == 1 or not data or batch % unit:
         return
-    schedule, per_share = Schedule(kind, pipeline, chunks_of(kind)), batch // unit
+    schedule, per_share = PipelineSchedule(kind, pipeline, chunks_of(kind)), batch // unit
     reason = _refuses(schedule, shares, data, per_share)
     if not reason:
         return
@@ -81,7 +81,7 @@ def _micro_batches(get: Get) -> Iterator[Finding]:
     )
 
 
-def _refuses(schedule: Schedule, shares: int, data: int, per_share: int) -> str | None:
+def _refuses(schedule: PipelineSchedule, shares: int, data: int, per_share: int) -> str | None:
     """Why the replica with the fewest or the one with the most virtual workers cannot follow the schedule."""
     fewest, most = shares // data * per_share, -(-shares // data) * per_share
     return schedule.refuses(fewest) or schedule.refuses(most)

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.job import checks
-from orchestrator.job.errors import JobError, Problem
 from orchestrator.job.explain import Explained, default_at, explain, validate
 from orchestrator.job.overrides import apply_override, graft, parse_override, problem_of, read_fault
+from orchestrator.job.problems import JobError, Problem
 from orchestrator.job.rules import Finding, Get, Unknown
-from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Place, Tree, describe, read
+from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Position, Tree, describe, read
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -51,7 +51,7 @@ def load_text(
     faults: Sequence[str] = (),
 ) -> Root:
     """See `Job.loads`. Raises JobError."""
-    tree = read(text, Place(filename))
+    tree = read(text, Position(filename))
     usable = _is_mapping(root, tree)
     _take_options(tree, overrides, faults, usable)
     job = _validated(root, tree) if usable else None
@@ -67,7 +67,7 @@ def located(
     name = os.fspath(path)
     try:
         with open(name, encoding="utf-8") as file:
-            tree = read(file.read(), Place(name))
+            tree = read(file.read(), Position(name))
         _take_options(tree, overrides, faults, usable=isinstance(tree.data, dict))
         return JobError(_in_order([_located(tree, finding) for finding in findings]))
     except (OSError, ValueError, StopIteration):  # The file has changed since it was loaded.
@@ -80,9 +80,9 @@ def mistakes_in(root: type[BaseModel], error: ValidationError, data: object) -> 
     if not isinstance(data, dict):
         return JobError([Problem("job", 0, 0, "", f"must be a mapping of fields, got {describe(data)}")])
     found = list(explain(error, root, data))
-    mistakes = [Mistake(Place("job"), each.path, each.reason) for each in found]
+    mistakes = [Mistake(Position("job"), each.path, each.reason) for each in found]
     for finding in checks.find(_reader(root, data, {each.path for each in found})):
-        mistakes.append(Mistake(Place("job"), _path_of(finding.fields[0]), finding.reason))
+        mistakes.append(Mistake(Position("job"), _path_of(finding.fields[0]), finding.reason))
     return JobError(list(dict.fromkeys(problem_of(mistake) for mistake in mistakes)))
 
 
@@ -160,12 +160,12 @@ def _reader(root: type[BaseModel], data: dict[str, Any], invalid: set[Path]) -> 
     return get
 
 
-def _place_of(tree: Tree, found: Explained) -> Place:
+def _place_of(tree: Tree, found: Explained) -> Position:
     places = tree.keys if found.at_key else tree.values
     return places.get(found.path) or _nearest(tree, found.path)
 
 
-def _nearest(tree: Tree, path: Path) -> Place:
+def _nearest(tree: Tree, path: Path) -> Position:
     """Where the value at `path` stands, or else the smallest mapping or list around it that was written."""
     return next(tree.values[path[:length]] for length in range(len(path), -1, -1) if path[:length] in tree.values)
 

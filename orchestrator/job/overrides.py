@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.job import checks
-from orchestrator.job.errors import JobError, Problem
 from orchestrator.job.explain import validate
+from orchestrator.job.problems import JobError, Problem
 from orchestrator.job.sections.faults import Fault
-from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Place, Tree, describe, one_line, read, shorten
+from orchestrator.job.yaml_tree import BROKEN, Mistake, Path, Position, Tree, describe, one_line, read, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Override:
 
     path: tuple[str, ...]
     tree: Tree
-    place: Place
+    place: Position
 
 
 def parse_override(text: str, option: int) -> Override | Mistake:
@@ -31,7 +31,7 @@ def parse_override(text: str, option: int) -> Override | Mistake:
     path = tuple(part.strip() for part in dotted.split("."))
     # Whoever writes a key where its name belongs does not find it in the log of what went wrong.
     shown = f"{dotted}=..." if path[:2] == ("checkpoint", "encryption") else text
-    place = Place(f"--set {one_line(shown)}", option=option)
+    place = Position(f"--set {one_line(shown)}", option=option)
     if not equals or not all(path):
         return Mistake(place, (), "must read a.b=value, for example train.steps=100")
     tree = read(value, place)
@@ -99,7 +99,7 @@ def parse_fault(text: str) -> dict[str, Any]:
 
 def read_fault(text: str, option: int) -> Tree:
     """The fault in `text` with its places; `data` is a valid fault unless there are mistakes."""
-    place = Place(f"--fault {one_line(text)}", option=option)
+    place = Position(f"--fault {one_line(text)}", option=option)
     tree = Tree(data={}, values={(): place})
     for item in text.split(","):
         key, equals, value = (piece.strip() for piece in item.partition("="))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from orchestrator import plugins
-from strategies.objective.base import Objective
 from strategies.objective.causal_lm import OBJECTIVES
-from strategies.optim.base import Optimizer
+from strategies.objective.objective import Objective
+from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Position:
     """Where something was written. `option`: 0 for the job file, n for the n-th option given."""
 
     file: str
@@ -41,7 +41,7 @@ class Place:
 class Mistake:
     """A problem whose field is still a path and whose position can still be sorted."""
 
-    place: Place
+    place: Position
     path: Path
     reason: str
 
@@ -61,8 +61,8 @@ class Tree:
     """Plain data, where its keys and values stand, and what was wrong with it."""
 
     data: Any = None
-    keys: dict[Path, Place] = field(default_factory=dict)
-    values: dict[Path, Place] = field(default_factory=dict)
+    keys: dict[Path, Position] = field(default_factory=dict)
+    values: dict[Path, Position] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     broken: set[Path] = field(default_factory=set)
     empty: bool = False
@@ -79,7 +79,7 @@ class _Composer(yaml.SafeLoader):
     }
 
 
-def read(text: str, place: Place) -> Tree:
+def read(text: str, place: Position) -> Tree:
     """The one YAML document in `text`. With `place.option` set, everything stands at `place` itself."""
     try:
         node = yaml.compose(text, Loader=_Composer)
@@ -124,7 +124,7 @@ def _syntax_reason(error: yaml.MarkedYAMLError) -> str:
     return reason
 
 
-def _failed(place: Place, mark: yaml.Mark | None, reason: str) -> Tree:
+def _failed(place: Position, mark: yaml.Mark | None, reason: str) -> Tree:
     walker = _Walker(place)
     walker.report(walker.at(mark), (), reason)
     walker.tree.data = BROKEN
@@ -132,18 +132,18 @@ def _failed(place: Place, mark: yaml.Mark | None, reason: str) -> Tree:
 
 
 class _Walker:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Position) -> None:
         self.tree = Tree()
         self._place = place
         self._nodes = 0
 
-    def at(self, mark: yaml.Mark | None) -> Place:
+    def at(self, mark: yaml.Mark | None) -> Position:
         if self._place.option:
             return self._place
         line, column = (mark.line, mark.column) if mark else (0, 0)
-        return Place(self._place.file, line + 1, column + 1)
+        return Position(self._place.file, line + 1, column + 1)
 
-    def report(self, place: Place, path: Path, reason: str) -> None:
+    def report(self, place: Position, path: Path, reason: str) -> None:
         self.tree.mistakes.append(Mistake(place, path, reason))
         self.tree.broken.add(path)
 

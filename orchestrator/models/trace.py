@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from strategies.objective.base import Objective
+    from strategies.objective.objective import Objective
 
 
 class CannotTrace(Exception):

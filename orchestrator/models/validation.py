@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
-from orchestrator.job.positions import limit_of
+from orchestrator.job.lengths import limit_of
 from orchestrator.job.rules import Finding
 from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config

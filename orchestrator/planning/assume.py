@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import PlanError
-from orchestrator.planning.machine import Link, Machine
+from orchestrator.planning.hardware import Link, Machine
 from orchestrator.planning.units import parse_bytes, parse_rate, parse_seconds, show_bytes
 
 if TYPE_CHECKING:

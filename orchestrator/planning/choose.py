@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import PlanError
 from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
-from orchestrator.planning.machine import Machine
+from orchestrator.planning.hardware import Machine
 from orchestrator.planning.memory import predict_memory
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.stages import stages_of
@@ -23,7 +23,7 @@ from orchestrator.planning.units import show_bytes
 from orchestrator.planning.work import ADAMW, Degrees, StateBytes, Work, state_bytes
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.schedule import NO_PIPELINE, Schedule, chunks_of
+from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule, chunks_of
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -103,7 +103,7 @@ class LayoutChooser:
             return None
         if self.pipeline == 1 or costs is None:
             data = min(workers // self.tensor, self.virtual_workers)
-            return self._layout(Degrees(data, self.tensor, Schedule(NO_PIPELINE, 1), self.shard), ())
+            return self._layout(Degrees(data, self.tensor, PipelineSchedule(NO_PIPELINE, 1), self.shard), ())
         planner = self._planner(costs, memory_bytes)
         self._check_model(planner)
         plan = self._own(planner, workers) or self._best(planner, workers, current)
@@ -152,7 +152,7 @@ class LayoutChooser:
     def _own(self, planner: Planner, workers: int) -> Plan | None:
         """The job's own degrees, if they use every worker and fit."""
         data, over = divmod(workers, self.tensor * self.pipeline)
-        schedule = Schedule(self.schedule, self.pipeline, chunks_of(self.schedule))
+        schedule = PipelineSchedule(self.schedule, self.pipeline, chunks_of(self.schedule))
         if over or not 1 <= data <= self.virtual_workers or schedule.parts > planner.work.model.layers:
             return None
         plan = planner.predict(Degrees(data, self.tensor, schedule, self.shard), workers)
@@ -233,4 +233,4 @@ def _with_padding(planner: Planner) -> Planner:
 def _degrees_of(layout: ParallelLayout) -> Degrees:
     chunks = len(layout.parts) // layout.pipeline if layout.pipeline > 1 else 1
     kind = layout.schedule if layout.pipeline > 1 else NO_PIPELINE
-    return Degrees(layout.data, layout.tensor, Schedule(kind, layout.pipeline, chunks), layout.shard)
+    return Degrees(layout.data, layout.tensor, PipelineSchedule(kind, layout.pipeline, chunks), layout.shard)

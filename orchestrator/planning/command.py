@@ -13,8 +13,8 @@ from orchestrator.models.costs import describe_model
 from orchestrator.models.validation import check_sizes
 from orchestrator.planning.assume import MachineOptions, machine_for
 from orchestrator.planning.refusals import nothing_fits, refusals
-from orchestrator.planning.report import Answer, as_json, print_answers
 from orchestrator.planning.search import Limits, Planner
+from orchestrator.planning.tables import Answer, as_json, print_answers
 from orchestrator.planning.units import parse_counts
 from orchestrator.planning.work import work_of
 from strategies.layout.parallel import SHARDS

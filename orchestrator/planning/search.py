@@ -6,7 +6,7 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from orchestrator.planning.machine import Machine
+from orchestrator.planning.hardware import Machine
 from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
 from orchestrator.planning.stages import cut_model
@@ -14,7 +14,7 @@ from orchestrator.planning.step_time import StepTime, compute_and_bubble, predic
 from orchestrator.planning.work import Degrees, Stages, Work, most_held
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS
-from strategies.layout.schedule import NO_PIPELINE, SCHEDULES, Schedule, schedules
+from strategies.layout.schedule import NO_PIPELINE, SCHEDULES, PipelineSchedule, schedules
 
 SAME_TIME = 1.01
 """Given a layout to come from, those within 1 % of the fastest count as equally fast: the model is no better."""
@@ -59,7 +59,7 @@ class Range:
 
     bound_s: float
     tensor: int
-    schedule: Schedule
+    schedule: PipelineSchedule
     first: int
     last: int
 
@@ -71,7 +71,7 @@ class Planner:
     work: Work
     machine: Machine
     limits: Limits = field(default_factory=Limits)
-    _stages: dict[tuple[int, Schedule], Stages] = field(default_factory=dict)
+    _stages: dict[tuple[int, PipelineSchedule], Stages] = field(default_factory=dict)
 
     def best(self, workers: int, keep: int | None = 5, current: Degrees | None = None) -> list[Plan]:
         """The `keep` best layouts of at most `workers` ranks (None: all), best first; empty when none fits.
@@ -83,7 +83,7 @@ class Planner:
         memory is looked at: more replicas would wait longer for one another and finish no earlier.
         """
         found: list[Plan] = []
-        hopeless: dict[tuple[int, Schedule, str], bool] = {}
+        hopeless: dict[tuple[int, PipelineSchedule, str], bool] = {}
         cutoff = float("inf")
         for candidates in sorted(self.ranges(workers), key=lambda each: (each.bound_s, each.tensor, each.first)):
             if candidates.bound_s > cutoff:
@@ -115,7 +115,7 @@ class Planner:
                     bound_s = sum(compute_and_bubble(self.work, self.machine, stages, degrees))
                     yield Range(bound_s, tensor, schedule, first, last)
 
-    def schedules_within(self, ranks: int) -> Iterator[Schedule]:
+    def schedules_within(self, ranks: int) -> Iterator[PipelineSchedule]:
         """The schedules that are allowed, have a layer for every model part and fit on `ranks` pipeline ranks."""
         layers = self.work.model.layers
         for pipeline in self.limits.pipeline or range(1, layers + 1):
@@ -126,7 +126,7 @@ class Planner:
                 if known and schedule.chunks in self.limits.chunks and schedule.parts <= layers:
                     yield schedule
 
-    def data_ranges(self, most: int, schedule: Schedule) -> Iterator[tuple[int, int]]:
+    def data_ranges(self, most: int, schedule: PipelineSchedule) -> Iterator[tuple[int, int]]:
         """Data degrees up to `most` that this schedule can work with, by what the slowest replica has to do."""
         shares, micro = self.work.virtual_workers, self.work.micro_batches
         first = 1
@@ -148,7 +148,7 @@ class Planner:
         return self.limits.shards if data > 1 else self.limits.shards[:1]
 
     def _hopeless(
-        self, candidates: Range, shard: str, workers: int, known: dict[tuple[int, Schedule, str], bool]
+        self, candidates: Range, shard: str, workers: int, known: dict[tuple[int, PipelineSchedule, str], bool]
     ) -> bool:
         """Whether this pipeline and shard fit in memory with no data degree at all; looked at once for each."""
         key = (candidates.tensor, candidates.schedule, shard)
@@ -159,7 +159,7 @@ class Planner:
         return known.get(key, False)
 
     def least_memory(
-        self, tensor: int, schedule: Schedule, shard: str, ranks: int
+        self, tensor: int, schedule: PipelineSchedule, shard: str, ranks: int
     ) -> tuple[Memory, Degrees] | None:  # fmt: skip
         """The least memory this pipeline needs on `ranks` / tensor ranks, and where; None where no rule allows it.
 
@@ -211,7 +211,7 @@ class Planner:
             idle=workers - degrees.ranks,
         )
 
-    def stages(self, tensor: int, schedule: Schedule) -> Stages:
+    def stages(self, tensor: int, schedule: PipelineSchedule) -> Stages:
         """The model cut for this schedule; kept."""
         key = (tensor, schedule)
         if key not in self._stages:

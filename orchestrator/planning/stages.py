@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.partition import cut
 from orchestrator.planning.work import Rank, Stages
-from strategies.layout.schedule import Schedule
+from strategies.layout.schedule import PipelineSchedule
 
 
-def cut_model(model: ModelCosts, schedule: Schedule, tensor: int) -> Stages:
+def cut_model(model: ModelCosts, schedule: PipelineSchedule, tensor: int) -> Stages:
     """The model in `schedule.parts` parts whose dearest is as cheap as can be.
 
     The embedding stays with the first layer, as it costs no time. Raises ValueError for more parts than layers.
@@ -24,7 +24,7 @@ def cut_model(model: ModelCosts, schedule: Schedule, tensor: int) -> Stages:
     return stages_of(model, schedule, tensor, parts)
 
 
-def stages_of(model: ModelCosts, schedule: Schedule, tensor: int, parts: Sequence[Sequence[int]]) -> Stages:
+def stages_of(model: ModelCosts, schedule: PipelineSchedule, tensor: int, parts: Sequence[Sequence[int]]) -> Stages:
     """The model cut into these parts, each given by the numbers of its blocks."""
     head = len(model.blocks) - 1
     borrowed = 0 if schedule.ends_meet else model.tied

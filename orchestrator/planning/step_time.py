@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.planning.machine import Machine, ring_all_reduce_s, scatter_s, send_s
+from orchestrator.planning.hardware import Machine, ring_all_reduce_s, scatter_s, send_s
 from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held
 
 BACKWARD = 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.job.parts import optimizer_of
 from orchestrator.models.costs import ModelCosts
-from strategies.layout.schedule import Schedule
+from strategies.layout.schedule import PipelineSchedule
 from strategies.optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Degrees:
 
     data: int
     tensor: int
-    schedule: Schedule
+    schedule: PipelineSchedule
     shard: str
 
     @property

@@ -1,7 +1,7 @@
 """Being the one controller of a run.
 
 Three things see to it that two never both steer: a lock on the run directory, which ends with the process that holds
-it; the epoch, a number claimed once for each controller, which workers obey only when it is the newest they know of;
+it; the term, a number claimed once for each controller, which workers obey only when it is the newest they know of;
 and the session, which tells controllers that Ray restarted (they go on) from those that another driver started (they
 begin anew, and only when nobody has the run).
 """
@@ -19,7 +19,7 @@ PATIENCE_S = 2.0
 that still lives needs a second to see that it is no longer wanted."""
 
 
-class Reign:
+class Lease:
     """`is_successor` says that an earlier controller of the same session had the run: Ray lost that one and started
     this; `has_ended` that it had ended the run by then.
 
@@ -42,8 +42,8 @@ class Reign:
         self._is_given_up = False
         if self.is_successor:
             # Ray starts another only when it takes the first for lost. That one may be cut off, and its machine's lock
-            # may outlive it: it steps down when it sees the newer epoch, and its workers obey this one.
-            self.epoch = directory.next_epoch()
+            # may outlive it: it steps down when it sees the newer term, and its workers obey this one.
+            self.term = directory.next_term()
             with suppress(RunDirectoryError):
                 self._lock = directory.lock(PATIENCE_S)
         else:
@@ -52,11 +52,11 @@ class Reign:
                 # Whoever had it when this driver looked has ended it since.
                 self.end()
                 raise RunDirectoryError(f"{directory.path} has finished already; its result stands in result.json")
-            self.epoch = directory.next_epoch()
+            self.term = directory.next_term()
 
     def is_over(self) -> bool:
         """Whether a newer controller has the run. Asked now and then; also gets the lock if it was not to be had."""
-        if self._directory.newest_epoch() > self.epoch:
+        if self._directory.newest_term() > self.term:
             return True
         if self._lock is None and not self._is_given_up:
             with suppress(RunDirectoryError):

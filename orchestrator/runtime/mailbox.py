@@ -28,9 +28,9 @@ class Numbered(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """The orders of the controller of `epoch` that a worker has not fetched yet."""
+    """The orders of the controller of `term` that a worker has not fetched yet."""
 
-    epoch: int
+    term: int
     pending: tuple[Numbered, ...]
 
 
@@ -93,7 +93,7 @@ class Introductions:
         self._committed: int | None = None
         self._moved_at = float("-inf")
 
-    def meet(self, introduction: Introduction) -> None:
+    def add(self, introduction: Introduction) -> None:
         with self._change:
             self._met[introduction.worker] = introduction
             self._change.notify_all()

@@ -4,7 +4,7 @@ is still written goes to files that nobody will ever read."""
 from __future__ import annotations
 
 from orchestrator.rundir import RunDirectory
-from orchestrator.runtime.run_log import Chronicle
+from orchestrator.runtime.run_log import RunLog
 
 LOST_AFTER_S = 5.0
 """How long a file may be missing: a file system may be away for a moment."""
@@ -13,15 +13,15 @@ LOST_AFTER_S = 5.0
 class Presence:
     """Looks now and then; times are monotonic seconds."""
 
-    def __init__(self, directory: RunDirectory, chronicle: Chronicle) -> None:
+    def __init__(self, directory: RunDirectory, run_log: RunLog) -> None:
         self._directory = directory
-        self._chronicle = chronicle
+        self._run_log = run_log
         self._missing_since: float | None = None
 
     def loss(self) -> str:
         """What of the run is missing now; "": nothing, as far as can be told."""
         try:
-            missing = self._chronicle.missing_files()
+            missing = self._run_log.missing_files()
         except OSError:
             return ""
         if not missing:

@@ -13,7 +13,7 @@ from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
-from orchestrator.runtime.run_log import Chronicle
+from orchestrator.runtime.run_log import RunLog
 
 
 def outline(directory: RunDirectory, steps: list[dict[str, Any]], status: str, reason: str) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def outline(directory: RunDirectory, steps: list[dict[str, Any]], status: str, r
     }
 
 
-def outline_of(chronicle: Chronicle) -> dict[str, Any]:
+def outline_of(run_log: RunLog) -> dict[str, Any]:
     """The same numbers as the controller knows them, for a run whose records cannot be read any more."""
-    last = chronicle.last_step
+    last = run_log.last_step
     return {
-        "steps": chronicle.committed,
-        "tokens": chronicle.tokens,
+        "steps": run_log.committed,
+        "tokens": run_log.tokens,
         "final_loss": None if last is None else last["loss"],
     }
 
@@ -50,7 +50,7 @@ def settled(attempt: Callable[[], bool], deadline: float) -> bool:
 def compose(
     directory: RunDirectory,
     job: Job,
-    chronicle: Chronicle,
+    run_log: RunLog,
     data: dict[str, Any],
     status: str,
     reason: str,
@@ -80,7 +80,7 @@ def compose(
         "bit_exact": job.strategy.reduction == "canonical",
         "state_digest": digest,
         "data_digest": data_digest,
-        "generations": chronicle.generations,
-        "recoveries": chronicle.recoveries,
-        **({} if chronicle.loaded is None else {"model": chronicle.loaded}),
+        "generations": run_log.generations,
+        "recoveries": run_log.recoveries,
+        **({} if run_log.loaded is None else {"model": run_log.loaded}),
     }

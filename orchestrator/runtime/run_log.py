@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from monitoring.book import Book
 from monitoring.clock import RunClock, when
-from monitoring.goodput import Account
+from monitoring.goodput import GoodputAccount
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
+from monitoring.run_events import RunEvents
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 from orchestrator.training.messages import StepReport
@@ -38,7 +38,7 @@ RANKS_PER_STEP = 64
 """How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
 
 
-class Chronicle:
+class RunLog:
     """`past_events` and `past_steps` are what was on record when this controller began; `committed` counts the steps
     that are known now.
 
@@ -75,8 +75,8 @@ class Chronicle:
         self.metrics.go_on_from(_counters(directory))
         committed_at = 0.0 if self.last_step is None else float(self.last_step["committed_at"])
         self.clock = RunClock(self.past_events, at_least=committed_at)
-        self._book = Book(self.past_events, self.past_steps, self.clock.stamp)
-        self._write(self._book.catch_up(self.clock.now()))
+        self._events_of_run = RunEvents(self.past_events, self.past_steps, self.clock.stamp)
+        self._write(self._events_of_run.catch_up(self.clock.now()))
 
     # ------------------------------------------------------------------------------------ events
 
@@ -90,7 +90,7 @@ class Chronicle:
         if kind == "controller":
             fields = {**fields, **self.clock.anchor()}
         with self._lock:
-            events = self._book.record(kind, fields, self.clock.now())
+            events = self._events_of_run.record(kind, fields, self.clock.now())
             self._write(events)
             return events[-1]
 
@@ -136,7 +136,7 @@ class Chronicle:
         with self._lock:
             now = self.clock.now()
             record = {"time": self.clock.stamp(now)["time"]} | asdict(report)
-            self._write(self._book.step(record, now))
+            self._write(self._events_of_run.step(record, now))
             self.last_ranks = report.ranks
             every = -(-len(report.ranks) // RANKS_PER_STEP)
             if every > 1 and report.step % every:
@@ -151,7 +151,7 @@ class Chronicle:
     def roll_back(self, committed: int) -> None:
         """Takes the steps from `committed` on off the record."""
         with self._lock:
-            events = self._book.roll_back(committed, self._steps.records(), self.clock.now())
+            events = self._events_of_run.roll_back(committed, self._steps.records(), self.clock.now())
             self._write(events)
             self._steps.keep(lambda record: int(record["step"]) < committed)
             self.committed = min(self.committed, committed)
@@ -159,10 +159,10 @@ class Chronicle:
 
     # ------------------------------------------------------------------------------------ what follows
 
-    def account(self, now: float | None = None) -> Account:
+    def account(self, now: float | None = None) -> GoodputAccount:
         """What the wall time went into so far."""
         with self._lock:
-            return self._book.account(now)
+            return self._events_of_run.account(now)
 
     def forget_the_past(self) -> None:
         """What was on record when this controller began is no longer asked for; of a long run it is large."""
@@ -172,7 +172,7 @@ class Chronicle:
         """Tells how things are, in the metrics and in status.json. Raises OSError when that cannot be written."""
         with self._lock:
             self.metrics.on_status(status)
-            settled = self._book.settled(now)
+            settled = self._events_of_run.settled(now)
             counters = {key: round(seconds, 6) + 1e-6 for key, seconds in self.metrics.book(settled).items()}
         try:
             # First where a successor finds it, then to those who would notice when a counter goes back.

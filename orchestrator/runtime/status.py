@@ -10,59 +10,59 @@ from typing import Any
 
 from monitoring.clock import when
 from monitoring.skew import Rating
-from orchestrator.control.machine import Controller
+from orchestrator.control.controller import Controller
 from orchestrator.control.views import RunState, WorkerState, WorkerView
 from orchestrator.job import Job
-from orchestrator.runtime.run_log import Chronicle
+from orchestrator.runtime.run_log import RunLog
 from orchestrator.training.messages import Generation
 
 
-def glance(machine: Controller, chronicle: Chronicle, job: Job, now: float) -> dict[str, Any]:
+def glance(machine: Controller, run_log: RunLog, job: Job, now: float) -> dict[str, Any]:
     """Everything but who the controller is."""
     generation = machine.generation
     ranks = {} if generation is None else {member.worker: rank for rank, member in enumerate(generation.members)}
     window = machine.window
     ratings: Mapping[Any, Rating] = {} if window is None else window.workers
-    found = {slot: finding["finding"] for finding in chronicle.findings for slot in finding["workers"]}
+    found = {slot: finding["finding"] for finding in run_log.findings for slot in finding["workers"]}
     views = [view for view in list(machine.workers.values()) if view.alive]
     median_s = machine.progress.median_step_s()
-    step = chronicle.last_step
+    step = run_log.last_step
     return {
-        **chronicle.clock.stamp(now),
+        **run_log.clock.stamp(now),
         "name": job.name,
         "over": machine.state is RunState.OVER,
         "state": machine.state.name.lower(),
         "detail": machine.state.value,
         "status": machine.status,
-        "step": chronicle.committed,
+        "step": run_log.committed,
         "steps": job.train.steps,
         "median_step_seconds": round(median_s, 6),
-        "tokens": chronicle.tokens,
+        "tokens": run_log.tokens,
         "tokens_per_second": round(step["tokens"] / median_s, 3) if step is not None and median_s else None,
         "loss": None if step is None else step["loss"],
         "grad_norm": None if step is None else step["grad_norm"],
         "lr": None if step is None else step["lr"],
-        "mfu": None if (mfu := chronicle.metrics.mfu) is None else round(mfu, 6),
+        "mfu": None if (mfu := run_log.metrics.mfu) is None else round(mfu, 6),
         "generation": None if generation is None else generation.number,
         "layout": None if generation is None else generation.layout.describe(),
         "target": machine.target,
         "min": job.elastic.workers.min,
         "max": job.elastic.workers.max,
         "workers": [
-            _worker(view, ranks.get(view.worker), generation, ratings.get(view.worker), chronicle.last_ranks)
+            _worker(view, ranks.get(view.worker), generation, ratings.get(view.worker), run_log.last_ranks)
             | {"finding": found.get(view.worker.slot)}
             for view in sorted(views, key=lambda view: view.worker)
         ],
         "incidents": {
-            "total": len(chronicle.recoveries) + len(chronicle.open_incidents),
-            "open": [{key: i[key] for key in ("incident", "worker", "cause", "at")} for i in chronicle.open_incidents],
+            "total": len(run_log.recoveries) + len(run_log.open_incidents),
+            "open": [{key: i[key] for key in ("incident", "worker", "cause", "at")} for i in run_log.open_incidents],
         },
-        "last_recovery": chronicle.recoveries[-1] if chronicle.recoveries else None,
-        "checkpoint": _checkpoint(machine, chronicle),
+        "last_recovery": run_log.recoveries[-1] if run_log.recoveries else None,
+        "checkpoint": _checkpoint(machine, run_log),
         "checkpoint_interval_seconds": _interval(job, median_s),
-        "goodput": chronicle.account(now).as_dict(),
-        "unwritten": chronicle.unwritten(),
-        "findings": [{key: f[key] for key in ("finding", "workers", "detail")} for f in chronicle.findings],
+        "goodput": run_log.account(now).as_dict(),
+        "unwritten": run_log.unwritten(),
+        "findings": [{key: f[key] for key in ("finding", "workers", "detail")} for f in run_log.findings],
     }
 
 
@@ -95,8 +95,8 @@ def _worker(
     }
 
 
-def _checkpoint(machine: Controller, chronicle: Chronicle) -> dict[str, Any] | None:
-    last = chronicle.last_checkpoint
+def _checkpoint(machine: Controller, run_log: RunLog) -> dict[str, Any] | None:
+    last = run_log.last_checkpoint
     if last is None:
         return None
     return {"committed": last["committed"], "time": when(last), "saving": machine.is_saving}

@@ -11,8 +11,8 @@ import torch
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
+from orchestrator.job.lengths import too_long
 from orchestrator.job.parts import objective_of, optimizer_of
-from orchestrator.job.positions import too_long
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.errors import reason_of
 from orchestrator.models.loading import build_model

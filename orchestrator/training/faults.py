@@ -42,7 +42,7 @@ class FaultInjector:
         self._faults = list(enumerate(job.faults))
         self._slot = slot
         self._announce = announce
-        self._poison = poison
+        self._spoil_gradient = poison
         self._fired: set[int] = set()
         self._slow: dict[str, list[_Slowness]] = {"data": [], "compute": []}
         self._step = 0
@@ -85,7 +85,7 @@ class FaultInjector:
             case "deadlock":
                 threading.Event().wait()
             case "nan":
-                self._poison(step)
+                self._spoil_gradient(step)
             case "slow":
                 until_step = float("inf") if fault.steps is None else step + fault.steps
                 until = float("inf") if fault.seconds is None else time.monotonic() + fault.seconds

@@ -49,7 +49,7 @@ class Generation:
     """
 
     number: int
-    epoch: int
+    term: int
     committed: int
     cause: str
     members: tuple[Member, ...]
@@ -268,7 +268,7 @@ class Status:
     held: Spans
     prepared: bool
     joined: bool
-    epoch: int
+    term: int
     reports: tuple[StepReport, ...] = ()
     part: PartSaved | None = None
     """The last part of a checkpoint that it wrote."""
@@ -282,7 +282,7 @@ class Reply:
     to this controller again, but may have to be to its successor. `shutdown` ends the worker."""
 
     recorded: int
-    epoch: int
+    term: int
     known: int = 0
     shutdown: bool = False
 

@@ -166,7 +166,7 @@ class WorkerProtocol:
             held=holds.held,
             prepared=holds.prepared,
             joined=self.is_joined,
-            epoch=self.term,
+            term=self.term,
             reports=tuple(self.reports),
             part=part,
             assignment=assignment if self.generation is not None and self.is_joined else (),

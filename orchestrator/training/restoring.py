@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.checkpoint.catalog import Catalog, Checkpoint
+from orchestrator.checkpoint.catalog import Catalog, StoredCheckpoint
 from orchestrator.checkpoint.manifest import CheckpointError, ChunkEntry, UnusableCheckpoint
 from orchestrator.checkpoint.tensors import DTYPES, as_tensor, box_of, bytes_of
-from strategies.state.intake import Intake
+from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.training_state import TrainingState
 
 
@@ -15,7 +15,7 @@ class StorageFailed(RuntimeError):
     """The storage of a checkpoint cannot be read now, which says nothing about the checkpoint."""
 
 
-def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> Checkpoint:
+def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> StoredCheckpoint:
     """The checkpoint after so many steps, if it is one of this model.
 
     Raises CheckpointError, or UnusableCheckpoint among them, and StorageFailed.
@@ -38,7 +38,7 @@ def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> C
     return found
 
 
-def read_checkpoint(checkpoint: Checkpoint, intake: Intake, on_chunk: Callable[[], None]) -> None:
+def read_checkpoint(checkpoint: StoredCheckpoint, intake: ChunkLoader, on_chunk: Callable[[], None]) -> None:
     """Reads what a rank is to be given; `on_chunk` is called after each chunk.
 
     Raises CheckpointError, StorageFailed.

@@ -66,8 +66,8 @@ from strategies.comm.groups import PeerLost, serve_store
 from strategies.comm.rendezvous_proof import StoreAddress
 from strategies.layout.placement import Domain, trained_spans
 from strategies.layout.statemap import Spans, share_out, subtract
-from strategies.state.intake import Intake
-from strategies.state.relayout import Moved, StateCorrupt
+from strategies.state.chunk_loader import ChunkLoader
+from strategies.state.reshard import Resharded, StateCorrupt
 from strategies.state.training_state import state_digest
 from strategies.trial.trial import ModelChanged
 from strategies.update.synchronous import StepEngine, StepRecord
@@ -138,7 +138,7 @@ class Worker:
         device = build.choose_device(job)
         build.make_deterministic(job, device)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
-        self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._poison)
+        self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._spoil_gradient)
         self.state = build.build_state(job, dataset.vocab_size, device)
         delay = self._faults.delay if self._faults.may_be_slow else None
         self._fetch = build.make_fetch(job, dataset, delay)
@@ -268,7 +268,7 @@ class Worker:
             log.exception("worker %s failed in generation %d", self.worker, generation.number)
             cause, detail = "exception", f"{type(error).__name__}: {error}"
             if self.engine.applying:
-                self._tear()
+                self._invalidate()
         fabric.drop()
         self._phase = "idle"
         with self._lock:
@@ -289,7 +289,7 @@ class Worker:
         first = generation.members[0]
         fabric.form(
             store_address=StoreAddress(first.host, first.store_port, self._secret),
-            prefix=f"{self.run}/{generation.epoch}/{generation.number}",
+            prefix=f"{self.run}/{generation.term}/{generation.number}",
             host=self.host,
             timeout_s=FORM_TIMEOUT_S,
         )
@@ -316,16 +316,16 @@ class Worker:
                 return "pause"
         return "complete"
 
-    def _bring_state(self, generation: Generation, rank: int, fabric: Fabric) -> Moved:
+    def _bring_state(self, generation: Generation, rank: int, fabric: Fabric) -> Resharded:
         """After this, every member has its part of the state of `generation.committed` steps."""
         held = list(generation.held)
-        read: Callable[[Intake], None] | None = None
+        read: Callable[[ChunkLoader], None] | None = None
         if generation.restore is not None:
             # Reading a checkpoint takes as long as it takes; the controller is told, and does not call it stuck.
             self._phase = "restore"
             saved = open_checkpoint(self._catalog, generation.committed, self.state)
             read = lambda intake: read_checkpoint(saved, intake, self._moved)  # noqa: E731
-            self._tear()
+            self._invalidate()
             log.info("restoring the checkpoint of %d steps from %s", generation.committed, generation.restore)
             updates = saved.manifest.updates
         else:
@@ -333,10 +333,10 @@ class Worker:
                 self._start_over(generation)
             updates = self._agree_on_updates(fabric, held)
             if not held[rank]:
-                self._tear()
+                self._invalidate()
         domains = [Domain(member.zone, member.node) for member in generation.members]
         try:
-            moved = self.state.take_place(
+            moved = self.state.adopt_layout(
                 generation.layout, fabric, held, domains, self.job.elastic.state_copies, updates,
                 barrier=lambda: self._agree(fabric, 0), read=read, read_by_node=not self._catalog.storage.is_remote,
             )  # fmt: skip
@@ -362,18 +362,18 @@ class Worker:
     def _moved(self) -> None:
         self._moves += 1
 
-    def _tear(self) -> None:
+    def _invalidate(self) -> None:
         """From here until another state is in place, nothing of this one counts: a worker that is interrupted now is
         back at step 0, which it can make again by itself."""
         self.committed, self.engine.prepared_step = 0, None
-        self.state.tear()
+        self.state.invalidate()
         self.engine.discard()
 
     def _start_over(self, generation: Generation) -> None:
         """Makes the state of step 0 again, which is the only one that a worker can be taken to have and has not."""
         if generation.committed:
             raise RuntimeError(f"this worker has the state of step {self.committed}, not of {generation.committed}")
-        self._tear()
+        self._invalidate()
         self.state.start_over()
 
     def _agree_on_updates(self, fabric: Fabric, held: Sequence[Spans]) -> int:
@@ -421,8 +421,8 @@ class Worker:
         heard = self._send(fired)
         heard.wait(timeout=2.0)
 
-    def _poison(self, step: int) -> None:
-        self.engine.poison_step = step
+    def _spoil_gradient(self, step: int) -> None:
+        self.engine.nan_step = step
 
     def _without_rendezvous(self, reason: str) -> None:
         """Without its store this worker would fail every generation that it is the first of; better it is replaced."""
@@ -445,7 +445,7 @@ class Worker:
         if self._shares is None:  # Once in a generation: training waits for this.
             self._shares = share_out(trained_spans(layout, self.state.arrangement.shards))
         writers = [member.worker for member in generation.members]
-        save = Save(self.committed, generation.epoch, generation.number)
+        save = Save(self.committed, generation.term, generation.number)
         self._saver.save(save, self._shares, writers, rank, layout.describe())
 
     def _save_share(self, writers: tuple[WorkerId, ...], save: Save) -> None:
@@ -473,7 +473,7 @@ class Worker:
     def _report_loop(self) -> None:
         interval = self.job.elastic.heartbeat_interval_s
         answered = time.monotonic()
-        next_heartbeat, epoch = 0.0, -1
+        next_heartbeat, term = 0.0, -1
         while not self._over:
             with self._wake:
                 if not self._outbox:
@@ -496,9 +496,9 @@ class Worker:
             if reply is not None:
                 answered = now
                 # One that begins answers late however quiet the machine is, and a fault when it is on record.
-                if reply.epoch == epoch and not isinstance(message, FaultFired):
+                if reply.term == term and not isinstance(message, FaultFired):
                     self._lateness.note(now - asked, now)
-                epoch = reply.epoch
+                term = reply.term
                 self._heed(reply)
                 if entry is not None:
                     self._outbox.popleft()

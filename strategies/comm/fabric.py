@@ -28,7 +28,8 @@ _forming: Fabric | None = None
 
 
 class Fabric:
-    """`world` has all ranks of a generation, `plane` those that compute the same part of the model in all replicas.
+    """`world` has all ranks of a generation, `data_group` those that compute the same part of the model in all
+    replicas.
 
     `mesh` is a DeviceMesh with AXES, None where no part of torch's needs one and for spares.
     """
@@ -38,7 +39,7 @@ class Fabric:
         self.layout = layout
         self.device = device
         self.world = Groups(rank=rank, world_size=layout.world_size, device=device)
-        self.plane = self.world
+        self.data_group = self.world
         self.mesh: Any = None
         self._axes: tuple[str, ...] = AXES
         self._others: list[Groups] = []
@@ -70,10 +71,10 @@ class Fabric:
         """Joins the other ranks, as `Groups.form`. Raises PeerLost."""
         self.world.form(store_address=store_address, prefix=f"{prefix}/world", host=host, timeout_s=timeout_s)
         if self.layout.place(self.rank) is None:
-            self.plane = self._alone()
+            self.data_group = self._alone()
             return
         if not self.needs_mesh:
-            self.plane = self.world if not self.layout.spares else self._part(
+            self.data_group = self.world if not self.layout.spares else self._part(
                 list(range(self.layout.num_placed)), store_address, f"{prefix}/plane", host, timeout_s
             )  # fmt: skip
             return
@@ -122,7 +123,7 @@ class Fabric:
             self._axes = tuple(f"{axis} {at}" for axis, at in zip(AXES, layout.place(self.rank) or (), strict=True))
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=self._axes)
             _name_groups(self.mesh)
-            self.plane = self.groups_of(self.group("data"))
+            self.data_group = self.groups_of(self.group("data"))
         finally:
             _forming = None
 

@@ -17,11 +17,11 @@ from torch import nn
 from strategies.gradient.spec import StepSpec, first_pass
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.model.blueprint import Blueprint
-from strategies.model.part import Part
+from strategies.model.model_part import ModelPart
 from strategies.model.randomness import Streams, draws_random_numbers
 from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
-from strategies.reduction.tree import Node
+from strategies.reduction.tree import Subtree
 from strategies.reduction.tree_sum import TreeSum
 
 Fetch = Callable[[int, int], Batch]
@@ -55,7 +55,7 @@ class LocalGradients:
     `losses` (its share of the step's mean) and `hashes` (of the sample ids) are by virtual worker.
     """
 
-    def __init__(self, part: Part, spec: StepSpec, fetch: Fetch, watch: Stopwatch | None = None) -> None:
+    def __init__(self, part: ModelPart, spec: StepSpec, fetch: Fetch, watch: Stopwatch | None = None) -> None:
         self.part = part
         self.watch = Stopwatch(part.device) if watch is None else watch
         self.spec = spec
@@ -71,7 +71,7 @@ class LocalGradients:
 
     def compute(
         self, step: int, held: Sequence[int], virtual_workers: int, *, enter: Enter, check: Callable[[], None]
-    ) -> dict[Node, torch.Tensor]:
+    ) -> dict[Subtree, torch.Tensor]:
         """The gradients [size] of `held`, as one sum per node of their cover; to be read, not written.
 
         `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
@@ -99,7 +99,7 @@ class LocalGradients:
         self.losses, self.hashes = {}, {}
         self._step = self._under_way = self._sums = None
 
-    def come_back(self) -> None:
+    def restore_streams(self) -> None:
         """To be called when another kind of work may have computed with the part since: its layers take their random
         numbers from here again."""
         self.streams = streams_for(self.part.blueprint, self.part.modules, self.spec.seed)

@@ -22,16 +22,14 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from strategies.comm.fabric import Fabric
-from strategies.gradient.compute import Enter, Fetch, streams_for
+from strategies.gradient.compute import Enter, streams_for
+from strategies.gradient.context import WorkContext
 from strategies.gradient.sharded import MADE_UP, Collector
-from strategies.gradient.spec import StepSpec
-from strategies.gradient.stopwatch import Stopwatch, Stretch
-from strategies.layout.parallel import ParallelLayout, Place
-from strategies.layout.schedule import Schedule, chunks_of, parts_of
+from strategies.gradient.stopwatch import Stretch
+from strategies.layout.schedule import PipelineSchedule, chunks_of, parts_of
 from strategies.model.blueprint import Activations
-from strategies.model.fsdp import ShardedPart
-from strategies.model.part import Part
+from strategies.model.fsdp import ShardedModelPart
+from strategies.model.model_part import ModelPart
 from strategies.objective.batch import counting, positions
 from strategies.objective.rows import Rows
 
@@ -46,23 +44,11 @@ _SCHEDULES: dict[str, Any] = {
 class PipelineGradients:
     """Computes this rank's stage of its replica. `losses` are known on the last stage only, `hashes` on all."""
 
-    def __init__(
-        self,
-        part: Part | ShardedPart,
-        spec: StepSpec,
-        fetch: Fetch,
-        collector: Collector,
-        layout: ParallelLayout,
-        place: Place,
-        fabric: Fabric,
-        watch: Stopwatch,
-    ) -> None:
+    def __init__(self, part: ModelPart | ShardedModelPart, collector: Collector, context: WorkContext) -> None:
         self.part = part
-        self.watch = watch
-        self.spec = spec
-        self.fetch = fetch
         self.collector = collector
-        self.held = layout.assignment[place.data]
+        self.watch, self.spec, self.fetch, self.held = context.watch, context.spec, context.fetch, context.held
+        layout, spec, place = context.layout, context.spec, context.place
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
         self.streams = streams_for(part.blueprint, part.modules, spec.seed)
@@ -70,15 +56,15 @@ class PipelineGradients:
         numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), place.stage)
         self.is_first = 0 in numbers
         self.is_last = len(layout.parts) - 1 in numbers
-        group = fabric.group("pipeline")
+        group = context.fabric.group("pipeline")
         self._stages = []
-        batch = (spec.micro_batch, fetch(0, 0).tokens.shape[1] - 1)
+        batch = (spec.micro_batch, self.fetch(0, 0).tokens.shape[1] - 1)
         sizes = part.blueprint.activations(spec.autocast(part.device))
         for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
             stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, sizes, batch)
             self._stages.append(stage)
         rounds = collector.num_rounds if collector.computes_all else len(self.held)
-        schedule = Schedule(layout.schedule, layout.pipeline, chunks_of(layout.schedule))
+        schedule = PipelineSchedule(layout.schedule, layout.pipeline, chunks_of(layout.schedule))
         self.num_micro_batches = schedule.padded(rounds * spec.micro_batches)
         # A virtual worker that is not there at all, or in part, is made up of another's tokens.
         made_up = -(-self.num_micro_batches // spec.micro_batches) - len(self.held)
@@ -172,7 +158,7 @@ class _Stage(PipelineStage):
         self._owner = owner
         self._index = index
         # FSDP2 hands gradients out at the end of a whole backward pass; with it zero bubble keeps its order only.
-        self._splits_backward = not isinstance(owner.part, ShardedPart)
+        self._splits_backward = not isinstance(owner.part, ShardedModelPart)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._owner.enter_forward(fwd_chunk_id)

@@ -12,15 +12,14 @@ from typing import Protocol
 
 import torch
 
-from strategies.gradient.compute import Enter, Fetch, streams_for
-from strategies.gradient.spec import StepSpec
-from strategies.gradient.stopwatch import Stopwatch
+from strategies.gradient.compute import Enter, streams_for
+from strategies.gradient.context import WorkContext
 from strategies.layout.parallel import ParallelLayout
-from strategies.model.fsdp import ShardedPart
-from strategies.model.part import Part
+from strategies.model.fsdp import ShardedModelPart
+from strategies.model.model_part import ModelPart
 from strategies.objective.rows import Rows
 from strategies.reduction.reducer import RoundReducer
-from strategies.reduction.tree import Node
+from strategies.reduction.tree import Subtree
 from strategies.reduction.tree_sum import TreeSum
 
 MADE_UP = -1
@@ -46,7 +45,7 @@ class Collector(Protocol):
     def end(self, number: int, micro: int, module: int) -> None:
         """It is done."""
 
-    def spoil(self) -> None:
+    def inject_nan(self) -> None:
         """The next gradient is to be not finite (fault injection)."""
 
 
@@ -54,14 +53,14 @@ class _Buffered:
     """Gradients [size] of the virtual workers under way; micro-batches add up in order. `_take` is given each when all
     of it is there, and its buffer with it."""
 
-    def __init__(self, part: Part, micro_batches: int) -> None:
+    def __init__(self, part: ModelPart, micro_batches: int) -> None:
         self._part = part
         self._micro_batches = micro_batches
         self._open: dict[int, torch.Tensor] = {}
         self._bound: dict[int, int] = {}
         self._done: dict[tuple[int, int], int] = {}
         self._pool: list[torch.Tensor] = []
-        self._is_spoiled = False
+        self._is_nan_next = False
 
     def start(self) -> None:
         self._pool += self._open.values()
@@ -84,13 +83,13 @@ class _Buffered:
         if any(self._done.get((number, each), 0) < self._micro_batches for each in modules):
             return
         gradient = self._open.pop(number)
-        if self._is_spoiled:
+        if self._is_nan_next:
             gradient[0] = torch.nan
-            self._is_spoiled = False
+            self._is_nan_next = False
         self._take(number, gradient)
 
-    def spoil(self) -> None:
-        self._is_spoiled = True
+    def inject_nan(self) -> None:
+        self._is_nan_next = True
 
     def _take(self, number: int, gradient: torch.Tensor) -> None:
         raise NotImplementedError
@@ -101,7 +100,7 @@ class TreeCollector(_Buffered):
 
     computes_all = False
 
-    def __init__(self, part: Part, held: Sequence[int], virtual_workers: int, micro_batches: int) -> None:
+    def __init__(self, part: ModelPart, held: Sequence[int], virtual_workers: int, micro_batches: int) -> None:
         super().__init__(part, micro_batches)
         self.num_rounds = len(held)
         self._held = tuple(held)
@@ -118,7 +117,7 @@ class TreeCollector(_Buffered):
             self._pool.append(gradient)
 
     @property
-    def pieces(self) -> dict[Node, torch.Tensor]:
+    def pieces(self) -> dict[Subtree, torch.Tensor]:
         """The sums [size] of the largest whole subtrees; to be read, not written."""
         return dict(self._sums.pieces)
 
@@ -126,7 +125,7 @@ class TreeCollector(_Buffered):
 class RoundCollector(_Buffered):
     """Hands every finished virtual worker's gradient to its owners (ZeRO stage 2)."""
 
-    def __init__(self, part: Part, reducer: RoundReducer, micro_batches: int, *, computes_all: bool) -> None:
+    def __init__(self, part: ModelPart, reducer: RoundReducer, micro_batches: int, *, computes_all: bool) -> None:
         super().__init__(part, micro_batches)
         self.num_rounds = reducer.num_rounds
         self.computes_all = computes_all
@@ -152,7 +151,7 @@ class ShardedCollector:
 
     computes_all = True
 
-    def __init__(self, part: ShardedPart, layout: ParallelLayout, micro_batches: int) -> None:
+    def __init__(self, part: ShardedModelPart, layout: ParallelLayout, micro_batches: int) -> None:
         self.num_rounds = max(len(held) for held in layout.assignment)
         self._part = part
         self._layout = layout
@@ -172,8 +171,8 @@ class ShardedCollector:
     def end(self, number: int, micro: int, module: int) -> None:
         """The groups have taken it."""
 
-    def spoil(self) -> None:
-        self._part.groups[0][0].is_spoiled = True
+    def inject_nan(self) -> None:
+        self._part.groups[0][0].is_nan_next = True
 
 
 class RoundGradients:
@@ -182,24 +181,13 @@ class RoundGradients:
     `losses` and `hashes` as in `LocalGradients`.
     """
 
-    def __init__(
-        self,
-        part: Part | ShardedPart,
-        spec: StepSpec,
-        fetch: Fetch,
-        collector: Collector,
-        held: Sequence[int],
-        watch: Stopwatch,
-    ) -> None:
+    def __init__(self, part: ModelPart | ShardedModelPart, collector: Collector, context: WorkContext) -> None:
         self.part = part
-        self.watch = watch
-        self.spec = spec
-        self.fetch = fetch
         self.collector = collector
-        self.held = tuple(held)
+        self.watch, self.spec, self.fetch, self.held = context.watch, context.spec, context.fetch, context.held
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
-        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self.streams = streams_for(part.blueprint, part.modules, self.spec.seed)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
         """Runs all rounds of a step. Raises PeerLost."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.objective.base import Objective
 from strategies.objective.batch import Batch, counting, positions
 from strategies.objective.causal_lm import CAUSAL_LM
+from strategies.objective.objective import Objective
 from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
 

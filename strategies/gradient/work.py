@@ -12,21 +12,22 @@ import torch
 
 from strategies.comm.fabric import Fabric
 from strategies.gradient.compute import Enter, Fetch, LocalGradients
+from strategies.gradient.context import WorkContext
 from strategies.gradient.pipeline import PipelineGradients
 from strategies.gradient.sharded import Collector, RoundCollector, RoundGradients, ShardedCollector, TreeCollector
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
-from strategies.layout.parallel import ParallelLayout, Place
+from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import effective_shard
-from strategies.model.fsdp import ShardedPart
-from strategies.model.part import Part
+from strategies.model.fsdp import ShardedModelPart
+from strategies.model.model_part import ModelPart
 from strategies.reduction.reducer import Reducer, RoundReducer
-from strategies.reduction.tree import Node
-from strategies.state.holding import Holding
+from strategies.reduction.tree import Subtree
+from strategies.state.shard import StateShard
 from strategies.state.training_state import Arrangement
 
 
-class Work(Protocol):
+class GradientWork(Protocol):
     """One rank's part of every step in a layout."""
 
     @property
@@ -43,7 +44,7 @@ class Work(Protocol):
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         """Computes, reduces, and leaves the reduced gradient of what this rank trains in `own.gradient`."""
 
-    def spoil(self) -> None:
+    def inject_nan(self) -> None:
         """The next gradient is to be not finite (fault injection)."""
 
     def discard(self) -> None:
@@ -63,7 +64,7 @@ class IdleWork:
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         """Only waits for the vote."""
 
-    def spoil(self) -> None:
+    def inject_nan(self) -> None:
         """Nothing to spoil."""
 
     def discard(self) -> None:
@@ -73,24 +74,24 @@ class IdleWork:
 class _Replicated:
     """Weights are whole on every rank of the plane; its slices are reduced at once (ZeRO stages 0 and 1)."""
 
-    def __init__(self, part: Part, own: Holding, reducer: Reducer, *, sharded: bool) -> None:
+    def __init__(self, part: ModelPart, own: StateShard, reducer: Reducer, *, sharded: bool) -> None:
         self.part = part
         self.own = own
         self.reducer = reducer
         self.sharded = sharded
-        self._is_spoiled = False
+        self._is_nan_next = False
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         if self.sharded:
             enter("refresh")
             self.reducer.gather(self.own.weights, self.part.weights)
 
-    def spoil(self) -> None:
-        self._is_spoiled = True
+    def inject_nan(self) -> None:
+        self._is_nan_next = True
 
-    def reduce(self, step: int, pieces: dict[Node, torch.Tensor], enter: Enter) -> None:
-        if self._is_spoiled:
-            self._is_spoiled = False
+    def reduce(self, step: int, pieces: dict[Subtree, torch.Tensor], enter: Enter) -> None:
+        if self._is_nan_next:
+            self._is_nan_next = False
             for piece in pieces.values():
                 piece[0] = torch.nan
         enter("reduce", step)
@@ -106,7 +107,14 @@ class LocalWork(_Replicated):
     """A replica of one stage; what it has computed outlives an interrupted step."""
 
     def __init__(
-        self, local: LocalGradients, part: Part, own: Holding, reducer: Reducer, held: tuple[int, ...], *, sharded: bool
+        self,
+        local: LocalGradients,
+        part: ModelPart,
+        own: StateShard,
+        reducer: Reducer,
+        held: tuple[int, ...],
+        *,
+        sharded: bool,
     ) -> None:
         super().__init__(part, own, reducer, sharded=sharded)
         self.local = local
@@ -132,8 +140,8 @@ class PipelineWork(_Replicated):
     """A stage of a replica, with whole gradients."""
 
     def __init__(
-        self, pipeline: PipelineGradients, collector: TreeCollector, part: Part, own: Holding, reducer: Reducer, *,
-        sharded: bool,
+        self, pipeline: PipelineGradients, collector: TreeCollector, part: ModelPart, own: StateShard,
+        reducer: Reducer, *, sharded: bool,
     ) -> None:  # fmt: skip
         super().__init__(part, own, reducer, sharded=sharded)
         self._pipeline = pipeline
@@ -162,7 +170,7 @@ class RoundWork:
         self,
         gradients: RoundGradients | PipelineGradients,
         collector: Collector,
-        own: Holding,
+        own: StateShard,
         gather: Callable[[Callable[[str], None]], None],
         take: Callable[[torch.Tensor], object],
     ) -> None:
@@ -188,8 +196,8 @@ class RoundWork:
         enter("reduce", step)
         self._take(self._own.gradient)
 
-    def spoil(self) -> None:
-        self._collector.spoil()
+    def inject_nan(self) -> None:
+        self._collector.inject_nan()
 
     def discard(self) -> None:
         """The collector starts anew with every step."""
@@ -198,68 +206,62 @@ class RoundWork:
 def work_for(
     arrangement: Arrangement, layout: ParallelLayout, fabric: Fabric, spec: StepSpec, fetch: Fetch,
     watch: Stopwatch, kept: LocalGradients | None,
-) -> Work:  # fmt: skip
+) -> GradientWork:  # fmt: skip
     """This rank's work in `layout`, timed by `watch`. `kept` is what an earlier generation computed with the same part
     of the model."""
     place, part, own = layout.place(fabric.rank), arrangement.part, arrangement.own
     if place is None or part is None or own is None:
         return IdleWork()
+    context = WorkContext(layout, place, fabric, spec, fetch, watch)
     match effective_shard(layout):
         case "parameters":
-            assert isinstance(part, ShardedPart)
-            return _sharded_work(part, own, layout, place, fabric, spec, fetch, watch)
+            assert isinstance(part, ShardedModelPart)
+            return _sharded_work(part, own, context)
         case "gradients":
-            assert isinstance(part, Part)
-            return _round_work(part, own, layout, place, fabric, spec, fetch, watch)
+            assert isinstance(part, ModelPart)
+            return _round_work(part, own, context)
         case kind:
-            assert isinstance(part, Part)
-            sharded = kind == "optimizer"
-            return _replicated_work(part, own, layout, place, fabric, spec, fetch, watch, kept, sharded=sharded)
+            assert isinstance(part, ModelPart)
+            return _replicated_work(part, own, context, kept, sharded=kind == "optimizer")
 
 
 def _replicated_work(
-    part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
-    watch: Stopwatch, kept: LocalGradients | None, *, sharded: bool,
-) -> Work:  # fmt: skip
-    reducer = Reducer(fabric.plane, layout, part.size, part.device, native=spec.native_reduction)
-    held = layout.assignment[place.data]
+    part: ModelPart, own: StateShard, context: WorkContext, kept: LocalGradients | None, *, sharded: bool
+) -> GradientWork:
+    layout, spec, held = context.layout, context.spec, context.held
+    reducer = Reducer(context.fabric.data_group, layout, part.size, part.device, native=spec.native_reduction)
     if layout.pipeline == 1:
         if kept is not None and kept.part is part:
             local = kept
-            local.come_back()
+            local.restore_streams()
         else:
-            local = LocalGradients(part, spec, fetch, watch)
+            local = LocalGradients(part, spec, context.fetch, context.watch)
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()
         return LocalWork(local, part, own, reducer, held, sharded=sharded)
     collector = TreeCollector(part, held, layout.virtual_workers, spec.micro_batches)
-    pipeline = PipelineGradients(part, spec, fetch, collector, layout, place, fabric, watch)
+    pipeline = PipelineGradients(part, collector, context)
     return PipelineWork(pipeline, collector, part, own, reducer, sharded=sharded)
 
 
-def _round_work(
-    part: Part, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
-    watch: Stopwatch,
-) -> Work:  # fmt: skip
-    slices = Reducer(fabric.plane, layout, part.size, part.device)
-    rounds = RoundReducer(fabric.plane, layout, slices.slices, part.device)
-    collector = RoundCollector(part, rounds, spec.micro_batches, computes_all=layout.pipeline > 1)
+def _round_work(part: ModelPart, own: StateShard, context: WorkContext) -> GradientWork:
+    layout, group = context.layout, context.fabric.data_group
+    slices = Reducer(group, layout, part.size, part.device)
+    rounds = RoundReducer(group, layout, slices.slices, part.device)
+    collector = RoundCollector(part, rounds, context.spec.micro_batches, computes_all=layout.pipeline > 1)
 
     def gather(enter: Callable[[str], None]) -> None:
         enter("refresh")
         slices.gather(own.weights, part.weights)
 
-    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch, watch)
+    gradients = _gradients(part, collector, context)
     return RoundWork(gradients, collector, own, gather, lambda gradient: gradient.copy_(rounds.total()))
 
 
-def _sharded_work(
-    part: ShardedPart, own: Holding, layout: ParallelLayout, place: Place, fabric: Fabric, spec: StepSpec, fetch: Fetch,
-    watch: Stopwatch,
-) -> Work:  # fmt: skip
-    collector = ShardedCollector(part, layout, spec.micro_batches)
-    gradients = _gradients(part, collector, layout, place, fabric, spec, fetch, watch)
+def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext) -> GradientWork:
+    collector = ShardedCollector(part, context.layout, context.spec.micro_batches)
+    gradients = _gradients(part, collector, context)
     return RoundWork(
         gradients, collector, own,
         lambda enter: part.load(own.weights, own.strip), lambda gradient: part.unload(gradient, own.strip),
@@ -267,9 +269,7 @@ def _sharded_work(
 
 
 def _gradients(
-    part: Part | ShardedPart, collector: Collector, layout: ParallelLayout, place: Place, fabric: Fabric,
-    spec: StepSpec, fetch: Fetch, watch: Stopwatch,
-) -> RoundGradients | PipelineGradients:  # fmt: skip
-    if layout.pipeline == 1:
-        return RoundGradients(part, spec, fetch, collector, layout.assignment[place.data], watch)
-    return PipelineGradients(part, spec, fetch, collector, layout, place, fabric, watch)
+    part: ModelPart | ShardedModelPart, collector: Collector, context: WorkContext
+) -> RoundGradients | PipelineGradients:
+    kind = RoundGradients if context.layout.pipeline == 1 else PipelineGradients
+    return kind(part, collector, context)

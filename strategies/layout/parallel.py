@@ -17,7 +17,7 @@ SHARDS = ("none", "optimizer", "gradients", "parameters")
 """What is sharded among data-parallel ranks: ZeRO stages 0 to 3 (Rajbhandari et al. 2020)."""
 
 
-class Place(NamedTuple):
+class Coordinates(NamedTuple):
     """A rank's coordinates: its data-parallel replica, its pipeline stage, its place in the tensor-parallel group."""
 
     data: int
@@ -116,19 +116,19 @@ class ParallelLayout:
     def virtual_workers(self) -> int:
         return sum(len(held) for held in self.assignment)
 
-    def place(self, rank: int) -> Place | None:
+    def place(self, rank: int) -> Coordinates | None:
         """Where a rank is; None for a spare."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not one of {self.world_size}")
         if rank >= self.num_placed:
             return None
         replica, inside = divmod(rank, self.pipeline * self.tensor)
-        return Place(replica, *divmod(inside, self.tensor))
+        return Coordinates(replica, *divmod(inside, self.tensor))
 
     def rank_of(self, data: int, stage: int = 0, tensor: int = 0) -> int:
         return (data * self.pipeline + stage) * self.tensor + tensor
 
-    def plane(self, rank: int) -> tuple[int, ...]:
+    def data_group(self, rank: int) -> tuple[int, ...]:
         """The ranks with the same part of the model as `rank`, one of each replica, in order of replicas."""
         place = self.place(rank)
         assert place is not None

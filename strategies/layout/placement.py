@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from strategies.layout.assignment import even
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.space import ALIGNMENT, Space, Strip
+from strategies.layout.space import ALIGNMENT, FlatRanges, Space
 from strategies.layout.statemap import Span, Spans, union
 
 
@@ -76,7 +76,7 @@ def place_state(layout: ParallelLayout, space: Space, domains: Sequence[Domain],
 def _mirrors(
     layout: ParallelLayout, owner: int, missing: int, natural: int, domains: Sequence[Domain], load: list[int]
 ) -> list[int]:
-    holders = list(layout.plane(owner)) if natural > 1 else [owner]
+    holders = list(layout.data_group(owner)) if natural > 1 else [owner]
     chosen: list[int] = []
     while len(chosen) < missing and len(holders) < layout.num_placed:
         zones = {domains[rank].zone for rank in holders}
@@ -105,7 +105,7 @@ def _own(layout: ParallelLayout, space: Space, rank: int) -> Shard:
         case "parameters":
             ranges = row_ranges(space, ranges, layout.data, place.data)
         case _:
-            strip = Strip.of(ranges, space.boundary)
+            strip = FlatRanges.of(ranges, space.boundary)
             sizes = even(strip.size, layout.data, ALIGNMENT)
             start = sum(sizes[: place.data])
             ranges = strip.cut(start, start + sizes[place.data])

@@ -32,7 +32,7 @@ def chunks_of(kind: str) -> int:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """A schedule of `stages` ranks in a row with `chunks` model parts on each."""
 
     kind: str
@@ -107,13 +107,13 @@ class Schedule:
 
 
 @cache
-def schedules(stages: int) -> tuple[Schedule, ...]:
+def schedules(stages: int) -> tuple[PipelineSchedule, ...]:
     """All schedules over this many stages; for one stage there is nothing to schedule."""
     if stages == 1:
-        return (Schedule(NO_PIPELINE, 1),)
+        return (PipelineSchedule(NO_PIPELINE, 1),)
     return (
-        Schedule("1f1b", stages),
-        Schedule("gpipe", stages),
-        Schedule("interleaved-1f1b", stages, 2),
-        Schedule("zero-bubble", stages, 2),
+        PipelineSchedule("1f1b", stages),
+        PipelineSchedule("gpipe", stages),
+        PipelineSchedule("interleaved-1f1b", stages, 2),
+        PipelineSchedule("zero-bubble", stages, 2),
     )

@@ -137,7 +137,7 @@ def merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Strip:
+class FlatRanges:
     """Ranges of a space laid end to end in one buffer, each from a multiple of 64 bytes on.
 
     `boundary` is where weight-decayed elements end in the buffer. Updates are elementwise, and kernels treat an
@@ -150,7 +150,7 @@ class Strip:
     _offsets: tuple[int, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, ranges: Iterable[tuple[int, int]], boundary: int) -> Strip:
+    def of(cls, ranges: Iterable[tuple[int, int]], boundary: int) -> FlatRanges:
         cut = []
         for start, stop in merge(ranges):
             middle = min(max(start, boundary), stop)
@@ -158,12 +158,12 @@ class Strip:
         return cls._laid(cut, boundary)
 
     @classmethod
-    def pieces(cls, ranges: Iterable[tuple[int, int]], boundary: int) -> Strip:
+    def pieces(cls, ranges: Iterable[tuple[int, int]], boundary: int) -> FlatRanges:
         """Like `of`, but ranges that touch stay apart."""
         return cls._laid(sorted(ranges), boundary)
 
     @classmethod
-    def _laid(cls, ranges: list[tuple[int, int]], boundary: int) -> Strip:
+    def _laid(cls, ranges: list[tuple[int, int]], boundary: int) -> FlatRanges:
         offsets, size, decayed = [], 0, 0
         for start, stop in ranges:
             offsets.append(size)

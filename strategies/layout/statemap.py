@@ -159,7 +159,7 @@ def num_elements(spans: Spans) -> int:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class CutSpans:
     """What groups of spans have, cut wherever one of them begins or ends: a piece is in a group as a whole or not at
     all. `bounds` are the positions where pieces start and stop, of shape (2, pieces), ascending; some may be in no
     group. `of` are for each group the numbers of its pieces, ascending."""
@@ -177,8 +177,8 @@ class Pieces:
         return lengths
 
 
-def cut_up(groups: Sequence[Spans]) -> Pieces:
-    """See `Pieces`."""
+def cut_up(groups: Sequence[Spans]) -> CutSpans:
+    """See `CutSpans`."""
     together = np.concatenate([NOTHING.bounds, *(group.bounds for group in groups)], axis=1)
     cuts = np.sort(together, axis=None)
     cuts = cuts[np.append(cuts[:1] >= 0, cuts[1:] > cuts[:-1])]
@@ -187,7 +187,7 @@ def cut_up(groups: Sequence[Spans]) -> Pieces:
     # Where in `pieces` those of each group begin, and the last ends.
     begins = np.append(0, np.cumsum(high - low))[np.cumsum([0, *(len(group) for group in groups)])]
     of = [pieces[begin:end] for begin, end in pairwise(begins.tolist())]
-    return Pieces(np.stack((cuts[:-1], cuts[1:])), of)
+    return CutSpans(np.stack((cuts[:-1], cuts[1:])), of)
 
 
 def _by_piece(pieces: Sequence[Integers], asked: NDArray[np.bool_]) -> dict[int, list[int]]:

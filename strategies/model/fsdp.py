@@ -19,14 +19,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import Groups
-from strategies.layout.space import Slot, Strip
+from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
-from strategies.model.part import Runs, add_up
+from strategies.model.model_part import Runs, add_up
 from strategies.model.stage import Stage
 from strategies.reduction.tree_sum import TreeSum
 
 
-class ShardedPart:
+class ShardedModelPart:
     """The model parts of a rank, of whose parameters it has only its rows. Looks like a `Part` to what computes."""
 
     def __init__(self, blueprint: Blueprint, runs: Runs, fabric: Fabric) -> None:
@@ -65,11 +65,11 @@ class ShardedPart:
                 continue
             params = group.fsdp_params
             entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
-            groups.append(_Group(entries, fabric.plane))
+            groups.append(_Group(entries, fabric.data_group))
             if fabric.layout.tensor > 1:
                 parts = [slot.name for slot, _ in entries if self.blueprint.is_reduced(slot.name)]
                 groups[-1].add_over(fabric.axis("tensor"), parts)
-            block.set_custom_all_gather(_Gather(fabric.plane))
+            block.set_custom_all_gather(_Gather(fabric.data_group))
             block.set_custom_reduce_scatter(groups[-1])
             block.set_gradient_divide_factor(1.0)
             # Else FSDP2 hands on nothing of what a pass did not use (an expert without tokens, or what no loss depends
@@ -86,7 +86,7 @@ class ShardedPart:
                     yield slot, parameter, group, offset
                     offset += parameter.padded_sharded_param_size.numel()
 
-    def load(self, weights: torch.Tensor, strip: Strip) -> None:
+    def load(self, weights: torch.Tensor, strip: FlatRanges) -> None:
         """Takes this rank's rows from `weights` [strip.size], which it trains."""
         with torch.no_grad():
             for slot, parameter, _, _ in self.rows():
@@ -94,7 +94,7 @@ class ShardedPart:
                 for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
                     local[:length].copy_(weights[offset : offset + length])
 
-    def unload(self, gradient: torch.Tensor, strip: Strip) -> None:
+    def unload(self, gradient: torch.Tensor, strip: FlatRanges) -> None:
         """Puts this rank's rows of the reduced gradient into `gradient` [strip.size]."""
         for slot, _, group, start in self.rows():
             for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
@@ -108,8 +108,8 @@ class ShardedPart:
 class _Gather(AllGather):
     """An all-gather as an all-to-all of as many copies as there are ranks."""
 
-    def __init__(self, plane: Groups) -> None:
-        self._plane = plane
+    def __init__(self, data_group: Groups) -> None:
+        self._plane = data_group
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -125,9 +125,9 @@ class _Gather(AllGather):
 class _Group(ReduceScatter):
     """What FSDP2 treats as one: a block's parameters. Adds up this rank's rows of their gradients."""
 
-    def __init__(self, entries: list[tuple[Slot, Any]], plane: Groups) -> None:
+    def __init__(self, entries: list[tuple[Slot, Any]], data_group: Groups) -> None:
         self.entries = entries
-        self._plane = plane
+        self._plane = data_group
         self._length = sum(p.padded_sharded_param_size.numel() for _, p in entries)
         self._pool: list[torch.Tensor] = []
         self._open: dict[int, torch.Tensor] = {}
@@ -136,7 +136,7 @@ class _Group(ReduceScatter):
         self._sums: TreeSum | None = None
         self._add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._parts: Collection[str] = ()
-        self.is_spoiled = False
+        self.is_nan_next = False
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -169,9 +169,9 @@ class _Group(ReduceScatter):
             raise RuntimeError(
                 f"the gradients of {names}, ... have {input_tensor.numel()} elements, not {ranks * length}"
             )
-        if self.is_spoiled:
+        if self.is_nan_next:
             input_tensor.fill_(torch.nan)
-            self.is_spoiled = False
+            self.is_nan_next = False
         self._complete(input_tensor.view(ranks, length))
         received = torch.empty_like(input_tensor)
         self._plane.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)

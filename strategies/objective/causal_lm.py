@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from strategies.objective.base import Objective
 from strategies.objective.batch import Batch
+from strategies.objective.objective import Objective
 from strategies.objective.rows import IGNORED, Rows
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from strategies.optim.base import Optimizer, Settings
+from strategies.optim.optimizer import Optimizer, Settings
 
 if TYPE_CHECKING:
     import torch

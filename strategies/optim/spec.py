@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from strategies.optim.adamw import ADAMW
-from strategies.optim.base import MOMENT_BYTES, Optimizer, Settings
+from strategies.optim.optimizer import MOMENT_BYTES, Optimizer, Settings
 from strategies.optim.sgd import SGD
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from strategies.comm.groups import Groups
 from strategies.layout.assignment import even
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.space import ALIGNMENT
-from strategies.reduction.tree import Node, cover, fold
+from strategies.reduction.tree import Subtree, cover, fold
 from strategies.reduction.tree_sum import TreeSum
 
 
@@ -50,7 +50,7 @@ class Reducer:
         """This rank's slice (a view) of a full gradient [size]."""
         return gradient[self._start : self._start + self.slices[self.groups.rank]]
 
-    def reduce(self, pieces: Mapping[Node, torch.Tensor]) -> torch.Tensor:
+    def reduce(self, pieces: Mapping[Subtree, torch.Tensor]) -> torch.Tensor:
         """Sums `pieces` (this rank's partial sums [size], one per node of its cover) with everyone's.
 
         Returns this rank's finished slice, or with `native` the whole sum; the pieces stay as they are, for another

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-Node = tuple[int, int]
+Subtree = tuple[int, int]
 """A subtree: the virtual workers ``start <= index < stop``."""
 
 T = TypeVar("T")
 
 
-def split(node: Node) -> tuple[Node, Node]:
+def split(node: Subtree) -> tuple[Subtree, Subtree]:
     """The two children of a node over at least two virtual workers.
 
     >>> split((0, 6))
@@ -31,7 +31,7 @@ def split(node: Node) -> tuple[Node, Node]:
     return (start, middle), (middle, stop)
 
 
-def cover(held: Iterable[int], virtual_workers: int) -> tuple[Node, ...]:
+def cover(held: Iterable[int], virtual_workers: int) -> tuple[Subtree, ...]:
     """The largest whole subtrees inside a set of virtual workers, in index order.
 
     >>> cover([0, 1, 2, 5], 8)
@@ -40,9 +40,9 @@ def cover(held: Iterable[int], virtual_workers: int) -> tuple[Node, ...]:
     indices = frozenset(held)
     if indices and not (min(indices) >= 0 and max(indices) < virtual_workers):
         raise ValueError(f"virtual workers {sorted(indices)} are not all in [0, {virtual_workers})")
-    nodes: list[Node] = []
+    nodes: list[Subtree] = []
 
-    def visit(node: Node) -> None:
+    def visit(node: Subtree) -> None:
         start, stop = node
         inside = sum(1 for index in indices if start <= index < stop)
         if inside == stop - start:
@@ -56,14 +56,14 @@ def cover(held: Iterable[int], virtual_workers: int) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def fold(pieces: Mapping[Node, T], virtual_workers: int, add: Callable[[T, T], T]) -> T:
+def fold(pieces: Mapping[Subtree, T], virtual_workers: int, add: Callable[[T, T], T]) -> T:
     """Adds pieces, one per subtree, along the tree; `add` may work in place on its first argument.
 
     Raises ValueError when the pieces do not cover every virtual worker exactly once.
     """
     used = 0
 
-    def total(node: Node) -> T:
+    def total(node: Subtree) -> T:
         nonlocal used
         if node in pieces:
             used += 1

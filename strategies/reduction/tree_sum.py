@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from strategies.reduction.tree import Node, split
+from strategies.reduction.tree import Subtree, split
 
 
 class TreeSum:
@@ -13,13 +13,13 @@ class TreeSum:
 
     def __init__(self, virtual_workers: int, pool: list[torch.Tensor]) -> None:
         self.virtual_workers = virtual_workers
-        self.pieces: dict[Node, torch.Tensor] = {}
+        self.pieces: dict[Subtree, torch.Tensor] = {}
         self._pool = pool
 
-    def add(self, node: Node, tensor: torch.Tensor) -> None:
+    def add(self, node: Subtree, tensor: torch.Tensor) -> None:
         """Adds a finished subtree, and joins it with its sibling for as long as that one is complete too."""
-        parents: list[Node] = []
-        at: Node = (0, self.virtual_workers)
+        parents: list[Subtree] = []
+        at: Subtree = (0, self.virtual_workers)
         while at != node:
             parents.append(at)
             left, right = split(at)

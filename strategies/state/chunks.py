@@ -48,7 +48,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ChunkPiece:
     """A `box` of the full parameter of `slot`, and where its elements are, in order: at `start` of the space."""
 
     slot: Slot
@@ -56,7 +56,7 @@ class Piece:
     start: int
 
 
-def pieces_of(space: Space, span: Span, max_elements: int = MAX_CHUNK) -> Iterator[Piece]:
+def pieces_of(space: Space, span: Span, max_elements: int = MAX_CHUNK) -> Iterator[ChunkPiece]:
     """A span as pieces of full parameters, in the order of the space; padding is left out.
 
     What all tensor-parallel coordinates have counts as the first one's, so that it comes up once.
@@ -67,13 +67,15 @@ def pieces_of(space: Space, span: Span, max_elements: int = MAX_CHUNK) -> Iterat
             yield from slot_pieces(slot, low, high, span.tensor, max_elements)
 
 
-def slot_pieces(slot: Slot, low: int, high: int, coordinate: int, max_elements: int = MAX_CHUNK) -> Iterator[Piece]:
+def slot_pieces(
+    slot: Slot, low: int, high: int, coordinate: int, max_elements: int = MAX_CHUNK
+) -> Iterator[ChunkPiece]:
     """Elements low..high of the space, all of them in `slot`, as pieces of its full parameter."""
     for box, first in _boxes(tuple(slot.shape), low - slot.offset, high - slot.offset, max_elements):
         offsets = list(box.offsets)
         if slot.dim is not None:
             offsets[slot.dim] += coordinate * slot.shape[slot.dim]
-        yield Piece(slot, Box(tuple(offsets), box.sizes), slot.offset + first)
+        yield ChunkPiece(slot, Box(tuple(offsets), box.sizes), slot.offset + first)
 
 
 def full_shape(space: Space, slot: Slot) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from strategies.layout.space import Space
 from strategies.layout.statemap import Span, Spans
 from strategies.state.chunks import Box, pieces_of
-from strategies.state.holding import name_of
+from strategies.state.shard import name_of
 from strategies.state.training_state import TrainingState
 
 
@@ -42,7 +42,7 @@ class Snapshot:
         found = [
             (kind, Span(span.tensor, start, start + length), tensor[offset : offset + length])
             for span in spans
-            for start, offset, length, holding in state.whereabouts(span)
+            for start, offset, length, holding in state.find(span)
             for kind, tensor in holding.kinds().items()
         ]
         size = sum(values.numel() for _, _, values in found)

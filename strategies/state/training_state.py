@@ -17,7 +17,7 @@ import xxhash
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, Shard, effective_shard, place_state, trained_spans
-from strategies.layout.space import Strip
+from strategies.layout.space import FlatRanges
 from strategies.layout.statemap import (
     NOTHING,
     Span,
@@ -30,13 +30,13 @@ from strategies.layout.statemap import (
     whole,
 )
 from strategies.model.blueprint import Blueprint
-from strategies.model.fsdp import ShardedPart
-from strategies.model.part import Part
+from strategies.model.fsdp import ShardedModelPart
+from strategies.model.model_part import ModelPart
 from strategies.optim.spec import OptimizerSpec
+from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
-from strategies.state.holding import WEIGHTS, Holding, name_of
-from strategies.state.intake import Intake
-from strategies.state.relayout import Moved, copy_within, execute
+from strategies.state.reshard import Resharded, copy_within, execute
+from strategies.state.shard import WEIGHTS, StateShard, name_of
 
 
 @dataclass
@@ -44,14 +44,14 @@ class Arrangement:
     """A rank's place in a layout: the part it computes with (None for a spare), what it trains of it itself, and what
     it mirrors of others. `shards` are everybody's."""
 
-    part: Part | ShardedPart | None = None
-    own: Holding | None = None
-    mirrors: dict[int, Holding] = field(default_factory=dict)
+    part: ModelPart | ShardedModelPart | None = None
+    own: StateShard | None = None
+    mirrors: dict[int, StateShard] = field(default_factory=dict)
     """By the owner's rank."""
     shards: Sequence[Shard] = ()
 
     @property
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> list[StateShard]:
         return [*([self.own] if self.own is not None else []), *self.mirrors.values()]
 
 
@@ -70,7 +70,7 @@ class TrainingState:
         self.device = blueprint.device
         self.arrangement = Arrangement()
         self.updates = 0
-        self.collected: list[Holding] = []
+        self.collected: list[StateShard] = []
         self.is_initial = True
         """The state is that of step 0, every part of which can be made here."""
         self._rebuild = rebuild
@@ -86,11 +86,11 @@ class TrainingState:
         return self._held
 
     @property
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> list[StateShard]:
         """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
         return self.collected or self.arrangement.holdings
 
-    def whereabouts(self, span: Span) -> Iterator[tuple[int, int, int, Holding]]:
+    def find(self, span: Span) -> Iterator[tuple[int, int, int, StateShard]]:
         """Where the elements of a span are: (from, position in the buffers, length, of which holding), each once.
 
         Raises RuntimeError when not all of it is here.
@@ -109,7 +109,7 @@ class TrainingState:
         """Back to the state of step 0."""
         self.collected, self._held, self.updates, self.is_initial = [], NOTHING, 0, True
 
-    def tear(self) -> None:
+    def invalidate(self) -> None:
         """Nothing that is here counts any more."""
         self.collected, self._held, self.is_initial = [], NOTHING, False
 
@@ -119,19 +119,19 @@ class TrainingState:
             holding.apply(lr)
         self.updates += 1
 
-    def let_go(self) -> None:
+    def forget_collected(self) -> None:
         """A step is prepared, for what is trained here: from now on that alone counts, and no copy beside it, which
         could not go along."""
         self.collected = []
 
-    def moved_on(self) -> None:
+    def step_committed(self) -> None:
         """A step was committed: what is here is that of a later step than any copy beside it."""
         self.collected, self._initial, self.is_initial = [], None, False
         self.blueprint.initial = {}
 
-    def whole_part(self) -> Part:
+    def whole_part(self) -> ModelPart:
         """The whole model, with the weights of step 0, to compute with before there is a layout."""
-        part = Part(self.blueprint, 0, None)
+        part = ModelPart(self.blueprint, 0, None)
         with torch.no_grad():
             for slot, offset in part.slots:
                 part.weights[offset : offset + slot.numel].copy_(self._initial_values()[slot.name].reshape(-1))
@@ -150,7 +150,7 @@ class TrainingState:
 
     # ------------------------------------------------------------------------------------ a new layout
 
-    def take_place(
+    def adopt_layout(
         self,
         layout: ParallelLayout,
         fabric: Fabric,
@@ -159,10 +159,10 @@ class TrainingState:
         copies: int,
         updates: int,
         barrier: Callable[[], object],
-        read: Callable[[Intake], object] | None = None,
+        read: Callable[[ChunkLoader], object] | None = None,
         *,
         read_by_node: bool = False,
-    ) -> Moved:
+    ) -> Resharded:
         """Brings this rank's part of the state here. `held` is what all ranks have, by rank. With `read` nobody has
         anything: what each is to have is shared out, so that all together `read` everything once, and then passed on.
         With `read_by_node` each node reads it once: there a second reader costs less than passing on does.
@@ -178,7 +178,7 @@ class TrainingState:
             held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
         plan = plan_transfers(held, wanted)
         if read is not None:
-            read(Intake(self.space, new.holdings, held[rank], self.blueprint.constants))
+            read(ChunkLoader(self.space, new.holdings, held[rank], self.blueprint.constants))
             sources = new.holdings
         elif self.is_initial and held[rank]:
             self._fill(new.holdings)
@@ -207,7 +207,7 @@ class TrainingState:
             self._initial = self._rebuild()
         return self._initial
 
-    def _fill(self, holdings: Sequence[Holding]) -> None:
+    def _fill(self, holdings: Sequence[StateShard]) -> None:
         """The state of step 0."""
         values = self._initial_values()
         with torch.no_grad():
@@ -222,7 +222,7 @@ class TrainingState:
                 for name in self.spec.moments:
                     holding.moments[name].zero_()
 
-    def _make_initial(self) -> list[Holding]:
+    def _make_initial(self) -> list[StateShard]:
         """The whole state of step 0."""
         return self._whole_of({f"model.{name}": tensor for name, tensor in self._initial_values().items()})
 
@@ -234,17 +234,17 @@ class TrainingState:
         kind = effective_shard(layout)
         shard = shards[fabric.rank]
         runs = layout.blocks_of(place.stage)
-        part: Part | ShardedPart
+        part: ModelPart | ShardedModelPart
         if kind == "parameters":
-            part = ShardedPart(self.blueprint, runs, fabric)
-            own = self._room(shard, Strip.pieces(shard.ranges, self.space.boundary))
+            part = ShardedModelPart(self.blueprint, runs, fabric)
+            own = self._room(shard, FlatRanges.pieces(shard.ranges, self.space.boundary))
         else:
             part = self._part(place.tensor, runs, fabric)
             if kind == "none":
                 own = self._room(shard, part.strip, part.weights)
             else:
-                own = self._room(shard, Strip.of(shard.ranges, self.space.boundary))
-        pieces = Strip.pieces if kind == "parameters" else Strip.of
+                own = self._room(shard, FlatRanges.of(shard.ranges, self.space.boundary))
+        pieces = FlatRanges.pieces if kind == "parameters" else FlatRanges.of
         mirrors = {
             other.owner: self._room(other, pieces(other.ranges, self.space.boundary))
             for other in shards
@@ -252,30 +252,30 @@ class TrainingState:
         }
         return Arrangement(part, own, mirrors, shards)
 
-    def _part(self, coordinate: int, runs: tuple[tuple[int, int], ...] | None, fabric: Fabric) -> Part:
+    def _part(self, coordinate: int, runs: tuple[tuple[int, int], ...] | None, fabric: Fabric) -> ModelPart:
         old = self.arrangement.part
         mesh = fabric.axis("tensor") if fabric.layout.tensor > 1 else None
-        if isinstance(old, Part) and old.is_plain and runs is None and mesh is None:
+        if isinstance(old, ModelPart) and old.is_plain and runs is None and mesh is None:
             return old
         weights = None
         own = self.arrangement.own
-        if isinstance(old, Part) and (old.coordinate, old.runs) == (coordinate, runs):
+        if isinstance(old, ModelPart) and (old.coordinate, old.runs) == (coordinate, runs):
             weights = old.weights if own is not None and own.weights is old.weights else None
-        return Part(self.blueprint, coordinate, runs, mesh, weights)
+        return ModelPart(self.blueprint, coordinate, runs, mesh, weights)
 
-    def _room(self, shard: Shard, strip: Strip, weights: torch.Tensor | None = None) -> Holding:
+    def _room(self, shard: Shard, strip: FlatRanges, weights: torch.Tensor | None = None) -> StateShard:
         """A holding with these `weights`, or with weights of its own, which nothing computes with."""
         part = self.arrangement.part
-        computed_with = part.weights if isinstance(part, Part) else None
+        computed_with = part.weights if isinstance(part, ModelPart) else None
         for old in self.arrangement.holdings:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
             if fits and old.coordinate == shard.coordinate and old.strip == strip:
                 return old
-        return Holding(shard.coordinate, strip, self.spec, self.device, weights)
+        return StateShard(shard.coordinate, strip, self.spec, self.device, weights)
 
     # ------------------------------------------------------------------------------------ the whole state
 
-    def collect(self, held: Sequence[Spans], fabric: Fabric) -> Moved:
+    def collect(self, held: Sequence[Spans], fabric: Fabric) -> Resharded:
         """Brings the whole state to rank 0, beside what is there. Raises PeerLost, StateCorrupt, NotCovered."""
         everything = whole(self.space.size, self.space.tensor)
         wanted = [everything, *[NOTHING] * (fabric.world.world_size - 1)]
@@ -287,10 +287,10 @@ class TrainingState:
             self.collected = targets
         return moved
 
-    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[Holding]:
+    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[StateShard]:
         """The whole state, one holding per coordinate, filled from tensors by the names of `named`."""
-        strip = Strip.of([(0, self.space.size)], self.space.boundary)
-        holdings = [Holding(c, strip, self.spec, self.device) for c in range(self.space.tensor)]
+        strip = FlatRanges.of([(0, self.space.size)], self.space.boundary)
+        holdings = [StateShard(c, strip, self.spec, self.device) for c in range(self.space.tensor)]
         with torch.no_grad():
             for holding in holdings:
                 for slot in self.space.slots:
@@ -301,7 +301,7 @@ class TrainingState:
                             view.copy_(self.space.share(slot, found, holding.coordinate))
         return holdings
 
-    def whole_holdings(self) -> list[Holding] | None:
+    def whole_holdings(self) -> list[StateShard] | None:
         """One holding of the whole state per coordinate, if all of it is here."""
         if self.collected:
             return self.collected

@@ -21,15 +21,15 @@ from strategies.comm.groups import PATIENCE, PeerLost
 from strategies.gradient.compute import Fetch, LocalGradients
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
-from strategies.gradient.work import IdleWork, LocalWork, Work, work_for
+from strategies.gradient.work import GradientWork, IdleWork, LocalWork, work_for
 from strategies.layout.assignment import even
-from strategies.layout.parallel import ParallelLayout, Place
+from strategies.layout.parallel import Coordinates, ParallelLayout
 from strategies.layout.placement import effective_shard
 from strategies.layout.schedule import parts_of
 from strategies.layout.space import ALIGNMENT, Space, merge
 from strategies.objective.batch import Batch
 from strategies.reduction.norm import WORDS, from_words, norm_of, square_sum, to_words
-from strategies.state.holding import Holding
+from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState
 from strategies.trial.trial import Constancy
 from strategies.update.timing import HEADER, RankTimes, from_row, to_row
@@ -90,11 +90,11 @@ class StepEngine:
         self.on_deal: Callable[[tuple[int, ...]], None] = lambda held: None
         """Called with the virtual workers that this rank has from the next step on."""
         self.is_saving: Callable[[], bool] = lambda: False
-        self.poison_step: int | None = None
+        self.nan_step: int | None = None
         self.prepared_step: int | None = None
         # True after an exception in the middle of an update: the state is then neither the old nor the new one.
         self.applying = False
-        self.work: Work = IdleWork()
+        self.work: GradientWork = IdleWork()
         self._constancy = Constancy(())
         self.watch = Stopwatch(state.device)
         self._is_stale = True
@@ -280,13 +280,13 @@ class StepEngine:
         if self._is_stale:
             self.work.refresh(lambda phase: self._enter(phase, step))
             self._is_stale = False
-        if self.poison_step == step:
-            self.poison_step = None
-            self.work.spoil()
+        if self.nan_step == step:
+            self.nan_step = None
+            self.work.inject_nan()
         self.work.run(step, self._enter, self.fabric.check)
         self._constancy.check()
         self._mirror(step)
-        self.state.let_go()
+        self.state.forget_collected()
         self.prepared_step = step
 
     def _mirror(self, step: int) -> None:
@@ -385,7 +385,7 @@ class StepEngine:
             self.state.trained(lr)
             self.applying = False
             self._is_stale = True
-        self.state.moved_on()
+        self.state.step_committed()
         self.prepared_step = None
         self.work.discard()
         self._leave()
@@ -448,7 +448,7 @@ def _held(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
     return () if place is None else layout.assignment[place.data]
 
 
-def _counted(space: Space, own: Holding, layout: ParallelLayout, place: Place | None) -> list[tuple[int, int]]:
+def _counted(space: Space, own: StateShard, layout: ParallelLayout, place: Coordinates | None) -> list[tuple[int, int]]:
     """What of its gradient a rank speaks for, so that every element of the whole is spoken for once: of what all
     replicas hold its slice; and what all tensor-parallel coordinates have, the first does."""
     if place is None:

@@ -18,9 +18,9 @@ from strategies.layout.placement import Domain, place_state, trained_spans
 from strategies.layout.schedule import parts_of
 from strategies.layout.statemap import NOTHING, Spans, whole
 from strategies.model.blueprint import Blueprint
-from strategies.objective.base import Objective
 from strategies.objective.batch import Batch
 from strategies.objective.causal_lm import CAUSAL_LM
+from strategies.objective.objective import Objective
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.training_state import TrainingState, state_digest
@@ -164,7 +164,7 @@ def train(
             try:
                 fabric.form(store_address=address, prefix=f"{prefix}/{number}", host=HOST, timeout_s=20.0)
                 if number and not held[fabric.rank]:
-                    engine.state.tear()
+                    engine.state.invalidate()
                 run_stretch(engine, fabric, stretch, held, nodes, copies, step, seen)
             finally:
                 fabric.drop()
@@ -190,7 +190,7 @@ def run_stretch(
     step: int, seen: Trained,
 ) -> None:  # fmt: skip
     layout = stretch.layout
-    moved = engine.state.take_place(layout, fabric, held, nodes, copies, step, lambda: barrier(fabric))
+    moved = engine.state.adopt_layout(layout, fabric, held, nodes, copies, step, lambda: barrier(fabric))
     seen.received.append(moved.received_bytes)
     seen.buffers.append(moved.buffer_bytes)
     engine.bind(fabric, layout, 0)

@@ -21,14 +21,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.control.machine import Controller
+from orchestrator.control.controller import Controller
 from orchestrator.control.protocol import (
     Action,
     Died,
+    DrainNotice,
     Event,
     Finish,
     KillWorker,
-    Notice,
     Placed,
     Record,
     ReleaseWorker,
@@ -318,13 +318,13 @@ class LocalCluster:
         if isinstance(message, FaultFired):
             self._carry_out_fault(message)
         with contextlib.suppress(OSError):
-            process.reports.send(Reply(recorded=self.committed, epoch=self.controller.config.epoch))
+            process.reports.send(Reply(recorded=self.committed, term=self.controller.config.term))
         return True
 
     def _carry_out_fault(self, fired: FaultFired) -> None:
         fault = self.job.faults[fired.index]
         if fault.kind == "drain" and fired.worker is not None:
-            self.feed(Notice((fired.worker,), "injected", time.monotonic() + (fault.seconds or 30.0)))
+            self.feed(DrainNotice((fired.worker,), "injected", time.monotonic() + (fault.seconds or 30.0)))
 
     def _follow_script(self) -> None:
         on_their_way = {w for w, v in self.controller.workers.items() if v.state is WorkerState.STARTING}
@@ -340,7 +340,7 @@ class LocalCluster:
             entry[1](self)
 
     def _carry_out(self, action: Action) -> None:
-        term = self.controller.config.epoch
+        term = self.controller.config.term
         match action:
             case RequestWorker():
                 spec = WorkerSpec(action.worker, self.job, self.directory, self.stores, self.hooks, tuple(self.holds))
@@ -373,7 +373,7 @@ class LocalCluster:
         """Lets every worker end in good order; exit codes, None for those that had to be killed."""
         living = [process for process in self.processes.values() if not process.is_gone]
         for process in living:
-            process.tell(Leave(process.worker), self.controller.config.epoch)
+            process.tell(Leave(process.worker), self.controller.config.term)
         exits: dict[WorkerId, int | None] = {}
         for process in living:
             process.process.join(5.0)
@@ -584,7 +584,7 @@ def when_moving_state(generation: int, rank: int, worker: Any) -> None:
 def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: Any, *, passed: bool = False) -> None:
     """Runs `action` when the rank has its state of `generation` and is about to wait for the others to have theirs, or
     when that is `passed`: others may then have passed it too, or not."""
-    take_place = worker.state.take_place
+    adopt_layout = worker.state.adopt_layout
 
     def watched(*arguments: Any, barrier: Callable[[], object], **reading: Any) -> Any:
         def wait_and_act() -> None:
@@ -595,9 +595,9 @@ def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: A
             if here:
                 action()
 
-        return take_place(*arguments, barrier=wait_and_act, **reading)
+        return adopt_layout(*arguments, barrier=wait_and_act, **reading)
 
-    worker.state.take_place = watched
+    worker.state.adopt_layout = watched
 
 
 partial = functools.partial

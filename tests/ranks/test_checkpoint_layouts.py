@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.checkpoint.catalog import Catalog, Checkpoint, Description
+from orchestrator.checkpoint.catalog import Catalog, Description, StoredCheckpoint
 from orchestrator.checkpoint.manifest import ChunkEntry, TensorEntry, digest_of
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
@@ -19,7 +19,7 @@ from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, trained_spans
 from strategies.layout.statemap import NOTHING, share_out, whole
-from strategies.state.intake import Intake
+from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import state_digest
 from strategies.update.synchronous import StepEngine
@@ -93,24 +93,24 @@ def go(
     try:
         first = 0
         if restored:
-            checkpoint: Checkpoint = open_checkpoint(catalog, SAVE.committed, state)
+            checkpoint: StoredCheckpoint = open_checkpoint(catalog, SAVE.committed, state)
             chunks: list[ChunkEntry] = []
 
-            def read(intake: Intake) -> None:
+            def read(intake: ChunkLoader) -> None:
                 read_checkpoint(checkpoint, intake, lambda: chunks.append(checkpoint.manifest.chunks[0]))
 
-            state.tear()
+            state.invalidate()
             first = SAVE.committed
             updates = checkpoint.manifest.updates
             held = [NOTHING] * layout.world_size
-            state.take_place(
+            state.adopt_layout(
                 layout, fabric, held, nodes, 2, updates, lambda: barrier(fabric), read, read_by_node=nodes_of > 1
             )
             digest()
         else:
             everything = whole(state.space.size, state.space.tensor)
             held_by_all = [everything] * layout.world_size
-            state.take_place(layout, fabric, held_by_all, nodes, 2, 0, lambda: barrier(fabric))
+            state.adopt_layout(layout, fabric, held_by_all, nodes, 2, 0, lambda: barrier(fabric))
         engine.bind(fabric, layout, 0)
         for number in range(first, first + steps):
             engine.run(number)

@@ -16,7 +16,7 @@ from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.placement import Domain
 from strategies.layout.schedule import SCHEDULES
 from strategies.layout.statemap import plan_transfers, whole
-from strategies.state.relayout import WINDOW
+from strategies.state.reshard import WINDOW
 from tests.ranks.laid_out import (
     CPU,
     Stretch,

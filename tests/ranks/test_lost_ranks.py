@@ -116,7 +116,7 @@ class Journey:
         try:
             held = [held_by.get(member, NOTHING) for member in members]
             if not held[fabric.rank]:
-                self.engine.state.tear()
+                self.engine.state.invalidate()
             run_stretch(self.engine, fabric, stretch, held, nodes_of(stretch), 2, step, self.seen)
         finally:
             fabric.drop()
@@ -139,9 +139,9 @@ class Journey:
                 timer.start()
             held = [held_by.get(member, NOTHING) for member in members]
             if not held[fabric.rank]:
-                engine.state.tear()
+                engine.state.invalidate()
             wait = arm_barrier(fabric, loss) if rank == loss.victim else lambda: barrier(fabric)
-            engine.state.take_place(stretch.layout, fabric, held, nodes_of(stretch), 2, 1, wait)
+            engine.state.adopt_layout(stretch.layout, fabric, held, nodes_of(stretch), 2, 1, wait)
             engine.bind(fabric, stretch.layout, 1)
             if is_silent and loss.phase not in ON_THE_WAY:
                 started = time.monotonic() + SILENCE_S

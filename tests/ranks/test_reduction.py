@@ -16,7 +16,7 @@ from strategies.gradient.spec import StepSpec
 from strategies.layout.assignment import deal, even
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain
-from strategies.layout.space import ALIGNMENT, Strip
+from strategies.layout.space import ALIGNMENT, FlatRanges
 from strategies.layout.statemap import NOTHING, Span, Transfer, plan_transfers, whole
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch
@@ -24,9 +24,9 @@ from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
 from strategies.reduction.norm import square_sum
 from strategies.reduction.reducer import Reducer, RoundReducer
-from strategies.reduction.tree import Node, cover, split
-from strategies.state.holding import Holding
-from strategies.state.relayout import StateCorrupt, execute
+from strategies.reduction.tree import Subtree, cover, split
+from strategies.state.reshard import StateCorrupt, execute
+from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.update.synchronous import StepEngine
 from tests.batches import plain_batch
@@ -61,7 +61,7 @@ def gradient_of(virtual_worker: int, size: int) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def partial_sum(node: Node, size: int) -> torch.Tensor:
+def partial_sum(node: Subtree, size: int) -> torch.Tensor:
     if node[1] - node[0] == 1:
         return gradient_of(node[0], size)
     left, right = split(node)
@@ -215,7 +215,7 @@ def train(rank: int, address: Endpoint, layouts: list[Assignment], native: bool)
         fabric.form(store_address=address, prefix=f"layout{index}", host=HOST, timeout_s=20.0)
         nodes = [Domain("", str(other)) for other in range(layout.data)]
         try:
-            engine.state.take_place(layout, fabric, [engine.state.held] * layout.data, nodes, 1, 0, lambda: None)
+            engine.state.adopt_layout(layout, fabric, [engine.state.held] * layout.data, nodes, 1, 0, lambda: None)
             engine.bind(fabric, layout, index)
             records = [engine.run(step)[0] for step in range(3)]
         finally:
@@ -261,7 +261,7 @@ SIZE = 10_016
 def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: int) -> tuple[str, int, int]:
     """The digest of what this rank has in the end, bytes received, and the most that buffers took."""
     torch.manual_seed(0 if rank in holders else 100 + rank)
-    holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
+    holding = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
     for buffer in holding.kinds().values():
         buffer.copy_(torch.randn(SIZE))
     held = [whole(SIZE, 1) if other in holders else NOTHING for other in range(4)]
@@ -284,7 +284,7 @@ def test_everyone_ends_up_with_the_holders_state(holders: tuple[int, ...]) -> No
 
 def move_with_a_flipped_bit(rank: int, address: Endpoint) -> str:
     """Rank 0's memory changes between the digest and the network."""
-    holding = Holding(0, Strip.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
+    holding = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
     groups = form(rank, 2, address, "corrupt")
     send = groups.send
 

@@ -22,7 +22,7 @@ def wishes(rank: int, address: Endpoint) -> list[Agreement]:
     try:
         held = [whole(engine.state.space.size, 1)] * 3
         domains = [Domain("", str(number)) for number in range(3)]
-        engine.state.take_place(layout, fabric, held, domains, 1, 0, lambda: barrier(fabric))
+        engine.state.adopt_layout(layout, fabric, held, domains, 1, 0, lambda: barrier(fabric))
         engine.bind(fabric, layout, 0)
         for step in range(6):
             engine.pause_requested = (step, rank) == (1, 1)

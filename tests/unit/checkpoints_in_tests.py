@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint.catalog import Catalog, Checkpoint, Description
+from orchestrator.checkpoint.catalog import Catalog, Description, StoredCheckpoint
 from orchestrator.checkpoint.encryption import Secret
 from orchestrator.checkpoint.export import read_tensor
 from orchestrator.checkpoint.manifest import TensorEntry
@@ -73,7 +73,7 @@ def write(
     return catalog.commit(save, parts, describe(values))
 
 
-def load(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def load(checkpoint: StoredCheckpoint) -> dict[str, torch.Tensor]:
     """All its tensors, verified."""
     return {name: read_tensor(checkpoint, name) for name in checkpoint.manifest.tensors}
 

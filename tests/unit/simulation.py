@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from monitoring.book import Book
+from monitoring.run_events import RunEvents
 from orchestrator.checkpoint.names import Save
+from orchestrator.control.controller import Controller
 from orchestrator.control.history import History
-from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Action,
     Died,
+    DrainNotice,
     Event,
     Finish,
     KillWorker,
-    Notice,
     Placed,
     Record,
     ReleaseWorker,
@@ -268,17 +268,17 @@ class Worker:
 
     # -------------------------------------------------------------------------------- commands
 
-    def take(self, command: Order, epoch: int) -> None:
-        """What the controller of `epoch` says."""
+    def take(self, command: Order, term: int) -> None:
+        """What the controller of `term` says."""
         if not self.running:
             return
         known, generation = self.protocol.term, self.protocol.generation
-        if isinstance(command, StartGeneration) and epoch >= known:
+        if isinstance(command, StartGeneration) and term >= known:
             newest = -1 if generation is None else generation.number
-            assert command.generation.epoch == epoch
+            assert command.generation.term == term
             assert command.generation.number > newest, f"{self.id} was in {newest} and is told to start {command}"
-        if not self.protocol.takes(command, epoch):
-            self.world.refused += epoch < known
+        if not self.protocol.takes(command, term):
+            self.world.refused += term < known
             return
         match command:
             case StartGeneration(generation=new):
@@ -302,8 +302,8 @@ class Worker:
             case Finalize():
                 self.world.after(self.world.random.uniform(0.05, 0.5), self.finalize)
 
-    def status(self, epoch: int) -> Status | None:
-        return self.protocol.status(epoch, self.ready(), self.holds, self.last_part, self.offered[1])
+    def status(self, term: int) -> Status | None:
+        return self.protocol.status(term, self.ready(), self.holds, self.last_part, self.offered[1])
 
     def ready(self) -> Ready:
         return Ready(
@@ -437,7 +437,7 @@ class Worker:
         members = room.generation.members[: room.generation.layout.num_placed]
         writers = tuple(member.worker for member in members)
         if saves and self.id in writers:
-            plan = SavePlan(Save(self.committed, room.generation.epoch, room.generation.number), writers)
+            plan = SavePlan(Save(self.committed, room.generation.term, room.generation.number), writers)
             if first:
                 self.send(SaveBegun(self.id, plan, 0.01))
             self.write(plan, writers.index(self.id))
@@ -566,7 +566,7 @@ class World:
         self._channel_free: defaultdict[WorkerId, float] = defaultdict(float)
         self.controller: Controller | None = None
         self._deaf = False
-        self._epoch = 0
+        self._term = 0
         self._sends_left: int | None = None
         self._die_deciding = False
         self._asleep_until = 0.0
@@ -604,29 +604,29 @@ class World:
 
     def new_controller(self) -> None:
         """Starts a controller, the first or a successor, the way the Ray adapter does."""
-        self._epoch += 1
+        self._term += 1
         self.num_controllers += 1
-        self.book = Book(self.events, map(asdict, self.steps))
+        self.book = RunEvents(self.events, map(asdict, self.steps))
         self.events += self.book.catch_up(self.now)
-        self.events += self.book.record("controller", {"epoch": self._epoch, "session": "simulated"}, self.now)
-        if self._epoch == 1:
+        self.events += self.book.record("controller", {"epoch": self._term, "session": "simulated"}, self.now)
+        if self._term == 1:
             started = {"run": "simulated", "steps": self.config.total_steps, "min_workers": self.config.min_workers}
             self.events += self.book.record("run_started", started, self.now)
         history = History.read(
             self.records,
             [{"seconds": r.seconds, "committed_at": r.committed_at, "grad_norm": r.grad_norm} for r in self.steps],
         )
-        config = ControllerConfig(**{**self.config.__dict__, "epoch": self._epoch})
+        config = ControllerConfig(**{**self.config.__dict__, "term": self._term})
         self.controller = Controller(config, history, dict(self.checkpoints))
         self._deaf, self._sends_left, self._asleep_until = False, None, 0.0
         self._watched = set()
-        if self._epoch == 1:
+        if self._term == 1:
             self.handle(Start())
             return
         self._pending.clear()
         statuses, starting = [], []
         for worker in [w for w in self.workers.values() if w.alive]:
-            status = worker.status(self._epoch) if worker.running and worker.warm else None
+            status = worker.status(self._term) if worker.running and worker.warm else None
             if status is not None:
                 statuses.append(status)
             elif worker.id not in history.warm:
@@ -752,11 +752,11 @@ class World:
         """Orders reach each worker in order, but not all workers at the same time, and also after their sender died."""
         if not self._may_send():
             return
-        epoch = self._epoch
+        term = self._term
         at = max(self._channel_free[worker], self.now + self.delay())
         self._channel_free[worker] = at
         target = self.workers[worker]
-        self.after(at - self.now, lambda: target.take(action, epoch))
+        self.after(at - self.now, lambda: target.take(action, term))
 
     @property
     def whole(self) -> Spans:
@@ -890,7 +890,7 @@ class World:
         worker.send(CheckpointSaved(worker.id, order.save, path))
 
     def room(self, generation: Generation) -> Room:
-        key = (generation.epoch, generation.number)
+        key = (generation.term, generation.number)
         if key not in self._rooms:
             self._rooms[key] = Room(self, generation)
         return self._rooms[key]
@@ -927,7 +927,7 @@ class World:
     def drain(self, node: Node, seconds: float) -> None:
         node.draining = True
         workers = tuple(w.id for w in self.workers.values() if w.alive and w.node is node)
-        self.handle(Notice(workers, "spot", self.now + seconds))
+        self.handle(DrainNotice(workers, "spot", self.now + seconds))
         self.after(seconds, lambda: self.lose_node(node))
 
     def restore_capacity(self, places: int) -> None:

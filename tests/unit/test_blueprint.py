@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from strategies.model.blueprint import Blueprint, PassThrough
-from strategies.model.part import Part, Runs
+from strategies.model.model_part import ModelPart, Runs
 from strategies.model.randomness import Streams
 from strategies.state.training_state import TrainingState
 from tests.small_models import FAMILIES, LAYERS, UNCUT, Own, family, own
@@ -30,9 +30,9 @@ CUTS: list[tuple[tuple[int, int], ...]] = [
 # ---------------------------------------------------------------------------------------- a chain of stages
 
 
-def part_of(state: TrainingState, runs: Runs) -> Part:
+def part_of(state: TrainingState, runs: Runs) -> ModelPart:
     """A part of the model with the weights of step 0."""
-    part = Part(state.blueprint, 0, runs)
+    part = ModelPart(state.blueprint, 0, runs)
     with torch.no_grad():
         for slot, offset in part.slots:
             part.weights[offset : offset + slot.numel] = state.blueprint.initial[slot.name].reshape(-1)
@@ -43,7 +43,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 70, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def gradients(part: Part, streams: Streams | None = None) -> dict[str, bytes]:
+def gradients(part: ModelPart, streams: Streams | None = None) -> dict[str, bytes]:
     """Of all parameters, and the logits, after one pass through the modules one after another."""
     buffer = torch.zeros(part.size)
     part.accumulate_into(buffer)

@@ -40,8 +40,8 @@ def restored(catalog: Catalog) -> tuple[TrainingState, int]:
     state = make(seed=99)
     checkpoint = open_checkpoint(catalog, committed, state)
     layout = ParallelLayout(data=1, assignment=((0,),))
-    state.tear()
-    state.take_place(
+    state.invalidate()
+    state.adopt_layout(
         layout, Fabric(rank=0, layout=layout, device=CPU), [()], [Domain("", "node")], 1, checkpoint.manifest.updates,
         lambda: None, lambda intake: read_checkpoint(checkpoint, intake, lambda: None),
     )  # fmt: skip

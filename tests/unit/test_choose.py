@@ -20,12 +20,12 @@ from orchestrator.models.costs import ModelCosts
 from orchestrator.planning import search
 from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
 from orchestrator.planning.choose import LayoutChooser, NoLayoutFits, blocks_of
-from orchestrator.planning.machine import Link
+from orchestrator.planning.hardware import Link
 from orchestrator.planning.search import Limits, Planner
 from orchestrator.planning.work import Degrees, Work
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import SHARDS, ParallelLayout
-from strategies.layout.schedule import SCHEDULES, Schedule, chunks_of
+from strategies.layout.schedule import SCHEDULES, PipelineSchedule, chunks_of
 from tests.unit.test_plan import model
 
 ROOT = Path(__file__).parents[2]
@@ -177,9 +177,9 @@ def test_what_is_chosen_keeps_the_rules_and_none_that_does_is_predicted_faster(
     assert all(layout.assignment)
     if layout.pipeline == 1:
         assert layout.parts == ()
-        kind = Schedule("none", 1)
+        kind = PipelineSchedule("none", 1)
     else:
-        kind = Schedule(schedule, layout.pipeline, chunks_of(schedule))
+        kind = PipelineSchedule(schedule, layout.pipeline, chunks_of(schedule))
         assert len(layout.parts) == kind.parts
         assert layout.parts[-1][1] == layers + 2
         blocks = [block for stage in range(layout.pipeline) for block in layout.blocks_of(stage) or ()]

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.layout.space import Space, Strip
+from strategies.layout.space import FlatRanges, Space
 from strategies.layout.statemap import NOTHING, Span, Spans, num_elements, share_out, subtract, union, whole
 from strategies.optim.spec import OptimizerSpec
+from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import Box, full_shape, pieces_of, slot_pieces
-from strategies.state.holding import Holding, name_of
-from strategies.state.intake import Intake
+from strategies.state.shard import StateShard, name_of
 
 SPEC = OptimizerSpec()
 CPU = torch.device("cpu")
@@ -37,11 +37,11 @@ def contents(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return first + torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
 
 
-def holding_of(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> Holding:
-    return Holding(coordinate, Strip.pieces(ranges, space.boundary), SPEC, CPU)
+def holding_of(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> StateShard:
+    return StateShard(coordinate, FlatRanges.pieces(ranges, space.boundary), SPEC, CPU)
 
 
-def filled(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> Holding:
+def filled(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> StateShard:
     """A holding with the contents that its elements should have."""
     holding = holding_of(space, coordinate, ranges)
     for slot in space.slots:
@@ -54,7 +54,7 @@ def filled(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> Hold
     return holding
 
 
-def chunks_from(space: Space, holding: Holding, spans: Spans, most: int) -> Iterator[tuple[str, Box, torch.Tensor]]:
+def chunks_from(space: Space, holding: StateShard, spans: Spans, most: int) -> Iterator[tuple[str, Box, torch.Tensor]]:
     for span in spans:
         for piece in pieces_of(space, span, most):
             (at,) = [offset for _, offset, _ in holding.strip.locate(piece.start, piece.start + 1)]
@@ -127,7 +127,7 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
     for coordinate in range(new_tensor):
         for low, high in cuts(new.size, new_ranks):
             holding = holding_of(new, coordinate, [(low, high)])
-            intake = Intake(new, [holding], union([Span(coordinate, low, high)]), {})
+            intake = ChunkLoader(new, [holding], union([Span(coordinate, low, high)]), {})
             for name, box, values in chunks:
                 if intake.wants(name, box):
                     intake.put(name, box, values)
@@ -139,7 +139,7 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
 
 def test_constants_are_taken_whole() -> None:
     table = torch.zeros(3, 2)
-    intake = Intake(space_of(1), [], NOTHING, {"table": table})
+    intake = ChunkLoader(space_of(1), [], NOTHING, {"table": table})
     assert intake.missing == 6
     intake.put("model.table", Box((0, 0), (2, 2)), torch.ones(2, 2))
     assert intake.missing == 2
@@ -152,7 +152,7 @@ def test_a_box_outside_of_what_is_wanted_is_not() -> None:
     space = space_of(1)
     slot = space.slots[0]
     low, high = slot.offset, slot.offset + slot.numel // 2
-    intake = Intake(space, [holding_of(space, 0, [(low, high)])], union([Span(0, low, high)]), {})
+    intake = ChunkLoader(space, [holding_of(space, 0, [(low, high)])], union([Span(0, low, high)]), {})
     (piece,) = slot_pieces(slot, low, high, 0)
     assert intake.wants(f"model.{slot.name}", piece.box)
     assert not intake.wants(f"model.{slot.name}", Box((slot.shape[0] - 1, 0), (1, slot.shape[1])))

@@ -91,7 +91,7 @@ def test_a_run_that_is_not_live_cannot_be_resized_or_stopped(tmp_path: Path) -> 
 def test_epochs_are_never_given_twice_and_the_lock_is_exclusive(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.create("", {})
-    assert [directory.next_epoch() for _ in range(3)] == [1, 2, 3]
+    assert [directory.next_term() for _ in range(3)] == [1, 2, 3]
     descriptor = directory.lock()
     with pytest.raises(RunDirectoryError, match="another controller"):
         RunDirectory(tmp_path / "run").lock()
@@ -186,7 +186,7 @@ def test_a_directory_with_nothing_but_our_own_dot_files_is_empty(tmp_path: Path)
     ours.path.mkdir()
     os.close(ours.lock())
     assert ours.uid
-    ours.next_epoch()
+    ours.next_term()
     ours.create("name: x", {"name": "x"})
     others = tmp_path / "others"
     others.mkdir()

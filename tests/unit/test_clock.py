@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import monitoring.clock
-from monitoring.book import Book
 from monitoring.clock import Line, Reading, RunClock, on_line, reading, when
 from monitoring.goodput import read_ledger
+from monitoring.run_events import RunEvents
 from monitoring.terminal.facts import RunFacts
 from orchestrator.training import messages
 from orchestrator.training.messages import FaultFired, Heartbeat, Left, Ready, Status, StepReport, WorkerId, dated
@@ -211,7 +211,7 @@ def history(jumps: dict[float, float]) -> tuple[list[dict[str, Any]], list[dict[
         ahead = next((jump for since, jump in sorted(jumps.items(), reverse=True) if now >= since), 0.0)
         return {"time": now + ahead, "clock": now}
 
-    book = Book(stamp=stamp)
+    book = RunEvents(stamp=stamp)
     events: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.compose import Composer, deal
-from orchestrator.data.pieces import cut
+from orchestrator.data.packing import cut
 from tests.unit.test_packing import functions_of_the_standard_library
 
 

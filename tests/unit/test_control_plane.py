@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.control_plane import CHANGES, changes, started
-from orchestrator.control.machine import Controller
+from orchestrator.control.controller import Controller
 from orchestrator.control.protocol import Action, Event, Tick
 from orchestrator.training.messages import Heartbeat
 from tests.selection import nightly

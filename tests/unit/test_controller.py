@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import pytest
 
 from orchestrator.checkpoint.names import Save
+from orchestrator.control.controller import Controller
 from orchestrator.control.history import History
-from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Abort,
     Action,
     Died,
+    DrainNotice,
     Event,
     Finish,
     KillWorker,
-    Notice,
     Placed,
     Record,
     ReleaseWorker,
@@ -692,7 +692,7 @@ def test_members_that_lose_each_other_for_ever_end_the_run() -> None:
 def test_a_drained_worker_leaves_at_a_step_boundary() -> None:
     stage = Stage(max_workers=3).running(W0, W1, W2)
     stage.train(4)
-    decided = stage.tell(Notice((W1,), "spot", stage.now + 30.0))
+    decided = stage.tell(DrainNotice((W1,), "spot", stage.now + 30.0))
     the(Pause, decided)
     the(RequestWorker, decided)
     stage.train(1)
@@ -710,7 +710,7 @@ def test_a_notice_for_a_worker_that_is_starting_lets_it_go() -> None:
     stage = Stage(max_workers=2)
     stage.tell(Start())
     stage.tell(Placed(W1, "node-b"))
-    decided = stage.tell(Notice((W1,), "spot", stage.now + 60.0))
+    decided = stage.tell(DrainNotice((W1,), "spot", stage.now + 60.0))
     assert the(ReleaseWorker, decided).worker == W1
     assert the(RequestWorker, decided).worker == WorkerId(1, 1)
 
@@ -718,7 +718,7 @@ def test_a_notice_for_a_worker_that_is_starting_lets_it_go() -> None:
 def test_a_drained_worker_that_is_needed_works_on_until_its_replacement_is_there() -> None:
     stage = Stage(min_workers=2, max_workers=2).running(W0, W1)
     stage.train(4)
-    assert not of(Pause, stage.tell(Notice((W1,), "spot", stage.now + 60.0)))
+    assert not of(Pause, stage.tell(DrainNotice((W1,), "spot", stage.now + 60.0)))
     stage.train(5)
     the(Pause, stage.ready(W2))
     decided = stage.leave_all("pause")
@@ -731,7 +731,7 @@ def test_a_drained_worker_that_is_needed_works_on_until_its_replacement_is_there
 def test_a_drained_worker_that_is_needed_still_works_after_a_death() -> None:
     stage = Stage(min_workers=2, max_workers=3).running(W0, W1, W2)
     stage.train(4)
-    stage.tell(Notice((W1,), "spot", stage.now + 60.0))
+    stage.tell(DrainNotice((W1,), "spot", stage.now + 60.0))
     stage.tell(Died(W0, "SIGKILL"))
     decided = stage.leave(W1, "pause") + stage.leave(W2, "pause")
     generation = the(StartGeneration, decided).generation
@@ -745,7 +745,7 @@ def test_a_drained_worker_that_is_needed_still_works_after_a_death() -> None:
 def test_the_only_worker_hands_its_state_over_before_it_leaves() -> None:
     stage = Stage(max_workers=1).running(W0)
     stage.train(4)
-    assert the(RequestWorker, stage.tell(Notice((W0,), "spot", stage.now + 60.0))).worker == W1
+    assert the(RequestWorker, stage.tell(DrainNotice((W0,), "spot", stage.now + 60.0))).worker == W1
     stage.train(3)
     the(Pause, stage.ready(W1))
     generation = the(StartGeneration, stage.leave(W0, "pause")).generation
@@ -770,7 +770,7 @@ def test_a_notice_does_not_take_the_last_holder_while_it_is_needed() -> None:
     stage.tell(Died(W1, "SIGKILL"))
     stage.leave(W0, "peer")
     assert stage.controller.state is RunState.WAITING
-    assert not of(ReleaseWorker, stage.tell(Notice((W0,), "spot", stage.now + 4.0)))
+    assert not of(ReleaseWorker, stage.tell(DrainNotice((W0,), "spot", stage.now + 4.0)))
     generation = the(StartGeneration, stage.ready(WorkerId(1, 1), W2)).generation
     assert generation.committed == 3
     assert {member.worker for member in generation.members} == {W0, WorkerId(1, 1), W2}
@@ -781,7 +781,7 @@ def test_a_deadline_that_nobody_waited_for() -> None:
     stage = Stage(max_workers=1).running(W0)
     stage.train(2)
     stage.tell(CheckpointSaved(W0, Save(2, 0, 0), "c2"))
-    stage.tell(Notice((W0,), "spot", stage.now + 10.0))
+    stage.tell(DrainNotice((W0,), "spot", stage.now + 10.0))
     assert not of(Pause, stage.wait(4.0, W0))
     the(Pause, stage.wait(2.0, W0))
     stage.leave(W0, "pause")
@@ -1030,7 +1030,7 @@ def test_there_are_reasons_to_save(why: str) -> None:
         case "a stop":
             decided = stage.tell(Stop("enough"))
         case "a drain notice":
-            decided = stage.tell(Notice((W0,), "spot", stage.now + 60.0))
+            decided = stage.tell(DrainNotice((W0,), "spot", stage.now + 60.0))
         case _:
             assert not of(RequestSave, stage.wait(25.0, W0, W1))
             decided = stage.wait(15.0, W0, W1)
@@ -1040,7 +1040,7 @@ def test_there_are_reasons_to_save(why: str) -> None:
 
 def test_a_draining_worker_stays_until_it_has_written_its_part() -> None:
     stage = Stage(max_workers=2, checkpointing=True).running(W0, W1, W2)
-    stage.tell(Notice((W0,), "spot", stage.now + 60.0))
+    stage.tell(DrainNotice((W0,), "spot", stage.now + 60.0))
     stage.train(1)
     plan = SavePlan(Save(1, 0, 0), (W0, W1))
     stage.tell(SaveBegun(W0, plan))
@@ -1220,7 +1220,7 @@ def history_of(stage: Stage) -> History:
 
 def successor(stage: Stage) -> Stage:
     """The controller is lost; another is made from what it put on record."""
-    config = ControllerConfig(**{**stage.controller.config.__dict__, "epoch": stage.controller.config.epoch + 1})
+    config = ControllerConfig(**{**stage.controller.config.__dict__, "term": stage.controller.config.term + 1})
     after = Stage(Controller(config, history_of(stage), dict(stage.controller.checkpoints)))
     after.now = stage.now
     return after
@@ -1248,7 +1248,7 @@ def test_take_over_of_a_running_generation_disturbs_nobody() -> None:
     assert after.controller.progress.committed == 5
     the(Interrupt, after.tell(Died(W1, "SIGKILL")))
     assert the(StartGeneration, after.leave(W0, "peer")).generation.number == 1
-    assert after.generation.epoch == stage.generation.epoch + 1
+    assert after.generation.term == stage.generation.term + 1
 
 
 def test_take_over_finds_a_member_missing() -> None:
@@ -1342,7 +1342,7 @@ def test_take_over_keeps_what_users_and_the_cluster_asked_for() -> None:
     stage = Stage(max_workers=3, min_workers=2).running(W0, W1)
     stage.train(3)
     stage.tell(Resize(2))
-    stage.tell(Notice((W1,), "spot", stage.now + 60.0))
+    stage.tell(DrainNotice((W1,), "spot", stage.now + 60.0))
     stage.tell(Stop("enough"))
     after = successor(stage)
     decided = after.tell(TakeOver((status_of(stage, W0), status_of(stage, W1))))

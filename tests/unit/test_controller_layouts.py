@@ -12,9 +12,9 @@ from orchestrator.control.forming import choose_ranks, make_generation
 from orchestrator.control.layouts import Layouts
 from orchestrator.control.protocol import (
     Died,
+    DrainNotice,
     Finish,
     KillWorker,
-    Notice,
     Placed,
     ReleaseWorker,
     RequestWorker,
@@ -233,7 +233,7 @@ def test_those_that_are_let_go_hand_over_what_nobody_else_has() -> None:
 def test_where_all_hold_everything_at_most_two_hand_over() -> None:
     stage = Stage(max_workers=3).running(W0, W1, W2)
     stage.train(2)
-    stage.tell(Notice((W0, W1, W2), "spot", stage.now + 3.0))
+    stage.tell(DrainNotice((W0, W1, W2), "spot", stage.now + 3.0))
     stage.leave_all("pause")
     assert stage.controller.state is RunState.WAITING
     generation = the(StartGeneration, stage.ready(W3)).generation
@@ -519,7 +519,7 @@ def test_a_unit_is_let_go_as_one() -> None:
 def test_a_unit_whose_node_drains_is_replaced_by_one() -> None:
     stage = tensor_parallel(W0, W1, max_workers=2)
     stage.train(2)
-    decided = stage.tell(Notice((W0, W1), "spot", stage.now + 60.0))
+    decided = stage.tell(DrainNotice((W0, W1), "spot", stage.now + 60.0))
     assert {action.worker for action in of(RequestWorker, decided)} == {W2, W3}
     assert not of(Pause, stage.ready(W2, node="node-1"))
     the(Pause, stage.ready(W3, node="node-1"))

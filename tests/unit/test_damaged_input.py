@@ -25,7 +25,7 @@ from monitoring.outside import MAX_DEPTH, Unreadable, json_text, parse, read_jso
 from monitoring.page.feed import Feed
 from monitoring.records import read_records
 from monitoring.report.page import render
-from monitoring.report.report import lines_of, report_of
+from monitoring.report.summary import lines_of, report_of
 from monitoring.sinks.stream import Stream
 from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import RunFacts
@@ -210,7 +210,7 @@ def read_everything(path: Path, now: float) -> None:
     for event in read_records(path / "events.jsonl"):
         clean(describe_event(event) or "").encode("utf-8")
     list(directory.take_requests())
-    directory.newest_epoch()
+    directory.newest_term()
     audit(path / "metrics.jsonl", num_samples=40, global_batch=4, virtual_workers=2, seed=0)
     for name in ("result.json", "environment.json", "job.resolved.json", "status.json", "fork.json"):
         directory.read_json(name)
@@ -436,7 +436,7 @@ def test_epochs_are_those_that_have_a_number(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     for name in (".epoch-abc", ".epoch-", ".epoch--3", ".epoch-" + "9" * 100, ".epoch-٣", ".epoch-4"):
         (tmp_path / name).touch()
-    assert (directory.newest_epoch(), directory.next_epoch()) == (4, 5)
+    assert (directory.newest_term(), directory.next_term()) == (4, 5)
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "status.json", "result.json"])

@@ -9,7 +9,7 @@ import pytest
 
 from monitoring.dashboards import dashboards
 from monitoring.dashboards.grafana import COLUMNS, as_dict, as_json
-from monitoring.dashboards.model import Dashboard, Panel, Row, Target
+from monitoring.dashboards.panels import Dashboard, Panel, Row, Target
 from monitoring.dashboards.query import of_run
 from monitoring.series import PREFIX, RANK_SERIES, RUN_SERIES, exposed_names
 

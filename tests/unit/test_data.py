@@ -26,7 +26,6 @@ from orchestrator.data import (
     TokenStore,
     audit,
     build,
-    cutting,
     data_digest,
     documents,
     load_tokenizer,
@@ -36,6 +35,7 @@ from orchestrator.data import (
     step_hash,
     virtual_worker_hash,
 )
+from orchestrator.data import task_split as cutting
 from orchestrator.data.manifest import BrokenStoreError
 
 # --- sampler --------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import doctor as command
-from orchestrator.doctor import authentication, machine, network, storage_probe, supervise, versions
+from orchestrator.doctor import authentication, network, storage_probe, supervise, versions
+from orchestrator.doctor import this_machine as machine
 from orchestrator.doctor.check import HERE, Check, as_json, is_ok, lines_of, summary
 from orchestrator.doctor.facts import machine_facts, token_facts
-from orchestrator.doctor.stages import STAGES, SWEEP, Settings, Stage, chosen
+from orchestrator.doctor.stages import STAGES, SWEEP, ExaminedStage, Settings, chosen
 from orchestrator.doctor.storage import Probe, judge_storage, readers
 from orchestrator.doctor.supervise import examine
 
@@ -417,7 +418,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "LEAVE_S", 0.1)
 
 
-def in_a_child(code: str) -> Callable[[Settings, int, list[Stage]], list[str]]:
+def in_a_child(code: str) -> Callable[[Settings, int, list[ExaminedStage]], list[str]]:
     """A process that, for each stage, says so, runs `code` (with `stage` and `end`), and says that it is done."""
     program = (
         "import json, os, sys, time\n"
@@ -442,7 +443,7 @@ def settings_of(**changes: Any) -> Settings:
     return Settings(**{"address": "a:1", "storage": "/s", "quick": True, "probe": "doctor-0"} | changes)
 
 
-def run(code: str, stages: list[Stage]) -> list[Check]:
+def run(code: str, stages: list[ExaminedStage]) -> list[Check]:
     told: list[Check] = []
     checks = examine(settings_of(), stages, told.extend, in_a_child(code))
     assert told == checks

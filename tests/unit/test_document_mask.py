@@ -12,7 +12,7 @@ from torch import nn
 
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
-from strategies.model.part import Part
+from strategies.model.model_part import ModelPart
 from strategies.objective.batch import Batch, positions
 from strategies.optim.schedule import ScheduleSpec
 from strategies.trial.document_mask import refuse_leaks, refuse_without_positions
@@ -145,7 +145,7 @@ class Leaky(nn.Module):
 def check(model: nn.Module) -> None:
     refuse_without_positions(model)
     blueprint = Blueprint(model, device=CPU)
-    part = Part(blueprint, 0, None)
+    part = ModelPart(blueprint, 0, None)
     part.weights.copy_(0.1 * torch.randn(part.size, generator=torch.Generator().manual_seed(0)))
     refuse_leaks(part.modules[0], CPU)
     assert part.modules[0].training

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.checkpoint.catalog import Checkpoint
+from orchestrator.checkpoint.catalog import StoredCheckpoint
 from orchestrator.checkpoint.encryption import Secret
 from orchestrator.checkpoint.export import ExportError, export
 from orchestrator.checkpoint.names import Save
@@ -38,7 +38,7 @@ MODELS = {
 }
 
 
-def trained(hf: str, directory: Path, secret: Secret | None = None) -> tuple[Job, Any, Checkpoint]:
+def trained(hf: str, directory: Path, secret: Secret | None = None) -> tuple[Job, Any, StoredCheckpoint]:
     """A job, its model after two updates, and a checkpoint of them."""
     job = Job.loads(JOB.format(hf=hf))
     state = build.build_state(job, ByteTokenizer.vocab_size, CPU)

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from fsspec.spec import AbstractFileSystem
 
-from orchestrator.data import DataError, TokenStore, build, cutting, documents, open_store, prepare, reading
-from orchestrator.data.formats import Span
+from orchestrator.data import DataError, TokenStore, build, documents, open_store, prepare, reading
+from orchestrator.data import task_split as cutting
+from orchestrator.data.formats import ByteSpan
+from orchestrator.data.locations import Patience
 from orchestrator.data.manifest import BrokenStoreError
-from orchestrator.data.places import Patience
 from orchestrator.data.reading import Library
 from orchestrator.data.sources import SourceFile, resolve_files
 
@@ -322,7 +323,7 @@ def test_a_file_whose_size_nobody_tells_is_read_from_front_to_back() -> None:
     assert _read() == LINES
     content = Library().examine(file)
     assert content.size_bytes == len(CONTENT)
-    assert _read(content=content, span=Span(300, None)) == _read(content=content)[-len(_tail(300)) :]
+    assert _read(content=content, span=ByteSpan(300, None)) == _read(content=content)[-len(_tail(300)) :]
 
 
 def _tail(start: int) -> list[str]:
@@ -611,4 +612,4 @@ def test_a_source_file_is_plain_data() -> None:
     import pickle
 
     file = SourceFile("a", "/a", 1, "text")
-    assert pickle.loads(pickle.dumps((file, Span(1, 2), Patience()))) == (file, Span(1, 2), Patience())
+    assert pickle.loads(pickle.dumps((file, ByteSpan(1, 2), Patience()))) == (file, ByteSpan(1, 2), Patience())

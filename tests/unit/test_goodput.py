@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from monitoring.book import Book
-from monitoring.goodput import REASONS, Account, Ledger, read_ledger
+from monitoring.goodput import REASONS, GoodputAccount, Ledger, read_ledger
+from monitoring.run_events import RunEvents
 from monitoring.stretches import Stretches, divide, uncovered
 from tests.selection import nightly
 from tests.unit.test_controller_histories import live, make_world
@@ -55,7 +55,7 @@ START = [
 """Training can begin after ten seconds."""
 
 
-def told(*parts: Any, steps: list[dict[str, Any]] | None = None) -> Account:
+def told(*parts: Any, steps: list[dict[str, Any]] | None = None) -> GoodputAccount:
     """The account of START, these events, and steps, wherever they belong by their times."""
     ledger = ledger_of(*parts, steps=steps)
     account = ledger.account()
@@ -67,7 +67,7 @@ def told(*parts: Any, steps: list[dict[str, Any]] | None = None) -> Account:
 
 
 def ledger_of(*parts: Any, steps: list[dict[str, Any]] | None = None) -> Ledger:
-    book = Book()
+    book = RunEvents()
     work: list[tuple[float, dict[str, Any]]] = [(e["time"], e) for e in [*START, *parts]]
     work += [(s["committed_at"], s) for s in (steps or [])]
     for at, entry in sorted(work, key=lambda pair: pair[0]):
@@ -85,7 +85,7 @@ def ledger_of(*parts: Any, steps: list[dict[str, Any]] | None = None) -> Ledger:
     return book.ledger
 
 
-def spent(account: Account) -> dict[str, float]:
+def spent(account: GoodputAccount) -> dict[str, float]:
     return {reason: round(seconds, 6) for reason, seconds in account.badput_seconds.items() if seconds > 1e-9}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.layout.assignment import deal, deal_in_turn, even
-from strategies.layout.parallel import ParallelLayout, Place
+from strategies.layout.parallel import Coordinates, ParallelLayout
 from strategies.layout.schedule import SCHEDULES, parts_of
 from strategies.reduction.tree import cover
 
@@ -108,10 +108,10 @@ def test_places_and_ranks_are_inverse_and_planes_partition_the_ranks(
     assert [layout.rank_of(*place) for place in placed] == list(range(layout.num_placed))
     assert len(set(placed)) == data * tensor * pipeline
     for rank, place in enumerate(placed):
-        plane = layout.plane(rank)
-        assert rank in plane
-        assert [layout.place(other) for other in plane] == [
-            Place(replica, place.stage, place.tensor) for replica in range(data)
+        data_group = layout.data_group(rank)
+        assert rank in data_group
+        assert [layout.place(other) for other in data_group] == [
+            Coordinates(replica, place.stage, place.tensor) for replica in range(data)
         ]
     for rank in (-1, layout.world_size):
         with pytest.raises(ValueError, match=f"rank {rank} is not one of {layout.world_size}"):
@@ -121,7 +121,7 @@ def test_places_and_ranks_are_inverse_and_planes_partition_the_ranks(
 def test_neighbours_are_a_tensor_parallel_group_and_then_the_stages_of_a_pipeline() -> None:
     layout = ParallelLayout.fit(8, 4, tensor=2, pipeline=2, parts=cut(2))
     assert [layout.place(rank) for rank in range(4)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
-    assert layout.plane(1) == (1, 5)
+    assert layout.data_group(1) == (1, 5)
 
 
 # ---------------------------------------------------------------------------------------- parts of the model

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.book import Book
 from monitoring.goodput import REASONS
 from monitoring.metrics import FINDINGS, RunMetrics
 from monitoring.records import RecordFile, read_records
+from monitoring.run_events import RunEvents
 from monitoring.series import RANK_SERIES, RUN_SERIES, SERIES
 from monitoring.skew import Window
 
@@ -178,7 +178,7 @@ def counters(seen: Samples) -> Samples:
 
 def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
     """Also with those of steps that a rollback took off the record, and of what the wall time went into."""
-    metrics, book = RunMetrics("r"), Book()
+    metrics, book = RunMetrics("r"), RunEvents()
     written: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
 
@@ -219,7 +219,7 @@ def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
     after = counters(samples(metrics))
     assert after["nonfinite_total", ()] == 2
 
-    successor, its_book = RunMetrics("r"), Book(written, steps)
+    successor, its_book = RunMetrics("r"), RunEvents(written, steps)
     catching_up = json.loads(json.dumps(its_book.catch_up(1018.0)))
     successor.replay(written, steps)
     for event in catching_up:
@@ -233,7 +233,7 @@ def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
 
 
 def test_goodput_and_badput_add_up_to_the_wall_time() -> None:
-    metrics, book = RunMetrics("r"), Book()
+    metrics, book = RunMetrics("r"), RunEvents()
     for event in STORY:
         book.record(event["kind"], {k: v for k, v in event.items() if k not in ("time", "kind")}, event["time"])
     now = 1001.0

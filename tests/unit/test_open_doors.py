@@ -41,7 +41,7 @@ def filled(directory: RunDirectory) -> RunDirectory:
     directory.create("name: x\n", {"name": "x"})
     assert directory.uid
     directory.write_json("environment.json", {})
-    directory.next_epoch()
+    directory.next_term()
     directory.request("stop")
     with directory.driving():
         os.close(directory.lock())

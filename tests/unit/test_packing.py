@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data import resolve_files
-from orchestrator.data.pieces import best_fit, cut
+from orchestrator.data.packing import best_fit, cut
 
 quick = settings(max_examples=200, deadline=None)
 

@@ -147,7 +147,7 @@ def test_copies_are_with_others_who_do_not_fail_together_while_there_are_any(
     layout, _, domains, _, shards = placed
     natural = effective_shard(layout) == "none"
     for shard in shards:
-        holders = list(layout.plane(shard.owner)) if natural else [shard.owner]
+        holders = list(layout.data_group(shard.owner)) if natural else [shard.owner]
         for mirror in shard.mirrors:
             others = [rank for rank in range(layout.num_placed) if rank not in holders]
             zones = {domains[rank].zone for rank in holders}

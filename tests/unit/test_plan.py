@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning import search
-from orchestrator.planning.machine import Link, Machine, ring_all_reduce_s, scatter_s
+from orchestrator.planning.hardware import Link, Machine, ring_all_reduce_s, scatter_s
 from orchestrator.planning.memory import predict_memory, zero_state
 from orchestrator.planning.partition import bottleneck, cut
 from orchestrator.planning.refusals import nothing_fits, refusals
@@ -26,7 +26,7 @@ from orchestrator.planning.step_time import most_pieces
 from orchestrator.planning.work import Degrees, StateBytes, Work, most_held
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS, ParallelLayout
-from strategies.layout.schedule import SCHEDULES, Schedule, chunks_of, schedules
+from strategies.layout.schedule import SCHEDULES, PipelineSchedule, chunks_of, schedules
 from strategies.reduction.tree import cover
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
     """Gemma's kind: the head costs as much as several layers, so its stage has fewer of them."""
     costs = model(layers=12, hidden=512, vocab=64_000)
     assert costs.blocks[-1].flops_per_token > 10 * costs.blocks[1].flops_per_token
-    assert Planner(work(of=costs), machine()).stages(1, Schedule("1f1b", 3)).layers == (6, 6, 0)
+    assert Planner(work(of=costs), machine()).stages(1, PipelineSchedule("1f1b", 3)).layers == (6, 6, 0)
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -113,7 +113,7 @@ def test_state_memory_is_that_of_the_zero_paper(shard: str, gigabytes: float) ->
 
 def test_our_state_takes_16_bytes_a_parameter_too() -> None:
     """fp32 weights and gradients and two fp32 moments: 4 + 4 + 8, in every precision."""
-    plan = Planner(work(virtual_workers=1), machine()).predict(Degrees(1, 1, Schedule("none", 1), "none"), 1)
+    plan = Planner(work(virtual_workers=1), machine()).predict(Degrees(1, 1, PipelineSchedule("none", 1), "none"), 1)
     state = plan.memory.weights + plan.memory.gradients + plan.memory.optimizer
     assert state == 16 * model().parameters
     assert plan.memory.copies == 0
@@ -125,7 +125,7 @@ def test_our_state_takes_16_bytes_a_parameter_too() -> None:
     st.integers(1, 16), st.sampled_from([1, 2, 4]), st.integers(1, 3),
 )  # fmt: skip
 def test_sharding_and_splitting_never_take_more_memory(
-    shard: str, schedule: Schedule, data: int, tensor: int, copies: int
+    shard: str, schedule: PipelineSchedule, data: int, tensor: int, copies: int
 ) -> None:
     planner = Planner(work(16, 8, model(layers=16), copies), machine())
 
@@ -161,9 +161,9 @@ def test_schedules_keep_activations_as_their_papers_say() -> None:
 
 def test_a_layout_of_one_replica_pays_for_copies_and_a_replicated_one_does_not() -> None:
     planner = Planner(work(), machine())
-    alone = planner.predict(Degrees(1, 1, Schedule("1f1b", 4), "none"), 4)
-    twice = planner.predict(Degrees(2, 1, Schedule("1f1b", 4), "none"), 8)
-    sharded = planner.predict(Degrees(4, 1, Schedule("none", 1), "optimizer"), 4)
+    alone = planner.predict(Degrees(1, 1, PipelineSchedule("1f1b", 4), "none"), 4)
+    twice = planner.predict(Degrees(2, 1, PipelineSchedule("1f1b", 4), "none"), 8)
+    sharded = planner.predict(Degrees(4, 1, PipelineSchedule("none", 1), "optimizer"), 4)
     assert alone.memory.copies == pytest.approx(alone.memory.weights + alone.memory.optimizer)
     assert alone.time.copies > 0
     assert (twice.memory.copies, twice.time.copies) == (0, 0)
@@ -185,19 +185,19 @@ def test_bubbles_are_those_of_the_papers() -> None:
     even = model(layers=16, vocab=2)
     planner = Planner(work(1, 16, even), machine())
 
-    def share(schedule: Schedule) -> float:
+    def share(schedule: PipelineSchedule) -> float:
         plan = planner.predict(Degrees(1, 1, schedule, "none"), 4)
         return plan.time.bubble / plan.time.compute
 
-    assert share(Schedule("1f1b", 4)) == share(Schedule("gpipe", 4)) == pytest.approx(3 / 16, rel=1e-3)
-    assert share(Schedule("interleaved-1f1b", 4, 2)) == pytest.approx(3 / 32, rel=1e-3)
-    assert share(Schedule("zero-bubble", 4, 2)) == 0
+    assert share(PipelineSchedule("1f1b", 4)) == share(PipelineSchedule("gpipe", 4)) == pytest.approx(3 / 16, rel=1e-3)
+    assert share(PipelineSchedule("interleaved-1f1b", 4, 2)) == pytest.approx(3 / 32, rel=1e-3)
+    assert share(PipelineSchedule("zero-bubble", 4, 2)) == 0
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_schedule_is_padded_until_it_can_be_followed_and_no_further(kind: str) -> None:
     for stages, wanted in itertools.product(range(2, 9), range(1, 40)):
-        schedule = Schedule(kind, stages, chunks_of(kind))
+        schedule = PipelineSchedule(kind, stages, chunks_of(kind))
         padded = schedule.padded(wanted)
         assert not schedule.refuses(padded)
         assert all(schedule.refuses(count) for count in range(wanted, padded))
@@ -310,13 +310,13 @@ def test_from_a_layout_equally_fast_ones_are_chosen_by_what_they_move() -> None:
     fast = replace(machine(), inside=Link(1e15, 1e-9))
     planner = Planner(work(), fast, Limits(pipeline=(1,)))
     for shard in SHARDS:
-        current = Degrees(4, 1, Schedule("none", 1), shard)
+        current = Degrees(4, 1, PipelineSchedule("none", 1), shard)
         best = planner.best(4, 1, current)[0]
         # Sharding gradients besides the optimizer state does not change where any state is.
         alike = {"optimizer", "gradients"}
         assert best.degrees.shard in (alike if shard in alike else {shard})
         assert (best.degrees.data, best.moved_bytes) == (4, 0)
-    grown = planner.best(8, 4, Degrees(4, 1, Schedule("none", 1), "optimizer"))
+    grown = planner.best(8, 4, Degrees(4, 1, PipelineSchedule("none", 1), "optimizer"))
     moved = [plan.moved_bytes for plan in grown]
     assert moved == sorted(moved)
     assert moved[0] > 0

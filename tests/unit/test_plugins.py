@@ -17,12 +17,12 @@ from orchestrator.job import Job, JobError
 from orchestrator.job.parts import objective_of, optimizer_of
 from orchestrator.planning.work import state_bytes
 from orchestrator.training.build import step_spec
-from strategies.layout.space import Space, Strip
+from strategies.layout.space import FlatRanges, Space
 from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.optim.adamw import ADAMW
-from strategies.optim.base import Optimizer
+from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
-from strategies.state.holding import Holding
+from strategies.state.shard import StateShard
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
 JOB = """
@@ -90,7 +90,7 @@ def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed:
     def train(ranges: list[tuple[int, int]]) -> torch.Tensor:
         found = torch.zeros(space.size)
         for start, stop in ranges:
-            holding = Holding(0, Strip.of([(start, stop)], space.boundary), spec, torch.device("cpu"))
+            holding = StateShard(0, FlatRanges.of([(start, stop)], space.boundary), spec, torch.device("cpu"))
             assert holding.kinds().keys() == {"weights", "exp_avg"}
             for low, at, length in holding.strip.locate(start, stop):
                 holding.weights[at : at + length].copy_(weights[low : low + length])

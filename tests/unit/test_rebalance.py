@@ -359,7 +359,7 @@ def test_a_deal_half_heard_when_the_controller_dies_is_made_again() -> None:
     until_step(world, 20)
     deaf = world.members()[3]
     usual = deaf.take
-    deaf.take = lambda command, epoch: None if isinstance(command, Deal) else usual(command, epoch)  # type: ignore[method-assign]
+    deaf.take = lambda command, term: None if isinstance(command, Deal) else usual(command, term)  # type: ignore[method-assign]
     slow_down(world, 1, 2.0)
     until_step(world, 42)
     assert of(world, "rebalance")
@@ -420,9 +420,9 @@ def test_a_deal_that_somebody_did_not_hear_of_is_made_again() -> None:
     deaf = world.members()[3]
     usual = deaf.take
 
-    def take(command: Any, epoch: int) -> None:
+    def take(command: Any, term: int) -> None:
         if not isinstance(command, Deal) or len(of(world, "rebalance")) > 1:
-            usual(command, epoch)
+            usual(command, term)
 
     deaf.take = take  # type: ignore[method-assign]
     slow_down(world, 1, 2.0)

@@ -165,7 +165,7 @@ def test_a_storage_that_refuses_the_end_is_asked_again_after_growing_pauses() ->
 def test_nobody_waits_for_ever() -> None:
     saving = begun()
     assert saving.give_up(20, 100.0, 600.0) == []
-    saving.overslept(200.0)
+    saving.skip_gap(200.0)
     assert saving.give_up(20, 700.0, 600.0) == []
     (record,) = saving.give_up(20, 900.0, 600.0)
     assert isinstance(record, Record)

@@ -6,12 +6,11 @@ import random
 
 import pytest
 
-from orchestrator.control.pace import Pace
 from orchestrator.control.protocol import (
     Action,
     Died,
+    DrainNotice,
     NodesStarting,
-    Notice,
     Record,
     ReleaseWorker,
     RequestWorker,
@@ -20,6 +19,7 @@ from orchestrator.control.protocol import (
     Stop,
     TellShortage,
 )
+from orchestrator.control.scale_up import ScaleUpBackoff
 from orchestrator.control.views import RunState, ScalingRules, WorkerView
 from orchestrator.training.messages import WorkerId
 from orchestrator.training.orders import Pause
@@ -69,7 +69,7 @@ def a_view(joined_at: float | None) -> WorkerView:
 
 
 def test_each_flap_doubles_the_wait_up_to_the_window_until_it_is_quiet_for_so_long() -> None:
-    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    pace = ScaleUpBackoff(ScalingRules(settle_s=2.0, flap_window_s=60.0))
     waits = []
     for number in range(7):
         now = 100.0 + 10 * number
@@ -85,13 +85,13 @@ def test_each_flap_doubles_the_wait_up_to_the_window_until_it_is_quiet_for_so_lo
 
 @pytest.mark.parametrize("joined_at", [None, 10.0])
 def test_old_members_and_those_of_the_beginning_do_not_flap(joined_at: float | None) -> None:
-    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    pace = ScaleUpBackoff(ScalingRules(settle_s=2.0, flap_window_s=60.0))
     pace.lost(a_view(joined_at), 100.0)
     assert pace.wait_s(100.0) == 2.0
 
 
 def test_a_notice_and_the_death_after_it_are_one_flap() -> None:
-    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    pace = ScaleUpBackoff(ScalingRules(settle_s=2.0, flap_window_s=60.0))
     view = a_view(95.0)
     pace.lost(view, 100.0)
     pace.lost(view, 101.0)
@@ -100,7 +100,7 @@ def test_a_notice_and_the_death_after_it_are_one_flap() -> None:
 
 def test_growth_that_costs_much_is_rare() -> None:
     """No more than a twentieth of the time, whatever else happens meanwhile; but the longest wait is the window."""
-    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=100.0))
+    pace = ScaleUpBackoff(ScalingRules(settle_s=2.0, flap_window_s=100.0))
     grown = Record("recovery", {"kind": "grow", "pause_seconds": 3.0})
     pace.learn([grown], 100.0)
     pace.changed(150.0)
@@ -112,7 +112,7 @@ def test_growth_that_costs_much_is_rare() -> None:
 
 
 def test_workers_that_go_together_flap_once() -> None:
-    pace = Pace(ScalingRules(settle_s=2.0, flap_window_s=60.0))
+    pace = ScaleUpBackoff(ScalingRules(settle_s=2.0, flap_window_s=60.0))
     for slot in range(8):
         pace.lost(WorkerView(WorkerId(slot, 0), requested_at=0.0, joined_at=95.0), 100.0 + slot / 100)
     assert pace.wait_s(101.0) == 4.0
@@ -256,7 +256,7 @@ def test_notice_of_a_newcomer_counts_as_a_flap() -> None:
     stage.ready(W2)
     stage.leave_all("pause")
     stage.join()
-    stage.tell(Notice((W2,), "node drains", stage.now + 60))
+    stage.tell(DrainNotice((W2,), "node drains", stage.now + 60))
     assert stage.controller._run.pace.wait_s(stage.now) == 4.0
 
 
@@ -264,7 +264,7 @@ def test_random_comings_and_goings_never_stop_growth_for_longer_than_the_window(
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    pace = Pace(ScalingRules(settle_s=1.0, flap_window_s=50.0))
+    pace = ScaleUpBackoff(ScalingRules(settle_s=1.0, flap_window_s=50.0))
     now = 0.0
     for _ in range(1000):
         now += dice.uniform(0.0, 30.0)

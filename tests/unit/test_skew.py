@@ -10,10 +10,10 @@ import pytest
 from monitoring.skew import (
     MAX_WINDOW_STEPS,
     WINDOW_STEPS,
-    Account,
     Detector,
-    Finding,
     News,
+    RankAccount,
+    SkewFinding,
     Window,
     Windows,
     fastest,
@@ -35,8 +35,8 @@ def account(
     stage: int = 0,
     share: float = 1.0,
     held: int = 4,
-) -> Account:
-    return Account(
+) -> RankAccount:
+    return RankAccount(
         node=node or f"node of {name}", busy=busy, data=data, wait=0.1, cost=cost, held=held, tokens=int(100 * cost),
         stage=stage, share=share,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def account(
 class Trace:
     """Windows of made-up steps; `step(number)` gives the accounts of a step."""
 
-    def __init__(self, step: Callable[[int], dict[str, Account]], seconds: float = STEP_S) -> None:
+    def __init__(self, step: Callable[[int], dict[str, RankAccount]], seconds: float = STEP_S) -> None:
         self._step, self._seconds = step, seconds
         self._windows, self.detector = Windows(), Detector()
         self.steps = 0
@@ -58,7 +58,7 @@ class Trace:
             if window is not None:
                 return window, self.detector.look(window)
 
-    def until_named(self, most: int) -> tuple[int, Finding]:
+    def until_named(self, most: int) -> tuple[int, SkewFinding]:
         """After how many windows something is named, and what."""
         for number in range(1, most + 1):
             _, news = self.window()
@@ -95,7 +95,7 @@ def test_a_rank_that_takes_one_and_a_half_times_as_long_is_named_within_five_win
     rng = random.Random(seed)
     slow, onset = rng.choice(WORKERS), rng.randrange(40)
 
-    def step(number: int) -> dict[str, Account]:
+    def step(number: int) -> dict[str, RankAccount]:
         return {
             name: account(name, busy=0.8 * noisy(rng, 0.1) * (1.5 if name == slow and number >= onset else 1.0))
             for name in WORKERS
@@ -143,7 +143,7 @@ def test_a_window_takes_a_second_however_short_its_steps() -> None:
 # ---------------------------------------------------------------------------------------- causes
 
 
-def steady(**changes: Account) -> Callable[[int], dict[str, Account]]:
+def steady(**changes: RankAccount) -> Callable[[int], dict[str, RankAccount]]:
     return lambda _: {name: changes.get(name, account(name)) for name in WORKERS}
 
 

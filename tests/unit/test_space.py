@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from strategies.layout.assignment import even
 from strategies.layout.placement import row_ranges
-from strategies.layout.space import ALIGNMENT, Slot, Space, Strip, merge, round_up
+from strategies.layout.space import ALIGNMENT, FlatRanges, Slot, Space, merge, round_up
 from strategies.layout.statemap import NOTHING, Span, union
 from strategies.optim.sgd import SGD
 from strategies.optim.spec import OptimizerSpec
-from strategies.state.holding import Holding
+from strategies.state.shard import StateShard
 from tests.unit.tiny_model import (
     CPU,
     bits,
@@ -157,7 +157,7 @@ def test_a_strip_has_every_element_once_from_multiples_of_64_bytes_on(
 ) -> None:
     """As every maker of pieces does, none of them crosses the boundary."""
     cut = [(a, b) for a, b in disjoint(ranges) if not a < boundary < b]
-    strip = Strip.pieces(cut, boundary) if apart else Strip.of(ranges, boundary)
+    strip = FlatRanges.pieces(cut, boundary) if apart else FlatRanges.of(ranges, boundary)
     assert elements(strip.ranges) == elements(cut if apart else ranges)
     if apart:
         assert list(strip.ranges) == cut
@@ -194,9 +194,9 @@ def values_of(size: int, space: Space, seed: int) -> torch.Tensor:
     return values
 
 
-def train(space: Space, strip: Strip, spec: OptimizerSpec, seed: int) -> Holding:
+def train(space: Space, strip: FlatRanges, spec: OptimizerSpec, seed: int) -> StateShard:
     """Five updates of what a strip has, at changing rates."""
-    holding = Holding(0, strip, spec, CPU)
+    holding = StateShard(0, strip, spec, CPU)
     fill(holding, holding.weights, values_of(space.size, space, seed))
     for step in range(5):
         fill(holding, holding.gradient, values_of(space.size, space, seed + 1 + step))
@@ -204,12 +204,12 @@ def train(space: Space, strip: Strip, spec: OptimizerSpec, seed: int) -> Holding
     return holding
 
 
-def fill(holding: Holding, buffer: torch.Tensor, values: torch.Tensor) -> None:
+def fill(holding: StateShard, buffer: torch.Tensor, values: torch.Tensor) -> None:
     for start, offset, length in holding.strip.locate(0, len(values)):
         buffer[offset : offset + length] = values[start : start + length]
 
 
-def gathered(space: Space, holdings: Sequence[Holding], kind: str) -> torch.Tensor:
+def gathered(space: Space, holdings: Sequence[StateShard], kind: str) -> torch.Tensor:
     """A kind of tensor of the whole space, from holdings that have all of it."""
     values = torch.full((space.size,), torch.nan)
     for holding in holdings:
@@ -237,16 +237,16 @@ def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: Op
     """In even slices as optimizer sharding makes them, in rows as FSDP makes them, and in rows of any number."""
     rng = random.Random(seed)
     space = random_space(rng)
-    whole = train(space, Strip.of([(0, space.size)], space.boundary), spec, seed)
+    whole = train(space, FlatRanges.of([(0, space.size)], space.boundary), spec, seed)
     ranks = rng.randint(2, 5)
     sizes = even(space.size, ranks, ALIGNMENT)
     slices = [(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(ranks)]
     everything = [(0, space.size)]
     ways = {
-        "slices": [Strip.of([part], space.boundary) for part in slices],
-        "rows": [Strip.pieces(row_ranges(space, everything, ranks, r), space.boundary) for r in range(ranks)],
-        "any rows": [Strip.pieces(ranges, space.boundary) for ranges in cut_at_rows(space, rng)],
-        "blocks": [Strip.of(space.ranges_of([(b, b + 1)]), space.boundary) for b in range(4)],
+        "slices": [FlatRanges.of([part], space.boundary) for part in slices],
+        "rows": [FlatRanges.pieces(row_ranges(space, everything, ranks, r), space.boundary) for r in range(ranks)],
+        "any rows": [FlatRanges.pieces(ranges, space.boundary) for ranges in cut_at_rows(space, rng)],
+        "blocks": [FlatRanges.of(space.ranges_of([(b, b + 1)]), space.boundary) for b in range(4)],
     }
     for way, strips in ways.items():
         holdings = [train(space, strip, spec, seed) for strip in strips]
@@ -257,8 +257,8 @@ def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: Op
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
 def test_padding_stays_zero(spec: OptimizerSpec) -> None:
     space = random_space(random.Random(1))
-    rows = Strip.pieces(row_ranges(space, [(0, space.size)], 3, 1), space.boundary)
-    for strip in (Strip.of([(0, space.size)], space.boundary), rows):
+    rows = FlatRanges.pieces(row_ranges(space, [(0, space.size)], 3, 1), space.boundary)
+    for strip in (FlatRanges.of([(0, space.size)], space.boundary), rows):
         holding = train(space, strip, spec, 7)
         used = torch.zeros(strip.size, dtype=torch.bool)
         for slot in space.slots:
@@ -273,8 +273,8 @@ def test_padding_stays_zero(spec: OptimizerSpec) -> None:
 def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> None:
     """Bias correction counts updates, so a holding must be told how many its state has seen."""
     space = random_space(random.Random(2))
-    strip = Strip.of([(0, space.size)], space.boundary)
-    first, second = train(space, strip, spec, 3), Holding(0, strip, spec, CPU)
+    strip = FlatRanges.of([(0, space.size)], space.boundary)
+    first, second = train(space, strip, spec, 3), StateShard(0, strip, spec, CPU)
     third = train(space, strip, spec, 99)  # has updated something else before
     for other in (second, third):
         for kind, buffer in other.kinds().items():
@@ -289,8 +289,8 @@ def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> Non
 
 
 def test_a_holding_says_what_it_has() -> None:
-    strip = Strip.of([(0, 20), (32, 48)], 32)
-    holding = Holding(1, strip, OptimizerSpec(), CPU)
+    strip = FlatRanges.of([(0, 20), (32, 48)], 32)
+    holding = StateShard(1, strip, OptimizerSpec(), CPU)
     assert holding.spans == union([Span(1, 0, 20), Span(1, 32, 48)])
     assert holding.num_bytes == 4 * 3 * 48
     assert list(holding.locate(Span(1, 16, 40))) == [(16, 16, 4), (32, 32, 8)]
@@ -298,7 +298,7 @@ def test_a_holding_says_what_it_has() -> None:
 
 
 def test_a_holding_of_nothing_can_be_updated() -> None:
-    nothing = Holding(0, Strip.of([], 0), OptimizerSpec(), CPU)
+    nothing = StateShard(0, FlatRanges.of([], 0), OptimizerSpec(), CPU)
     nothing.apply(1e-2)
     assert nothing.spans == NOTHING
 

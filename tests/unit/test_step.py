@@ -18,8 +18,8 @@ from strategies.gradient.spec import StepSpec
 from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
-from strategies.reduction.tree import Node, cover
-from strategies.state.holding import Holding
+from strategies.reduction.tree import Subtree, cover
+from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.update.synchronous import PHASES, StepEngine, StepRecord
 from strategies.update.vote import Agreement
@@ -81,7 +81,7 @@ def local_of(made: StepEngine) -> LocalGradients:
     return made.local
 
 
-def own_of(made: StepEngine) -> Holding:
+def own_of(made: StepEngine) -> StateShard:
     assert made.state.arrangement.own is not None
     return made.state.arrangement.own
 
@@ -170,10 +170,10 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_batch() -> None:
 
 def test_a_gradient_spoilt_by_accident_is_computed_again() -> None:
     usual, spoilt = engine(), engine()
-    spoilt.poison_step = 1
+    spoilt.nan_step = 1
     for step in range(3):
         assert numbers(usual.run(step)[0]) == numbers(spoilt.run(step)[0])
-    assert spoilt.poison_step is None
+    assert spoilt.nan_step is None
     assert state_digest(usual.state) == state_digest(spoilt.state)
 
 
@@ -306,7 +306,7 @@ class Work:
             raise PeerLost("a peer is gone")
         self.patience -= 1
 
-    def share(self, held: Sequence[int], step: int = 0) -> dict[Node, bytes]:
+    def share(self, held: Sequence[int], step: int = 0) -> dict[Subtree, bytes]:
         pieces = self.local.compute(step, held, 8, enter=lambda phase, step: None, check=self.check)
         assert set(pieces) == set(cover(held, 8))
         assert set(self.local.losses) == set(self.local.hashes) == set(held)

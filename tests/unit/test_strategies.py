@@ -19,7 +19,7 @@ from strategies.layout.parallel import ParallelLayout
 from strategies.model.randomness import Streams, stream_key
 from strategies.optim.schedule import ScheduleSpec
 from strategies.reduction.reducer import Reducer
-from strategies.reduction.tree import Node, cover, fold, split
+from strategies.reduction.tree import Subtree, cover, fold, split
 from tests.unit.tiny_model import (
     CPU,
     bits,
@@ -29,7 +29,7 @@ from tests.unit.tiny_model import (
 # ---------------------------------------------------------------------------------------- the tree
 
 
-def add_in_order(values: Sequence[torch.Tensor], node: Node) -> torch.Tensor:
+def add_in_order(values: Sequence[torch.Tensor], node: Subtree) -> torch.Tensor:
     """The sum as one holder of everything computes it."""
     if node[1] - node[0] == 1:
         return values[node[0]]
@@ -59,7 +59,7 @@ def test_any_partition_folds_to_the_bits_of_the_single_holder(
         rng.choice([-1.0, 1.0], size=(virtual_workers, 4)).astype(np.float32)
     )
     expected = add_in_order(list(values), (0, virtual_workers))
-    pieces: dict[Node, torch.Tensor] = {}
+    pieces: dict[Subtree, torch.Tensor] = {}
     for rank in range(ranks):
         for node in cover([i for i in range(virtual_workers) if owner[i] == rank], virtual_workers):
             pieces[node] = add_in_order(list(values), node).clone()
@@ -76,9 +76,9 @@ def test_a_cover_is_disjoint_complete_and_of_whole_subtrees_that_no_larger_one_h
     held = data.draw(st.sets(st.integers(0, virtual_workers - 1)))
     nodes = cover(held, virtual_workers)
     assert sorted(index for start, stop in nodes for index in range(start, stop)) == sorted(held)
-    tree: set[Node] = set()
+    tree: set[Subtree] = set()
 
-    def visit(node: Node) -> None:
+    def visit(node: Subtree) -> None:
         tree.add(node)
         if node[1] - node[0] > 1:
             for child in split(node):

@@ -15,7 +15,7 @@ import pytest
 from monitoring.records import RecordFile
 from orchestrator import succession
 from orchestrator.rundir import RunDirectory, RunDirectoryError
-from orchestrator.runtime.lease import Reign
+from orchestrator.runtime.lease import Lease
 from orchestrator.runtime.ray.preparation import clear_result
 from orchestrator.succession import NoAnswer, ask, awaits_controller, wait_for_controller
 
@@ -66,20 +66,20 @@ def _succeed(path: Path, may_begin: Any) -> None:
     """The successor, in a process of its own: answers what was asked of it and ends the run when told to stop."""
     directory = RunDirectory(path)
     may_begin.wait(60)
-    reign = Reign(directory, "a")
-    put(directory, "controller", epoch=reign.epoch, session="a", own_cluster=False)
+    lease = Lease(directory, "a")
+    put(directory, "controller", epoch=lease.term, session="a", own_cluster=False)
     while True:
         for request in directory.take_requests():
             put(directory, "request_answered", id=request["id"], request=request["kind"])
             if request["kind"] == "stop":
                 directory.write_json("result.json", {"status": "stopped"})
-                reign.end()
+                lease.end()
                 return
         time.sleep(0.02)
 
 
 def test_commands_wait_for_the_successor(directory: RunDirectory) -> None:
-    put(directory, "controller", epoch=directory.next_epoch(), session="a", own_cluster=False)
+    put(directory, "controller", epoch=directory.next_term(), session="a", own_cluster=False)
     context = multiprocessing.get_context("fork")
     may_begin = context.Event()
     successor = context.Process(target=_succeed, args=(directory.path, may_begin))

@@ -16,11 +16,11 @@ from strategies.layout.placement import Domain
 from strategies.layout.space import ALIGNMENT
 from strategies.layout.statemap import NOTHING, NotCovered, whole
 from strategies.model.blueprint import Blueprint
-from strategies.model.part import Part
+from strategies.model.model_part import ModelPart
 from strategies.optim.adamw import ADAMW
 from strategies.optim.sgd import SGD
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
-from strategies.state.holding import Holding
+from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
 from tests.unit.tiny_model import (
     CPU,
@@ -42,14 +42,14 @@ def settled(spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:
     return state
 
 
-def own_of(state: TrainingState) -> Holding:
+def own_of(state: TrainingState) -> StateShard:
     assert state.arrangement.own is not None
     return state.arrangement.own
 
 
-def part_of(state: TrainingState) -> Part:
+def part_of(state: TrainingState) -> ModelPart:
     part = state.arrangement.part
-    assert isinstance(part, Part)
+    assert isinstance(part, ModelPart)
     return part
 
 
@@ -299,7 +299,7 @@ def test_everything_is_here_until_the_first_step_and_after_starting_over() -> No
 def test_a_torn_state_is_nowhere() -> None:
     state = settled()
     update(state, random_gradient(state, 1))
-    state.tear()
+    state.invalidate()
     assert state.held == NOTHING
     with pytest.raises(NotCovered, match="no living holder"):
         settle(state)
@@ -329,7 +329,7 @@ def test_until_everyone_has_what_they_need_what_was_here_counts(when: str) -> No
 def take(state: TrainingState, barrier: Callable[[], None]) -> None:
     layout = ParallelLayout(data=1, assignment=((0,),))
     fabric = Fabric(rank=0, layout=layout, device=CPU)
-    state.take_place(layout, fabric, [state.held], [Domain("", "node")], 1, state.updates, barrier)
+    state.adopt_layout(layout, fabric, [state.held], [Domain("", "node")], 1, state.updates, barrier)
 
 
 def test_the_same_place_again_is_the_same_memory() -> None:
@@ -364,6 +364,6 @@ def test_not_all_of_a_state_has_no_names() -> None:
     state = settled()
     update(state, random_gradient(state, 1))
     assert bits(dict(state.named())["model.head.bias"]) == bits(part_of(state).modules[0].get_parameter("head.bias"))
-    state.tear()
+    state.invalidate()
     with pytest.raises(RuntimeError, match="not all of the state is on this rank"):
         state_digest(state)

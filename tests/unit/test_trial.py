@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.job.positions import positions_of, too_long
+from orchestrator.job.lengths import positions_of, too_long
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
 from strategies.optim.schedule import ScheduleSpec

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from orchestrator.data import DataError, documents, prepare, resolve_files
+from orchestrator.data.locations import Patience
 from orchestrator.data.manifest import RANGE_BYTES
 from orchestrator.data.of_job import prepare_stores
-from orchestrator.data.places import Patience
 from orchestrator.data.proof import rehash_tokens
 from orchestrator.data.shards import Shards
 from orchestrator.data.store import TokenStore, open_store

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data import DataError, TokenStore, build, cutting, documents, prepare, reading, resolve_files
-from orchestrator.data.cutting import cut
-from orchestrator.data.formats import WHOLE, Span
+from orchestrator.data import DataError, TokenStore, build, documents, prepare, reading, resolve_files
+from orchestrator.data import task_split as cutting
+from orchestrator.data.formats import WHOLE, ByteSpan
 from orchestrator.data.reading import Library
+from orchestrator.data.task_split import cut
 
 # ---------------------------------------------------------------------------------------- cutting
 
@@ -66,10 +67,10 @@ def test_row_groups_are_dealt_by_their_weights() -> None:
     heavy = [10, 10, 10, 10, 400, 10, 10, 10, 10, 400]
     groups = cut([100 << 20], [lambda: heavy], 4)
     assert [piece.span for members in groups for piece in members] == [
-        Span(0, 4),
-        Span(4, 5),
-        Span(5, 9),
-        Span(9, None),
+        ByteSpan(0, 4),
+        ByteSpan(4, 5),
+        ByteSpan(5, 9),
+        ByteSpan(9, None),
     ]
     assert cut([100 << 20], [lambda: [7]], 4) == [[cutting.Piece(0, WHOLE, 100 << 20)]]
     asked: list[int] = []
@@ -162,9 +163,9 @@ def test_one_huge_line_leaves_tasks_without_documents(tmp_path: Path, monkeypatc
     TokenStore(store.directory, verify=True)
 
 
-def _span_of(path: Path, part: int, parts: int) -> Span:
+def _span_of(path: Path, part: int, parts: int) -> ByteSpan:
     size = path.stat().st_size
-    return Span(size * part // parts, None if part == parts - 1 else size * (part + 1) // parts)
+    return ByteSpan(size * part // parts, None if part == parts - 1 else size * (part + 1) // parts)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +203,9 @@ def test_a_mistake_in_a_row_group_is_told_by_its_row(tmp_path: Path) -> None:
     table = pyarrow.table({"text": ["a"] * 25 + [None] + ["b"] * 4})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10)
     (file,) = resolve_files(str(tmp_path / "a.parquet"))
-    assert list(documents(file, span=Span(0, 2))) == ["a"] * 20
+    assert list(documents(file, span=ByteSpan(0, 2))) == ["a"] * 20
     with pytest.raises(DataError, match=r"a\.parquet: row 25: field 'text' is NoneType"):
-        list(documents(file, span=Span(2, None)))
+        list(documents(file, span=ByteSpan(2, None)))
 
 
 def test_a_file_without_documents_is_named_also_when_it_was_cut(

@@ -124,13 +124,13 @@ def test_the_first_rank_tells_of_steps_until_they_are_known_and_all_keep_them_un
     first, second = inside(), inside(first=OTHER)
     for protocol in (first, second):
         protocol.reports += map(step, range(4))
-        assert not protocol.heeds(Reply(recorded=1, epoch=1, known=3))
+        assert not protocol.heeds(Reply(recorded=1, term=1, known=3))
     assert [report.step for report in first.unknown()] == [3]
     assert second.unknown() == ()
     assert [report.step for report in second.reports] == [1, 2, 3]
     first.begins_at(2)
     assert [report.step for report in first.reports] == [1], "the others are run again"
-    assert first.heeds(Reply(recorded=4, epoch=1, shutdown=True))
+    assert first.heeds(Reply(recorded=4, term=1, shutdown=True))
     assert not first.reports
 
 
@@ -142,7 +142,7 @@ def test_its_account_for_a_successor() -> None:
     assert protocol.status(0, ready, NOTHING_HELD, None, dealt) is None, "to an older one it says nothing"
     account = protocol.status(4, ready, NOTHING_HELD, None, dealt)
     assert account is not None
-    assert (account.epoch, account.joined, account.left, account.assignment) == (4, False, None, ())
+    assert (account.term, account.joined, account.left, account.assignment) == (4, False, None, ())
     assert [report.step for report in account.reports] == [7]
     protocol.is_joined = True
     left = protocol.leaves("peer", Holds(7, NOTHING, prepared=True), 12.5, "it is gone")

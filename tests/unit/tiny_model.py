@@ -14,8 +14,8 @@ from strategies.layout.placement import Domain
 from strategies.layout.statemap import Spans
 from strategies.model.blueprint import Blueprint
 from strategies.optim.spec import OptimizerSpec
+from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import Box
-from strategies.state.intake import Intake
 from strategies.state.training_state import TrainingState
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def settle(state: TrainingState, virtual_workers: int = 1, held: Spans | None = 
     layout = ParallelLayout(data=1, assignment=(tuple(range(virtual_workers)),))
     fabric = Fabric(rank=0, layout=layout, device=CPU)
     here = state.held if held is None else held
-    state.take_place(layout, fabric, [here], [Domain("", "node")], 1, state.updates, lambda: None)
+    state.adopt_layout(layout, fabric, [here], [Domain("", "node")], 1, state.updates, lambda: None)
     return fabric
 
 
@@ -84,16 +84,16 @@ def load(state: TrainingState, tensors: Mapping[str, torch.Tensor]) -> None:
     layout = ParallelLayout(data=1, assignment=((0,),))
     fabric = Fabric(rank=0, layout=layout, device=CPU)
 
-    def read(intake: Intake) -> None:
+    def read(intake: ChunkLoader) -> None:
         for name, tensor in tensors.items():
             box = Box((0,) * tensor.dim(), tuple(tensor.shape))
             if intake.wants(name, box):
                 intake.put(name, box, tensor)
         assert intake.missing == 0
 
-    state.tear()
+    state.invalidate()
     updates = int(tensors["optimizer.updates"])
-    state.take_place(layout, fabric, [()], [Domain("", "node")], 1, updates, lambda: None, read)
+    state.adopt_layout(layout, fabric, [()], [Domain("", "node")], 1, updates, lambda: None, read)
 
 
 def random_gradient(state: TrainingState, seed: int) -> torch.Tensor:
@@ -111,4 +111,4 @@ def update(state: TrainingState, gradient: torch.Tensor, lr: float = 1e-2) -> No
     assert own is not None
     own.gradient.copy_(gradient)
     state.trained(lr)
-    state.moved_on()
+    state.step_committed()

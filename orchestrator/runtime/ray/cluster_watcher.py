@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from orchestrator.control.machine import Controller
+from orchestrator.control.controller import Controller
 from orchestrator.control.protocol import Event, GiveWay, NodesStarting, Placed, Resize, SaveRequested, Stop
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
-from orchestrator.runtime.lease import Reign
+from orchestrator.runtime.lease import Lease
 from orchestrator.runtime.ray.drains import DrainWatch
 from orchestrator.runtime.ray.placement import WorkerHandle
 from orchestrator.runtime.ray.resource_request import Need, nodes_by_id, nodes_starting
-from orchestrator.runtime.ray.run_queue import Turns
+from orchestrator.runtime.ray.run_queue import RunQueue
 from orchestrator.training.messages import WorkerId
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ FOLLOWER_SILENCE_S = 15.0
 """How long the driver of an ephemeral run may be silent before the run ends."""
 
 
-class Outlook:
+class ClusterWatcher:
     """Events go to `tell`; `record` puts something on record. `handles` are those of all workers, as they are when it
     looks."""
 
@@ -38,7 +38,7 @@ class Outlook:
         job: Job,
         machine: Controller,
         handles: Mapping[WorkerId, WorkerHandle],
-        reign: Reign,
+        lease: Lease,
         *,
         tell: Callable[[Event], None],
         record: Callable[[str, dict[str, Any]], None],
@@ -47,12 +47,12 @@ class Outlook:
         self._directory = directory
         self._machine = machine
         self._handles = handles
-        self._reign = reign
+        self._lease = lease
         self._tell = tell
         self._record = record
         self._is_ephemeral = is_ephemeral
         self._drains = DrainWatch()
-        self._turns = Turns(directory.run_id, job.elastic.scaling.turn_s)
+        self._turns = RunQueue(directory.run_id, job.elastic.scaling.turn_s)
         self._need = Need.of(job, f"in({','.join(job.resources.market)})" if job.resources.market else "")
         self._nodes: list[dict[str, Any]] = []
         self._asked_at = 0.0
@@ -68,7 +68,7 @@ class Outlook:
 
     def look(self, now: float) -> None:
         """Once, at `now` (on the run's line of time). Ends this process when it is not wanted any more, or not here."""
-        if self._reign.is_over():
+        if self._lease.is_over():
             # Ray may start this actor again, which then sees that it is not wanted.
             log.error("a newer controller has the run: this one ends")
             os._exit(6)

@@ -28,9 +28,9 @@ from monitoring.clock import Reading
 from monitoring.redaction import redact
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec, catch_up
+from orchestrator.control.controller import Controller
 from orchestrator.control.detection import stretched_s
 from orchestrator.control.history import History
-from orchestrator.control.machine import Controller
 from orchestrator.control.protocol import (
     Abort,
     Action,
@@ -57,13 +57,13 @@ from orchestrator.lateness import Lateness
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.runtime.action_log import narrate, set_up_logs, tell
-from orchestrator.runtime.lease import Reign
+from orchestrator.runtime.lease import Lease
 from orchestrator.runtime.mailbox import Delivery, Introduction, Introductions, Mailbox
 from orchestrator.runtime.presence import Presence
 from orchestrator.runtime.ray import fault_injection as game_days
-from orchestrator.runtime.ray.cluster_watcher import Outlook
+from orchestrator.runtime.ray.cluster_watcher import ClusterWatcher
 from orchestrator.runtime.ray.placement import (
-    Place,
+    Bundle,
     WorkerHandle,
     end_workers,
     find_workers,
@@ -73,7 +73,7 @@ from orchestrator.runtime.ray.placement import (
 )
 from orchestrator.runtime.ray.resource_request import Need, why_no_room
 from orchestrator.runtime.result import compose, outline_of, settled
-from orchestrator.runtime.run_log import Chronicle
+from orchestrator.runtime.run_log import RunLog
 from orchestrator.runtime.status import glance
 from orchestrator.training.messages import FaultFired, Heartbeat, Ready, Reply, WorkerId, dated
 from orchestrator.training.orders import Interrupt, Leave, Order
@@ -98,7 +98,7 @@ LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
 
-def _config(job: Job, epoch: int) -> ControllerConfig:
+def _config(job: Job, term: int) -> ControllerConfig:
     return ControllerConfig(
         total_steps=job.train.steps,
         chooser=LayoutChooser.for_job(job),
@@ -113,7 +113,7 @@ def _config(job: Job, epoch: int) -> ControllerConfig:
         wait_timeout_s=job.elastic.wait_timeout_s,
         max_failures_per_step=job.elastic.max_failures_per_step,
         final_patience_s=job.checkpoint.final_patience_s,
-        epoch=epoch,
+        term=term,
         rebalance=RebalanceRules.for_job(job),
         scaling=ScalingRules.for_job(job),
     )
@@ -133,7 +133,7 @@ class ControllerActor:
         self._lateness = Lateness()
         self._lateness.watch()
         deadline = time.monotonic() + STORAGE_PATIENCE_S
-        self._reign = self._patiently(lambda: Reign(self._directory, spec["session"]), deadline)
+        self._lease = self._patiently(lambda: Lease(self._directory, spec["session"]), deadline)
         self._patiently(lambda: self._set_up(spec), deadline)
 
     def _patiently(self, call: Callable[[], T], deadline: float) -> T:
@@ -152,9 +152,9 @@ class ControllerActor:
 
     def _set_up(self, spec: dict[str, Any]) -> None:
         os.umask(self._directory.umask)
-        self._epoch = self._reign.epoch
-        self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._epoch}")
-        log.info("controller of epoch %d, process %d", self._epoch, os.getpid())
+        self._term = self._lease.term
+        self._about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._term}")
+        log.info("controller of term %d, process %d", self._term, os.getpid())
         self._job = job = Job.model_validate(spec["job"])
         self._handles: dict[WorkerId, WorkerHandle] = {}
         self._mailboxes: dict[WorkerId, Mailbox] = {}
@@ -166,14 +166,14 @@ class ControllerActor:
         self._farewell = threading.Event()
         self._queue: queue.Queue[tuple[Event, float]] = queue.Queue()
         self._me = ray.get_runtime_context().current_actor
-        if not self._reign.has_ended and (found := catch_up(self._directory, catalog_of(self._directory, job))):
+        if not self._lease.has_ended and (found := catch_up(self._directory, catalog_of(self._directory, job))):
             log.info("%d steps that only a checkpoint knew of are put on record", found)
-        self._chronicle = Chronicle(self._directory, job)
-        self._clock = self._chronicle.clock
-        self._presence = Presence(self._directory, self._chronicle)
+        self._run_log = RunLog(self._directory, job)
+        self._clock = self._run_log.clock
+        self._presence = Presence(self._directory, self._run_log)
         self._loss = ""
         self._complaint = ""
-        history = self._history(self._chronicle.past_events, self._chronicle.past_steps)
+        history = self._history(self._run_log.past_events, self._run_log.past_steps)
         self._warm = frozenset(history.warm)
         self._window: Window | None = None
         self._telling = threading.Lock()
@@ -181,27 +181,27 @@ class ControllerActor:
         self._published_at = 0.0
         self._publishing_s = 0.0
         self._machine = Controller(
-            _config(job, self._epoch),
+            _config(job, self._term),
             history,
             checkpoints=self._checkpoints(),
         )
-        self._outlook = Outlook(
-            self._directory, job, self._machine, self._handles, self._reign,
+        self._watcher = ClusterWatcher(
+            self._directory, job, self._machine, self._handles, self._lease,
             tell=lambda event: self._queue.put((event, self._clock.now())), record=self._record,
             is_ephemeral=spec["ephemeral"],
         )  # fmt: skip
-        self._chronicle.forget_the_past()
-        self._record("controller", {"epoch": self._epoch, "pid": os.getpid(), "session": spec["session"],
+        self._run_log.forget_the_past()
+        self._record("controller", {"epoch": self._term, "pid": os.getpid(), "session": spec["session"],
                                     "node": ray.get_runtime_context().get_node_id(),
                                     "own_cluster": spec["own_cluster"]})  # fmt: skip
         # Where this process is, which on a cluster need not be where the driver is.
         host = "127.0.0.1" if spec["own_cluster"] else ray.util.get_node_ip_address()
-        port = self._chronicle.metrics.serve(host, job.monitoring.port)
+        port = self._run_log.metrics.serve(host, job.monitoring.port)
         self._url = f"http://{host}:{port}/metrics"
         self._record("metrics_endpoint", {"url": self._url})
         self._target = self._announce(host, port)
-        threading.Thread(target=self._brain, name="brain", daemon=True).start()
-        threading.Thread(target=self._lookout, name="lookout", daemon=True).start()
+        threading.Thread(target=self._event_loop, name="brain", daemon=True).start()
+        threading.Thread(target=self._poll_cluster, name="lookout", daemon=True).start()
         threading.Thread(target=self._reporter, name="reporter", daemon=True).start()
 
     def _history(self, events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> History:
@@ -243,27 +243,27 @@ class ControllerActor:
             while message.index not in self._machine.fired_faults and self._result is None:
                 await asyncio.sleep(0.001)
         return Reply(
-            recorded=self._chronicle.recorded, epoch=self._epoch, shutdown=self._result is not None,
-            known=self._chronicle.committed,
+            recorded=self._run_log.recorded, term=self._term, shutdown=self._result is not None,
+            known=self._run_log.committed,
         )  # fmt: skip
 
     @ray.method(max_task_retries=-1)
-    async def orders(self, worker: WorkerId, epoch: int, after: int, wait_s: float) -> Delivery:
-        """What `worker`, which has its orders up to number `after` from the controller of `epoch`, is to do next.
+    async def orders(self, worker: WorkerId, term: int, after: int, wait_s: float) -> Delivery:
+        """What `worker`, which has its orders up to number `after` from the controller of `term`, is to do next.
 
         Ray asks again when this controller dies, and so brings its successor and the workers together at once; a call
         that is made while there is none fails only after 2 s.
         """
-        if epoch != self._epoch:
-            return Delivery(self._epoch, ())
-        return Delivery(self._epoch, await self._mailbox(worker).fetch(after, wait_s))
+        if term != self._term:
+            return Delivery(self._term, ())
+        return Delivery(self._term, await self._mailbox(worker).fetch(after, wait_s))
 
     async def introduce(self, introduction: Introduction) -> None:
         """A worker that has not spoken with this controller before says who and where it is."""
         if introduction.status is not None:
             shift = self._clock.shift_of(introduction.worker, introduction.sent, self._clock.now())
             introduction = introduction._replace(status=dated(introduction.status, shift))
-        self._introductions.meet(introduction)
+        self._introductions.add(introduction)
         handle = self._handles.get(introduction.worker)
         if handle is not None:
             handle.node, handle.pid, handle.placed = introduction.node, introduction.pid, True
@@ -280,12 +280,12 @@ class ControllerActor:
             self._queue.put((Abort(detail), self._clock.now()))
 
     async def stop(self, reason: str) -> None:
-        self._outlook.hear_follower()
+        self._watcher.hear_follower()
         self._queue.put((Stop(reason), self._clock.now()))
 
     async def snapshot(self, wait_s: float = 0.0) -> dict[str, Any]:
         """The run at a glance, for whoever follows it; after `wait_s`, or as soon as the run is over."""
-        self._outlook.hear_follower()
+        self._watcher.hear_follower()
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while self._result is None:
@@ -296,21 +296,21 @@ class ControllerActor:
         return {
             "state": machine.state.value,
             "status": machine.status,
-            "step": self._chronicle.committed,
-            "unwritten": self._chronicle.unwritten(),
+            "step": self._run_log.committed,
+            "unwritten": self._run_log.unwritten(),
             "steps": self._job.train.steps,
-            "last_step": self._chronicle.last_step,
+            "last_step": self._run_log.last_step,
             "median_step_seconds": machine.progress.median_step_s(),
             "workers": states.count(WorkerState.MEMBER),
             "standby": states.count(WorkerState.IDLE),
             "starting": states.count(WorkerState.STARTING) + states.count(WorkerState.REQUESTED),
             "target": machine.target,
             "generation": None if generation is None else generation.number,
-            "recoveries": len(self._chronicle.recoveries),
-            "last_recovery": self._chronicle.recoveries[-1] if self._chronicle.recoveries else None,
-            "last_incident": self._chronicle.last_incident,
+            "recoveries": len(self._run_log.recoveries),
+            "last_recovery": self._run_log.recoveries[-1] if self._run_log.recoveries else None,
+            "last_incident": self._run_log.last_incident,
             "over": self._result is not None,
-            "epoch": self._epoch,
+            "epoch": self._term,
         }
 
     async def result(self) -> dict[str, Any] | None:
@@ -323,7 +323,7 @@ class ControllerActor:
 
     # ------------------------------------------------------------------------------------ the brain thread
 
-    def _brain(self) -> None:
+    def _event_loop(self) -> None:
         try:
             self._begin()
             last_tick = 0.0
@@ -347,23 +347,23 @@ class ControllerActor:
         self._go()
 
     def _begin(self) -> None:
-        if self._chronicle.started_at is None:
+        if self._run_log.started_at is None:
             job = self._job
             self._record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
                                          "min_workers": job.elastic.workers.min,
                                          "loss_unit": objective_of(job).loss_unit})  # fmt: skip
-        elif self._reign.is_successor and (previous := self._directory.read_json("result.json")) is not None:
+        elif self._lease.is_successor and (previous := self._directory.read_json("result.json")) is not None:
             # A predecessor ended the run and died before it could say goodbye: that of an earlier driver's is cleared.
-            if not self._reign.has_ended:
+            if not self._lease.has_ended:
                 ended = {"status": previous["status"], "reason": previous.get("reason", "")}
                 self._record("run_finished", ended)
             end_workers(self._directory.run_id)
             self._result = previous
             return
-        if self._reign.is_successor:
+        if self._lease.is_successor:
             found = self._find_workers()
             counts = {"workers_found": len(found.workers), "workers_starting": len(found.starting)}
-            self._record("controller_restarted", {"epoch": self._epoch, **counts})
+            self._record("controller_restarted", {"epoch": self._term, **counts})
             self._dispatch(found, self._clock.now())
         else:
             # Whatever is left of this run on the cluster had another driver's controller, and obeys nobody.
@@ -443,7 +443,7 @@ class ControllerActor:
             if event.index in self._machine.fired_faults:
                 return  # Told again, because the answer was lost with the controller.
             self._practise(event)
-        if isinstance(event, Ready) and event.loaded is not None and self._chronicle.loaded is None:
+        if isinstance(event, Ready) and event.loaded is not None and self._run_log.loaded is None:
             self._record("model_loaded", event.loaded)
         for action in self._machine.handle(event, at):
             self._carry_out(action)
@@ -459,7 +459,7 @@ class ControllerActor:
                 os.kill(os.getpid(), signal.SIGKILL)
         elif (window := self._machine.window) is not None and window is not self._window:
             self._window = window
-            self._chronicle.metrics.on_window(window)
+            self._run_log.metrics.on_window(window)
 
     def _carry_out(self, action: Action) -> None:
         narrate(action, self._about)
@@ -467,7 +467,7 @@ class ControllerActor:
             case Record():
                 self._record(action.kind, action.fields)
             case StepCommitted():
-                self._chronicle.step(action.report)
+                self._run_log.step(action.report)
             case RequestWorker():
                 handle = WorkerHandle.request(
                     self._directory.run_id, action.worker, self._worker_spec(), self._me,
@@ -487,13 +487,13 @@ class ControllerActor:
                     else:
                         threading.Thread(target=leaving.kill, daemon=True).start()
             case KillWorker():
-                if (condemned := self._handles.pop(action.worker, None)) is not None:
+                if (evicting := self._handles.pop(action.worker, None)) is not None:
                     # Off this thread: recovery must not wait until Ray has finished with a dead worker.
-                    threading.Thread(target=condemned.kill, daemon=True).start()
+                    threading.Thread(target=evicting.kill, daemon=True).start()
             case Order():
                 self._send(action)
             case Rollback():
-                self._chronicle.roll_back(action.committed)
+                self._run_log.roll_back(action.committed)
             case Finish():
                 self._end(action.status, action.reason, action.digest)
 
@@ -533,7 +533,7 @@ class ControllerActor:
                 arguments = (worker, view.ready.host, view.ready.store_port)
                 threading.Thread(target=look, args=arguments, daemon=True).start()
 
-    def _places_of_unit(self, worker: WorkerId) -> list[Place]:
+    def _places_of_unit(self, worker: WorkerId) -> list[Bundle]:
         """Where the others of a worker's tensor-parallel group are, the newest first; also those that are gone and not
         yet dealt with, but for lost nodes."""
         tensor = self._job.strategy.tensor
@@ -569,13 +569,13 @@ class ControllerActor:
 
     # ------------------------------------------------------------------------------------ the lookout thread
 
-    def _lookout(self) -> None:
+    def _poll_cluster(self) -> None:
         """Looks at what nobody tells us: placements, draining nodes, requests from the command line."""
         while self._result is None:
             time.sleep(POLL_S)
             try:
                 if self._result is None:
-                    self._outlook.look(self._clock.now())
+                    self._watcher.look(self._clock.now())
             except Exception as error:
                 log.warning("lookout: %s: %s", type(error).__name__, error)
 
@@ -585,7 +585,7 @@ class ControllerActor:
             time.sleep(POLL_S / 2)
             try:
                 self._look_at_directory()
-                self._outlook.take_requests()
+                self._watcher.take_requests()
                 self._publish()
                 self._complaint = ""
             except Exception as error:
@@ -596,7 +596,7 @@ class ControllerActor:
 
     def _look_at_directory(self) -> None:
         """Writes what waits for room, and sees whether there is a directory at all."""
-        self._chronicle.flush(self._clock.now())
+        self._run_log.flush(self._clock.now())
         if self._loss or not (loss := self._presence.look(time.monotonic())):
             return
         log.error("%s; the run ends", loss)
@@ -606,7 +606,7 @@ class ControllerActor:
     # ------------------------------------------------------------------------------------ records and the end
 
     def _record(self, kind: str, fields: dict[str, Any]) -> None:
-        tell(self._chronicle.record(kind, fields))
+        tell(self._run_log.record(kind, fields))
 
     def _publish(self) -> None:
         """Brings status.json and the metrics up to date. What takes long is done the more seldom, so that neither many
@@ -617,7 +617,7 @@ class ControllerActor:
         try:
             with self._telling:
                 if not self._has_told_the_end:
-                    self._chronicle.publish(self._glance(now), now)
+                    self._run_log.publish(self._glance(now), now)
         finally:
             self._published_at, self._publishing_s = self._clock.now(), self._clock.now() - now
 
@@ -626,16 +626,16 @@ class ControllerActor:
         with self._telling, suppress(Exception):
             self._has_told_the_end = True
             now = self._clock.now()
-            self._chronicle.publish(self._glance(now), now)
+            self._run_log.publish(self._glance(now), now)
 
     def _glance(self, now: float) -> dict[str, Any]:
         node = ray.get_runtime_context().get_node_id()
         return {
             "run": self._directory.run_id,
-            "epoch": self._epoch,
+            "epoch": self._term,
             "controller": {"pid": os.getpid(), "node": node},
             "metrics_url": self._url,
-            **glance(self._machine, self._chronicle, self._job, now),
+            **glance(self._machine, self._run_log, self._job, now),
         }
 
     def _end(self, status: str, reason: str, digest: str | None) -> None:
@@ -644,22 +644,22 @@ class ControllerActor:
             return
         if (loss := self._loss or self._presence.loss()) != "":
             status, reason = "failed", self._told_loss(loss)
-        waits = not loss and self._chronicle.unwritten() is not None
+        waits = not loss and self._run_log.unwritten() is not None
         if waits or "composition" in self._spec["data"]:
             # The audit goes through all steps again, which may take long, as may a disk to have room again; the
             # workers' machines do not wait for it.
             self._end_workers()
         patience_s = 0.0 if loss else self._job.checkpoint.final_patience_s
         deadline = time.monotonic() + patience_s
-        settled(lambda: self._chronicle.flush(self._clock.now()), deadline)
-        result = compose(self._directory, self._job, self._chronicle, self._spec["data"], status, reason, digest)
+        settled(lambda: self._run_log.flush(self._clock.now()), deadline)
+        result = compose(self._directory, self._job, self._run_log, self._spec["data"], status, reason, digest)
         if loss:
-            result |= outline_of(self._chronicle)
+            result |= outline_of(self._run_log)
         unfired = [index for index in range(len(self._job.faults)) if index not in self._machine.fired_faults]
         if unfired and result["status"] == "finished":
             result["faults_not_fired"] = unfired
         try:
-            account = self._chronicle.account(self._clock.now())
+            account = self._run_log.account(self._clock.now())
             result |= {"wall_seconds": round(account.wall_seconds, 3), "goodput_ratio": round(account.ratio, 4)}
             if not loss:
                 self._write_end(result, deadline)
@@ -668,14 +668,14 @@ class ControllerActor:
             if self._target is not None:
                 with suppress(OSError):
                     discovery.withdraw(self._target)
-            self._reign.end()
+            self._lease.end()
             self._result = result
 
     def _told_loss(self, loss: str) -> str:
         """What is lost with the run directory, and what is not."""
-        last = self._chronicle.last_checkpoint
+        last = self._run_log.last_checkpoint
         if last is None or self._job.checkpoint.storage is None:
-            return f"{loss}; {self._chronicle.committed} steps were committed"
+            return f"{loss}; {self._run_log.committed} steps were committed"
         return f"{loss}; the state of {last['committed']} steps is in {last['path']}"
 
     def _write_end(self, result: dict[str, Any], deadline: float) -> None:
@@ -692,8 +692,8 @@ class ControllerActor:
                 return False
             return True
 
-        everything = settled(lambda: self._chronicle.flush(self._clock.now()), deadline)
-        if not everything and (waiting := self._chronicle.unwritten()) is not None:
+        everything = settled(lambda: self._run_log.flush(self._clock.now()), deadline)
+        if not everything and (waiting := self._run_log.unwritten()) is not None:
             failure = f"{waiting['error']} ({waiting['records']} records, {waiting['steps']} of them of steps)"
         if not everything or not settled(write, deadline):
             why = f"{result['reason']}; the run's end could not be recorded: {failure}"
@@ -701,7 +701,7 @@ class ControllerActor:
             settled(write, time.monotonic())
         # After the result: what has one is over for whoever comes next, also if this process dies here.
         self._record("run_finished", {"status": result["status"], "reason": result["reason"]})
-        settled(lambda: self._chronicle.flush(self._clock.now()), deadline)
+        settled(lambda: self._run_log.flush(self._clock.now()), deadline)
         self._publish_the_end()
 
     def _end_workers(self) -> None:
@@ -711,9 +711,9 @@ class ControllerActor:
     def _go(self) -> None:
         # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.
         end_workers(self._directory.run_id)
-        self._outlook.close()
+        self._watcher.close()
         self._farewell.wait(timeout=LINGER_S)
-        self._chronicle.close()
+        self._run_log.close()
         time.sleep(0.2)
         with suppress(Exception):
             ray.kill(self._me, no_restart=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import ray
 from ray._private.state import state as ray_state
 
-from orchestrator.control.protocol import Notice
+from orchestrator.control.protocol import DrainNotice
 from orchestrator.runtime.ray.placement import WorkerHandle
 from orchestrator.training.messages import WorkerId
 
@@ -26,7 +26,7 @@ class DrainWatch:
         self._told: dict[WorkerId, float] = {}
         self.concerns_me = False
 
-    def news(self, handles: Iterable[WorkerHandle], now: float) -> list[Notice]:
+    def news(self, handles: Iterable[WorkerHandle], now: float) -> list[DrainNotice]:
         """Notices for workers whose nodes drain, or drain sooner than was said; also for those that came to such a node
         just before Ray knew. `now` on the run's line of time, as the deadlines of the notices; Ray has them in wall
         time, and what is left is counted here, once."""
@@ -44,4 +44,4 @@ class DrainWatch:
             deadline = deadline_ms / 1000 if deadline_ms else wall + LATE_S
             self._told[handle.worker] = deadline
             news.setdefault((handle.node, now + deadline - wall), []).append(handle.worker)
-        return [Notice(tuple(who), f"node {node[:8]} drains", deadline) for (node, deadline), who in news.items()]
+        return [DrainNotice(tuple(who), f"node {node[:8]} drains", deadline) for (node, deadline), who in news.items()]

@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import ray
 
-from orchestrator.control.protocol import Notice
+from orchestrator.control.protocol import DrainNotice
 from orchestrator.job.sections.faults import Fault
 from orchestrator.runtime.ray.nodes import Gcs, GcsError
 from orchestrator.training.messages import WorkerId
@@ -19,7 +19,7 @@ NOTICE_S = 30.0
 """How long before it goes a node drains, when the fault does not say."""
 
 
-def practise(fault: Fault, worker: WorkerId, node: str, now: float) -> Notice | None:
+def practise(fault: Fault, worker: WorkerId, node: str, now: float) -> DrainNotice | None:
     """Makes the node of a worker drain, or go. Where that cannot be done (we are there too, or the cluster does not
     answer), the notice to act on instead, with its deadline counted from `now`."""
     if fault.kind == "node":
@@ -31,7 +31,7 @@ def practise(fault: Fault, worker: WorkerId, node: str, now: float) -> Notice | 
                 gcs = Gcs(ray.get_runtime_context().gcs_address)
                 gcs.ask_drain(node, "injected by a fault of the job", time.time() + left_s)
                 return None
-        return Notice((worker,), "injected notice", now + left_s)
+        return DrainNotice((worker,), "injected notice", now + left_s)
     return None
 
 

@@ -31,7 +31,7 @@ def worker_name(run_id: str, worker: WorkerId) -> str:
     return f"{run_id}/worker-{worker}"
 
 
-class Place:
+class Bundle:
     """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is given back when
     its last worker is gone; until then a lost one is replaced in it."""
 
@@ -61,7 +61,7 @@ class Place:
 class WorkerHandle:
     """One worker's actor and place; `watch` calls back when its process is gone."""
 
-    def __init__(self, run_id: str, worker: WorkerId, actor: Any, place: Place | None) -> None:
+    def __init__(self, run_id: str, worker: WorkerId, actor: Any, place: Bundle | None) -> None:
         self.run_id = run_id
         self.worker = worker
         self.actor = actor
@@ -79,7 +79,7 @@ class WorkerHandle:
         controller: Any,
         *,
         need: Need,
-        places: Iterable[Place] = (),
+        places: Iterable[Bundle] = (),
         avoid: Collection[str] = (),
         must_avoid: bool = False,
         lost: Collection[str] = (),
@@ -94,7 +94,7 @@ class WorkerHandle:
         if place is None:
             if avoid and not must_avoid and not has_room(need, avoid):
                 avoid = ()
-            place = Place(_reserve(name, need, {*avoid, *lost}))
+            place = Bundle(_reserve(name, need, {*avoid, *lost}))
             place.take(worker)
         actor = (
             ray.remote(WorkerActor)
@@ -181,10 +181,10 @@ def _reserve(name: str, need: Need, avoid: Collection[str]) -> PlacementGroup:
 
 def find_workers(run_id: str, tensor: int) -> list[WorkerHandle]:
     """The workers of an earlier controller that Ray knows, in their units' places."""
-    places: dict[int, tuple[Place, str | None]] = {}
+    places: dict[int, tuple[Bundle, str | None]] = {}
     # Of several of a unit (one was being given back) the last counts.
     for first, group, node in sorted(_groups(run_id), key=lambda found: found[0].incarnation):
-        places[first.slot // tensor] = Place(group), node
+        places[first.slot // tensor] = Bundle(group), node
     handles = []
     for worker, actor in _actors(run_id).items():
         place, node = places.get(worker.slot // tensor, (None, None))
@@ -272,7 +272,7 @@ def raylet_is_gone(node_id: str) -> bool:
     return True
 
 
-def release_places(run_id: str, taken: Iterable[Place]) -> None:
+def release_places(run_id: str, taken: Iterable[Bundle]) -> None:
     """Gives back the places of a run that none of its workers has: those that an earlier controller was about to give
     back, or had asked for."""
     kept = {place.group.id for place in taken}

@@ -47,7 +47,7 @@ def in_order(wishes: Iterable[Wish], now: float) -> list[Wish]:
     return sorted(waiting, key=lambda wish: (not wish.firm, wish.since, wish.run))
 
 
-class Turns:
+class RunQueue:
     """Where this run is in the queue; outside it to begin with. A turn of its own lasts `turn_s` seconds: places that
     are given back are free within a few."""
 

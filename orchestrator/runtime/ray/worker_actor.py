@@ -116,17 +116,17 @@ class WorkerActor:
 
     def _listen(self) -> None:
         node, pid = ray.get_runtime_context().get_node_id(), os.getpid()
-        epoch, after = -1, 0
+        term, after = -1, 0
         while True:
             try:
-                call = self._controller.orders.remote(self._id, epoch, after, LISTEN_S)
+                call = self._controller.orders.remote(self._id, term, after, LISTEN_S)
                 orders: Delivery = ray.get(call, timeout=LISTEN_S + 5.0)
-                if orders.epoch != epoch:
+                if orders.term != term:
                     worker = self._worker
-                    status = None if worker is None else worker.status(orders.epoch)
+                    status = None if worker is None else worker.status(orders.term)
                     introduction = Introduction(self._id, node, pid, status, reading())
                     ray.get(self._controller.introduce.remote(introduction), timeout=REPORT_TIMEOUT_S)
-                    epoch, after = orders.epoch, 0
+                    term, after = orders.term, 0
                     continue
             except Exception as error:
                 # The controller is being restarted. Whether it ever comes back is for the lease to judge.
@@ -136,7 +136,7 @@ class WorkerActor:
             for number, order in orders.pending:
                 after = number
                 try:
-                    self._obey(order, orders.epoch)
+                    self._obey(order, orders.term)
                 except Exception:
                     # The next order must be heard in any case; a worker that is no good is found by what it does.
                     log.exception("order %d (%s) failed", number, type(order).__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from strategies.optim.base import Optimizer, Settings
+from strategies.optim.optimizer import Optimizer, Settings
 
 
 class Update(torch.optim.Optimizer):

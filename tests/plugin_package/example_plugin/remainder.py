@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from strategies.objective.base import Objective
 from strategies.objective.batch import Batch
+from strategies.objective.objective import Objective
 from strategies.objective.rows import Rows
 
 CLASSES = 4

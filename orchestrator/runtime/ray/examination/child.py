@@ -23,7 +23,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from monitoring.outside import json_text
-from orchestrator.doctor import authentication, machine, storage_probe, versions
+from orchestrator.doctor import authentication, storage_probe, versions
+from orchestrator.doctor import this_machine as machine
 from orchestrator.doctor.check import HERE, NOTE, PROBLEM, WARNING, Check, is_ok, size, speed
 from orchestrator.doctor.facts import gpu_facts, machine_facts, token_facts
 from orchestrator.doctor.stages import STAGES, SWEEP, Settings

@@ -6,7 +6,8 @@ import time
 from itertools import chain
 from typing import Any
 
-from orchestrator.doctor import authentication, machine, network, storage_probe, versions
+from orchestrator.doctor import authentication, network, storage_probe, versions
+from orchestrator.doctor import this_machine as machine
 from orchestrator.doctor.check import CLUSTER, HERE, NOTE, OK, WARNING, Check
 from orchestrator.doctor.facts import machine_facts
 from orchestrator.doctor.stages import Settings

@@ -10,13 +10,13 @@ import pytest
 
 from monitoring.records import RecordFile
 from orchestrator.rundir import RunDirectory, RunDirectoryError
-from orchestrator.runtime import lease as reign
-from orchestrator.runtime.lease import Reign
+from orchestrator.runtime import lease as lease
+from orchestrator.runtime.lease import Lease
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reign, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(lease, "PATIENCE_S", 0.1)
 
 
 @pytest.fixture
@@ -24,10 +24,10 @@ def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)
 
 
-def begin(directory: RunDirectory, session: str) -> Reign:
+def begin(directory: RunDirectory, session: str) -> Lease:
     """A controller that has said who it is, as the first thing it does."""
-    begun = Reign(directory, session)
-    record = {"time": time.time(), "kind": "controller", "epoch": begun.epoch, "session": session}
+    begun = Lease(directory, session)
+    record = {"time": time.time(), "kind": "controller", "epoch": begun.term, "session": session}
     RecordFile(directory.events).append(record)
     return begun
 
@@ -35,11 +35,11 @@ def begin(directory: RunDirectory, session: str) -> Reign:
 def test_another_drivers_controller_is_refused_while_the_first_lives(directory: RunDirectory) -> None:
     first = begin(directory, "a")
     with pytest.raises(RunDirectoryError, match="steered by another controller"):
-        Reign(directory, "b")
+        Lease(directory, "b")
     assert not first.is_over(), "and claims no epoch by it"
     first.end()
     second = begin(directory, "b")
-    assert (first.epoch, second.epoch, second.is_successor) == (1, 2, False)
+    assert (first.term, second.term, second.is_successor) == (1, 2, False)
 
 
 def test_a_successor_takes_over_though_the_lock_of_the_lost_one_outlives_it(directory: RunDirectory) -> None:
@@ -47,7 +47,7 @@ def test_a_successor_takes_over_though_the_lock_of_the_lost_one_outlives_it(dire
     lost = begin(directory, "a")
     successor = begin(directory, "a")
     assert successor.is_successor
-    assert successor.epoch == 2
+    assert successor.term == 2
     assert lost.is_over()
     assert not successor.is_over()
     lost.end()
@@ -61,7 +61,7 @@ def test_who_was_taken_over_by_another_driver_does_not_come_back(directory: RunD
     begin(directory, "a").end()
     newer = begin(directory, "b")
     with pytest.raises(RunDirectoryError, match="taken over"):
-        Reign(directory, "a")
+        Lease(directory, "a")
     assert not newer.is_over()
 
 
@@ -86,9 +86,9 @@ def test_a_result_counts_only_for_the_session_that_ended_the_run(directory: RunD
     again = begin(directory, "b")
     assert not again.has_ended
     again.end()
-    assert not Reign(directory, "b").has_ended, "the end on record is that of an earlier attempt"
+    assert not Lease(directory, "b").has_ended, "the end on record is that of an earlier attempt"
     RecordFile(directory.events).append(finished)
-    assert Reign(directory, "b").has_ended
+    assert Lease(directory, "b").has_ended
 
 
 def test_a_run_that_has_finished_is_not_steered_again(directory: RunDirectory) -> None:
@@ -96,8 +96,8 @@ def test_a_run_that_has_finished_is_not_steered_again(directory: RunDirectory) -
     directory.write_json("result.json", {"status": "finished", "steps": 300})
     first.end()
     with pytest.raises(RunDirectoryError, match="has finished already"):
-        Reign(directory, "b")
-    assert directory.newest_epoch() == 1
+        Lease(directory, "b")
+    assert directory.newest_term() == 1
     assert not directory.is_steered
 
 
@@ -105,14 +105,14 @@ def test_a_run_that_finishes_while_another_driver_waits_for_it_is_not_steered_ag
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other looked when nobody had the run, as its controller was being restarted."""
-    monkeypatch.setattr(reign, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(lease, "PATIENCE_S", 30.0)
     begin(directory, "a").end()
     successor = begin(directory, "a")
     outcome: list[str] = []
 
     def resume() -> None:
         try:
-            Reign(directory, "b")
+            Lease(directory, "b")
         except RunDirectoryError as error:
             outcome.append(str(error))
 
@@ -123,4 +123,4 @@ def test_a_run_that_finishes_while_another_driver_waits_for_it_is_not_steered_ag
     other.join(30.0)
     (said,) = outcome
     assert "has finished already" in said
-    assert directory.newest_epoch() == 2
+    assert directory.newest_term() == 2

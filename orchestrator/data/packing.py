@@ -14,7 +14,7 @@ Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Pieces:
+class DocumentPieces:
     """Runs of tokens, in the order of the documents they are of: int64 [pieces] each. `starts` are places in the line
     of all tokens."""
 
@@ -25,7 +25,7 @@ class Pieces:
         return len(self.starts)
 
 
-def cut(documents: Int64s, row: int) -> Pieces:
+def cut(documents: Int64s, row: int) -> DocumentPieces:
     """Documents of these lengths [documents], in pieces of 2 to `row` tokens.
 
     Neighbouring pieces of a document share one token, so that every token of it but the first is a target once. A
@@ -36,7 +36,7 @@ def cut(documents: Int64s, row: int) -> Pieces:
     counts = np.maximum(documents - 2, -1) // step + 1  # ceil((n - 1) / step), and 0 for a single token
     owner = np.repeat(np.arange(len(documents)), counts)
     offsets = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * step
-    return Pieces(first[owner] + offsets, np.minimum(documents[owner] - offsets, row))
+    return DocumentPieces(first[owner] + offsets, np.minimum(documents[owner] - offsets, row))
 
 
 def best_fit(lengths: Int64s, row: int) -> Int64s:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from monitoring.skew import Window
 from orchestrator.control import detection, state, takeover
-from orchestrator.control.detection import Trouble
+from orchestrator.control.detection import Failure
 from orchestrator.control.history import History
 from orchestrator.control.incidents import Incident
 from orchestrator.control.lifecycle import Lifecycle, WantsRoom
@@ -21,11 +21,11 @@ from orchestrator.control.protocol import (
     Abort,
     Action,
     Died,
+    DrainNotice,
     Event,
     Finish,
     GiveWay,
     NodesStarting,
-    Notice,
     Placed,
     Record,
     ReleaseWorker,
@@ -160,7 +160,7 @@ class Controller:
         gap = 0.0 if self._now is None else now - self._now
         self._now = now
         if gap > self.config.heartbeat_timeout_s / 2:
-            self._overslept(gap, now)
+            self._skip_gap(gap, now)
         match event:
             case Start():
                 self._run.begin(now)
@@ -184,7 +184,7 @@ class Controller:
                 self._left(event, now)
             case Died():
                 self._died(event, now)
-            case Notice():
+            case DrainNotice():
                 self._notice(event, now)
             case Resize():
                 self._resize(event, now)
@@ -221,16 +221,16 @@ class Controller:
             case CheckpointSaved():
                 self._out += self._run.saving.saved(event, now)
 
-    def _overslept(self, gap_s: float, now: float) -> None:
+    def _skip_gap(self, gap_s: float, now: float) -> None:
         """The controller itself slept (an overloaded or suspended machine): nobody could be heard meanwhile, and no
         patience has run out."""
-        self._roster.overslept(gap_s, now)
-        self._run.overslept(gap_s, now)
+        self._roster.skip_gap(gap_s, now)
+        self._run.skip_gap(gap_s, now)
 
     def _tick(self, lateness_s: float, now: float) -> None:
         run, roster, config = self._run, self._roster, self.config
-        self._meet(detection.find_hung(roster.alive(), config, now, lateness_s), now)
-        self._meet(detection.find_stalled(run.membership, config, self.progress, now, lateness_s), now)
+        self._handle_failures(detection.find_hung(roster.alive(), config, now, lateness_s), now)
+        self._handle_failures(detection.find_stalled(run.membership, config, self.progress, now, lateness_s), now)
         for view in detection.find_slow_starters(roster.alive(), config, now):
             late = f"not ready {config.start_timeout_s:.0f} s after it was placed (elastic.start_timeout_s)"
             self._out += roster.kill(view, late)
@@ -248,15 +248,15 @@ class Controller:
         if self.state is not RunState.FINALIZING or self._run.finalization is None:
             return
         found = detection.find_slow_finishers(self._run.finalization, self.config, now)
-        for trouble in found:
-            self._run.meet(trouble, now)
+        for failure in found:
+            self._run.handle_failure(failure, now)
         if found:
             self._run.count_failure(f"no final state within {self.config.finalize_timeout_s:.0f} s", 1 / 2, now)
             self._run.conclude(now)
 
-    def _meet(self, found: Sequence[Trouble], now: float) -> None:
-        for trouble in found:
-            self._run.meet(trouble, now)
+    def _handle_failures(self, found: Sequence[Failure], now: float) -> None:
+        for failure in found:
+            self._run.handle_failure(failure, now)
         if found:
             self._run.conclude(now)
 
@@ -280,21 +280,21 @@ class Controller:
         else:
             found = [detection.died(view, event)]
         never_ready = view.state in _ON_ITS_WAY and found[0].kind == "kill"
-        for trouble in found:
-            self._run.meet(trouble, now)
+        for failure in found:
+            self._run.handle_failure(failure, now)
         if never_ready:
             self._run.start_failed(event.detail, now)
         self._run.review_saves(now)
         self._run.fill(now)
         self._run.conclude(now)
 
-    def _notice(self, event: Notice, now: float) -> None:
+    def _notice(self, event: DrainNotice, now: float) -> None:
         for view in self._roster.notice(event):
             self._out.append(notice_record(view, event))
             if view.worker in self._run.membership.inside:
                 cause = f"worker {view.worker.slot} must leave: {event.reason}"
                 self._out += self._record.incident("drain", cause, now, view)
-                self._run.pace.lost(view, now)
+                self._run.scale_up.lost(view, now)
                 # Who is told of one node may soon be told of all.
                 self._run.save_soon()
             elif view.state in _ON_ITS_WAY:
@@ -309,7 +309,7 @@ class Controller:
             return
         self._out.append(Record("resize_requested", {"from": self.target, "to": wanted}))
         self._run.target = wanted
-        self._run.pace.asked_to_resize()
+        self._run.scale_up.asked_to_resize()
         self._run.fill(now)
         self._run.reconsider(now)
 
@@ -364,7 +364,7 @@ class Controller:
             case "exception":
                 # It changed no state: who alone holds a part of it tries again, others are replaced.
                 alone = state.holds_alone(view, run.membership.members.values())
-                run.meet(detection.raised(view, event, spared=alone), now)
+                run.handle_failure(detection.raised(view, event, spared=alone), now)
             case "restore":
                 self._out += run.saving.invalid(generation.restore, event.detail)
                 run.settle(now, interrupt=True)
@@ -386,9 +386,9 @@ class Controller:
         if event.worker not in asked.asked:
             return
         if event.error:
-            trouble = detection.could_not_finish(view, event)
-            self._run.meet(trouble, now)
-            self._run.count_failure(trouble.cause, 1.0, now)
+            failure = detection.could_not_finish(view, event)
+            self._run.handle_failure(failure, now)
+            self._run.count_failure(failure.cause, 1.0, now)
         else:
             asked.answer(event.worker, event.digest)
         self._run.conclude(now)
@@ -444,7 +444,7 @@ class Controller:
         for left in found.lefts:
             self._take_leave(self.workers[left.worker], left, now)
         for view in found.missing:
-            self._run.meet(takeover.lost_with_the_controller(view), now)
+            self._run.handle_failure(takeover.lost_with_the_controller(view), now)
         if found.unaware and not self._record.incidents.unanswered():
             slots = ", ".join(str(view.worker.slot) for view in found.unaware)
             what = f"the controller was lost before worker {slots} heard of its generation"

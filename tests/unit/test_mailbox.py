@@ -17,20 +17,20 @@ def introduction(worker: WorkerId) -> Introduction:
 
 def test_whoever_waits_hears_of_all_as_soon_as_the_last_one_it_waits_for_is_met() -> None:
     reception = Introductions()
-    reception.meet(introduction(W2))
+    reception.add(introduction(W2))
     found: list[set[WorkerId]] = []
     waiting = threading.Thread(target=lambda: found.append(set(reception.wait_for({W0, W1}, 60.0))))
     waiting.start()
-    reception.meet(introduction(W0))
+    reception.add(introduction(W0))
     assert waiting.is_alive()
-    reception.meet(introduction(W1))
+    reception.add(introduction(W1))
     waiting.join(30.0)
     assert found == [{W0, W1, W2}]
 
 
 def test_patience_ends_and_nobody_has_to_be_waited_for() -> None:
     reception = Introductions()
-    reception.meet(introduction(W0))
+    reception.add(introduction(W0))
     assert set(reception.wait_for({W0, W1}, 0.01)) == {W0}
     assert set(reception.wait_for((), 60.0)) == {W0}
     reception.forget(W0)

@@ -13,7 +13,7 @@ from orchestrator.control.protocol import Died, GiveWay, Placed, ReleaseWorker, 
 from orchestrator.control.views import RunState, ScalingRules
 from orchestrator.runtime.ray import run_queue as turns
 from orchestrator.runtime.ray.resource_request import Need
-from orchestrator.runtime.ray.run_queue import SILENCE_S, Turns, Wish, in_order
+from orchestrator.runtime.ray.run_queue import SILENCE_S, RunQueue, Wish, in_order
 from tests.unit.test_controller import W0, W1, W2, Stage, of, records, the
 
 NEED = Need({"CPU": 1.0}, 1, {})
@@ -47,7 +47,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def look(
-    run: Turns, now: float, *, firm: bool = False, could_use: Callable[[Need], bool] = lambda need: True
+    run: RunQueue, now: float, *, firm: bool = False, could_use: Callable[[Need], bool] = lambda need: True
 ) -> str:  # fmt: skip
     """At so many seconds after a certain time."""
     return run.look(NEED, 1e9 + now, firm=firm, could_use=could_use)
@@ -73,7 +73,7 @@ def test_a_wish_survives_the_store() -> None:
 
 @pytest.mark.parametrize("ahead", [3600.0, -3600.0])
 def test_clocks_that_differ_by_an_hour_neither_hide_a_run_nor_keep_it_first(store: Store, ahead: float) -> None:
-    first, second = Turns("first", TURN_S), Turns("second", TURN_S)
+    first, second = RunQueue("first", TURN_S), RunQueue("second", TURN_S)
     now, had, undecided = 0.0, set(), 0
     for _ in range(300):
         gives_way = {"first": look(first, now), "second": look(second, now + ahead)}
@@ -94,7 +94,7 @@ def test_clocks_that_differ_by_an_hour_neither_hide_a_run_nor_keep_it_first(stor
 
 
 def test_two_runs_take_turns_until_one_has_what_it_needs(store: Store) -> None:
-    first, second = Turns("first", TURN_S), Turns("second", TURN_S)
+    first, second = RunQueue("first", TURN_S), RunQueue("second", TURN_S)
     assert look(first, 0.0) == ""
     assert look(second, 1.0) == "first"
     held = {look(first, now) + look(second, now) for now in range(2, int(TURN_S))}
@@ -110,14 +110,14 @@ def test_two_runs_take_turns_until_one_has_what_it_needs(store: Store) -> None:
 
 
 def test_nobody_gives_way_to_a_run_that_has_no_use_for_it_or_is_gone(store: Store) -> None:
-    first, second = Turns("first", TURN_S), Turns("second", TURN_S)
+    first, second = RunQueue("first", TURN_S), RunQueue("second", TURN_S)
     look(first, 0.0)
     assert look(second, 1.0, could_use=lambda need: False) == ""
     assert look(second, SILENCE_S + 1.0) == "", "it has ended without a word"
 
 
 def test_a_run_whose_state_would_be_lost_gives_way_to_nobody(store: Store) -> None:
-    first, firm = Turns("first", TURN_S), Turns("firm", TURN_S)
+    first, firm = RunQueue("first", TURN_S), RunQueue("firm", TURN_S)
     look(first, 0.0)
     assert look(firm, 1.0, firm=True) == ""
     assert look(first, 2.0) == "firm"
@@ -127,7 +127,7 @@ def test_a_run_whose_state_would_be_lost_gives_way_to_nobody(store: Store) -> No
 def test_what_others_wrote_there_is_passed_over(store: Store) -> None:
     store.content[b"waiting/other"] = b"{}"
     store.content[b"waiting/broken"] = b"not json"
-    assert look(Turns("mine", TURN_S), 0.0) == ""
+    assert look(RunQueue("mine", TURN_S), 0.0) == ""
 
 
 # ---------------------------------------------------------------------------------------- the controller

@@ -14,7 +14,7 @@ from monitoring.records import read_records
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 from orchestrator.runtime.presence import LOST_AFTER_S, Presence
-from orchestrator.runtime.run_log import Chronicle
+from orchestrator.runtime.run_log import RunLog
 from orchestrator.training.messages import StepReport
 from tests.unit.test_full_disk import limited
 
@@ -33,19 +33,19 @@ def directory(tmp_path: Path) -> RunDirectory:
     return found
 
 
-def begun(directory: RunDirectory) -> Chronicle:
-    chronicle = Chronicle(directory, Job.loads(JOB))
-    chronicle.record("controller", {"epoch": 1, "session": "s"})
-    chronicle.record("run_started", {"run": directory.run_id, "steps": 50, "min_workers": 1})
-    chronicle.record("generation", {"generation": 0, "start_step": 0, "cause": "start", "workers": [], "layout": {}})
-    return chronicle
+def begun(directory: RunDirectory) -> RunLog:
+    run_log = RunLog(directory, Job.loads(JOB))
+    run_log.record("controller", {"epoch": 1, "session": "s"})
+    run_log.record("run_started", {"run": directory.run_id, "steps": 50, "min_workers": 1})
+    run_log.record("generation", {"generation": 0, "start_step": 0, "cause": "start", "workers": [], "layout": {}})
+    return run_log
 
 
-def train(chronicle: Chronicle, first: int, last: int) -> None:
-    assert chronicle.started_at is not None
+def train(run_log: RunLog, first: int, last: int) -> None:
+    assert run_log.started_at is not None
     for number in range(first, last):
-        at = chronicle.started_at + 1.0 + 0.5 * number
-        chronicle.step(StepReport(number, 0, 2.0, 1.0, 0.1, 100, "x", False, at, 0.5))
+        at = run_log.started_at + 1.0 + 0.5 * number
+        run_log.step(StepReport(number, 0, 2.0, 1.0, 0.1, 100, "x", False, at, 0.5))
 
 
 def status(**changes: Any) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def status(**changes: Any) -> dict[str, Any]:
             "checkpoint_interval_seconds": 0.0} | changes  # fmt: skip
 
 
-def shown(chronicle: Chronicle, name: str) -> float:
-    value = chronicle.metrics.registry.get_sample_value(f"orchestrator_{name}", {"run": chronicle._directory.run_id})
+def shown(run_log: RunLog, name: str) -> float:
+    value = run_log.metrics.registry.get_sample_value(f"orchestrator_{name}", {"run": run_log._directory.run_id})
     assert value is not None
     return value
 
@@ -64,7 +64,7 @@ def test_a_successor_sums_up_what_its_predecessor_had_not(directory: RunDirector
     train(first, 0, 5)
     first.close()
     assert not [e for e in read_records(directory.events) if e["kind"] == "steps"]
-    second = Chronicle(directory, Job.loads(JOB))
+    second = RunLog(directory, Job.loads(JOB))
     assert (second.recorded, second.tokens, shown(second, "tokens_total")) == (5, 500, 500)
     (stretch,) = [e for e in read_records(directory.events) if e["kind"] == "steps"]
     assert (stretch["first"], stretch["last"]) == (0, 4)
@@ -75,13 +75,13 @@ def test_a_successor_sums_up_what_its_predecessor_had_not(directory: RunDirector
 
 
 def test_steps_that_are_taken_off_the_record_stay_in_the_counters(directory: RunDirectory) -> None:
-    chronicle = begun(directory)
-    train(chronicle, 0, 6)
-    chronicle.roll_back(2)
-    assert (chronicle.recorded, chronicle.tokens, shown(chronicle, "tokens_total")) == (2, 200, 600)
+    run_log = begun(directory)
+    train(run_log, 0, 6)
+    run_log.roll_back(2)
+    assert (run_log.recorded, run_log.tokens, shown(run_log, "tokens_total")) == (2, 200, 600)
     assert [record["step"] for record in read_records(directory.metrics)] == [0, 1]
-    chronicle.close()
-    successor = Chronicle(directory, Job.loads(JOB))
+    run_log.close()
+    successor = RunLog(directory, Job.loads(JOB))
     assert (successor.recorded, successor.tokens, shown(successor, "tokens_total")) == (2, 200, 600)
 
 
@@ -89,27 +89,27 @@ def test_steps_that_are_taken_off_the_record_stay_in_the_counters(directory: Run
 def test_a_damaged_status_file_stops_nobody(directory: RunDirectory, text: str) -> None:
     begun(directory).close()
     (directory.path / "status.json").write_text(text)
-    assert Chronicle(directory, Job.loads(JOB)).recorded == 0
+    assert RunLog(directory, Job.loads(JOB)).recorded == 0
 
 
 def test_counters_go_on_from_what_was_shown(directory: RunDirectory) -> None:
-    chronicle = begun(directory)
-    train(chronicle, 0, 6)
-    assert chronicle.started_at is not None
-    chronicle.publish(status(), chronicle.started_at + 100.0)
-    before = shown(chronicle, "run_wall_seconds_total")
-    chronicle.close()
+    run_log = begun(directory)
+    train(run_log, 0, 6)
+    assert run_log.started_at is not None
+    run_log.publish(status(), run_log.started_at + 100.0)
+    before = shown(run_log, "run_wall_seconds_total")
+    run_log.close()
     assert json.loads((directory.path / "status.json").read_text())["counters"]["wall"] >= before
-    successor = Chronicle(directory, Job.loads(JOB))
-    successor.publish(status(), chronicle.started_at + 4.0)
+    successor = RunLog(directory, Job.loads(JOB))
+    successor.publish(status(), run_log.started_at + 4.0)
     assert shown(successor, "run_wall_seconds_total") >= before
 
 
 def test_a_full_disk_leaves_nothing_lying_about_and_keeps_the_metrics_fresh(
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chronicle = begun(directory)
-    train(chronicle, 0, 6)
+    run_log = begun(directory)
+    train(run_log, 0, 6)
     honest = Path.write_text
 
     def full(path: Path, *arguments: Any, **options: Any) -> int:
@@ -117,30 +117,30 @@ def test_a_full_disk_leaves_nothing_lying_about_and_keeps_the_metrics_fresh(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert chronicle.started_at is not None
+    assert run_log.started_at is not None
     for number in range(3):
         with pytest.raises(OSError, match="No space left"):
-            chronicle.publish(status(target=number), chronicle.started_at + 10.0 + number)
-        assert shown(chronicle, "world_target") == number
-    assert shown(chronicle, "goodput_seconds_total") == pytest.approx(6 * 0.5)
+            run_log.publish(status(target=number), run_log.started_at + 10.0 + number)
+        assert shown(run_log, "world_target") == number
+    assert shown(run_log, "goodput_seconds_total") == pytest.approx(6 * 0.5)
     assert [path.name for path in directory.path.iterdir() if "status" in path.name] == []
 
 
 def test_steps_that_wait_for_room_are_not_told_to_be_on_record(directory: RunDirectory) -> None:
     """Workers keep the reports of what is not in the file, for a successor of this controller."""
-    chronicle = begun(directory)
-    train(chronicle, 0, 3)
+    run_log = begun(directory)
+    train(run_log, 0, 3)
     with limited(directory.metrics.stat().st_size + 10):
-        train(chronicle, 3, 9)
-        assert (chronicle.committed, chronicle.recorded) == (9, 3)
-        waiting = chronicle.unwritten()
+        train(run_log, 3, 9)
+        assert (run_log.committed, run_log.recorded) == (9, 3)
+        waiting = run_log.unwritten()
         assert waiting is not None
         assert waiting["steps"] == 6
-        now = chronicle.clock.now()
-        assert not chronicle.flush(now)
+        now = run_log.clock.now()
+        assert not run_log.flush(now)
         assert [record["step"] for record in read_records(directory.metrics)] == [0, 1, 2]
-    assert chronicle.flush(now + 60.0)
-    assert (chronicle.committed, chronicle.recorded, chronicle.unwritten()) == (9, 9, None)
+    assert run_log.flush(now + 60.0)
+    assert (run_log.committed, run_log.recorded, run_log.unwritten()) == (9, 9, None)
     assert [record["step"] for record in read_records(directory.metrics)] == list(range(9))
     (told,) = [event for event in read_records(directory.events) if event["kind"] == "records_delayed"]
     assert told["seconds"] == pytest.approx(60.0, abs=5.0)
@@ -149,21 +149,21 @@ def test_steps_that_wait_for_room_are_not_told_to_be_on_record(directory: RunDir
 
 def test_a_disk_that_is_full_for_a_moment_only_is_told_too(directory: RunDirectory) -> None:
     """The next step writes what waited, before anybody has looked."""
-    chronicle = begun(directory)
-    train(chronicle, 0, 3)
+    run_log = begun(directory)
+    train(run_log, 0, 3)
     with limited(directory.metrics.stat().st_size + 10):
-        train(chronicle, 3, 6)
-    train(chronicle, 6, 7)
-    assert chronicle.unwritten() is None
-    assert chronicle.flush(chronicle.clock.now())
-    assert chronicle.flush(chronicle.clock.now())
+        train(run_log, 3, 6)
+    train(run_log, 6, 7)
+    assert run_log.unwritten() is None
+    assert run_log.flush(run_log.clock.now())
+    assert run_log.flush(run_log.clock.now())
     (told,) = [event for event in read_records(directory.events) if event["kind"] == "records_delayed"]
     assert told["records"] >= 3
 
 
 def test_a_run_directory_that_is_deleted_is_noticed_but_not_at_once(directory: RunDirectory) -> None:
-    chronicle = begun(directory)
-    presence = Presence(directory, chronicle)
+    run_log = begun(directory)
+    presence = Presence(directory, run_log)
     assert presence.look(0.0) == ""
     away = directory.path.with_name("away")
     directory.path.rename(away)

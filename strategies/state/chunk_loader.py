@@ -11,17 +11,17 @@ import torch
 from strategies.layout.space import Space
 from strategies.layout.statemap import Spans
 from strategies.state.chunks import Box, slot_pieces
-from strategies.state.holding import Holding, name_of
+from strategies.state.shard import StateShard, name_of
 
 
-class Intake:
+class ChunkLoader:
     """What a rank is to be given: all tensors of some spans of its holdings, and the `constants` of the model.
 
     `put` may be called by several threads at once.
     """
 
     def __init__(
-        self, space: Space, holdings: Sequence[Holding], spans: Spans, constants: Mapping[str, torch.Tensor]
+        self, space: Space, holdings: Sequence[StateShard], spans: Spans, constants: Mapping[str, torch.Tensor]
     ) -> None:
         self._targets: dict[str, list[tuple[Box, torch.Tensor]]] = {}
         self._lock = threading.Lock()
@@ -34,7 +34,7 @@ class Intake:
                 for start, offset, length in holding.locate(span):
                     self._expect_range(space, holding, start, offset, length)
 
-    def _expect_range(self, space: Space, holding: Holding, start: int, offset: int, length: int) -> None:
+    def _expect_range(self, space: Space, holding: StateShard, start: int, offset: int, length: int) -> None:
         for slot in space.overlapping(start, start + length):
             low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + length)
             for piece in slot_pieces(slot, low, high, holding.coordinate, sys.maxsize):

@@ -65,7 +65,7 @@ def persist(patience: Patience, reopen: Callable[[], None], function: Callable[[
     return function()
 
 
-class Place(Protocol):
+class Location(Protocol):
     """One file in one place. All methods may raise any exception, as every storage library has its own."""
 
     where: str

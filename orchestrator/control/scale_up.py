@@ -14,7 +14,7 @@ TOGETHER_S = 1.0
 """Workers that go within so long are taken to go for one reason: their node, or their rack."""
 
 
-class Pace:
+class ScaleUpBackoff:
     """Losses are met at once and cost what they cost; growth can wait until it pays, but never for longer than
     `flap_window_s` (or `settle_s`, if that is more)."""
 

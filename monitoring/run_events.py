@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from monitoring.goodput import Account, read_ledger
+from monitoring.goodput import GoodputAccount, read_ledger
 from monitoring.stretches import Stretches, lost, uncovered
 
 Event = dict[str, Any]
@@ -19,7 +19,7 @@ def _wall_only(now: float) -> Event:
     return {"time": now}
 
 
-class Book:
+class RunEvents:
     """`events` and `steps` are on record already; every method returns the events to put on record, in order. `stamp`
     makes of a time on the run's line the fields that say when an event was recorded."""
 
@@ -57,7 +57,7 @@ class Book:
         self._stretches.roll_back(committed)
         return events
 
-    def account(self, now: float | None = None) -> Account:
+    def account(self, now: float | None = None) -> GoodputAccount:
         """What the wall time went into so far."""
         return self.ledger.account(now, self._stretches.peek())
 

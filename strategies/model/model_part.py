@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.layout.space import Slot, Strip
+from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
 
 Runs = Sequence[tuple[int, int]] | None
 """The blocks start..stop of each model part; None: the whole model is one part."""
 
 
-class Part:
+class ModelPart:
     """`modules` are the model parts of this rank, in model order. `weights` fp32 [strip.size] are their parameters.
 
     With a `tensor_mesh` the modules are split over it; with `weights`, that buffer is used. `size` and `device` are
@@ -35,7 +35,7 @@ class Part:
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
         space = blueprint.space
-        self.strip = Strip.of(space.ranges_of(runs), space.boundary)
+        self.strip = FlatRanges.of(space.ranges_of(runs), space.boundary)
         self.size = self.strip.size
         self.weights = torch.zeros(self.size, device=self.device) if weights is None else weights
         self.is_plain = runs is None and tensor_mesh is None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from strategies.layout.space import Strip
+from strategies.layout.space import FlatRanges
 from strategies.layout.statemap import Span, Spans, union
 from strategies.optim.spec import OptimizerSpec
 
@@ -19,7 +19,7 @@ def name_of(kind: str, parameter: str) -> str:
     return f"model.{parameter}" if kind == WEIGHTS else f"optimizer.{kind}.{parameter}"
 
 
-class Holding:
+class StateShard:
     """A strip of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [strip.size].
 
     The optimizer's tensors are all fp32. With `weights` (a buffer of that size) those are used, not new ones. What is
@@ -29,7 +29,7 @@ class Holding:
     def __init__(
         self,
         coordinate: int,
-        strip: Strip,
+        strip: FlatRanges,
         spec: OptimizerSpec,
         device: torch.device,
         weights: torch.Tensor | None = None,
@@ -66,7 +66,7 @@ class Holding:
         return {WEIGHTS: self.weights, **self.moments}
 
     def locate(self, span: Span) -> Iterator[tuple[int, int, int]]:
-        """Like `Strip.locate`; nothing for another coordinate's span."""
+        """Like `FlatRanges.locate`; nothing for another coordinate's span."""
         if span.tensor == self.coordinate:
             yield from self.strip.locate(span.start, span.stop)
 

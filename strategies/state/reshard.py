@@ -12,7 +12,7 @@ import xxhash
 
 from strategies.comm.groups import PATIENCE, Groups, PeerLost
 from strategies.layout.statemap import Span, Transfer
-from strategies.state.holding import Holding
+from strategies.state.shard import StateShard
 
 WINDOW = 2
 """Transfers that a rank has on their way at once; with the buffers of so many it needs no more memory."""
@@ -25,7 +25,7 @@ class StateCorrupt(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Moved:
+class Resharded:
     """What a relayout took on this rank, in bytes: received, sent, and the most that buffers needed at once."""
 
     received_bytes: int = 0
@@ -33,7 +33,7 @@ class Moved:
     buffer_bytes: int = 0
 
 
-def copy_within(sources: Sequence[Holding], targets: Sequence[Holding], spans: Iterable[Span]) -> None:
+def copy_within(sources: Sequence[StateShard], targets: Sequence[StateShard], spans: Iterable[Span]) -> None:
     """Copies what is here already from one set of holdings to another, wherever it is in them."""
     for span in spans:
         for target in targets:
@@ -50,11 +50,11 @@ def copy_within(sources: Sequence[Holding], targets: Sequence[Holding], spans: I
 
 def execute(
     plan: Iterable[Transfer],
-    sources: Sequence[Holding],
-    targets: Sequence[Holding],
+    sources: Sequence[StateShard],
+    targets: Sequence[StateShard],
     kinds: Sequence[str],
     groups: Groups,
-) -> Moved:
+) -> Resharded:
     """Carries out the part of `plan` that concerns this rank: sends out of `sources`, receives into `targets`; each
     span with all `kinds` of its tensors.
 
@@ -83,14 +83,14 @@ def execute(
             received += move.num_bytes
     while under_way:
         under_way.popleft().finish(groups)
-    return Moved(received, sent, most)
+    return Resharded(received, sent, most)
 
 
 class _Move:
     """One transfer on its way: all kinds of tensors of its span, then their digest."""
 
     def __init__(
-        self, transfer: Transfer, holdings: Sequence[Holding], kinds: Sequence[str], tag: int, groups: Groups
+        self, transfer: Transfer, holdings: Sequence[StateShard], kinds: Sequence[str], tag: int, groups: Groups
     ) -> None:
         self.transfer = transfer
         self._holdings = holdings

@@ -7,24 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from orchestrator.data.formats import WHOLE, Span
+from orchestrator.data.formats import WHOLE, ByteSpan
 
 MIN_PART_BYTES = 1 << 20
 """No part is smaller than this unless its file is: a task has a cost of its own."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePart:
     """A part of a file for one task. file: its index; weight: about its size in bytes."""
 
     file: int
-    span: Span
+    span: ByteSpan
     weight: int
 
 
 def cut(
     sizes: Sequence[int], grains: Sequence[Callable[[], Sequence[int]] | None], max_groups: int
-) -> list[list[Piece]]:
+) -> list[list[FilePart]]:
     """Files of some `sizes` [n] in bytes, in order, as at most max_groups runs of pieces of similar weight, none empty.
 
     grains [n]: None for a file that must stay whole; else a function that gives the weights of its row groups, between
@@ -33,7 +33,7 @@ def cut(
     weights = [max(size, 1) for size in sizes]  # a size that is not known counts for nothing
     total = sum(weights)
     bounds = [total * number // max_groups for number in range(1, max_groups)]
-    pieces: list[Piece] = []
+    pieces: list[FilePart] = []
     before = 0
     for index, (weight, grain) in enumerate(zip(weights, grains, strict=True)):
         inner = [] if grain is None else _inner(bounds, before, weight)
@@ -43,9 +43,9 @@ def cut(
         elif inner:
             edges = [0, *inner, weight]
             for start, stop in pairwise(edges):
-                pieces.append(Piece(index, Span(start, None if stop == weight else stop), stop - start))
+                pieces.append(FilePart(index, ByteSpan(start, None if stop == weight else stop), stop - start))
         else:
-            pieces.append(Piece(index, WHOLE, weight))
+            pieces.append(FilePart(index, WHOLE, weight))
         before += weight
     return [[pieces[i] for i in members] for members in group([piece.weight for piece in pieces], max_groups)]
 
@@ -60,7 +60,7 @@ def _inner(bounds: Sequence[int], before: int, weight: int) -> list[int]:
     return kept
 
 
-def _between_groups(index: int, groups: Sequence[int], inner: Sequence[int], weight: int) -> list[Piece]:
+def _between_groups(index: int, groups: Sequence[int], inner: Sequence[int], weight: int) -> list[FilePart]:
     """A file cut between the row groups that are nearest to where it should be; groups: their weights, in any unit."""
     ends = [0, *accumulate(max(one, 1) for one in groups)]
     edges = [0]
@@ -73,9 +73,9 @@ def _between_groups(index: int, groups: Sequence[int], inner: Sequence[int], wei
     edges.append(len(groups))
     whole = len(edges) == 2
     return [
-        Piece(
+        FilePart(
             index,
-            WHOLE if whole else Span(start, None if stop == len(groups) else stop),
+            WHOLE if whole else ByteSpan(start, None if stop == len(groups) else stop),
             weight * (ends[stop] - ends[start]) // ends[-1],
         )
         for start, stop in pairwise(edges)

@@ -1,0 +1,29 @@
+"""What the work of one rank in one layout is made of, whatever kind of layout it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strategies.comm.fabric import Fabric
+from strategies.gradient.compute import Fetch
+from strategies.gradient.spec import StepSpec
+from strategies.gradient.stopwatch import Stopwatch
+from strategies.layout.parallel import Coordinates, ParallelLayout
+
+
+@dataclass(frozen=True)
+class WorkContext:
+    """A rank that computes, at `place` in `layout`, and communicates over `fabric`. `fetch` gives it what virtual
+    workers compute, and `watch` is told what that takes."""
+
+    layout: ParallelLayout
+    place: Coordinates
+    fabric: Fabric
+    spec: StepSpec
+    fetch: Fetch
+    watch: Stopwatch
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The virtual workers of its replica."""
+        return self.layout.assignment[self.place.data]
