@@ -98,10 +98,11 @@ def describe_model(job: Job) -> ModelCosts:
     )  # fmt: skip
 
 
-def training_flops_per_token(job: Job) -> int:
+def training_flops_per_token(job: Job, module: nn.Module | None = None) -> int:
     """What the network takes for a token, forward and backward (twice as much again), attention included and nothing
-    counted twice: after PaLM (arXiv:2204.02311), appendix B. Raises PlanError or ValueError like `describe_model`."""
-    module = _on_meta(job, _builder(job))
+    counted twice: after PaLM (arXiv:2204.02311), appendix B. With `module` the network need not be built again; its
+    parameters need have no memory. Raises PlanError or ValueError like `describe_model`."""
+    module = _on_meta(job, _builder(job)) if module is None else module
     layers, tokens, measure = _look_at(module, job)
     blocks, _ = _blocks(module, layers, tokens, measure)
     return 3 * sum(block.flops_per_token for block in blocks)

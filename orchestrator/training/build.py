@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
@@ -102,10 +103,10 @@ def model_costs(job: Job) -> ModelCosts | None:
     return describe_model(job) if job.strategy.pipeline > 1 else None
 
 
-def flops_per_token(job: Job) -> float:
-    """What the model takes for a token, forward and backward; 0 where its shapes do not say."""
+def flops_per_token(job: Job, model: nn.Module) -> float:
+    """What the job's model takes for a token, forward and backward; 0 where its shapes do not say."""
     try:
-        return float(training_flops_per_token(job))
+        return float(training_flops_per_token(job, model))
     except Exception as error:
         # Networks and their configurations are of all kinds, and nobody trains less well for a number that is missing.
         log.info("there will be no MFU: %s: %s", type(error).__name__, reason_of(error))

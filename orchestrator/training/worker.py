@@ -64,6 +64,7 @@ from orchestrator.training.saving import Saver
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import PeerLost, serve_store
 from strategies.comm.rendezvous_proof import StoreAddress
+from strategies.gradient.work import import_for
 from strategies.layout.placement import Domain, trained_spans
 from strategies.layout.statemap import Spans, share_out, subtract
 from strategies.state.chunk_loader import ChunkLoader
@@ -137,6 +138,7 @@ class Worker:
         self._lateness.watch()
         device = build.choose_device(job)
         build.make_deterministic(job, device)
+        import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._spoil_gradient)
         self.state = build.build_state(job, dataset.vocab_size, device)
@@ -154,7 +156,7 @@ class Worker:
             worker, node, pid, host, port, self.state.initial_digest(),
             elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
             costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
-            flops_per_token=build.flops_per_token(job), peak_flops=peak_flops(job, device),
+            flops_per_token=build.flops_per_token(job, self.state.blueprint.model), peak_flops=peak_flops(job, device),
             loaded=loaded_of(self.state.blueprint.model, self.state.blueprint.unused),
             lateness_s=round(self._lateness.recent_s(), 3),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,10 +28,12 @@ from strategies.gradient.sharded import MADE_UP, Collector
 from strategies.gradient.stopwatch import Stretch
 from strategies.layout.schedule import PipelineSchedule, chunks_of, parts_of
 from strategies.model.blueprint import Activations
-from strategies.model.fsdp import ShardedModelPart
 from strategies.model.model_part import ModelPart
 from strategies.objective.batch import counting, positions
 from strategies.objective.rows import Rows
+
+if TYPE_CHECKING:
+    from strategies.model.fsdp import ShardedModelPart
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -158,7 +160,7 @@ class _Stage(PipelineStage):
         self._owner = owner
         self._index = index
         # FSDP2 hands gradients out at the end of a whole backward pass; with it zero bubble keeps its order only.
-        self._splits_backward = not isinstance(owner.part, ShardedModelPart)
+        self._splits_backward = not owner.part.is_sharded
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._owner.enter_forward(fwd_chunk_id)

@@ -8,19 +8,21 @@ add (or, where the collectives are inside the model, with made-up work whose res
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from strategies.gradient.compute import Enter, streams_for
 from strategies.gradient.context import WorkContext
 from strategies.layout.parallel import ParallelLayout
-from strategies.model.fsdp import ShardedModelPart
 from strategies.model.model_part import ModelPart
 from strategies.objective.rows import Rows
 from strategies.reduction.reducer import RoundReducer
 from strategies.reduction.tree import Subtree
 from strategies.reduction.tree_sum import TreeSum
+
+if TYPE_CHECKING:
+    from strategies.model.fsdp import ShardedModelPart
 
 MADE_UP = -1
 """Stands for a virtual worker where work is made up."""

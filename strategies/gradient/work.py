@@ -6,25 +6,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from strategies.comm.fabric import Fabric
 from strategies.gradient.compute import Enter, Fetch, LocalGradients
 from strategies.gradient.context import WorkContext
-from strategies.gradient.pipeline import PipelineGradients
 from strategies.gradient.sharded import Collector, RoundCollector, RoundGradients, ShardedCollector, TreeCollector
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import effective_shard
-from strategies.model.fsdp import ShardedModelPart
 from strategies.model.model_part import ModelPart
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
 from strategies.state.shard import StateShard
 from strategies.state.training_state import Arrangement
+
+if TYPE_CHECKING:
+    from strategies.gradient.pipeline import PipelineGradients
+    from strategies.model.fsdp import ShardedModelPart
 
 
 class GradientWork(Protocol):
@@ -215,6 +217,8 @@ def work_for(
     context = WorkContext(layout, place, fabric, spec, fetch, watch)
     match effective_shard(layout):
         case "parameters":
+            from strategies.model.fsdp import ShardedModelPart
+
             assert isinstance(part, ShardedModelPart)
             return _sharded_work(part, own, context)
         case "gradients":
@@ -241,6 +245,8 @@ def _replicated_work(
             local.discard()
         return LocalWork(local, part, own, reducer, held, sharded=sharded)
     collector = TreeCollector(part, held, layout.virtual_workers, spec.micro_batches)
+    from strategies.gradient.pipeline import PipelineGradients
+
     pipeline = PipelineGradients(part, collector, context)
     return PipelineWork(pipeline, collector, part, own, reducer, sharded=sharded)
 
@@ -271,5 +277,20 @@ def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext)
 def _gradients(
     part: ModelPart | ShardedModelPart, collector: Collector, context: WorkContext
 ) -> RoundGradients | PipelineGradients:
-    kind = RoundGradients if context.layout.pipeline == 1 else PipelineGradients
-    return kind(part, collector, context)
+    if context.layout.pipeline == 1:
+        return RoundGradients(part, collector, context)
+    from strategies.gradient.pipeline import PipelineGradients
+
+    return PipelineGradients(part, collector, context)
+
+
+def import_for(*, tensor: int, pipeline: int, shard: str) -> None:
+    """Imports what work in layouts of these degrees takes, of torch's. It takes a process seconds, which no generation
+    should wait for, nor a worker that needs none of it."""
+    if tensor > 1 or pipeline > 1 or shard == "parameters":
+        import torch.distributed.device_mesh
+        import torch.distributed.tensor.parallel  # noqa: F401
+    if pipeline > 1:
+        import strategies.gradient.pipeline
+    if shard == "parameters":
+        import strategies.model.fsdp  # noqa: F401

@@ -29,6 +29,8 @@ from strategies.reduction.tree_sum import TreeSum
 class ShardedModelPart:
     """The model parts of a rank, of whose parameters it has only its rows. Looks like a `Part` to what computes."""
 
+    is_sharded = True
+
     def __init__(self, blueprint: Blueprint, runs: Runs, fabric: Fabric) -> None:
         self.blueprint = blueprint
         self.runs = None if runs is None else tuple(runs)

@@ -22,6 +22,9 @@ class ModelPart:
     those of the buffers in which backward passes leave gradients.
     """
 
+    is_sharded = False
+    """Whether it has only its rows of the parameters (`strategies.model.fsdp`)."""
+
     def __init__(
         self,
         blueprint: Blueprint,

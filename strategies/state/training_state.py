@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -30,13 +31,15 @@ from strategies.layout.statemap import (
     whole,
 )
 from strategies.model.blueprint import Blueprint
-from strategies.model.fsdp import ShardedModelPart
 from strategies.model.model_part import ModelPart
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
 from strategies.state.reshard import Resharded, copy_within, execute
 from strategies.state.shard import WEIGHTS, StateShard, name_of
+
+if TYPE_CHECKING:
+    from strategies.model.fsdp import ShardedModelPart
 
 
 @dataclass
@@ -236,6 +239,8 @@ class TrainingState:
         runs = layout.blocks_of(place.stage)
         part: ModelPart | ShardedModelPart
         if kind == "parameters":
+            from strategies.model.fsdp import ShardedModelPart
+
             part = ShardedModelPart(self.blueprint, runs, fabric)
             own = self._room(shard, FlatRanges.pieces(shard.ranges, self.space.boundary))
         else:
