@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, processors[int(number[2:]) :: int(count)])
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a lane are run by one process, in their order: all with ranks, as their timing must not share processors
     with themselves; all with a cluster, which share one; others by file."""

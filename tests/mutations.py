@@ -59,13 +59,13 @@ MUTATIONS = (
         "a vote is not heard: each rank heeds its own wishes only",
         "agreement = Agreement.of(flags, deals)",
         "agreement = Agreement.of(int(row[0]), deals)",
-        ("tests/unit/test_step.py", "tests/ranks/test_reduction.py", "tests/ranks/test_lost_ranks.py"),
+        ("tests/ranks/test_votes.py",),
     ),
     Mutation(
         "ranks that do not agree on a deal take it up",
         "deals.pop() if len(deals) == 1 else 0",
         "max(deals)",
-        ("tests/ranks/test_uneven_ranks.py", "tests/unit/test_step.py"),
+        ("tests/ranks/test_votes.py",),
     ),
     Mutation(
         "a gradient that is not finite is applied",
@@ -128,16 +128,16 @@ MUTATIONS = (
         ("tests/unit/test_checkpoints.py", "tests/unit/test_checkpoint_crash.py"),
     ),
     Mutation(
-        "workers obey a controller of an older epoch",
-        "        if epoch < self._epoch:\n            return False",
-        "        if epoch < -1:\n            return False",
-        ("tests/ranks/test_worker_faults.py", "tests/ranks/test_checkpoint_faults.py"),
+        "workers obey a controller of an older term",
+        "        if term < self.term:\n            return False",
+        "        if term < -1:\n            return False",
+        ("tests/unit/test_worker_protocol.py", "tests/unit/test_controller_histories.py"),
     ),
     Mutation(
         "an older generation is joined",
-        "if generation.epoch < self._epoch or generation.number <= self._accepted:",
-        "if generation.epoch < self._epoch:",
-        ("tests/ranks/test_worker_faults.py",),
+        "if term < self.term or order.generation.number <= self.accepted:",
+        "if term < self.term or order is None:",
+        ("tests/unit/test_worker_protocol.py", "tests/unit/test_controller_histories.py"),
     ),
     Mutation(
         "messages of an older generation are listened to",
@@ -243,9 +243,9 @@ MUTATIONS = (
     ),
     Mutation(
         "two controllers steer one run",
-        "if self._directory.newest_epoch() > self.epoch:",
-        "if self._directory.newest_epoch() > self.epoch + 1:",
-        ("tests/unit/test_reign.py",),
+        "if self._directory.newest_term() > self.term:",
+        "if self._directory.newest_term() > self.term + 1:",
+        ("tests/unit/test_lease.py",),
     ),
 )  # fmt: skip
 

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Job": "schema", "JobError": "errors", "Problem": "errors", "parse_fault": "overrides",
+    "Job": "schema", "JobError": "problems", "Problem": "problems", "parse_fault": "overrides",
     "Fault": "sections.faults", "Optimizer": "sections.train", "Schedule": "sections.train",
     "Workers": "sections.elastic",
 }  # fmt: skip

@@ -225,7 +225,7 @@ class _Play:
         command = self._start(arguments, arguments[0])
         if command.wait(COMMAND_PATIENCE_S) == 0:
             return True
-        if self._steps() < STEPS and not _ended(self._run_dir):
+        if self._steps() < self._story.steps and not _ended(self._run_dir):
             raise Deviation(f"`{arguments[0]}`: {command}")
         return False
 
@@ -252,7 +252,7 @@ def _compare(run_dir: Path, expected: dict[str, Any], verdict: Verdict) -> None:
         if result.get(key) != expected[key]
     ]
     steps = [record["step"] for record in read_records(run_dir / "metrics.jsonl")]
-    if steps != list(range(STEPS)):
+    if steps != list(range(expected["steps"])):
         found.append(f"metrics.jsonl has the steps {steps}")
     audit = Driver(["audit", str(run_dir)], run_dir.with_name(f"{run_dir.name}.audit.log"))
     if audit.wait(COMMAND_PATIENCE_S) != 0:
@@ -321,6 +321,7 @@ def main(show: Callable[[str], None] = lambda line: print(line, flush=True)) -> 
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--loaded", action="store_true", help="all of them beside two busy processes")
     how.add_argument("--quiet", action="store_true", help="none of them")
+    parser.add_argument("--steps", type=int, default=STEPS, help="only the beginning of each story")
     parser.add_argument("--keep", type=Path, help="keep the run directories here")
     options = parser.parse_args()
     is_loaded = True if options.loaded else False if options.quiet else None
@@ -330,7 +331,7 @@ def main(show: Callable[[str], None] = lambda line: print(line, flush=True)) -> 
         home.mkdir(parents=True, exist_ok=True)
         stage = Stage(home)
         for seed in options.seeds:
-            verdicts.append(stage.play(draw(seed, is_loaded=is_loaded)))
+            verdicts.append(stage.play(draw(seed, is_loaded=is_loaded, steps=options.steps)))
             show(str(verdicts[-1]))
     bad = sum(bool(verdict.deviations) for verdict in verdicts)
     show(

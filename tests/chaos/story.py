@@ -88,17 +88,22 @@ class Story:
     acts: tuple[Act, ...]
     is_loaded: bool
     """Two more processes compute for all they are worth beside it."""
+    steps: int = STEPS
 
     @property
     def overrides(self) -> tuple[str, ...]:
         workers = f"elastic.workers={{min: {self.layout.smallest}, max: {self.workers}}}"
-        return (workers, *self.layout.numerics, *self.layout.others)
+        return (workers, *self._length, *self.layout.numerics, *self.layout.others)
 
     @property
     def undisturbed(self) -> tuple[str, ...]:
         """The overrides of a run with the same numbers to which nothing happens, by the fewest workers."""
         fewest = self.layout.smallest
-        return (f"elastic.workers={{min: {fewest}, max: {fewest}}}", *self.layout.numerics)
+        return (f"elastic.workers={{min: {fewest}, max: {fewest}}}", *self._length, *self.layout.numerics)
+
+    @property
+    def _length(self) -> tuple[str, ...]:
+        return () if self.steps == STEPS else (f"train.steps={self.steps}",)
 
     def __str__(self) -> str:
         acts = [f"{act.kind} {act.number} at {act.step}" for act in self.acts]
@@ -106,8 +111,9 @@ class Story:
         return f"{self.layout.name}, {self.workers} workers{', loaded' if self.is_loaded else ''}: {told}"
 
 
-def draw(seed: int, *, is_loaded: bool | None = None) -> Story:
-    """The story of a seed; the layouts come in turn, so that as many seeds as there are layouts have them all."""
+def draw(seed: int, *, is_loaded: bool | None = None, steps: int = STEPS) -> Story:
+    """The story of a seed, or its beginning in so many steps; the layouts come in turn, so that as many seeds as there
+    are layouts have them all."""
     dice = random.Random(f"story {seed}")
     layout = LAYOUTS[seed % len(LAYOUTS)]
     step = layout.smallest
@@ -115,7 +121,7 @@ def draw(seed: int, *, is_loaded: bool | None = None) -> Story:
     faults: list[str] = []
     acts: list[Act] = []
     at = dice.randrange(5, 20)
-    while at < STEPS - 5:
+    while at < steps - 5:
         if dice.random() < 0.5:
             faults.append(_fault(dice, layout, workers, at))
         else:
@@ -127,7 +133,7 @@ def draw(seed: int, *, is_loaded: bool | None = None) -> Story:
     ends = [act for act in acts if act.kind in ENDS_THE_DRIVER]
     acts = [act if act not in ends[2:] else replace(act, kind="kill", number=0) for act in acts]
     loaded = dice.random() < 0.5
-    return Story(seed, layout, workers, tuple(faults), tuple(acts), loaded if is_loaded is None else is_loaded)
+    return Story(seed, layout, workers, tuple(faults), tuple(acts), loaded if is_loaded is None else is_loaded, steps)
 
 
 def _fault(dice: random.Random, layout: Layout, workers: int, step: int) -> str:

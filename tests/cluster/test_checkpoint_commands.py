@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.cluster.command_line import CommandLine
-from tests.cluster.conftest import Outcome
+from tests.cluster.conftest import LLAMA, Outcome
 from tests.in_process import orchestrator
 
 SLOW = "step=10,worker=0,kind=slow,factor=60"
@@ -23,7 +23,7 @@ def everything_in(directory: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file())
 
 
-def test_a_run_is_saved_looked_at_resumed_and_exported(
+def test_a_run_is_saved_looked_at_and_resumed(
     tmp_path: Path, cache: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A_CHECKPOINT_KEY", KEY)
@@ -55,12 +55,6 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
     assert refused.returncode == 2
     assert "A_CHECKPOINT_KEY is not set" in refused.stderr
 
-    monkeypatch.setenv("A_CHECKPOINT_KEY", secrets.token_hex(32))
-    other_key = command.spawn([sys.executable, "-m", "orchestrator", "resume", run, "--json"])
-    output, _ = other_key.communicate(timeout=90)
-    assert other_key.returncode == 1, output
-    assert "another key" in json.loads(output.splitlines()[-1])["reason"]
-
     monkeypatch.setenv("A_CHECKPOINT_KEY", KEY)
     resumed = command.spawn([sys.executable, "-m", "orchestrator", "resume", run, "--json"])
     output, _ = resumed.communicate(timeout=90)
@@ -69,6 +63,34 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
     assert result["state_digest"] == undisturbed.result.state_digest
     assert result["data_digest"] == undisturbed.result.data_digest
 
+    content = everything_in(tmp_path)
+    assert KEY.encode() not in content
+    assert bytes.fromhex(KEY) not in content
+    command.nothing_left()
+
+
+@pytest.mark.nightly
+def test_a_run_that_needs_another_key_and_one_that_is_exported(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_CHECKPOINT_KEY", KEY)
+    command = CommandLine(tmp_path, cache)
+    run = str(command.run_dir)
+    process = command.start(
+        "--set", LLAMA, "--set", "elastic.workers.max=1", "--set", "train.steps=20",
+        "--set", "checkpoint.every_steps=5",
+        "--set", "checkpoint.encryption.key=${env:A_CHECKPOINT_KEY}", "--fault", SLOW,
+    )  # fmt: skip
+    command.until_step(process, 12)
+    assert orchestrator("stop", run).returncode == 0
+    process.communicate(timeout=60)
+    monkeypatch.setenv("A_CHECKPOINT_KEY", secrets.token_hex(32))
+    other_key = command.spawn([sys.executable, "-m", "orchestrator", "resume", run, "--json"])
+    output, _ = other_key.communicate(timeout=90)
+    assert other_key.returncode == 1, output
+    assert "another key" in json.loads(output.splitlines()[-1])["reason"]
+
+    monkeypatch.setenv("A_CHECKPOINT_KEY", KEY)
     exported = orchestrator("export", run, "--to", str(tmp_path / "exported"))
     assert exported.returncode == 0, exported.stderr
     from transformers import AutoModelForCausalLM
@@ -78,11 +100,6 @@ def test_a_run_is_saved_looked_at_resumed_and_exported(
     missing = orchestrator("export", run, "--to", str(tmp_path / "other"), "--step", "7")
     assert missing.returncode == 2
     assert "has no checkpoint of 7 steps" in missing.stderr
-
-    content = everything_in(tmp_path)
-    assert KEY.encode() not in content
-    assert bytes.fromhex(KEY) not in content
-    command.nothing_left()
 
 
 @pytest.mark.nightly

@@ -28,7 +28,7 @@ def cloud() -> Iterator[FakeCloud]:
         cloud.remove()
 
 
-@pytest.mark.parametrize(("seconds", "every_s"), [(36.0, 12.0), *nightly([(LONG_S, 20.0)])])
+@pytest.mark.parametrize(("seconds", "every_s"), [(24.0, 12.0), *nightly([(LONG_S, 20.0)])])
 def test_churn_changes_no_bit(cloud: FakeCloud, tmp_path: Path, cache: Path, seconds: float, every_s: float) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

@@ -56,6 +56,7 @@ def check_recovery(result: dict[str, Any]) -> None:
     assert 0.0 < failures[0]["stall_seconds"] < 60.0
 
 
+@pytest.mark.nightly
 def test_the_wall_clock_jumps_an_hour_forward_and_two_back(line: CommandLine, tmp_path: Path) -> None:
     clocks = OtherClocks(tmp_path / "clocks")
     began = time.monotonic()

@@ -99,6 +99,7 @@ def test_others_are_refused_while_it_runs_and_one_signal_stops_in_good_order(com
     assert "train.seed (7 there, 8 here)" in output
 
 
+@pytest.mark.nightly
 def test_two_signals_stop_at_once(command: CommandLine) -> None:
     process = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
     command.until_step(process, 5)

@@ -27,7 +27,7 @@ class Run:
         job.write_text(JOB)
         self.command = ("run", str(job), "--run-dir", str(self.path), "--set", f"data.cache={cache}",
                         "--set", "elastic.workers.max=2",
-                        "--fault", "step=5,worker=0,kind=slow,factor=30")  # fmt: skip
+                        "--fault", "step=5,worker=0,kind=slow,factor=10")  # fmt: skip
         self.cluster = cluster
 
     def steps(self) -> int:

@@ -88,7 +88,7 @@ def test_a_run_whose_terminal_hangs_up_stops_with_a_checkpoint(command: CommandL
     command.nothing_left()
 
 
-@pytest.mark.parametrize("storage", [False, *nightly([True])], ids=["checkpoints in it", "checkpoints elsewhere"])
+@pytest.mark.parametrize("storage", nightly([False, True]), ids=["checkpoints in it", "checkpoints elsewhere"])
 def test_a_run_whose_directory_is_deleted_has_failed_and_says_so(
     command: CommandLine, tmp_path: Path, storage: bool
 ) -> None:

@@ -20,7 +20,7 @@ from monitoring.goodput import REASONS
 from monitoring.records import read_records
 from monitoring.series import RANK_SERIES, RUN_SERIES
 from tests.cluster.command_line import CommandLine
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import TINY_GPT, wait_for
 from tests.in_process import orchestrator
 from tests.prometheus_tools import Prometheus, running_prometheus
 
@@ -80,11 +80,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
         command.job.write_text((ROOT / "examples" / "quickstart.yaml").read_text())
         process = command.start(
             "--set", f"monitoring.targets={targets}", "--set", "train.steps=100000", "--set", "elastic.workers.max=3",
-            "--set", "data.sequence_length=128", "--fault", "step=20,worker=1,kind=kill",
+            "--set", "data.sequence_length=128", "--set", TINY_GPT, "--fault", "step=20,worker=1,kind=kill",
             "--fault", "step=30,worker=2,kind=hang", "--fault", "step=40,kind=controller", "--json",
         )  # fmt: skip
         try:
-            command.until_step(process, 45)
+            command.until_step(process, 60)
             resized = orchestrator("resize", str(command.run_dir), "2")
             assert resized.returncode == 0, resized.stderr
             _until_resized(command)

@@ -8,19 +8,19 @@ import pytest
 from ray.util.placement_group import placement_group_table
 
 from orchestrator.rundir import RunDirectory
-from tests.cluster.conftest import Outcome, Runner, steps_done, wait_for
+from tests.cluster.conftest import LLAMA, Outcome, Runner, steps_done, wait_for
 from tests.cluster.test_faults import assert_nothing_lost, assert_same_result
 
-SHORT = ("train.steps=8", "train.global_batch=8", "model.hf.attention_dropout=0.0", "checkpoint.every_steps=3",
-         "model.hf.num_hidden_layers=1")  # fmt: skip
+SHORT = (LLAMA, "train.steps=8", "train.global_batch=8", "checkpoint.every_steps=3")
 """A step of tensor-parallel groups takes some hundred collectives."""
 
 
 @pytest.mark.nightly
-def test_pipelines_of_shards_lose_and_regain_workers(runner: Runner, undisturbed: Outcome) -> None:
+def test_pipelines_of_shards_lose_and_regain_workers(runner: Runner) -> None:
     faults = ("step=7,worker=1,kind=kill", "step=17,worker=2,kind=hang", "step=30,worker=3,kind=raise")
-    outcome = runner("strategy.pipeline=2", "strategy.shard=optimizer", faults=faults)
-    assert_same_result(outcome, undisturbed)
+    calm = runner(LLAMA, "elastic.workers.max=1")
+    outcome = runner(LLAMA, "strategy.pipeline=2", "strategy.shard=optimizer", faults=faults)
+    assert_same_result(outcome, calm)
     assert_nothing_lost(outcome, gone={1, 2, 3})
     layouts = [generation["layout"] for generation in outcome.result.generations]
     assert {k: layouts[0][k] for k in ("data", "tensor", "pipeline", "shard")} == {

@@ -233,20 +233,24 @@ def kill_together(*slots: int, step: int = 5) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("split", "slots", "copies"),
     [
-        (Split(4, pipeline=2), (0, 3), 2),
-        (Split(4, pipeline=2), (0, 1), 2),
         (Split(2, pipeline=2), (0,), 2),
-        (Split(4, tensor=2, pipeline=2), (0, 1), 2),
         (Split(4, pipeline=2, shard="optimizer"), (0, 2), 2),
-        (Split(4, shard="gradients"), (0, 1), 3),
         (Split(4, shard="parameters"), (2, 3), 3),
-        (Split(4, tensor=2, shard="optimizer"), (1, 2), 3),
+        *nightly(
+            [
+                (Split(4, pipeline=2), (0, 3), 2),
+                (Split(4, pipeline=2), (0, 1), 2),
+                (Split(4, tensor=2, pipeline=2), (0, 1), 2),
+                (Split(4, shard="gradients"), (0, 1), 3),
+                (Split(4, tensor=2, shard="optimizer"), (1, 2), 3),
+            ]
+        ),
     ],
     ids=[
-        "different stages of different replicas", "a whole replica", "a whole stage of the only replica",
-        "a whole stage of the only replica, with its tensor-parallel group", "a whole stage, sharded",
-        "two of four, three copies of gradient shards", "two of four, three copies of parameter shards",
-        "one of each tensor-parallel group, three copies",
+        "a whole stage of the only replica", "a whole stage, sharded", "two of four, three copies of parameter shards",
+        "different stages of different replicas", "a whole replica",
+        "a whole stage of the only replica, with its tensor-parallel group",
+        "two of four, three copies of gradient shards", "one of each tensor-parallel group, three copies",
     ],
 )  # fmt: skip
 def test_losses_at_once_cost_no_step_while_every_part_has_a_holder(
@@ -260,16 +264,20 @@ def test_losses_at_once_cost_no_step_while_every_part_has_a_holder(
 @pytest.mark.parametrize(
     ("split", "slots", "copies"),
     [
-        (Split(4, pipeline=2), (0, 2), 2),
         (Split(4, pipeline=2, shard="optimizer"), (0, 1), 2),
-        (Split(4, shard="parameters"), (0, 1), 2),
-        (Split(4, tensor=2), (0, 2), 2),
-        (Split(4, pipeline=2, shard="optimizer"), (2,), 1),
         (Split(2, pipeline=2), (1,), 1),
+        *nightly(
+            [
+                (Split(4, pipeline=2), (0, 2), 2),
+                (Split(4, shard="parameters"), (0, 1), 2),
+                (Split(4, tensor=2), (0, 2), 2),
+                (Split(4, pipeline=2, shard="optimizer"), (2,), 1),
+            ]
+        ),
     ],
     ids=[
-        "a stage of all replicas", "a shard and its mirror", "rows and their mirror",
-        "a tensor-parallel coordinate of all replicas", "a shard without a copy", "a stage without a copy",
+        "a shard and its mirror", "a stage without a copy", "a stage of all replicas", "rows and their mirror",
+        "a tensor-parallel coordinate of all replicas", "a shard without a copy",
     ],
 )  # fmt: skip
 def test_a_part_without_a_living_holder_comes_from_the_newest_checkpoint(
@@ -307,14 +315,18 @@ RELAYOUT = "step=2,worker=1,kind=kill"
 @pytest.mark.parametrize(
     "hook",
     [
-        partial(when_forming, 1, 0, die),
         partial(when_forming, 1, 2, stop_for_good),
-        partial(when_moving_state, 1, 0),
         partial(when_moving_state, 1, 2),
-        partial(at_barrier, 1, 1, die),
-        partial(at_barrier, 1, 1, die, passed=True),
+        *nightly(
+            [
+                partial(when_forming, 1, 0, die),
+                partial(when_moving_state, 1, 0),
+                partial(at_barrier, 1, 1, die),
+                partial(at_barrier, 1, 1, die, passed=True),
+            ]
+        ),
     ],
-    ids=["forming", "forming, silent", "moving, first", "moving, last", "at the barrier", "after the barrier"],
+    ids=["forming, silent", "moving, last", "forming", "moving, first", "at the barrier", "after the barrier"],
 )
 @pytest.mark.parametrize(
     "split", [Split(4, pipeline=2, shard="parameters"), *nightly([Split(4, shard="optimizer")])], ids=str
@@ -332,9 +344,8 @@ def test_a_second_loss_while_the_first_is_made_good(train: Train, split: Split, 
 @pytest.mark.parametrize(
     "split",
     [
-        Split(4, pipeline=2, shard="optimizer"),
         Split(3, shard="parameters"),
-        *nightly([Split(3, shard="gradients"), Split(4, pipeline=2)]),
+        *nightly([Split(4, pipeline=2, shard="optimizer"), Split(3, shard="gradients"), Split(4, pipeline=2)]),
     ],
     ids=str,
 )
@@ -377,9 +388,10 @@ def walk_over_all_changes(sizes: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("split", "sizes"),
     [
-        (Split(4, shard="optimizer"), [1, 2, 3, 4]),
+        (Split(3, shard="optimizer"), [1, 2, 3]),
         *nightly(
             [
+                (Split(4, shard="optimizer"), [1, 2, 3, 4]),
                 (Split(8, pipeline=2, shard="parameters"), [2, 4, 8]),
                 (Split(8, shard="optimizer"), list(range(1, 9))),
                 (Split(8, pipeline=2, shard="parameters"), [2, 4, 6, 8]),
@@ -429,7 +441,7 @@ def test_growing_and_shrinking_between_any_two_sizes_changes_nothing(
 # ---------------------------------------------------------------------------------------- anything at all
 
 
-@pytest.mark.parametrize("seed", [0, 1, 4, *nightly([2, 3, *range(5, 32)])])
+@pytest.mark.parametrize("seed", [0, 1, *nightly(range(2, 32))])
 def test_any_mixture_of_layouts_and_faults_gives_the_same_result(train: Train, seed: int) -> None:
     rng = random.Random(seed)
     tensor = 2 if seed % 5 == 4 else 1
