@@ -103,7 +103,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     dataset = dataset_of(job, prepare_stores(job, verify=False))
     state = build.build_state(job, dataset.vocab_size, device)
     engine = StepEngine(state, build.step_spec(job), dataset.batch)
-    engine.warm_up(keep=build.computes_with_the_whole_model(job))
+    engine.warm_up(keep=job.strategy.keeps_model_whole)
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
     fabric.form(store_address=StoreAddress(HOST, start.port, SECRET), prefix="layouts", host=HOST, timeout_s=120.0)
     everything = whole(state.space.size, state.space.tensor)

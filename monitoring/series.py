@@ -142,24 +142,7 @@ RANK_SERIES: tuple[Series, ...] = (
 SERIES: tuple[Series, ...] = RUN_SERIES + RANK_SERIES
 
 
-def by_name(name: str) -> Series:
-    """The family of this full name. Raises KeyError when there is none."""
-    for series in SERIES:
-        if series.name == name:
-            return series
-    raise KeyError(name)
-
-
 def exposed_names() -> Iterator[str]:
     """Every name that Prometheus stores for a run, histograms and summaries by their parts."""
     for series in SERIES:
         yield from series.exposed
-
-
-def as_markdown() -> str:
-    """The table as docs/monitoring.md has it."""
-    lines = ["| series | type | labels | unit | |", "|---|---|---|---|---|"]
-    for series in SERIES:
-        labels = ", ".join(f"`{label}`" for label in series.labels)
-        lines.append(f"| `{series.name}` | {series.kind} | {labels} | {series.unit} | {series.help} |")
-    return "\n".join(lines) + "\n"

@@ -25,7 +25,7 @@ from orchestrator.control.run_record import RunRecord
 from orchestrator.control.saving import Saving
 from orchestrator.control.scale_up import ScaleUpBackoff
 from orchestrator.control.state import Origin
-from orchestrator.control.views import ControllerConfig, RunState, WorkerState, WorkerView, is_replicated
+from orchestrator.control.views import ControllerConfig, RunState, WorkerState, WorkerView
 from orchestrator.planning.balance import Assignment
 from orchestrator.training.messages import Left, PartSaved, Ready, SavePlan, StepReport, WorkerId
 from orchestrator.training.orders import Finalize, RequestSave, SaveState, StartGeneration
@@ -468,7 +468,7 @@ class Lifecycle:
         """Members that raised and might have held state alone: now that all have said what they hold, those go that
         others can do without."""
         generation = self.membership.generation
-        if generation is None or is_replicated(generation.layout):
+        if generation is None or generation.layout.is_replicated:
             return
         for left in lefts:
             view = self._roster.living(left.worker)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from orchestrator.control.protocol import Action
-from orchestrator.control.views import WorkerState, WorkerView, is_replicated, phase_index
+from orchestrator.control.views import WorkerState, WorkerView, phase_index
 from orchestrator.training.messages import Generation, Heartbeat, Left, WorkerId
 from orchestrator.training.orders import Interrupt, Pause
 from strategies.layout.statemap import NOTHING
@@ -70,7 +70,7 @@ class Membership:
             view.joined_at = now
         view.has_trained = True
         if not generation.collect:
-            holds_all = is_replicated(generation.layout) and view.worker not in self.spares
+            holds_all = generation.layout.is_replicated and view.worker not in self.spares
             view.held = view.whole if holds_all else NOTHING
         if generation.committed == 0:
             view.initial = initial_of(generation)

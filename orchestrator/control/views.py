@@ -25,17 +25,7 @@ def phase_index(phase: str) -> int:
 
 def is_collective(phase: str, layout: ParallelLayout) -> bool:
     """Whether a rank in this phase may be waiting for others, through no fault of its own."""
-    return phase in _COLLECTIVE or (phase == "compute" and computes_together(layout))
-
-
-def computes_together(layout: ParallelLayout) -> bool:
-    """Whether ranks need one another while they compute: for activations, or for each other's weights."""
-    return layout.tensor > 1 or layout.pipeline > 1 or (layout.shard == "parameters" and layout.data > 1)
-
-
-def is_replicated(layout: ParallelLayout) -> bool:
-    """Whether every rank that computes holds the whole state."""
-    return layout.tensor == 1 and layout.pipeline == 1 and (layout.shard == "none" or layout.data == 1)
+    return phase in _COLLECTIVE or (phase == "compute" and layout.computes_together)
 
 
 class Chooser(Protocol):

@@ -141,10 +141,6 @@ class Sampler:
         """The ids of a whole step in the order of its virtual workers, int64 [global_batch]."""
         return self._ids(step, 0, self.global_batch)
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch, counted from 0, of the first sample of a step."""
-        return step * self.global_batch // self.num_samples
-
     def uses(self, step: int, ids: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """(source, first place in its line, ids in it): the one source's, of a step whose `ids` [n] these are."""
         yield 0, step * self.global_batch, ids

@@ -88,11 +88,6 @@ def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingStat
     return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), rebuild)
 
 
-def computes_with_the_whole_model(job: Job) -> bool:
-    """Whether every rank of every layout of the job has all the model's weights."""
-    return job.strategy.tensor == job.strategy.pipeline == 1 and job.strategy.shard != "parameters"
-
-
 def memory_bytes(device: torch.device) -> int:
     """What a worker on this device may use; 0 where that is not known (on a CPU, whose memory others share)."""
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0

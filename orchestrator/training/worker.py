@@ -149,7 +149,7 @@ class Worker:
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
-        self.engine.warm_up(keep=build.computes_with_the_whole_model(job))
+        self.engine.warm_up(keep=job.strategy.keeps_model_whole)
         if self._faults.may_be_slow:
             self.engine.watch.drag = self._faults.drag
         self.ready = Ready(

@@ -49,11 +49,6 @@ class Fabric:
         self._aborted = False
 
     @property
-    def needs_mesh(self) -> bool:
-        layout = self.layout
-        return layout.tensor > 1 or layout.pipeline > 1 or (layout.shard == "parameters" and layout.data > 1)
-
-    @property
     def moves(self) -> int:
         """Counts what gets done in any of the groups."""
         return self.world.moves + sum(groups.moves for groups in self._others)
@@ -73,7 +68,7 @@ class Fabric:
         if self.layout.place(self.rank) is None:
             self.data_group = self._alone()
             return
-        if not self.needs_mesh:
+        if not self.layout.computes_together:
             self.data_group = self.world if not self.layout.spares else self._part(
                 list(range(self.layout.num_placed)), store_address, f"{prefix}/plane", host, timeout_s
             )  # fmt: skip

@@ -17,7 +17,6 @@ from strategies.gradient.sharded import Collector, RoundCollector, RoundGradient
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.placement import effective_shard
 from strategies.model.model_part import ModelPart
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
@@ -215,7 +214,7 @@ def work_for(
     if place is None or part is None or own is None:
         return IdleWork()
     context = WorkContext(layout, place, fabric, spec, fetch, watch)
-    match effective_shard(layout):
+    match layout.effective_shard:
         case "parameters":
             from strategies.model.fsdp import ShardedModelPart
 

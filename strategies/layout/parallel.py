@@ -116,6 +116,21 @@ class ParallelLayout:
     def virtual_workers(self) -> int:
         return sum(len(held) for held in self.assignment)
 
+    @property
+    def effective_shard(self) -> str:
+        """`shard`, or "none" for one replica, which has nobody to shard with: then all shards are one layout."""
+        return self.shard if self.data > 1 else "none"
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank that computes holds the whole state."""
+        return self.tensor == self.pipeline == 1 and self.effective_shard == "none"
+
+    @property
+    def computes_together(self) -> bool:
+        """Whether ranks need one another while they compute: for activations, or for each other's weights."""
+        return self.tensor > 1 or self.pipeline > 1 or self.effective_shard == "parameters"
+
     def place(self, rank: int) -> Coordinates | None:
         """Where a rank is; None for a spare."""
         if not 0 <= rank < self.world_size:

@@ -39,11 +39,6 @@ class Shard:
         return union(Span(self.coordinate, start, stop) for start, stop in self.ranges)
 
 
-def effective_shard(layout: ParallelLayout) -> str:
-    """One replica has nobody to shard with: then all shards are the same layout."""
-    return layout.shard if layout.data > 1 else "none"
-
-
 def place_state(layout: ParallelLayout, space: Space, domains: Sequence[Domain], copies: int) -> list[Shard]:
     """The shard of every rank that computes, by rank, with as many mirrors as `copies` holders in all need.
 
@@ -56,7 +51,7 @@ def place_state(layout: ParallelLayout, space: Space, domains: Sequence[Domain],
     if copies < 1:
         raise ValueError(f"state needs at least one holder, got copies {copies}")
     shards = [_own(layout, space, rank) for rank in range(layout.num_placed)]
-    natural = layout.data if effective_shard(layout) == "none" else 1
+    natural = layout.data if layout.effective_shard == "none" else 1
     missing = min(copies, layout.num_placed) - natural
     if missing <= 0:
         return shards
@@ -99,7 +94,7 @@ def _own(layout: ParallelLayout, space: Space, rank: int) -> Shard:
     place = layout.place(rank)
     assert place is not None
     ranges = space.ranges_of(layout.blocks_of(place.stage))
-    match effective_shard(layout):
+    match layout.effective_shard:
         case "none":
             pass
         case "parameters":

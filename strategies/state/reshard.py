@@ -26,10 +26,9 @@ class StateCorrupt(RuntimeError):
 
 @dataclass(frozen=True)
 class Resharded:
-    """What a relayout took on this rank, in bytes: received, sent, and the most that buffers needed at once."""
+    """What a relayout took on this rank, in bytes: received, and the most that buffers needed at once."""
 
     received_bytes: int = 0
-    sent_bytes: int = 0
     buffer_bytes: int = 0
 
 
@@ -66,7 +65,7 @@ def execute(
     rank = groups.rank
     pairs: dict[tuple[int, int], int] = {}
     under_way: deque[_Move] = deque()
-    received = sent = most = 0
+    received = most = 0
     for transfer in plan:
         if rank not in (transfer.source, transfer.target):
             continue
@@ -77,13 +76,11 @@ def execute(
         move = _Move(transfer, sources if transfer.source == rank else targets, kinds, tag, groups)
         under_way.append(move)
         most = max(most, sum(4 * each.buffer.numel() for each in under_way))
-        if transfer.source == rank:
-            sent += move.num_bytes
-        else:
+        if transfer.target == rank:
             received += move.num_bytes
     while under_way:
         under_way.popleft().finish(groups)
-    return Resharded(received, sent, most)
+    return Resharded(received, most)
 
 
 class _Move:

@@ -17,7 +17,7 @@ import xxhash
 
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.placement import Domain, Shard, effective_shard, place_state, trained_spans
+from strategies.layout.placement import Domain, Shard, place_state, trained_spans
 from strategies.layout.space import FlatRanges
 from strategies.layout.statemap import (
     NOTHING,
@@ -234,7 +234,7 @@ class TrainingState:
         place = layout.place(fabric.rank)
         if place is None:
             return Arrangement(shards=shards)
-        kind = effective_shard(layout)
+        kind = layout.effective_shard
         shard = shards[fabric.rank]
         runs = layout.blocks_of(place.stage)
         part: ModelPart | ShardedModelPart

@@ -24,7 +24,6 @@ from strategies.gradient.stopwatch import Stopwatch
 from strategies.gradient.work import GradientWork, IdleWork, LocalWork, work_for
 from strategies.layout.assignment import even
 from strategies.layout.parallel import Coordinates, ParallelLayout
-from strategies.layout.placement import effective_shard
 from strategies.layout.schedule import parts_of
 from strategies.layout.space import ALIGNMENT, Space, merge
 from strategies.objective.batch import Batch
@@ -454,7 +453,7 @@ def _counted(space: Space, own: StateShard, layout: ParallelLayout, place: Coord
     if place is None:
         return []
     window = (0, own.strip.size)
-    if effective_shard(layout) == "none":
+    if layout.effective_shard == "none":
         sizes = even(own.strip.size, layout.data, ALIGNMENT)
         start = sum(sizes[: place.data])
         window = (start, start + sizes[place.data])

@@ -37,7 +37,7 @@ from orchestrator.control.protocol import (
     TakeOver,
     Tick,
 )
-from orchestrator.control.views import ControllerConfig, RunState, computes_together
+from orchestrator.control.views import ControllerConfig, RunState
 from orchestrator.training.messages import (
     CheckpointSaved,
     FaultFired,
@@ -115,7 +115,7 @@ class Room:
 
     def __init__(self, world: World, generation: Generation) -> None:
         self.world, self.generation = world, generation
-        self.together = computes_together(generation.layout)
+        self.together = generation.layout.computes_together
         self.trained = trained_spans(generation.layout, world.copies)
         if generation.collect:
             self.trained = [world.whole, *generation.held[1:]]

@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 
 from monitoring.goodput import VOLUNTARY
-from orchestrator.control.views import ControllerConfig, RebalanceRules, is_replicated
+from orchestrator.control.views import ControllerConfig, RebalanceRules
 from orchestrator.training.messages import Generation
 from tests.selection import nightly
 from tests.unit.layouts_in_tests import MODEL, layouts
@@ -202,9 +202,9 @@ def kinds_of(generation: Generation) -> list[str]:
     said = {
         "hands over": layout.spares > 0,
         "rolls": bool(generation.roll_forward),
-        "rolls a part": bool(generation.roll_forward) and not is_replicated(layout),
-        "whole": is_replicated(layout),
-        "parts": not is_replicated(layout),
+        "rolls a part": bool(generation.roll_forward) and not layout.is_replicated,
+        "whole": layout.is_replicated,
+        "parts": not layout.is_replicated,
         "restore": generation.restore is not None,
         "tensor": layout.tensor > 1,
         "pipeline": layout.pipeline > 1,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS, ParallelLayout
-from strategies.layout.placement import Domain, Shard, effective_shard, place_state, row_ranges, trained_spans
+from strategies.layout.placement import Domain, Shard, place_state, row_ranges, trained_spans
 from strategies.layout.schedule import SCHEDULES
 from strategies.layout.space import ALIGNMENT, Space
 from strategies.layout.statemap import NOTHING, Span, intersect, num_elements, subtract, union, whole
@@ -83,7 +83,7 @@ def test_shards_are_everything_once_in_every_replica_that_has_its_own(
     everything = whole(space.size, space.tensor)
     assert [shard.owner for shard in shards] == list(range(layout.num_placed))
     groups = [shards]
-    if effective_shard(layout) == "none":
+    if layout.effective_shard == "none":
         replica = layout.pipeline * layout.tensor
         groups = [shards[first : first + replica] for first in range(0, layout.num_placed, replica)]
     for group in groups:
@@ -103,7 +103,7 @@ def test_ranks_train_only_what_they_compute_with_and_what_they_mirror(
         assert shard.coordinate == place.tensor
         part = union(Span(place.tensor, *ends) for ends in space.ranges_of(layout.blocks_of(place.stage)))
         assert intersect(shard.spans, part) == shard.spans
-        if effective_shard(layout) == "none":
+        if layout.effective_shard == "none":
             assert shard.spans == part
     trained = trained_spans(layout, shards)
     assert len(trained) == layout.world_size
@@ -131,7 +131,7 @@ def test_every_element_has_as_many_holders_as_wanted_or_as_there_are_ranks(
     placed: tuple[ParallelLayout, Space, list[Domain], int, list[Shard]],
 ) -> None:
     layout, _, _, copies, shards = placed
-    natural = layout.data if effective_shard(layout) == "none" else 1
+    natural = layout.data if layout.effective_shard == "none" else 1
     for shard in shards:
         assert len({shard.owner, *shard.mirrors}) == 1 + len(shard.mirrors), "nobody holds the same twice"
         for span in shard.spans:
@@ -145,7 +145,7 @@ def test_copies_are_with_others_who_do_not_fail_together_while_there_are_any(
 ) -> None:
     """In the order zone, node, tensor-parallel group, counted against all holders so far."""
     layout, _, domains, _, shards = placed
-    natural = effective_shard(layout) == "none"
+    natural = layout.effective_shard == "none"
     for shard in shards:
         holders = list(layout.data_group(shard.owner)) if natural else [shard.owner]
         for mirror in shard.mirrors:

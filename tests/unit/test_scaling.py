@@ -257,7 +257,7 @@ def test_notice_of_a_newcomer_counts_as_a_flap() -> None:
     stage.leave_all("pause")
     stage.join()
     stage.tell(DrainNotice((W2,), "node drains", stage.now + 60))
-    assert stage.controller._run.scale_up.wait_s(stage.now) == 4.0
+    assert stage.controller._run.pace.wait_s(stage.now) == 4.0
 
 
 def test_random_comings_and_goings_never_stop_growth_for_longer_than_the_window() -> None:

@@ -23,3 +23,8 @@ class Strategy(Section):
     reduction: Annotated[Literal["canonical", "native"], NUMBERS] = "canonical"
     """canonical: the same bits for any number of workers. native: the backend's own collectives."""
     update: Annotated[Literal["synchronous"], NUMBERS] = "synchronous"
+
+    @property
+    def keeps_model_whole(self) -> bool:
+        """Whether every rank of every layout has all the model's weights."""
+        return self.tensor == self.pipeline == 1 and self.shard != "parameters"
