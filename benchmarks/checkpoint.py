@@ -61,9 +61,9 @@ class _Bench:
         from torch import nn
 
         from orchestrator.checkpoint.catalog import Catalog
+        from orchestrator.control.core.workers import WorkerId
         from orchestrator.job import Job
         from orchestrator.storage import open_storage
-        from orchestrator.training.messages import WorkerId
         from orchestrator.training.saving import Saver
         from strategies.comm.fabric import Fabric
         from strategies.layout.parallel import ParallelLayout

@@ -41,13 +41,10 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from orchestrator.control.controller import Controller
-from orchestrator.control.history import History
-from orchestrator.control.protocol import (
-    Action,
+from orchestrator.control.core.config import ScalingRules
+from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
-    Event,
     KillWorker,
     Placed,
     Record,
@@ -55,23 +52,16 @@ from orchestrator.control.protocol import (
     RequestWorker,
     Resize,
     Start,
-    TakeOver,
     Tick,
 )
-from orchestrator.control.views import ControllerConfig, RunState, ScalingRules
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.controller import Controller
+from orchestrator.control.training.history import History
+from orchestrator.control.training.protocol import Action, Event, TakeOver
+from orchestrator.control.training.views import ControllerConfig, RunState
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.training.messages import (
-    Generation,
-    Heartbeat,
-    Joined,
-    Left,
-    LeftCause,
-    Ready,
-    Status,
-    StepReport,
-    WorkerId,
-)
+from orchestrator.training.messages import Generation, Heartbeat, Joined, Left, LeftCause, Ready, Status, StepReport
 from orchestrator.training.orders import Interrupt, Pause, StartGeneration
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, union, whole

@@ -409,11 +409,12 @@ def measuring_seconds() -> float:
 
 def policy_seconds(ranks: int) -> float:
     """Seconds that the policy takes for a step of so many equal ranks."""
-    from orchestrator.control.layouts import Layouts
-    from orchestrator.control.rebalance import Rebalancer
-    from orchestrator.control.views import ControllerConfig, RebalanceRules, WorkerView
+    from orchestrator.control.core.workers import WorkerId
+    from orchestrator.control.training.layouts import Layouts
+    from orchestrator.control.training.rebalance import Rebalancer
+    from orchestrator.control.training.views import ControllerConfig, RebalanceRules, WorkerView
     from orchestrator.planning.choose import LayoutChooser
-    from orchestrator.training.messages import Generation, Member, StepReport, WorkerId
+    from orchestrator.training.messages import Generation, Member, StepReport
     from strategies.layout.parallel import ParallelLayout
     from strategies.update.timing import RankTimes
 

@@ -13,16 +13,9 @@ from typing import Any
 from monitoring.follow import describe_event
 from monitoring.goodput import VOLUNTARY
 from monitoring.logs import LogContext, set_up
-from orchestrator.control.protocol import (
-    Action,
-    Finish,
-    KillWorker,
-    ReleaseWorker,
-    RequestWorker,
-    Rollback,
-    StepCommitted,
-)
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.protocol import Finish, KillWorker, ReleaseWorker, RequestWorker
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.protocol import Action, Rollback, StepCommitted
 from orchestrator.training.orders import (
     CommitCheckpoint,
     Deal,

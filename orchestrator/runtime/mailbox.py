@@ -13,11 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from monitoring.clock import Reading
-from orchestrator.training.messages import Status, WorkerId
-from orchestrator.training.orders import Order
+from orchestrator.control.core.orders import Order
+from orchestrator.control.core.workers import WorkerId
 
 
 class Numbered(NamedTuple):
@@ -35,13 +35,13 @@ class Delivery(NamedTuple):
 
 
 class Introduction(NamedTuple):
-    """What a worker tells a controller that it has not met, and when, by its own clock. `status` is None while it is
-    still being built."""
+    """What a worker tells a controller that it has not met, and when, by its own clock. `status` is its account of
+    itself (in training an `orchestrator.training.messages.Status`); None while it is still being built."""
 
     worker: WorkerId
     node: str
     pid: int
-    status: Status | None
+    status: Any
     sent: Reading
 
 
@@ -81,6 +81,29 @@ class Mailbox:
             if self._waiting is not None and self._waiting[1] is event:
                 self._waiting = None
             return tuple(self._pending)
+
+
+class Mailboxes:
+    """Those of all workers. May be used from several threads."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[WorkerId, Mailbox] = {}
+        self._lock = threading.Lock()
+
+    def of(self, worker: WorkerId) -> Mailbox:
+        with self._lock:
+            return self._boxes.setdefault(worker, Mailbox())
+
+    def send(self, order: Order) -> None:
+        """Leaves an order for those it is for. A worker that does not come for it is dead or silent, which is noticed
+        by itself."""
+        sent = order.sent()
+        for worker in order.recipients:
+            self.of(worker).put(sent)
+
+    def forget(self, worker: WorkerId) -> None:
+        with self._lock:
+            self._boxes.pop(worker, None)
 
 
 class Introductions:

@@ -10,8 +10,9 @@ from typing import Any
 
 from monitoring.clock import when
 from monitoring.skew import Rating
-from orchestrator.control.controller import Controller
-from orchestrator.control.views import RunState, WorkerState, WorkerView
+from orchestrator.control.core.workers import WorkerState
+from orchestrator.control.training.controller import Controller
+from orchestrator.control.training.views import RunState, WorkerView
 from orchestrator.job import Job
 from orchestrator.runtime.run_log import RunLog
 from orchestrator.training.messages import Generation

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from orchestrator.checkpoint.names import Save
+from orchestrator.control.core.protocol import FaultFired
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import Spans
 from strategies.update.timing import RankTimes
-
-
-class WorkerId(NamedTuple):
-    """A worker: the slot users see ("worker 1") and which incarnation of it this process is."""
-
-    slot: int
-    incarnation: int
-
-    def __str__(self) -> str:
-        return f"{self.slot}.{self.incarnation}"
 
 
 @dataclass(frozen=True)
@@ -189,16 +181,6 @@ class Finalized:
     worker: WorkerId
     digest: str
     error: str = ""
-
-
-@dataclass(frozen=True)
-class FaultFired:
-    """An injected fault is about to happen. `at` is its time, from which recoveries are measured; until it is `dated`
-    by the worker's monotonic clock, as in all messages."""
-
-    worker: WorkerId | None
-    index: int
-    at: float
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,14 @@
-"""What a controller tells workers. An order is sent as it is, with the term of the controller that gives it."""
+"""What training's controller tells workers, beyond what any may (`orchestrator.control.core.orders`)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.training.messages import Generation, WorkerId
-
-
-class Order(ABC):
-    """One order, for one worker or many."""
-
-    @property
-    @abstractmethod
-    def recipients(self) -> tuple[WorkerId, ...]:
-        """Those that are told."""
-
-    def sent(self) -> Self:
-        """As it goes to each of them."""
-        return self
-
-
-@dataclass(frozen=True)
-class _ToEach(Order):
-    """To `workers`, each of which is told nothing of the others: there may be thousands."""
-
-    workers: tuple[WorkerId, ...]
-
-    @property
-    def recipients(self) -> tuple[WorkerId, ...]:
-        return self.workers
-
-    def sent(self) -> Self:
-        return replace(self, workers=())
-
-
-@dataclass(frozen=True)
-class _ToOne(Order):
-    worker: WorkerId
-
-    @property
-    def recipients(self) -> tuple[WorkerId, ...]:
-        return (self.worker,)
+from orchestrator.control.core.orders import Order, ToEach, ToOne
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.training.messages import Generation
 
 
 @dataclass(frozen=True)
@@ -58,21 +23,21 @@ class StartGeneration(Order):
 
 
 @dataclass(frozen=True)
-class Interrupt(_ToEach):
+class Interrupt(ToEach):
     """Break out of the generation, whatever collective you are in."""
 
     generation: int
 
 
 @dataclass(frozen=True)
-class Pause(_ToEach):
+class Pause(ToEach):
     """Agree, in the next vote, on leaving the generation at that step boundary."""
 
     generation: int
 
 
 @dataclass(frozen=True)
-class Deal(_ToEach):
+class Deal(ToEach):
     """The virtual workers of the generation are dealt anew; `assignment` is by replica."""
 
     generation: int
@@ -81,14 +46,14 @@ class Deal(_ToEach):
 
 
 @dataclass(frozen=True)
-class RequestSave(_ToEach):
+class RequestSave(ToEach):
     """Agree, in the next vote, on saving the state at that step boundary of the generation."""
 
     generation: int
 
 
 @dataclass(frozen=True)
-class SaveState(_ToEach):
+class SaveState(ToEach):
     """Save the state together: all of these have all of it, and are in no generation."""
 
     save: Save
@@ -98,12 +63,12 @@ class SaveState(_ToEach):
 
 
 @dataclass(frozen=True)
-class Finalize(_ToEach):
+class Finalize(ToEach):
     """Tell the digest of your state."""
 
 
 @dataclass(frozen=True)
-class CommitCheckpoint(_ToOne):
+class CommitCheckpoint(ToOne):
     """Complete the checkpoint that others wrote the parts of: (rank, digest of its list of chunks)."""
 
     save: Save
@@ -112,12 +77,7 @@ class CommitCheckpoint(_ToOne):
 
 
 @dataclass(frozen=True)
-class DiscardCheckpoint(_ToOne):
+class DiscardCheckpoint(ToOne):
     """Remove what is left of an attempt."""
 
     save: Save
-
-
-@dataclass(frozen=True)
-class Leave(_ToOne):
-    """End in good order: you are no longer needed."""

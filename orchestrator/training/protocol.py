@@ -9,18 +9,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from orchestrator.training.messages import (
-    Generation,
-    Left,
-    LeftCause,
-    PartSaved,
-    Ready,
-    Reply,
-    Status,
-    StepReport,
-    WorkerId,
-)
-from orchestrator.training.orders import Deal, Interrupt, Order, Pause, RequestSave, StartGeneration
+from orchestrator.control.core.orders import Order
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.training.messages import Generation, Left, LeftCause, PartSaved, Ready, Reply, Status, StepReport
+from orchestrator.training.orders import Deal, Interrupt, Pause, RequestSave, StartGeneration
 from strategies.layout.statemap import Spans
 
 MAX_REPORTS = 100_000

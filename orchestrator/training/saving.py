@@ -17,9 +17,10 @@ from orchestrator.checkpoint.manifest import CheckpointError, TensorEntry
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
 from orchestrator.checkpoint.tensors import DTYPES, bytes_of
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.job import Job
 from orchestrator.training import build
-from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, StepReport, WorkerId
+from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, StepReport
 from strategies.layout.statemap import Spans
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import TrainingState

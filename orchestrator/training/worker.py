@@ -26,6 +26,9 @@ from monitoring.logs import LogContext
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
 from orchestrator.checkpoint.names import Save
+from orchestrator.control.core.orders import Leave, Order
+from orchestrator.control.core.protocol import FaultFired
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.data import Dataset, step_hash
 from orchestrator.job import Job
 from orchestrator.lateness import Lateness
@@ -33,7 +36,6 @@ from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
 from orchestrator.training.faults import FaultInjector
 from orchestrator.training.messages import (
-    FaultFired,
     Finalized,
     Generation,
     Heartbeat,
@@ -44,7 +46,6 @@ from orchestrator.training.messages import (
     SaveDelayed,
     Status,
     StepReport,
-    WorkerId,
 )
 from orchestrator.training.orders import (
     CommitCheckpoint,
@@ -52,8 +53,6 @@ from orchestrator.training.orders import (
     DiscardCheckpoint,
     Finalize,
     Interrupt,
-    Leave,
-    Order,
     SaveState,
     StartGeneration,
 )

@@ -21,29 +21,29 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.control.controller import Controller
-from orchestrator.control.protocol import (
-    Action,
+from orchestrator.control.core.orders import Leave, Order
+from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
-    Event,
+    FaultFired,
     Finish,
     KillWorker,
     Placed,
     Record,
     ReleaseWorker,
     RequestWorker,
-    Rollback,
     Start,
-    StepCommitted,
     Tick,
 )
-from orchestrator.control.views import ControllerConfig, RebalanceRules, RunState, WorkerState
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.controller import Controller
+from orchestrator.control.training.protocol import Action, Event, Rollback, StepCommitted
+from orchestrator.control.training.views import ControllerConfig, RunState
 from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
 from orchestrator.job import Job
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.training.messages import FaultFired, Generation, Joined, Ready, Reply, StepReport, WorkerId
-from orchestrator.training.orders import Leave, Order, StartGeneration
+from orchestrator.training.messages import Generation, Joined, Ready, Reply, StepReport
+from orchestrator.training.orders import StartGeneration
 from tests.ranks.local_ranks import HOST, SECRET, context, prepare_child
 
 if TYPE_CHECKING:
@@ -194,21 +194,7 @@ class LocalCluster:
         stores = prepare_stores(job, verify=False)
         self.stores = tuple((store.directory, store.digest) for store in stores)
         self.dataset = dataset_of(job, stores)
-        self.controller = Controller(
-            ControllerConfig(
-                total_steps=job.train.steps,
-                chooser=LayoutChooser.for_job(job),
-                min_workers=job.elastic.workers.min,
-                max_workers=job.elastic.workers.max,
-                standby=job.elastic.standby,
-                checkpointing=True,
-                save_every_s=job.checkpoint.every_seconds,
-                heartbeat_timeout_s=job.elastic.heartbeat_timeout_s,
-                progress_timeout_s=job.elastic.progress_timeout_s,
-                max_failures_per_step=job.elastic.max_failures_per_step,
-                rebalance=RebalanceRules.for_job(job),
-            )
-        )
+        self.controller = Controller(ControllerConfig.for_job(job, LayoutChooser.for_job(job)))
         self.processes: dict[WorkerId, _Process] = {}
         self.steps: dict[int, StepReport] = {}
         self.records: list[tuple[str, dict[str, Any]]] = []

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.control.protocol import Resize
-from orchestrator.control.views import RunState
+from orchestrator.control.core.protocol import Resize
+from orchestrator.control.training.views import RunState
 from tests.ranks.local_cluster import (
     Hook,
     LocalCluster,

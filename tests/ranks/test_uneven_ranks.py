@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from monitoring.skew import Windows
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.workers import WorkerId
 from tests.ranks.local_cluster import LocalCluster, Outcome, at_phase, die, partial, tiny_job
 from tests.selection import nightly
 

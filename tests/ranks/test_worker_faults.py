@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.control.protocol import Resize, Stop
-from orchestrator.control.views import RunState, WorkerState
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.protocol import Resize, Stop
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.views import RunState
 from tests.ranks.local_cluster import (
     Hook,
     LocalCluster,

@@ -16,13 +16,11 @@ from typing import Any
 
 from monitoring.run_events import RunEvents
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.controller import Controller
-from orchestrator.control.history import History
-from orchestrator.control.protocol import (
-    Action,
+from orchestrator.control.core.orders import Order
+from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
-    Event,
+    FaultFired,
     Finish,
     KillWorker,
     Placed,
@@ -30,17 +28,17 @@ from orchestrator.control.protocol import (
     ReleaseWorker,
     RequestWorker,
     Resize,
-    Rollback,
     Start,
-    StepCommitted,
     Stop,
-    TakeOver,
     Tick,
 )
-from orchestrator.control.views import ControllerConfig, RunState
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.controller import Controller
+from orchestrator.control.training.history import History
+from orchestrator.control.training.protocol import Action, Event, Rollback, StepCommitted, TakeOver
+from orchestrator.control.training.views import ControllerConfig, RunState
 from orchestrator.training.messages import (
     CheckpointSaved,
-    FaultFired,
     Finalized,
     Generation,
     Heartbeat,
@@ -54,7 +52,6 @@ from orchestrator.training.messages import (
     SavePlan,
     Status,
     StepReport,
-    WorkerId,
 )
 from orchestrator.training.orders import (
     CommitCheckpoint,
@@ -62,7 +59,6 @@ from orchestrator.training.orders import (
     DiscardCheckpoint,
     Finalize,
     Interrupt,
-    Order,
     Pause,
     SaveState,
     StartGeneration,

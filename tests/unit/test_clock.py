@@ -15,8 +15,10 @@ from monitoring.clock import Line, Reading, RunClock, on_line, reading, when
 from monitoring.goodput import read_ledger
 from monitoring.run_events import RunEvents
 from monitoring.terminal.facts import RunFacts
+from orchestrator.control.core.protocol import FaultFired
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.training import messages
-from orchestrator.training.messages import FaultFired, Heartbeat, Left, Ready, Status, StepReport, WorkerId, dated
+from orchestrator.training.messages import Heartbeat, Left, Ready, Status, StepReport, dated
 from strategies.layout.statemap import Spans
 
 ROOT = Path(__file__).parents[2]

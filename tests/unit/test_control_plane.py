@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.control_plane import CHANGES, changes, started
-from orchestrator.control.controller import Controller
-from orchestrator.control.protocol import Action, Event, Tick
+from orchestrator.control.core.protocol import Tick
+from orchestrator.control.training.controller import Controller
+from orchestrator.control.training.protocol import Action, Event
 from orchestrator.training.messages import Heartbeat
 from tests.selection import nightly
 

@@ -9,14 +9,11 @@ from typing import Any, TypeVar
 import pytest
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.controller import Controller
-from orchestrator.control.history import History
-from orchestrator.control.protocol import (
+from orchestrator.control.core.protocol import (
     Abort,
-    Action,
     Died,
     DrainNotice,
-    Event,
+    FaultFired,
     Finish,
     KillWorker,
     Placed,
@@ -24,18 +21,17 @@ from orchestrator.control.protocol import (
     ReleaseWorker,
     RequestWorker,
     Resize,
-    Rollback,
-    SaveRequested,
     Start,
-    StepCommitted,
     Stop,
-    TakeOver,
     Tick,
 )
-from orchestrator.control.views import ControllerConfig, RunState
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.controller import Controller
+from orchestrator.control.training.history import History
+from orchestrator.control.training.protocol import Action, Event, Rollback, SaveRequested, StepCommitted, TakeOver
+from orchestrator.control.training.views import ControllerConfig, RunState
 from orchestrator.training.messages import (
     CheckpointSaved,
-    FaultFired,
     Finalized,
     Generation,
     Heartbeat,
@@ -48,7 +44,6 @@ from orchestrator.training.messages import (
     SavePlan,
     Status,
     StepReport,
-    WorkerId,
 )
 from orchestrator.training.orders import (
     CommitCheckpoint,
@@ -427,7 +422,7 @@ def test_without_a_checkpoint_all_is_replayed() -> None:
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
-    config = ControllerConfig(100, layouts(), 1, 1, checkpointing=True)
+    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
     stage = Stage(Controller(config, History(committed=10), {5: "c5", 10: "c10"}))
     stage.tell(Start())
     assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
@@ -441,7 +436,13 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
 
 
 def test_a_read_error_while_training_does_not_condemn_the_checkpoint() -> None:
-    stage = Stage(Controller(ControllerConfig(100, layouts(), 1, 1), History(committed=10), {10: "c10"}))
+    stage = Stage(
+        Controller(
+            ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1),
+            History(committed=10),
+            {10: "c10"},
+        )
+    )
     stage.tell(Start())
     stage.ready(W0)
     stage.join()
@@ -960,7 +961,7 @@ def test_an_end_that_is_never_saved_is_a_failure_and_says_what_there_is() -> Non
 
 @pytest.mark.parametrize(("checkpoints", "start", "source"), [({2: "c2"}, 2, "checkpoint"), ({}, 0, "initial")])
 def test_a_run_whose_end_was_not_saved_is_gone_on_with(checkpoints: dict[int, str], start: int, source: str) -> None:
-    config = ControllerConfig(3, layouts(), 1, 1, checkpointing=True)
+    config = ControllerConfig(total_steps=3, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
     stage = Stage(Controller(config, History(committed=3), checkpoints))
     stage.tell(Start())
     decided = stage.ready(W0)
@@ -1052,7 +1053,7 @@ def test_a_draining_worker_stays_until_it_has_written_its_part() -> None:
 
 
 def test_a_storage_that_cannot_be_read_does_not_condemn_the_checkpoint() -> None:
-    config = ControllerConfig(100, layouts(), 1, 1, checkpointing=True)
+    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
     stage = Stage(Controller(config, History(committed=10), {10: "c10"}))
     stage.tell(Start())
     assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
@@ -1066,7 +1067,7 @@ def test_a_storage_that_cannot_be_read_does_not_condemn_the_checkpoint() -> None
 
 
 def test_a_checkpoint_that_is_not_for_this_job_is_for_a_person_to_sort_out() -> None:
-    config = ControllerConfig(100, layouts(), 1, 1, checkpointing=True)
+    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
     stage = Stage(Controller(config, History(committed=10), {10: "c10", 5: "c5"}))
     stage.tell(Start())
     stage.ready(W0)

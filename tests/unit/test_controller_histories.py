@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 
 from monitoring.goodput import VOLUNTARY
-from orchestrator.control.views import ControllerConfig, RebalanceRules
+from orchestrator.control.training.views import ControllerConfig, RebalanceRules
 from orchestrator.training.messages import Generation
 from tests.selection import nightly
 from tests.unit.layouts_in_tests import MODEL, layouts
@@ -26,7 +26,7 @@ TIME_LIMIT_S = 900.0
 
 def make_world(seed: int) -> World:
     """A cluster, a job and a list of misfortunes, drawn from the seed."""
-    world = World(seed, ControllerConfig(1, layouts(), 1, 1), [])
+    world = World(seed, ControllerConfig(total_steps=1, chooser=layouts(), min_workers=1, max_workers=1), [])
     random = world.random
     tensor, pipeline = random.choice([(1, 1), (1, 1), (1, 2), (1, 4), (2, 1), (2, 2)])
     shard = random.choice(["none", "optimizer", "parameters"])

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.forming import choose_ranks, make_generation
-from orchestrator.control.layouts import Layouts
-from orchestrator.control.protocol import (
+from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
     Finish,
@@ -19,17 +17,19 @@ from orchestrator.control.protocol import (
     ReleaseWorker,
     RequestWorker,
     Resize,
-    Rollback,
     Start,
     Stop,
-    TakeOver,
     Tick,
 )
-from orchestrator.control.state import Origin, newest_state, pick_holders, state_at_hand
-from orchestrator.control.views import ControllerConfig, Progress, RunState, WorkerState, WorkerView, is_collective
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.forming import choose_ranks, make_generation
+from orchestrator.control.training.layouts import Layouts
+from orchestrator.control.training.protocol import Rollback, TakeOver
+from orchestrator.control.training.state import Origin, newest_state, pick_holders, state_at_hand
+from orchestrator.control.training.views import ControllerConfig, Progress, RunState, WorkerView, is_collective
 from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.choose import NoLayoutFits
-from orchestrator.training.messages import CheckpointSaved, Finalized, Heartbeat, Joined, Left, Ready, Status, WorkerId
+from orchestrator.training.messages import CheckpointSaved, Finalized, Heartbeat, Joined, Left, Ready, Status
 from orchestrator.training.orders import Finalize, Interrupt, Pause, StartGeneration
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, union, whole
@@ -548,7 +548,7 @@ def test_a_standby_for_units_is_a_unit() -> None:
     [(1, 1, 4, 9, 4), (2, 1, 5, 5, 4), (2, 3, 8, 1, 4), (4, 1, 8, 7, 4), (2, 3, 3, 3, 2)],
 )
 def test_sizes_are_multiples_of_the_tensor_degree(tensor: int, least: int, most: int, asked: int, given: int) -> None:
-    config = ControllerConfig(10, layouts(8, tensor), least, most)
+    config = ControllerConfig(total_steps=10, chooser=layouts(8, tensor), min_workers=least, max_workers=most)
     assert config.within_limits(asked) == given
 
 
@@ -562,7 +562,7 @@ def test_a_question_is_asked_once() -> None:
             asked.append((workers, costs is MODEL, memory_bytes))
             return super().choose(workers, costs, memory_bytes, current)
 
-    known = Layouts(ControllerConfig(10, Counting(), 1, 8))
+    known = Layouts(ControllerConfig(total_steps=10, chooser=Counting(), min_workers=1, max_workers=8))
     views = [holder(W0, 0), holder(W1, 0)]
     views[1].ready = ready_message(W1, memory_bytes=7)
     assert (known.fewest(1, views), known.ranks(3, views), known.ranks(3, views)) == (2, 2, 2)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orchestrator.control.detection import MOST_STRETCH, stretched_s
+from orchestrator.control.core.detection import MOST_STRETCH, stretched_s
 from orchestrator.lateness import WINDOW_S, Lateness
 
 STOPPED = """

@@ -72,7 +72,7 @@ def test_a_run_begun_again_by_the_same_driver_is_no_succession(directory: RunDir
 
 
 def test_what_has_ended_is_not_taken_again(directory: RunDirectory) -> None:
-    """Its lookout may still ask whether it is over."""
+    """Its poller may still ask whether it is over."""
     ended = begin(directory, "a")
     ended.end()
     assert not ended.is_over()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 from monitoring.clock import reading
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.mailbox import Introduction, Introductions
-from orchestrator.training.messages import WorkerId
 
 W0, W1, W2 = (WorkerId(slot, 0) for slot in range(3))
 

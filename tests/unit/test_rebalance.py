@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.control.layouts import Layouts
-from orchestrator.control.views import ControllerConfig, RebalanceRules, WorkerView
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.layouts import Layouts
+from orchestrator.control.training.views import ControllerConfig, RebalanceRules, WorkerView
 from orchestrator.planning.balance import best_deal, best_parts, replica_seconds, seconds_of, stage_shares
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.training.messages import Ready, WorkerId
+from orchestrator.training.messages import Ready
 from orchestrator.training.orders import Deal
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import ParallelLayout

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.control.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
-from orchestrator.control.views import RunState, ScalingRules
+from orchestrator.control.core.config import ScalingRules
+from orchestrator.control.core.protocol import Died, GiveWay, Placed, ReleaseWorker, RequestWorker, Start
+from orchestrator.control.training.views import RunState
 from orchestrator.runtime.ray import run_queue as turns
 from orchestrator.runtime.ray.resource_request import Need
 from orchestrator.runtime.ray.run_queue import SILENCE_S, RunQueue, Wish, in_order

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.protocol import Record
-from orchestrator.control.saving import Saving
-from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.saving import Saving
+from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan
 from orchestrator.training.orders import CommitCheckpoint, DiscardCheckpoint
 
 A, B, C = WorkerId(0, 0), WorkerId(1, 0), WorkerId(2, 0)

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from orchestrator.control.protocol import (
-    Action,
+from orchestrator.control.core.config import ScalingRules
+from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
     NodesStarting,
@@ -19,9 +19,10 @@ from orchestrator.control.protocol import (
     Stop,
     TellShortage,
 )
-from orchestrator.control.scale_up import ScaleUpBackoff
-from orchestrator.control.views import RunState, ScalingRules, WorkerView
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.scale_up import ScaleUpBackoff
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.protocol import Action
+from orchestrator.control.training.views import RunState, WorkerView
 from orchestrator.training.orders import Pause
 from tests.unit.test_controller import W0, W1, W2, W3, Stage, of, records
 
@@ -257,7 +258,7 @@ def test_notice_of_a_newcomer_counts_as_a_flap() -> None:
     stage.leave_all("pause")
     stage.join()
     stage.tell(DrainNotice((W2,), "node drains", stage.now + 60))
-    assert stage.controller._run.pace.wait_s(stage.now) == 4.0
+    assert stage.controller._run.scale_up.wait_s(stage.now) == 4.0
 
 
 def test_random_comings_and_goings_never_stop_growth_for_longer_than_the_window() -> None:

@@ -72,7 +72,7 @@ def test_row_groups_are_dealt_by_their_weights() -> None:
         ByteSpan(5, 9),
         ByteSpan(9, None),
     ]
-    assert cut([100 << 20], [lambda: [7]], 4) == [[cutting.Piece(0, WHOLE, 100 << 20)]]
+    assert cut([100 << 20], [lambda: [7]], 4) == [[cutting.FilePart(0, WHOLE, 100 << 20)]]
     asked: list[int] = []
     cut([1 << 20, 1 << 20], [lambda: asked.append(0) or [1, 1]] * 2, 2)  # type: ignore[func-returns-value]
     assert not asked, "row groups are looked at only where a file is to be cut"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.training.messages import Generation, Member, Ready, Reply, StepReport, WorkerId
+from orchestrator.control.core.orders import Leave, Order
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.training.messages import Generation, Member, Ready, Reply, StepReport
 from orchestrator.training.orders import (
     CommitCheckpoint,
     Deal,
     DiscardCheckpoint,
     Finalize,
     Interrupt,
-    Leave,
-    Order,
     Pause,
     RequestSave,
     SaveState,

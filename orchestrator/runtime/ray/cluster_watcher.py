@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from orchestrator.control.controller import Controller
-from orchestrator.control.protocol import Event, GiveWay, NodesStarting, Placed, Resize, SaveRequested, Stop
+from orchestrator.control.core.machine import Machine
+from orchestrator.control.core.protocol import GiveWay, NodesStarting, Placed, Resize, Stop
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 from orchestrator.runtime.lease import Lease
@@ -18,7 +19,6 @@ from orchestrator.runtime.ray.drains import DrainWatch
 from orchestrator.runtime.ray.placement import WorkerHandle
 from orchestrator.runtime.ray.resource_request import Need, nodes_by_id, nodes_starting
 from orchestrator.runtime.ray.run_queue import RunQueue
-from orchestrator.training.messages import WorkerId
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +29,20 @@ FOLLOWER_SILENCE_S = 15.0
 
 
 class ClusterWatcher:
-    """Events go to `tell`; `record` puts something on record. `handles` are those of all workers, as they are when it
-    looks."""
+    """Events go to `tell`; `record` puts something on record, `event_of` knows the requests that are the machine's own.
+    `handles` are those of all workers, as they are when it looks."""
 
     def __init__(
         self,
         directory: RunDirectory,
         job: Job,
-        machine: Controller,
+        machine: Machine,
         handles: Mapping[WorkerId, WorkerHandle],
         lease: Lease,
         *,
-        tell: Callable[[Event], None],
+        tell: Callable[[Any], None],
         record: Callable[[str, dict[str, Any]], None],
+        event_of: Callable[[Mapping[str, Any]], Any],
         is_ephemeral: bool,
     ) -> None:
         self._directory = directory
@@ -50,6 +51,7 @@ class ClusterWatcher:
         self._lease = lease
         self._tell = tell
         self._record = record
+        self._event_of = event_of
         self._is_ephemeral = is_ephemeral
         self._drains = DrainWatch()
         self._turns = RunQueue(directory.run_id, job.elastic.scaling.turn_s)
@@ -85,7 +87,9 @@ class ClusterWatcher:
             log.warning(
                 "this node drains: Ray starts the next controller elsewhere, and the workers train on meanwhile"
             )
-            os._exit(7)  # Records are written unbuffered, and closing them here could trip the brain.
+            os._exit(
+                7
+            )  # Records are written unbuffered, and closing them here could trip the thread that handles events.
         self._look_for_starting_nodes(now)
         self._take_turns(now)
 
@@ -126,10 +130,10 @@ class ClusterWatcher:
                 answer["error"] = request["error"]
             elif request["kind"] == "resize":
                 self._tell(Resize(request["workers"]))
-            elif request["kind"] == "checkpoint":
-                self._tell(SaveRequested())
             elif request["kind"] == "stop":
                 self._tell(Stop(str(request.get("reason", "stop requested"))))
+            elif (event := self._event_of(request)) is not None:
+                self._tell(event)
             else:
                 answer["error"] = f"unknown request {request['kind']!r}"
             self._record("request_answered", answer)

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import ray
 from ray._private.state import state as ray_state
 
-from orchestrator.control.protocol import DrainNotice
+from orchestrator.control.core.protocol import DrainNotice
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.ray.placement import WorkerHandle
-from orchestrator.training.messages import WorkerId
 
 LATE_S = 3600.0
 """When a node that drains without a deadline is taken to go."""

@@ -19,7 +19,6 @@ from orchestrator.checkpoint.of_run import secret_of
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.runtime.interruption import NOBODY_READS, Interrupted, Interruption
-from orchestrator.runtime.ray.controller_actor import targets_directory
 from orchestrator.runtime.ray.following import (
     cut_short,
     end_run,
@@ -38,6 +37,7 @@ from orchestrator.runtime.ray.preparation import (
     warn_of_secrets,
 )
 from orchestrator.runtime.ray.session import ClusterError, connected, for_workers, has_cluster, ray_session
+from orchestrator.runtime.ray.targets import targets_directory
 from orchestrator.urls import environment_of, expand
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from contextlib import suppress
 import psutil
 import ray
 
-from orchestrator.control.protocol import DrainNotice
+from orchestrator.control.core.protocol import DrainNotice
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.job.sections.faults import Fault
 from orchestrator.runtime.ray.nodes import Gcs, GcsError
-from orchestrator.training.messages import WorkerId
 
 NOTICE_S = 30.0
 """How long before it goes a node drains, when the fault does not say."""

@@ -15,6 +15,7 @@ from monitoring.clock import RunClock
 from monitoring.goodput import read_ledger
 from monitoring.records import RecordFile, read_records
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.runtime.executor import Executor, Surroundings
 from orchestrator.runtime.interruption import NOBODY_READS, Interruption
 from orchestrator.runtime.ray.controller_actor import ControllerActor
 from orchestrator.runtime.ray.head_watch import HeadWatch, watching_head
@@ -22,6 +23,7 @@ from orchestrator.runtime.ray.placement import NAMESPACE, controller_name, end_w
 from orchestrator.runtime.ray.session import HEAD, ClusterError
 from orchestrator.runtime.result import outline
 from orchestrator.runtime.run_log import generation_entry, is_training, recovery_entry
+from orchestrator.runtime.training_executor import TrainingExecutor
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ def start_controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -
     By labels, as Ray forgets a soft affinity to a node when it starts an actor, and at the latest when it restarts one.
     """
     head = {"ray.io/node-id": _head_node()}
+    executor: Callable[[Surroundings], Executor] = TrainingExecutor
     anywhere = [{"label_selector": {"ray.io/node-id": "!none"}}]
     where = {"resources": {HEAD: 0.001}} if own else {"label_selector": head, "fallback_strategy": anywhere}
     return (
@@ -112,7 +115,7 @@ def start_controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -
             max_concurrency=1000,
             **where,
         )
-        .remote(spec)
+        .remote(spec, executor)
     )
 
 

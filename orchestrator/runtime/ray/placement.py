@@ -15,9 +15,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.ray.resource_request import Need, has_room
 from orchestrator.runtime.ray.worker_actor import WorkerActor
-from orchestrator.training.messages import WorkerId
 
 NAMESPACE = "orchestrator"
 """All actors of all runs live in this Ray namespace."""

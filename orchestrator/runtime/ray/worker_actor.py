@@ -16,10 +16,11 @@ import ray
 
 from monitoring.clock import reading
 from monitoring.redaction import redact
+from orchestrator.control.core.orders import Leave, Order
+from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.action_log import set_up_logs
 from orchestrator.runtime.mailbox import Delivery, Introduction
-from orchestrator.training.messages import Reply, WorkerId
-from orchestrator.training.orders import Leave, Order
+from orchestrator.training.messages import Reply
 from orchestrator.urls import take_over
 
 log = logging.getLogger(__name__)

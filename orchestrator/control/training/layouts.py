@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from orchestrator.control.views import ControllerConfig, WorkerView
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.views import ControllerConfig, WorkerView
 from orchestrator.errors import PlanError
 from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.balance import best_parts
 from orchestrator.planning.choose import NoLayoutFits
-from orchestrator.training.messages import Generation, WorkerId
+from orchestrator.training.messages import Generation
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import ParallelLayout
 

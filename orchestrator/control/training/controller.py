@@ -1,28 +1,26 @@
 """The controller's state machine: events in, actions out.
 
-Everything is a function of the events and their times; see `orchestrator.control.protocol`. This module says what
-each event means; what follows from it for the run is in `orchestrator.control.lifecycle`. A message costs the same
-however many workers there are; what looks at all of them happens on a tick or when a membership changes.
+Everything is a function of the events and their times; see `orchestrator.control.training.protocol`. This module says
+what each event means; what follows from it for the run is in `orchestrator.control.training.lifecycle`. A message costs
+the same however many workers there are; what looks at all of them happens on a tick or when a membership changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from monitoring.skew import Window
-from orchestrator.control import detection, state, takeover
-from orchestrator.control.detection import Failure
-from orchestrator.control.history import History
-from orchestrator.control.incidents import Incident
-from orchestrator.control.lifecycle import Lifecycle, WantsRoom
-from orchestrator.control.membership import Membership
-from orchestrator.control.protocol import (
+from orchestrator.control.core import detection
+from orchestrator.control.core.detection import Failure
+from orchestrator.control.core.incidents import Incident
+from orchestrator.control.core.machine import WantsRoom
+from orchestrator.control.core.protocol import (
     Abort,
-    Action,
     Died,
     DrainNotice,
-    Event,
+    FaultFired,
     Finish,
     GiveWay,
     NodesStarting,
@@ -30,18 +28,21 @@ from orchestrator.control.protocol import (
     Record,
     ReleaseWorker,
     Resize,
-    SaveRequested,
     Start,
     Stop,
-    TakeOver,
     Tick,
 )
-from orchestrator.control.roster import Roster, death_record, notice_record
-from orchestrator.control.run_record import RunRecord
-from orchestrator.control.views import ControllerConfig, Progress, RunState, WorkerState, WorkerView
+from orchestrator.control.core.roster import Roster, death_record, notice_record
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training import failures, state, takeover
+from orchestrator.control.training.history import History
+from orchestrator.control.training.lifecycle import Lifecycle
+from orchestrator.control.training.membership import Membership
+from orchestrator.control.training.protocol import Action, Event, SaveRequested, TakeOver
+from orchestrator.control.training.run_record import RunRecord
+from orchestrator.control.training.views import ControllerConfig, Progress, RunState, WorkerView
 from orchestrator.training.messages import (
     CheckpointSaved,
-    FaultFired,
     Finalized,
     Generation,
     Heartbeat,
@@ -52,9 +53,9 @@ from orchestrator.training.messages import (
     SaveBegun,
     SaveDelayed,
     Status,
-    WorkerId,
 )
 from orchestrator.training.orders import Interrupt
+from strategies.layout.statemap import whole
 
 _ON_ITS_WAY = (WorkerState.REQUESTED, WorkerState.STARTING)
 
@@ -75,7 +76,7 @@ class Controller:
         history = History() if history is None else history
         self.config = config
         self._out: list[Action] = []
-        self._roster = Roster(config, history)
+        self._roster = Roster(config, history.workers, WorkerView)
         self._record = RunRecord(config, history)
         self._run = Lifecycle(config, history, self._roster, self._record, checkpoints or {}, self._out)
         self._last_members = set(history.members)
@@ -88,9 +89,26 @@ class Controller:
         return self._run.state
 
     @property
+    def is_over(self) -> bool:
+        return self.state is RunState.OVER
+
+    @property
     def status(self) -> str | None:
         """How the run ended: finished, stopped or failed; None while it has not."""
         return self._run.status
+
+    def snapshot(self) -> dict[str, Any]:
+        states = [view.state for view in list(self.workers.values())]
+        return {
+            "state": self.state.value,
+            "status": self.status,
+            "median_step_seconds": self.progress.median_step_s(),
+            "workers": states.count(WorkerState.MEMBER),
+            "standby": states.count(WorkerState.IDLE),
+            "starting": states.count(WorkerState.STARTING) + states.count(WorkerState.REQUESTED),
+            "target": self.target,
+            "generation": None if self.generation is None else self.generation.number,
+        }
 
     @property
     def target(self) -> int:
@@ -154,7 +172,7 @@ class Controller:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Takes one event that happened at `now` (in seconds, by a clock that never goes back)."""
-        if self.state is RunState.OVER:
+        if self.is_over:
             return []
         self._out.clear()
         gap = 0.0 if self._now is None else now - self._now
@@ -230,7 +248,7 @@ class Controller:
     def _tick(self, lateness_s: float, now: float) -> None:
         run, roster, config = self._run, self._roster, self.config
         self._handle_failures(detection.find_hung(roster.alive(), config, now, lateness_s), now)
-        self._handle_failures(detection.find_stalled(run.membership, config, self.progress, now, lateness_s), now)
+        self._handle_failures(failures.find_stalled(run.membership, config, self.progress, now, lateness_s), now)
         for view in detection.find_slow_starters(roster.alive(), config, now):
             late = f"not ready {config.start_timeout_s:.0f} s after it was placed (elastic.start_timeout_s)"
             self._out += roster.kill(view, late)
@@ -247,14 +265,14 @@ class Controller:
     def _find_slow_finishers(self, now: float) -> None:
         if self.state is not RunState.FINALIZING or self._run.finalization is None:
             return
-        found = detection.find_slow_finishers(self._run.finalization, self.config, now)
+        found = failures.find_slow_finishers(self._run.finalization, self.config, now)
         for failure in found:
             self._run.handle_failure(failure, now)
         if found:
             self._run.count_failure(f"no final state within {self.config.finalize_timeout_s:.0f} s", 1 / 2, now)
             self._run.conclude(now)
 
-    def _handle_failures(self, found: Sequence[Failure], now: float) -> None:
+    def _handle_failures(self, found: Sequence[Failure[WorkerView]], now: float) -> None:
         for failure in found:
             self._run.handle_failure(failure, now)
         if found:
@@ -267,7 +285,11 @@ class Controller:
         if view is None:
             self._out.append(ReleaseWorker(event.worker, "this run no longer expects it"))
         elif view.state in _ON_ITS_WAY:
-            self._out += self._roster.ready(view, event, now)
+            self._out += self._roster.ready(
+                view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=_speeds(event)
+            )
+            view.ready, view.initial = event, event.initial
+            view.held = view.whole = whole(event.elements, self.config.tensor)
             self._run.warm(event, now)
 
     def _died(self, event: Died, now: float) -> None:
@@ -364,7 +386,7 @@ class Controller:
             case "exception":
                 # It changed no state: who alone holds a part of it tries again, others are replaced.
                 alone = state.holds_alone(view, run.membership.members.values())
-                run.handle_failure(detection.raised(view, event, spared=alone), now)
+                run.handle_failure(failures.raised(view, event, spared=alone), now)
             case "restore":
                 self._out += run.saving.invalid(generation.restore, event.detail)
                 run.settle(now, interrupt=True)
@@ -386,7 +408,7 @@ class Controller:
         if event.worker not in asked.asked:
             return
         if event.error:
-            failure = detection.could_not_finish(view, event)
+            failure = failures.could_not_finish(view, event)
             self._run.handle_failure(failure, now)
             self._run.count_failure(failure.cause, 1.0, now)
         else:
@@ -450,3 +472,10 @@ class Controller:
             what = f"the controller was lost before worker {slots} heard of its generation"
             self._out += self._record.incident("controller", what, now)
         return found.intact
+
+
+def _speeds(event: Ready) -> dict[str, float]:
+    """What a worker says of its model and device, for the record."""
+    if not event.flops_per_token or not event.peak_flops:
+        return {}
+    return {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}

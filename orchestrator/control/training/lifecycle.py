@@ -7,30 +7,30 @@ state they hold, and forms the next generation or waits for workers. It ends thr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from orchestrator.control import detection, forming, policy, state
-from orchestrator.control.detection import Failure
-from orchestrator.control.finalizing import Finalization
-from orchestrator.control.forming import Ranks
-from orchestrator.control.history import History
-from orchestrator.control.layouts import Layouts, memory_of
-from orchestrator.control.membership import Membership
-from orchestrator.control.protocol import Action, Finish, Record
-from orchestrator.control.rebalance import Rebalancer
-from orchestrator.control.roster import Roster
-from orchestrator.control.run_record import RunRecord
-from orchestrator.control.saving import Saving
-from orchestrator.control.scale_up import ScaleUpBackoff
-from orchestrator.control.state import Origin
-from orchestrator.control.views import ControllerConfig, RunState, WorkerState, WorkerView
+from orchestrator.control.core.detection import Failure
+from orchestrator.control.core.machine import WantsRoom
+from orchestrator.control.core.protocol import Finish, Record
+from orchestrator.control.core.roster import Roster
+from orchestrator.control.core.scale_up import ScaleUpBackoff
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training import failures, forming, policy, state
+from orchestrator.control.training.finalizing import Finalization
+from orchestrator.control.training.forming import Ranks
+from orchestrator.control.training.history import History
+from orchestrator.control.training.layouts import Layouts, memory_of
+from orchestrator.control.training.membership import Membership
+from orchestrator.control.training.protocol import Action
+from orchestrator.control.training.rebalance import Rebalancer
+from orchestrator.control.training.run_record import RunRecord
+from orchestrator.control.training.saving import Saving
+from orchestrator.control.training.state import Origin
+from orchestrator.control.training.views import ControllerConfig, RunState, WorkerView
 from orchestrator.planning.balance import Assignment
-from orchestrator.training.messages import Left, PartSaved, Ready, SavePlan, StepReport, WorkerId
+from orchestrator.training.messages import Left, PartSaved, Ready, SavePlan, StepReport
 from orchestrator.training.orders import Finalize, RequestSave, SaveState, StartGeneration
-
-WantsRoom = Literal["no", "yes", "firmly"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Lifecycle:
         self,
         config: ControllerConfig,
         history: History,
-        roster: Roster,
+        roster: Roster[WorkerView],
         record: RunRecord,
         checkpoints: Mapping[int, str],
         out: list[Action],
@@ -147,7 +147,7 @@ class Lifecycle:
             self._out += self._record.incident("rebalance", f"stages are cut anew: {stages} blocks", now)
             self.pause()
 
-    def handle_failure(self, failure: Failure, now: float) -> None:
+    def handle_failure(self, failure: Failure[WorkerView], now: float) -> None:
         """Acts on trouble. Callers `conclude` when they are through with all there is.
 
         Losing a member is an incident, and so is losing the last holder of the state.
@@ -213,7 +213,7 @@ class Lifecycle:
         # The first generation does not share its start-up with workers that would only wait.
         wanted = self._wanted() + (self.config.standby if self._has_run else 0)
         self._out += self._roster.fill(
-            wanted, self.membership.members, now, needed=self._needed, may_leave=self._may_leave
+            wanted, self.membership.members, now, needed=self._needed, may_leave=self._may_leave, worth=_worth
         )
 
     def look_for_room(self) -> None:
@@ -485,8 +485,8 @@ class Lifecycle:
         if self._record.incidents.unanswered() or any(left.cause == "restore" for left in lefts):
             return
         if (since := self.membership.stalled_since) is not None:
-            self.handle_failure(detection.nobodys_stall(since, now), now)
-        elif (failure := detection.lost_each_other(lefts, now)) is not None:
+            self.handle_failure(failures.nobodys_stall(since, now), now)
+        elif (failure := failures.lost_each_other(lefts, now)) is not None:
             self.handle_failure(failure, now)
 
     # ------------------------------------------------------------------------------------ checkpoints
@@ -599,3 +599,8 @@ class Lifecycle:
             self._out += self._record.close(now)
         self.state, self.status = RunState.OVER, status
         self._out.append(Finish(status, reason, digest))
+
+
+def _worth(unit: Sequence[WorkerView]) -> tuple[bool, int]:
+    """How much a unit has of training: the idle ones may hold the state of the next generation."""
+    return any(view.has_state for view in unit), max(view.committed for view in unit)

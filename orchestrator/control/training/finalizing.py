@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.control.views import WorkerView
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.views import WorkerView
 
 
 class Finalization:

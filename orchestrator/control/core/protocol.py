@@ -1,26 +1,11 @@
-"""Events the state machine takes and actions it gives, beyond the workers' own messages."""
+"""Events that any machine takes and actions that any gives: what concerns the processes of workers, and the end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.training.messages import (
-    CheckpointSaved,
-    FaultFired,
-    Finalized,
-    Heartbeat,
-    Joined,
-    Left,
-    PartSaved,
-    Ready,
-    SaveBegun,
-    SaveDelayed,
-    Status,
-    StepReport,
-    WorkerId,
-)
-from orchestrator.training.orders import Order
+from orchestrator.control.core.workers import WorkerId
 
 # ---------------------------------------------------------------------------------------- events
 
@@ -28,14 +13,6 @@ from orchestrator.training.orders import Order
 @dataclass(frozen=True)
 class Start:
     """The run begins (or begins again after its whole cluster was lost)."""
-
-
-@dataclass(frozen=True)
-class TakeOver:
-    """A restarted controller found these living workers of its run, and those that are `starting`."""
-
-    workers: tuple[Status, ...]
-    starting: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,11 +70,6 @@ class Resize:
 
 
 @dataclass(frozen=True)
-class SaveRequested:
-    """A user asks for a checkpoint."""
-
-
-@dataclass(frozen=True)
 class Stop:
     """A user asks the run to end at the next step boundary."""
 
@@ -111,30 +83,17 @@ class Abort:
     reason: str
 
 
-Event = (
-    Start
-    | Abort
-    | TakeOver
-    | Tick
-    | Placed
-    | NodesStarting
-    | GiveWay
-    | Died
-    | DrainNotice
-    | Resize
-    | SaveRequested
-    | Stop
-    | Ready
-    | Heartbeat
-    | Joined
-    | Left
-    | Finalized
-    | FaultFired
-    | SaveBegun
-    | SaveDelayed
-    | PartSaved
-    | CheckpointSaved
-)
+@dataclass(frozen=True)
+class FaultFired:
+    """An injected fault is about to happen. `at` is its time, from which recoveries are measured; in a
+    worker's message by its monotonic clock, as all times are there."""
+
+    worker: WorkerId | None
+    index: int
+    at: float
+
+
+ProcessEvent = Start | Placed | Tick | GiveWay | NodesStarting | Died | DrainNotice | Resize | Stop | Abort | FaultFired
 
 # ---------------------------------------------------------------------------------------- actions
 
@@ -176,21 +135,6 @@ class KillWorker:
 
 
 @dataclass(frozen=True)
-class StepCommitted:
-    """A step counts as committed from here on: put it on record. Given once for each step, in order; after a
-    `Rollback` the steps taken off the record are given again."""
-
-    report: StepReport
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """Committed steps from `committed` on are lost and will be replayed: take them off the record."""
-
-    committed: int
-
-
-@dataclass(frozen=True)
 class Record:
     """Something happened that belongs in the event log."""
 
@@ -207,4 +151,4 @@ class Finish:
     digest: str | None
 
 
-Action = RequestWorker | TellShortage | ReleaseWorker | KillWorker | Order | StepCommitted | Rollback | Record | Finish
+ProcessAction = RequestWorker | TellShortage | ReleaseWorker | KillWorker | Record | Finish

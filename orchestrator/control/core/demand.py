@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
-from orchestrator.control.protocol import Action, Record, TellShortage
-from orchestrator.control.views import ScalingRules, WorkerView
+from orchestrator.control.core.config import ScalingRules
+from orchestrator.control.core.protocol import ProcessAction, Record, TellShortage
+from orchestrator.control.core.workers import ProcessView
+
+V = TypeVar("V", bound=ProcessView)
+
 
 COMING_S = 30.0
 """How long the word that nodes are starting counts."""
@@ -47,7 +52,7 @@ class Demand:
         self._rounds = 0
         self._asked_since.clear()
 
-    def turn_to_next(self, waiting: Sequence[WorkerView], now: float) -> tuple[list[WorkerView], list[Action]]:
+    def turn_to_next(self, waiting: Sequence[V], now: float) -> tuple[list[V], list[ProcessAction]]:
         """Those of the `waiting` that their market has not met in time, to be asked for again: in the next, after the
         last in the first, and so are others for a while. When no market meets any, each round takes longer."""
         rules = self._rules
@@ -74,7 +79,7 @@ class Demand:
         }
         return late, [Record("market_changed", fields)]
 
-    def tell(self, waiting: Sequence[WorkerView], now: float) -> list[Action]:
+    def tell(self, waiting: Sequence[ProcessView], now: float) -> list[ProcessAction]:
         """That workers have found no room for long, once for each market; and that there is no shortage any more."""
         if not waiting:
             self._asked_since.clear()
@@ -84,7 +89,7 @@ class Demand:
         if self._short_since is None:
             self._short_since = now
         short = [view for view in waiting if now - view.requested_at >= self._rules.shortage_after_s]
-        actions: list[Action] = []
+        actions: list[ProcessAction] = []
         for market in sorted({view.market for view in short} - self._told):
             self._told.add(market)
             those = [view for view in short if view.market == market]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from monitoring.goodput import VOLUNTARY
-from orchestrator.control.protocol import Record
-from orchestrator.training.messages import StepReport, WorkerId
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.core.workers import WorkerId
 
 
 @dataclass
@@ -126,11 +126,13 @@ class IncidentBook:
                 incident.bytes_moved += num_bytes
                 incident.buffer_bytes = max(incident.buffer_bytes, buffer_bytes)
 
-    def recovered(self, report: StepReport, committed_before: float | None, median_step_s: float) -> list[Record]:
-        """Closes what a committed step is the recovery of; the records for the log."""
+    def recovered(
+        self, generation: int, committed_at: float, committed_before: float | None, median_step_s: float
+    ) -> list[Record]:
+        """Closes what a step that `generation` committed is the recovery of; the records for the log."""
         return self._close(
-            [i for i in self.open if i.generation is not None and i.generation <= report.generation],
-            report.committed_at, committed_before, median_step_s,
+            [i for i in self.open if i.generation is not None and i.generation <= generation],
+            committed_at, committed_before, median_step_s,
         )  # fmt: skip
 
     def close_all(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Self
 
-from orchestrator.control.protocol import Action
-from orchestrator.control.views import WorkerState, WorkerView, phase_index
-from orchestrator.training.messages import Generation, Heartbeat, Left, WorkerId
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.protocol import Action
+from orchestrator.control.training.views import WorkerView, phase_index
+from orchestrator.training.messages import Generation, Heartbeat, Left
 from orchestrator.training.orders import Interrupt, Pause
 from strategies.layout.statemap import NOTHING
 

@@ -16,11 +16,13 @@ from typing import Any
 
 from monitoring.goodput import VOLUNTARY
 from monitoring.skew import Detector, RankAccount, Rating, SkewFinding, Window, Windows
-from orchestrator.control.layouts import Layouts
-from orchestrator.control.protocol import Action, Record
-from orchestrator.control.views import RebalanceRules, WorkerView
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.layouts import Layouts
+from orchestrator.control.training.protocol import Action
+from orchestrator.control.training.views import RebalanceRules, WorkerView
 from orchestrator.planning.balance import Assignment, best_deal, replica_seconds, seconds_of, stage_shares
-from orchestrator.training.messages import Generation, StepReport, WorkerId
+from orchestrator.training.messages import Generation, StepReport
 from orchestrator.training.orders import Deal
 from strategies.layout.assignment import deal_subtrees
 from strategies.layout.parallel import ParallelLayout

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from orchestrator.control.protocol import Action, Record
-from orchestrator.control.views import ScalingRules, WorkerView
+from orchestrator.control.core.config import ScalingRules
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.core.workers import ProcessView
 
 GROWTH_SHARE = 0.05
 """The share of its time that a run spends on taking in workers, as far as the longest wait allows."""
@@ -30,13 +31,13 @@ class ScaleUpBackoff:
         """A generation began to train."""
         self._changed_at = now
 
-    def learn(self, actions: Iterable[Action], now: float) -> None:
+    def learn(self, actions: Iterable[object], now: float) -> None:
         """What it cost when workers joined."""
         for action in actions:
             if isinstance(action, Record) and action.kind == "recovery" and action.fields["kind"] == "grow":
                 self._grown_at, self._cost_s = now, action.fields["pause_seconds"]
 
-    def lost(self, view: WorkerView, now: float) -> None:
+    def lost(self, view: ProcessView, now: float) -> None:
         """A member is gone, or must go. Those that go together flap once."""
         joined_at, view.joined_at = view.joined_at, None  # It flaps once: with its notice or with its death.
         if joined_at is None or now - joined_at > self._rules.flap_window_s or now - self._flapped_at < TOGETHER_S:
@@ -45,7 +46,7 @@ class ScaleUpBackoff:
         self._flapped_at = now
 
     def asked_to_resize(self) -> None:
-        """A user knows better."""
+        """A user has asked for another size: no earlier change delays it."""
         self._changed_at = self._grown_at = None
         self._flaps = 0
 

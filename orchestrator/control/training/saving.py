@@ -11,8 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.protocol import Action, Record
-from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, WorkerId
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.protocol import Action
+from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan
 from orchestrator.training.orders import CommitCheckpoint, DiscardCheckpoint
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0

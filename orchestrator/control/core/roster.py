@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import count, islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from orchestrator.control.demand import Demand
-from orchestrator.control.history import History
-from orchestrator.control.protocol import (
-    Action,
+from orchestrator.control.core.config import PoolConfig
+from orchestrator.control.core.demand import Demand
+from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
     KillWorker,
     Placed,
+    ProcessAction,
     Record,
     ReleaseWorker,
     RequestWorker,
 )
-from orchestrator.control.views import ControllerConfig, WorkerState, WorkerView
-from orchestrator.training.messages import Ready, WorkerId
-from strategies.layout.statemap import whole
+from orchestrator.control.core.workers import PastWorkers, ProcessView, WorkerId, WorkerState, named
+
+V = TypeVar("V", bound=ProcessView)
 
 MAX_PAUSE_S = 30.0
 """The longest time between two tries when workers die while they start."""
@@ -34,32 +34,34 @@ _TOO_MANY = "more workers than the job wants"
 _TOO_SLOW = "another took its place, as it was too slow"
 
 
-class Roster:
-    """`workers` are all that were ever asked for, also those that are gone. How many are on their way, and who is to
-    leave, is kept beside them, for questions that come with every message."""
+class Roster(Generic[V]):
+    """`new` makes the view of a worker that is asked for, of its name and the time. `workers` are all that were ever
+    asked for, also those that are gone. How many are on their way, and who is to leave, is kept beside them, for
+    questions that come with every message."""
 
-    def __init__(self, config: ControllerConfig, history: History) -> None:
-        self.workers: dict[WorkerId, WorkerView] = {}
-        self._alive: dict[WorkerId, WorkerView] = {}
+    def __init__(self, config: PoolConfig, past: PastWorkers, new: Callable[[WorkerId, float], V]) -> None:
+        self.workers: dict[WorkerId, V] = {}
+        self._alive: dict[WorkerId, V] = {}
+        self._new = new
         self._coming = {WorkerState.REQUESTED: 0, WorkerState.STARTING: 0}
         self._leaving: set[WorkerId] = set()
         self.num_removed = 0
         """How many have gone since this controller began."""
-        self._incarnations = dict(history.incarnations)
-        self._draining = dict(history.draining)
-        self._given_up = set(history.gone)
-        self._evicting = dict(history.evicting)
+        self._incarnations = dict(past.incarnations)
+        self._draining = dict(past.draining)
+        self._given_up = set(past.gone)
+        self._evicting = dict(past.evicting)
         self._crowded_until = 0.0
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
         self._demand = Demand(config.scaling)
 
-    def living(self, worker: WorkerId) -> WorkerView | None:
+    def living(self, worker: WorkerId) -> V | None:
         """A worker that counts; None when it is gone, or was never one of this run's."""
         return self._alive.get(worker)
 
-    def alive(self) -> list[WorkerView]:
+    def alive(self) -> list[V]:
         return list(self._alive.values())
 
     @property
@@ -77,7 +79,7 @@ class Roster:
         """Whether anybody is to be replaced."""
         return bool(self._leaving)
 
-    def idle(self) -> list[WorkerView]:
+    def idle(self) -> list[V]:
         return [view for view in self._alive.values() if view.state is WorkerState.IDLE]
 
     # ------------------------------------------------------------------------------------ they come
@@ -89,17 +91,19 @@ class Roster:
         now: float,
         *,
         needed: Callable[[], Collection[WorkerId]],
-        may_leave: Callable[[WorkerView], bool],
-    ) -> list[Action]:
+        may_leave: Callable[[V], bool],
+        worth: Callable[[Sequence[V]], tuple[Any, ...]],
+    ) -> list[ProcessAction]:
         """Asks for the workers that are missing and releases the units that are too many. Members are left alone, and
-        so are those `needed` for their state; of the draining workers that are idle, those go that `may_leave`."""
+        so are those that are `needed`; of the others the units go first that are worth least: that are incomplete, the
+        least far, of the least `worth`, the newest. Of the draining workers that are idle those go that `may_leave`."""
         actions = self._ask_again(now)
         units = self._units()
         leaving = {self._config.unit_of(view.worker) for view in self._alive.values() if view.leaving}
         staying = {unit: views for unit, views in units.items() if unit not in leaving}
-        surplus = len(staying) - -(-wanted // self._config.tensor)
+        surplus = len(staying) - -(-wanted // self._config.unit)
         if surplus > 0:
-            actions += self._release_units(staying, surplus, members, needed())
+            actions += self._release_units(staying, surplus, members, needed(), worth)
         if now >= self._next_request_at and (slots := self._missing_slots(units, staying, -surplus)):
             actions += self._request(slots, now, self._num_replacing(wanted, units, staying, len(slots)))
         if len(staying) < len(units):
@@ -109,7 +113,7 @@ class Roster:
                     actions += self.release(view, _TOO_SLOW if view.evicting else "its node drains")
         return actions
 
-    def _ask_again(self, now: float) -> list[Action]:
+    def _ask_again(self, now: float) -> list[ProcessAction]:
         """Takes back requests that nothing would come of: those that no longer are for one that is too slow, which were
         not to be placed just anywhere; and those that were to avoid nodes, if other nodes have no room after all."""
         waiting = self._requested()
@@ -118,7 +122,7 @@ class Roster:
         hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
         if hopeless:
             self._crowded_until = now + CROWDED_S
-        actions: list[Action] = []
+        actions: list[ProcessAction] = []
         for view in (*replacing[slow:], *hopeless):
             actions += self.release(view, "it is asked for again, wherever there is room")
         late, told = self._demand.turn_to_next([view for view in waiting if view.alive], now)
@@ -131,7 +135,7 @@ class Roster:
         """Whether workers have found no room for long."""
         return self._demand.is_short
 
-    def withdraw(self, reason: str) -> list[Action]:
+    def withdraw(self, reason: str) -> list[ProcessAction]:
         """Takes back the requests that nothing has come of yet."""
         return [action for view in self._requested() for action in self.release(view, reason)]
 
@@ -139,45 +143,43 @@ class Roster:
         """Nodes are on their way, which may be for workers that wait for room."""
         self._demand.coming(now)
 
-    def tell_shortage(self, now: float) -> list[Action]:
+    def tell_shortage(self, now: float) -> list[ProcessAction]:
         """What is to be said of workers that find no room."""
         return self._demand.tell(self._requested(), now)
 
-    def _requested(self) -> list[WorkerView]:
+    def _requested(self) -> list[V]:
         return [view for view in self._alive.values() if view.state is WorkerState.REQUESTED]
 
-    def _num_replacing(
-        self, wanted: int, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], missing: int
-    ) -> int:
+    def _num_replacing(self, wanted: int, units: dict[int, list[V]], staying: dict[int, list[V]], missing: int) -> int:
         """How many of the missing workers are to take the place of one that is too slow and works on meanwhile."""
         slow = sum(any(view.evicting for view in views) for views in units.values())
         waiting = sum(any(v.must_avoid and v.state is WorkerState.REQUESTED for v in vs) for vs in staying.values())
-        others = (len(staying) - waiting + slow) * self._config.tensor
+        others = (len(staying) - waiting + slow) * self._config.unit
         return max(0, missing - max(0, wanted - others))
 
-    def _units(self) -> dict[int, list[WorkerView]]:
-        units: dict[int, list[WorkerView]] = {}
-        tensor = self._config.tensor
+    def _units(self) -> dict[int, list[V]]:
+        units: dict[int, list[V]] = {}
+        unit_size = self._config.unit
         for view in self._alive.values():
-            units.setdefault(view.worker.slot // tensor, []).append(view)
+            units.setdefault(view.worker.slot // unit_size, []).append(view)
         return units
 
     def _release_units(
         self,
-        staying: dict[int, list[WorkerView]],
+        staying: dict[int, list[V]],
         surplus: int,
         members: Collection[WorkerId],
         needed: Collection[WorkerId],
-    ) -> list[Action]:
+        worth: Callable[[Sequence[V]], tuple[Any, ...]],
+    ) -> list[ProcessAction]:
         order = list(WorkerState)
 
-        def value(unit: int) -> tuple[bool, int, bool, int, int]:
+        def value(unit: int) -> tuple[Any, ...]:
             views = staying[unit]
             return (
-                len(views) == self._config.tensor,
+                len(views) == self._config.unit,
                 min(order.index(view.state) for view in views),
-                any(view.has_state for view in views),
-                max(view.committed for view in views),
+                *worth(views),
                 -unit,
             )
 
@@ -186,7 +188,6 @@ class Roster:
             for unit, views in staying.items()
             if not any(view.worker in members or view.worker in needed for view in views)
         ]
-        # Before a generation is formed the idle ones may hold its state: the newest goes last.
         spare.sort(key=value)
         gone = spare[:surplus]
         actions = [action for unit in gone for view in staying[unit] for action in self.release(view, _TOO_MANY)]
@@ -194,22 +195,22 @@ class Roster:
             del staying[unit]
         return actions
 
-    def _missing_slots(
-        self, units: dict[int, list[WorkerView]], staying: dict[int, list[WorkerView]], num_units: int
-    ) -> list[int]:
+    def _missing_slots(self, units: dict[int, list[V]], staying: dict[int, list[V]], num_units: int) -> list[int]:
         """Of units that have lost a worker, and of `num_units` new ones."""
-        tensor = self._config.tensor
+        unit_size = self._config.unit
         new = list(islice((unit for unit in count() if unit not in units), max(0, num_units)))
-        wanted = sorted([*(unit for unit, views in staying.items() if len(views) < tensor), *new])
+        wanted = sorted([*(unit for unit, views in staying.items() if len(views) < unit_size), *new])
         if not wanted:
             return []
         taken = {worker.slot for worker in self._alive}
-        return [slot for unit in wanted for slot in range(unit * tensor, (unit + 1) * tensor) if slot not in taken]
+        return [
+            slot for unit in wanted for slot in range(unit * unit_size, (unit + 1) * unit_size) if slot not in taken
+        ]
 
-    def _request(self, slots: Sequence[int], now: float, num_replacing: int) -> list[Action]:
+    def _request(self, slots: Sequence[int], now: float, num_replacing: int) -> list[ProcessAction]:
         """Asks for workers. The last `num_replacing` are for those that are too slow: where these are, or were, they
         would be of no use."""
-        actions: list[Action] = []
+        actions: list[ProcessAction] = []
         avoided = tuple(sorted(set(self._evicting.values()) - {""}))
         market = self._demand.market(now)
         for number, slot in enumerate(slots):
@@ -217,12 +218,14 @@ class Roster:
             avoid = avoided if must or now >= self._crowded_until else ()
             worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
             self._incarnations[slot] = worker.incarnation
-            self.add(WorkerView(worker, requested_at=now, avoids=bool(avoid), must_avoid=must, market=market))
-            fields = _named(worker) | ({"market": market} if market else {})
+            view = self._new(worker, now)
+            view.avoids, view.must_avoid, view.market = bool(avoid), must, market
+            self.add(view)
+            fields = named(worker) | ({"market": market} if market else {})
             actions += [Record("worker_requested", fields), RequestWorker(worker, avoid, must, market)]
         return actions
 
-    def add(self, view: WorkerView) -> None:
+    def add(self, view: V) -> None:
         self.workers[view.worker] = self._alive[view.worker] = view
         view.draining_until = self._draining.get(view.worker)
         view.evicting = view.worker in self._evicting
@@ -230,13 +233,13 @@ class Roster:
         if view.state in self._coming:
             self._coming[view.state] += 1
 
-    def _note_leaving(self, view: WorkerView) -> None:
+    def _note_leaving(self, view: V) -> None:
         if view.leaving and view.alive:
             self._leaving.add(view.worker)
         else:
             self._leaving.discard(view.worker)
 
-    def adopt(self, view: WorkerView) -> list[Action]:
+    def adopt(self, view: V) -> list[ProcessAction]:
         """Takes over a worker of an earlier controller, unless that one had given it up."""
         slot, incarnation = view.worker
         self._incarnations[slot] = max(self._incarnations.get(slot, -1), incarnation)
@@ -249,7 +252,7 @@ class Roster:
         """Whether it was gone by the record of earlier controllers."""
         return worker in self._given_up
 
-    def placed(self, event: Placed, now: float) -> list[Action]:
+    def placed(self, event: Placed, now: float) -> list[ProcessAction]:
         """The cluster found room for a worker; it may say so twice."""
         view = self.workers.get(event.worker)
         if view is None or view.state is not WorkerState.REQUESTED:
@@ -258,19 +261,17 @@ class Roster:
         self._coming[WorkerState.REQUESTED] -= 1
         self._coming[WorkerState.STARTING] += 1
         self._demand.placed()
-        return [Record("worker_placed", {**_named(event.worker), "node": event.node})]
+        return [Record("worker_placed", {**named(event.worker), "node": event.node})]
 
-    def ready(self, view: WorkerView, event: Ready, now: float) -> list[Action]:
-        """A worker that was on its way is warm."""
+    def ready(
+        self, view: V, node: str, pid: int, now: float, *, lateness_s: float, facts: dict[str, Any]
+    ) -> list[ProcessAction]:
+        """A worker that was on its way is warm, on this node; `facts` go on record with that."""
         self._coming[view.state] -= 1
-        view.state, view.ready, view.node, view.last_heard = WorkerState.IDLE, event, event.node, now
-        view.initial, view.lateness_s = event.initial, event.lateness_s
-        view.held = view.whole = whole(event.elements, self._config.tensor)
+        view.state, view.node, view.last_heard, view.lateness_s = WorkerState.IDLE, node, now, lateness_s
         self._start_failures = 0
-        fields = {"node": event.node, "pid": event.pid, "start_seconds": round(now - view.requested_at, 3)}
-        if event.flops_per_token and event.peak_flops:
-            fields |= {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}
-        return [Record("worker_ready", {**_named(event.worker), **fields})]
+        fields = {"node": node, "pid": pid, "start_seconds": round(now - view.requested_at, 3)} | facts
+        return [Record("worker_ready", {**named(view.worker), **fields})]
 
     def start_failed(self, detail: str, now: float) -> str | None:
         """A worker did not live to be ready: the next is asked for after a pause. What to give up with, when too many
@@ -283,7 +284,7 @@ class Roster:
 
     # ------------------------------------------------------------------------------------ and go
 
-    def notice(self, event: DrainNotice) -> list[WorkerView]:
+    def notice(self, event: DrainNotice) -> list[V]:
         """The place of these workers goes away; those for whom that is news."""
         noticed = []
         for worker in event.workers:
@@ -312,20 +313,20 @@ class Roster:
             view.evicting = False
             self._note_leaving(view)
 
-    def release(self, view: WorkerView, reason: str) -> list[Action]:
+    def release(self, view: V, reason: str) -> list[ProcessAction]:
         """Lets go of a worker that is not needed."""
         self.remove(view)
         return [
             ReleaseWorker(view.worker, reason),
-            Record("worker_released", {**_named(view.worker), "reason": reason}),
+            Record("worker_released", {**named(view.worker), "reason": reason}),
         ]
 
-    def kill(self, view: WorkerView, reason: str) -> list[Action]:
+    def kill(self, view: V, reason: str) -> list[ProcessAction]:
         """Ends a worker that cannot be trusted any more; what it may still say is not listened to."""
         self.remove(view)
-        return [KillWorker(view.worker, reason), Record("worker_killed", {**_named(view.worker), "reason": reason})]
+        return [KillWorker(view.worker, reason), Record("worker_killed", {**named(view.worker), "reason": reason})]
 
-    def remove(self, view: WorkerView) -> None:
+    def remove(self, view: V) -> None:
         """It is gone."""
         if self._alive.pop(view.worker, None) is not None:
             self.num_removed += 1
@@ -347,19 +348,15 @@ class Roster:
         self._demand.skip_gap(gap_s)
 
 
-def death_record(view: WorkerView, event: Died) -> Record:
+def death_record(view: ProcessView, event: Died) -> Record:
     return Record(
         "worker_died",
-        {**_named(view.worker), "node": view.node, "node_lost": event.node_lost, "detail": event.detail},
+        {**named(view.worker), "node": view.node, "node_lost": event.node_lost, "detail": event.detail},
     )
 
 
-def notice_record(view: WorkerView, event: DrainNotice) -> Record:
+def notice_record(view: ProcessView, event: DrainNotice) -> Record:
     return Record(
         "drain_notice",
-        {**_named(view.worker), "node": view.node, "reason": event.reason, "deadline": event.deadline},
+        {**named(view.worker), "node": view.node, "reason": event.reason, "deadline": event.deadline},
     )
-
-
-def _named(worker: WorkerId) -> dict[str, Any]:
-    return {"worker": worker.slot, "incarnation": worker.incarnation}

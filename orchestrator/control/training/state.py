@@ -13,9 +13,9 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from orchestrator.control.protocol import Record
-from orchestrator.control.views import Progress, WorkerView
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.training.views import Progress, WorkerView
 from strategies.layout.statemap import NOTHING, Spans, cut_up, subtract, union
 
 

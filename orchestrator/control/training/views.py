@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from orchestrator.control.core.config import PoolConfig, ScalingRules
+from orchestrator.control.core.workers import ProcessView
 from orchestrator.models.costs import ModelCosts
-from orchestrator.training.messages import Left, Ready, StepReport, WorkerId
+from orchestrator.training.messages import Left, Ready, StepReport
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Spans
 
@@ -59,16 +61,6 @@ class RunState(Enum):
     OVER = "over"
 
 
-class WorkerState(Enum):
-    """Where one worker is in its life."""
-
-    REQUESTED = "asked for, not placed yet"
-    STARTING = "placed, warming up"
-    IDLE = "warm, in no generation"
-    MEMBER = "in the current generation"
-    GONE = "released, dead or fenced off"
-
-
 @dataclass(frozen=True)
 class RebalanceRules:
     """What is done about workers that are slower than others; see `elastic.rebalance` of the job file."""
@@ -91,84 +83,68 @@ class RebalanceRules:
         )
 
 
-@dataclass(frozen=True)
-class ScalingRules:
-    """How a run takes and asks for nodes that come and go; see `elastic.scaling` and `resources.market` of the job."""
-
-    settle_s: float = 0.0
-    flap_window_s: float = 120.0
-    shortage_after_s: float = 60.0
-    fallback_after_s: float = 600.0
-    fallback_hold_s: float = 600.0
-    markets: tuple[str, ...] = ()
-
-    @classmethod
-    def for_job(cls, job: Job) -> ScalingRules:
-        return cls(**job.elastic.scaling.model_dump(exclude={"turn_s"}), markets=tuple(job.resources.market))
-
-
-@dataclass(frozen=True)
-class ControllerConfig:
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig(PoolConfig):
     """The part of the job that the controller's decisions depend on; times in seconds."""
 
     total_steps: int
     chooser: Chooser
-    min_workers: int
-    max_workers: int
-    standby: int = 0
     checkpointing: bool = False
     save_every_s: float | None = None
-    heartbeat_timeout_s: float = 3.0
     progress_timeout_s: float = 60.0
-    start_timeout_s: float = 300.0
-    wait_timeout_s: float | None = None
-    placement_grace_s: float = 3.0
     interrupt_timeout_s: float = 3.0
     finalize_timeout_s: float = 600.0
     final_patience_s: float = 300.0
     max_failures_per_step: int = 3
-    max_start_failures: int = 5
-    term: int = 0
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
-    scaling: ScalingRules = field(default_factory=ScalingRules)
+
+    @classmethod
+    def for_job(cls, job: Job, chooser: Chooser, *, term: int = 0) -> ControllerConfig:
+        """Of a job whose layouts `chooser` knows, for the controller of this `term`."""
+        elastic = job.elastic
+        return cls(
+            total_steps=job.train.steps,
+            chooser=chooser,
+            min_workers=elastic.workers.min,
+            max_workers=elastic.workers.max,
+            standby=elastic.standby,
+            checkpointing=True,
+            save_every_s=job.checkpoint.every_seconds,
+            heartbeat_timeout_s=elastic.heartbeat_timeout_s,
+            progress_timeout_s=elastic.progress_timeout_s,
+            start_timeout_s=elastic.start_timeout_s,
+            wait_timeout_s=elastic.wait_timeout_s,
+            max_failures_per_step=elastic.max_failures_per_step,
+            final_patience_s=job.checkpoint.final_patience_s,
+            term=term,
+            rebalance=RebalanceRules.for_job(job),
+            scaling=ScalingRules.for_job(job),
+        )
 
     @property
     def tensor(self) -> int:
-        """Slots in a unit: a tensor-parallel group, which shares a node. Unit u has the slots from u * tensor on."""
+        """The tensor-parallel degree: such a group is a unit of workers, which shares a node."""
         return self.chooser.tensor
 
     @property
-    def least(self) -> int:
-        """The fewest workers to train with, in whole units."""
-        return min(-(-self.min_workers // self.tensor) * self.tensor, self._most)
-
-    def within_limits(self, workers: int) -> int:
-        """The size closest to `workers` that the job allows, in whole units. There may never be work for so many."""
-        return min(max(workers // self.tensor * self.tensor, self.least), self._most)
+    def unit(self) -> int:
+        return self.tensor
 
     @property
-    def _most(self) -> int:
-        return max(1, min(self.max_workers, self.chooser.most_workers) // self.tensor) * self.tensor
-
-    def unit_of(self, worker: WorkerId) -> int:
-        return worker.slot // self.tensor
+    def most_useful(self) -> int:
+        return self.chooser.most_workers
 
 
 @dataclass
-class WorkerView:
-    """One worker as the controller sees it.
+class WorkerView(ProcessView):
+    """One worker as training's controller sees it.
 
     `held` is what it is known to hold of the state after `committed` steps; `whole` is all there is of a state. Nothing
     is known of members of a generation that shards its state until they are out of it. `initial` names the state that
     it holds at step 0.
     """
 
-    worker: WorkerId
-    requested_at: float
-    state: WorkerState = WorkerState.REQUESTED
-    node: str = ""
     ready: Ready | None = None
-    placed_at: float | None = None
     committed: int = 0
     prepared: bool = False
     has_trained: bool = False
@@ -177,40 +153,11 @@ class WorkerView:
     initial: str = ""
     left: Left | None = None
     joined: bool = False
-    last_heard: float = 0.0
     position: tuple[int, int] = (0, 0)
     moves: int = 0
     moved_at: float = 0.0
     phase: str = ""
-    host_bytes: int = 0
-    device_bytes: int = 0
-    lateness_s: float = 0.0
-    """How late it has been lately, by its own account."""
-    fault_at: float | None = None
     fault_committed: int | None = None
-    draining_until: float | None = None
-    evicting: bool = False
-    """It is too slow, and goes when another can take its place."""
-    avoids: bool = False
-    must_avoid: bool = False
-    """It was asked for on other nodes than some: if there is room, or in any case."""
-    market: str = ""
-    """Where it was asked for; "": anywhere."""
-    joined_at: float | None = None
-    """When it joined a run that was under way; None when it was there from the beginning."""
-
-    @property
-    def alive(self) -> bool:
-        return self.state is not WorkerState.GONE
-
-    @property
-    def draining(self) -> bool:
-        return self.draining_until is not None
-
-    @property
-    def leaving(self) -> bool:
-        """Whether it is to be replaced."""
-        return self.evicting or self.draining_until is not None
 
     @property
     def has_state(self) -> bool:

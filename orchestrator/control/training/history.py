@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.control.incidents import Incident, IncidentBook
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.incidents import Incident, IncidentBook
+from orchestrator.control.core.workers import PastWorkers, WorkerId
 
 
 @dataclass
@@ -36,6 +36,11 @@ class History:
     step_seconds: list[float] = field(default_factory=list)
     last_commit_at: float | None = None
     norm: float | None = None
+
+    @property
+    def workers(self) -> PastWorkers:
+        """What there is on record of workers."""
+        return PastWorkers(self.incarnations, self.gone, self.draining, self.evicting)
 
     @classmethod
     def read(cls, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> History:

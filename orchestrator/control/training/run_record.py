@@ -5,11 +5,12 @@ Others write it down; what is added to it comes back as actions that say so.
 
 from __future__ import annotations
 
-from orchestrator.control.history import History
-from orchestrator.control.incidents import Incident, IncidentBook, StepFailures
-from orchestrator.control.protocol import Action, Record, Rollback, StepCommitted
-from orchestrator.control.views import ControllerConfig, Progress, WorkerView
-from orchestrator.training.messages import FaultFired, StepReport
+from orchestrator.control.core.incidents import Incident, IncidentBook, StepFailures
+from orchestrator.control.core.protocol import FaultFired, Record
+from orchestrator.control.training.history import History
+from orchestrator.control.training.protocol import Action, Rollback, StepCommitted
+from orchestrator.control.training.views import ControllerConfig, Progress, WorkerView
+from orchestrator.training.messages import StepReport
 
 
 class RunRecord:
@@ -33,7 +34,8 @@ class RunRecord:
         before, median = progress.last_commit_at, progress.median_step_s()
         progress.commit(report)
         self._failures.forget_before(progress.committed)
-        return [StepCommitted(report), *self.incidents.recovered(report, before, median)]
+        recovered = self.incidents.recovered(report.generation, report.committed_at, before, median)
+        return [StepCommitted(report), *recovered]
 
     def roll_back(self, committed: int, now: float) -> list[Action]:
         """Takes the steps from `committed` on off the record and puts them on the account of an incident."""

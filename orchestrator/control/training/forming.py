@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.control import policy
-from orchestrator.control.layouts import Layouts
-from orchestrator.control.protocol import Record
-from orchestrator.control.state import Origin, all_of, pick_holders
-from orchestrator.control.views import WorkerView
+from orchestrator.control.core.protocol import Record
+from orchestrator.control.training import policy
+from orchestrator.control.training.layouts import Layouts
+from orchestrator.control.training.state import Origin, all_of, pick_holders
+from orchestrator.control.training.views import WorkerView
 from orchestrator.training.messages import Generation, Member
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Spans, subtract

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from orchestrator.control.detection import Failure
-from orchestrator.control.membership import Membership, initial_of
-from orchestrator.control.protocol import Placed
-from orchestrator.control.roster import Roster
-from orchestrator.control.views import WorkerState, WorkerView
-from orchestrator.training.messages import Generation, Left, Status, WorkerId
+from orchestrator.control.core.detection import Failure
+from orchestrator.control.core.protocol import Placed
+from orchestrator.control.core.roster import Roster
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.membership import Membership, initial_of
+from orchestrator.control.training.views import WorkerView
+from orchestrator.training.messages import Generation, Left, Status
 from strategies.layout.statemap import whole
 
 
@@ -63,7 +64,7 @@ class Retaken:
     intact: bool
 
 
-def retake(current: Generation, statuses: Mapping[WorkerId, Status], roster: Roster, now: float) -> Retaken:
+def retake(current: Generation, statuses: Mapping[WorkerId, Status], roster: Roster[WorkerView], now: float) -> Retaken:
     """Takes the members of the newest generation for what they say they are; the missing get a place on the roster."""
     members, lefts, missing, unaware = [], [], [], []
     for member in current.members:
@@ -95,6 +96,6 @@ def not_found(worker: WorkerId) -> str:
     return f"worker {worker.slot} was not found by the restarted controller"
 
 
-def lost_with_the_controller(view: WorkerView) -> Failure:
+def lost_with_the_controller(view: WorkerView) -> Failure[WorkerView]:
     """A member that nobody found. In case it lives and is out of reach it is ended."""
     return Failure("kill", not_found(view.worker), view, kill="it was not found by the restarted controller")

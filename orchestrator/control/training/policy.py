@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from orchestrator.control.layouts import Layouts
-from orchestrator.control.views import ControllerConfig, WorkerState, WorkerView
-from orchestrator.training.messages import WorkerId
+from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.layouts import Layouts
+from orchestrator.control.training.views import ControllerConfig, WorkerView
 
 NEAR_S = 5.0
 """A worker whose place goes away in less is given no more work."""

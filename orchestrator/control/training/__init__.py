@@ -1,0 +1,1 @@
+"""Training's decisions: progress, generations, where the state is, checkpoints, the end of a run."""
