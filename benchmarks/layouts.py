@@ -95,15 +95,16 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     from strategies.comm.rendezvous_proof import StoreAddress
     from strategies.layout.placement import Domain
     from strategies.layout.statemap import whole
-    from strategies.update.synchronous import StepEngine
+    from strategies.update.engine import StepEngine
     from strategies.update.vote import exchange
+    from strategies.update.warm_up import warm_up
 
     device = torch.device("cpu")
     build.make_deterministic(job, device)
     dataset = dataset_of(job, prepare_stores(job, verify=False))
     state = build.build_state(job, dataset.vocab_size, device)
     engine = StepEngine(state, build.step_spec(job), dataset.batch)
-    engine.warm_up(keep=job.strategy.keeps_model_whole)
+    warm_up(engine, keep=job.strategy.keeps_model_whole)
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
     fabric.form(store_address=StoreAddress(HOST, start.port, SECRET), prefix="layouts", host=HOST, timeout_s=120.0)
     everything = whole(state.space.size, state.space.tensor)

@@ -301,13 +301,13 @@ def toggle_measuring(engine: Any) -> Callable[[bool], None]:
     from strategies.update.timing import RankTimes
 
     nothing = nullcontext()
-    on, rank_times = engine.watch.on, engine._rank_times
-    held = len(engine._held[engine.fabric.rank])
+    on, rank_times = engine.watch.on, engine.rank_times
+    held = len(engine.polls.held[engine.fabric.rank])
     account = RankTimes((0.0,) * held, 0.0, 0.0, 0.0, 0.0, 0, 0)
 
     def toggle(is_measured: bool) -> None:
         engine.watch.on = on if is_measured else lambda index: nothing
-        engine._rank_times = rank_times if is_measured else lambda: account
+        engine.rank_times = rank_times if is_measured else lambda: account
 
     return toggle
 
@@ -360,14 +360,15 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
     from strategies.comm.rendezvous_proof import StoreAddress
     from strategies.layout.parallel import ParallelLayout
     from strategies.layout.placement import Domain
-    from strategies.update.synchronous import StepEngine
+    from strategies.update.engine import StepEngine
+    from strategies.update.warm_up import warm_up
 
     job = Job.loads(text)
     dataset = dataset_of(job, prepare_stores(job, verify=False))
     device = torch.device("cpu")
     state = build.build_state(job, dataset.vocab_size, device)
     engine = StepEngine(state, build.step_spec(job), build.make_fetch(job, dataset))
-    engine.warm_up(keep=True)
+    warm_up(engine, keep=True)
     layout = ParallelLayout.fit(start.world_size, job.elastic.virtual_workers)
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
     address = StoreAddress("127.0.0.1", start.port, SECRET)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from orchestrator.errors import PluginError
+from orchestrator.job.kinds import objective_named, optimizer_named, update_rule_named
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
 from orchestrator.urls import VARIABLE
@@ -286,7 +288,35 @@ def _document_mask(get: Get) -> Iterator[Finding]:
         )
 
 
+def _objective(get: Get) -> Iterator[Finding]:
+    try:
+        objective_named(get("objective.name"))
+    except PluginError as error:
+        yield Finding(("objective.name",), str(error))
+
+
+def _optimizer(get: Get) -> Iterator[Finding]:
+    try:
+        if optimizer_named(get("train.optimizer.name")).scope == "matrix":
+            reason = "needs whole matrices, which no layout keeps together yet; one of scope element is needed"
+            yield Finding(("train.optimizer.name",), reason)
+    except PluginError as error:
+        yield Finding(("train.optimizer.name",), str(error))
+
+
+def _update_rule(get: Get) -> Iterator[Finding]:
+    try:
+        if update_rule_named(get("strategy.update")).progress != "lockstep":
+            reason = "has each replica count its own steps, and there is no controller that follows that yet"
+            yield Finding(("strategy.update",), reason)
+    except PluginError as error:
+        yield Finding(("strategy.update",), str(error))
+
+
 _RULES: tuple[Rule, ...] = (
+    _objective,
+    _optimizer,
+    _update_rule,
     _model,
     _data,
     _document_mask,

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from orchestrator.job.parts import optimizer_of
+from orchestrator.job.parts import optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.schedule import PipelineSchedule
+from strategies.optim.optimizer import MOMENT_BYTES
 from strategies.optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes per parameter of each kind of training state."""
+    """Bytes per parameter of each kind of training state; `optimizer` with what the update rule keeps."""
 
     weights: float
     gradients: float
@@ -58,7 +59,8 @@ def state_bytes(job: Job) -> StateBytes:
     """What training keeps of each parameter."""
     asked = job.train.optimizer
     spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_of(job))
-    return replace(ADAMW, optimizer=float(spec.state_bytes))
+    kept = MOMENT_BYTES * len(update_rule_of(job).kinds())
+    return replace(ADAMW, optimizer=float(spec.state_bytes + kept))
 
 
 @dataclass(frozen=True)

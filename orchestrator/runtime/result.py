@@ -12,6 +12,7 @@ from monitoring.records import read_records
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.job import Job
+from orchestrator.job.parts import update_rule_of
 from orchestrator.rundir import RunDirectory
 from orchestrator.runtime.run_log import RunLog
 
@@ -77,10 +78,17 @@ def compose(
         "goodput_ratio": 0.0,
         "median_step_seconds": round(statistics.median(s["seconds"] for s in steps), 4) if steps else None,
         "reduction": job.strategy.reduction,
-        "bit_exact": job.strategy.reduction == "canonical",
+        "bit_exact": bit_exact(job),
         "state_digest": digest,
         "data_digest": data_digest,
         "generations": run_log.generations,
         "recoveries": run_log.recoveries,
         **({} if run_log.loaded is None else {"model": run_log.loaded}),
     }
+
+
+def bit_exact(job: Job) -> bool | str:
+    """Whether the bits of the result are a function of the job file alone; "replayable": of what is on record, too."""
+    if job.strategy.reduction != "canonical":
+        return False
+    return True if (result := update_rule_of(job).result) == "job" else result

@@ -13,7 +13,7 @@ from torch import nn
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
 from orchestrator.job.lengths import too_long
-from orchestrator.job.parts import objective_of, optimizer_of
+from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.errors import reason_of
 from orchestrator.models.loading import build_model
@@ -85,7 +85,9 @@ def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingStat
     def rebuild() -> dict[str, torch.Tensor]:
         return Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor).initial
 
-    return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), rebuild)
+    return TrainingState(
+        build_blueprint(job, vocab_size, device), optimizer_spec(job), rebuild, update_rule_of(job).kinds()
+    )
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -31,6 +31,7 @@ from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.data import Dataset, step_hash
 from orchestrator.job import Job
+from orchestrator.job.parts import update_rule_of
 from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
@@ -70,9 +71,10 @@ from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.reshard import Resharded, StateCorrupt
 from strategies.state.training_state import state_digest
 from strategies.trial.trial import ModelChanged
-from strategies.update.synchronous import StepEngine, StepRecord
+from strategies.update.engine import StepEngine, StepRecord
 from strategies.update.timing import rounded
 from strategies.update.vote import Agreement, exchange
+from strategies.update.warm_up import calibrate, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -145,16 +147,16 @@ class Worker:
         self._fetch = build.make_fetch(job, dataset, delay)
         self._catalog = catalog
         self._saver = Saver(worker, job, catalog, self.state, dataset.sampler.position, self._send, self._unrecorded)
-        self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase)
+        self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase, update_rule_of(job))
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
-        self.engine.warm_up(keep=job.strategy.keeps_model_whole)
+        warm_up(self.engine, keep=job.strategy.keeps_model_whole)
         if self._faults.may_be_slow:
             self.engine.watch.drag = self._faults.drag
         self.ready = Ready(
             worker, node, pid, host, port, self.state.initial_digest(),
             elements=self.state.space.size, zone=zone, memory_bytes=build.memory_bytes(device),
-            costs=build.model_costs(job), unit_seconds=self.engine.calibrate(),
+            costs=build.model_costs(job), unit_seconds=calibrate(self.engine),
             flops_per_token=build.flops_per_token(job, self.state.blueprint.model), peak_flops=peak_flops(job, device),
             loaded=loaded_of(self.state.blueprint.model, self.state.blueprint.unused),
             lateness_s=round(self._lateness.recent_s(), 3),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from strategies.objective.batch import Batch
 from strategies.objective.objective import Objective
 from strategies.objective.rows import IGNORED, Rows
 
 if TYPE_CHECKING:
     import torch
+
+    from strategies.objective.batch import Batch
 
 
 class CausalLm(Objective):

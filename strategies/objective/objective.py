@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from strategies.objective.batch import Batch
-from strategies.objective.rows import Rows
-
 if TYPE_CHECKING:
     import torch
+
+    from strategies.objective.batch import Batch
+    from strategies.objective.rows import Rows
 
 
 class Objective(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,16 +14,23 @@ from strategies.optim.spec import OptimizerSpec
 WEIGHTS = "weights"
 
 
+KEPT = "update."
+"""What the names of an update rule's own kinds of state begin with."""
+
+
 def name_of(kind: str, parameter: str) -> str:
-    """The name of a full tensor of the state: a parameter itself, or what the optimizer keeps for it."""
+    """The name of a full tensor of the state: a parameter itself, or what the optimizer or the update rule keeps for
+    it."""
+    if kind.startswith(KEPT):
+        return f"{kind}.{parameter}"
     return f"model.{parameter}" if kind == WEIGHTS else f"optimizer.{kind}.{parameter}"
 
 
 class StateShard:
     """A strip of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [strip.size].
 
-    The optimizer's tensors are all fp32. With `weights` (a buffer of that size) those are used, not new ones. What is
-    not filled is zero.
+    The optimizer's tensors are all fp32, and so are those that the update rule has `kept` (by kind). With `weights` (a
+    buffer of that size) those are used, not new ones. What is not filled is zero.
     """
 
     def __init__(
@@ -33,6 +40,7 @@ class StateShard:
         spec: OptimizerSpec,
         device: torch.device,
         weights: torch.Tensor | None = None,
+        kept: Sequence[str] = (),
     ) -> None:
         self.coordinate = coordinate
         self.strip = strip
@@ -40,6 +48,7 @@ class StateShard:
         self.device = device
         self.weights = torch.zeros(strip.size, dtype=torch.float32, device=device) if weights is None else weights
         self.moments = {name: torch.zeros_like(self.weights) for name in spec.moments}
+        self.kept = {kind: torch.zeros_like(self.weights) for kind in kept}
         self._gradient: torch.Tensor | None = None
         self._updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
@@ -58,12 +67,12 @@ class StateShard:
 
     @property
     def num_bytes(self) -> int:
-        """Of weights and optimizer tensors."""
-        return 4 * self.strip.size * (1 + len(self.moments))
+        """Of weights, optimizer tensors and what the update rule keeps."""
+        return 4 * self.strip.size * len(self.kinds())
 
     def kinds(self) -> dict[str, torch.Tensor]:
         """All tensors that a span stands for, by kind, in a fixed order."""
-        return {WEIGHTS: self.weights, **self.moments}
+        return {WEIGHTS: self.weights, **self.moments, **self.kept}
 
     def locate(self, span: Span) -> Iterator[tuple[int, int, int]]:
         """Like `FlatRanges.locate`; nothing for another coordinate's span."""

@@ -61,15 +61,21 @@ class Arrangement:
 class TrainingState:
     """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen.
 
-    `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. All state is fp32.
+    `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. `kept` are the kinds of
+    state of the update rule (`strategies.update.rule.UpdateRule.kinds`). All state is fp32.
     """
 
     def __init__(
-        self, blueprint: Blueprint, spec: OptimizerSpec, rebuild: Callable[[], dict[str, torch.Tensor]]
+        self,
+        blueprint: Blueprint,
+        spec: OptimizerSpec,
+        rebuild: Callable[[], dict[str, torch.Tensor]],
+        kept: Sequence[str] = (),
     ) -> None:
         self.blueprint = blueprint
         self.space = blueprint.space
         self.spec = spec
+        self.kept = tuple(kept)
         self.device = blueprint.device
         self.arrangement = Arrangement()
         self.updates = 0
@@ -115,12 +121,6 @@ class TrainingState:
     def invalidate(self) -> None:
         """Nothing that is here counts any more."""
         self.collected, self._held, self.is_initial = [], NOTHING, False
-
-    def trained(self, lr: float) -> None:
-        """One update of everything that is trained here, from the reduced gradients at learning rate `lr`."""
-        for holding in self.arrangement.holdings:
-            holding.apply(lr)
-        self.updates += 1
 
     def forget_collected(self) -> None:
         """A step is prepared, for what is trained here: from now on that alone counts, and no copy beside it, which
@@ -203,7 +203,7 @@ class TrainingState:
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        return (WEIGHTS, *self.spec.moments)
+        return (WEIGHTS, *self.spec.moments, *self.kept)
 
     def _initial_values(self) -> dict[str, torch.Tensor]:
         if self._initial is None:
@@ -222,8 +222,8 @@ class TrainingState:
                             flat = self.space.share(slot, values[slot.name], holding.coordinate).reshape(-1)
                         first = start - slot.offset
                         holding.weights[offset : offset + length].copy_(flat[first : first + length])
-                for name in self.spec.moments:
-                    holding.moments[name].zero_()
+                for buffer in (*holding.moments.values(), *holding.kept.values()):
+                    buffer.zero_()
 
     def _make_initial(self) -> list[StateShard]:
         """The whole state of step 0."""
@@ -276,7 +276,7 @@ class TrainingState:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
             if fits and old.coordinate == shard.coordinate and old.strip == strip:
                 return old
-        return StateShard(shard.coordinate, strip, self.spec, self.device, weights)
+        return StateShard(shard.coordinate, strip, self.spec, self.device, weights, self.kept)
 
     # ------------------------------------------------------------------------------------ the whole state
 
@@ -295,7 +295,7 @@ class TrainingState:
     def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[StateShard]:
         """The whole state, one holding per coordinate, filled from tensors by the names of `named`."""
         strip = FlatRanges.of([(0, self.space.size)], self.space.boundary)
-        holdings = [StateShard(c, strip, self.spec, self.device) for c in range(self.space.tensor)]
+        holdings = [StateShard(c, strip, self.spec, self.device, kept=self.kept) for c in range(self.space.tensor)]
         with torch.no_grad():
             for holding in holdings:
                 for slot in self.space.slots:

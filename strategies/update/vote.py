@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from strategies.comm.groups import Groups
-from strategies.update.timing import RankTimes
+from strategies.layout.parallel import ParallelLayout
+from strategies.layout.schedule import parts_of
+from strategies.reduction.norm import WORDS, from_words, norm_of, to_words
+from strategies.update.timing import HEADER, RankTimes, from_row, to_row
 
 PAUSE, SAVE, SAVING = 1, 2, 4
-
-Deal = tuple[int, tuple[tuple[int, ...], ...]]
-"""A number, and the virtual workers of each replica."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,75 @@ class Vote:
     hashes: tuple[int, ...]
     agreement: Agreement
     ranks: tuple[RankTimes, ...]
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank says. `square_sum` is of the part of the reduced gradient that it speaks for, None when that is not
+    finite; `losses` and `hashes` are of the virtual workers it tells about."""
+
+    flags: int
+    deal: int
+    square_sum: int | None
+    losses: Sequence[float]
+    hashes: Sequence[int]
+    times: RankTimes
+
+
+class Polls:
+    """The votes of one layout: which virtual workers each rank tells about, and which it has."""
+
+    def __init__(self, layout: ParallelLayout) -> None:
+        ranks = range(layout.world_size)
+        self.told = [told_by(layout, rank) for rank in ranks]
+        self.held = [_held_by(layout, rank) for rank in ranks]
+        self._virtual_workers = layout.virtual_workers
+        self._sizes = [
+            2 + WORDS + 2 * len(told) + HEADER + len(held) for told, held in zip(self.told, self.held, strict=True)
+        ]
+
+    def hold(self, world: Groups, ballot: Ballot, device: torch.device) -> Vote:
+        """Tells everyone, and learns what all others say. Raises PeerLost."""
+        floats = np.array([*ballot.losses, *to_row(ballot.times)], dtype=np.float64)
+        whole = np.array([ballot.flags, ballot.deal, *to_words(ballot.square_sum), *ballot.hashes], dtype=np.int64)
+        row = np.concatenate([whole, floats.view(np.int64)])
+        return self._count(exchange(world, row, self._sizes, device))
+
+    def _count(self, everyone: np.ndarray) -> Vote:
+        sums: list[int | None] = []
+        loss_of: dict[int, float] = {}
+        hash_of: dict[int, int] = {}
+        flags, deals, ranks = 0, set(), []
+        for told, part in zip(self.told, np.split(everyone, np.cumsum(self._sizes)[:-1]), strict=True):
+            ints, values = np.split(part, [2 + WORDS + len(told)])
+            flag, deal, *rest = ints.tolist()
+            flags |= flag
+            deals.add(deal)
+            sums.append(from_words(rest[:WORDS]))
+            hash_of |= dict(zip(told, rest[WORDS:], strict=True))
+            numbers = values.view(np.float64).tolist()
+            loss_of |= dict(zip(told, numbers, strict=False))
+            ranks.append(from_row(numbers[len(told) :]))
+        order = range(self._virtual_workers)
+        losses, hashes = [loss_of[i] for i in order], tuple(hash_of[i] for i in order)
+        return Vote(norm_of(sums), losses, hashes, Agreement.of(flags, deals), tuple(ranks))
+
+
+def told_by(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
+    """The virtual workers whose loss and hash a rank tells: its replica's, if it has the end of the model."""
+    place = layout.place(rank)
+    if place is None or place.tensor:
+        return ()
+    last = max(len(layout.parts) - 1, 0)
+    if layout.pipeline > 1 and last not in parts_of(layout.schedule, layout.pipeline, last + 1, place.stage):
+        return ()
+    return layout.assignment[place.data]
+
+
+def _held_by(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
+    """The virtual workers that a rank computes, or a part of the model for."""
+    place = layout.place(rank)
+    return () if place is None else layout.assignment[place.data]
 
 
 def exchange(world: Groups, row: np.ndarray, sizes: list[int], device: torch.device) -> np.ndarray:

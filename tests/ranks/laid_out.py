@@ -25,7 +25,8 @@ from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.trial.trial import Trial, try_model
-from strategies.update.synchronous import StepEngine
+from strategies.update.engine import StepEngine
+from strategies.update.rule import SYNCHRONOUS, UpdateRule
 from strategies.update.vote import exchange
 from tests.batches import plain_batch
 from tests.ranks.local_ranks import HOST, Endpoint
@@ -130,26 +131,29 @@ class Trained:
 
 
 def make_engine(
-    dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama"
-) -> StepEngine:
+    dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama",
+    rule: UpdateRule = SYNCHRONOUS,
+) -> StepEngine:  # fmt: skip
     def blueprint() -> Blueprint:
         made = model_of(model, dropout)
         trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if model == "spare" else Trial()
         return Blueprint(made, tensor=tensor, device=CPU, unused=trial.unused)
 
-    state = TrainingState(blueprint(), OptimizerSpec(kind=OPTIMIZERS[optimizer]), lambda: blueprint().initial)
-    return StepEngine(state, spec, fetch)
+    kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
+    state = TrainingState(blueprint(), kind, lambda: blueprint().initial, rule.kinds())
+    return StepEngine(state, spec, fetch, rule=rule)
 
 
 def train(
     rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
-    objective: Objective = CAUSAL_LM,
+    objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
-        dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision, objective=objective), model=model
-    )
+        dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision, objective=objective), model=model,
+        rule=rule,
+    )  # fmt: skip
     seen = Trained()
     step = 0
     space = engine.state.space
@@ -201,7 +205,7 @@ def run_stretch(
         seen.losses.append(record.loss)
         seen.norms.append(record.grad_norm)
         seen.phases.append(record.phase_seconds)
-    engine.state.collect(trained_spans(layout, engine.shards), fabric)
+    engine.state.collect(trained_spans(layout, engine.state.arrangement.shards), fabric)
     if fabric.rank == 0:
         seen.digest = state_digest(engine.state)
     barrier(fabric)

@@ -96,6 +96,7 @@ class WorkerSpec:
     stores: tuple[tuple[Path, str], ...]
     hooks: tuple[Hook, ...]
     held_steps: tuple[int, ...]
+    first: Callable[[], None] | None
 
 
 @dataclass
@@ -169,7 +170,8 @@ class _Process:
 class LocalCluster:
     """One run of a job. `holds` keeps every rank at the start of a step until a condition on this cluster is true;
     each pair of `script` is an action taken once, as soon as its condition is true. Workers are ready one by one, or
-    with `all_ready_at_once` when no other is on its way, so that a run grows in one step."""
+    with `all_ready_at_once` when no other is on its way, so that a run grows in one step. `first` is called in
+    a worker's process before anything else."""
 
     def __init__(
         self,
@@ -182,6 +184,7 @@ class LocalCluster:
         holds: Mapping[int, Callable[[LocalCluster], bool]] | None = None,
         script: Iterable[tuple[Callable[[LocalCluster], bool], Callable[[LocalCluster], None]]] = (),
         all_ready_at_once: bool = False,
+        first: Callable[[], None] | None = None,
     ) -> None:
         self.job = Job.loads(job_text, overrides=overrides, faults=faults)
         self.directory = directory
@@ -189,6 +192,7 @@ class LocalCluster:
         self.holds = dict(holds or {})
         self.script = list(script)
         self.all_ready_at_once = all_ready_at_once
+        self.first = first
         self.warm: list[Ready] = []
         job = self.job
         stores = prepare_stores(job, verify=False)
@@ -329,7 +333,9 @@ class LocalCluster:
         term = self.controller.config.term
         match action:
             case RequestWorker():
-                spec = WorkerSpec(action.worker, self.job, self.directory, self.stores, self.hooks, tuple(self.holds))
+                spec = WorkerSpec(
+                    action.worker, self.job, self.directory, self.stores, self.hooks, tuple(self.holds), self.first
+                )
                 process = self.processes[action.worker] = _Process(spec)
                 assert process.process.pid is not None
                 self.pids[action.worker] = process.process.pid
@@ -376,6 +382,8 @@ def _gate(directory: Path, step: int) -> Path:
 
 def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) -> None:
     prepare_child()
+    if spec.first is not None:
+        spec.first()
     from orchestrator.checkpoint.catalog import Catalog
     from orchestrator.storage import open_storage
     from orchestrator.training.worker import Worker
@@ -440,7 +448,7 @@ def _try_models_once(job: Job) -> None:
 
 
 def _hold(worker: Any, spec: WorkerSpec) -> None:
-    fetch = worker.engine.fetch
+    fetch = worker.engine.loads.source
 
     def held(step: int, virtual_worker: int) -> Any:
         while step in spec.held_steps and worker.protocol.is_joined and not _gate(spec.directory, step).exists():
@@ -448,7 +456,7 @@ def _hold(worker: Any, spec: WorkerSpec) -> None:
             time.sleep(0.005)
         return fetch(step, virtual_worker)
 
-    worker.engine.fetch = held
+    worker.engine.loads.source = held
 
 
 # ---------------------------------------------------------------------------------------- hooks

@@ -22,7 +22,7 @@ from strategies.layout.statemap import NOTHING, share_out, whole
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import state_digest
-from strategies.update.synchronous import StepEngine
+from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 from tests.selection import nightly
@@ -50,7 +50,7 @@ LAYOUTS = {
 
 def save_state(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, catalog: Catalog) -> None:
     """What the workers of one layout do, without a controller."""
-    shares = share_out(trained_spans(layout, engine.shards))
+    shares = share_out(trained_spans(layout, engine.state.arrangement.shards))
     snapshot = Snapshot(engine.state.space, CPU)
     snapshot.take(engine.state, shares[fabric.rank], constants=fabric.rank == 0)
     chunks = [

@@ -19,7 +19,7 @@ from strategies.comm.groups import PeerLost
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, place_state, trained_spans
 from strategies.layout.statemap import NOTHING, Spans, subtract, whole
-from strategies.update.synchronous import StepEngine
+from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, Trained, barrier, layout_of, make_engine, run_stretch, train
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 from tests.selection import nightly

@@ -28,7 +28,7 @@ from strategies.reduction.tree import Subtree, cover, split
 from strategies.state.reshard import StateCorrupt, execute
 from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
-from strategies.update.synchronous import StepEngine
+from strategies.update.engine import StepEngine
 from tests.batches import plain_batch
 from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 

@@ -21,8 +21,10 @@ from strategies.optim.schedule import ScheduleSpec
 from strategies.reduction.tree import Subtree, cover
 from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
-from strategies.update.synchronous import PHASES, StepEngine, StepRecord
+from strategies.update.engine import StepEngine, StepRecord
+from strategies.update.phases import PHASES
 from strategies.update.vote import Agreement
+from strategies.update.warm_up import warm_up
 from tests.batches import plain_batch
 from tests.unit.tiny_model import (
     VOCABULARY,
@@ -245,7 +247,7 @@ def test_what_happens_after_a_step_is_told_by_the_vote() -> None:
 def test_warming_up_changes_no_bit(keep: bool) -> None:
     ours, usual = engine_of(make(0.1)), engine()
     before = state_digest(ours.state)
-    ours.warm_up(keep=keep)
+    warm_up(ours, keep=keep)
     kept = ours.local
     assert state_digest(ours.state) == before
     begin(ours)
@@ -266,7 +268,7 @@ class Counting(TinyModel):
 def test_a_model_that_changes_its_buffers_is_refused_when_it_is_warmed_up() -> None:
     torch.manual_seed(3)
     with pytest.raises(ValueError, match=r"buffer 'scale' in a forward pass.*Compute it from the input"):
-        engine_of(state_of(Counting())).warm_up(keep=True)
+        warm_up(engine_of(state_of(Counting())), keep=True)
 
 
 def test_native_reduction_on_one_rank_is_close() -> None:

@@ -20,7 +20,7 @@ from strategies.optim.sgd import SGD
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.training_state import TrainingState
 from strategies.trial.trial import ModelChanged, Trial, try_model, unused_of
-from strategies.update.synchronous import StepEngine
+from strategies.update.engine import StepEngine
 from tests import small_models
 from tests.small_models import family, own
 from tests.unit.test_step import fetch_for

@@ -110,5 +110,6 @@ def update(state: TrainingState, gradient: torch.Tensor, lr: float = 1e-2) -> No
     own = state.arrangement.own
     assert own is not None
     own.gradient.copy_(gradient)
-    state.trained(lr)
+    own.apply(lr)
+    state.updates += 1
     state.step_committed()

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from orchestrator.job.fields import (
-    CIRCUMSTANCES,
-    NUMBERS,
-    PositiveInt,
-    Section,
-)
+from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, PositiveInt, Section, named
+from strategies.update.rule import RULES
 
 
 class Strategy(Section):
@@ -22,7 +18,8 @@ class Strategy(Section):
     """The order in which a pipeline computes micro-batches; with one stage there is none to choose."""
     reduction: Annotated[Literal["canonical", "native"], NUMBERS] = "canonical"
     """canonical: the same bits for any number of workers. native: the backend's own collectives."""
-    update: Annotated[Literal["synchronous"], NUMBERS] = "synchronous"
+    update: Annotated[str, named("update_rules", RULES), NUMBERS] = "synchronous"
+    """When gradients become weights. Other packages may bring more (docs/contributing.md)."""
 
     @property
     def keeps_model_whole(self) -> bool:

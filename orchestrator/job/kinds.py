@@ -1,0 +1,25 @@
+"""The kinds of parts that a job names, each found by its name: ours, and those of other packages. No torch."""
+
+from __future__ import annotations
+
+from orchestrator import plugins
+from strategies.objective.causal_lm import OBJECTIVES
+from strategies.objective.objective import Objective
+from strategies.optim.optimizer import Optimizer
+from strategies.optim.spec import OPTIMIZERS
+from strategies.update.rule import RULES, UpdateRule
+
+
+def optimizer_named(name: str) -> Optimizer:
+    """Raises PluginError."""
+    return plugins.find("optimizers", name, OPTIMIZERS, Optimizer)  # type: ignore[type-abstract]
+
+
+def objective_named(name: str) -> Objective:
+    """Raises PluginError."""
+    return plugins.find("objectives", name, OBJECTIVES, Objective)  # type: ignore[type-abstract]
+
+
+def update_rule_named(name: str) -> UpdateRule:
+    """Raises PluginError."""
+    return plugins.find("update_rules", name, RULES, UpdateRule)  # type: ignore[type-abstract]

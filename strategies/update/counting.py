@@ -1,0 +1,45 @@
+"""What of the reduced gradient each rank speaks for, so that every element of the whole is spoken for once."""
+
+from __future__ import annotations
+
+from strategies.layout.assignment import even
+from strategies.layout.parallel import Coordinates, ParallelLayout
+from strategies.layout.space import ALIGNMENT, Space, merge
+from strategies.reduction.norm import square_sum
+from strategies.state.shard import StateShard
+
+
+def counted(
+    space: Space, own: StateShard | None, layout: ParallelLayout, place: Coordinates | None
+) -> list[tuple[int, int]]:
+    """The ranges of the gradient of `own` that the rank at `place` speaks for: of what all replicas hold its slice; and
+    what all tensor-parallel coordinates have, the first does."""
+    if place is None or own is None:
+        return []
+    window = (0, own.strip.size)
+    if layout.effective_shard == "none":
+        sizes = even(own.strip.size, layout.data, ALIGNMENT)
+        start = sum(sizes[: place.data])
+        window = (start, start + sizes[place.data])
+    if place.tensor == 0:
+        return [window]
+    found = []
+    for slot in space.slots:
+        if slot.dim is not None:
+            for _, offset, length in own.strip.locate(slot.offset, slot.stop):
+                low, high = max(offset, window[0]), min(offset + length, window[1])
+                if low < high:
+                    found.append((low, high))
+    return merge(found)
+
+
+def square_sum_of(own: StateShard | None, ranges: list[tuple[int, int]]) -> int | None:
+    """Of the reduced gradient in these ranges; None when it is not finite there."""
+    total = 0
+    for start, stop in ranges:
+        assert own is not None
+        part = square_sum(own.gradient[start:stop])
+        if part is None:
+            return None
+        total += part
+    return total

@@ -1,0 +1,317 @@
+"""The training step as a transaction: compute and reduce, vote, commit.
+
+Until the vote nothing has changed; after it no communication is needed to finish. A step that fails is simply run
+again, by the same or by other ranks, and gives the same bits. What is computed and what becomes of it is the update
+rule's (`strategies.update.rule`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from strategies.comm.fabric import Fabric
+from strategies.comm.groups import PeerLost
+from strategies.gradient.compute import Fetch, LocalGradients
+from strategies.gradient.spec import StepSpec
+from strategies.gradient.stopwatch import Stopwatch
+from strategies.gradient.work import GradientWork, IdleWork, LocalWork, work_for
+from strategies.layout.parallel import ParallelLayout
+from strategies.objective.batch import Batch
+from strategies.state.training_state import TrainingState
+from strategies.trial.trial import Constancy
+from strategies.update.counting import counted, square_sum_of
+from strategies.update.deals import Assignment, Deals
+from strategies.update.phases import PhaseTimes
+from strategies.update.round import Round
+from strategies.update.rule import SYNCHRONOUS, UpdateRule
+from strategies.update.timing import RankTimes
+from strategies.update.vote import PAUSE, SAVE, SAVING, Agreement, Ballot, Polls, Vote
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a committed step was; identical on every rank but for `seconds` and `phase_seconds`. `loss` is in the unit
+    of the objective, `ranks` what each rank spent on it, `deal` the number of the deal by which virtual workers were
+    held (0: that of the generation)."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    """Targets that count."""
+    hashes: tuple[int, ...]
+    skipped: bool
+    generation: int
+    committed_at: float
+    seconds: float
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    padding: int = 0
+    """Positions that were computed without a target that counts."""
+    ranks: tuple[RankTimes, ...] = ()
+    deal: int = 0
+
+
+class _Loads:
+    """Gives out batches of `source`, and notes how much they are. `step` is the one whose `targets` and `padding` are
+    known."""
+
+    def __init__(self, source: Fetch) -> None:
+        self.step = -1
+        self.targets = self.padding = 0
+        self.source = source
+        self._of_step = -1
+        self._by_virtual_worker: dict[int, tuple[float, int, int]] = {}
+
+    def begin(self, step: int) -> bool:
+        """Whether it is another step than the last one, of which what was computed still counts."""
+        if step == self._of_step:
+            return False
+        self._of_step, self._by_virtual_worker = step, {}
+        return True
+
+    def fetch(self, step: int, virtual_worker: int) -> Batch:
+        """A batch; any one knows what its whole step is."""
+        batch = self.source(step, virtual_worker)
+        self.step, self.targets, self.padding = step, batch.targets, batch.step_padding
+        self._by_virtual_worker[virtual_worker] = (batch.cost, batch.num_targets, batch.num_padding)
+        return batch
+
+    def of(self, virtual_workers: tuple[int, ...]) -> tuple[float, int, int]:
+        """The cost, targets and padding of these together."""
+        loads = [self._by_virtual_worker.get(index, (1.0, 0, 0)) for index in virtual_workers]
+        cost, tokens, padding = (sum(each) for each in zip(*loads, strict=True)) if loads else (0.0, 0, 0)
+        return float(cost), int(tokens), int(padding)
+
+
+class StepEngine:
+    """Runs steps on one rank, generation after generation.
+
+    `on_phase(phase, step)` is called at the start of every phase (heartbeats, fault injection). For the model see
+    `strategies.model.blueprint`. More than fifteen attributes: what it is made of, what others want of the next vote,
+    and where its step stands; each of the parts that could be named has a class of its own.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        spec: StepSpec,
+        fetch: Fetch,
+        on_phase: Callable[[str, int], None] = lambda phase, step: None,
+        rule: UpdateRule = SYNCHRONOUS,
+    ) -> None:
+        self.state = state
+        self.spec = spec
+        self.rule = rule
+        self.loads = _Loads(fetch)
+        self.phases = PhaseTimes(on_phase)
+        self.watch = Stopwatch(state.device)
+        self.local: LocalGradients | None = None
+        """What is kept of an interrupted step."""
+        self.pause_requested = False
+        self.save_requested = False
+        self.is_saving: Callable[[], bool] = lambda: False
+        self.on_deal: Callable[[tuple[int, ...]], None] = lambda held: None
+        """Called with the virtual workers that this rank has from the next step on."""
+        self.nan_step: int | None = None
+        self.prepared_step: int | None = None
+        # True after an exception in the middle of an update: the state is then neither the old nor the new one.
+        self.applying = False
+        self.work: GradientWork = IdleWork()
+        self.deals = Deals()
+        self._constancy = Constancy(())
+        self._is_stale = True
+
+    def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
+        """Takes a place in a generation, whose state has been taken: collectives go over `fabric`, the work is dealt by
+        `layout`."""
+        arrangement = self.state.arrangement
+        self.fabric = fabric
+        self.generation = generation
+        self.place = layout.place(fabric.rank)
+        self.prepared_step = None
+        self._is_stale = True
+        self.watch.waited = lambda: fabric.waited_s
+        self.phases.before = {}
+        self.deals = Deals()
+        self._deal_work(layout)
+        # A step that was interrupted has not been looked at.
+        self._constancy.check()
+        self._constancy = Constancy(
+            [] if arrangement.part is None else arrangement.part.modules, self.state.blueprint.caches
+        )
+        self._counted = counted(self.state.space, arrangement.own, layout, self.place)
+
+    def _deal_work(self, layout: ParallelLayout) -> None:
+        """Sets up this rank's work in `layout`, and what it tells in votes."""
+        self.layout = layout
+        self.work = work_for(
+            self.state.arrangement, layout, self.fabric, self.spec, self.loads.fetch, self.watch, self.local
+        )  # fmt: skip
+        self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
+        self.polls = Polls(layout)
+        self.on_deal(self.polls.held[self.fabric.rank])
+
+    def offer(self, number: int, assignment: Assignment) -> None:
+        """A new deal of the virtual workers to replicas, in force from the step on before which all ranks know that it
+        is the newest. From any thread."""
+        self.deals.offer(number, assignment)
+
+    @property
+    def newest_assignment(self) -> Assignment:
+        """Of the deal in force, or of a newer one that has been offered."""
+        return self.deals.newest(self.layout.assignment)
+
+    def discard(self) -> None:
+        """Forgets what is kept of an interrupted step."""
+        self.work.discard()
+        if self.local is not None:
+            self.local.discard()
+
+    # ------------------------------------------------------------------------------------ a step
+
+    def run(self, step: int) -> tuple[StepRecord, Agreement]:
+        """Prepares, votes and commits `step`; returns its record and what all agreed to do after it.
+
+        A gradient that is not finite is computed once more from the start: what a failing device corrupted comes out
+        right, and what the data caused comes out the same and then skips the update on every rank alike.
+
+        Raises PeerLost when a peer is gone or the group was aborted; the state is then as before the step, unless
+        `prepared_step` says that only the news of the vote is missing.
+        """
+        started = time.perf_counter()
+        self.phases.begin()
+        if self.loads.begin(step):
+            self.watch.reset()
+        try:
+            vote = self._agree(step)
+        except RuntimeError as error:
+            self._explain(error)
+        lr = self.commit(step, vote.norm)
+        record = StepRecord(
+            step=step,
+            loss=math.fsum(vote.losses),
+            grad_norm=vote.norm,
+            lr=lr,
+            tokens=self.loads.targets,
+            padding=self.loads.padding,
+            hashes=vote.hashes,
+            skipped=not math.isfinite(vote.norm),
+            generation=self.generation,
+            committed_at=time.monotonic(),
+            seconds=time.perf_counter() - started,
+            phase_seconds=self.phases.seconds,
+            ranks=vote.ranks,
+            deal=self.deals.number,
+        )
+        self.phases.before = self.phases.seconds
+        self.deals.agreed(vote.agreement.deal)
+        return record, vote.agreement
+
+    def _agree(self, step: int) -> Vote:
+        """Prepares the step and votes on it; once more if it is not finite."""
+        # A deal is taken up before a step, where that may fail like a step.
+        if (assignment := self.deals.take_up()) is not None:
+            self._deal_work(replace(self.layout, assignment=assignment))
+        for is_last in (False, True):
+            self.prepare(step)
+            if self.loads.step != step:
+                self.loads.fetch(step, 0)  # A rank without virtual workers.
+            vote = self.vote(step)
+            if math.isfinite(vote.norm) or is_last:
+                break
+            self.prepared_step = None
+            self.work.discard()
+        return vote
+
+    def _explain(self, error: RuntimeError) -> NoReturn:
+        """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""
+        if not isinstance(error, PeerLost) and (self.fabric.is_aborted or is_connection_error(error)):
+            # What runs the stages of a pipeline begins its own error with an empty line, and names the cause elsewhere.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            raise PeerLost(lines[0][:300]) from error
+        raise error
+
+    def _round(self, step: int) -> Round:
+        return Round(
+            step, self.state, self.spec, self.fabric, self.work, self.phases.enter, self._constancy.check
+        )  # fmt: skip
+
+    def prepare(self, step: int) -> None:
+        """Computes this rank's share of the step and reduces; the reduced gradient of everything that is trained here
+        is then in place. Raises ModelChanged when the model has changed what it keeps."""
+        if self._is_stale:
+            self.work.refresh(lambda phase: self.phases.enter(phase, step))
+            self._is_stale = False
+        if self.nan_step == step:
+            self.nan_step = None
+            self.work.inject_nan()
+        self.rule.prepare(self._round(step))
+        self.state.forget_collected()
+        self.prepared_step = step
+
+    def vote(self, step: int) -> Vote:
+        """Tells everyone that this rank holds the reduced gradient, and learns that all others do."""
+        self.phases.enter("vote", step)
+        mine = self.polls.told[self.fabric.rank]
+        times = self.rank_times()
+        ballot = Ballot(
+            flags=self.pause_requested * PAUSE + self.save_requested * SAVE + self.is_saving() * SAVING,
+            deal=self.deals.vote(),
+            square_sum=square_sum_of(self.state.arrangement.own, self._counted),
+            losses=[float(self.work.losses[index]) for index in mine],
+            hashes=[self.work.hashes[index] for index in mine],
+            times=times,
+        )
+        return self.polls.hold(self.fabric.world, ballot, self.state.device)
+
+    def rank_times(self) -> RankTimes:
+        """This rank's, up to now."""
+        held, seconds = self.polls.held[self.fabric.rank], self.watch.seconds()
+        busy = tuple(seconds.get(index, 0.0) for index in held)
+        times, before = self.phases.seconds, self.phases.before
+        exchanged = times["refresh"] + times["reduce"] + times["gather"] + before.get("vote", 0.0)
+        # What is no pass through the model, in a phase that computes, is waiting for others (or fault injection).
+        wait = exchanged + max(0.0, times["compute"] - sum(seconds.values()))
+        return RankTimes(busy, times["data"], wait, before.get("commit", 0.0), *self.loads.of(held))
+
+    def commit(self, step: int, norm: float) -> float:
+        """Applies the held reduced gradient of `step`, whose global norm is `norm`; local, cannot fail for want of a
+        peer. Returns the learning rate used."""
+        self.phases.enter("commit", step)
+        if self.prepared_step != step:
+            raise RuntimeError(f"step {step} is not prepared here (prepared: {self.prepared_step})")
+        lr = self.spec.base_lr * self.spec.schedule.factor(step)
+        if math.isfinite(norm):
+            self.applying = True
+            self.rule.commit(self._round(step), norm)
+            self.state.updates += 1
+            self.applying = False
+            self._is_stale = True
+        self.state.step_committed()
+        self.prepared_step = None
+        self.work.discard()
+        self.phases.leave()
+        return lr
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error of torch's own, or one that it was made of, is about the connection to another rank."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+            return True
+        text = str(seen).lower()
+        if any(word in text for word in ("gloo", "connection", "broken pipe", "socket closed", "nccl")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

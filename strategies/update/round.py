@@ -1,0 +1,56 @@
+"""What an update rule works with: one step on one rank, in one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from strategies.comm.fabric import Fabric
+from strategies.comm.groups import PATIENCE, PeerLost
+from strategies.gradient.spec import StepSpec
+from strategies.gradient.work import GradientWork
+from strategies.state.training_state import TrainingState
+
+
+@dataclass(frozen=True)
+class Round:
+    """`enter(phase, step)` is called at the start of a phase, `check` after the model has computed."""
+
+    number: int
+    state: TrainingState
+    spec: StepSpec
+    fabric: Fabric
+    work: GradientWork
+    enter: Callable[[str, int], None]
+    check: Callable[[], None]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this step."""
+        return self.spec.base_lr * self.spec.schedule.factor(self.number)
+
+    def compute(self) -> None:
+        """Computes this rank's share of the step and reduces, along the fixed tree. Raises PeerLost, ModelChanged."""
+        self.work.run(self.number, self.enter, self.fabric.check)
+        self.check()
+
+    def mirror(self) -> None:
+        """Sends reduced gradients to those that mirror them. Raises PeerLost."""
+        arrangement = self.state.arrangement
+        if not any(shard.mirrors for shard in arrangement.shards):
+            return
+        self.enter("gather", self.number)
+        rank, world = self.fabric.rank, self.fabric.world
+        own, mirrors = arrangement.own, arrangement.mirrors
+        transfers = []
+        for shard in arrangement.shards:
+            if shard.owner == rank and own is not None:
+                transfers += [world.send(own.gradient, mirror, 0) for mirror in shard.mirrors]
+            elif rank in shard.mirrors:
+                transfers.append(world.receive(mirrors[shard.owner].gradient, shard.owner, 0))
+        try:
+            for transfer in transfers:
+                transfer.wait(PATIENCE)
+        except RuntimeError as error:
+            raise PeerLost(f"state copies: {error}") from error
+        world.check()

@@ -1,0 +1,61 @@
+"""Before there is a layout: a first pass through the model, and how fast this device is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from strategies.gradient.compute import LocalGradients
+from strategies.update.engine import StepEngine
+
+
+def warm_up(engine: StepEngine, *, keep: bool) -> None:
+    """One pass through the whole model, its result thrown away; with `keep` its memory is kept for layouts in which a
+    rank computes with the whole model. See `LocalGradients.warm_up`, also for what it raises.
+
+    A model that tensor parallelism splits is warmed up by its first step: alone, a rank cannot compute it.
+    """
+    state = engine.state
+    if state.space.tensor > 1:
+        return
+    part = state.whole_part()
+    local = LocalGradients(part, engine.spec, engine.loads.fetch, engine.watch)
+    local.warm_up()
+    if keep:
+        engine.local = local
+    else:
+        part.close()
+        state.arrangement.part = None
+
+
+def calibrate(engine: StepEngine) -> float:
+    """Seconds that this device needs for a fixed piece of work, to compare it with others before they have trained: a
+    virtual worker where the whole model can be computed with alone, else products of matrices.
+
+    On a CPU it is time of its processor, as the machine may be busy with starting other workers.
+    """
+    device, local = engine.state.device, engine.local
+    if local is not None and engine.state.arrangement.part is local.part:
+        return min(_seconds_of(local.try_out, device) for _ in range(4)) * engine.spec.micro_batches
+    matrix = torch.ones((512, 512), device=device)
+
+    def multiply() -> None:
+        for _ in range(8):
+            torch.mm(matrix, matrix)
+
+    multiply()
+    return min(_seconds_of(multiply, device) for _ in range(4))
+
+
+def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+    started = time.process_time()
+    work()
+    return time.process_time() - started
