@@ -18,7 +18,7 @@ class PhaseTimes:
     def __init__(self, on_phase: Callable[[str, int], None]) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.before: dict[str, float] = {}
-        self._on_phase = on_phase
+        self.on_phase = on_phase
         self._phase: str | None = None
         self._entered = 0.0
 
@@ -31,7 +31,7 @@ class PhaseTimes:
         now = time.perf_counter()
         self.leave(now)
         self._phase, self._entered = phase, now
-        self._on_phase(phase, step)
+        self.on_phase(phase, step)
 
     def leave(self, now: float | None = None) -> None:
         """In no phase, from `now` on (a reading of `time.perf_counter`)."""

@@ -531,14 +531,14 @@ def vote_by_pairs(step: int, victim: int, lucky: int, worker: Any) -> None:
 
 def at_phase(phase: str, step: int, slot: int, action: Callable[[], None], worker: Any) -> None:
     """Runs `action` when worker `slot`, in its first incarnation, enters `phase` of `step`."""
-    on_phase = worker.engine.on_phase
+    on_phase = worker.engine.phases.on_phase
 
     def watched(at_phase: str, at_step: int) -> None:
         on_phase(at_phase, at_step)
         if (at_phase, at_step, worker.worker) == (phase, step, WorkerId(slot, 0)):
             action()
 
-    worker.engine.on_phase = watched
+    worker.engine.phases.on_phase = watched
 
 
 def linger_and_die(seconds: float) -> None:

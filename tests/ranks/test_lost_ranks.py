@@ -174,7 +174,7 @@ def arm(engine: StepEngine, fabric: Fabric, loss: Loss) -> None:
         loss.strike()
 
     fabric.check = check  # type: ignore[method-assign]
-    engine.on_phase = on_phase
+    engine.phases.on_phase = on_phase
     if loss.phase == "transfers":
         strategies.state.training_state.execute = execute
 
