@@ -15,9 +15,11 @@ def warm_up(engine: StepEngine, *, keep: bool) -> None:
     """One pass through the whole model, its result thrown away; with `keep` its memory is kept for layouts in which a
     rank computes with the whole model. See `LocalGradients.warm_up`, also for what it raises.
 
-    A model that tensor parallelism splits is warmed up by its first step: alone, a rank cannot compute it.
+    A model that tensor parallelism splits is warmed up by its first step: alone, a rank cannot compute it. An optimizer
+    is made, too: with its first one torch imports a second or more of modules, which no step should wait for.
     """
     state = engine.state
+    state.spec.build([torch.nn.Parameter(torch.zeros(1, device=state.device))], [])
     if state.space.tensor > 1:
         return
     part = state.whole_part()
