@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,82 +83,126 @@ def describe_event(event: dict[str, Any]) -> str | None:
         return None
 
 
+def _generation(event: dict[str, Any]) -> str:
+    workers = ", ".join(str(worker["worker"]) for worker in event["workers"])
+    return f"generation {event['generation']} from step {event['start_step']}: workers {workers}"
+
+
+def _recovery(event: dict[str, Any]) -> str:
+    who = "" if event["worker"] is None else f" of worker {event['worker']}"
+    return f"{event['incident']}{who} at step {event['step']}: {describe_recovery(event)}"
+
+
+def _checkpoint_saved(event: dict[str, Any]) -> str:
+    held = f", training held up {event['blocked_seconds']:.3f} s" if "blocked_seconds" in event else ""
+    size = megabytes(event["bytes"])
+    return f"checkpoint of {event['committed']} steps ({size}, {event['seconds']:.2f} s{held})"
+
+
+def _checkpoint_delayed(event: dict[str, Any]) -> str:
+    return f"checkpoint due after {event['committed']} steps waits: the one before is still being written"
+
+
+def _skew_found(event: dict[str, Any]) -> str:
+    who = f" of worker {event['workers'][0]}" if event["workers"] else ""
+    return f"{event['finding']}{who}: {event['detail']}"
+
+
+def _skew_over(event: dict[str, Any]) -> str:
+    who = f" of worker {event['workers'][0]}" if event["workers"] else ""
+    return f"{event['finding']}{who} is over"
+
+
+def _rebalance_measured(event: dict[str, Any]) -> str:
+    return (
+        f"the change of {event['change']} saved {event['measured_gain']:.0%} of a step, "
+        f"{event['predicted_gain']:.0%} were predicted"
+    )
+
+
+def _eviction(event: dict[str, Any]) -> str:
+    return (
+        f"worker {event['worker']} is to be replaced: at {event['speed']:.2f} of the fastest's speed "
+        f"for {event['seconds']:.0f} s"
+    )
+
+
+def _controller_restarted(event: dict[str, Any]) -> str:
+    return f"the controller was restarted (epoch {event['epoch']}) and found {event['workers_found']} workers"
+
+
+def _shortage(event: dict[str, Any]) -> str:
+    workers = ", ".join(map(str, event["workers"]))
+    return f"no room for worker {workers} for {event['waited_seconds']:.0f} s: {event['reason']}"
+
+
+def _gave_way(event: dict[str, Any]) -> str:
+    return f"the {len(event['workers'])} places this run has are given to {event['to']}, which waits too"
+
+
+def _market_changed(event: dict[str, Any]) -> str:
+    waited = f"no {event['from']} node has come in {event['waited_seconds']:.0f} s"
+    return f"{waited}: asking for {event['to']} ones"
+
+
+def _records_delayed(event: dict[str, Any]) -> str:
+    return f"{event['records']} records waited {event['seconds']:.0f} s for the run directory, and are written"
+
+
+def _records_dropped(event: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(event["kinds"].items()))
+    return f"{event['count']} records could not be kept while the run directory could not be written: {kinds}"
+
+
+def _worker_ready(event: dict[str, Any]) -> str:
+    return f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
+
+
+def _eviction_withdrawn(event: dict[str, Any]) -> str:
+    return f"worker {event['worker']} may stay: at {event['speed']:.2f} of the fastest's speed"
+
+
+_TOLD: dict[str, Callable[[dict[str, Any]], str]] = {
+    "generation": _generation,
+    "incident": lambda event: f"{event['incident']}: {event['cause']}",
+    "recovery": _recovery,
+    "rollback": lambda event: f"back to the state of {event['committed']} steps: {event['steps']} steps are done again",
+    "worker_ready": lambda event: (
+        f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
+    ),
+    "waiting": lambda event: f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)",
+    "checkpoint_saved": _checkpoint_saved,
+    "checkpoint_delayed": _checkpoint_delayed,
+    "checkpoint_failed": lambda event: f"checkpoint of {event['committed']} steps failed: {event['error']}",
+    "checkpoint_invalid": lambda event: f"checkpoint {event['path']} cannot be used: {event['reason']}",
+    "skew_found": _skew_found,
+    "skew_over": _skew_over,
+    "rebalance": lambda event: describe_rebalance(event),
+    "rebalance_measured": _rebalance_measured,
+    "eviction": _eviction,
+    "eviction_withdrawn": lambda event: (
+        f"worker {event['worker']} may stay: at {event['speed']:.2f} of the fastest's speed"
+    ),
+    "controller_restarted": _controller_restarted,
+    "drain_notice": lambda event: f"worker {event['worker']} must leave: {event['reason']}",
+    "shortage": _shortage,
+    "shortage_over": lambda event: "no worker waits for room any more",
+    "gave_way": _gave_way,
+    "gives_way_no_more": lambda event: "asking for room again",
+    "market_changed": _market_changed,
+    "resize_requested": lambda event: f"resize from {event['from']} to {event['to']} workers requested",
+    "start_failed": lambda event: f"worker {event['worker']} could not start: {event['detail']}",
+    "metrics_endpoint": lambda event: f"metrics at {event['url']}",
+    "records_delayed": _records_delayed,
+    "records_dropped": _records_dropped,
+    "stop_requested": lambda event: f"stop requested: {event['reason']}",
+}
+"""What is said of an event, by its kind; of other kinds nothing is."""
+
+
 def _describe_event(event: dict[str, Any]) -> str | None:
-    match event["kind"]:
-        case "generation":
-            workers = ", ".join(str(worker["worker"]) for worker in event["workers"])
-            return f"generation {event['generation']} from step {event['start_step']}: workers {workers}"
-        case "incident":
-            return f"{event['incident']}: {event['cause']}"
-        case "recovery":
-            who = "" if event["worker"] is None else f" of worker {event['worker']}"
-            return f"{event['incident']}{who} at step {event['step']}: {describe_recovery(event)}"
-        case "rollback":
-            return f"back to the state of {event['committed']} steps: {event['steps']} steps are done again"
-        case "worker_ready":
-            return f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
-        case "waiting":
-            return f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)"
-        case "checkpoint_saved":
-            held = f", training held up {event['blocked_seconds']:.3f} s" if "blocked_seconds" in event else ""
-            size = megabytes(event["bytes"])
-            return f"checkpoint of {event['committed']} steps ({size}, {event['seconds']:.2f} s{held})"
-        case "checkpoint_delayed":
-            return f"checkpoint due after {event['committed']} steps waits: the one before is still being written"
-        case "checkpoint_failed":
-            return f"checkpoint of {event['committed']} steps failed: {event['error']}"
-        case "checkpoint_invalid":
-            return f"checkpoint {event['path']} cannot be used: {event['reason']}"
-        case "skew_found":
-            who = f" of worker {event['workers'][0]}" if event["workers"] else ""
-            return f"{event['finding']}{who}: {event['detail']}"
-        case "skew_over":
-            who = f" of worker {event['workers'][0]}" if event["workers"] else ""
-            return f"{event['finding']}{who} is over"
-        case "rebalance":
-            return describe_rebalance(event)
-        case "rebalance_measured":
-            return (
-                f"the change of {event['change']} saved {event['measured_gain']:.0%} of a step, "
-                f"{event['predicted_gain']:.0%} were predicted"
-            )
-        case "eviction":
-            return (
-                f"worker {event['worker']} is to be replaced: at {event['speed']:.2f} of the fastest's speed "
-                f"for {event['seconds']:.0f} s"
-            )
-        case "eviction_withdrawn":
-            return f"worker {event['worker']} may stay: at {event['speed']:.2f} of the fastest's speed"
-        case "controller_restarted":
-            return f"the controller was restarted (epoch {event['epoch']}) and found {event['workers_found']} workers"
-        case "drain_notice":
-            return f"worker {event['worker']} must leave: {event['reason']}"
-        case "shortage":
-            workers = ", ".join(map(str, event["workers"]))
-            return f"no room for worker {workers} for {event['waited_seconds']:.0f} s: {event['reason']}"
-        case "shortage_over":
-            return "no worker waits for room any more"
-        case "gave_way":
-            return f"the {len(event['workers'])} places this run has are given to {event['to']}, which waits too"
-        case "gives_way_no_more":
-            return "asking for room again"
-        case "market_changed":
-            waited = f"no {event['from']} node has come in {event['waited_seconds']:.0f} s"
-            return f"{waited}: asking for {event['to']} ones"
-        case "resize_requested":
-            return f"resize from {event['from']} to {event['to']} workers requested"
-        case "start_failed":
-            return f"worker {event['worker']} could not start: {event['detail']}"
-        case "metrics_endpoint":
-            return f"metrics at {event['url']}"
-        case "records_delayed":
-            return f"{event['records']} records waited {event['seconds']:.0f} s for the run directory, and are written"
-        case "records_dropped":
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(event["kinds"].items()))
-            return f"{event['count']} records could not be kept while the run directory could not be written: {kinds}"
-        case "stop_requested":
-            return f"stop requested: {event['reason']}"
-    return None
+    told = _TOLD.get(event["kind"])
+    return None if told is None else told(event)
 
 
 def describe_step(record: dict[str, Any], total_steps: int, workers: int) -> str:

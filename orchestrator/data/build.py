@@ -15,7 +15,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,23 +57,69 @@ class ShardTask:
     patience: Patience
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a store is made from. `tokenizer` is the name by which a task loads it, `loaded` the same one, loaded."""
+
+    files: Sequence[SourceFile]
+    contents: Sequence[Content]
+    field: str | None
+    document: str | None
+    library: Library
+    tokenizer: str
+    loaded: Tokenizer
+
+    @property
+    def dtype(self) -> str:
+        """The type of a token in the store."""
+        return "uint16" if self.loaded.vocab_size <= 1 << 16 else "uint32"
+
+    def by_ranges(self) -> Recipe:
+        """The same, with what is needed to read parts of its files."""
+        contents = [self.library.by_ranges(*each) for each in zip(self.files, self.contents, strict=True)]
+        return replace(self, contents=contents)
+
+    def tasks(self, directory: Path) -> list[ShardTask]:
+        """What writes its shards below `directory`, in their order."""
+        groups = cut(
+            [file.size_bytes for file in self.files],
+            [
+                _grain(file, content, self.field, self.document, self.library)
+                if can_be_cut(file, self.document)
+                else None
+                for file, content in zip(self.files, self.contents, strict=True)
+            ],
+            MAX_TASKS,
+        )
+        return [
+            ShardTask(
+                directory=str(directory),
+                shard=f"shard-{number:05d}.bin",
+                dtype=self.dtype,
+                field=self.field,
+                document=self.document,
+                tokenizer=self.tokenizer,
+                tokenizer_identity=self.loaded.identity,
+                files=tuple(self.files[piece.file] for piece in pieces),
+                contents=tuple(self.contents[piece.file] for piece in pieces),
+                spans=tuple(piece.span for piece in pieces),
+                mirrors=self.library.mirrors,
+                patience=self.library.patience,
+            )
+            for number, pieces in enumerate(groups)
+        ]
+
+
 def build_store(
     target: Path,
     key: str,
-    files: Sequence[SourceFile],
-    contents: Sequence[Content],
-    field: str | None,
-    document: str | None,
-    library: Library,
-    tokenizer: str,
-    loaded: Tokenizer,
+    recipe: Recipe,
     run_tasks: Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]],
     is_locked: bool,
 ) -> Path:
     """Build a store in a new directory beside its target, synced to disk, and return that directory.
 
-    tokenizer: the name by which a task loads it; loaded: the same one, loaded; is_locked: no other builder of
-    this store can be at work on this machine, so what dead ones left is removed.
+    is_locked: no other builder of this store can be at work on this machine, so what dead ones left is removed.
 
     Raises DataError when a source file cannot be used or changed meanwhile, OSError when the cache cannot be
     written.
@@ -82,41 +128,16 @@ def build_store(
         for leftover in target.parent.glob(f"{_beside(target)}*"):
             _discard(leftover)
     build = target.with_name(_beside(target) + secrets.token_hex(8))
-    dtype = "uint16" if loaded.vocab_size <= 1 << 16 else "uint32"
-    groups = cut(
-        [file.size_bytes for file in files],
-        [
-            _grain(file, content, field, document, library) if can_be_cut(file, document) else None
-            for file, content in zip(files, contents, strict=True)
-        ],
-        MAX_TASKS,
-    )
-    tasks = [
-        ShardTask(
-            directory=str(build),
-            shard=f"shard-{number:05d}.bin",
-            dtype=dtype,
-            field=field,
-            document=document,
-            tokenizer=tokenizer,
-            tokenizer_identity=loaded.identity,
-            files=tuple(files[piece.file] for piece in pieces),
-            contents=tuple(contents[piece.file] for piece in pieces),
-            spans=tuple(piece.span for piece in pieces),
-            mirrors=library.mirrors,
-            patience=library.patience,
-        )
-        for number, pieces in enumerate(groups)
-    ]
+    tasks = recipe.tasks(build)
     build.mkdir()
     try:
         results: list[tuple[ShardEntry, list[FileEntry]]] = run_tasks(write_shard, [(task,) for task in tasks])
         assert [shard.name for shard, _ in results] == [task.shard for task in tasks], "run_tasks changed the order"
         manifest = StoreManifest(
             key=key,
-            dtype=dtype,
-            vocab_size=loaded.vocab_size,
-            files=_whole_files(build, dtype, files, results),
+            dtype=recipe.dtype,
+            vocab_size=recipe.loaded.vocab_size,
+            files=_whole_files(build, recipe.dtype, recipe.files, results),
             shards=tuple(shard for shard, _ in results if shard.tokens),
         )
         for shard, _ in results:

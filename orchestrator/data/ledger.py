@@ -121,6 +121,70 @@ class AuditReport:
     problems: list[str] = field(default_factory=list)
 
 
+def _order(
+    num_samples: int, global_batch: int, virtual_workers: int, seed: int, shuffle: bool,
+    sources: Sequence[Mapping[str, Any]] | None,
+) -> Sampler | MixedSampler:  # fmt: skip
+    """Which ids each step has, by the job."""
+    if sources is None:
+        return Sampler(num_samples, global_batch, virtual_workers, seed, shuffle)
+    sizes, weights = ([source[key] for source in sources] for key in ("num_samples", "weight"))
+    return MixedSampler(sizes, weights, global_batch, virtual_workers, seed, shuffle)
+
+
+def _composer(
+    metrics_path: str | os.PathLike[str], virtual_workers: int, composition: Mapping[str, Any]
+) -> Composer:  # fmt: skip
+    """How the ids of a step become virtual workers' samples, of lengths in a file beside metrics.jsonl."""
+    lengths = read_lengths(Path(metrics_path).parent / composition["lengths"], composition["digest"])
+    return Composer(lengths, composition["micro_batch"], virtual_workers, composition["token_cost"])
+
+
+class _Account:
+    """What the records say that was used, one after another, against what the job says."""
+
+    def __init__(
+        self,
+        order: Sampler | MixedSampler,
+        composer: Composer | None,
+        usages: Sequence[_Usage],
+        problems: list[str],
+        first_step: int,
+    ) -> None:
+        self.steps = 0
+        self.digest = hashlib.sha256()
+        self._order = order
+        self._composer = composer
+        self._usages = usages
+        self._problems = problems
+        self._first_step = first_step
+        self._expected_step = 0
+
+    def take(self, record: Mapping[str, Any], where: str) -> None:
+        """One record of a step, that stands at this place."""
+        problems, step = self._problems, record.get("step")
+        if type(step) is not int or step < 0:  # bool is an int to isinstance, but True is no step
+            problems.append(f"{where}: step is {step!r}, not a step number")
+            return
+        if step > self._expected_step + _MAX_GAP:
+            problems.append(f"{where}: step {step} where step {self._expected_step} was expected; it is left out")
+            return
+        if step != self._expected_step:
+            problems.append(f"{where}: step {step} where step {self._expected_step} was expected")
+        self.steps, self._expected_step = self.steps + 1, step + 1
+        line = self._order.step_ids(step)
+        ids = line if self._composer is None else self._composer.compose(line).ids
+        if self._composer is not None and not np.array_equal(np.sort(ids), np.sort(line)):
+            problems.append(f"{where}: step {step} is composed of other samples than it has")
+        expected = _expected_hash(ids, self._order)
+        if step >= self._first_step and record.get("samples") != expected:
+            problems.append(f"{where}: step {step} used samples {record.get('samples')!r}, the job says {expected!r}")
+            return
+        for number, first_place, used in self._order.uses(step, line):
+            self._usages[number].add(first_place, used, where)
+        self.digest.update(_triples(step, ids, self._order))
+
+
 def audit(
     metrics_path: str | os.PathLike[str],
     *,
@@ -150,56 +214,26 @@ def audit(
 
     Raises DataError when the file cannot be read, ValueError for impossible arguments.
     """
-    sampler: Sampler | MixedSampler
-    if sources is None:
-        sampler = Sampler(num_samples, global_batch, virtual_workers, seed, shuffle)
-    else:
-        sizes, weights = ([source[key] for source in sources] for key in ("num_samples", "weight"))
-        sampler = MixedSampler(sizes, weights, global_batch, virtual_workers, seed, shuffle)
-    composer = None
-    if composition is not None:
-        lengths = read_lengths(Path(metrics_path).parent / composition["lengths"], composition["digest"])
-        composer = Composer(lengths, composition["micro_batch"], virtual_workers, composition["token_cost"])
-    digest = hashlib.sha256()
+    order = _order(num_samples, global_batch, virtual_workers, seed, shuffle, sources)
+    composer = None if composition is None else _composer(metrics_path, virtual_workers, composition)
+    sizes = [num_samples] if sources is None else [source["num_samples"] for source in sources]
     problems: list[str] = []
     usages = [
-        _Usage(size, "" if sources is None else f"source {number}: ", problems)
-        for number, size in enumerate([num_samples] if sources is None else sizes)
+        _Usage(size, "" if sources is None else f"source {number}: ", problems) for number, size in enumerate(sizes)
     ]
-    steps = expected_step = 0
+    account = _Account(order, composer, usages, problems, first_step)
     for number, record in _records(metrics_path, problems):
-        where = f"{os.fspath(metrics_path)}:{number}"
-        step = record.get("step")
-        if type(step) is not int or step < 0:  # bool is an int to isinstance, but True is no step
-            problems.append(f"{where}: step is {step!r}, not a step number")
-            continue
-        if step > expected_step + _MAX_GAP:
-            problems.append(f"{where}: step {step} where step {expected_step} was expected; it is left out")
-            continue
-        if step != expected_step:
-            problems.append(f"{where}: step {step} where step {expected_step} was expected")
-        steps, expected_step = steps + 1, step + 1
-        line = sampler.step_ids(step)
-        ids = line if composer is None else composer.compose(line).ids
-        if composer is not None and not np.array_equal(np.sort(ids), np.sort(line)):
-            problems.append(f"{where}: step {step} is composed of other samples than it has")
-        expected = _expected_hash(ids, sampler)
-        if step >= first_step and record.get("samples") != expected:
-            problems.append(f"{where}: step {step} used samples {record.get('samples')!r}, the job says {expected!r}")
-            continue
-        for number, first_place, used in sampler.uses(step, line):
-            usages[number].add(first_place, used, where)
-        digest.update(_triples(step, ids, sampler))
+        account.take(record, f"{os.fspath(metrics_path)}:{number}")
     finished = [usage.finish() for usage in usages]
     if len(problems) > _MAX_PROBLEMS:
         problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
     return AuditReport(
         ok=not problems,
-        steps=steps,
-        samples=steps * global_batch,
+        steps=account.steps,
+        samples=account.steps * global_batch,
         epochs_complete=sum(complete for complete, _ in finished),
         partial_epoch_samples=sum(partial for _, partial in finished),
-        data_digest="" if problems else f"sha256:{digest.hexdigest()}",
+        data_digest="" if problems else f"sha256:{account.digest.hexdigest()}",
         problems=problems,
     )
 

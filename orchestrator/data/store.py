@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from orchestrator.data.build import build_store, building_lock, publish
+from orchestrator.data.build import Recipe, build_store, building_lock, publish
 from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, check_field, document_of
 from orchestrator.data.locations import Patience
 from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError, store_digest
@@ -208,6 +208,37 @@ def open_store(
     return None
 
 
+def _build(
+    target: Path, key: str, recipe: Recipe, open_store: Callable[[], TokenStore | None], run_tasks: RunTasks[Any]
+) -> TokenStore:
+    """Builds a store that there is not, or waits for another process that does. Raises DataError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with building_lock(target) as is_locked:
+            # Another process that held the lock before may have built it.
+            if (store := open_store()) is not None:
+                return store
+            build = build_store(target, key, recipe.by_ranges(), run_tasks, is_locked)
+            publish(build, target, lambda: open_store() is not None)
+            if (store := open_store()) is not None:
+                return store
+    except OSError as error:
+        raise DataError(
+            f"the token store {target} cannot be written: {error}; free space or name another cache"
+        ) from error
+    raise DataError(f"the token store {target} was built, and cannot be read: is its disk sound?")
+
+
+def _compare(store: TokenStore, expect: str | None, described: str, target: Path) -> None:
+    """Raises DataError when it is not the store that another node has."""
+    if expect is not None and store.digest != expect:
+        raise DataError(
+            f"data.source: {described} gives the token store {store.digest} here ({target}), but "
+            f"another node has {expect}: the nodes' sources differ; give every node the same files and "
+            "library versions"
+        )
+
+
 def prepare(
     *,
     source: str | list[str],
@@ -243,12 +274,13 @@ def prepare(
     for file in files:
         document_of(file, document)
     check_field(files, field, source)
-    contents = [library.examine(file) for file in files]
     loaded = load_tokenizer(tokenizer)
     # Tasks may run in another working directory, so what they are given must not depend on it.
     directory = default_cache() if cache is None else Path(cache).expanduser().absolute()
     if tokenizer != BYTES:
         tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
+    contents = [library.examine(file) for file in files]
+    recipe = Recipe(files, contents, field, document, library, tokenizer, loaded)
     key = _key(files, [content.fingerprint for content in contents], field, document, loaded.identity)
     target = directory / f"tokens-{key}"
     copies = [join(mirror, target.name) for mirror in library.mirrors]
@@ -261,39 +293,8 @@ def prepare(
             return None
         return store if store.manifest.key == key else None
 
-    store = open_store()
-    if store is None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with building_lock(target) as is_locked:
-                store = open_store()  # whoever held the lock before may have built it
-                if store is None:
-                    contents = [library.by_ranges(*each) for each in zip(files, contents, strict=True)]
-                    build = build_store(
-                        target,
-                        key,
-                        files,
-                        contents,
-                        field,
-                        document,
-                        library,
-                        tokenizer,
-                        loaded,
-                        run_tasks or _run_here,
-                        is_locked,
-                    )
-                    publish(build, target, lambda: open_store() is not None)
-                    store = TokenStore(target, verify=verify, source=described, mirrors=copies)
-        except OSError as error:
-            raise DataError(
-                f"the token store {target} cannot be written: {error}; free space or name another cache"
-            ) from error
-    if expect is not None and store.digest != expect:
-        raise DataError(
-            f"data.source: {described} gives the token store {store.digest} here ({target}), but "
-            f"another node has {expect}: the nodes' sources differ; give every node the same files and "
-            "library versions"
-        )
+    store = open_store() or _build(target, key, recipe, open_store, run_tasks or _run_here)
+    _compare(store, expect, described, target)
     return store
 
 

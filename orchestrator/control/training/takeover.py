@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from orchestrator.control.core.detection import Failure
 from orchestrator.control.core.protocol import Placed
 from orchestrator.control.core.roster import Roster
 from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.lifecycle import Lifecycle
+from orchestrator.control.training.members import Members
 from orchestrator.control.training.membership import Membership, initial_of
-from orchestrator.control.training.views import WorkerView
+from orchestrator.control.training.protocol import TakeOver
+from orchestrator.control.training.run import Run
+from orchestrator.control.training.views import RunState, WorkerView
 from orchestrator.training.messages import Generation, Left, Status
+from orchestrator.training.orders import Interrupt
 from strategies.layout.statemap import whole
 
 
@@ -99,3 +104,68 @@ def not_found(worker: WorkerId) -> str:
 def lost_with_the_controller(view: WorkerView) -> Failure[WorkerView]:
     """A member that nobody found. In case it lives and is out of reach it is ended."""
     return Failure("kill", not_found(view.worker), view, kill="it was not found by the restarted controller")
+
+
+class TakingOver:
+    """Goes on with a run that an earlier controller began."""
+
+    def __init__(self, run: Run, life: Lifecycle, members: Members) -> None:
+        self._run = run
+        self._life = life
+        self._members = members
+
+    def take(self, event: TakeOver, last_members: Collection[WorkerId], now: float) -> None:
+        """The workers' own accounts say which generation is the current one; `last_members` are those on record."""
+        run, record = self._run, self._run.record
+        run.waiting_since = now
+        for status in event.workers:
+            self._run.out += self._run.roster.adopt(view_of(status, self._run.config.tensor, now))
+        for placed in event.starting:
+            self._run.out += self._run.roster.adopt(starting(placed, now))
+        statuses = {s.ready.worker: s for s in event.workers if s.ready.worker in self._run.roster.workers}
+        for status in statuses.values():
+            self._life.take_reports(status.reports, now)
+        intact = False
+        if (current := newest_generation(statuses.values())) is not None:
+            record.fired_faults |= set(current.fired_faults)
+            if current.number >= record.last_generation:
+                record.last_generation = current.number
+                intact = self._retake(current, statuses, now)
+            else:
+                # It is over: there is a newer one on record, which nobody heard of.
+                run.membership = Membership(current)
+        members = run.membership.members
+        for worker in sorted({*last_members} - statuses.keys() - members.keys()):
+            # A member of a generation of which nobody is left, or which nobody heard of.
+            self._run.out += record.incident("kill", not_found(worker), now, WorkerView(worker, requested_at=now))
+        if not intact and statuses and record.last_generation >= 0:
+            # Also those that seem to be out of it: an order of the predecessor may have reached them since they spoke.
+            self._run.out.append(Interrupt(tuple(sorted(statuses)), record.last_generation))
+            if not members and not record.incidents.unanswered():
+                what = f"the controller was lost before anybody heard of generation {record.last_generation}"
+                self._run.out += record.incident("controller", what, now)
+        self._life.recall_saves([status.part for status in statuses.values() if status.part is not None], now)
+        if run.stop is not None and self._run.state is RunState.RUNNING:
+            self._life.pause()
+        if self._run.state is RunState.WAITING:
+            self._life.staffing.fill(now)
+            self._life.try_form(now)
+        else:
+            self._life.conclude(now)
+            self._life.staffing.fill(now)
+
+    def _retake(self, current: Generation, statuses: Mapping[WorkerId, Status], now: float) -> bool:
+        """Goes on with the newest generation, or with what is left of it; whether it is intact."""
+        found = retake(current, statuses, self._run.roster, now)
+        first = statuses.get(current.members[0].worker)
+        assignment = () if first is None or first.generation != current else first.assignment
+        self._life.resume(found.membership, now, intact=found.intact, assignment=assignment)
+        for left in found.lefts:
+            self._members.take_leave(self._run.roster.workers[left.worker], left, now)
+        for view in found.missing:
+            self._life.handle_failure(lost_with_the_controller(view), now)
+        if found.unaware and not self._run.record.incidents.unanswered():
+            slots = ", ".join(str(view.worker.slot) for view in found.unaware)
+            what = f"the controller was lost before worker {slots} heard of its generation"
+            self._run.out += self._run.record.incident("controller", what, now)
+        return found.intact
