@@ -32,7 +32,7 @@ types: install
 
 # Two lanes, each with its share of the processors (tests/conftest.py); in the order of collection, so that what takes
 # long is begun first.
-LANES := -n 2 --dist loadgroup --no-loadscope-reorder
+LANES := -n 2 --dist loadscope --no-loadscope-reorder
 
 unit: install tools
 	$(BIN)/python -m pytest $(LANES)
