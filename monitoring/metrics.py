@@ -50,7 +50,10 @@ _RECENT_STEPS = 20
 
 class RunMetrics:
     """All series of one run; every one carries the label `run`. Fed with records as they are made, or, by a controller
-    that takes over, with all there are. Scrapes read what is there and wait for nobody."""
+    that takes over, with all there are. Scrapes read what is there and wait for nobody.
+
+    More than 15 attributes: what series are counted from.
+    """
 
     def __init__(self, run: str, name: str = "", version: str = "") -> None:
         # When a counter was made nobody asks, and it would double their number.

@@ -20,7 +20,10 @@ from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to: the content of result.json (see docs/run-directory.md), and where it is."""
+    """What a run came to: the content of result.json (see docs/run-directory.md), and where it is.
+
+    More than 15 attributes: they are those of result.json.
+    """
 
     run: str
     status: str

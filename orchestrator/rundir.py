@@ -47,7 +47,10 @@ def _request_problem(value: Any) -> str | None:
 
 
 class RunDirectory:
-    """Paths and small files of one run."""
+    """Paths and small files of one run.
+
+    More than 300 lines: one short method for each file of a run.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).resolve()

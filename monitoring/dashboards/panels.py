@@ -48,7 +48,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture. `unit` is one of Grafana's (s, bytes, percentunit, ...); `width` and `height` in grid units."""
+    """One picture. `unit` is one of Grafana's (s, bytes, percentunit, ...); `width` and `height` in grid units.
+
+    More than 15 attributes: those that Grafana's pictures have.
+    """
 
     title: str
     description: str

@@ -60,6 +60,8 @@ def render(run_dir: Path) -> str:
 
 
 class _Report:
+    """Makes the page of one run. More than 15 attributes: what its parts have in common is worked out once."""
+
     def __init__(self, run_dir: Path) -> None:
         self.dir = run_dir
         passed_over: Counter[str] = Counter()

@@ -28,6 +28,8 @@ class RunFacts:
 
     With `is_new` an attempt is about to begin: a `status.json` that is there already is of an earlier one and not used.
     `steps` says how many steps the job has; without it, the job in the directory does.
+
+    More than 15 attributes: each is one fact that is shown.
     """
 
     def __init__(self, run_dir: Path, is_new: bool = False, steps: int | None = None) -> None:

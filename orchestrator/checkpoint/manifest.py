@@ -108,7 +108,10 @@ class Part(_Entry):
 
 
 class Manifest(_Entry):
-    """See docs/checkpoints.md for the meaning of each field."""
+    """See docs/checkpoints.md for the meaning of each field.
+
+    More than 15 attributes: they are those of the file.
+    """
 
     format: Literal[2] = FORMAT
     run: str

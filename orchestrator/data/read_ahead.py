@@ -36,6 +36,8 @@ class ReadAhead(Generic[T]):
     the next ones: at most two steps' worth, and at most max_bytes (but one batch in any case). Any other batch can be
     asked for too. What fetching ahead raises is raised by the call that needs the batch, once: the next call for it
     reads again.
+
+    More than 15 attributes: they are what two threads share under one lock.
     """
 
     def __init__(

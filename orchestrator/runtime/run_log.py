@@ -43,6 +43,8 @@ class RunLog:
     that are known now.
 
     While the run directory cannot be written (a full disk), records wait in memory; see `RecordFile`.
+
+    More than 15 attributes: what is on record, counted as it is written, so that nobody reads it again.
     """
 
     def __init__(self, directory: RunDirectory, job: Job) -> None:

@@ -41,7 +41,10 @@ PUBLISH_S = 0.5
 
 
 class TrainingExecutor:
-    """An `orchestrator.runtime.executor.Executor` for one run of a job."""
+    """An `orchestrator.runtime.executor.Executor` for one run of a job.
+
+    More than 15 attributes: what is told of a run from the first to the last moment, and by which of its threads.
+    """
 
     def __init__(self, around: Surroundings) -> None:
         """Raises OSError while the run directory cannot be read or written."""

@@ -44,7 +44,10 @@ _SCHEDULES: dict[str, Any] = {
 
 
 class PipelineGradients:
-    """Computes this rank's stage of its replica. `losses` are known on the last stage only, `hashes` on all."""
+    """Computes this rank's stage of its replica. `losses` are known on the last stage only, `hashes` on all.
+
+    More than 15 attributes: a stage, its schedule and what is known of the step under way.
+    """
 
     def __init__(self, part: ModelPart | ShardedModelPart, collector: Collector, context: WorkContext) -> None:
         self.part = part

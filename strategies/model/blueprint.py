@@ -49,6 +49,8 @@ class Blueprint:
     `constants` are frozen parameters and persistent buffers, which all ranks have; of a trial of the model it is known
     which trained parameters are `unused` and what `caches` it makes for itself. Raises ValueError for models whose
     buffers change in training, that train nothing, or that cannot be split over `tensor` ranks.
+
+    More than 15 attributes: they describe one model.
     """
 
     def __init__(

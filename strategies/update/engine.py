@@ -94,8 +94,9 @@ class StepEngine:
     """Runs steps on one rank, generation after generation.
 
     `on_phase(phase, step)` is called at the start of every phase (heartbeats, fault injection). For the model see
-    `strategies.model.blueprint`. More than fifteen attributes: what it is made of, what others want of the next vote,
-    and where its step stands; each of the parts that could be named has a class of its own.
+    `strategies.model.blueprint`.
+
+    More than 15 attributes: what it is made of, what others want of the next vote, and where its step stands.
     """
 
     def __init__(

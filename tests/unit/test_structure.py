@@ -165,3 +165,54 @@ def test_the_controller_process_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+MOST_CLASS_LINES, MOST_ATTRIBUTES, MOST_FUNCTION_LINES = 300, 15, 60
+
+
+def too_large(tree: ast.AST) -> list[str]:
+    """Classes of many lines or attributes whose docstrings do not say why, and functions of many lines."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines > MOST_FUNCTION_LINES:
+            found.append(f"{node.name}: {lines} lines, {MOST_FUNCTION_LINES} at most")
+        if isinstance(node, ast.ClassDef):
+            said = " ".join((ast.get_docstring(node) or "").lower().split())
+            attributes = len(attributes_of(node))
+            if lines > MOST_CLASS_LINES and f"more than {MOST_CLASS_LINES} lines:" not in said:
+                found.append(f'{node.name}: {lines} lines, and no sentence "More than {MOST_CLASS_LINES} lines: why"')
+            if attributes > MOST_ATTRIBUTES and f"more than {MOST_ATTRIBUTES} attributes" not in said:
+                sentence = f"More than {MOST_ATTRIBUTES} attributes: why"
+                found.append(f"{node.name}: {attributes} attributes, and no sentence {sentence!r}")
+    return found
+
+
+def attributes_of(node: ast.ClassDef) -> set[str]:
+    """Those that are assigned in its methods, and the fields of a dataclass."""
+    fields = {
+        each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+    return fields | {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute)
+        and isinstance(each.ctx, ast.Store)
+        and isinstance(each.value, ast.Name)
+        and each.value.id == "self"
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_classes_and_functions_fit_in_a_head(package: str) -> None:
+    found = {str(path.relative_to(ROOT)): too_large(ast.parse(path.read_text())) for path in files(package)}
+    assert {path: sizes for path, sizes in found.items() if sizes} == {}
+
+
+def test_what_is_too_large_would_be_found() -> None:
+    many = "\n".join(f"        self.a{number} = 0" for number in range(MOST_ATTRIBUTES + 1))
+    assert "attributes" in too_large(ast.parse(f"class A:\n    def f(self):\n{many}"))[0]
+    assert not too_large(ast.parse(f'class A:\n    """More than 15 attributes: so."""\n    def f(self):\n{many}'))
+    long = "\n".join("    pass" for _ in range(MOST_FUNCTION_LINES))
+    assert "lines" in too_large(ast.parse(f"def f():\n{long}"))[0]

@@ -37,7 +37,10 @@ _TOO_SLOW = "another took its place, as it was too slow"
 class Roster(Generic[V]):
     """`new` makes the view of a worker that is asked for, of its name and the time. `workers` are all that were ever
     asked for, also those that are gone. How many are on their way, and who is to leave, is kept beside them, for
-    questions that come with every message."""
+    questions that come with every message.
+
+    More than 300 lines: those that come and those that go are counted in the same numbers.
+    """
 
     def __init__(self, config: PoolConfig, past: PastWorkers, new: Callable[[WorkerId, float], V]) -> None:
         self.workers: dict[WorkerId, V] = {}

@@ -30,7 +30,10 @@ class WorkerState(Enum):
 @dataclass
 class ProcessView:
     """The process of one worker as the controller sees it; what the process works at, others add. Times in seconds on
-    the run's line of time, memory in bytes."""
+    the run's line of time, memory in bytes.
+
+    More than 15 attributes: each is one thing that is known of a process, and nothing is derived from another.
+    """
 
     worker: WorkerId
     requested_at: float

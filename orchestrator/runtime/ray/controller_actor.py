@@ -73,7 +73,10 @@ LINGER_S = 20.0
 
 class ControllerActor:
     """See the module. `spec` is what every incarnation of this run's controller is made from, `executor` makes what
-    knows what is steered."""
+    knows what is steered.
+
+    More than 15 attributes: what the threads of the process share.
+    """
 
     def __init__(self, spec: dict[str, Any], executor: Callable[[Surroundings], Executor]) -> None:
         """Ray does not try again what raises here, so a file system that is away for a moment is waited for.
