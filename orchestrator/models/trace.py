@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from strategies.compat import FAKE_TENSOR_LOGGER
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -30,7 +32,7 @@ def kept_bytes_per_sample(
     Runs the forward pass with torch's fake tensors (shapes and operators of the CPU, no data) for batches of one and
     of two samples: the difference is what grows with the samples, without the weights. Raises CannotTrace.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from strategies.compat import FakeTensorMode
 
     with _quiet():
         try:
@@ -92,7 +94,7 @@ def _storage(tensor: torch.Tensor) -> int:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Torch logs an operator that fails on fake tensors, with its traceback; here it is caught and told in a line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(FAKE_TENSOR_LOGGER)
     before = logger.disabled
     logger.disabled = True
     try:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _register_process_group
 
 from strategies.comm.groups import Groups, PeerLost
 from strategies.comm.rendezvous import StoreClient
 from strategies.comm.rendezvous_proof import StoreAddress
+from strategies.compat import name_groups
 from strategies.layout.parallel import ParallelLayout
 
 BACKEND = "elastic"
@@ -178,11 +178,8 @@ def _name_groups(mesh: Any) -> None:
     remembered one has. c10d's own names are numbers, which depend on the shape of the mesh and on the rank.
     """
     names = [dist.GroupName(f"{BACKEND}/{axis}") for axis in AXES]
-    for index, name in enumerate(names):
-        _register_process_group(name, mesh.get_group(index))
-    mesh._dim_group_names = names
     # What is remembered must not keep the groups of its generation alive.
-    mesh._pg_registry = {}
+    name_groups(mesh, names)
 
 
 def _create(options: Any, _: Any = None) -> Any:

@@ -17,10 +17,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import Store
-
 from strategies.comm.rendezvous_proof import HELLO_BYTES, PROOF_BYTES, ClientSide, StoreAddress
 from strategies.comm.rendezvous_server import ADD, ANSWER, CHECK, GET, NUMBER, REQUEST, SET
+from strategies.compat import Store
 
 
 class PeerLost(RuntimeError):

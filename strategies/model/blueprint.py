@@ -217,7 +217,7 @@ class Blueprint:
         return self._activations[casts]
 
     def _trace(self, context: contextlib.AbstractContextManager[Any], *, is_fake: bool) -> Activations:
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from strategies.compat import FakeTensorMode
 
         hidden: list[torch.Tensor] = []
         layer = self._layer_list(self.model)[0]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import Groups
+from strategies.compat import AllGather, ReduceScatter
 from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import Runs, add_up

@@ -122,7 +122,7 @@ class ModelPart:
 
 def add_up(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Adds the gradients of a parameter that is whole on every tensor-parallel rank, of which each has a part only."""
-    from torch.distributed._functional_collectives import all_reduce
+    from strategies.compat import all_reduce
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         return all_reduce(gradient, "sum", mesh)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("orchestrator", "strategies", "monitoring")
 FLOORS = {
     "strategies": (
-        "layout", "comm", "reduction", "model", "optim", "state", "objective", "gradient", "trial", "update",
+        "compat", "layout", "comm", "reduction", "model", "optim", "state", "objective", "gradient", "trial", "update",
     ),
     "orchestrator": (
         "errors", "plugins", "urls", "lateness", "storage", "job", "rundir", "succession", "data", "models", "planning",
@@ -128,6 +129,23 @@ def test_only_one_room_knows_ray() -> None:
         for path in files(package):
             if path.relative_to(ROOT).parts[:3] != KNOWS_RAY:
                 assert "ray" not in roots(path), path
+
+
+NOT_PROMISED = re.compile(
+    r"(ray\._private|ray\._raylet|ray\.core|ray\.experimental|torch\._|torch\.distributed\._|torch\..*\._)"
+)
+"""Modules of Ray and torch that may be gone with the next version."""
+
+
+def test_what_ray_and_torch_do_not_promise_is_used_in_one_place_each() -> None:
+    """And in what doctor sends to nodes, where this package may not be."""
+    found = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in files(package)
+        if any(NOT_PROMISED.match(name) for name in imported(path))
+    }
+    assert found == {"strategies/compat.py", "orchestrator/runtime/ray/examination/node.py"}
 
 
 def test_the_state_machine_has_no_clock_and_no_io() -> None:

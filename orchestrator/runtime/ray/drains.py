@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable
 
 import ray
-from ray._private.state import state as ray_state
 
 from orchestrator.control.core.protocol import DrainNotice
 from orchestrator.control.core.workers import WorkerId
+from orchestrator.runtime.ray import compat
 from orchestrator.runtime.ray.placement import WorkerHandle
 
 LATE_S = 3600.0
@@ -22,7 +22,7 @@ class DrainWatch:
 
     def __init__(self) -> None:
         self._mine = ray.get_runtime_context().get_node_id()
-        self._stays_anyway = self._mine in ray_state.get_draining_nodes()
+        self._stays_anyway = self._mine in compat.state.get_draining_nodes()
         self._told: dict[WorkerId, float] = {}
         self.concerns_me = False
 
@@ -30,7 +30,7 @@ class DrainWatch:
         """Notices for workers whose nodes drain, or drain sooner than was said; also for those that came to such a node
         just before Ray knew. `now` on the run's line of time, as the deadlines of the notices; Ray has them in wall
         time, and what is left is counted here, once."""
-        draining: dict[str, int] = ray_state.get_draining_nodes()
+        draining: dict[str, int] = compat.state.get_draining_nodes()
         self.concerns_me = self._mine in draining and not self._stays_anyway
         news: dict[tuple[str, float], list[WorkerId]] = {}
         wall = time.time()

@@ -7,12 +7,13 @@ imported when the first question is asked.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from orchestrator.runtime.ray import compat
 
 _TIMEOUT_S = 3.0
 _ALIVE = 2
@@ -63,10 +64,8 @@ def resolve_address(address: str | None) -> str:
 
     Raises GcsError.
     """
-    from ray._private import services
-
     try:
-        found: str = services.canonicalize_bootstrap_address_or_die(address or "auto")
+        found: str = compat.services.canonicalize_bootstrap_address_or_die(address or "auto")
     except (ConnectionError, ValueError, OSError) as error:
         raise GcsError(f"no Ray cluster found ({error}); give --address HOST:PORT or set RAY_ADDRESS") from error
     if "://" in found:
@@ -83,7 +82,7 @@ class Gcs:
 
     def nodes(self) -> list[Node]:
         """All nodes the GCS remembers, dead ones too."""
-        messages, services = _generated("gcs_service_pb2"), _generated("gcs_service_pb2_grpc")
+        messages, services = compat.generated("gcs_service_pb2"), compat.generated("gcs_service_pb2_grpc")
         with self._channel() as channel:
             reply = services.NodeInfoGcsServiceStub(channel).GetAllNodeInfo(
                 messages.GetAllNodeInfoRequest(), timeout=_TIMEOUT_S
@@ -98,7 +97,7 @@ class Gcs:
 
     def draining(self) -> dict[str, float]:
         """The deadline, in seconds since the epoch, of each draining node by its id; 0 when it has none."""
-        messages, services = _generated("gcs_service_pb2"), _generated("gcs_service_pb2_grpc")
+        messages, services = compat.generated("gcs_service_pb2"), compat.generated("gcs_service_pb2_grpc")
         with self._channel() as channel:
             reply = services.NodeResourceInfoGcsServiceStub(channel).GetDrainingNodes(
                 messages.GetDrainingNodesRequest(), timeout=_TIMEOUT_S
@@ -107,7 +106,7 @@ class Gcs:
 
     def living_actors(self, namespace: str, node_ids: Collection[str]) -> list[str]:
         """Names of the living actors of a Ray namespace on these nodes."""
-        messages, services = _generated("gcs_service_pb2"), _generated("gcs_service_pb2_grpc")
+        messages, services = compat.generated("gcs_service_pb2"), compat.generated("gcs_service_pb2_grpc")
         request = messages.GetAllActorInfoRequest(filters=messages.GetAllActorInfoRequest.Filters(state=_ALIVE))
         with self._channel() as channel:
             reply = services.ActorInfoGcsServiceStub(channel).GetAllActorInfo(request, timeout=_TIMEOUT_S)
@@ -119,7 +118,7 @@ class Gcs:
 
     def ask_drain(self, node_id: str, message: str, deadline: float) -> str:
         """Asks for a drain; returns why it was refused, or "". The GCS says yes to ids that it does not know too."""
-        messages, services = _generated("autoscaler_pb2"), _generated("autoscaler_pb2_grpc")
+        messages, services = compat.generated("autoscaler_pb2"), compat.generated("autoscaler_pb2_grpc")
         request = messages.DrainNodeRequest(
             node_id=bytes.fromhex(node_id),
             reason=_PREEMPTION,
@@ -133,11 +132,10 @@ class Gcs:
     @contextmanager
     def _channel(self) -> Iterator[Any]:
         import grpc
-        from ray._private.grpc_utils import init_grpc_channel
         from ray.exceptions import RayError
 
         try:
-            with init_grpc_channel(self.address) as channel:
+            with compat.init_grpc_channel(self.address) as channel:
                 yield channel
         except (grpc.RpcError, RayError) as error:
             code = error.code() if isinstance(error, grpc.Call) else None
@@ -153,13 +151,8 @@ class Gcs:
 def prepare() -> None:
     """Imports what a question to the GCS needs, so that the first one does not wait a second for it."""
     for name in ("gcs_service_pb2_grpc", "autoscaler_pb2_grpc"):
-        _generated(name)
-    importlib.import_module("ray._private.grpc_utils")
-
-
-def _generated(name: str) -> Any:
-    """A module of Ray's generated gRPC code, which declares no types."""
-    return importlib.import_module(f"ray.core.generated.{name}")
+        compat.generated(name)
+    assert compat.init_grpc_channel
 
 
 def _names(wanted: str, node: Node) -> bool:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private import state as ray_state
 
 from orchestrator.job import Job
+from orchestrator.runtime.ray import compat
 
 MARKET_LABEL = "ray.io/market-type"
 KIND_LABEL = "ray.io/accelerator-type"
@@ -60,7 +60,7 @@ def meets(label: str | None, condition: str) -> bool:
 
 def has_room(need: Need, avoid: Collection[str] = ()) -> bool:
     """Whether a node that may be used, and is not to be avoided, has so much free as it is just now."""
-    free: Mapping[str, Mapping[str, float]] = ray_state.state.available_resources_per_node()
+    free: Mapping[str, Mapping[str, float]] = compat.state.available_resources_per_node()
     nodes = [node for node in _usable_nodes() if node["NodeID"] not in avoid]
     return any(need.fits(free.get(node["NodeID"], {}), node.get("Labels", {})) for node in nodes)
 
@@ -95,17 +95,14 @@ def nodes_by_id(ids: Collection[str]) -> list[dict[str, Any]]:
 
 
 def _usable_nodes() -> list[dict[str, Any]]:
-    draining = ray_state.state.get_draining_nodes()
+    draining = compat.state.get_draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
 def _autoscaler() -> tuple[Any, Any]:
     """A client of the GCS, and what autoscaler v2 has told it last."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
-
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = GetClusterStatusReply()
+    client = compat.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = compat.GetClusterStatusReply()
     reply.ParseFromString(client.get_cluster_status(timeout_s=5))
     return client, reply.autoscaling_state
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from monitoring.outside import json_text, parse
+from orchestrator.runtime.ray import compat
 from orchestrator.runtime.ray.resource_request import Need
 
 SILENCE_S = 30.0
@@ -106,6 +107,4 @@ class RunQueue:
 
 
 def _store() -> Any:
-    from ray.experimental import internal_kv
-
-    return internal_kv
+    return compat.internal_kv

@@ -23,6 +23,7 @@ from monitoring.redaction import redact
 from orchestrator.job import Job
 from orchestrator.rundir import is_package
 from orchestrator.runtime import reaper
+from orchestrator.runtime.ray import compat
 from orchestrator.runtime.ray.placement import NAMESPACE
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -290,25 +291,22 @@ def _without_idle_services() -> Iterator[None]:
     The log monitor reads every log ten times a second to forward what nobody asked for (`log_to_driver` is off), the
     autoscaler's monitor scales nothing, and the dashboard's server, switched off, serves nothing but costs the most.
     """
-    from ray._private.node import Node
-
+    node = compat.Node
     names = ("start_log_monitor", "start_monitor", "start_api_server")
-    originals = {name: getattr(Node, name) for name in names if hasattr(Node, name)}
+    originals = {name: getattr(node, name) for name in names if hasattr(node, name)}
     try:
         for name in originals:
-            setattr(Node, name, lambda *arguments, **options: None)
+            setattr(node, name, lambda *arguments, **options: None)
         yield
     finally:
         for name, original in originals.items():
-            setattr(Node, name, original)
+            setattr(node, name, original)
 
 
 def _hush() -> None:
     """Keeps Ray from printing a paragraph for every dead worker: what matters of it is in the run's own events."""
     with suppress(Exception):
-        import ray._private.worker as driver_side
-
-        driver_side.print_to_stdstream = lambda *arguments, **options: None
+        compat.silence_worker_output()
 
 
 def _keep_logs(home: Path, logs: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from ray._private import worker as ray_worker
 
 from monitoring import discovery
 from orchestrator.job import Job
+from orchestrator.runtime.ray import compat
 
 
 def targets_directory(job: Job, *, own_cluster: bool, cwd: str | None) -> Path:
@@ -17,5 +15,4 @@ def targets_directory(job: Job, *, own_cluster: bool, cwd: str | None) -> Path:
         return Path(cwd or ".") / job.monitoring.targets
     if own_cluster:
         return discovery.targets_directory()  # Its own Ray's directory is gone with it, and nobody watches it.
-    node: Any = ray_worker._global_node
-    return discovery.targets_directory(str(Path(node.get_session_dir_path()).parent))
+    return discovery.targets_directory(str(Path(compat.session_dir()).parent))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import socket
 import time
 
-from ray._private import services
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._raylet import AuthenticationMode, GcsClient, get_authentication_mode  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 
 from orchestrator.doctor.authentication import judge_refusal
 from orchestrator.doctor.check import CLUSTER, OK, PROBLEM, Check
+from orchestrator.runtime.ray import compat
 
 CONNECT_S = 5.0
 NAME = "address"
@@ -20,8 +18,8 @@ NAME = "address"
 def mode_here() -> str:
     """How this process authenticates itself: token or disabled. Asked of Ray, which takes a token that it finds also
     when nobody said so."""
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    return "token" if get_authentication_mode() == AuthenticationMode.TOKEN else "disabled"
+    compat.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return "token" if compat.get_authentication_mode() == compat.AuthenticationMode.TOKEN else "disabled"
 
 
 def find_cluster(address: str, token_source: str | None) -> tuple[str | None, list[Check]]:
@@ -30,7 +28,7 @@ def find_cluster(address: str, token_source: str | None) -> tuple[str | None, li
     `address` is host:port, or auto for the cluster that this machine is a node of.
     """
     try:
-        resolved = services.canonicalize_bootstrap_address(address)
+        resolved = compat.services.canonicalize_bootstrap_address(address)
     except (ConnectionError, OSError, ValueError) as error:
         return None, [_problem(f"{address}: {str(error).splitlines()[0]}", _advice(address))]
     if resolved is None:
@@ -48,7 +46,7 @@ def find_cluster(address: str, token_source: str | None) -> tuple[str | None, li
     mode = mode_here()
     begin = time.monotonic()
     try:
-        GcsClient(address=resolved).get_all_node_info(timeout=CONNECT_S)
+        compat.GcsClient(address=resolved).get_all_node_info(timeout=CONNECT_S)
     except AuthenticationError:
         return None, [judge_refusal(mode, token_source)]
     except RayError as error:

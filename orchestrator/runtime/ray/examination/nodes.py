@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private import services
-from ray._private import state as ray_state
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.doctor.check import CLUSTER, HERE, NOTE, PROBLEM, Check
+from orchestrator.runtime.ray import compat
 from orchestrator.runtime.ray.examination import node as node_module
 
 NAMESPACE = "orchestrator-doctor"
@@ -61,7 +58,7 @@ class Nodes:
     be learned, and why."""
 
     def __init__(self, address: str) -> None:
-        self.gcs = GcsClient(address=address)
+        self.gcs = compat.GcsClient(address=address)
         self.address = address
         self.all: dict[str, Node] = {}
         self.silent: list[Check] = []
@@ -70,7 +67,7 @@ class Nodes:
     def connect(self) -> None:
         """Raises Unreachable."""
         alive = self._alive()
-        if not set(services.find_node_ids()) & {info.node_id.hex() for info in alive}:
+        if not set(compat.services.find_node_ids()) & {info.node_id.hex() for info in alive}:
             raise Unreachable(Check("nodes", CLUSTER, PROBLEM, f"{HERE} is no node of the cluster at {self.address}",
                 "run this on one of its nodes: `ray job submit --address http://HEAD:8265 --working-dir . -- "
                 "orchestrator doctor --address auto`, or `ray exec`, `kubectl exec`"))  # fmt: skip
@@ -92,13 +89,15 @@ class Nodes:
         self._start_actors()
 
     def _alive(self) -> list[Any]:
-        return list(self.gcs.get_all_node_info(timeout=5.0, state_filter=GcsNodeInfo.GcsNodeState.ALIVE).values())
+        return list(
+            self.gcs.get_all_node_info(timeout=5.0, state_filter=compat.GcsNodeInfo.GcsNodeState.ALIVE).values()
+        )
 
     def _start_actors(self) -> None:
         for name in _SENT:
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
         examiner = ray.remote(node_module.NodeExaminer)
-        draining = ray_state.state.get_draining_nodes()
+        draining = compat.state.get_draining_nodes()
         for node in self.all.values():
             if node.node_id in draining:
                 self.silent.append(Check("nodes", node.label, NOTE, "is being drained, and was not examined"))

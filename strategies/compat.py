@@ -1,0 +1,47 @@
+"""What is used of torch that torch does not promise. It stands here and nowhere else; `tests/unit/test_compat.py` pins
+what is relied upon, so that an upgrade of torch which takes it away is noticed there.
+
+Names are looked up when they are first asked for: some are in modules that take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store as Store
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.distributed._functional_collectives import all_reduce as all_reduce
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+
+PRIVATE = {
+    "Store": "torch._C._distributed_c10d",
+    "register_process_group": "torch._C._distributed_c10d:_register_process_group",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "all_reduce": "torch.distributed._functional_collectives",
+    "AllGather": "torch.distributed.fsdp._fully_shard._fsdp_api",
+    "ReduceScatter": "torch.distributed.fsdp._fully_shard._fsdp_api",
+}
+"""Where each name is, and what torch calls it, where that is something else."""
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PRIVATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, inner = PRIVATE[name].partition(":")
+    found = globals()[name] = getattr(import_module(module), inner or name)
+    return found
+
+
+def name_groups(mesh: Any, names: list[Any]) -> None:
+    """Gives the groups of a mesh's axes these names, by which compiled and traced code finds them, and forgets those
+    that the mesh remembers."""
+    from strategies import compat
+
+    for index, name in enumerate(names):
+        compat.register_process_group(name, mesh.get_group(index))
+    mesh._dim_group_names = names
+    mesh._pg_registry = {}
