@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from monitoring.errors import UserError
 from monitoring.redaction import redact, redact_urls
 
 MAX_DEPTH = 64
@@ -28,8 +29,10 @@ Check = Callable[[Any], str | None]
 """What is wrong with a value: None when nothing is. See `monitoring.shapes`."""
 
 
-class Unreadable(ValueError):
+class Unreadable(UserError, ValueError):
     """What is there is not what belongs there; says what and why."""
+
+    exit_code = 1
 
 
 class Away(Unreadable, OSError):

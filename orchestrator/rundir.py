@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from monitoring.errors import UserError
 from monitoring.outside import Away, Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
 from monitoring.redaction import redact
@@ -32,7 +33,7 @@ _UMASK = threading.RLock()
 """Held while the umask, of which a process has one, is not its own."""
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(UserError, RuntimeError):
     """A run directory cannot be used as asked; says which, why and what to do."""
 
 

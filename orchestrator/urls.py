@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from monitoring.errors import UserError
 from monitoring.redaction import is_redacted, learn, redact_urls
 
 VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
-class UrlProblem(ValueError):
+class UrlProblem(UserError, ValueError):
     """A URL that cannot be opened as it is written; says why and what to do."""
 
 

@@ -16,13 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from monitoring.errors import UserError
 from monitoring.secret_files import others
 
 TOKEN_VARIABLE = "ORCHESTRATOR_PAGE_TOKEN"
 MIN_TOKEN_LENGTH = 16
 
 
-class PageError(ValueError):
+class PageError(UserError, ValueError):
     """The page cannot be served as asked; says why and what to do."""
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from monitoring.errors import UserError
 from monitoring.redaction import redact
 from monitoring.sinks.stream import Item
 
 
-class SinkProblem(ValueError):
+class SinkProblem(UserError, ValueError):
     """A sink that the job asks for cannot be had; says what to install or to change."""
 
 

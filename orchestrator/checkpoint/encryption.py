@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monitoring.errors import UserError
 from orchestrator.checkpoint.manifest import CheckpointError, canonical
 from orchestrator.checkpoint.names import Save
 
@@ -22,7 +23,7 @@ OVERHEAD = NONCE_BYTES + TAG_BYTES
 """Bytes that a chunk is longer by."""
 
 
-class KeyProblem(ValueError):
+class KeyProblem(UserError, ValueError):
     """No usable key; says where it was looked for, and never what was found there."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from monitoring.errors import UserError
 from monitoring.outside import json_text
 from orchestrator.checkpoint.catalog import StoredCheckpoint
 from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
@@ -30,7 +31,7 @@ SHARD_BYTES = 4 << 30
 EXPORT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ExportError(ValueError):
+class ExportError(UserError, ValueError):
     """What was asked for cannot be exported; says why."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from monitoring.errors import UserError
 from monitoring.outside import Unreadable, parse
 from orchestrator.checkpoint.names import DATA_FILE
 
@@ -35,8 +36,10 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Sizes = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16)]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used; says which and why."""
+
+    exit_code = 1
 
 
 class UnusableCheckpoint(CheckpointError):

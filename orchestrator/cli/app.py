@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from monitoring.errors import UserError
 from monitoring.outside import json_text
 from monitoring.redaction import redact
 from monitoring.terminal.clean import clean, clean_lines
@@ -624,14 +625,12 @@ def main() -> None:
         except BrokenPipeError:
             _end_unread()
         raise
+    except UserError as error:
+        print(clean_lines(str(error) if error.has_place else f"orchestrator: {error}"), file=sys.stderr)
+        sys.exit(error.exit_code)
     except Exception as error:
-        kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _USER_ERRORS), None)
-        if kind is None:
-            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-            sys.exit(EXIT_FAILED)
-        text = f"orchestrator: {error}" if kind != "JobError" else str(error)
-        print(clean_lines(text), file=sys.stderr)
-        sys.exit(_USER_ERRORS[kind])
+        print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
 
 
 def _end_unread() -> NoReturn:
@@ -641,28 +640,6 @@ def _end_unread() -> NoReturn:
     silence_stdout()
     sys.exit(EXIT_CODE)
 
-
-# By name, because importing the classes would import what they come with.
-_USER_ERRORS = {
-    "JobError": EXIT_BAD_INPUT,
-    "RunDirectoryError": EXIT_BAD_INPUT,
-    "SinkProblem": EXIT_BAD_INPUT,
-    "DataError": EXIT_BAD_INPUT,
-    "ModelError": EXIT_BAD_INPUT,
-    "PlanError": EXIT_BAD_INPUT,
-    "PluginError": EXIT_BAD_INPUT,
-    "KeyProblem": EXIT_BAD_INPUT,
-    "UrlProblem": EXIT_BAD_INPUT,
-    "CheckpointError": EXIT_FAILED,
-    "ExportError": EXIT_BAD_INPUT,
-    "PageError": EXIT_BAD_INPUT,
-    "SubmissionError": EXIT_BAD_INPUT,
-    "ClusterError": EXIT_FAILED,
-    "NoticeError": EXIT_BAD_INPUT,
-    "NodeError": EXIT_BAD_INPUT,
-    "Unreadable": EXIT_FAILED,
-    "GcsError": EXIT_FAILED,
-}
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from monitoring.errors import UserError
 from monitoring.redaction import redact
 from orchestrator.urls import UrlProblem, expand
 
@@ -49,7 +50,7 @@ _STDLIB_SKIPPED = frozenset(["site-packages", "dist-packages", "__pycache__", "t
 _STDLIB_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data a job names cannot be used; the message says what, where, and what to do about it, and no secret."""
 
     def __init__(self, text: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from monitoring.errors import UserError
 from monitoring.redaction import redact
 
 
@@ -35,8 +36,10 @@ class Problem:
         return f"{where} {self.field}: {self.reason}" if self.field else f"{where}: {self.reason}"
 
 
-class JobError(ValueError):
+class JobError(UserError, ValueError):
     """The job cannot be used. `problems` holds every mistake found, in the order of their positions."""
+
+    has_place = True
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         # The problems are the only argument, so that BaseException's own pickling rebuilds the error.

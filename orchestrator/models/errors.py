@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from monitoring.errors import UserError
 from orchestrator.job.rules import Finding
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """The job's model cannot be used. `findings` holds every mistake found."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:

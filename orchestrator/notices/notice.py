@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Protocol
 
+from monitoring.errors import UserError
 
-class NoticeError(ValueError):
+
+class NoticeError(UserError, ValueError):
     """A source was asked for that there is not, or that cannot be used; says what to give instead."""
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from monitoring.errors import UserError
 from orchestrator.runtime.ray import compat
 
 _TIMEOUT_S = 3.0
@@ -22,7 +23,7 @@ _PREEMPTION = 2
 """`DRAIN_NODE_REASON_PREEMPTION`: the reason a raylet cannot refuse."""
 
 
-class NodeError(RuntimeError):
+class NodeError(UserError, RuntimeError):
     """A node cannot be drained as asked; says which one, why, and what to do."""
 
 
@@ -30,8 +31,10 @@ class HeadNodeError(NodeError):
     """The node is the head, which cannot be drained."""
 
 
-class GcsError(RuntimeError):
+class GcsError(UserError, RuntimeError):
     """The cluster's GCS cannot be found or does not answer; says where it was looked for."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 
+from monitoring.errors import UserError
 from monitoring.redaction import redact
 from orchestrator.job import Job
 from orchestrator.rundir import is_package
@@ -53,8 +54,10 @@ STARTS = 3
 """How often a cluster of our own is started, all in all, when it does not come up: Ray gives a node 30 s."""
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError, RuntimeError):
     """Ray cannot be reached or started; says what to do."""
+
+    exit_code = 1
 
 
 class NotStarted(ClusterError):

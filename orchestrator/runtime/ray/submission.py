@@ -15,6 +15,7 @@ import aiohttp
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from monitoring.errors import UserError
 from orchestrator.runtime.ray.session import ClusterError
 
 PACKAGES = ("orchestrator", "strategies", "monitoring")
@@ -28,7 +29,7 @@ AGENT_PATIENCE_S = 30.0
 LOST_PATIENCE_S = 300.0
 
 
-class SubmissionError(ValueError):
+class SubmissionError(UserError, ValueError):
     """A job cannot be submitted as asked; says why and what to do."""
 
 

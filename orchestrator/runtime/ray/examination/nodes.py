@@ -183,6 +183,7 @@ _SENT = (
     "orchestrator.doctor.storage_probe",
     "orchestrator.storage",
     "orchestrator.urls",
+    "monitoring.errors",
     "monitoring.redaction",
 )
 """Modules that go to the nodes by value: all of ours that what is run there imports."""
