@@ -27,7 +27,7 @@ HOUR = 3600.0
 WALL_TIME = {
     "monitoring/clock.py": "the run's line is anchored in it, and every record tells it",
     "monitoring/report/page.py": "when the page was written",
-    "orchestrator/cli/app.py": "`--since`: what a user means by a time",
+    "orchestrator/cli/looking.py": "`--since`: what a user means by a time",
     "orchestrator/rundir.py": "the name of a request",
     "orchestrator/checkpoint/catalog.py": "when a checkpoint was saved, for showing",
     "orchestrator/checkpoint/listing.py": "its age",
