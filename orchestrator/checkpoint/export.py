@@ -1,6 +1,6 @@
-"""A checkpoint as a Hugging Face directory: config.json, safetensors with an index, tokenizer.
+"""Weights as a Hugging Face directory: config.json, safetensors with an index, tokenizer.
 
-Tensor by tensor: each is put together from its chunks, cast, and written before the next is read, so that never more
+Tensor by tensor: each is read, cast, and written before the next is read, so that never more
 than the largest one is in memory.
 """
 
@@ -18,12 +18,12 @@ from torch import nn
 
 from monitoring.errors import UserError
 from monitoring.outside import json_text
-from orchestrator.checkpoint.catalog import StoredCheckpoint
-from orchestrator.checkpoint.manifest import ITEM_BYTES, CheckpointError, ChunkEntry
+from orchestrator.checkpoint.manifest import ITEM_BYTES
 from orchestrator.checkpoint.parts import safetensors_header
-from orchestrator.checkpoint.tensors import DTYPES, TYPES, as_tensor, bytes_of
+from orchestrator.checkpoint.tensors import DTYPES, bytes_of
 from orchestrator.data import load_tokenizer
 from orchestrator.job import Job
+from orchestrator.models.weights import WeightSource
 from orchestrator.storage import LocalStorage
 
 SHARD_BYTES = 4 << 30
@@ -36,22 +36,23 @@ class ExportError(UserError, ValueError):
 
 
 def export(
-    checkpoint: StoredCheckpoint, job: Job, target: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    weights: WeightSource, job: Job, target: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
-    """Writes the model of a checkpoint to the new directory `target`, its floating-point tensors as `dtype` (fp32, bf16
-    or fp16; None: as they are). Returns the files.
+    """Writes the model of a job with these weights to the new directory `target`, its floating-point tensors as `dtype`
+    (fp32, bf16 or fp16; None: as they are). Returns the files.
 
-    `transformers.AutoModelForCausalLM.from_pretrained` loads it. Raises ExportError, CheckpointError, OSError.
+    `transformers.AutoModelForCausalLM.from_pretrained` loads it. Raises ExportError, OSError, and what the weights
+    raise: CheckpointError.
     """
     if dtype is not None and dtype not in EXPORT_TYPES:
         raise ExportError(f"--dtype {dtype!r}: one of {', '.join(EXPORT_TYPES)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"--to {target}: there is something already; name a new directory")
     skeleton = _skeleton(job)
-    names = _exported_names(skeleton, checkpoint)
+    names = _exported_names(skeleton, weights)
     target.mkdir(parents=True, exist_ok=True)
     try:
-        _write_weights(checkpoint, target, names, dtype, shard_bytes)
+        _write_weights(weights, target, names, dtype, shard_bytes)
         _write_config(skeleton, job, target, dtype)
         _write_tokenizer(job.data.tokenizer, target)
     except BaseException:
@@ -74,53 +75,31 @@ def _skeleton(job: Job) -> nn.Module:
     return skeleton
 
 
-def _exported_names(skeleton: nn.Module, checkpoint: StoredCheckpoint) -> dict[str, str]:
-    """The tensors of the model, by the names that transformers gives them, and their names in the checkpoint."""
-    wanted = {name: f"model.{name}" for name in skeleton.state_dict()}
-    there = checkpoint.manifest.tensors
-    found = {name: ours for name, ours in wanted.items() if ours in there}
+def _exported_names(skeleton: nn.Module, weights: WeightSource) -> list[str]:
+    """The tensors of the model that there are, in its order. Raises ExportError when one is missing."""
+    wanted, there = list(skeleton.state_dict()), weights.tensors()
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
-    missing = sorted(name for name in wanted.keys() - found.keys() if name not in tied)
+    missing = sorted(name for name in wanted if name not in there and name not in tied)
     if missing:
-        raise CheckpointError(f"{checkpoint.location} has no {', '.join(missing[:5])} of this model")
-    return found
-
-
-def read_tensor(checkpoint: StoredCheckpoint, name: str) -> torch.Tensor:
-    """A whole tensor of a checkpoint, put together from its chunks and verified.
-
-    Raises CheckpointError, OSError, KeyError when there is no such tensor.
-    """
-    entry = checkpoint.manifest.tensors[name]
-    whole = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
-
-    def take(chunk: ChunkEntry, data: memoryview) -> None:
-        part = whole
-        for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            part = part.narrow(dim, start, size)
-        part.copy_(as_tensor(chunk, data))
-
-    checkpoint.read(checkpoint.chunks_of(name), take)
-    return whole
+        raise ExportError(f"{weights.name} has no {', '.join(missing[:5])} of this model")
+    return [name for name in wanted if name in there]
 
 
 def _write_weights(
-    checkpoint: StoredCheckpoint, target: Path, names: Mapping[str, str], dtype: str | None, shard_bytes: int
+    weights: WeightSource, target: Path, names: Sequence[str], dtype: str | None, shard_bytes: int
 ) -> None:
     types, sizes = {}, {}
-    for name, ours in names.items():
-        entry = checkpoint.manifest.tensors[ours]
-        stored = TYPES[entry.dtype]
-        kind = EXPORT_TYPES[dtype] if dtype is not None and stored.is_floating_point else stored
-        types[name] = kind
-        sizes[name] = math.prod(entry.shape) * ITEM_BYTES[DTYPES[kind]]
+    for name in names:
+        stored, shape = weights.tensors()[name]
+        types[name] = EXPORT_TYPES[dtype] if dtype is not None and stored.is_floating_point else stored
+        sizes[name] = math.prod(shape) * ITEM_BYTES[DTYPES[types[name]]]
     shards = _deal(sizes, shard_bytes)
     storage = LocalStorage(target)
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         index |= dict.fromkeys(shard, file)
-        storage.put(file, functools.partial(_contents, checkpoint, names, shard, types, sizes))
+        storage.put(file, functools.partial(_contents, weights, shard, types, sizes))
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         (target / "model.safetensors.index.json").write_text(
@@ -142,8 +121,7 @@ def _deal(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def _contents(
-    checkpoint: StoredCheckpoint,
-    names: Mapping[str, str],
+    weights: WeightSource,
     shard: Sequence[str],
     types: Mapping[str, torch.dtype],
     sizes: Mapping[str, int],
@@ -151,14 +129,14 @@ def _contents(
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in shard:
-        shape = list(checkpoint.manifest.tensors[names[name]].shape)
+        shape = list(weights.tensors()[name].shape)
         described[name] = {
             "dtype": DTYPES[types[name]], "shape": shape, "data_offsets": [offset, offset + sizes[name]],
         }  # fmt: skip
         offset += sizes[name]
     yield safetensors_header(described)
     for name in shard:
-        values = read_tensor(checkpoint, names[name]).to(types[name]).contiguous()
+        values = weights.read(name).to(types[name]).contiguous()
         yield bytes_of(values)
 
 

@@ -11,11 +11,11 @@ import torch
 
 from orchestrator.checkpoint.catalog import Catalog, Description, StoredCheckpoint
 from orchestrator.checkpoint.encryption import Secret
-from orchestrator.checkpoint.export import read_tensor
 from orchestrator.checkpoint.manifest import TensorEntry
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
 from orchestrator.checkpoint.tensors import DTYPES
+from orchestrator.checkpoint.weights import read_tensor
 from orchestrator.storage import LocalStorage, Storage
 
 RUN = "a-run"

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.catalog import StoredCheckpoint
 from orchestrator.checkpoint.encryption import Secret
 from orchestrator.checkpoint.export import ExportError, export
 from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.weights import CheckpointWeights
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
 from orchestrator.training import build
@@ -65,7 +66,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_transformers_loads_the_same_logits(tmp_path: Path, name: str, shard_bytes: int) -> None:
     job, model, checkpoint = trained(MODELS[name], tmp_path / "checkpoints")
     target = tmp_path / "exported"
-    files = {path.name for path in export(checkpoint, job, target, shard_bytes=shard_bytes)}
+    files = {path.name for path in export(CheckpointWeights(checkpoint), job, target, shard_bytes=shard_bytes)}
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.dtype == torch.float32
@@ -78,8 +79,8 @@ def test_transformers_loads_the_same_logits(tmp_path: Path, name: str, shard_byt
 
 def test_it_is_cast_as_transformers_would(tmp_path: Path) -> None:
     job, model, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
-    export(checkpoint, job, tmp_path / "exported", "bf16")
-    export(checkpoint, job, tmp_path / "whole")
+    export(CheckpointWeights(checkpoint), job, tmp_path / "exported", "bf16")
+    export(CheckpointWeights(checkpoint), job, tmp_path / "whole")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert loaded.dtype == torch.bfloat16
     cast = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
@@ -90,13 +91,13 @@ def test_it_is_cast_as_transformers_would(tmp_path: Path) -> None:
 
 def test_an_encrypted_checkpoint_is_exported_with_its_key(tmp_path: Path) -> None:
     job, model, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints", SECRET)
-    export(checkpoint, job, tmp_path / "exported")
+    export(CheckpointWeights(checkpoint), job, tmp_path / "exported")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")), logits(model))
 
 
 def test_the_tokenizer_gives_the_ids_that_the_model_was_trained_with(tmp_path: Path) -> None:
     job, _, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
-    export(checkpoint, job, tmp_path / "exported")
+    export(CheckpointWeights(checkpoint), job, tmp_path / "exported")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
     for text in ("hello, world", "naïve 日本語 \U0001f600\n\ttabs  and  spaces ", "\x00\x7f'll"):
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -111,18 +112,18 @@ def test_the_tokenizer_gives_the_ids_that_the_model_was_trained_with(tmp_path: P
 
 def test_a_tokenizer_of_ones_own_comes_along(tmp_path: Path) -> None:
     job, _, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
-    export(checkpoint, job, tmp_path / "first")
+    export(CheckpointWeights(checkpoint), job, tmp_path / "first")
     for name in (tmp_path / "first", tmp_path / "first" / "tokenizer.json"):
         other = job.model_copy(update={"data": job.data.model_copy(update={"tokenizer": str(name)})})
         target = tmp_path / f"with {name.name}"
-        export(checkpoint, other, target)
+        export(CheckpointWeights(checkpoint), other, target)
         assert AutoTokenizer.from_pretrained(target).encode("abc", add_special_tokens=False) == [97, 98, 99]
 
 
 @pytest.mark.parametrize("shard_bytes", [4 << 30, 20_000])
 def test_a_run_begins_with_what_was_exported(tmp_path: Path, shard_bytes: int) -> None:
     job, model, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
-    export(checkpoint, job, tmp_path / "exported", shard_bytes=shard_bytes)
+    export(CheckpointWeights(checkpoint), job, tmp_path / "exported", shard_bytes=shard_bytes)
     warm = Job.loads(JOB.format(hf=tmp_path / "exported"))
     again = build.build_model(warm, ByteTokenizer.vocab_size)
     for name, value in model.state_dict().items():
@@ -133,7 +134,7 @@ def test_a_run_begins_with_what_was_exported(tmp_path: Path, shard_bytes: int) -
     update(state, random_gradient(state, 0))
     catalog = catalog_in(tmp_path / "more")
     save_state(state, catalog, Save(1, 1, 0))
-    export(catalog.open(1), warm, tmp_path / "again")
+    export(CheckpointWeights(catalog.open(1)), warm, tmp_path / "again")
     AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
@@ -149,19 +150,19 @@ def test_never_more_than_a_tensor_is_in_memory(tmp_path: Path, monkeypatch: pyte
         put(self, path, lambda: (sizes.append(len(piece)) or piece for piece in pieces()))
 
     monkeypatch.setattr(storage.LocalStorage, "put", watched)
-    export(checkpoint, job, tmp_path / "exported")
+    export(CheckpointWeights(checkpoint), job, tmp_path / "exported")
     assert max(sizes[1:]) == max(4 * value.numel() for value in model.state_dict().values())
 
 
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     job, _, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
     with pytest.raises(ExportError, match="one of fp32, bf16, fp16"):
-        export(checkpoint, job, tmp_path / "exported", "int4")
+        export(CheckpointWeights(checkpoint), job, tmp_path / "exported", "int4")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ExportError, match="something already"):
-        export(checkpoint, job, tmp_path / "full")
+        export(CheckpointWeights(checkpoint), job, tmp_path / "full")
     own = job.model_copy(update={"model": job.model.model_copy(update={"hf": None, "factory": "a:b"})})
     with pytest.raises(ExportError, match="no Hugging Face format"):
-        export(checkpoint, own, tmp_path / "exported")
+        export(CheckpointWeights(checkpoint), own, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
