@@ -150,7 +150,8 @@ def test_a_good_cluster_has_no_problem_and_is_left_as_it_was(cluster: Live, tmp_
     assert len(nodes) == 3
     assert {check["node"] for check in of(checks, "versions", "ok")} == nodes | {"this machine"}
     assert {check["node"] for check in of(checks, "storage", "ok")} == nodes | {"this machine"}
-    assert {check["node"] for check in of(checks, "bandwidth", "ok")} == nodes
+    # All share this machine, which may be busy with one of them at the moment: that is a warning at most.
+    assert {check["node"] for check in of(checks, "bandwidth", "ok", "warning")} == nodes
     assert [check["found"][:6] for check in of(checks, "ports", "ok")] == ["6 of 6"]
     assert [check["found"] for check in of(checks, "authentication", "ok")][-1] == "every node asks for the token"
     assert [check["level"] for check in of(checks, "token file")] == ["ok"]

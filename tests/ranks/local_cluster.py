@@ -69,6 +69,7 @@ elastic:
   virtual_workers: 8
   heartbeat_interval_s: 0.1
   heartbeat_timeout_s: 1.0
+  scaling: {{settle_s: 0}}
   progress_timeout_s: 5.0
   lease_s: 20.0
 monitoring: {{peak_tflops: 0.1}}

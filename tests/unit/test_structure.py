@@ -234,3 +234,35 @@ def test_what_is_too_large_would_be_found() -> None:
     assert not too_large(ast.parse(f'class A:\n    """More than 15 attributes: so."""\n    def f(self):\n{many}'))
     long = "\n".join("    pass" for _ in range(MOST_FUNCTION_LINES))
     assert "lines" in too_large(ast.parse(f"def f():\n{long}"))[0]
+
+
+WALKS = ROOT / "docs" / "how-it-works.md"
+STEP = re.compile(r"^- `([a-z_/]+\.py):([A-Za-z_.]+)` ", re.MULTILINE)
+
+
+def walks() -> list[list[tuple[str, str]]]:
+    """(file, function or class) of each walk in the documentation."""
+    text = WALKS.read_text(encoding="utf-8").partition("## Three walks")[2].partition("\n## ")[0]
+    parts = [STEP.findall(part) for part in re.split(r"\n\n(?=[A-Z])", text)]
+    return [part for part in parts if part]
+
+
+def test_the_walks_lead_where_they_say() -> None:
+    assert [len(walk) for walk in walks()] == [5, 9, 11]
+    for file, name in (step for walk in walks() for step in walk):
+        inside: list[ast.stmt] = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [
+                each
+                for each in inside
+                if isinstance(each, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and each.name == part
+            ]
+            assert found, f"{file} has no {name}"
+            inside = found[0].body
+
+
+def test_a_walk_enters_every_room_once() -> None:
+    for walk in walks():
+        rooms = [(file.split("/")[0], room(file.removesuffix(".py").replace("/", "."))) for file, _ in walk]
+        entered = [each for number, each in enumerate(rooms) if number == 0 or rooms[number - 1] != each]
+        assert len(entered) == len(set(entered)), entered
