@@ -41,13 +41,13 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+from monitoring.events import RunEvent
 from orchestrator.control.core.config import ScalingRules
 from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
     KillWorker,
     Placed,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Resize,
@@ -164,7 +164,7 @@ class Fleet:
         self.now = 1_000_000.0
         self.spent_s = self.longest_s = 0.0
         self.requested: list[WorkerId] = []
-        self.records: list[Record] = []
+        self.records: list[RunEvent] = []
         self.told: list[Action] = []
         self.held: dict[WorkerId, Spans] = {}
         self.random = random.Random(0)
@@ -182,7 +182,7 @@ class Fleet:
             match action:
                 case RequestWorker(worker):
                     self.requested.append(worker)
-                case Record():
+                case RunEvent():
                     self.records.append(action)
                 case StartGeneration(generation):
                     layout = generation.layout
@@ -408,10 +408,9 @@ def starts(layout: str, workers: int, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def event_of(record: Record) -> dict[str, Any]:
-    """A record as it comes back from events.jsonl."""
-    fields = {("incident" if key == "kind" else key): value for key, value in record.fields.items()}
-    back: dict[str, Any] = json.loads(json.dumps({"kind": record.kind, **fields}))
+def event_of(event: RunEvent) -> dict[str, Any]:
+    """As it comes back from events.jsonl."""
+    back: dict[str, Any] = json.loads(json.dumps(event.record({})))
     return back
 
 

@@ -33,31 +33,31 @@ def is_watched(step: int, turn: int) -> bool:
 def overhead(pairs: int, turn: int, workers: int, home: Path) -> list[float]:
     """Seconds of a step that is watched by those of one that is not, pair by pair."""
     from orchestrator import Job, run
-    from orchestrator.runtime.ray import driver
-    from orchestrator.runtime.ray.controller_actor import ControllerActor
+    from orchestrator.runtime.ray import following
+    from orchestrator.runtime.training_executor import TrainingExecutor
 
-    class Toggled(ControllerActor):
-        def _carry_out(self, action: Any) -> None:
-            metrics = self._chronicle.metrics
-            if is_watched(self._chronicle.recorded, turn):
+    class Toggled(TrainingExecutor):
+        def narrate(self, action: Any) -> None:
+            metrics = self._run_log.metrics
+            if is_watched(self._run_log.recorded, turn):
                 vars(metrics).pop("on_step", None)
                 vars(metrics).pop("on_event", None)
             else:
                 metrics.on_step = metrics.on_event = lambda *arguments: None  # type: ignore[method-assign,assignment]
-            super()._carry_out(action)
+            super().narrate(action)
 
-        def _publish(self) -> None:
-            if is_watched(self._chronicle.recorded, turn):
-                super()._publish()
+        def publish(self) -> None:
+            if is_watched(self._run_log.recorded, turn):
+                super().publish()
 
     steps = WARM_UP_STEPS + 2 * pairs * turn
     overrides = [f"elastic.workers.max={workers}", f"elastic.workers.min={workers}", "elastic.standby=0",
                  f"train.steps={steps}", "checkpoint.every_steps=null", "elastic.rebalance.enabled=false"]  # fmt: skip
-    usual, driver.ControllerActor = driver.ControllerActor, Toggled  # type: ignore[misc]
+    following.TrainingExecutor = Toggled  # type: ignore[misc]
     try:
         result = run(Job.load("examples/quickstart.yaml", overrides=overrides), home / "run")
     finally:
-        driver.ControllerActor = usual  # type: ignore[misc]
+        following.TrainingExecutor = TrainingExecutor  # type: ignore[misc]
     if result.status != "finished":
         raise SystemExit(f"the run {result.status}: {result.reason}")
     records = list(read_records(home / "run" / "metrics.jsonl"))

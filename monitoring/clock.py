@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from monitoring.events import ControllerBegan
+
 DRIFT = 2e-4
 """How far two monotonic clocks may go apart, in seconds a second: more than NTP ever corrects."""
 
@@ -95,7 +97,7 @@ class Line:
         if "kind" not in record and at != self._status_at:
             self._heard = None if self._status_at is None else (at, time.monotonic())
             self._status_at = at
-        if record.get("kind") == "controller":
+        if record.get("kind") == ControllerBegan.kind:
             is_ours = this_boot() != "" and record.get("boot") == this_boot()
             self._shift = float(record["clock_shift"]) if is_ours else None
 

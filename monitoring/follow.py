@@ -7,6 +7,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from monitoring.events import (
+    CheckpointComplete,
+    CheckpointDelayed,
+    CheckpointFailed,
+    CheckpointInvalid,
+    ControllerRestarted,
+    DrainNoticed,
+    Evicted,
+    EvictionWithdrawn,
+    GaveWay,
+    GenerationFormed,
+    GivesWayNoMore,
+    IncidentOpened,
+    MarketChanged,
+    MetricsEndpoint,
+    Rebalanced,
+    RebalanceMeasured,
+    RecordsDelayed,
+    RecordsDropped,
+    Recovered,
+    ResizeRequested,
+    RolledBack,
+    Shortage,
+    ShortageOver,
+    SkewFound,
+    SkewOver,
+    StartFailed,
+    StopRequested,
+    Waiting,
+    WorkerReady,
+)
 from monitoring.records import MAX_LINE_BYTES, records_from
 
 
@@ -163,39 +194,41 @@ def _eviction_withdrawn(event: dict[str, Any]) -> str:
 
 
 _TOLD: dict[str, Callable[[dict[str, Any]], str]] = {
-    "generation": _generation,
-    "incident": lambda event: f"{event['incident']}: {event['cause']}",
-    "recovery": _recovery,
-    "rollback": lambda event: f"back to the state of {event['committed']} steps: {event['steps']} steps are done again",
-    "worker_ready": lambda event: (
+    GenerationFormed.kind: _generation,
+    IncidentOpened.kind: lambda event: f"{event['incident']}: {event['cause']}",
+    Recovered.kind: _recovery,
+    RolledBack.kind: lambda event: (
+        f"back to the state of {event['committed']} steps: {event['steps']} steps are done again"
+    ),
+    WorkerReady.kind: lambda event: (
         f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
     ),
-    "waiting": lambda event: f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)",
-    "checkpoint_saved": _checkpoint_saved,
-    "checkpoint_delayed": _checkpoint_delayed,
-    "checkpoint_failed": lambda event: f"checkpoint of {event['committed']} steps failed: {event['error']}",
-    "checkpoint_invalid": lambda event: f"checkpoint {event['path']} cannot be used: {event['reason']}",
-    "skew_found": _skew_found,
-    "skew_over": _skew_over,
-    "rebalance": lambda event: describe_rebalance(event),
-    "rebalance_measured": _rebalance_measured,
-    "eviction": _eviction,
-    "eviction_withdrawn": lambda event: (
+    Waiting.kind: lambda event: f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)",
+    CheckpointComplete.kind: _checkpoint_saved,
+    CheckpointDelayed.kind: _checkpoint_delayed,
+    CheckpointFailed.kind: lambda event: f"checkpoint of {event['committed']} steps failed: {event['error']}",
+    CheckpointInvalid.kind: lambda event: f"checkpoint {event['path']} cannot be used: {event['reason']}",
+    SkewFound.kind: _skew_found,
+    SkewOver.kind: _skew_over,
+    Rebalanced.kind: lambda event: describe_rebalance(event),
+    RebalanceMeasured.kind: _rebalance_measured,
+    Evicted.kind: _eviction,
+    EvictionWithdrawn.kind: lambda event: (
         f"worker {event['worker']} may stay: at {event['speed']:.2f} of the fastest's speed"
     ),
-    "controller_restarted": _controller_restarted,
-    "drain_notice": lambda event: f"worker {event['worker']} must leave: {event['reason']}",
-    "shortage": _shortage,
-    "shortage_over": lambda event: "no worker waits for room any more",
-    "gave_way": _gave_way,
-    "gives_way_no_more": lambda event: "asking for room again",
-    "market_changed": _market_changed,
-    "resize_requested": lambda event: f"resize from {event['from']} to {event['to']} workers requested",
-    "start_failed": lambda event: f"worker {event['worker']} could not start: {event['detail']}",
-    "metrics_endpoint": lambda event: f"metrics at {event['url']}",
-    "records_delayed": _records_delayed,
-    "records_dropped": _records_dropped,
-    "stop_requested": lambda event: f"stop requested: {event['reason']}",
+    ControllerRestarted.kind: _controller_restarted,
+    DrainNoticed.kind: lambda event: f"worker {event['worker']} must leave: {event['reason']}",
+    Shortage.kind: _shortage,
+    ShortageOver.kind: lambda event: "no worker waits for room any more",
+    GaveWay.kind: _gave_way,
+    GivesWayNoMore.kind: lambda event: "asking for room again",
+    MarketChanged.kind: _market_changed,
+    ResizeRequested.kind: lambda event: f"resize from {event['from']} to {event['to']} workers requested",
+    StartFailed.kind: lambda event: f"worker {event['worker']} could not start: {event['detail']}",
+    MetricsEndpoint.kind: lambda event: f"metrics at {event['url']}",
+    RecordsDelayed.kind: _records_delayed,
+    RecordsDropped.kind: _records_dropped,
+    StopRequested.kind: lambda event: f"stop requested: {event['reason']}",
 }
 """What is said of an event, by its kind; of other kinds nothing is."""
 

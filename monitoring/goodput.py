@@ -13,6 +13,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from monitoring.clock import when
+from monitoring.events import (
+    ControllerBegan,
+    GenerationFormed,
+    GenerationRunning,
+    RunFinished,
+    RunStarted,
+    StepsCommitted,
+    StopRequested,
+    Waiting,
+    WorkerDied,
+    WorkerKilled,
+    WorkerPlaced,
+    WorkerReady,
+    WorkerReleased,
+)
 from monitoring.stretches import uncovered
 
 REASONS = (
@@ -25,10 +40,22 @@ REASONS = (
 VOLUNTARY = frozenset({"grow", "shrink", "drain", "rebalance", "evict"})
 """Kinds of incidents that are no failures: everybody leaves at a step boundary, so that no step is interrupted."""
 
-_TELLING = frozenset({
-    "run_started", "controller", "worker_placed", "worker_ready", "worker_died", "worker_killed", "worker_released",
-    "waiting", "generation", "generation_running", "stop_requested", "run_finished",
-})  # fmt: skip
+_TELLING = frozenset(
+    {
+        RunStarted.kind,
+        ControllerBegan.kind,
+        WorkerPlaced.kind,
+        WorkerReady.kind,
+        WorkerDied.kind,
+        WorkerKilled.kind,
+        WorkerReleased.kind,
+        Waiting.kind,
+        GenerationFormed.kind,
+        GenerationRunning.kind,
+        StopRequested.kind,
+        RunFinished.kind,
+    }
+)
 """Kinds of events at which a gap between steps may be divided."""
 
 _PENDING = "pending"
@@ -93,32 +120,32 @@ class _Situation:
 
     def take(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
-            case "run_started":
+            case RunStarted.kind:
                 self.needed = int(event.get("min_workers", self.needed))
                 self.total_steps = event.get("steps", self.total_steps)
             case "down":
                 self.is_down, self.is_ending = True, False
-            case "controller":
+            case ControllerBegan.kind:
                 if self.session not in (None, event["session"]):
                     # Another session begins: everything is set up again.
                     self.placed, self.has_stepped, self.has_formed, self.is_stepping = set(), False, False, False
                     self.is_waiting = self.is_restoring = self.is_ending = False
                 self.session, self.is_down, self.is_over = event["session"], False, False
-            case "worker_placed" | "worker_ready":
+            case WorkerPlaced.kind | WorkerReady.kind:
                 self.placed.add((event["worker"], event["incarnation"]))
-            case "worker_died" | "worker_killed" | "worker_released":
+            case WorkerDied.kind | WorkerKilled.kind | WorkerReleased.kind:
                 self.placed.discard((event["worker"], event["incarnation"]))
-            case "waiting":
+            case Waiting.kind:
                 self.is_waiting, self.needed = True, int(event["needed"])
-            case "generation":
+            case GenerationFormed.kind:
                 self.is_waiting, self.has_formed, self.is_stepping = False, True, False
                 self.is_restoring = event.get("restore") is not None
                 self.is_ending = self.is_ending or bool(event.get("collect"))
-            case "generation_running":
+            case GenerationRunning.kind:
                 self.is_restoring, self.is_stepping = False, True
-            case "stop_requested":
+            case StopRequested.kind:
                 self.is_ending = True
-            case "run_finished":
+            case RunFinished.kind:
                 self.is_over = True
 
     @property
@@ -238,7 +265,7 @@ class Ledger:
         passed = [mark for mark in self._marks if when(mark) <= until]
         self._marks = [mark for mark in self._marks if when(mark) > until]
         self._situation = situation
-        if any(mark["kind"] == "generation" for mark in passed):
+        if any(mark["kind"] == GenerationFormed.kind for mark in passed):
             self._open = [incident for incident in self._open if incident.detected > until]
 
     def _book(self, piece: _Piece) -> None:
@@ -399,9 +426,9 @@ def read_ledger(events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str
     """The ledger of a run from its events; `steps` (metrics.jsonl) tell of those that no event sums up yet."""
     told = list(events)
     ledger = Ledger()
-    rest = uncovered(told, steps)
+    rest = [{"kind": StepsCommitted.kind, "time": each["ended"], **each} for each in uncovered(told, steps)]
     # The end of a run was recorded after its last steps, whoever sums these up.
-    ends = [n for n, event in enumerate(told) if event["kind"] == "run_finished"]
+    ends = [n for n, event in enumerate(told) if event["kind"] == RunFinished.kind]
     tail = ends[-1] if ends and ends[-1] == len(told) - 1 else len(told)
     for event in [*told[:tail], *rest, *told[tail:]]:
         ledger.add(event)

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from monitoring import shapes
+from monitoring import values
 from monitoring.outside import json_text, parse
 from monitoring.redaction import redact
 
@@ -239,10 +239,10 @@ _ABOUT = re.compile(rf" (?=(?:{'|'.join(_CONTEXT_FIELDS)})=)")  # the name of a 
 _NUMBERS = ("worker", "rank", "generation", "step")
 
 
-_JSON_LINE = shapes.fields(
-    {"time": shapes.seconds, "level": shapes.text, "message": shapes.text, "logger": shapes.text},
-    exception=shapes.maybe(shapes.text), run=shapes.maybe(shapes.text), process=shapes.maybe(shapes.text),
-    **{name: shapes.maybe(shapes.whole) for name in _NUMBERS},
+_JSON_LINE = values.fields(
+    {"time": values.seconds, "level": values.text, "message": values.text, "logger": values.text},
+    exception=values.maybe(values.text), run=values.maybe(values.text), process=values.maybe(values.text),
+    **{name: values.maybe(values.whole) for name in _NUMBERS},
 )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def parse_line(line: str, file: str) -> LogRecord | None:
     about: dict[str, Any] = dict(part.partition("=")[::2] for part in _ABOUT.split(found[3]))
     try:
         at = datetime.strptime(found[1], "%Y-%m-%dT%H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
-        if shapes.seconds(at) is not None:
+        if values.seconds(at) is not None:
             return None
         about |= {name: int(about[name]) for name in _NUMBERS if name in about}
         return LogRecord(at, found[2], _unfold(found[5]), file, logger=found[4], **about)

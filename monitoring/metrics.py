@@ -17,6 +17,27 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 from prometheus_client.exposition import generate_latest
 
 from monitoring.clock import when
+from monitoring.events import (
+    CheckpointComplete,
+    CheckpointDelayed,
+    CheckpointFailed,
+    CheckpointInvalid,
+    ControllerBegan,
+    ControllerRestarted,
+    Evicted,
+    GenerationFormed,
+    GenerationRunning,
+    IncidentOpened,
+    Rebalanced,
+    Recovered,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    SkewFound,
+    SkewOver,
+    WorkerPlaced,
+    WorkerReady,
+)
 from monitoring.exposition import MetricsServer, rank_lines
 from monitoring.goodput import REASONS, VOLUNTARY, Ledger
 from monitoring.series import RUN_SERIES
@@ -148,42 +169,42 @@ class RunMetrics:
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Something was recorded in the event log."""
         match event["kind"]:
-            case "run_started":
+            case RunStarted.kind:
                 self._one("run_start_timestamp_seconds").set(event["time"])
-            case "worker_placed" | "worker_ready":
+            case WorkerPlaced.kind | WorkerReady.kind:
                 self._nodes[event["worker"], event["incarnation"]] = event["node"]
                 if event.get("flops_per_token"):
                     self._flops_per_token = float(event["flops_per_token"])
                     self._peaks[event["worker"], event["incarnation"]] = float(event["peak_flops"])
-            case "incident":
+            case IncidentOpened.kind:
                 self._on_incident(event)
-            case "generation":
+            case GenerationFormed.kind:
                 self._formed = self._running = when(event)
                 self._one("generation").set(event["generation"])
                 members = [(member["worker"], member["incarnation"]) for member in event["workers"]]
                 peaks = [self._peaks.get(member, 0.0) for member in members]
                 self._peak_flops = sum(peaks) if all(peaks) else 0.0
-            case "generation_running":
+            case GenerationRunning.kind:
                 self._running = when(event)
-            case "recovery":
+            case Recovered.kind:
                 self._on_recovery(event)
-            case "controller" | "run_finished":
+            case ControllerBegan.kind | RunFinished.kind:
                 # Whoever steers from here on finds for itself what is skewed.
                 for finding in FINDINGS:
                     self._one("skew_findings", finding=finding).set(0)
-                if event["kind"] == "run_finished":
+                if event["kind"] == RunFinished.kind:
                     self._one("incidents_open").set(0)
-            case "rebalance":
+            case Rebalanced.kind:
                 self._one("rebalances_total").inc()
-            case "eviction":
+            case Evicted.kind:
                 self._one("evictions_total").inc()
-            case "skew_found":
+            case SkewFound.kind:
                 self._one("skew_findings", finding=event["finding"]).inc()
-            case "skew_over":
+            case SkewOver.kind:
                 self._one("skew_findings", finding=event["finding"]).dec()
-            case "controller_restarted":
+            case ControllerRestarted.kind:
                 self._one("controller_restarts_total").inc()
-            case "checkpoint_saved" | "checkpoint_failed" | "checkpoint_delayed" | "checkpoint_invalid":
+            case CheckpointComplete.kind | CheckpointFailed.kind | CheckpointDelayed.kind | CheckpointInvalid.kind:
                 self._on_checkpoint(event)
 
     def replay(self, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> None:
@@ -191,7 +212,7 @@ class RunMetrics:
         ledger = Ledger()
         rollbacks = []
         for event in events:
-            if event["kind"] == "rollback":
+            if event["kind"] == RolledBack.kind:
                 # What goodput was told to be before stays told.
                 self.book(ledger.settled(when(event)))
                 rollbacks.append(event)
@@ -231,7 +252,7 @@ class RunMetrics:
 
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
-            case "checkpoint_saved":
+            case CheckpointComplete.kind:
                 self._one("checkpoints_total").inc()
                 self._one("checkpoint_step").set(event["committed"])
                 self._one("checkpoint_last_success_timestamp_seconds").set(event["time"])
@@ -239,11 +260,11 @@ class RunMetrics:
                 self._one("checkpoint_duration_seconds", phase="write").observe(event["seconds"])
                 if "blocked_seconds" in event:
                     self._one("checkpoint_duration_seconds", phase="blocked").observe(event["blocked_seconds"])
-            case "checkpoint_failed":
+            case CheckpointFailed.kind:
                 self._one("checkpoint_failures_total").inc()
-            case "checkpoint_delayed":
+            case CheckpointDelayed.kind:
                 self._one("checkpoints_delayed_total").inc()
-            case "checkpoint_invalid":
+            case CheckpointInvalid.kind:
                 self._one("checkpoint_verify_failures_total").inc()
 
     # ------------------------------------------------------------------------------------ how things are

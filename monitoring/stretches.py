@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from monitoring.clock import when
+from monitoring.events import RolledBack, RunStarted, StepsCommitted
 
 PARTS = ("productive", "data_loading", "straggler_wait", "checkpoint_save", "other")
 STRETCH_S = 10.0
@@ -38,7 +39,7 @@ def divide(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Stretches:
-    """Makes `steps` events of the records of committed steps, in order.
+    """Makes the fields of `steps` events of the records of committed steps, in order.
 
     A stretch ends where the steps of its generation end, or when it is `STRETCH_S` long; one that goes on where another
     ended begins at its last commit, so that nothing between two steps is lost. `after` steps are summed up already.
@@ -59,7 +60,7 @@ class Stretches:
         return stretches
 
     def add(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Takes the next step's record; the events of the stretches that are complete."""
+        """Takes the next step's record; the stretches that are complete."""
         if record["step"] < self._next:
             return []
         done: list[dict[str, Any]] = []
@@ -85,12 +86,12 @@ class Stretches:
         return done
 
     def flush(self) -> list[dict[str, Any]]:
-        """The event of the stretch that is open, if any; it ends here."""
+        """The stretch that is open, if any; it ends here."""
         found, self._open = self.peek(), None
         return [] if found is None else [found]
 
     def peek(self) -> dict[str, Any] | None:
-        """The event that the open stretch would be."""
+        """The open stretch as it would be."""
         if self._open is None:
             return None
         return self._open | {"seconds": _fill(self._open["seconds"], self._open["ended"] - self._open["began"])}
@@ -127,21 +128,22 @@ def lost(records: Iterable[Mapping[str, Any]], committed: int) -> dict[str, Any]
 
 
 def uncovered(events: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`steps` events of those committed steps that no event tells of yet: the end of a run that lost its controller,
-    or that is under way. What was committed before the run began is another run's, which it was forked from."""
+    """The fields of `steps` events of those committed steps that no event tells of yet: the end of a run that lost its
+    controller, or that is under way. What was committed before the run began is another run's, which it was forked
+    from."""
     stretches, began = Stretches(), None
     for event in events:
-        if event["kind"] == "run_started" and began is None:
+        if event["kind"] == RunStarted.kind and began is None:
             began = when(event)
-        elif event["kind"] == "steps":
+        elif event["kind"] == StepsCommitted.kind:
             stretches = Stretches.following(event)
-        elif event["kind"] == "rollback":
+        elif event["kind"] == RolledBack.kind:
             stretches.roll_back(event["committed"])
     if began is None:
         return []
     own = [record for record in records if float(record["committed_at"]) >= began]
-    found = [event for record in own for event in stretches.add(record)]
-    return [{"kind": "steps", "time": event["ended"], **event} for event in [*found, *stretches.flush()]]
+    found = [stretch for record in own for stretch in stretches.add(record)]
+    return [*found, *stretches.flush()]
 
 
 def as_done(rollbacks: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.errors import UserError
+from monitoring.events import RequestAnswered
 from monitoring.outside import Away, Unreadable, json_text, read_json, read_small
 from monitoring.records import read_records
 from monitoring.redaction import redact
-from monitoring.shapes import SMALL_FILES, fields, text
-from monitoring.shapes import count as a_count
+from monitoring.shapes import SMALL_FILES
+from monitoring.values import count as a_count
+from monitoring.values import fields, text
 
 _UMASK = threading.RLock()
 """Held while the umask, of which a process has one, is not its own."""
@@ -352,7 +354,7 @@ class RunDirectory:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             for record in read_records(self.events):
-                if record.get("kind") == "request_answered" and record.get("id") == request:
+                if record.get("kind") == RequestAnswered.kind and record.get("id") == request:
                     return record
             time.sleep(0.1)
         return None

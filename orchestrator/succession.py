@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from monitoring.events import ControllerBegan, RunFinished
 from monitoring.records import read_records
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -114,9 +115,9 @@ def _last_controller(directory: RunDirectory) -> tuple[dict[str, Any] | None, fl
     anything on record, which one that lives does all the time."""
     last, sign = None, 0.0
     for event in read_records(directory.events):
-        if event.get("kind") == "controller":
+        if event.get("kind") == ControllerBegan.kind:
             last = event
-        elif event.get("kind") == "run_finished":
+        elif event.get("kind") == RunFinished.kind:
             last = None
         sign = event["time"] if isinstance(event.get("time"), int | float) else sign
     with suppress(OSError):

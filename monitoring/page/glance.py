@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from monitoring.events import (
+    CheckpointComplete,
+    ControllerBegan,
+    GenerationFormed,
+    GenerationRunning,
+    IncidentOpened,
+    Recovered,
+    RunFinished,
+    RunStarted,
+    Waiting,
+)
 from monitoring.report.steps import Point
 
 SILENT_S = 5.0
@@ -15,8 +26,13 @@ _COPIED = ("detail", "steps", "tokens", "tokens_per_second", "mfu", "generation"
            "median_step_seconds", "epoch")  # fmt: skip
 _OF_STEPS = ("step", "loss", "grad_norm", "lr")
 """metrics.jsonl has them at once, and is believed where there is one."""
-_STATES = {"run_started": "starting", "generation": "forming", "generation_running": "running", "waiting": "waiting",
-           "incident": "settling"}  # fmt: skip
+_STATES = {
+    RunStarted.kind: "starting",
+    GenerationFormed.kind: "forming",
+    GenerationRunning.kind: "running",
+    Waiting.kind: "waiting",
+    IncidentOpened.kind: "settling",
+}
 _ROUNDED = {"tokens_per_second": 4, "loss": 5, "grad_norm": 4, "lr": 4, "mfu": 3, "median_step_seconds": 3}
 
 
@@ -57,22 +73,22 @@ class Glance:
         if state is not None:
             fields["state"], self._state_at = state, at
         match event["kind"]:
-            case "run_started":
+            case RunStarted.kind:
                 fields["run"] = event.get("run", fields["run"])
                 fields["loss_unit"] = event.get("loss_unit", fields["loss_unit"])
-            case "controller":
+            case ControllerBegan.kind:
                 self._finished = None  # Gone on with.
                 # What status.json said before is of the one before.
                 self._controller_at, self._last_status, self._heard = at, None, at
-            case "generation":
+            case GenerationFormed.kind:
                 fields |= {"generation": event["generation"], "layout": event.get("layout")}
-            case "incident":
+            case IncidentOpened.kind:
                 self._incidents += 1
-            case "recovery":
+            case Recovered.kind:
                 fields["last_recovery"] = _recovery(event)
-            case "checkpoint_saved":
+            case CheckpointComplete.kind:
                 fields["checkpoint"] = {"committed": event["committed"], "time": event["time"], "saving": False}
-            case "run_finished":
+            case RunFinished.kind:
                 self._finished = {"status": event["status"], "reason": event.get("reason"), "ended": event["time"]}
 
     def on_step(self, record: dict[str, Any], point: Point) -> None:

@@ -5,6 +5,34 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from monitoring.events import (
+    CheckpointFailed,
+    CheckpointInvalid,
+    ControllerRestarted,
+    DrainNoticed,
+    Evicted,
+    EvictionWithdrawn,
+    FaultInjected,
+    GaveWay,
+    GenerationFormed,
+    GivesWayNoMore,
+    IncidentOpened,
+    MarketChanged,
+    Rebalanced,
+    RebalanceMeasured,
+    Recovered,
+    ResizeRequested,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Shortage,
+    ShortageOver,
+    SkewFound,
+    SkewOver,
+    StartFailed,
+    StopRequested,
+    Waiting,
+)
 from monitoring.follow import describe_event
 
 MAX_ENTRIES = 300
@@ -13,35 +41,54 @@ MAX_NAMED = 12
 """Workers of a generation that are told by name."""
 
 _LEVELS = {
-    "incident": "bad", "start_failed": "bad", "checkpoint_failed": "bad", "checkpoint_invalid": "bad",
-    "waiting": "warn", "skew_found": "warn", "eviction": "warn", "drain_notice": "warn", "rollback": "warn",
-    "shortage": "warn", "shortage_over": "good", "market_changed": "info", "gave_way": "warn",
-    "gives_way_no_more": "info",
-    "controller_restarted": "warn", "stop_requested": "warn", "fault_injected": "warn",
-    "recovery": "good", "skew_over": "good", "run_finished": "good", "eviction_withdrawn": "good",
-    "damaged": "bad", "generation": "info", "run_started": "info", "rebalance": "info", "rebalance_measured": "info",
-    "resize_requested": "info",
-}  # fmt: skip
+    IncidentOpened.kind: "bad",
+    StartFailed.kind: "bad",
+    CheckpointFailed.kind: "bad",
+    CheckpointInvalid.kind: "bad",
+    Waiting.kind: "warn",
+    SkewFound.kind: "warn",
+    Evicted.kind: "warn",
+    DrainNoticed.kind: "warn",
+    RolledBack.kind: "warn",
+    Shortage.kind: "warn",
+    ShortageOver.kind: "good",
+    MarketChanged.kind: "info",
+    GaveWay.kind: "warn",
+    GivesWayNoMore.kind: "info",
+    ControllerRestarted.kind: "warn",
+    StopRequested.kind: "warn",
+    FaultInjected.kind: "warn",
+    Recovered.kind: "good",
+    SkewOver.kind: "good",
+    RunFinished.kind: "good",
+    EvictionWithdrawn.kind: "good",
+    "damaged": "bad",
+    GenerationFormed.kind: "info",
+    RunStarted.kind: "info",
+    Rebalanced.kind: "info",
+    RebalanceMeasured.kind: "info",
+    ResizeRequested.kind: "info",
+}
 """What is shown, and how bad it is. What workers do one by one is seen in the grid of workers."""
 
 
 def describe(event: dict[str, Any]) -> str:
     """An event in one line, whatever it lacks."""
     match event["kind"]:
-        case "run_started":
+        case RunStarted.kind:
             return "the run began"
-        case "run_finished":
+        case RunFinished.kind:
             return f"the run {event.get('status', 'ended')}" + (f": {event['reason']}" if event.get("reason") else "")
-        case "generation" if isinstance(event.get("workers"), list):
+        case GenerationFormed.kind if isinstance(event.get("workers"), list):
             slots = [str(worker.get("worker")) for worker in event["workers"] if isinstance(worker, dict)]
             who = f" ({', '.join(slots)})" if len(slots) <= MAX_NAMED else ""
             number = f"generation {event.get('generation')} from step {event.get('start_step')}"
             return f"{number}: {len(slots)} {'worker' if len(slots) == 1 else 'workers'}{who}"
         case "damaged":
             return str(event.get("text"))
-        case "rollback":
+        case RolledBack.kind:
             return f"{event.get('steps')} steps from step {event.get('committed')} on are done again"
-        case "fault_injected":
+        case FaultInjected.kind:
             who = "" if event.get("worker") is None else f" on worker {event['worker']}"
             return f"fault {event.get('fault')} of the job is injected{who}"
     try:
@@ -73,7 +120,7 @@ class Timeline:
             "level": _LEVELS[kind],
             "text": text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…",
         }
-        if kind == "run_finished" and event.get("status") == "failed":
+        if kind == RunFinished.kind and event.get("status") == "failed":
             entry["level"] = "bad"
         for key in ("incident", "worker", "step", "at", "generation"):
             if event.get(key) is not None:

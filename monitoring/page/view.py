@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from monitoring.clock import Line, on_line
+from monitoring.events import CheckpointComplete, CheckpointFailed, CheckpointInvalid, GenerationFormed
 from monitoring.page.glance import Glance
 from monitoring.page.timeline import Timeline
 from monitoring.page.workers import Workers
@@ -69,11 +70,11 @@ class View:
 
     def _fold(self, event: dict[str, Any]) -> None:
         match event["kind"]:
-            case "generation":
+            case GenerationFormed.kind:
                 at = self._since_start(float(event["time"]))
                 entry = (at, int(event["start_step"]), len(event["workers"]), int(event["generation"]))
                 self._world = [*self._world[-MAX_GENERATIONS + 1 :], entry]
-            case "checkpoint_saved" | "checkpoint_failed" | "checkpoint_invalid":
+            case CheckpointComplete.kind | CheckpointFailed.kind | CheckpointInvalid.kind:
                 fields = ("time", "kind", "committed", "bytes", "seconds", "blocked_seconds", "error", "path", "reason")
                 entry_of = {key: _short(event[key]) for key in fields if key in event}
                 self._checkpoints = [entry_of, *self._checkpoints[: MAX_CHECKPOINTS - 1]]

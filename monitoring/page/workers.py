@@ -7,6 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from monitoring.events import (
+    ControllerBegan,
+    GenerationFormed,
+    RunFinished,
+    WorkerDied,
+    WorkerKilled,
+    WorkerPlaced,
+    WorkerReady,
+    WorkerReleased,
+    WorkerRequested,
+)
+
 LOST_SHOWN_S = 60.0
 """For so long one that is gone is still shown."""
 QUIET_S = 3.0
@@ -14,7 +26,7 @@ QUIET_S = 3.0
 MAX_LOST = 64
 
 Key = str
-_GONE = {"worker_died": "lost", "worker_killed": "lost", "worker_released": "released"}
+_GONE = {WorkerDied.kind: "lost", WorkerKilled.kind: "lost", WorkerReleased.kind: "released"}
 _COPIED = ("worker", "incarnation", "node", "pid", "state", "rank", "coordinates", "phase", "virtual_workers",
            "leaving", "finding")  # fmt: skip
 _RATIOS = ("speed", "own_speed", "wait_share")
@@ -33,27 +45,27 @@ class Workers:
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if kind == "controller":
+        if kind == ControllerBegan.kind:
             self._over = False
             self._dead.clear()
             if event.get("session") != self._session:
                 # The run is gone on with, by other workers.
                 self._session = event.get("session")
                 self._present, self._gone, self._reported = {}, {}, False
-        elif kind == "run_finished":
+        elif kind == RunFinished.kind:
             self._over = True
         elif kind in _GONE:
             self._lose(_key(event), event, _GONE[kind], float(event["time"]))
         elif self._reported:
             return  # status.json says it all, and better.
-        elif kind == "generation":
+        elif kind == GenerationFormed.kind:
             for one in self._present.values():
                 if one["state"] == "member":
                     one |= {"state": "idle", "rank": None}
             for rank, entry in enumerate(event["workers"]):
                 self._know(entry, "member")["rank"] = entry.get("rank", rank)
-        elif kind in ("worker_requested", "worker_placed", "worker_ready"):
-            states = {"worker_requested": "requested", "worker_placed": "starting", "worker_ready": "idle"}
+        elif kind in (WorkerRequested.kind, WorkerPlaced.kind, WorkerReady.kind):
+            states = {WorkerRequested.kind: "requested", WorkerPlaced.kind: "starting", WorkerReady.kind: "idle"}
             self._know(event, states[kind])
 
     def on_status(self, workers: list[dict[str, Any]] | None, now: float, *, written: float, over: bool) -> None:

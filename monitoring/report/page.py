@@ -15,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.clock import Line, on_line
+from monitoring.events import (
+    CheckpointComplete,
+    CheckpointFailed,
+    CheckpointInvalid,
+    ControllerBegan,
+    RunFinished,
+    RunStarted,
+)
 from monitoring.follow import megabytes
 from monitoring.goodput import read_ledger
 from monitoring.outside import Unreadable, read_json
@@ -153,8 +161,8 @@ class _Report:
 
     def _status(self) -> tuple[str, str]:
         """How the run ended: finished, failed, stopped; running or interrupted when it did not."""
-        ended = next((e for e in reversed(self.events) if e["kind"] in ("run_finished", "controller")), None)
-        if ended is not None and ended["kind"] == "run_finished":
+        ended = next((e for e in reversed(self.events) if e["kind"] in (RunFinished.kind, ControllerBegan.kind)), None)
+        if ended is not None and ended["kind"] == RunFinished.kind:
             return str(ended["status"]), str(ended.get("reason") or "")
         if self.result:
             return str(self.result.get("status", "finished")), str(self.result.get("reason") or "")
@@ -277,12 +285,12 @@ class _Report:
         return section("Generations", left_out(found) + table(head, rows, words=["cause"])) if rows else ""
 
     def _checkpoints(self) -> str:
-        kinds = ("checkpoint_saved", "checkpoint_failed", "checkpoint_invalid")
+        kinds = (CheckpointComplete.kind, CheckpointFailed.kind, CheckpointInvalid.kind)
         found = [event for event in self.events if event["kind"] in kinds]
         rows = []
         for event in found[-MAX_ROWS:]:
             at = elapsed(event["time"] - self.start)
-            if event["kind"] == "checkpoint_saved":
+            if event["kind"] == CheckpointComplete.kind:
                 held = f"{event['blocked_seconds']:.3f}" if "blocked_seconds" in event else "–"
                 size, seconds, state = megabytes(event["bytes"]), f"{event['seconds']:.2f}", "saved"
             else:
@@ -297,7 +305,7 @@ class _Report:
         return section("Checkpoints", made)
 
     def _identity(self) -> str:
-        started = next((event for event in self.events if event["kind"] == "run_started"), {})
+        started = next((event for event in self.events if event["kind"] == RunStarted.kind), {})
         data = self.environment.get("store") or {}
         packages = ", ".join(f"{name} {version}" for name, version in (self.environment.get("packages") or {}).items())
         rows = [
@@ -315,11 +323,11 @@ class _Report:
     @property
     def loss_unit(self) -> str:
         """As the run's objective has it; runs of earlier versions had one objective."""
-        started = next((event for event in self.events if event["kind"] == "run_started"), {})
+        started = next((event for event in self.events if event["kind"] == RunStarted.kind), {})
         return str(started.get("loss_unit") or "nats per token")
 
     def _run_id(self) -> str:
-        started = next((event for event in self.events if event["kind"] == "run_started"), {})
+        started = next((event for event in self.events if event["kind"] == RunStarted.kind), {})
         return str(self.result.get("run") or started.get("run") or self.dir.name)
 
     def _read_json(self, name: str) -> dict[str, Any]:

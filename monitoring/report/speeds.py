@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from monitoring.events import GenerationFormed
+
 WINDOWS = 120
 """At most about so many windows in a run."""
 MIN_STEPS = 4
@@ -38,7 +40,7 @@ class Speeds:
 
 def rank_speeds(events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> list[Speeds]:
     """The speeds of every worker that trained, in order of workers."""
-    generations = {event["generation"]: event for event in events if event["kind"] == "generation"}
+    generations = {event["generation"]: event for event in events if event["kind"] == GenerationFormed.kind}
     told = [step for step in steps if step.get("ranks") and step.get("generation") in generations]
     length = max(MIN_STEPS, -(-len(told) // WINDOWS))
     found: dict[int, Speeds] = {}

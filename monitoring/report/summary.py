@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.clock import Line
+from monitoring.events import GenerationFormed, RunStarted
 from monitoring.goodput import REASONS, VOLUNTARY, read_ledger
 from monitoring.outside import Unreadable, read_json
 from monitoring.records import passed_over_text, read_records
@@ -37,7 +38,7 @@ def report_of(run_dir: Path, *, alive: bool = False, now: float | None = None) -
         damaged.append(str(error))
     return {
         "run": next(
-            (event["run"] for event in events if event["kind"] == "run_started" and "run" in event), run_dir.name
+            (event["run"] for event in events if event["kind"] == RunStarted.kind and "run" in event), run_dir.name
         ),
         "run_dir": str(run_dir),
         "status": "running" if alive else result.get("status", "interrupted"),
@@ -47,7 +48,9 @@ def report_of(run_dir: Path, *, alive: bool = False, now: float | None = None) -
         "loss": steps[-1]["loss"] if steps else None,
         "goodput": account.as_dict(),
         "goodput_ratio": round(account.ratio, 4),
-        "generations": sum(1 for event in events if event["kind"] == "generation" and not event.get("collect")),
+        "generations": sum(
+            1 for event in events if event["kind"] == GenerationFormed.kind and not event.get("collect")
+        ),
         "incidents": ledger.incidents(until),
         "state_digest": result.get("state_digest"),
         "data_digest": result.get("data_digest"),

@@ -14,6 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from monitoring.events import (
+    CheckpointFailed,
+    CheckpointInvalid,
+    ControllerRestarted,
+    DrainNoticed,
+    Evicted,
+    GaveWay,
+    GenerationFormed,
+    IncidentOpened,
+    Recovered,
+    RolledBack,
+    Shortage,
+    SkewFound,
+    SkewOver,
+)
 from monitoring.follow import Tail, describe_event
 from monitoring.outside import read_json
 from monitoring.records import records_from
@@ -21,10 +36,22 @@ from monitoring.shapes import STATUS
 
 Json = dict[str, Any]
 
-TOLD = frozenset({
-    "incident", "recovery", "rollback", "checkpoint_failed", "checkpoint_invalid", "skew_found", "skew_over",
-    "eviction", "controller_restarted", "drain_notice", "shortage", "gave_way",
-})  # fmt: skip
+TOLD = frozenset(
+    {
+        IncidentOpened.kind,
+        Recovered.kind,
+        RolledBack.kind,
+        CheckpointFailed.kind,
+        CheckpointInvalid.kind,
+        SkewFound.kind,
+        SkewOver.kind,
+        Evicted.kind,
+        ControllerRestarted.kind,
+        DrainNoticed.kind,
+        Shortage.kind,
+        GaveWay.kind,
+    }
+)
 """Kinds of events that are told as text."""
 
 
@@ -102,7 +129,7 @@ class Stream:
 
     def _new_notes(self) -> Iterator[Note]:
         for event in self._events.new():
-            if event["kind"] == "generation":
+            if event["kind"] == GenerationFormed.kind:
                 self._world[event["generation"]] = len(event["workers"])
             if self._to_skip:
                 self._to_skip -= 1

@@ -10,6 +10,18 @@ from statistics import median
 from typing import Any
 
 from monitoring.clock import Line, on_line
+from monitoring.events import (
+    CheckpointComplete,
+    ControllerBegan,
+    GenerationFormed,
+    IncidentOpened,
+    Recovered,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    SkewFound,
+    SkewOver,
+)
 from monitoring.follow import Tail
 from monitoring.goodput import Ledger
 from monitoring.outside import Unreadable, read_json
@@ -99,31 +111,31 @@ class RunFacts:
     def _take(self, event: Json) -> None:
         self._ledger.add(event)
         match event["kind"]:
-            case "run_started":
+            case RunStarted.kind:
                 self.started, self.run = event["time"], event.get("run", self.run)
-            case "controller":
+            case ControllerBegan.kind:
                 self.is_over = False  # gone on with
-            case "generation":
+            case GenerationFormed.kind:
                 self.generation = event
-            case "incident":
+            case IncidentOpened.kind:
                 self._num_incidents += 1
                 self._incidents.append(event)
-            case "recovery":
+            case Recovered.kind:
                 self.recoveries.append(event)
                 self._incidents = [
                     open_ for open_ in self._incidents
                     if (open_["incident"], open_.get("worker")) != (event["incident"], event["worker"])
                 ]  # fmt: skip
-            case "skew_found":
+            case SkewFound.kind:
                 self._findings[event["finding"], str(event["workers"])] = event
-            case "skew_over":
+            case SkewOver.kind:
                 self._findings.pop((event["finding"], str(event["workers"])), None)
-            case "checkpoint_saved":
+            case CheckpointComplete.kind:
                 self._checkpoint = event
-            case "rollback":
+            case RolledBack.kind:
                 kept = [record for record in self._recent if record["step"] < event["committed"]]
                 self._recent = deque(kept, maxlen=SPEED_STEPS)
-            case "run_finished":
+            case RunFinished.kind:
                 self.is_over = True
                 self._incidents, self._findings = [], {}
 

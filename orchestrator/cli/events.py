@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from monitoring.clock import when
+from monitoring.events import RunFinished
 from monitoring.follow import Tail, describe_event
 from monitoring.outside import json_text
 from monitoring.records import passed_over_text
@@ -48,7 +49,7 @@ def events(
         over = False
         for event in tail.new():
             started = started if started is not None else when(event)
-            over = event["kind"] == "run_finished"
+            over = event["kind"] == RunFinished.kind
             if (kinds and event["kind"] not in kinds) or (since is not None and event["time"] < since):
                 continue
             print(json_text(event) if as_json else _line(event, started), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from monitoring.events import WorkerReady
 from monitoring.follow import Tail
 from monitoring.log_files import LogFiles
 from monitoring.logs import describe
@@ -24,7 +25,7 @@ def logs(
     while True:
         ends = not follow or _is_over(directory, abandonment)
         for event in events.new():
-            if event["kind"] == "worker_ready":
+            if event["kind"] == WorkerReady.kind:
                 slots[event["pid"]] = event["worker"]
         for record in files.new():
             print(json_text(record.as_dict()) if as_json else clean_lines(describe(record)), flush=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from monitoring.events import CheckpointComplete, CheckpointFailed, ControllerBegan, RunFinished
 from monitoring.terminal.clean import clean
 from orchestrator.cli.options import Run, refuse
 from orchestrator.cli.outcome import EXIT_FAILED
@@ -42,13 +43,13 @@ def checkpoint(
     deadline = time.monotonic() + wait
     while time.monotonic() < deadline:
         for event in tail.new():
-            if event["kind"] in ("checkpoint_saved", "checkpoint_failed"):
+            if event["kind"] in (CheckpointComplete.kind, CheckpointFailed.kind):
                 print(clean(f"{directory.path.name}: {describe_event(event)}"))
-                raise typer.Exit(EXIT_FAILED if event["kind"] == "checkpoint_failed" else 0)
-            if event["kind"] == "run_finished":
+                raise typer.Exit(EXIT_FAILED if event["kind"] == CheckpointFailed.kind else 0)
+            if event["kind"] == RunFinished.kind:
                 print(f"orchestrator: {directory.path} ended before it was saved", file=sys.stderr)
                 raise typer.Exit(EXIT_FAILED)
-            if event["kind"] == "controller":
+            if event["kind"] == ControllerBegan.kind:
                 _ask(directory, "checkpoint")  # What the one before was asked for went with it.
         time.sleep(0.1)
     print(f"orchestrator: {directory.path} was not saved within {wait:.0f} s; it may be still", file=sys.stderr)

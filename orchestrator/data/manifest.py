@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from monitoring.outside import parse
-from monitoring.shapes import count, fields, many, text
+from monitoring.values import count, fields, many, text
 from orchestrator.data.sources import DataError
 
 FORMAT_VERSION = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from monitoring.outside import parse
-from monitoring.shapes import MOST_S
+from monitoring.values import MOST_S
 from orchestrator.notices.notice import Notice
 
 

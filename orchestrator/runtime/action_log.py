@@ -10,6 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from monitoring.events import (
+    CheckpointFailed,
+    CheckpointInvalid,
+    DrainNoticed,
+    GenerationFormed,
+    IncidentOpened,
+    RolledBack,
+    Shortage,
+    SkewFound,
+    StartFailed,
+)
 from monitoring.follow import describe_event
 from monitoring.goodput import VOLUNTARY
 from monitoring.logs import LogContext, set_up
@@ -30,11 +41,19 @@ from orchestrator.training.orders import (
 
 log = logging.getLogger(__name__)
 
-_NARRATED = frozenset({"generation", "rollback"})
+_NARRATED = frozenset({GenerationFormed.kind, RolledBack.kind})
 """Told as actions already."""
-_BAD = frozenset({
-    "incident", "checkpoint_failed", "checkpoint_invalid", "start_failed", "drain_notice", "skew_found", "shortage",
-})  # fmt: skip
+_BAD = frozenset(
+    {
+        IncidentOpened.kind,
+        CheckpointFailed.kind,
+        CheckpointInvalid.kind,
+        StartFailed.kind,
+        DrainNoticed.kind,
+        SkewFound.kind,
+        Shortage.kind,
+    }
+)
 
 
 def set_up_logs(spec: Mapping[str, Any], process: str, *, worker: int | None = None) -> LogContext:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from monitoring.clock import Reading, RunClock
+from monitoring.events import RunEvent
 from monitoring.logs import LogContext
 from orchestrator.control.core.machine import Machine
 from orchestrator.control.core.orders import Order
@@ -97,7 +98,7 @@ class Executor(Protocol):
     def probed_by(self, order: Order) -> Mapping[WorkerId, tuple[str, int]]:
         """The workers of which one may be gone, by this order, and where each listened (host and port)."""
 
-    def record(self, kind: str, fields: dict[str, Any]) -> None:
+    def record(self, event: RunEvent) -> None:
         """Puts something on record. From any thread."""
 
     # ---- others

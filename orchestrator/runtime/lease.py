@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from monitoring.events import ControllerBegan, RunFinished
 from monitoring.records import read_records
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 
@@ -31,9 +32,9 @@ class Lease:
         sessions: list[str] = []
         self.has_ended = False
         for event in read_records(directory.events):
-            if event["kind"] == "controller":
+            if event["kind"] == ControllerBegan.kind:
                 sessions.append(event.get("session", ""))
-            elif event["kind"] == "run_finished":
+            elif event["kind"] == RunFinished.kind:
                 self.has_ended = sessions[-1:] == [session]
         self.is_successor = session in sessions
         if self.is_successor and sessions[-1] != session:

@@ -13,24 +13,64 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from monitoring.clock import RunClock, when
+from monitoring.event_book import EventBook
+from monitoring.events import (
+    CheckpointComplete,
+    CheckpointDelayed,
+    CheckpointFailed,
+    ControllerBegan,
+    FaultInjected,
+    GaveWay,
+    GenerationFormed,
+    GivesWayNoMore,
+    IncidentOpened,
+    MarketChanged,
+    MetricsEndpoint,
+    ModelLoaded,
+    Rebalanced,
+    RebalanceMeasured,
+    RecordsDelayed,
+    RecordsDropped,
+    Recovered,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    Shortage,
+    ShortageOver,
+    SkewFound,
+    SkewOver,
+    StartFailed,
+)
 from monitoring.goodput import GoodputAccount
 from monitoring.metrics import RunMetrics
 from monitoring.records import RecordFile, read_records
-from monitoring.run_events import RunEvents
 from orchestrator.job import Job
 from orchestrator.rundir import RunDirectory
 from orchestrator.training.messages import StepReport
 
 log = logging.getLogger(__name__)
 
-_EXPENDABLE = frozenset({
-    "checkpoint_delayed", "checkpoint_failed", "gave_way", "gives_way_no_more", "market_changed", "metrics_endpoint",
-    "rebalance", "rebalance_measured", "shortage", "shortage_over", "skew_found", "skew_over", "start_failed",
-})  # fmt: skip
+_EXPENDABLE = frozenset(
+    {
+        CheckpointDelayed.kind,
+        CheckpointFailed.kind,
+        GaveWay.kind,
+        GivesWayNoMore.kind,
+        MarketChanged.kind,
+        MetricsEndpoint.kind,
+        Rebalanced.kind,
+        RebalanceMeasured.kind,
+        Shortage.kind,
+        ShortageOver.kind,
+        SkewFound.kind,
+        SkewOver.kind,
+        StartFailed.kind,
+    }
+)
 """Kinds of events that only inform: where records wait for a full disk and memory for them is short, these go. What a
 result, the goodput ledger or a successor is made of stays."""
 
@@ -77,24 +117,22 @@ class RunLog:
         self.metrics.go_on_from(_counters(directory))
         committed_at = 0.0 if self.last_step is None else float(self.last_step["committed_at"])
         self.clock = RunClock(self.past_events, at_least=committed_at)
-        self._events_of_run = RunEvents(self.past_events, self.past_steps, self.clock.stamp)
-        self._write(self._events_of_run.catch_up(self.clock.now()))
+        self._book = EventBook(self.past_events, self.past_steps, self.clock.stamp)
+        self._write(self._book.catch_up(self.clock.now()))
 
     # ------------------------------------------------------------------------------------ events
 
-    def record(self, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts an event on record."""
-        if "kind" in fields:
-            # Every record has its own kind; what kind of incident it speaks of stands beside it.
-            fields = {("incident" if key == "kind" else key): value for key, value in fields.items()}
-        if kind == "fault_injected":
-            fields = {**fields, "what": self._job.faults[fields["fault"]].model_dump()}
-        if kind == "controller":
-            fields = {**fields, **self.clock.anchor()}
+    def record(self, event: RunEvent) -> dict[str, Any]:
+        """Puts an event on record; the record of it."""
+        match event:
+            case FaultInjected():
+                event = replace(event, what=self._job.faults[event.fault].model_dump())
+            case ControllerBegan():
+                event = replace(event, **self.clock.anchor())
         with self._lock:
-            events = self._events_of_run.record(kind, fields, self.clock.now())
-            self._write(events)
-            return events[-1]
+            records = self._book.record(event, self.clock.now())
+            self._write(records)
+            return records[-1]
 
     def _write(self, events: list[dict[str, Any]]) -> None:
         for event in events:
@@ -105,30 +143,30 @@ class RunLog:
 
     def _note(self, event: dict[str, Any]) -> None:
         match event["kind"]:
-            case "run_started" if self.started_at is None:
+            case RunStarted.kind if self.started_at is None:
                 self.started_at = when(event)
-            case "model_loaded":
+            case ModelLoaded.kind:
                 self.loaded = {key: value for key, value in event.items() if key not in ("kind", "time", "clock")}
-            case "controller":
+            case ControllerBegan.kind:
                 self.findings = []
-            case "generation":
+            case GenerationFormed.kind:
                 if is_training(event):
                     self.generations.append(generation_entry(event))
-            case "recovery":
+            case Recovered.kind:
                 self.recoveries.append(recovery_entry(event))
                 same = ("incident", "worker", "at")
                 keep = [i for i in self.open_incidents if any(i[key] != event[key] for key in same)]
                 self.open_incidents = keep
-            case "incident":
+            case IncidentOpened.kind:
                 self.last_incident = event
                 self.open_incidents = [*self.open_incidents, event]
-            case "checkpoint_saved":
+            case CheckpointComplete.kind:
                 self.last_checkpoint = event
-            case "skew_found":
+            case SkewFound.kind:
                 self.findings = [*self.findings, event]
-            case "skew_over":
+            case SkewOver.kind:
                 self.findings = [f for f in self.findings if (f["finding"], f["workers"]) != _key(event)]
-            case "run_finished":
+            case RunFinished.kind:
                 self.open_incidents, self.findings = [], []
 
     # ------------------------------------------------------------------------------------ steps
@@ -138,7 +176,7 @@ class RunLog:
         with self._lock:
             now = self.clock.now()
             record = {"time": self.clock.stamp(now)["time"]} | asdict(report)
-            self._write(self._events_of_run.step(record, now))
+            self._write(self._book.step(record, now))
             self.last_ranks = report.ranks
             every = -(-len(report.ranks) // RANKS_PER_STEP)
             if every > 1 and report.step % every:
@@ -153,7 +191,7 @@ class RunLog:
     def roll_back(self, committed: int) -> None:
         """Takes the steps from `committed` on off the record."""
         with self._lock:
-            events = self._events_of_run.roll_back(committed, self._steps.records(), self.clock.now())
+            events = self._book.roll_back(committed, self._steps.records(), self.clock.now())
             self._write(events)
             self._steps.keep(lambda record: int(record["step"]) < committed)
             self.committed = min(self.committed, committed)
@@ -164,7 +202,7 @@ class RunLog:
     def account(self, now: float | None = None) -> GoodputAccount:
         """What the wall time went into so far."""
         with self._lock:
-            return self._events_of_run.account(now)
+            return self._book.account(now)
 
     def forget_the_past(self) -> None:
         """What was on record when this controller began is no longer asked for; of a long run it is large."""
@@ -174,7 +212,7 @@ class RunLog:
         """Tells how things are, in the metrics and in status.json. Raises OSError when that cannot be written."""
         with self._lock:
             self.metrics.on_status(status)
-            settled = self._events_of_run.settled(now)
+            settled = self._book.settled(now)
             counters = {key: round(seconds, 6) + 1e-6 for key, seconds in self.metrics.book(settled).items()}
         try:
             # First where a successor finds it, then to those who would notice when a counter goes back.
@@ -210,12 +248,12 @@ class RunLog:
             dropped = self._events.dropped
             written = self._steps.flush() and self._events.flush()
             if written and self._unwritten_since is not None:
-                delayed = {"records": self._most_waiting, "seconds": round(now - self._unwritten_since, 1)}
+                delayed = RecordsDelayed(records=self._most_waiting, seconds=round(now - self._unwritten_since, 1))
                 since, self._unwritten_since, self._most_waiting = self._unwritten_since, None, 0
-                self.record("records_delayed", delayed)
+                self.record(delayed)
                 if dropped:
                     self._events.dropped = Counter()
-                    self.record("records_dropped", {"count": dropped.total(), "kinds": dict(dropped), "since": since})
+                    self.record(RecordsDropped(count=dropped.total(), kinds=dict(dropped), since=since))
                 written = not self._events.num_waiting
             return written
 
@@ -269,7 +307,7 @@ def _version() -> str:
 def is_training(event: Mapping[str, Any]) -> bool:
     """Whether an event tells of a generation that trains; one that only collects the final state is not told of in the
     result."""
-    return bool(event["kind"] == "generation" and not event.get("collect"))
+    return bool(event["kind"] == GenerationFormed.kind and not event.get("collect"))
 
 
 def generation_entry(event: Mapping[str, Any]) -> dict[str, Any]:

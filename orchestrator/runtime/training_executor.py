@@ -13,6 +13,15 @@ from typing import Any
 
 from monitoring import discovery
 from monitoring.clock import Reading
+from monitoring.events import (
+    ControllerRestarted,
+    FaultInjected,
+    MetricsEndpoint,
+    ModelLoaded,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+)
 from monitoring.skew import Window
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec, catch_up
 from orchestrator.control.core.orders import Order
@@ -82,7 +91,7 @@ class TrainingExecutor:
         """What is on record, with the faults of this job file only: a run may be gone on with under others."""
         history = History.read(events, steps)
         faults = dict(enumerate(fault.model_dump() for fault in self._job.faults))
-        fired = [event for event in events if event["kind"] == "fault_injected"]
+        fired = [event for event in events if event["kind"] == FaultInjected.kind]
         history.fired_faults = {e["fault"] for e in fired if e.get("what") == faults.get(e["fault"])}
         return history
 
@@ -98,7 +107,7 @@ class TrainingExecutor:
         not)."""
         port = self._run_log.metrics.serve(host, self._job.monitoring.port)
         self._url = f"http://{host}:{port}/metrics"
-        self.record("metrics_endpoint", {"url": self._url})
+        self.record(MetricsEndpoint(url=self._url))
         if targets is None:
             return
         try:
@@ -112,21 +121,27 @@ class TrainingExecutor:
     def begin(self) -> bool:
         job = self._job
         if self._run_log.started_at is None:
-            self.record("run_started", {"run": self._directory.run_id, "job": job.digest(), "steps": job.train.steps,
-                                        "min_workers": job.elastic.workers.min,
-                                        "loss_unit": objective_of(job).loss_unit})  # fmt: skip
+            self.record(
+                RunStarted(
+                    run=self._directory.run_id,
+                    job=job.digest(),
+                    steps=job.train.steps,
+                    min_workers=job.elastic.workers.min,
+                    loss_unit=objective_of(job).loss_unit,
+                )
+            )
         elif self._lease.is_successor and (previous := self._directory.read_json("result.json")) is not None:
             # A predecessor ended the run and died before it could say goodbye: that of an earlier driver's is cleared.
             if not self._lease.has_ended:
-                ended = {"status": previous["status"], "reason": previous.get("reason", "")}
-                self.record("run_finished", ended)
+                self.record(RunFinished(status=previous["status"], reason=previous.get("reason", "")))
             self._result = previous
             return False
         return True
 
     def resume(self, statuses: Sequence[Status], starting: Sequence[Placed]) -> TakeOver:
-        counts = {"workers_found": len(statuses), "workers_starting": len(starting)}
-        self.record("controller_restarted", {"epoch": self._lease.term, **counts})
+        self.record(
+            ControllerRestarted(epoch=self._lease.term, workers_found=len(statuses), workers_starting=len(starting))
+        )
         return TakeOver(tuple(statuses), tuple(starting))
 
     def worker_spec(self) -> dict[str, Any]:
@@ -145,7 +160,7 @@ class TrainingExecutor:
 
     def before(self, event: Event) -> None:
         if isinstance(event, Ready) and event.loaded is not None and self._run_log.loaded is None:
-            self.record("model_loaded", event.loaded)
+            self.record(ModelLoaded(**event.loaded))
 
     def after(self, event: Event) -> None:
         if (window := self.machine.window) is not None and window is not self._window:
@@ -169,8 +184,8 @@ class TrainingExecutor:
         views = (self.machine.workers.get(worker) for worker in order.workers)
         return {view.worker: (view.ready.host, view.ready.store_port) for view in views if view and view.ready}
 
-    def record(self, kind: str, fields: dict[str, Any]) -> None:
-        tell(self._run_log.record(kind, fields))
+    def record(self, event: RunEvent) -> None:
+        tell(self._run_log.record(event))
 
     # ------------------------------------------------------------------------------------ what others say and ask
 
@@ -313,7 +328,7 @@ class TrainingExecutor:
             result |= {"status": "failed", "reason": why}
             settled(write, time.monotonic())
         # After the result: what has one is over for others that come next, also if this process dies here.
-        self.record("run_finished", {"status": result["status"], "reason": result["reason"]})
+        self.record(RunFinished(status=result["status"], reason=result["reason"]))
         settled(lambda: self._run_log.flush(self.clock.now()), deadline)
         self._publish_the_end()
 

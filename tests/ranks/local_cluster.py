@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monitoring.events import RunEvent
 from orchestrator.control.core.orders import Leave, Order
 from orchestrator.control.core.protocol import (
     Died,
@@ -29,7 +30,6 @@ from orchestrator.control.core.protocol import (
     Finish,
     KillWorker,
     Placed,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Start,
@@ -42,6 +42,7 @@ from orchestrator.control.training.views import ControllerConfig, RunState
 from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
 from orchestrator.job import Job
 from orchestrator.planning.choose import LayoutChooser
+from orchestrator.runtime.run_log import recovery_entry
 from orchestrator.training.messages import Generation, Joined, Ready, Reply, StepReport
 from orchestrator.training.orders import StartGeneration
 from tests.ranks.local_ranks import HOST, SECRET, context, prepare_child
@@ -257,7 +258,7 @@ class LocalCluster:
             self.finish.reason,
             self.finish.digest,
             [self.steps[step] for step in sorted(self.steps)],
-            [fields for kind, fields in self.records if kind == "recovery"],
+            [recovery_entry(fields) for kind, fields in self.records if kind == "recovery"],
             self.generations,
             self.pids,
             self.records,
@@ -357,8 +358,8 @@ class LocalCluster:
             case StepCommitted():
                 assert action.report.step not in self.steps, f"step {action.report.step} went on record twice"
                 self.steps[action.report.step] = action.report
-            case Record():
-                self.records.append((action.kind, action.fields))
+            case RunEvent():
+                self.records.append((action.kind, action.fields()))
             case Finish():
                 self.finish = action
 

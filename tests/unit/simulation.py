@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from monitoring.run_events import RunEvents
+from monitoring.event_book import EventBook
+from monitoring.events import RunEvent, RunFinished
 from orchestrator.checkpoint.names import Save
 from orchestrator.control.core.orders import Order
 from orchestrator.control.core.protocol import (
@@ -24,7 +25,6 @@ from orchestrator.control.core.protocol import (
     Finish,
     KillWorker,
     Placed,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Resize,
@@ -67,6 +67,7 @@ from orchestrator.training.protocol import Holds, WorkerProtocol
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, subtract, union, whole
 from strategies.update.timing import RankTimes
+from tests.unit.events_in_tests import event_with
 from tests.unit.layouts_in_tests import MODEL
 
 TICK_S = 0.25
@@ -602,12 +603,14 @@ class World:
         """Starts a controller, the first or a successor, the way the Ray adapter does."""
         self._term += 1
         self.num_controllers += 1
-        self.book = RunEvents(self.events, map(asdict, self.steps))
+        self.book = EventBook(self.events, map(asdict, self.steps))
         self.events += self.book.catch_up(self.now)
-        self.events += self.book.record("controller", {"epoch": self._term, "session": "simulated"}, self.now)
+        self.events += self.book.record(event_with("controller", epoch=self._term, session="simulated"), self.now)
         if self._term == 1:
-            started = {"run": "simulated", "steps": self.config.total_steps, "min_workers": self.config.min_workers}
-            self.events += self.book.record("run_started", started, self.now)
+            started = event_with(
+                "run_started", run="simulated", steps=self.config.total_steps, min_workers=self.config.min_workers
+            )
+            self.events += self.book.record(started, self.now)
         history = History.read(
             self.records,
             [{"seconds": r.seconds, "committed_at": r.committed_at, "grad_norm": r.grad_norm} for r in self.steps],
@@ -691,10 +694,9 @@ class World:
     def carry_out(self, action: Action, controller: Controller) -> None:
         assert self.outcome is None, f"{action} after the end of the run"
         match action:
-            case Record(kind, fields):
-                named = {("incident" if key == "kind" else key): value for key, value in fields.items()}
-                self.records.append({"time": self.now, "kind": kind, **named})
-                self.events += self.book.record(kind, named, self.now)
+            case RunEvent():
+                self.records.append(action.record({"time": self.now}))
+                self.events += self.book.record(action, self.now)
             case StepCommitted(report):
                 assert report.step == len(self.steps), f"step {report.step} put on record after {len(self.steps)} steps"
                 self.steps.append(report)
@@ -739,7 +741,7 @@ class World:
                     self._send(recipient, action.sent())
             case Finish(status, reason, digest):
                 self.outcome = Outcome(status, reason, digest, self.now)
-                self.events += self.book.record("run_finished", {"status": status, "reason": reason}, self.now)
+                self.events += self.book.record(RunFinished(status=status, reason=reason), self.now)
                 if status == "finished" and self.config.checkpointing:
                     failed = any(record["kind"] == "checkpoint_failed" for record in self.records)
                     assert failed or self.config.total_steps in controller.checkpoints, "the end was not saved"

@@ -12,14 +12,15 @@ import pytest
 
 import monitoring.clock
 from monitoring.clock import Line, Reading, RunClock, on_line, reading, when
+from monitoring.event_book import EventBook
 from monitoring.goodput import read_ledger
-from monitoring.run_events import RunEvents
 from monitoring.terminal.facts import RunFacts
 from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.training import messages
 from orchestrator.training.messages import Heartbeat, Left, Ready, Status, StepReport, dated
 from strategies.layout.statemap import Spans
+from tests.unit.events_in_tests import event_with
 
 ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
@@ -213,12 +214,12 @@ def history(jumps: dict[float, float]) -> tuple[list[dict[str, Any]], list[dict[
         ahead = next((jump for since, jump in sorted(jumps.items(), reverse=True) if now >= since), 0.0)
         return {"time": now + ahead, "clock": now}
 
-    book = RunEvents(stamp=stamp)
+    book = EventBook(stamp=stamp)
     events: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
 
     def note(kind: str, now: float, **fields: Any) -> None:
-        events.extend(book.record(kind, fields, now))
+        events.extend(book.record(event_with(kind, **fields), now))
 
     def train(first: int, last: int, began: float, generation: int) -> None:
         for step in range(first, last):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from monitoring.events import IncidentOpened, Recovered, RunEvent
 from orchestrator.control.core import detection
 from orchestrator.control.core.config import PoolConfig, ScalingRules
 from orchestrator.control.core.incidents import Incident, IncidentBook
@@ -19,7 +20,6 @@ from orchestrator.control.core.protocol import (
     KillWorker,
     Placed,
     ProcessAction,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Resize,
@@ -28,7 +28,7 @@ from orchestrator.control.core.protocol import (
     TellShortage,
     Tick,
 )
-from orchestrator.control.core.roster import Roster, death_record, notice_record
+from orchestrator.control.core.roster import Roster, death_of, notice_of
 from orchestrator.control.core.workers import PastWorkers, ProcessView, WorkerId, WorkerState
 
 
@@ -73,9 +73,9 @@ class Service:
                     view.last_heard = now
             case Died():
                 if (view := roster.living(event.worker)) is not None:
-                    out += [death_record(view, event), *self.lose(detection.died(view, event), now)]
+                    out += [death_of(view, event), *self.lose(detection.died(view, event), now)]
             case DrainNotice():
-                out += [notice_record(view, event) for view in roster.notice(event)]
+                out += [notice_of(view, event) for view in roster.notice(event)]
             case Resize():
                 self.target = self.config.within_limits(event.workers)
             case Stop():
@@ -114,7 +114,7 @@ def of(kind: type, actions: Sequence[Any]) -> list[Any]:
 
 
 def kinds(actions: Sequence[Any]) -> list[str]:
-    return [action.kind for action in of(Record, actions)]
+    return [action.kind for action in of(RunEvent, actions)]
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def test_one_that_dies_is_asked_for_again_and_its_incident_closed(service: Servi
     (asked,) = of(RequestWorker, told)
     assert asked.worker == WorkerId(0, 1)
     service.handle(Placed(asked.worker, "node-2"), 11.0)
-    (recovery,) = [each for each in service.handle(Warm(asked.worker), 13.0) if each.kind == "recovery"]
-    assert recovery.fields["stall_seconds"] == 3.0
+    (recovery,) = of(Recovered, service.handle(Warm(asked.worker), 13.0))
+    assert recovery.stall_seconds == 3.0
     assert service.snapshot() == {"warm": 2, "target": 2}
 
 
@@ -143,7 +143,7 @@ def test_one_that_is_silent_is_ended(service: Service) -> None:
     service.handle(Warm(B), 9.0)
     told = service.handle(Tick(), 10.0)
     assert [action.worker for action in of(KillWorker, told)] == [A]
-    assert of(Record, told)[0].fields["incident"] == "hang"
+    assert of(IncidentOpened, told)[0].incident == "hang"
 
 
 def test_one_whose_node_drains_is_replaced_before_it_goes(service: Service) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from monitoring.events import RunEvent
 from orchestrator.checkpoint.names import Save
 from orchestrator.control.core.protocol import (
     Abort,
@@ -17,7 +18,6 @@ from orchestrator.control.core.protocol import (
     Finish,
     KillWorker,
     Placed,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Resize,
@@ -201,7 +201,7 @@ def the(kind: type[A], actions: list[Action]) -> A:
 
 
 def records(actions: list[Action], kind: str) -> list[dict[str, Any]]:
-    return [action.fields for action in of(Record, actions) if action.kind == kind]
+    return [action.fields() for action in of(RunEvent, actions) if action.kind == kind]
 
 
 # ------------------------------------------------------------------------------------ start, grow, shrink
@@ -252,7 +252,7 @@ def test_it_grows_at_a_step_boundary_and_loses_nothing() -> None:
     stage.join()
     stage.train(1)
     recovery = stage.recorded("recovery")[0]
-    assert (recovery["kind"], recovery["steps_lost"], recovery["source"]) == ("grow", 0, "peers")
+    assert (recovery["incident"], recovery["steps_lost"], recovery["source"]) == ("grow", 0, "peers")
     assert recovery["stall_seconds"] < 1.0, "the step that ran until the boundary is no stall"
 
 
@@ -314,7 +314,7 @@ def test_a_death_with_a_standby_is_answered_at_once() -> None:
     stage.join()
     stage.train(1)
     recovery = stage.recorded("recovery")[-1]
-    assert (recovery["kind"], recovery["worker"], recovery["steps_lost"]) == ("kill", 1, 0)
+    assert (recovery["incident"], recovery["worker"], recovery["steps_lost"]) == ("kill", 1, 0)
     # All that was moved, and the most that one member's buffers needed for it.
     assert (recovery["bytes_moved"], recovery["buffer_bytes"]) == (20, 3)
 
@@ -349,7 +349,7 @@ def test_two_deaths_at_once_are_two_incidents_and_one_new_generation() -> None:
     assert "worker 2 died" in start.generation.cause
     stage.join()
     stage.train(1)
-    assert [(r["worker"], r["kind"]) for r in stage.recorded("recovery")] == [(0, "kill"), (2, "kill")]
+    assert [(r["worker"], r["incident"]) for r in stage.recorded("recovery")] == [(0, "kill"), (2, "kill")]
 
 
 def test_a_death_while_a_generation_forms() -> None:
@@ -432,7 +432,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
     assert the(StartGeneration, decided).generation.restore == "c5"
     stage.join()
     stage.train(1)
-    assert [(r["kind"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("restart", 5)]
+    assert [(r["incident"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("restart", 5)]
 
 
 def test_a_read_error_while_training_does_not_condemn_the_checkpoint() -> None:
@@ -703,7 +703,7 @@ def test_a_drained_worker_leaves_at_a_step_boundary() -> None:
     stage.join()
     stage.train(1)
     recovery = stage.recorded("recovery")[0]
-    assert (recovery["kind"], recovery["worker"], recovery["steps_lost"]) == ("drain", 1, 0)
+    assert (recovery["incident"], recovery["worker"], recovery["steps_lost"]) == ("drain", 1, 0)
     assert len(stage.recorded("incident")) == 1
 
 
@@ -762,7 +762,7 @@ def test_the_only_worker_hands_its_state_over_before_it_leaves() -> None:
     assert not of(Pause, stage.join()), "that was the last change"
     stage.train(1)
     assert generation.committed == 8
-    assert [r["kind"] for r in stage.recorded("recovery")] == ["drain"]
+    assert [r["incident"] for r in stage.recorded("recovery")] == ["drain"]
 
 
 def test_a_notice_does_not_take_the_last_holder_while_it_is_needed() -> None:
@@ -814,7 +814,7 @@ def test_an_exception_of_the_only_holder_costs_no_step_it_tries_again() -> None:
     stage.join()
     stage.train(1)
     [recovery] = stage.recorded("recovery")
-    assert (recovery["kind"], recovery["worker"], recovery["step"], recovery["steps_lost"]) == ("crash", 0, 2, 0)
+    assert (recovery["incident"], recovery["worker"], recovery["step"], recovery["steps_lost"]) == ("crash", 0, 2, 0)
 
 
 def test_a_step_that_always_raises_ends_the_run_with_its_reason() -> None:
@@ -1126,7 +1126,7 @@ def test_all_of_those_asked_for_the_end_die() -> None:
     stage.train(1)
     stage.leave_all("complete", 3)
     the(Finish, stage.tell(Finalized(WorkerId(0, 1), "sha256:a")))
-    assert [(r["kind"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("kill", 1)]
+    assert [(r["incident"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("kill", 1)]
 
 
 @pytest.mark.parametrize("when", ["running", "forming", "settling", "waiting"])
@@ -1208,10 +1208,7 @@ def test_a_fault_that_was_survived_does_not_date_the_next_one() -> None:
 
 def history_of(stage: Stage) -> History:
     """What the controller put on record (as JSON, as it would be)."""
-    events = []
-    for action in of(Record, stage.told):
-        named = {("incident" if key == "kind" else key): value for key, value in action.fields.items()}
-        events.append(json.loads(json.dumps({"kind": action.kind, **named})))
+    events = [json.loads(json.dumps(event.record({}))) for event in of(RunEvent, stage.told)]
     steps = [
         {"seconds": 1.0, "grad_norm": 1.0, "committed_at": stage.now - stage.controller.progress.committed + step}
         for step in range(stage.controller.progress.committed)
@@ -1315,7 +1312,7 @@ def test_take_over_while_members_leave() -> None:
     after.join()
     after.train(1)
     assert not after.recorded("incident"), "it is on record already"
-    assert [(r["kind"], r["worker"]) for r in after.recorded("recovery")] == [("kill", 2)]
+    assert [(r["incident"], r["worker"]) for r in after.recorded("recovery")] == [("kill", 2)]
 
 
 def test_take_over_of_a_worker_that_had_raised() -> None:

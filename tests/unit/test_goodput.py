@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from monitoring.event_book import EventBook
 from monitoring.goodput import REASONS, GoodputAccount, Ledger, read_ledger
-from monitoring.run_events import RunEvents
 from monitoring.stretches import Stretches, divide, uncovered
 from tests.selection import nightly
+from tests.unit.events_in_tests import event_of, event_with
 from tests.unit.test_controller_histories import live, make_world
 
 T0 = 1000.0
@@ -67,19 +68,18 @@ def told(*parts: Any, steps: list[dict[str, Any]] | None = None) -> GoodputAccou
 
 
 def ledger_of(*parts: Any, steps: list[dict[str, Any]] | None = None) -> Ledger:
-    book = RunEvents()
+    book = EventBook()
     work: list[tuple[float, dict[str, Any]]] = [(e["time"], e) for e in [*START, *parts]]
     work += [(s["committed_at"], s) for s in (steps or [])]
     for at, entry in sorted(work, key=lambda pair: pair[0]):
         if "kind" in entry:
-            fields = {key: value for key, value in entry.items() if key not in ("time", "kind")}
             if entry["kind"] == "rollback":
-                book.roll_back(fields["committed"], [s for s in steps or [] if s["committed_at"] < at], at)
+                book.roll_back(entry["committed"], [s for s in steps or [] if s["committed_at"] < at], at)
             else:
-                book.record(entry["kind"], fields, at)
+                book.record(event_of(entry), at)
         else:
             book.step(entry, at)
-    book.record("noted", {}, max(at for at, _ in work))
+    book.record(event_with("metrics_endpoint", url=""), max(at for at, _ in work))
     if (under_way := book._stretches.peek()) is not None:
         book.ledger.add({"kind": "steps", **under_way})
     return book.ledger
@@ -271,8 +271,9 @@ def test_steps_that_no_event_tells_of_are_found_in_the_records() -> None:
     assert spent(ledger.account()) == BEGINNING | IN_TEN
     (stretch,) = uncovered(START, TEN)
     assert (stretch["first"], stretch["last"], stretch["tokens"]) == (0, 9, 400)
-    assert uncovered([*START, stretch], TEN) == []
-    assert uncovered([*START, stretch, event(21, "rollback", committed=7)], TEN[:7]) == []
+    recorded = {"kind": "steps", "time": stretch["ended"], **stretch}
+    assert uncovered([*START, recorded], TEN) == []
+    assert uncovered([*START, recorded, event(21, "rollback", committed=7)], TEN[:7]) == []
 
 
 def test_long_stretches_are_told_in_parts_with_nothing_between_them() -> None:

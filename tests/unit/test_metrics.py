@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from monitoring.event_book import EventBook
 from monitoring.goodput import REASONS
 from monitoring.metrics import FINDINGS, RunMetrics
 from monitoring.records import RecordFile, read_records
-from monitoring.run_events import RunEvents
 from monitoring.series import RANK_SERIES, RUN_SERIES, SERIES
 from monitoring.skew import Window
+from tests.unit.events_in_tests import event_of
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -178,7 +179,7 @@ def counters(seen: Samples) -> Samples:
 
 def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
     """Also with those of steps that a rollback took off the record, and of what the wall time went into."""
-    metrics, book = RunMetrics("r"), RunEvents()
+    metrics, book = RunMetrics("r"), EventBook()
     written: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
 
@@ -196,10 +197,10 @@ def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
             metrics.on_step(record)
 
     for event in STORY:
-        write(book.record(event["kind"], {k: v for k, v in event.items() if k not in ("time", "kind")}, event["time"]))
+        write(book.record(event_of(event), event["time"]))
     train(0, 12, 1001.0)
     metrics.on_goodput(book.settled(1007.2))
-    write(book.record("incident", {k: v for k, v in incident(1007.3).items() if k not in ("time", "kind")}, 1007.8))
+    write(book.record(event_of(incident(1007.3)), 1007.8))
     metrics.on_goodput(book.settled(1008.0))
     before = counters(samples(metrics))
     write(book.roll_back(8, steps, 1008.1))
@@ -219,7 +220,7 @@ def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
     after = counters(samples(metrics))
     assert after["nonfinite_total", ()] == 2
 
-    successor, its_book = RunMetrics("r"), RunEvents(written, steps)
+    successor, its_book = RunMetrics("r"), EventBook(written, steps)
     catching_up = json.loads(json.dumps(its_book.catch_up(1018.0)))
     successor.replay(written, steps)
     for event in catching_up:
@@ -233,9 +234,9 @@ def test_a_controller_that_takes_over_goes_on_with_the_counters() -> None:
 
 
 def test_goodput_and_badput_add_up_to_the_wall_time() -> None:
-    metrics, book = RunMetrics("r"), RunEvents()
+    metrics, book = RunMetrics("r"), EventBook()
     for event in STORY:
-        book.record(event["kind"], {k: v for k, v in event.items() if k not in ("time", "kind")}, event["time"])
+        book.record(event_of(event), event["time"])
     now = 1001.0
     for number in range(30):
         now += 0.5

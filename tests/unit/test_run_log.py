@@ -16,6 +16,7 @@ from orchestrator.rundir import RunDirectory
 from orchestrator.runtime.presence import LOST_AFTER_S, Presence
 from orchestrator.runtime.run_log import RunLog
 from orchestrator.training.messages import StepReport
+from tests.unit.events_in_tests import event_with
 from tests.unit.test_full_disk import limited
 
 JOB = """
@@ -35,9 +36,9 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 def begun(directory: RunDirectory) -> RunLog:
     run_log = RunLog(directory, Job.loads(JOB))
-    run_log.record("controller", {"epoch": 1, "session": "s"})
-    run_log.record("run_started", {"run": directory.run_id, "steps": 50, "min_workers": 1})
-    run_log.record("generation", {"generation": 0, "start_step": 0, "cause": "start", "workers": [], "layout": {}})
+    run_log.record(event_with("controller", epoch=1, session="s"))
+    run_log.record(event_with("run_started", run=directory.run_id, steps=50, min_workers=1))
+    run_log.record(event_with("generation", generation=0, start_step=0, cause="start", workers=[], layout={}))
     return run_log
 
 
@@ -69,7 +70,7 @@ def test_a_successor_sums_up_what_its_predecessor_had_not(directory: RunDirector
     (stretch,) = [e for e in read_records(directory.events) if e["kind"] == "steps"]
     assert (stretch["first"], stretch["last"]) == (0, 4)
     train(second, 5, 8)
-    second.record("run_finished", {"status": "stopped", "reason": "test"})
+    second.record(event_with("run_finished", status="stopped", reason="test"))
     account = read_ledger(read_records(directory.events)).account()
     assert account.productive_seconds == pytest.approx(8 * 0.5)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from monitoring.events import CheckpointComplete, CheckpointFailed
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.control.training.saving import Saving
 from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan
@@ -36,9 +36,8 @@ def test_when_all_parts_are_there_one_of_the_writers_completes_it() -> None:
     assert saving.review({A, B}, {A, B}, 0.0) == [], "it is told once"
     assert saving.is_saving(20)
     (record,) = saving.saved(CheckpointSaved(A, PLAN.save, "c20", 0.5, 100), 0.0)
-    assert record == Record(
-        "checkpoint_saved",
-        {"committed": 20, "path": "c20", "bytes": 100, "seconds": 2.5, "blocked_seconds": 0.01, "writers": 2},
+    assert record == CheckpointComplete(
+        committed=20, path="c20", bytes=100, seconds=2.5, blocked_seconds=0.01, writers=2
     )
     assert saving.checkpoints == {20: "c20"}
     assert not saving.is_saving(20)
@@ -58,9 +57,7 @@ def test_a_lost_writer_ends_the_attempt_and_another_is_due_at_once() -> None:
     wrote(saving, A)
     discard, record = saving.review({A}, {A}, 0.0)
     assert discard == DiscardCheckpoint(A, PLAN.save)
-    assert record == Record(
-        "checkpoint_failed", {"committed": 20, "error": "worker 1 was lost before it had written its part"}
-    )
+    assert record == CheckpointFailed(committed=20, error="worker 1 was lost before it had written its part")
     assert saving.is_due
 
 
@@ -81,7 +78,7 @@ def test_what_the_storage_refuses_waits_for_the_next_interval() -> None:
     wrote(saving, B, error="No space left on device")
     discard, record = saving.review({A, B}, {A, B}, 0.0)
     assert discard == DiscardCheckpoint(A, PLAN.save)
-    assert record == Record("checkpoint_failed", {"committed": 20, "error": "No space left on device"})
+    assert record == CheckpointFailed(committed=20, error="No space left on device")
     assert not saving.is_due
 
 
@@ -92,8 +89,7 @@ def test_a_checkpoint_that_cannot_be_completed_is_discarded() -> None:
     saving.review({A, B}, {A, B}, 0.0)
     discard, record = saving.saved(CheckpointSaved(A, PLAN.save, "c20", error="EIO"), 0.0)
     assert discard == DiscardCheckpoint(A, PLAN.save)
-    assert isinstance(record, Record)
-    assert record.kind == "checkpoint_failed"
+    assert record == CheckpointFailed(committed=20, path="c20", error="EIO")
     assert saving.checkpoints == {}
 
 
@@ -169,8 +165,7 @@ def test_nobody_waits_for_ever() -> None:
     saving.skip_gap(200.0)
     assert saving.give_up(20, 700.0, 600.0) == []
     (record,) = saving.give_up(20, 900.0, 600.0)
-    assert isinstance(record, Record)
-    assert record.fields["error"] == "it was not complete after 600 s"
+    assert record == CheckpointFailed(committed=20, error="it was not complete after 600 s")
     assert not saving.is_saving(20)
     assert saving.attempt_at(20, 1, 7, 900.0) is None, "what hangs is not asked again at once"
     assert saving.attempt_at(20, 1, 7, 902.0) is not None

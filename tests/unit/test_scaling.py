@@ -11,7 +11,6 @@ from orchestrator.control.core.protocol import (
     Died,
     DrainNotice,
     NodesStarting,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Resize,
@@ -24,6 +23,7 @@ from orchestrator.control.core.workers import WorkerId
 from orchestrator.control.training.protocol import Action
 from orchestrator.control.training.views import RunState, WorkerView
 from orchestrator.training.orders import Pause
+from tests.unit.events_in_tests import event_with
 from tests.unit.test_controller import W0, W1, W2, W3, Stage, of, records
 
 
@@ -102,12 +102,12 @@ def test_a_notice_and_the_death_after_it_are_one_flap() -> None:
 def test_growth_that_costs_much_is_rare() -> None:
     """No more than a twentieth of the time, whatever else happens meanwhile; but the longest wait is the window."""
     pace = ScaleUpBackoff(ScalingRules(settle_s=2.0, flap_window_s=100.0))
-    grown = Record("recovery", {"kind": "grow", "pause_seconds": 3.0})
+    grown = event_with("recovery", incident="grow", pause_seconds=3.0)
     pace.learn([grown], 100.0)
     pace.changed(150.0)
     assert not pace.may_grow(159.0)
     assert pace.may_grow(160.0), "a loss at 150 s does not begin it anew"
-    pace.learn([Record("recovery", {"kind": "grow", "pause_seconds": 30.0})], 200.0)
+    pace.learn([event_with("recovery", incident="grow", pause_seconds=30.0)], 200.0)
     assert not pace.may_grow(299.0)
     assert pace.may_grow(300.0)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+from monitoring.events import MarketChanged, ShortageOver
 from orchestrator.control.core.config import ScalingRules
-from orchestrator.control.core.protocol import ProcessAction, Record, TellShortage
+from orchestrator.control.core.protocol import ProcessAction, TellShortage
 from orchestrator.control.core.workers import ProcessView
 
 V = TypeVar("V", bound=ProcessView)
@@ -71,13 +72,13 @@ class Demand:
         waited_s = now - self._asked_since.pop(late[0].market)
         self._market, self._held_until = (tried + 1) % len(rules.markets), now + rules.fallback_hold_s
         self._rounds += self._market == 0
-        fields = {
-            "from": rules.markets[tried],
-            "to": rules.markets[self._market],
-            "workers": len(late),
-            "waited_seconds": round(waited_s, 1),
-        }
-        return late, [Record("market_changed", fields)]
+        changed = MarketChanged(
+            from_=rules.markets[tried],
+            to=rules.markets[self._market],
+            workers=len(late),
+            waited_seconds=round(waited_s, 1),
+        )
+        return late, [changed]
 
     def tell(self, waiting: Sequence[ProcessView], now: float) -> list[ProcessAction]:
         """That workers have found no room for long, once for each market; and that there is no shortage any more."""
@@ -85,7 +86,7 @@ class Demand:
             self._asked_since.clear()
             told, since = self._told, self._short_since
             self._told, self._short_since = set(), None
-            return [Record("shortage_over", {"seconds": round(now - (since or now), 1)})] if told else []
+            return [ShortageOver(seconds=round(now - (since or now), 1))] if told else []
         if self._short_since is None:
             self._short_since = now
         short = [view for view in waiting if now - view.requested_at >= self._rules.shortage_after_s]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+from monitoring.events import IncidentOpened, Recovered
 from monitoring.goodput import VOLUNTARY
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import WorkerId
 
 
@@ -31,23 +30,20 @@ class Incident:
     bytes_moved: int = 0
     buffer_bytes: int = 0
 
-    def opening(self) -> Record:
+    def opening(self) -> IncidentOpened:
         """The event for the log."""
-        return Record(
-            "incident",
-            {
-                "incident": self.kind,
-                "worker": None if self.worker is None else self.worker.slot,
-                "incarnation": None if self.worker is None else self.worker.incarnation,
-                "cause": self.cause,
-                "step": self.step,
-                "at": self.at,
-                "detect_seconds": round(max(0.0, self.detected_at - self.at), 4),
-            },
+        return IncidentOpened(
+            incident=self.kind,
+            worker=None if self.worker is None else self.worker.slot,
+            incarnation=None if self.worker is None else self.worker.incarnation,
+            cause=self.cause,
+            step=self.step,
+            at=self.at,
+            detect_seconds=round(max(0.0, self.detected_at - self.at), 4),
         )
 
-    def recovery(self, committed_at: float, committed_before: float | None, median_step_s: float) -> dict[str, Any]:
-        """The record for result.json; times in seconds. The steps before and after it were committed at the two times.
+    def recovery(self, committed_at: float, committed_before: float | None, median_step_s: float) -> Recovered:
+        """The event for the log; times in seconds. The steps before and after it were committed at the two times.
 
         While a membership changes by agreement the old generation trains on, so what stalls is only the gap between
         its last step and the next generation's first.
@@ -56,21 +52,21 @@ class Incident:
         since = self.at
         if self.kind in VOLUNTARY and committed_before is not None:
             since = max(since, committed_before)
-        return {
-            "generation": self.generation,
-            "cause": self.cause,
-            "kind": self.kind,
-            "worker": None if self.worker is None else self.worker.slot,
-            "step": self.step,
-            "at": self.at,
-            "detect_seconds": round(max(0.0, self.detected_at - self.at), 4),
-            "stall_seconds": round(max(0.0, committed_at - since - median_step_s), 4),
-            "pause_seconds": round(max(0.0, pause_s - median_step_s), 4),
-            "steps_lost": self.steps_lost,
-            "source": self.source,
-            "bytes_moved": self.bytes_moved,
-            "buffer_bytes": self.buffer_bytes,
-        }
+        return Recovered(
+            generation=self.generation,
+            cause=self.cause,
+            incident=self.kind,
+            worker=None if self.worker is None else self.worker.slot,
+            step=self.step,
+            at=self.at,
+            detect_seconds=round(max(0.0, self.detected_at - self.at), 4),
+            stall_seconds=round(max(0.0, committed_at - since - median_step_s), 4),
+            pause_seconds=round(max(0.0, pause_s - median_step_s), 4),
+            steps_lost=self.steps_lost,
+            source=self.source,
+            bytes_moved=self.bytes_moved,
+            buffer_bytes=self.buffer_bytes,
+        )
 
 
 class IncidentBook:
@@ -128,8 +124,8 @@ class IncidentBook:
 
     def recovered(
         self, generation: int, committed_at: float, committed_before: float | None, median_step_s: float
-    ) -> list[Record]:
-        """Closes what a step that `generation` committed is the recovery of; the records for the log."""
+    ) -> list[Recovered]:
+        """Closes what a step that `generation` committed is the recovery of; the events for the log."""
         return self._close(
             [i for i in self.open if i.generation is not None and i.generation <= generation],
             committed_at, committed_before, median_step_s,
@@ -137,7 +133,7 @@ class IncidentBook:
 
     def close_all(
         self, generation: int, now: float, committed_before: float | None, median_step_s: float
-    ) -> list[Record]:
+    ) -> list[Recovered]:
         """The run ends in good order: what is still open needed no further step."""
         for incident in self.open:
             if incident.generation is None:
@@ -146,12 +142,12 @@ class IncidentBook:
 
     def _close(
         self, closing: list[Incident], committed_at: float, committed_before: float | None, median_step_s: float
-    ) -> list[Record]:
+    ) -> list[Recovered]:
         if not closing:
             return []
         ended = {id(incident) for incident in closing}
         self.open = [incident for incident in self.open if id(incident) not in ended]
-        return [Record("recovery", i.recovery(committed_at, committed_before, median_step_s)) for i in closing]
+        return [i.recovery(committed_at, committed_before, median_step_s) for i in closing]
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from monitoring.events import RunEvent
 from orchestrator.control.core.workers import WorkerId
 
 # ---------------------------------------------------------------------------------------- events
@@ -135,14 +135,6 @@ class KillWorker:
 
 
 @dataclass(frozen=True)
-class Record:
-    """Something happened that belongs in the event log."""
-
-    kind: str
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Finish:
     """The run is over."""
 
@@ -151,4 +143,5 @@ class Finish:
     digest: str | None
 
 
-ProcessAction = RequestWorker | TellShortage | ReleaseWorker | KillWorker | Record | Finish
+ProcessAction = RequestWorker | TellShortage | ReleaseWorker | KillWorker | RunEvent | Finish
+"""A `RunEvent` among them belongs on record."""

@@ -9,6 +9,16 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
+from monitoring.events import (
+    ABSENT,
+    DrainNoticed,
+    WorkerDied,
+    WorkerKilled,
+    WorkerPlaced,
+    WorkerReady,
+    WorkerReleased,
+    WorkerRequested,
+)
 from orchestrator.control.core.config import PoolConfig
 from orchestrator.control.core.demand import Demand
 from orchestrator.control.core.protocol import (
@@ -17,11 +27,10 @@ from orchestrator.control.core.protocol import (
     KillWorker,
     Placed,
     ProcessAction,
-    Record,
     ReleaseWorker,
     RequestWorker,
 )
-from orchestrator.control.core.workers import PastWorkers, ProcessView, WorkerId, WorkerState, named
+from orchestrator.control.core.workers import PastWorkers, ProcessView, WorkerId, WorkerState
 
 V = TypeVar("V", bound=ProcessView)
 
@@ -224,8 +233,8 @@ class Roster(Generic[V]):
             view = self._new(worker, now)
             view.avoids, view.must_avoid, view.market = bool(avoid), must, market
             self.add(view)
-            fields = named(worker) | ({"market": market} if market else {})
-            actions += [Record("worker_requested", fields), RequestWorker(worker, avoid, must, market)]
+            requested = WorkerRequested(*worker, market=market or ABSENT)
+            actions += [requested, RequestWorker(worker, avoid, must, market)]
         return actions
 
     def add(self, view: V) -> None:
@@ -264,7 +273,7 @@ class Roster(Generic[V]):
         self._coming[WorkerState.REQUESTED] -= 1
         self._coming[WorkerState.STARTING] += 1
         self._demand.placed()
-        return [Record("worker_placed", {**named(event.worker), "node": event.node})]
+        return [WorkerPlaced(*event.worker, node=event.node)]
 
     def ready(
         self, view: V, node: str, pid: int, now: float, *, lateness_s: float, facts: dict[str, Any]
@@ -273,8 +282,8 @@ class Roster(Generic[V]):
         self._coming[view.state] -= 1
         view.state, view.node, view.last_heard, view.lateness_s = WorkerState.IDLE, node, now, lateness_s
         self._start_failures = 0
-        fields = {"node": node, "pid": pid, "start_seconds": round(now - view.requested_at, 3)} | facts
-        return [Record("worker_ready", {**named(view.worker), **fields})]
+        start_s = round(now - view.requested_at, 3)
+        return [WorkerReady(*view.worker, node=node, pid=pid, start_seconds=start_s, **facts)]
 
     def start_failed(self, detail: str, now: float) -> str | None:
         """A worker did not live to be ready: the next is asked for after a pause. What to give up with, when too many
@@ -319,15 +328,12 @@ class Roster(Generic[V]):
     def release(self, view: V, reason: str) -> list[ProcessAction]:
         """Lets go of a worker that is not needed."""
         self.remove(view)
-        return [
-            ReleaseWorker(view.worker, reason),
-            Record("worker_released", {**named(view.worker), "reason": reason}),
-        ]
+        return [ReleaseWorker(view.worker, reason), WorkerReleased(*view.worker, reason=reason)]
 
     def kill(self, view: V, reason: str) -> list[ProcessAction]:
         """Ends a worker that cannot be trusted any more; what it may still say is not listened to."""
         self.remove(view)
-        return [KillWorker(view.worker, reason), Record("worker_killed", {**named(view.worker), "reason": reason})]
+        return [KillWorker(view.worker, reason), WorkerKilled(*view.worker, reason=reason)]
 
     def remove(self, view: V) -> None:
         """It is gone."""
@@ -351,15 +357,9 @@ class Roster(Generic[V]):
         self._demand.skip_gap(gap_s)
 
 
-def death_record(view: ProcessView, event: Died) -> Record:
-    return Record(
-        "worker_died",
-        {**named(view.worker), "node": view.node, "node_lost": event.node_lost, "detail": event.detail},
-    )
+def death_of(view: ProcessView, event: Died) -> WorkerDied:
+    return WorkerDied(*view.worker, node=view.node, node_lost=event.node_lost, detail=event.detail)
 
 
-def notice_record(view: ProcessView, event: DrainNotice) -> Record:
-    return Record(
-        "drain_notice",
-        {**named(view.worker), "node": view.node, "reason": event.reason, "deadline": event.deadline},
-    )
+def notice_of(view: ProcessView, event: DrainNotice) -> DrainNoticed:
+    return DrainNoticed(*view.worker, node=view.node, reason=event.reason, deadline=event.deadline)

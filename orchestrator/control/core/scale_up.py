@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from monitoring.events import Recovered
 from orchestrator.control.core.config import ScalingRules
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import ProcessView
 
 GROWTH_SHARE = 0.05
@@ -34,8 +34,8 @@ class ScaleUpBackoff:
     def learn(self, actions: Iterable[object], now: float) -> None:
         """What it cost when workers joined."""
         for action in actions:
-            if isinstance(action, Record) and action.kind == "recovery" and action.fields["kind"] == "grow":
-                self._grown_at, self._cost_s = now, action.fields["pause_seconds"]
+            if isinstance(action, Recovered) and action.incident == "grow":
+                self._grown_at, self._cost_s = now, action.pause_seconds
 
     def lost(self, view: ProcessView, now: float) -> None:
         """A member is gone, or must go. Those that go together flap once."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from monitoring.events import CheckpointDelayed, ResizeRequested, StopRequested
 from monitoring.skew import Window
 from orchestrator.control.core import detection
 from orchestrator.control.core.detection import Failure
@@ -24,14 +25,13 @@ from orchestrator.control.core.protocol import (
     GiveWay,
     NodesStarting,
     Placed,
-    Record,
     ReleaseWorker,
     Resize,
     Start,
     Stop,
     Tick,
 )
-from orchestrator.control.core.roster import Roster, death_record, notice_record
+from orchestrator.control.core.roster import Roster, death_of, notice_of
 from orchestrator.control.core.scale_up import ScaleUpBackoff
 from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training import failures
@@ -232,7 +232,7 @@ class Controller:
             case SaveRequested():
                 self._run.save_soon()
             case SaveDelayed():
-                self._out.append(Record("checkpoint_delayed", {"committed": event.committed}))
+                self._out.append(CheckpointDelayed(committed=event.committed))
             case SaveBegun() | PartSaved() | CheckpointSaved():
                 self._saving(event, now)
                 self._life.review_saves(now)
@@ -309,7 +309,7 @@ class Controller:
         view = self._roster.living(event.worker)
         if view is None:
             return
-        self._out.append(death_record(view, event))
+        self._out.append(death_of(view, event))
         if event.node_lost and view.node:
             found = detection.node_lost(view, self._roster.alive(), self._run.membership.members, self._life.is_missed)
         else:
@@ -325,7 +325,7 @@ class Controller:
 
     def _notice(self, event: DrainNotice, now: float) -> None:
         for view in self._roster.notice(event):
-            self._out.append(notice_record(view, event))
+            self._out.append(notice_of(view, event))
             if view.worker in self._run.membership.inside:
                 cause = f"worker {view.worker.slot} must leave: {event.reason}"
                 self._out += self._record.incident("drain", cause, now, view)
@@ -342,7 +342,7 @@ class Controller:
         wanted = self.config.within_limits(event.workers)
         if wanted == self.target:
             return
-        self._out.append(Record("resize_requested", {"from": self.target, "to": wanted}))
+        self._out.append(ResizeRequested(from_=self.target, to=wanted))
         self._run.target = wanted
         self._run.scale_up.asked_to_resize()
         self._staffing.fill(now)
@@ -350,7 +350,7 @@ class Controller:
 
     def _stop(self, event: Stop, now: float) -> None:
         if self._run.stop is None:
-            self._out.append(Record("stop_requested", {"reason": event.reason}))
+            self._out.append(StopRequested(reason=event.reason))
             self._life.end_early(event.reason, now)
             self._life.conclude(now)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.control.core.protocol import Record
+from monitoring.events import ABSENT, GenerationFormed
 from orchestrator.control.training import policy
 from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.state import Origin, all_of, pick_holders
@@ -120,33 +120,29 @@ def make_generation(
     )
 
 
-def generation_record(generation: Generation, origin: Origin, num_idle: int, steps_lost: int) -> Record:
+def formed(generation: Generation, origin: Origin, num_idle: int, steps_lost: int) -> GenerationFormed:
     """What the event log says of a generation; `steps_lost` is how far it begins before the end of the record."""
     layout = generation.layout
     described: dict[str, Any] = dict(layout.describe())
     if layout.pipeline > 1:
         described["stages"] = [[start, stop] for start, stop in layout.parts]
-    fields: dict[str, Any] = {
-        "generation": generation.number,
-        "start_step": generation.committed,
-        "cause": generation.cause,
-        "workers": [
+    return GenerationFormed(
+        generation=generation.number,
+        start_step=generation.committed,
+        cause=generation.cause,
+        workers=[
             {"worker": m.worker.slot, "incarnation": m.worker.incarnation, "node": m.node, "pid": m.pid}
             for m in generation.members
         ],
-        "layout": described,
-        "dealt": [len(held) for held in layout.assignment],
-        "restore": generation.restore,
-        "source": origin.source(steps_lost),
-        "steps_lost": steps_lost,
-    }
-    if num_idle:
-        fields["idle"] = num_idle
-    if layout.spares and not generation.collect:
-        fields["spares"] = layout.spares
-    if generation.collect:
-        fields["collect"] = True
-    return Record("generation", fields)
+        layout=described,
+        dealt=[len(held) for held in layout.assignment],
+        restore=generation.restore,
+        source=origin.source(steps_lost),
+        steps_lost=steps_lost,
+        idle=num_idle or ABSENT,
+        spares=layout.spares if layout.spares and not generation.collect else ABSENT,
+        collect=True if generation.collect else ABSENT,
+    )
 
 
 def _member(view: WorkerView) -> Member:

@@ -7,6 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from monitoring.events import (
+    DrainNoticed,
+    Evicted,
+    EvictionWithdrawn,
+    FaultInjected,
+    GenerationFormed,
+    IncidentOpened,
+    Recovered,
+    ResizeRequested,
+    RunFinished,
+    StopRequested,
+    WorkerDied,
+    WorkerKilled,
+    WorkerReady,
+    WorkerReleased,
+    WorkerRequested,
+)
 from orchestrator.control.core.incidents import Incident, IncidentBook
 from orchestrator.control.core.workers import PastWorkers, WorkerId
 
@@ -59,41 +76,41 @@ class History:
 
     def _add(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
-            case "worker_requested":
+            case WorkerRequested.kind:
                 slot = event["worker"]
                 self.incarnations[slot] = max(self.incarnations.get(slot, -1), event["incarnation"])
-            case "worker_ready":
+            case WorkerReady.kind:
                 self.warm.add(WorkerId(event["worker"], event["incarnation"]))
-            case "worker_died" | "worker_killed" | "worker_released":
+            case WorkerDied.kind | WorkerKilled.kind | WorkerReleased.kind:
                 worker = WorkerId(event["worker"], event["incarnation"])
                 self.gone.add(worker)
                 self.members.discard(worker)
                 self.warm.discard(worker)
-            case "incident":
+            case IncidentOpened.kind:
                 self.incidents.append(_incident(event))
-            case "generation":
+            case GenerationFormed.kind:
                 self.generation = max(self.generation, event["generation"])
                 self.members = {WorkerId(w["worker"], w["incarnation"]) for w in event["workers"]}
                 self.warm |= self.members
                 book = IncidentBook(self.incidents)
                 book.charge(event["steps_lost"])
                 book.answered(event["generation"], event["source"], event["start_step"])
-            case "recovery":
+            case Recovered.kind:
                 key = (event["incident"], event["worker"], event["at"])
                 self.incidents = [i for i in self.incidents if (i.kind, i.worker and i.worker.slot, i.at) != key]
-            case "fault_injected":
+            case FaultInjected.kind:
                 self.fired_faults.add(event["fault"])
-            case "drain_notice":
+            case DrainNoticed.kind:
                 self.draining[WorkerId(event["worker"], event["incarnation"])] = event["deadline"]
-            case "eviction":
+            case Evicted.kind:
                 self.evicting[WorkerId(event["worker"], event["incarnation"])] = event["node"]
-            case "eviction_withdrawn":
+            case EvictionWithdrawn.kind:
                 self.evicting.pop(WorkerId(event["worker"], event["incarnation"]), None)
-            case "resize_requested":
+            case ResizeRequested.kind:
                 self.target = event["to"]
-            case "stop_requested":
+            case StopRequested.kind:
                 self.stop = event["reason"]
-            case "run_finished":
+            case RunFinished.kind:
                 self.stop = None
                 self.incidents = []
 

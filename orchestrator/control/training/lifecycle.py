@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from monitoring.events import GenerationRunning, Waiting
 from orchestrator.control.core.detection import Failure
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import WorkerState
 from orchestrator.control.training import failures, forming, policy, state
 from orchestrator.control.training.ending import Ending
@@ -266,7 +266,7 @@ class Lifecycle:
         run.membership = Membership.formed(generation, ranks.members, now)
         run.state = RunState.FORMING
         run.out += [
-            forming.generation_record(generation, origin, ranks.num_idle, steps_lost),
+            forming.formed(generation, origin, ranks.num_idle, steps_lost),
             StartGeneration(generation),
         ]
 
@@ -278,7 +278,7 @@ class Lifecycle:
             for view in run.membership.members.values():
                 view.joined_at = None  # All are new, and none has joined the others.
         run.state, run.has_run = RunState.RUNNING, True
-        run.out.append(Record("generation_running", {"generation": run.membership.generation.number}))
+        run.out.append(GenerationRunning(generation=run.membership.generation.number))
         if run.is_collecting:
             return
         run.scale_up.changed(now)
@@ -366,8 +366,7 @@ class Lifecycle:
         self.staffing.fill(now)
         self.try_form(now)
         if run.state is RunState.WAITING:
-            idle = len(run.roster.idle())
-            run.out.append(Record("waiting", {"workers": idle, "needed": run.config.least}))
+            run.out.append(Waiting(workers=len(run.roster.idle()), needed=run.config.least))
 
     def _end_raisers(self, lefts: Iterable[Left]) -> None:
         """Members that raised and might have held state alone: now that all have said what they hold, those go that

@@ -14,9 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from monitoring.events import (
+    ABSENT,
+    Evicted,
+    EvictionWithdrawn,
+    Rebalanced,
+    RebalanceMeasured,
+    Recovered,
+    SkewFound,
+    SkewOver,
+)
 from monitoring.goodput import VOLUNTARY
 from monitoring.skew import Detector, RankAccount, Rating, SkewFinding, Window, Windows
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.protocol import Action
@@ -155,8 +164,8 @@ class Rebalancer:
     def learn(self, actions: Sequence[Action]) -> None:
         """What it costs to change to another generation is known once that was done."""
         for action in actions:
-            if isinstance(action, Record) and action.kind == "recovery" and action.fields["kind"] in VOLUNTARY:
-                self._move_s = action.fields["stall_seconds"]
+            if isinstance(action, Recovered) and action.incident in VOLUNTARY:
+                self._move_s = action.stall_seconds
 
     # ------------------------------------------------------------------------------------ while a generation trains
 
@@ -215,16 +224,15 @@ class Rebalancer:
             assert isinstance(worker, WorkerId)
             self._rates[worker] = rating.rate
         news = self.findings.look(window)
-        actions: list[Action] = [Record("skew_found", _described(finding)) for finding in news.opened]
-        actions += [Record("skew_over", _described(finding)) for finding in news.closed]
+        actions: list[Action] = [SkewFound(**_described(finding)) for finding in news.opened]
+        actions += [SkewOver(**_described(finding)) for finding in news.closed]
         actions += self._measure(window, report, members)
         steps_left = self._total_steps - report.step - 1
         evict, keep_on = self._look_for_hopeless(window, members, report.committed_at) if steps_left else ([], [])
-        actions += [Record("eviction", self._reasons(worker, window, report.committed_at)) for worker in evict]
+        actions += [self._eviction(worker, window, report.committed_at) for worker in evict]
         for worker in keep_on:
             rating = window.workers[worker]
-            fields = {"node": rating.node, "speed": round(rating.speed, 3)}
-            actions.append(Record("eviction_withdrawn", _named(worker) | fields))
+            actions.append(EvictionWithdrawn(*worker, node=rating.node, speed=round(rating.speed, 3)))
         self._rest = max(0, self._rest - 1)
         cut = None
         # Who is about to be replaced is nobody to cut a model for.
@@ -309,23 +317,23 @@ class Rebalancer:
         predicted = (found.now_s - found.then_s) / window.step_seconds
         before = replace(generation.layout, assignment=self.assignment)
         self._change = _Change(found.what, self._number, before, found.layout, predicted, window.step_seconds)
-        fields = {
-            "change": found.what,
-            "deal": self._number,
-            "step": report.step,
-            "from": [len(held) for held in self.assignment],
-            "to": [len(held) for held in found.layout.assignment],
-            "speeds": {str(view.worker.slot): round(window.workers[view.worker].speed, 3) for view in members},
-            "step_seconds": round(window.step_seconds, 4),
-            "predicted_gain": round(predicted, 4),
-        }
+        event = Rebalanced(
+            change=found.what,
+            deal=self._number,
+            step=report.step,
+            from_=[len(held) for held in self.assignment],
+            to=[len(held) for held in found.layout.assignment],
+            speeds={str(view.worker.slot): round(window.workers[view.worker].speed, 3) for view in members},
+            step_seconds=round(window.step_seconds, 4),
+            predicted_gain=round(predicted, 4),
+            stages=[list(part) for part in found.layout.parts] if found.what == "stages" else ABSENT,
+        )
         if found.what == "stages":
-            fields["stages"] = [list(part) for part in found.layout.parts]
-            return [Record("rebalance", fields)]
+            return [event]
         self._deals[self._number] = found.layout.assignment
         workers = tuple(member.worker for member in generation.members)
         order = Deal(workers, report.generation, self._number, found.layout.assignment)
-        return [Record("rebalance", fields), order]
+        return [event, order]
 
     def _measure(self, window: Window, report: StepReport, members: Sequence[WorkerView]) -> list[Action]:
         """Two windows after a change it is seen what it brought. One that brought little is no reason to try the next
@@ -352,13 +360,15 @@ class Rebalancer:
         self._patience = 1 if saved >= change.predicted_gain / 2 else min(MAX_PATIENCE, 2 * self._patience)
         self._rest = self._patience
         return [
-            Record(
-                "rebalance_measured",
-                {"change": change.what, "deal": change.number, "step": report.step,
-                 "predicted_gain": round(change.predicted_gain, 4), "work_gain": round(saved, 4),
-                 "measured_gain": round(1 - after_s / change.before_s, 4)},
+            RebalanceMeasured(
+                change=change.what,
+                deal=change.number,
+                step=report.step,
+                predicted_gain=round(change.predicted_gain, 4),
+                work_gain=round(saved, 4),
+                measured_gain=round(1 - after_s / change.before_s, 4),
             )
-        ]  # fmt: skip
+        ]
 
     def _work_s(self, layout: ParallelLayout, rates: Sequence[float], members: Sequence[WorkerView]) -> float:
         """Seconds of work in a step of a layout, with ranks of these rates."""
@@ -397,14 +407,15 @@ class Rebalancer:
         fastest = min(tried.values())
         return {worker: fastest / seconds for worker, seconds in tried.items()}
 
-    def _reasons(self, worker: WorkerId, window: Window, now: float) -> dict[str, Any]:
+    def _eviction(self, worker: WorkerId, window: Window, now: float) -> Evicted:
         rating: Rating = window.workers[worker]
-        return _named(worker) | {
-            "node": rating.node,
-            "speed": round(rating.speed, 3),
-            "own_speed": round(rating.own_speed, 3),
-            "seconds": round(now - self._slow_since[worker], 1),
-        }
+        return Evicted(
+            *worker,
+            node=rating.node,
+            speed=round(rating.speed, 3),
+            own_speed=round(rating.own_speed, 3),
+            seconds=round(now - self._slow_since[worker], 1),
+        )
 
 
 def alike(rates: Sequence[float], tolerance: float) -> list[float]:
@@ -438,10 +449,6 @@ def _rates_of(window: Window, members: Sequence[WorkerView]) -> list[float]:
     """By rank; empty when somebody was not seen at work."""
     ratings = [window.workers.get(view.worker) for view in members]
     return [rating.rate for rating in ratings if rating is not None] if all(ratings) else []
-
-
-def _named(worker: WorkerId) -> dict[str, Any]:
-    return {"worker": worker.slot, "incarnation": worker.incarnation}
 
 
 def _described(finding: SkewFinding) -> dict[str, Any]:

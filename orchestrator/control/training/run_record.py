@@ -5,8 +5,9 @@ Others write it down; what is added to it comes back as actions that say so.
 
 from __future__ import annotations
 
+from monitoring.events import FaultInjected
 from orchestrator.control.core.incidents import Incident, IncidentBook, StepFailures
-from orchestrator.control.core.protocol import FaultFired, Record
+from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.training.history import History
 from orchestrator.control.training.protocol import Action, Rollback, StepCommitted
 from orchestrator.control.training.views import ControllerConfig, Progress, WorkerView
@@ -82,4 +83,4 @@ class RunRecord:
     def fault_fired(self, event: FaultFired) -> list[Action]:
         self.fired_faults.add(event.index)
         slot = None if event.worker is None else event.worker.slot
-        return [Record("fault_injected", {"fault": event.index, "worker": slot, "at": event.at})]
+        return [FaultInjected(fault=event.index, worker=slot, at=event.at)]

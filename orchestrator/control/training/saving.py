@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from monitoring.events import ABSENT, CheckpointComplete, CheckpointFailed, CheckpointInvalid
 from orchestrator.checkpoint.names import Save
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.control.training.protocol import Action
 from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan
@@ -155,20 +155,25 @@ class Saving:
     def saved(self, event: CheckpointSaved, now: float) -> list[Action]:
         """A worker has completed a checkpoint, or could not."""
         attempt = self._attempts.pop(event.save, None)
-        fields = {"committed": event.save.committed, "path": event.path}
+        committed = event.save.committed
         if event.error:
-            self._last(event.save.committed).refused(event.error, now)
-            actions: list[Action] = [Record("checkpoint_failed", fields | {"error": event.error})]
-            return [DiscardCheckpoint(event.worker, event.save), *actions]
-        if event.save.committed in self.checkpoints:
+            self._last(committed).refused(event.error, now)
+            failed = CheckpointFailed(committed=committed, path=event.path, error=event.error)
+            return [DiscardCheckpoint(event.worker, event.save), failed]
+        if committed in self.checkpoints:
             return []
-        self.checkpoints[event.save.committed] = event.path
-        fields |= {"bytes": event.num_bytes, "seconds": round(event.seconds, 3)}
-        if attempt is not None:
-            fields["seconds"] = round(attempt.seconds + event.seconds, 3)
-            fields["blocked_seconds"] = round(attempt.blocked_s, 4)
-            fields["writers"] = len(attempt.plan.writers)
-        return [Record("checkpoint_saved", fields)]
+        self.checkpoints[committed] = event.path
+        writing_s = 0.0 if attempt is None else attempt.seconds
+        return [
+            CheckpointComplete(
+                committed=committed,
+                path=event.path,
+                bytes=event.num_bytes,
+                seconds=round(writing_s + event.seconds, 3),
+                blocked_seconds=ABSENT if attempt is None else round(attempt.blocked_s, 4),
+                writers=ABSENT if attempt is None else len(attempt.plan.writers),
+            )
+        ]
 
     def review(self, hands: Collection[WorkerId], alive: Collection[WorkerId], now: float) -> list[Action]:
         """Goes on with every attempt whose writers have all spoken or are no more; `hands` can be given work."""
@@ -195,7 +200,7 @@ class Saving:
                 self._last(save.committed).refused(why, now)
             if hand is not None:
                 actions.append(DiscardCheckpoint(hand, save))
-            actions.append(Record("checkpoint_failed", {"committed": save.committed, "error": why}))
+            actions.append(CheckpointFailed(committed=save.committed, error=why))
         return actions
 
     def give_up(self, committed: int, now: float, patience_s: float) -> list[Action]:
@@ -206,7 +211,7 @@ class Saving:
                 del self._attempts[save]
                 error = f"it was not complete after {patience_s:.0f} s"
                 self._last(committed).refused(error, now)
-                actions.append(Record("checkpoint_failed", {"committed": committed, "error": error}))
+                actions.append(CheckpointFailed(committed=committed, error=error))
         return actions
 
     def skip_gap(self, gap_s: float) -> None:
@@ -222,4 +227,4 @@ class Saving:
         steps = [step for step, known in self.checkpoints.items() if known == path]
         for step in steps:
             del self.checkpoints[step]
-        return [] if not steps else [Record("checkpoint_invalid", {"path": path, "reason": reason})]
+        return [] if not steps else [CheckpointInvalid(path=path, reason=reason)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from monitoring.events import GaveWay, GivesWayNoMore
 from orchestrator.control.core.machine import WantsRoom
-from orchestrator.control.core.protocol import Record
 from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training import policy, state
 from orchestrator.control.training.run import Run
@@ -55,11 +55,11 @@ class Staffing:
             return
         if to and not self.gives_way_to:
             gone = run.roster.alive()
-            run.out.append(Record("gave_way", {"to": to, "workers": [view.worker.slot for view in gone]}))
+            run.out.append(GaveWay(to=to, workers=[view.worker.slot for view in gone]))
             for view in gone:
                 run.out += run.roster.release(view, "another run has the room first")
         elif not to and self.gives_way_to:
-            run.out.append(Record("gives_way_no_more", {"to": self.gives_way_to}))
+            run.out.append(GivesWayNoMore(to=self.gives_way_to))
         self.gives_way_to = to
         self.fill(now)
 

@@ -13,7 +13,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from orchestrator.control.core.protocol import Record
+from monitoring.events import StateRefused
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.control.training.views import Progress, WorkerView
 from strategies.layout.statemap import NOTHING, Spans, cut_up, subtract, union
@@ -175,7 +175,7 @@ def pick_holders(wanted: Spans, held: Mapping[WorkerId, Spans], candidates: Iter
     return picked
 
 
-def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[Record]:
+def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[StateRefused]:
     """A state of more steps than are on record is not used, or those steps would never be on it.
 
     Workers keep the reports of steps that are not on record, so this takes a predecessor that rolled back and died
@@ -185,11 +185,5 @@ def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[Record]
     for view in idle:
         if view.committed > recorded and view.held:
             view.held, view.prepared = NOTHING, False
-            records.append(
-                Record(
-                    "state_refused",
-                    {"worker": view.worker.slot, "incarnation": view.worker.incarnation,
-                     "committed": view.committed, "recorded": recorded},
-                )
-            )  # fmt: skip
+            records.append(StateRefused(*view.worker, committed=view.committed, recorded=recorded))
     return records

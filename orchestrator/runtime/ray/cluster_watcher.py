@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from monitoring.events import ABSENT, RequestAnswered, RunEvent
 from orchestrator.control.core.machine import Machine
 from orchestrator.control.core.protocol import GiveWay, NodesStarting, Placed, Resize, Stop
 from orchestrator.control.core.workers import WorkerId
@@ -41,7 +42,7 @@ class ClusterWatcher:
         lease: Lease,
         *,
         tell: Callable[[Any], None],
-        record: Callable[[str, dict[str, Any]], None],
+        record: Callable[[RunEvent], None],
         event_of: Callable[[Mapping[str, Any]], Any],
         is_ephemeral: bool,
     ) -> None:
@@ -124,10 +125,10 @@ class ClusterWatcher:
         """Those from the command line, in the run directory. Apart from `look`, which asks a cluster that may not
         answer."""
         for request in self._directory.take_requests():
-            answer = {"id": request["id"], "request": request["kind"]}
+            error = ""
             if request.get("error"):
                 log.warning("in control/: %s", request["error"])
-                answer["error"] = request["error"]
+                error = request["error"]
             elif request["kind"] == "resize":
                 self._tell(Resize(request["workers"]))
             elif request["kind"] == "stop":
@@ -135,5 +136,5 @@ class ClusterWatcher:
             elif (event := self._event_of(request)) is not None:
                 self._tell(event)
             else:
-                answer["error"] = f"unknown request {request['kind']!r}"
-            self._record("request_answered", answer)
+                error = f"unknown request {request['kind']!r}"
+            self._record(RequestAnswered(id=request["id"], request=request["kind"], error=error or ABSENT))

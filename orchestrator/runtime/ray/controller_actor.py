@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import ray
 
 from monitoring.clock import Reading
+from monitoring.events import ControllerBegan, RunEvent, Shortage, StartFailed
 from monitoring.redaction import redact
 from orchestrator.control.core.orders import Leave, Order
 from orchestrator.control.core.protocol import (
@@ -33,7 +34,6 @@ from orchestrator.control.core.protocol import (
     Finish,
     KillWorker,
     Placed,
-    Record,
     ReleaseWorker,
     RequestWorker,
     Start,
@@ -127,9 +127,15 @@ class ControllerActor:
             self._directory, job, self._machine, self._processes.handles, self._lease, tell=self._tell,
             record=self._executor.record, event_of=self._executor.event_of, is_ephemeral=spec["ephemeral"],
         )  # fmt: skip
-        self._executor.record("controller", {"epoch": self._lease.term, "pid": os.getpid(),
-                                             "session": spec["session"], "node": node,
-                                             "own_cluster": spec["own_cluster"]})  # fmt: skip
+        self._executor.record(
+            ControllerBegan(
+                epoch=self._lease.term,
+                pid=os.getpid(),
+                session=spec["session"],
+                node=node,
+                own_cluster=spec["own_cluster"],
+            )
+        )
         # Where this process is, which on a cluster need not be where the driver is.
         host = "127.0.0.1" if spec["own_cluster"] else ray.util.get_node_ip_address()
         self._executor.open(host, self._targets())
@@ -191,8 +197,7 @@ class ControllerActor:
 
     async def start_failed(self, worker: WorkerId, detail: str, fatal: bool) -> None:
         """A worker could not be built; with `fatal` no other could either."""
-        fields = {"worker": worker.slot, "detail": detail}
-        await asyncio.to_thread(self._executor.record, "start_failed", fields)
+        await asyncio.to_thread(self._executor.record, StartFailed(worker=worker.slot, detail=detail))
         self._processes.start_failed(worker, detail)
         if fatal:
             self._tell(Abort(detail))
@@ -283,8 +288,8 @@ class ControllerActor:
         executor, processes = self._executor, self._processes
         executor.narrate(action)
         match action:
-            case Record():
-                executor.record(action.kind, action.fields)
+            case RunEvent():
+                executor.record(action)
             case RequestWorker():
                 processes.request(action, executor.worker_spec(), Need.of(self._job, action.market))
             case TellShortage():
@@ -308,9 +313,8 @@ class ControllerActor:
             reason = why_no_room(Need.of(self._job, action.market))
         except Exception as error:
             reason = f"the cluster cannot be asked why: {type(error).__name__}: {error}"
-        fields = {"workers": [worker.slot for worker in action.workers],
-                  "waited_seconds": round(action.waited_s, 1), "reason": reason}  # fmt: skip
-        self._executor.record("shortage", fields)
+        slots = [worker.slot for worker in action.workers]
+        self._executor.record(Shortage(workers=slots, waited_seconds=round(action.waited_s, 1), reason=reason))
 
     def _send(self, order: Order) -> None:
         self._mailboxes.send(order)

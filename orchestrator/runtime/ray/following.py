@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from monitoring.clock import RunClock
+from monitoring.events import Recovered, RunFinished
 from monitoring.goodput import read_ledger
 from monitoring.records import RecordFile, read_records
 from orchestrator.rundir import RunDirectory, RunDirectoryError
@@ -231,9 +232,8 @@ def cut_short(directory: RunDirectory, reason: str) -> dict[str, Any]:
     result = unfinished_result(directory, "stopped", reason)
     if leave_result(directory, result):
         clock = RunClock(read_records(directory.events))
-        RecordFile(directory.events).append(
-            {**clock.stamp(clock.now()), "kind": "run_finished", "status": "stopped", "reason": reason}
-        )
+        ended = RunFinished(status="stopped", reason=reason)
+        RecordFile(directory.events).append(ended.record(clock.stamp(clock.now())))
     return result
 
 
@@ -260,7 +260,7 @@ def unfinished_result(directory: RunDirectory, status: str, reason: str) -> dict
         "state_digest": None,
         "data_digest": None,
         "generations": [generation_entry(event) for event in events if is_training(event)],
-        "recoveries": [recovery_entry(event) for event in events if event["kind"] == "recovery"],
+        "recoveries": [recovery_entry(event) for event in events if event["kind"] == Recovered.kind],
     }
 
 

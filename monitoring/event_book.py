@@ -7,27 +7,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from monitoring.events import GenerationFormed, RolledBack, RunEvent, RunFinished, StepsCommitted
 from monitoring.goodput import GoodputAccount, read_ledger
 from monitoring.stretches import Stretches, lost, uncovered
 
-Event = dict[str, Any]
+Record = dict[str, Any]
 
-_ENDS_A_STRETCH = frozenset({"generation", "rollback", "run_finished"})
+_ENDS_A_STRETCH = GenerationFormed, RolledBack, RunFinished
 
 
-def _wall_only(now: float) -> Event:
+def _wall_only(now: float) -> Record:
     return {"time": now}
 
 
-class RunEvents:
-    """`events` and `steps` are on record already; every method returns the events to put on record, in order. `stamp`
+class EventBook:
+    """`events` and `steps` are on record already; every method returns the records to write, in order. `stamp`
     makes of a time on the run's line the fields that say when an event was recorded."""
 
     def __init__(
         self,
         events: Iterable[Mapping[str, Any]] = (),
         steps: Iterable[Mapping[str, Any]] = (),
-        stamp: Callable[[float], Event] = _wall_only,
+        stamp: Callable[[float], Record] = _wall_only,
     ) -> None:
         self._stamp = stamp
         past, committed = list(events), list(steps)
@@ -35,25 +36,23 @@ class RunEvents:
         self._stretches = Stretches(max((record["step"] + 1 for record in committed), default=0))
         self._missing = uncovered(past, committed)
 
-    def catch_up(self, now: float) -> list[Event]:
+    def catch_up(self, now: float) -> list[Record]:
         """What a predecessor that was lost had not summed up."""
         missing, self._missing = self._missing, []
-        return [self._enter({**event, **self._stamp(now)}) for event in missing]
+        return [self._enter(StepsCommitted(**stretch), now) for stretch in missing]
 
-    def record(self, kind: str, fields: Mapping[str, Any], now: float) -> list[Event]:
-        """Something happened."""
-        before = self._flush(now) if kind in _ENDS_A_STRETCH else []
-        return [*before, self._enter({**self._stamp(now), "kind": kind, **fields})]
+    def record(self, event: RunEvent, now: float) -> list[Record]:
+        """Something happened. Its own record is the last."""
+        before = self._flush(now) if isinstance(event, _ENDS_A_STRETCH) else []
+        return [*before, self._enter(event, now)]
 
-    def step(self, record: Mapping[str, Any], now: float) -> list[Event]:
+    def step(self, record: Mapping[str, Any], now: float) -> list[Record]:
         """A step was committed."""
-        return [
-            self._enter({**self._stamp(now), "kind": "steps", **stretch}) for stretch in self._stretches.add(record)
-        ]
+        return [self._enter(StepsCommitted(**stretch), now) for stretch in self._stretches.add(record)]
 
-    def roll_back(self, committed: int, records: Iterable[Mapping[str, Any]], now: float) -> list[Event]:
+    def roll_back(self, committed: int, records: Iterable[Mapping[str, Any]], now: float) -> list[Record]:
         """The steps from `committed` on, of those on record, will be run again."""
-        events = self.record("rollback", lost(records, committed), now)
+        events = self.record(RolledBack(**lost(records, committed)), now)
         self._stretches.roll_back(committed)
         return events
 
@@ -65,9 +64,10 @@ class RunEvents:
         """The same in parts, with what is not known yet apart; see `Ledger.settled`."""
         return self.ledger.settled(now, self._stretches.peek())
 
-    def _flush(self, now: float) -> list[Event]:
-        return [self._enter({**self._stamp(now), "kind": "steps", **stretch}) for stretch in self._stretches.flush()]
+    def _flush(self, now: float) -> list[Record]:
+        return [self._enter(StepsCommitted(**stretch), now) for stretch in self._stretches.flush()]
 
-    def _enter(self, event: Event) -> Event:
-        self.ledger.add(event)
-        return event
+    def _enter(self, event: RunEvent, now: float) -> Record:
+        record = event.record(self._stamp(now))
+        self.ledger.add(record)
+        return record
