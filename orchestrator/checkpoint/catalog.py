@@ -27,6 +27,7 @@ from orchestrator.checkpoint.manifest import (
     CheckpointError,
     ChunkEntry,
     Commit,
+    FrozenEntry,
     Manifest,
     Part,
     TensorEntry,
@@ -198,6 +199,7 @@ class Description:
     schedule: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     steps: Sequence[Mapping[str, Any]] = ()
+    frozen: FrozenEntry | None = None
 
 
 class Catalog:
@@ -336,7 +338,7 @@ class Catalog:
             run=self.run, job=description.job, committed=save.committed, updates=updates.pop(), epoch=save.term,
             generation=save.generation, attempt=save.attempt, layout=dict(description.layout),
             data=dict(description.data), randomness=dict(description.randomness), schedule=dict(description.schedule),
-            tensors=dict(description.tensors), files=[part.file for part in lists],
+            tensors=dict(description.tensors), frozen=description.frozen, files=[part.file for part in lists],
             chunks=[chunk for part in lists for chunk in part.chunks],
             encryption=None if cipher is None else cipher.describe(),
             steps=[dict(record) for record in description.steps],

@@ -62,6 +62,14 @@ class TensorEntry(_Entry):
         return math.prod(self.shape)
 
 
+class FrozenEntry(_Entry):
+    """Parameters that the state was trained beside and that are not in the checkpoint, as their source has them:
+    `xxh3_128` is `strategies.model.frozen.FrozenWeights.digest`."""
+
+    xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
+    tensors: dict[str, TensorEntry]
+
+
 class ChunkEntry(_Entry):
     """A rectangle of a tensor, row-major and little-endian, at bytes start <= byte < stop of a file; the digest is that
     of those bytes (with encryption: of the encrypted ones)."""
@@ -131,11 +139,15 @@ class Manifest(_Entry):
     tensors: dict[str, TensorEntry]
     files: list[FileEntry]
     chunks: list[ChunkEntry]
+    frozen: FrozenEntry | None = None
     encryption: dict[str, Any] | None = None
     steps: list[dict[str, Any]] = Field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        return canonical(self.model_dump())
+        fields = self.model_dump()
+        if self.frozen is None:
+            del fields["frozen"]  # as of models that have none it was always written
+        return canonical(fields)
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> Manifest:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from orchestrator.checkpoint.catalog import Catalog, StoredCheckpoint
 from orchestrator.checkpoint.manifest import CheckpointError, ChunkEntry, UnusableCheckpoint
 from orchestrator.checkpoint.tensors import DTYPES, as_tensor, box_of, bytes_of
+from orchestrator.checkpoint.weights import PREFIX, read_tensor
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.training_state import TrainingState
 
@@ -26,8 +29,9 @@ def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> S
         raise StorageFailed(f"{catalog.storage.locate('')} cannot be read: {error}") from error
     there = {name: (entry.dtype, tuple(entry.shape)) for name, entry in found.manifest.tensors.items()}
     here = {name: (DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in state.tensors().items()}
+    frozen = {PREFIX + name for name in state.blueprint.frozen}
     problems = [f"missing {name}" for name in here.keys() - there.keys()]
-    problems += [f"unknown {name}" for name in there.keys() - here.keys()]
+    problems += [f"unknown {name}" for name in there.keys() - here.keys() - frozen]
     problems += [
         f"{name} is {there[name]}, needed {needed}"
         for name, needed in here.items()
@@ -35,7 +39,25 @@ def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> S
     ]
     if problems:
         raise UnusableCheckpoint(f"{found.location} does not fit this model: {'; '.join(sorted(problems)[:20])}")
+    if not _has_same_frozen(found, state):
+        raise UnusableCheckpoint(
+            f"{found.location} was trained beside other frozen parameters than those that the model has now. They are "
+            "not in the checkpoint; restore the directory or the factory that they come from"
+        )
     return found
+
+
+def _has_same_frozen(checkpoint: StoredCheckpoint, state: TrainingState) -> bool:
+    frozen, entry = state.blueprint.frozen, checkpoint.manifest.frozen
+    if entry is not None:
+        return entry.xxh3_128 == frozen.digest
+    # Earlier versions saved them.
+    try:
+        return all(torch.equal(read_tensor(checkpoint, PREFIX + name), tensor.cpu()) for name, tensor in frozen.items())
+    except KeyError:
+        return False
+    except OSError as error:
+        raise StorageFailed(f"{checkpoint.location} cannot be read: {error}") from error
 
 
 def read_checkpoint(checkpoint: StoredCheckpoint, intake: ChunkLoader, on_chunk: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from monitoring.clock import wall_time_of
 from orchestrator.checkpoint.catalog import Catalog, Description
-from orchestrator.checkpoint.manifest import CheckpointError, TensorEntry
+from orchestrator.checkpoint.manifest import CheckpointError, FrozenEntry, TensorEntry
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.parts import ChunkData, write_part
 from orchestrator.checkpoint.tensors import DTYPES, bytes_of
@@ -22,6 +22,7 @@ from orchestrator.job import Job
 from orchestrator.training import build
 from orchestrator.training.messages import CheckpointSaved, PartSaved, SaveBegun, SavePlan, StepReport
 from strategies.layout.statemap import Spans
+from strategies.model.frozen import FrozenWeights
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import TrainingState
 
@@ -92,7 +93,7 @@ class Saver:
         sharing = [number for number, share in enumerate(shares) if share] or [0]
         first = sharing[0] == rank
         if rank in sharing:
-            self._snapshot.take(self._state, shares[rank], constants=first)
+            self._snapshot.take(self._state, shares[rank], buffers=first)
         blocked_s = time.perf_counter() - started
         plan = SavePlan(save, tuple(workers[number] for number in sharing), layout)
         if first:
@@ -216,7 +217,16 @@ class Saver:
                 name: TensorEntry(dtype=DTYPES[dtype], shape=list(shape))
                 for name, (dtype, shape) in self._state.tensors().items()
             },
+            frozen=frozen_entry(self._state.blueprint.frozen),
         )  # fmt: skip
+
+
+def frozen_entry(frozen: FrozenWeights) -> FrozenEntry | None:
+    """As a manifest has them; None where there are none."""
+    if not frozen:
+        return None
+    tensors = {name: TensorEntry(dtype=DTYPES[t.dtype], shape=list(t.shape)) for name, t in frozen.items()}
+    return FrozenEntry(xxh3_128=frozen.digest, tensors=tensors)
 
 
 def _record(report: StepReport) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from strategies.layout.space import Space
+from strategies.model.frozen import FrozenWeights
 from strategies.model.randomness import uninstall
 from strategies.model.stage import PassThrough, Stage
 
@@ -46,9 +47,9 @@ class Activations(NamedTuple):
 class Blueprint:
     """See the module. Takes `model` over: its trained parameters lose their values to `initial`, on the CPU.
 
-    `constants` are frozen parameters and persistent buffers, which all ranks have; of a trial of the model it is known
-    which trained parameters are `unused` and what `caches` it makes for itself. Raises ValueError for models whose
-    buffers change in training, that train nothing, or that cannot be split over `tensor` ranks.
+    `buffers` are its persistent ones, which never change, and `frozen` its frozen parameters. Of a trial of the model
+    it is known which trained parameters are `unused` and what `caches` it makes for itself. Raises ValueError for
+    models whose buffers change in training, that train nothing, or that cannot be split over `tensor` ranks.
 
     More than 15 attributes: they describe one model.
     """
@@ -81,13 +82,18 @@ class Blueprint:
         self._activations: dict[bool, Activations] = {}
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = FrozenWeights({name: p for name, p in model.named_parameters() if not p.requires_grad})
         persistent = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
         self.release(model)
         _move(model, self.device)
-        self.constants = {name: tensor.data for name, tensor in sorted((frozen | persistent).items())}
+        self.buffers = {name: buffer.data for name, buffer in sorted(persistent.items())}
 
     # ------------------------------------------------------------------------------------ what it is made of
+
+    @property
+    def constants(self) -> dict[str, torch.Tensor]:
+        """What training never changes, by name."""
+        return self.buffers | dict(self.frozen)
 
     @property
     def num_layers(self) -> int:
@@ -166,16 +172,20 @@ class Blueprint:
         """The model itself; its trained parameters have no memory until they are bound."""
         return self.model
 
-    def stage(self, run: tuple[int, int] | None) -> nn.Module:
-        """A copy with the blocks start..stop only (None: all). Constants are shared, parameters have no memory.
+    def stage(self, run: tuple[int, int] | None, *, own_frozen: bool = False) -> nn.Module:
+        """A copy with the blocks start..stop only (None: all). Buffers are shared, and so are frozen parameters unless
+        it is to have its own; parameters have no memory.
 
         Takes token ids when it has the embedding, otherwise hidden states; gives logits when it has the head,
         otherwise hidden states.
         """
         shared: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in self.model.buffers()}
         for parameter in self.model.parameters():
-            empty = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
-            shared[id(parameter)] = empty if parameter.requires_grad else parameter
+            if parameter.requires_grad or own_frozen:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                shared[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            else:
+                shared[id(parameter)] = parameter
         module: nn.Module = copy.deepcopy(self.model, shared)  # type: ignore[arg-type]
         for part in module.modules():
             uninstall(part)

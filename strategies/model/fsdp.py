@@ -35,8 +35,10 @@ class ShardedModelPart:
         self.blueprint = blueprint
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
+        self._shards_frozen = fabric.layout.tensor == 1
         self.modules: list[nn.Module] = [
-            blueprint.stage(run) for run in (self.runs if self.runs is not None else [None])
+            blueprint.stage(run, own_frozen=self._shards_frozen)
+            for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
         for module in self.modules:
@@ -48,12 +50,13 @@ class ShardedModelPart:
                 module.may_call_directly = False
             self.groups.append(self._shard(inner, fabric))
             module.train()
+        blueprint.frozen.keep_on(torch.device("cpu") if self._shards_frozen else self.device)
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
-        frozen = {parameter for parameter in inner.parameters() if not parameter.requires_grad}
+        whole = {p for p in inner.parameters() if not (p.requires_grad or self._shards_frozen)}
         for block in (*blocks, inner):
-            fully_shard(block, mesh=fabric.axis("data"), ignored_params=frozen)
+            fully_shard(block, mesh=fabric.axis("data"), ignored_params=whole)
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -65,8 +68,9 @@ class ShardedModelPart:
             group = block._get_fsdp_state()._fsdp_param_group
             if group is None:
                 continue
-            params = group.fsdp_params
-            entries = [(slots[names[id(p.sharded_param)]], p) for p in params if id(p.sharded_param) in names]
+            params = [(names[id(p.sharded_param)], p) for p in group.fsdp_params if id(p.sharded_param) in names]
+            entries = [(slots[name], p) for name, p in params if name in slots]
+            self._read_frozen([(name, p) for name, p in params if name not in slots], fabric.data_group)
             groups.append(_Group(entries, fabric.data_group))
             if fabric.layout.tensor > 1:
                 parts = [slot.name for slot, _ in entries if self.blueprint.is_reduced(slot.name)]
@@ -79,8 +83,15 @@ class ShardedModelPart:
             block.set_reduce_scatter_unused_params(True, recurse=False)
         return groups
 
+    def _read_frozen(self, params: Sequence[tuple[str, Any]], data_group: Groups) -> None:
+        """This rank's rows of frozen parameters, from their source."""
+        with torch.no_grad():
+            for name, parameter in params:
+                rows = self.blueprint.frozen.rows(name, data_group.rank, data_group.world_size)
+                parameter.sharded_param._local_tensor.copy_(rows)
+
     def rows(self) -> Iterator[tuple[Slot, Any, _Group, int]]:
-        """(slot, FSDP2's parameter, its group, where its rows are in the group's slice) of all parameters."""
+        """(slot, FSDP2's parameter, its group, where its rows are in the group's slice) of all trained parameters."""
         for groups in self.groups:
             for group in groups:
                 offset = 0

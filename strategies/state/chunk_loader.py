@@ -15,19 +15,19 @@ from strategies.state.shard import StateShard, name_of
 
 
 class ChunkLoader:
-    """What a rank is to be given: all tensors of some spans of its holdings, and the `constants` of the model.
+    """What a rank is to be given: all tensors of some spans of its holdings, and the persistent `buffers` of the model.
 
     `put` may be called by several threads at once.
     """
 
     def __init__(
-        self, space: Space, holdings: Sequence[StateShard], spans: Spans, constants: Mapping[str, torch.Tensor]
+        self, space: Space, holdings: Sequence[StateShard], spans: Spans, buffers: Mapping[str, torch.Tensor]
     ) -> None:
         self._targets: dict[str, list[tuple[Box, torch.Tensor]]] = {}
         self._lock = threading.Lock()
         self.missing = 0
         """Elements that have not been put yet."""
-        for name, tensor in constants.items():
+        for name, tensor in buffers.items():
             self._expect(f"model.{name}", Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
         for span in spans:
             for holding in holdings:

@@ -31,10 +31,10 @@ class Snapshot:
         self._device = device
         self._memory = torch.empty(0, dtype=torch.float32)
         self._copies: list[tuple[str, Span, torch.Tensor]] = []
-        self._constants: Mapping[str, torch.Tensor] = {}
+        self._buffers: Mapping[str, torch.Tensor] = {}
 
-    def take(self, state: TrainingState, spans: Spans, *, constants: bool) -> None:
-        """Copies all tensors of these spans, which this rank has, and with `constants` what training never changes.
+    def take(self, state: TrainingState, spans: Spans, *, buffers: bool) -> None:
+        """Copies all tensors of these spans, which this rank has, and with `buffers` the persistent ones of the model.
 
         Copies long ranges only; what is where in them is worked out later, behind training. Raises RuntimeError when a
         span is not here.
@@ -56,9 +56,9 @@ class Snapshot:
                 copy.copy_(values, non_blocking=True)
                 self._copies.append((kind, span, copy))
                 at += values.numel()
-            self._constants = {}
-            if constants:
-                self._constants = {name: value.detach().cpu() for name, value in state.blueprint.constants.items()}
+            self._buffers = {}
+            if buffers:
+                self._buffers = {name: value.detach().cpu() for name, value in state.blueprint.buffers.items()}
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
@@ -68,6 +68,6 @@ class Snapshot:
             for piece in pieces_of(self.space, span):
                 first = piece.start - span.start
                 yield Copied(name_of(kind, piece.slot.name), piece.box, copy[first : first + piece.box.numel])
-        for name, value in sorted(self._constants.items()):
+        for name, value in sorted(self._buffers.items()):
             box = Box((0,) * value.dim(), tuple(value.shape))
             yield Copied(f"model.{name}", box, value.contiguous())

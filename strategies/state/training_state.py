@@ -181,7 +181,7 @@ class TrainingState:
             held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
         plan = plan_transfers(held, wanted)
         if read is not None:
-            read(ChunkLoader(self.space, new.holdings, held[rank], self.blueprint.constants))
+            read(ChunkLoader(self.space, new.holdings, held[rank], self.blueprint.buffers))
             sources = new.holdings
         elif self.is_initial and held[rank]:
             self._fill(new.holdings)
@@ -332,7 +332,8 @@ class TrainingState:
         if holdings is None:
             raise RuntimeError("not all of the state is on this rank")
         slots = {slot.name: slot for slot in self.space.slots}
-        sources: dict[str, tuple[str, str]] = {f"model.{name}": ("", name) for name in self.blueprint.constants}
+        constants = self.blueprint.constants
+        sources: dict[str, tuple[str, str]] = {f"model.{name}": ("", name) for name in constants}
         sources |= {name_of(kind, name): (kind, name) for name in slots for kind in self._kinds}
         sources["optimizer.updates"] = ("", "")
         for name, (kind, inner) in sorted(sources.items()):
@@ -341,13 +342,14 @@ class TrainingState:
                 views = [h.kinds()[kind][slot.offset : slot.offset + slot.numel].view(slot.shape) for h in holdings]
                 yield name, self.space.assemble(slot, views)
             elif inner:
-                yield name, self.blueprint.constants[inner]
+                yield name, constants[inner]
             else:
                 yield name, torch.tensor(self.updates, dtype=torch.int64)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """What `named` gives, but for the number of updates: dtype and full shape by name."""
-        found = {f"model.{name}": (tensor.dtype, tensor.shape) for name, tensor in self.blueprint.constants.items()}
+        """What a checkpoint has of what `named` gives: dtype and full shape by name. Not frozen parameters, which have
+        a source of their own."""
+        found = {f"model.{name}": (tensor.dtype, tensor.shape) for name, tensor in self.blueprint.buffers.items()}
         for slot in self.space.slots:
             shape = torch.Size(full_shape(self.space, slot))
             found |= {name_of(kind, slot.name): (torch.float32, shape) for kind in self._kinds}

@@ -44,6 +44,8 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
         return own(dropout)
     if name == "spare":
         return with_spares(dropout)
+    if name == "frozen":
+        return with_frozen(dropout)
     if name == "drifting":
         return drifting()
     return family(name, attention_dropout=dropout)
@@ -59,6 +61,14 @@ def with_spares(dropout: float) -> torch.nn.Module:
         for parameter in place.spare.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     model.model.layers[2].input_layernorm.weight.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def with_frozen(dropout: float) -> torch.nn.Module:
+    """A llama with a frozen embedding, a layer of which nothing is trained, and a frozen matrix beside trained ones."""
+    model: Any = family("llama", attention_dropout=dropout)
+    for part in (model.model.embed_tokens, model.model.layers[0], model.model.layers[1].mlp.down_proj):
+        part.requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
 

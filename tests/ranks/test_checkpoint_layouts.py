@@ -52,7 +52,7 @@ def save_state(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, catal
     """What the workers of one layout do, without a controller."""
     shares = share_out(trained_spans(layout, engine.state.arrangement.shards))
     snapshot = Snapshot(engine.state.space, CPU)
-    snapshot.take(engine.state, shares[fabric.rank], constants=fabric.rank == 0)
+    snapshot.take(engine.state, shares[fabric.rank], buffers=fabric.rank == 0)
     chunks = [
         ChunkData(each.name, DTYPES[each.values.dtype], each.box.offsets, each.box.sizes, bytes_of(each.values))
         for each in snapshot.contents()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ from strategies.layout.placement import Domain
 from strategies.layout.schedule import SCHEDULES
 from strategies.layout.statemap import plan_transfers, whole
 from strategies.state.reshard import WINDOW
+from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import (
     CPU,
     Stretch,
     Trained,
     as_numbers,
+    barrier,
     layout_of,
     make_engine,
     model_of,
@@ -132,6 +135,45 @@ def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_tensor_parall
     split = run_ranks(4, train, stretches, 0.0, 2, "fp32", None, "spare")
     once = run_ranks(2, train, [Stretch(layout_of(tensor=2), 4)], 0.0, 2, "fp32", None, "spare")
     assert as_numbers(split[0]) == as_numbers(once[0])
+
+
+def test_frozen_parameters_are_sharded_and_change_nothing() -> None:
+    layouts = [layout_of(3), layout_of(3, shard="parameters"), layout_of(2, 2, 1, "parameters")]
+    assert_all_give(expected(dropout=0.1, model="frozen"), layouts, dropout=0.1, model="frozen")
+
+
+def test_a_rank_has_its_rows_of_frozen_parameters_and_reads_them_again_in_another_layout() -> None:
+    found = run_ranks(3, frozen_rows, [layout_of(3, shard="parameters"), layout_of(2, shard="parameters")])
+    model = model_of("frozen")
+    embedding = model.get_submodule("model.embed_tokens").weight
+    by_three = [rows[0] for rows in found]
+    assert [len(rows) for rows in by_three] == [len(part) for part in embedding.chunk(3)]
+    assert torch.equal(torch.cat(by_three), embedding)
+    assert torch.equal(torch.cat([rows[1] for rows in found[:2]]), embedding)
+
+
+def frozen_rows(rank: int, address: Endpoint, layouts: Sequence[ParallelLayout]) -> list[torch.Tensor]:
+    """What this rank computes with of the frozen embedding, in each layout that it is in."""
+    engine = make_engine(model="frozen")
+    return [
+        rows_in(engine, Fabric(rank=rank, layout=layout, device=CPU), address)
+        for layout in layouts
+        if rank < layout.world_size
+    ]
+
+
+def rows_in(engine: StepEngine, fabric: Fabric, address: Endpoint) -> torch.Tensor:
+    ranks = fabric.layout.world_size
+    fabric.form(store_address=address, prefix=f"frozen{ranks}", host=HOST, timeout_s=20.0)
+    held = [whole(engine.state.space.size, engine.state.space.tensor)] * ranks
+    nodes = [Domain("", str(each)) for each in range(ranks)]
+    engine.state.adopt_layout(fabric.layout, fabric, held, nodes, 2, 0, lambda: barrier(fabric))
+    part = engine.state.arrangement.part
+    assert part is not None
+    weight: Any = part.modules[0].get_parameter("model.embed_tokens.weight")
+    rows: torch.Tensor = weight.to_local().clone()
+    fabric.drop()
+    return rows
 
 
 def spares_after(rank: int, address: Endpoint, stretch: Stretch) -> dict[str, torch.Tensor]:

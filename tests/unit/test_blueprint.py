@@ -95,7 +95,7 @@ def test_stages_share_what_is_constant_and_have_no_parameters_of_others() -> Non
     blueprint = state_of(own()).blueprint
     first, last = blueprint.stage((0, 3)), blueprint.stage((3, 6))
     memory = {stage.get_buffer("module.scale").data_ptr() for stage in (first, last)}
-    assert memory == {blueprint.constants["scale"].data_ptr()}
+    assert memory == {blueprint.buffers["scale"].data_ptr()}
     assert not any(name.startswith(("module.head", "module.blocks.2")) for name, _ in first.named_parameters())
     assert not any(name.startswith(("module.embedding", "module.blocks.1")) for name, _ in last.named_parameters())
     assert isinstance(first.get_submodule("module.head"), PassThrough)

@@ -227,7 +227,7 @@ def test_those_that_are_let_go_hand_over_what_nobody_else_has() -> None:
     assert ([m.worker for m in generation.members], generation.layout.spares) == ([W0, W1], 0)
     assert not of(Pause, stage.join()), "that was the last change"
     stage.train(1)
-    assert [r["kind"] for r in stage.recorded("recovery")] == ["shrink"]
+    assert [r["incident"] for r in stage.recorded("recovery")] == ["shrink"]
 
 
 def test_where_all_hold_everything_at_most_two_hand_over() -> None:
@@ -270,7 +270,7 @@ def test_a_member_lost_while_the_state_is_collected() -> None:
     stage.leave(W2, "complete", 3)
     the(Finalize, stage.leave(W1, "complete", 3, held=WHOLE))
     the(Finish, stage.tell(Finalized(W1, "sha256:a")))
-    assert [(r["kind"], r["worker"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("kill", 0, 0)]
+    assert [(r["incident"], r["worker"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("kill", 0, 0)]
 
 
 def test_the_collected_state_lost_with_its_worker_is_collected_again() -> None:

@@ -78,7 +78,7 @@ def test_parameters_become_aligned_views_and_keep_their_values() -> None:
         assert torch.equal(parameter, plain[slot.name])
     weights.zero_()
     assert all(not p.any() for name, p in model.named_parameters() if name != "frozen")
-    assert set(state.blueprint.constants) == {"frozen", "scale"}
+    assert (list(state.blueprint.frozen), list(state.blueprint.buffers)) == (["frozen"], ["scale"])
 
 
 def test_gradients_are_accumulated_in_the_buffer_given() -> None:
@@ -160,7 +160,7 @@ def test_a_saved_state_continues_as_if_it_had_not_been_saved(name: str) -> None:
     kept = saved(first)
     assert list(kept) == sorted(kept)
     second = make(spec=spec, seed=99)
-    second.blueprint.constants["scale"].fill_(7.0)
+    second.blueprint.buffers["scale"].fill_(7.0)
     assert state_digest(second) != state_digest(first)
     load(second, kept)
     assert second.updates == 1

@@ -1,0 +1,106 @@
+"""Frozen parameters: not in checkpoints, known by a digest, shared out by rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.checkpoint.catalog import Catalog, Description
+from orchestrator.checkpoint.manifest import MANIFEST, TensorEntry, UnusableCheckpoint
+from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.parts import write_part
+from orchestrator.checkpoint.tensors import DTYPES
+from orchestrator.training.restoring import open_checkpoint
+from strategies.model.frozen import FrozenWeights
+from strategies.state.training_state import TrainingState
+from tests.unit.checkpoints_in_tests import catalog_in, chunks_of
+from tests.unit.states_in_tests import save_state
+from tests.unit.tiny_model import make, random_gradient, settle, update
+
+
+def settled() -> TrainingState:
+    """After one update."""
+    state = make()
+    settle(state)
+    update(state, random_gradient(state, 0))
+    return state
+
+
+def frozen(**tensors: torch.Tensor) -> FrozenWeights:
+    return FrozenWeights({name: torch.nn.Parameter(each, requires_grad=False) for name, each in tensors.items()})
+
+
+def test_the_digest_tells_names_types_shapes_and_values() -> None:
+    found = {
+        frozen(a=torch.zeros(6)).digest,
+        frozen(b=torch.zeros(6)).digest,
+        frozen(a=torch.zeros(2, 3)).digest,
+        frozen(a=torch.zeros(6, dtype=torch.int32)).digest,
+        frozen(a=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -0.0])).digest,
+        frozen(a=torch.zeros(6), b=torch.zeros(0)).digest,
+    }
+    assert len(found) == 6
+    assert frozen(a=torch.zeros(6).as_strided((6,), (1,))).digest in found
+
+
+def test_the_digest_is_taken_anew_when_asked_to() -> None:
+    weights = frozen(a=torch.zeros(3))
+    before = weights.digest
+    weights["a"][0] = 1.0
+    assert weights.digest == before
+    weights.read_again()
+    assert weights.digest != before
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_rows_are_shared_out_as_torch_chunks_them(count: int) -> None:
+    tensor = torch.arange(14.0).view(7, 2)
+    weights = frozen(a=tensor)
+    parts = [weights.rows("a", index, count) for index in range(count)]
+    assert torch.equal(torch.cat(parts), tensor)
+    assert max(map(len, parts)) == -(-7 // count)
+
+
+def test_a_checkpoint_names_them_and_does_not_have_them(tmp_path: Path) -> None:
+    state = settled()
+    catalog = catalog_in(tmp_path)
+    save_state(state, catalog, Save(1, 1, 0))
+    manifest = catalog.open(1).manifest
+    assert "model.frozen" not in manifest.tensors
+    assert "model.scale" in manifest.tensors
+    assert manifest.frozen is not None
+    assert manifest.frozen.xxh3_128 == state.blueprint.frozen.digest
+    assert manifest.frozen.tensors == {"frozen": TensorEntry(dtype="F32", shape=[3])}
+    assert open_checkpoint(catalog, 1, settled()).manifest == manifest
+
+
+def test_a_checkpoint_beside_other_frozen_parameters_is_refused(tmp_path: Path) -> None:
+    catalog = catalog_in(tmp_path)
+    save_state(settled(), catalog, Save(1, 1, 0))
+    changed = make()
+    changed.blueprint.frozen["frozen"][0] += 1.0
+    with pytest.raises(UnusableCheckpoint, match=r"other frozen parameters .* not in the checkpoint"):
+        open_checkpoint(catalog, 1, changed)
+
+
+def test_earlier_versions_saved_them_and_these_checkpoints_are_read(tmp_path: Path) -> None:
+    state = settled()
+    catalog = catalog_in(tmp_path)
+    save_as_before(catalog, {name: tensor for name, tensor in state.named() if name != "optimizer.updates"})
+    raw = json.loads(catalog.storage.read(f"{Save(1, 1, 0).directory}/{MANIFEST}"))
+    assert "frozen" not in raw
+    assert "model.frozen" in open_checkpoint(catalog, 1, settled()).manifest.tensors
+    changed = make()
+    changed.blueprint.frozen["frozen"][0] += 1.0
+    with pytest.raises(UnusableCheckpoint, match="other frozen parameters"):
+        open_checkpoint(catalog, 1, changed)
+
+
+def save_as_before(catalog: Catalog, values: dict[str, torch.Tensor]) -> None:
+    save = Save(1, 1, 0)
+    _, part = write_part(catalog.storage, save, 0, 1, chunks_of(values, 0, 1), None)
+    entries = {name: TensorEntry(dtype=DTYPES[t.dtype], shape=list(t.shape)) for name, t in values.items()}
+    catalog.commit(save, {0: part}, Description("sha256:0", {}, {}, {}, {}, entries))
