@@ -6,6 +6,8 @@ Names are looked up when they are first asked for: some are in modules that take
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed._functional_collectives import all_reduce as all_reduce
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+    from torch.optim import Optimizer
 
 PRIVATE = {
     "Store": "torch._C._distributed_c10d",
@@ -34,6 +37,33 @@ def __getattr__(name: str) -> Any:
     module, _, inner = PRIVATE[name].partition(":")
     found = globals()[name] = getattr(import_module(module), inner or name)
     return found
+
+
+def build_optimizer(make: Callable[[], Optimizer]) -> Optimizer:
+    """What `make` returns. Torch wraps methods of optimizers so that its compiler leaves them alone, and imports the
+    compiler, which takes a second or two, to tell it so; here it is told beforehand that there is nothing to do."""
+    import torch
+
+    for name in WRAPPED_FOR_THE_COMPILER:
+        method = getattr(torch.optim.Optimizer, name).__wrapped__
+        method.__dict__.setdefault(_COMPILER_IS_TOLD, method)
+    return make()
+
+
+def step(optimizer: Optimizer) -> None:
+    """`optimizer.step()`; of torch's own optimizers without what surrounds it for the compiler, which would be imported
+    for that, and for the profiler."""
+    import torch
+
+    if type(optimizer).__module__.startswith("torch.optim."):
+        with torch.no_grad():
+            inspect.unwrap(type(optimizer).step)(optimizer)
+    else:
+        optimizer.step()
+
+
+WRAPPED_FOR_THE_COMPILER = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+_COMPILER_IS_TOLD = "__dynamo_disable"
 
 
 def name_groups(mesh: Any, names: list[Any]) -> None:

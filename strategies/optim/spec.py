@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from strategies.compat import build_optimizer
 from strategies.optim.adamw import ADAMW
 from strategies.optim.optimizer import MOMENT_BYTES, Optimizer, Settings
 from strategies.optim.sgd import SGD
@@ -40,4 +41,4 @@ class OptimizerSpec(Settings):
             for tensors, decay in ((decayed, self.weight_decay), (undecayed, 0.0))
             if tensors
         ]
-        return self.kind.build(groups, self)
+        return build_optimizer(lambda: self.kind.build(groups, self))

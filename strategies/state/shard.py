@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from strategies.compat import step
 from strategies.layout.space import FlatRanges
 from strategies.layout.statemap import Span, Spans, union
 from strategies.optim.spec import OptimizerSpec
@@ -94,7 +95,7 @@ class StateShard:
             self._optimizer = self._bind()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        step(self._optimizer)
 
     def _bind(self) -> torch.optim.Optimizer:
         boundary = self.strip.boundary

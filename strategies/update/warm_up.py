@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from strategies.compat import step
 from strategies.gradient.compute import LocalGradients
 from strategies.update.engine import StepEngine
 
@@ -16,10 +17,12 @@ def warm_up(engine: StepEngine, *, keep: bool) -> None:
     rank computes with the whole model. See `LocalGradients.warm_up`, also for what it raises.
 
     A model that tensor parallelism splits is warmed up by its first step: alone, a rank cannot compute it. An optimizer
-    is made, too: with its first one torch imports a second or more of modules, which no step should wait for.
+    makes an update, too: whatever it imports with its first one, no step should wait for.
     """
     state = engine.state
-    state.spec.build([torch.nn.Parameter(torch.zeros(1, device=state.device))], [])
+    parameter = torch.nn.Parameter(torch.zeros(1, device=state.device))
+    parameter.grad = torch.zeros_like(parameter)
+    step(state.spec.build([parameter], []))
     if state.space.tensor > 1:
         return
     part = state.whole_part()

@@ -42,6 +42,44 @@ def test_torchs_have_the_shape_that_is_used() -> None:
         assert hasattr(of_torch.Store, method), method
 
 
+def test_torchs_optimizers_are_wrapped_as_they_were_when_that_was_worked_around() -> None:
+    import torch
+
+    for name in of_torch.WRAPPED_FOR_THE_COMPILER:
+        assert hasattr(getattr(torch.optim.Optimizer, name), "__wrapped__"), name
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        assert parameters(inspect.unwrap(kind.step)) == ["closure"]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_a_step_without_what_surrounds_it_is_the_step(kind: str) -> None:
+    import torch
+
+    found = []
+    for way in (of_torch.step, lambda optimizer: optimizer.step()):
+        parameter = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 7))
+        optimizer = of_torch.build_optimizer(lambda p=parameter: getattr(torch.optim, kind)([p], lr=0.1, fused=True))
+        for factor in (1.0, -0.3):
+            parameter.grad = factor * torch.arange(7.0)
+            way(optimizer)
+        found.append(parameter.detach())
+    assert torch.equal(*found)
+
+
+def test_an_optimizer_of_somebody_elses_makes_its_own_step() -> None:
+    import torch
+
+    class Counted(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:
+            self.steps += 1
+
+    optimizer = Counted([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    of_torch.step(optimizer)
+    assert optimizer.steps == 1
+
+
 def test_rays_have_the_shape_that_is_used() -> None:
     inner = importlib.import_module("ray._raylet").InnerGcsClient
     for method in ("get_all_node_info", "get_cluster_status"):
