@@ -10,8 +10,8 @@ from torch import nn
 
 LAYERS = 4
 VOCABULARY = 70
-BYTES = 257
-"""The vocabulary of the tokenizer `bytes`."""
+BYTES = 258
+"""The vocabulary of the tokenizer `bytes`, and one, so that two ranks can share it."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 8},

@@ -89,17 +89,20 @@ class Story:
     is_loaded: bool
     """Two more processes compute for all they are worth beside it."""
     steps: int = STEPS
+    settings: tuple[str, ...] = ()
+    """Overrides beside those of the layout; of the undisturbed run, too."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
         workers = f"elastic.workers={{min: {self.layout.smallest}, max: {self.workers}}}"
-        return (workers, *self._length, *self.layout.numerics, *self.layout.others)
+        return (workers, *self.settings, *self._length, *self.layout.numerics, *self.layout.others)
 
     @property
     def undisturbed(self) -> tuple[str, ...]:
         """The overrides of a run with the same numbers to which nothing happens, by the fewest workers."""
         fewest = self.layout.smallest
-        return (f"elastic.workers={{min: {fewest}, max: {fewest}}}", *self._length, *self.layout.numerics)
+        workers = f"elastic.workers={{min: {fewest}, max: {fewest}}}"
+        return (workers, *self.settings, *self._length, *self.layout.numerics)
 
     @property
     def _length(self) -> tuple[str, ...]:

@@ -183,11 +183,11 @@ def test_a_node_lost_and_a_node_drained(
     cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path
 ) -> None:
     run = start("losses")
-    with run.going(*LEISURELY, "elastic.workers={min: 1, max: 3}") as driver:
-        run.until_size(3, driver)
+    with run.going(*LEISURELY, "elastic.workers={min: 1, max: 2}") as driver:
+        run.until_size(2, driver)
         run.until_step(run.steps() + 10, driver)
         lost_at = cloud.lose(run.nodes_of(1))
-        run.until(lambda: run.events("recovery") and run.sizes()[-1] == 3 and len(run.sizes()) >= 3,
+        run.until(lambda: run.events("recovery") and run.sizes()[-1] == 2 and len(run.sizes()) >= 3,
                   "another node in place of the lost", driver)  # fmt: skip
         (incident,) = [event for event in run.events("incident") if event["incident"] == "node"]
         assert incident["time"] - lost_at < 10.0, "before Ray itself notices, which takes it 12 s and more"
@@ -198,7 +198,7 @@ def test_a_node_lost_and_a_node_drained(
         run.until(lambda: any(event["incident"] == "drain" for event in run.events("recovery")), "the drain", driver)
         left = next(event for event in run.events("recovery") if event["incident"] == "drain")
         assert left["time"] - asked_at < 60.0, "it does not wait for the deadline of two minutes"
-        run.until_size(3, driver)
+        run.until_size(2, driver)
         assert node not in {member["node"] for member in run.events("generation")[-1]["workers"]}
         cloud_has = cloud.raylets()
         run.until(lambda: node not in cloud.raylets(), f"the end of the drained node: {cloud_has}", driver)

@@ -1,4 +1,5 @@
-"""Spot-like churn: every few seconds a node is lost or must leave, and the autoscaler brings others."""
+"""Spot-like churn: every few seconds a node is lost or must leave, and the autoscaler brings others. The short form of
+it, one node that is lost and one that drains, is in test_autoscaler."""
 
 from __future__ import annotations
 
@@ -12,10 +13,8 @@ import pytest
 
 from tests.cluster.fake_cloud import FakeCloud, node_type
 from tests.cluster.test_autoscaler import LEISURELY, Run, assert_same
-from tests.selection import nightly
 
 LONG_S = float(os.environ.get("ORCHESTRATOR_CHURN_SECONDS", "300"))
-"""At night."""
 
 
 @pytest.fixture
@@ -28,7 +27,8 @@ def cloud() -> Iterator[FakeCloud]:
         cloud.remove()
 
 
-@pytest.mark.parametrize(("seconds", "every_s"), [(24.0, 12.0), *nightly([(LONG_S, 20.0)])])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("seconds", "every_s"), [(24.0, 12.0), (LONG_S, 20.0)])
 def test_churn_changes_no_bit(cloud: FakeCloud, tmp_path: Path, cache: Path, seconds: float, every_s: float) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

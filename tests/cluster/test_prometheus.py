@@ -20,13 +20,17 @@ from monitoring.goodput import REASONS
 from monitoring.records import read_records
 from monitoring.series import RANK_SERIES, RUN_SERIES
 from tests.cluster.command_line import CommandLine
-from tests.cluster.conftest import TINY_GPT, wait_for
+from tests.cluster.conftest import wait_for
 from tests.in_process import orchestrator
 from tests.prometheus_tools import Prometheus, running_prometheus
 
 ROOT = Path(__file__).parents[2]
 DID_NOT_HAPPEN = {NO_PEAK, "Every run answers."}
 """Of all that may leave a panel empty, what is so here: the run below has incidents, resizes and checkpoints."""
+
+
+LEISURELY = "model={factory: 'tests.small_models:leisurely', args: {seconds: 0.01}}"
+"""Training that leaves the processors to those who watch it."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
         command.job.write_text((ROOT / "examples" / "quickstart.yaml").read_text())
         process = command.start(
             "--set", f"monitoring.targets={targets}", "--set", "train.steps=100000", "--set", "elastic.workers.max=3",
-            "--set", "data.sequence_length=128", "--set", TINY_GPT, "--fault", "step=20,worker=1,kind=kill",
+            "--set", LEISURELY, "--fault", "step=20,worker=1,kind=kill",
             "--fault", "step=30,worker=2,kind=hang", "--fault", "step=40,kind=controller", "--json",
         )  # fmt: skip
         try:

@@ -11,8 +11,13 @@ from orchestrator.rundir import RunDirectory
 from tests.cluster.conftest import LLAMA, Outcome, Runner, steps_done, wait_for
 from tests.cluster.test_faults import assert_nothing_lost, assert_same_result
 
-SHORT = (LLAMA, "train.steps=8", "train.global_batch=8", "checkpoint.every_steps=3")
-"""A step of tensor-parallel groups takes some hundred collectives."""
+SHORT = (
+    "model={factory: 'tests.small_models:leisurely', args: {seconds: 0}}",
+    "train.steps=8",
+    "train.global_batch=8",
+    "checkpoint.every_steps=3",
+)
+"""A step of tensor-parallel groups takes some hundred collectives. A model of a factory is imported faster."""
 
 
 @pytest.mark.nightly
@@ -38,8 +43,8 @@ def test_sharded_parameters_with_a_killed_controller(runner: Runner, undisturbed
 
 
 def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(runner: Runner) -> None:
-    split = (*SHORT, "strategy.tensor=2", "elastic.workers.min=2", "elastic.workers.max=4")
-    calm = runner(*split)
+    split = (*SHORT, "strategy.tensor=2", "elastic.workers.min=2")
+    calm = runner(*split, "elastic.workers.max=2")
     assert calm.result.status == "finished", calm.result.reason
     bundles: dict[str, dict[str, int]] = {}
 

@@ -28,7 +28,6 @@ SECRET = b"the ranks of one test know this."
 _PRELOAD = (
     "numpy",
     "torch",
-    "torch._dynamo",
     "torch.distributed",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
