@@ -153,11 +153,6 @@ def whole(size: int, tensor: int) -> Spans:
     return union(Span(coordinate, 0, size) for coordinate in range(tensor))
 
 
-def num_elements(spans: Spans) -> int:
-    starts, stops = spans.bounds
-    return int((stops - starts).sum())
-
-
 @dataclass(frozen=True)
 class CutSpans:
     """What groups of spans have, cut wherever one of them begins or ends: a piece is in a group as a whole or not at

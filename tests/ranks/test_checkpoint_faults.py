@@ -230,7 +230,7 @@ def test_checkpoints_by_time(run: Run, undisturbed: Outcome, tmp_path: Path) -> 
     outcome = run(
         overrides=["elastic.workers.max=2", "checkpoint.every_seconds=0.2"],
         holds={
-            1: lambda cluster: cluster.controller.is_saving_soon,
+            1: lambda cluster: cluster.controller._run.saving.is_due,
             7: lambda cluster: bool(cluster.controller.checkpoints),
         },
     )

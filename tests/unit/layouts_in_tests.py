@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.choose import LayoutChooser
+from strategies.layout.statemap import Spans
 
 
 def _block(name: str, parameters: int) -> Block:
@@ -27,3 +28,8 @@ def layouts(
     return LayoutChooser(
         tensor, pipeline, shard, "1f1b", virtual_workers, micro_batches=4, max_workers=max_workers
     )  # fmt: skip
+
+
+def num_elements(spans: Spans) -> int:
+    starts, stops = spans.bounds
+    return int((stops - starts).sum())

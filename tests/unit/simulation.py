@@ -425,7 +425,7 @@ class Worker:
 
     def save_if_due(self, room: Room, step: int) -> None:
         world, every = self.world, self.world.checkpoint_every
-        last = self.committed == world.config.total_steps and world.config.checkpointing
+        last = self.committed == world.config.total_steps
         is_due = last or step in room.saving or bool(every and self.committed % every == 0)
         saves, tells = self.protocol.saves(is_due=is_due, is_busy=step in room.busy, is_last=last)
         first = room.members[0] is self
@@ -742,7 +742,7 @@ class World:
             case Finish(status, reason, digest):
                 self.outcome = Outcome(status, reason, digest, self.now)
                 self.events += self.book.record(RunFinished(status=status, reason=reason), self.now)
-                if status == "finished" and self.config.checkpointing:
+                if status == "finished":
                     failed = any(record["kind"] == "checkpoint_failed" for record in self.records)
                     assert failed or self.config.total_steps in controller.checkpoints, "the end was not saved"
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.layout.space import FlatRanges, Space
-from strategies.layout.statemap import NOTHING, Span, Spans, num_elements, share_out, subtract, union, whole
+from strategies.layout.statemap import NOTHING, Span, Spans, share_out, subtract, union, whole
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import Box, full_shape, pieces_of, slot_pieces
 from strategies.state.shard import StateShard, name_of
+from tests.unit.layouts_in_tests import num_elements
 
 SPEC = OptimizerSpec()
 CPU = torch.device("cpu")

@@ -158,6 +158,14 @@ class Stage:
         assert self.controller.state is RunState.RUNNING
         return self
 
+    def save(self, order: SaveState | None = None) -> list[Action]:
+        """The state that the run ends with is saved, by those of the last order that live."""
+        save, workers = (order := order or of(SaveState, self.told)[-1]).save, order.workers
+        for rank, worker in enumerate(workers):
+            self.tell(PartSaved(worker, SavePlan(save, workers), rank, f"part {rank}"), 0.01)
+        commit = of(CommitCheckpoint, self.told)[-1]
+        return self.tell(CheckpointSaved(commit.worker, save, f"c{save.committed}"), 0.01)
+
     def report(self, step: int) -> StepReport:
         return StepReport(step, self.generation.number, 2.0, 1.0, 0.1, 64, f"s{step}", False, self.now, 1.0)
 
@@ -410,7 +418,7 @@ def test_all_dead_goes_back_to_the_newest_checkpoint() -> None:
 
 
 def test_without_a_checkpoint_all_is_replayed() -> None:
-    stage = Stage(max_workers=1, checkpointing=False).running(W0)
+    stage = Stage(max_workers=1).running(W0)
     stage.train(7)
     stage.tell(Died(W0, "SIGKILL"))
     decided = stage.ready(WorkerId(0, 1))
@@ -422,7 +430,7 @@ def test_without_a_checkpoint_all_is_replayed() -> None:
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
-    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
+    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1)
     stage = Stage(Controller(config, History(committed=10), {5: "c5", 10: "c10"}))
     stage.tell(Start())
     assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
@@ -472,7 +480,7 @@ def test_a_step_whose_data_cannot_be_read_fails_the_run_in_the_end() -> None:
 def test_a_half_received_state_is_no_state() -> None:
     """The last holder dies while it sends its state to a new worker; without a checkpoint that one makes the state of
     step 0 again."""
-    stage = Stage(max_workers=2, checkpointing=False).running(W0)
+    stage = Stage(max_workers=2).running(W0)
     stage.train(5)
     stage.ready(W1)
     the(StartGeneration, stage.leave(W0, "pause"))
@@ -869,13 +877,14 @@ def test_the_end_compares_what_all_hold() -> None:
     ask = the(Finalize, stage.leave_all("complete", 3))
     assert ask.workers == (W0, W1)
     assert not of(Finish, stage.tell(Finalized(W0, "sha256:a")))
+    assert not of(Finish, stage.save())
     finish = the(Finish, stage.tell(Finalized(W1, "sha256:a")))
     assert (finish.status, finish.digest) == ("finished", "sha256:a")
     assert stage.tell(Tick()) == []
 
 
 def test_the_end_is_saved_by_all_that_have_it() -> None:
-    stage = Stage(total_steps=3, max_workers=2, checkpointing=True).running(W0, W1)
+    stage = Stage(total_steps=3, max_workers=2).running(W0, W1)
     stage.train(3)
     order = the(SaveState, stage.leave_all("complete", 3))
     assert order == SaveState((W0, W1), Save(3, 0, 0, attempt=1))
@@ -890,7 +899,7 @@ def test_the_end_is_saved_by_all_that_have_it() -> None:
 
 
 def test_what_was_saved_at_the_last_step_boundary_is_not_saved_again() -> None:
-    stage = Stage(total_steps=3, max_workers=2, checkpointing=True).running(W0, W1)
+    stage = Stage(total_steps=3, max_workers=2).running(W0, W1)
     stage.train(3)
     plan = SavePlan(Save(3, 0, 0), (W0, W1))
     stage.tell(SaveBegun(W0, plan))
@@ -903,7 +912,7 @@ def test_what_was_saved_at_the_last_step_boundary_is_not_saved_again() -> None:
 
 
 def test_who_dies_at_the_end_is_saved_for_by_the_others() -> None:
-    stage = Stage(total_steps=3, max_workers=2, checkpointing=True).running(W0, W1)
+    stage = Stage(total_steps=3, max_workers=2).running(W0, W1)
     stage.train(3)
     first = the(SaveState, stage.leave_all("complete", 3)).save
     stage.tell(PartSaved(W1, SavePlan(first, (W0, W1)), 1, "b"))
@@ -921,7 +930,7 @@ def refuse(stage: Stage, save: Save) -> list[Action]:
 
 def unsaved(**changes: Any) -> tuple[Stage, Save]:
     """A run at its end, which worker 0 holds, and whose storage is full."""
-    stage = Stage(total_steps=3, max_workers=1, checkpointing=True, final_patience_s=50.0, **changes).running(W0)
+    stage = Stage(total_steps=3, max_workers=1, final_patience_s=50.0, **changes).running(W0)
     stage.train(3)
     save = the(SaveState, stage.leave_all("complete", 3)).save
     stage.tell(Finalized(W0, "sha256:a"))
@@ -961,7 +970,7 @@ def test_an_end_that_is_never_saved_is_a_failure_and_says_what_there_is() -> Non
 
 @pytest.mark.parametrize(("checkpoints", "start", "source"), [({2: "c2"}, 2, "checkpoint"), ({}, 0, "initial")])
 def test_a_run_whose_end_was_not_saved_is_gone_on_with(checkpoints: dict[int, str], start: int, source: str) -> None:
-    config = ControllerConfig(total_steps=3, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
+    config = ControllerConfig(total_steps=3, chooser=layouts(), min_workers=1, max_workers=1)
     stage = Stage(Controller(config, History(committed=3), checkpoints))
     stage.tell(Start())
     decided = stage.ready(W0)
@@ -979,7 +988,7 @@ def test_a_run_whose_end_was_not_saved_is_gone_on_with(checkpoints: dict[int, st
 
 def test_steps_that_only_a_part_of_a_checkpoint_tells_of_are_on_record_before_it_is_used() -> None:
     """All workers may be lost before the next heartbeat."""
-    stage = Stage(max_workers=1, checkpointing=True).running(W0)
+    stage = Stage(max_workers=1).running(W0)
     stage.train(2)
     plan = SavePlan(Save(4, 0, 0), (W0,))
     reports = tuple(stage.report(step) for step in (2, 3))
@@ -998,7 +1007,7 @@ def test_who_stops_a_run_that_tries_to_save_its_end_need_not_wait() -> None:
 
 
 def test_a_stop_whose_state_is_not_saved_is_a_failure_too() -> None:
-    stage = Stage(total_steps=9, max_workers=1, checkpointing=True, final_patience_s=0.0).running(W0)
+    stage = Stage(total_steps=9, max_workers=1, final_patience_s=0.0).running(W0)
     stage.train(3)
     stage.tell(Stop("enough"))
     save = the(SaveState, stage.leave_all("pause", 3)).save
@@ -1011,7 +1020,7 @@ def test_a_stop_whose_state_is_not_saved_is_a_failure_too() -> None:
 
 
 def test_a_checkpoint_that_is_asked_for_is_made_at_the_next_step_boundary() -> None:
-    stage = Stage(max_workers=2, checkpointing=True).running(W0, W1)
+    stage = Stage(max_workers=2).running(W0, W1)
     assert the(RequestSave, stage.tell(SaveRequested())) == RequestSave((W0, W1), 0)
     assert not of(RequestSave, stage.tell(SaveRequested()) + stage.wait(2.0, W0, W1)), "they are told once"
     plan = SavePlan(Save(1, 0, 0), (W0, W1))
@@ -1026,7 +1035,7 @@ def test_a_checkpoint_that_is_asked_for_is_made_at_the_next_step_boundary() -> N
 
 @pytest.mark.parametrize("why", ["a stop", "a drain notice", "time"])
 def test_there_are_reasons_to_save(why: str) -> None:
-    stage = Stage(max_workers=2, checkpointing=True, save_every_s=30.0).running(W0, W1)
+    stage = Stage(max_workers=2, save_every_s=30.0).running(W0, W1)
     match why:
         case "a stop":
             decided = stage.tell(Stop("enough"))
@@ -1040,7 +1049,7 @@ def test_there_are_reasons_to_save(why: str) -> None:
 
 
 def test_a_draining_worker_stays_until_it_has_written_its_part() -> None:
-    stage = Stage(max_workers=2, checkpointing=True).running(W0, W1, W2)
+    stage = Stage(max_workers=2).running(W0, W1, W2)
     stage.tell(DrainNotice((W0,), "spot", stage.now + 60.0))
     stage.train(1)
     plan = SavePlan(Save(1, 0, 0), (W0, W1))
@@ -1053,7 +1062,7 @@ def test_a_draining_worker_stays_until_it_has_written_its_part() -> None:
 
 
 def test_a_storage_that_cannot_be_read_does_not_condemn_the_checkpoint() -> None:
-    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
+    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1)
     stage = Stage(Controller(config, History(committed=10), {10: "c10"}))
     stage.tell(Start())
     assert the(StartGeneration, stage.ready(W0)).generation.restore == "c10"
@@ -1067,7 +1076,7 @@ def test_a_storage_that_cannot_be_read_does_not_condemn_the_checkpoint() -> None
 
 
 def test_a_checkpoint_that_is_not_for_this_job_is_for_a_person_to_sort_out() -> None:
-    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1, checkpointing=True)
+    config = ControllerConfig(total_steps=100, chooser=layouts(), min_workers=1, max_workers=1)
     stage = Stage(Controller(config, History(committed=10), {10: "c10", 5: "c5"}))
     stage.tell(Start())
     stage.ready(W0)
@@ -1091,6 +1100,7 @@ def test_states_that_differ_fail_the_run() -> None:
     stage.train(3)
     stage.leave_all("complete", 3)
     stage.tell(Finalized(W0, "sha256:a"))
+    stage.save()
     finish = the(Finish, stage.tell(Finalized(W1, "sha256:b")))
     assert finish.status == "failed"
     assert "sha256:a" in finish.reason
@@ -1102,6 +1112,7 @@ def test_one_of_those_asked_for_the_end_fails(how: str) -> None:
     stage = Stage(total_steps=3, max_workers=2, finalize_timeout_s=20.0).running(W0, W1)
     stage.train(3)
     stage.leave_all("complete", 3)
+    stage.save()
     decided = stage.tell(Finalized(W1, "sha256:a"))
     match how:
         case "dies":
@@ -1125,7 +1136,8 @@ def test_all_of_those_asked_for_the_end_die() -> None:
     stage.join()
     stage.train(1)
     stage.leave_all("complete", 3)
-    the(Finish, stage.tell(Finalized(WorkerId(0, 1), "sha256:a")))
+    stage.tell(Finalized(WorkerId(0, 1), "sha256:a"))
+    the(Finish, stage.save())
     assert [(r["incident"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("kill", 1)]
 
 
@@ -1151,8 +1163,8 @@ def test_a_stop_is_heard_whatever_goes_on(when: str) -> None:
     elif when == "settling":
         decided = stage.leave(W0, "peer")
     for worker in the(Finalize, decided).workers:
-        decided = stage.tell(Finalized(worker, "sha256:a"))
-    finish = the(Finish, decided)
+        stage.tell(Finalized(worker, "sha256:a"))
+    finish = the(Finish, stage.save())
     assert (finish.status, finish.reason, finish.digest) == ("stopped", "asked by the user", "sha256:a")
 
 
@@ -1175,7 +1187,8 @@ def test_a_stop_rolls_forward_over_what_is_on_record() -> None:
     generation = the(StartGeneration, stage.tell(Died(W0, "SIGKILL"))).generation
     assert (generation.collect, generation.committed, generation.roll_forward, generation.norm) == (True, 3, (0,), 1.0)
     assert the(Finalize, stage.leave(W1, "complete")).workers == (W1,)
-    finish = the(Finish, stage.tell(Finalized(W1, "sha256:a")))
+    stage.tell(Finalized(W1, "sha256:a"))
+    finish = the(Finish, stage.save())
     assert (finish.status, finish.digest) == ("stopped", "sha256:a")
 
 
@@ -1333,7 +1346,8 @@ def test_take_over_at_the_end() -> None:
     decided = after.tell(TakeOver(tuple(status_of(stage, w, left="complete") for w in (W0, W1))))
     assert the(Finalize, decided).workers == (W0, W1)
     after.tell(Finalized(W0, "sha256:a"))
-    assert the(Finish, after.tell(Finalized(W1, "sha256:a"))).status == "finished"
+    after.tell(Finalized(W1, "sha256:a"))
+    assert the(Finish, after.save()).status == "finished"
 
 
 def test_take_over_keeps_what_users_and_the_cluster_asked_for() -> None:
@@ -1406,7 +1420,7 @@ def test_take_over_ends_whom_the_record_says_it_gave_up() -> None:
 
 
 def test_take_over_knows_a_half_received_state() -> None:
-    stage = Stage(max_workers=2, checkpointing=False).running(W0)
+    stage = Stage(max_workers=2).running(W0)
     stage.train(5)
     stage.ready(W1)
     stage.leave(W0, "pause")
@@ -1421,9 +1435,9 @@ def test_take_over_knows_a_half_received_state() -> None:
 
 def test_a_state_that_is_ahead_of_the_record_is_not_used() -> None:
     """Or its steps would never be on record (the predecessor went back and died before it had ended this worker)."""
-    stage = Stage(max_workers=1, checkpointing=False).running(W0)
+    stage = Stage(max_workers=1).running(W0)
     stage.train(3)
-    after = successor(Stage(max_workers=1, checkpointing=False).running(W0))
+    after = successor(Stage(max_workers=1).running(W0))
     after.tell(TakeOver((status_of(stage, W0, left="peer"),)))
     assert after.recorded("state_refused")[0]["committed"] == 3
     generation = the(StartGeneration, after.told).generation
@@ -1500,7 +1514,7 @@ def test_a_heartbeat_costs_the_same_among_many() -> None:
 
 
 def test_a_controller_lost_while_a_checkpoint_is_made_is_told_what_was_written() -> None:
-    stage = Stage(max_workers=3, checkpointing=True).running(W0, W1, W2)
+    stage = Stage(max_workers=3).running(W0, W1, W2)
     stage.train(2)
     plan = SavePlan(Save(2, 0, 0), (W0, W1, W2), {"data": 3})
     stage.tell(SaveBegun(W0, plan))
@@ -1515,18 +1529,18 @@ def test_a_controller_lost_while_a_checkpoint_is_made_is_told_what_was_written()
 
 
 def test_a_controller_lost_with_a_writer_has_the_rest_discarded() -> None:
-    stage = Stage(max_workers=2, checkpointing=True).running(W0, W1)
+    stage = Stage(max_workers=2).running(W0, W1)
     stage.train(2)
     plan = SavePlan(Save(2, 0, 0), (W0, W1), {"data": 2})
     stage.tell(SaveBegun(W0, plan))
     after = successor(stage)
     told = after.tell(TakeOver((status_of(stage, W0, part=PartSaved(W0, plan, 0, "a")),)))
     assert the(DiscardCheckpoint, told) == DiscardCheckpoint(W0, plan.save)
-    assert after.controller.is_saving_soon
+    assert after.controller._run.saving.is_due
 
 
 def test_what_was_complete_before_the_controller_was_lost_is_left_alone() -> None:
-    stage = Stage(max_workers=1, checkpointing=True).running(W0)
+    stage = Stage(max_workers=1).running(W0)
     stage.train(2)
     plan = SavePlan(Save(2, 0, 0), (W0,))
     stage.tell(SaveBegun(W0, plan))

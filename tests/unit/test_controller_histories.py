@@ -34,13 +34,13 @@ def make_world(seed: int) -> World:
     least = random.randint(1, 3)
     most = random.randint(max(least, tensor * pipeline), 6 if tensor * pipeline == 1 else 8)
     virtual_workers = most + random.choice([0, 0, 2, 5])
+    saves = random.random() < 0.7
     world.config = ControllerConfig(
         total_steps=random.choice([4, 8, 12, 20, 40, 80]),
         chooser=layouts(virtual_workers, tensor, pipeline, shard),
         min_workers=least,
         max_workers=most,
         standby=random.choice([0, 0, 1, 2]),
-        checkpointing=random.random() < 0.7,
         progress_timeout_s=random.choice([6.0, 15.0]),
         start_timeout_s=20.0,
         finalize_timeout_s=5.0,
@@ -51,7 +51,7 @@ def make_world(seed: int) -> World:
     while places > 0:
         world.nodes.append(Node(f"node-{len(world.nodes)}", min(places, random.randint(1, 3))))
         places -= world.nodes[-1].places
-    world.checkpoint_every = random.choice([2, 3, 5]) if world.config.checkpointing else 0
+    world.checkpoint_every = random.choice([2, 3, 5]) if saves else 0
     world.step_s = random.choice([0.2, 0.5, 1.0])
     world.transfer_s = random.choice([0.05, 0.3, 1.0])
     world.slow_news = random.choice([0.0, 0.0, 0.1, 0.4])

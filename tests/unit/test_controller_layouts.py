@@ -253,7 +253,8 @@ def test_the_end_of_a_sharded_run_collects_its_state() -> None:
     stage.join()
     assert not of(Finalize, stage.leave(W1, "complete", 3))
     assert the(Finalize, stage.leave(W0, "complete", 3, held=WHOLE)).workers == (W0,)
-    finish = the(Finish, stage.tell(Finalized(W0, "sha256:a")))
+    stage.tell(Finalized(W0, "sha256:a"))
+    finish = the(Finish, stage.save())
     assert (finish.status, finish.digest) == ("finished", "sha256:a")
     assert not stage.recorded("recovery")
     assert stage.recorded("generation")[-1]["collect"]
@@ -269,7 +270,8 @@ def test_a_member_lost_while_the_state_is_collected() -> None:
     assert (generation.collect, [m.worker for m in generation.members]) == (True, [W1, W2])
     stage.leave(W2, "complete", 3)
     the(Finalize, stage.leave(W1, "complete", 3, held=WHOLE))
-    the(Finish, stage.tell(Finalized(W1, "sha256:a")))
+    stage.tell(Finalized(W1, "sha256:a"))
+    the(Finish, stage.save())
     assert [(r["incident"], r["worker"], r["steps_lost"]) for r in stage.recorded("recovery")] == [("kill", 0, 0)]
 
 
@@ -313,7 +315,8 @@ def test_a_stopped_sharded_run_collects_its_state() -> None:
     assert not of(Pause, stage.join())
     stage.leave(W1, "complete")
     the(Finalize, stage.leave(W0, "complete", held=WHOLE))
-    finish = the(Finish, stage.tell(Finalized(W0, "sha256:a")))
+    stage.tell(Finalized(W0, "sha256:a"))
+    finish = the(Finish, stage.save())
     assert (finish.status, finish.digest) == ("stopped", "sha256:a")
 
 

@@ -162,7 +162,7 @@ def test_a_run_gives_all_its_places_back_and_asks_again_when_nobody_is_before_it
 
 
 def test_a_run_that_holds_state_keeps_its_places() -> None:
-    stage = Stage(min_workers=2, max_workers=2, checkpointing=False, scaling=ScalingRules(shortage_after_s=5.0))
+    stage = Stage(min_workers=2, max_workers=2, scaling=ScalingRules(shortage_after_s=5.0))
     stage.running(W0, W1).train(3)
     stage.tell(Died(W1, "SIGKILL"))
     stage.leave(W0, "peer")

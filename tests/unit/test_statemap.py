@@ -18,12 +18,12 @@ from strategies.layout.statemap import (
     Transfer,
     cut_up,
     intersect,
-    num_elements,
     plan_transfers,
     subtract,
     union,
     whole,
 )
+from tests.unit.layouts_in_tests import num_elements
 
 quick = settings(deadline=None, print_blob=True, max_examples=200)
 Element = tuple[int, int]

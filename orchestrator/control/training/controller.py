@@ -147,11 +147,6 @@ class Controller:
         return self._run.saving.checkpoints
 
     @property
-    def is_saving_soon(self) -> bool:
-        """Whether a checkpoint is due at the next step boundary."""
-        return self._run.saving.is_due
-
-    @property
     def is_saving(self) -> bool:
         """Whether a checkpoint is under way."""
         return bool(self._run.saving.writing())

@@ -54,7 +54,7 @@ class Ending:
         """The state that the run ends with is saved by those that have it, unless it was at its last step boundary."""
         run = self._run
         asked = run.finalization
-        if not run.config.checkpointing or asked is None or not (writers := tuple(asked.living())):
+        if asked is None or not (writers := tuple(asked.living())):
             return
         if now - asked.since > run.config.final_patience_s:
             run.saving.try_no_more(asked.committed)
@@ -66,7 +66,7 @@ class Ending:
     def _may_yet_be_saved(self, committed: int) -> bool:
         """Whether a checkpoint of the final state is under way, or is tried again: the workers hold it meanwhile."""
         run = self._run
-        if not run.config.checkpointing or committed in run.saving.checkpoints:
+        if committed in run.saving.checkpoints:
             return False
         return run.saving.is_saving(committed) or not run.saving.has_given_up(committed)
 
@@ -76,7 +76,7 @@ class Ending:
         is_early = run.stop is not None and run.record.progress.committed < run.config.total_steps
         status, reason = ("stopped", run.stop or "") if is_early else ("finished", "all steps committed")
         saved = run.saving.checkpoints
-        if run.config.checkpointing and committed not in saved:
+        if committed not in saved:
             newest = f"the newest checkpoint is of {max(saved)} steps" if saved else "there is no checkpoint"
             reason = (
                 f"{reason}, but the state of {committed} steps could not be saved: "

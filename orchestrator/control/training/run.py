@@ -61,9 +61,8 @@ class Run:
 
     def save_soon(self) -> None:
         """There is reason to save at the next step boundary."""
-        if self.config.checkpointing:
-            self.saving.is_due = True
-            self.order_save()
+        self.saving.is_due = True
+        self.order_save()
 
     def order_save(self) -> None:
         """Tells the members of the generation that a save is due, once."""

@@ -89,7 +89,6 @@ class ControllerConfig(PoolConfig):
 
     total_steps: int
     chooser: Chooser
-    checkpointing: bool = False
     save_every_s: float | None = None
     progress_timeout_s: float = 60.0
     interrupt_timeout_s: float = 3.0
@@ -108,7 +107,6 @@ class ControllerConfig(PoolConfig):
             min_workers=elastic.workers.min,
             max_workers=elastic.workers.max,
             standby=elastic.standby,
-            checkpointing=True,
             save_every_s=job.checkpoint.every_seconds,
             heartbeat_timeout_s=elastic.heartbeat_timeout_s,
             progress_timeout_s=elastic.progress_timeout_s,
