@@ -32,7 +32,7 @@ from monitoring.terminal.lines import (
 
 class _Terminal(Console):
     def on_broken_pipe(self) -> None:
-        """Rich would end the process here; whoever shows a run has more to do before that."""
+        """Rich would end the process here; a command that shows a run has more to do before that."""
         raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 

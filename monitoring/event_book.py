@@ -1,5 +1,5 @@
 """The book a run's controller keeps: events with their times, and between them, in `steps` events, what committed steps
-came to, so that the goodput ledger can be made of events alone. Pure: whoever keeps it writes down what it returns.
+came to, so that the goodput ledger can be made of events alone. Pure: its owner writes down what it returns.
 """
 
 from __future__ import annotations

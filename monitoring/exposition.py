@@ -22,7 +22,7 @@ from monitoring.page.access import is_own_name
 from monitoring.series import RANK_SERIES
 
 IDLE_S = 10.0
-"""A connection on which nothing is said for so long is closed: it keeps a thread."""
+"""A connection on which nothing is said for this long is closed: it keeps a thread."""
 REQUEST_S = 20.0
 """How long a connection may last in all, however little by little its request comes or its answer is taken."""
 MAX_CONNECTIONS = 32
@@ -96,7 +96,7 @@ class _Server(ThreadingHTTPServer):
             request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever scrapes may hang up or fall silent; anything else is a fault of ours."""
+        """A scraper may hang up or fall silent; anything else is a fault of ours."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             log.exception("a request for metrics from %s failed", client_address)
 

@@ -44,7 +44,7 @@ from monitoring.records import MAX_LINE_BYTES, records_from
 class Tail:
     """Gives the records that were appended to a file since last asked; the file may not exist yet.
 
-    Of a file that is there already: none of its records with `from_end`, with `last_bytes` those in its last so many
+    Of a file that is there already: none of its records with `from_end`, with `last_bytes` those in its last that many
     bytes. `passed_over` counts the lines that are no records, by the name of the file.
     """
 

@@ -427,7 +427,7 @@ def read_ledger(events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str
     told = list(events)
     ledger = Ledger()
     rest = [{"kind": StepsCommitted.kind, "time": each["ended"], **each} for each in uncovered(told, steps)]
-    # The end of a run was recorded after its last steps, whoever sums these up.
+    # The end of a run was recorded after its last steps, no matter who sums these up.
     ends = [n for n, event in enumerate(told) if event["kind"] == RunFinished.kind]
     tail = ends[-1] if ends and ends[-1] == len(told) - 1 else len(told)
     for event in [*told[:tail], *rest, *told[tail:]]:

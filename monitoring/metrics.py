@@ -189,7 +189,7 @@ class RunMetrics:
             case Recovered.kind:
                 self._on_recovery(event)
             case ControllerBegan.kind | RunFinished.kind:
-                # Whoever steers from here on finds for itself what is skewed.
+                # The next controller finds for itself what is skewed.
                 for finding in FINDINGS:
                     self._one("skew_findings", finding=finding).set(0)
                 if event["kind"] == RunFinished.kind:

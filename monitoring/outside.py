@@ -1,6 +1,6 @@
 """What comes from outside this process (records, requests, manifests, small files of a run), read and written strictly.
 
-Whoever can write to a run directory or a storage decides what is in it, and so do crashes and bad disks. Nothing here
+Who can write to a run directory or a storage decides what is in it, and so do crashes and bad disks. Nothing here
 raises anything but OSError and `Unreadable`, waits for a pipe, follows a link where none belongs, or takes more memory
 than it is told to.
 """

@@ -79,7 +79,7 @@ RUN_SERIES: tuple[Series, ...] = (
     _counter("model_flops", "operations", "Floating-point operations of the model in committed steps, by formula."),
     _gauge("mfu_ratio", "", "Model FLOP/s as a share of the peak of the devices; absent when the peak is unknown."),
     _summary("phase_duration_seconds", "Time of the first rank in each phase of its steps.", "phase"),
-    # Workers, and what befell them.
+    # Workers, and what happened to them.
     _gauge("world_size", "workers", "Workers by state: member, idle, starting or requested.", "state"),
     _gauge("world_target", "workers", "Workers that the run wants to train with now."),
     _gauge("world_min", "workers", "Workers without which the run waits."),

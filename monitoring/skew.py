@@ -13,13 +13,13 @@ from statistics import median
 
 WINDOW_STEPS = 4
 WINDOW_SECONDS = 1.0
-"""A window has at least so many steps, and takes at least so long: hiccups of the machine are shorter."""
+"""A window has at least this many steps, and takes at least this long: hiccups of the machine are shorter."""
 MAX_NOISE = 0.06
 MAX_WINDOW_STEPS = 24
 """It goes on until what it says of nine in ten workers is this certain (the standard error of a median, as a share of
-it), or has so many steps."""
+it), or has this many steps."""
 CLEAR = 6.0
-"""Or until somebody is behind by so many times that error: who is that slow need not be measured any closer."""
+"""Or until one is behind by this many times that error: one that slow need not be measured any closer."""
 SLOW, RECOVERED = 0.75, 0.85
 """Speeds, as shares of the fastest, below which a worker counts as slow, and above which it no longer does."""
 WINDOWS_TO_TELL = 2
@@ -128,7 +128,7 @@ class Windows:
         self._open = []
 
     def add(self, seconds: float, accounts: Mapping[Worker, RankAccount]) -> Window | None:
-        """A step that took so long; the window that it completes."""
+        """A step that took this long; the window that it completes."""
         if self._open and self._open[-1][1].keys() != accounts.keys():
             self._open = []
         self._open.append((seconds, accounts))

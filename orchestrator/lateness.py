@@ -1,9 +1,9 @@
 """How late this process is: what it sees of a machine that is busy with other things.
 
 Deadlines are made for a machine that does at once what is asked of it. On a loaded one a thread that wants to wake in
-50 ms wakes a second later, and a message that takes a millisecond takes seconds; whoever judges others by deadlines
-measures that, and grants it. A process that is stopped, or hangs, tells nothing of the kind: it is found in the
-configured time on a machine that is not busy.
+50 ms wakes a second later, and a message that takes a millisecond takes seconds; a process that judges others by
+deadlines measures that, and grants it. A process that is stopped, or hangs, tells nothing of the kind: it is found in
+the time configured for a machine that is not busy.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class LocalStorage(Storage):
     def put(self, path: str, pieces: Pieces) -> None:
         target = self.root / path
         self._make_directory(target.parent)
-        self._was_there = True  # Whoever made it: another rank may have.
+        self._was_there = True  # Another rank may have made it.
         file = self._create(target)
         try:
             try:

@@ -82,7 +82,7 @@ MUTATIONS = (
     Mutation(
         "every replica counts the whole gradient in the norm",
         "        window = (start, start + sizes[place.data])",
-        "        window = (0, own.strip.size)",
+        "        window = (0, own.flat.size)",
         ("tests/ranks/test_layouts.py",),
     ),
     Mutation(

@@ -20,7 +20,7 @@ from monitoring.report.steps import Point
 SILENT_S = 5.0
 """status.json is written every second; a controller that restarts is silent for some."""
 INTERRUPTED_S = 30.0
-"""After so long without a sign of life a run that has not said that it ended counts as interrupted."""
+"""After this long without a sign of life a run that has not said that it ended counts as interrupted."""
 
 _COPIED = ("detail", "steps", "tokens", "tokens_per_second", "mfu", "generation", "layout", "target", "min", "max",
            "median_step_seconds", "epoch")  # fmt: skip
@@ -58,7 +58,7 @@ class Glance:
         return not self.over and self._heard is not None and now - self._heard <= INTERRUPTED_S
 
     def is_of_now(self, status: dict[str, Any]) -> bool:
-        """Whether a status.json is of the controller that steers now, not of one before a run was gone on with."""
+        """Whether a status.json is of the controller that steers now, not of one before the run was resumed."""
         return float(status.get("time") or 0.0) >= self._controller_at
 
     def on_job(self, job: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Glance:
                 fields["run"] = event.get("run", fields["run"])
                 fields["loss_unit"] = event.get("loss_unit", fields["loss_unit"])
             case ControllerBegan.kind:
-                self._finished = None  # Gone on with.
+                self._finished = None  # Resumed.
                 # What status.json said before is of the one before.
                 self._controller_at, self._last_status, self._heard = at, None, at
             case GenerationFormed.kind:

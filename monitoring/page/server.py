@@ -31,7 +31,7 @@ MAX_QUEUED = 64
 """Changes that a slow reader may be behind; then it gets everything anew instead."""
 MAX_LISTENERS = 100
 STUCK_S = 60.0
-"""A reader that takes nothing for so long is not reading."""
+"""A reader that takes nothing for this long is not reading."""
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
@@ -196,7 +196,7 @@ class Application:
             await asyncio.sleep(self._tick_s)
             try:
                 await self._look()
-            except Exception:  # Whoever listens is to hear of what can be shown again.
+            except Exception:  # A client is to hear of what can be shown again.
                 log.exception("the page could not show what is new")
 
     async def _look(self) -> None:

@@ -16,7 +16,7 @@ from monitoring.page.workers import Workers
 from monitoring.report.steps import Point, Series
 
 MAX_GENERATIONS = 500
-"""So many generations back the number of workers is shown."""
+"""This many generations back the number of workers is shown."""
 MAX_CHECKPOINTS = 50
 
 

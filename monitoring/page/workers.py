@@ -20,7 +20,7 @@ from monitoring.events import (
 )
 
 LOST_SHOWN_S = 60.0
-"""For so long one that is gone is still shown."""
+"""For this long one that is gone is still shown."""
 QUIET_S = 3.0
 """Heartbeats younger than this need not be told apart."""
 MAX_LOST = 64
@@ -49,7 +49,7 @@ class Workers:
             self._over = False
             self._dead.clear()
             if event.get("session") != self._session:
-                # The run is gone on with, by other workers.
+                # The run is resumed, by other workers.
                 self._session = event.get("session")
                 self._present, self._gone, self._reported = {}, {}, False
         elif kind == RunFinished.kind:

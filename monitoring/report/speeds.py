@@ -16,9 +16,9 @@ from typing import Any
 from monitoring.events import GenerationFormed
 
 WINDOWS = 120
-"""At most about so many windows in a run."""
+"""At most about this many windows in a run."""
 MIN_STEPS = 4
-"""A window has at least so many steps with accounts: hiccups of a machine are shorter."""
+"""A window has at least this many steps with accounts: hiccups of a machine are shorter."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ class SinkProblem(UserError, ValueError):
 
 @dataclass
 class SinkRun:
-    """The run as a sink sees it. `memory` is what the sink wants to know again when the run is gone on with."""
+    """The run as a sink sees it. `memory` is what the sink wants to know again when the run is resumed."""
 
     run: str
     name: str

@@ -63,7 +63,7 @@ def make_sinks(settings: Mapping[str, Any]) -> list[tuple[str, Sink]]:
 
 
 class Feeder:
-    """Feeds one sink; how far it came is kept in `.sink-<field>.json`, for whoever goes on with the run."""
+    """Feeds one sink; how far it came is kept in `.sink-<field>.json`, for the driver that goes on with the run."""
 
     def __init__(
         self, field: str, sink: Sink, run: SinkRun, *, poll_s: float = POLL_S, first_pause_s: float = FIRST_PAUSE_S

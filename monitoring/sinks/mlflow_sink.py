@@ -15,7 +15,7 @@ _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "int
 
 
 class MLflowSink:
-    """One MLflow run for a run, gone on with when the run is. A step done again is logged again with its
+    """One MLflow run for a run, resumed when the run is. A step done again is logged again with its
     later time, as MLflow takes nothing back."""
 
     name = "MLflow"

@@ -1,6 +1,6 @@
 """The one stream that all sinks get: what each step came to, what happened, and where steps are done again.
 
-Where a run goes back to a checkpoint, its metrics.jsonl is cut and grows again; whoever follows it may look only when
+Where a run goes back to a checkpoint, its metrics.jsonl is cut and grows again; a follower may look only when
 the new lines are there already. A step done again is known by its new time of commit.
 """
 
@@ -66,7 +66,7 @@ class Scalars:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that happened when so many steps were committed."""
+    """Something that happened when this many steps were committed."""
 
     step: int
     at: float

@@ -114,7 +114,7 @@ class RunFacts:
             case RunStarted.kind:
                 self.started, self.run = event["time"], event.get("run", self.run)
             case ControllerBegan.kind:
-                self.is_over = False  # gone on with
+                self.is_over = False  # resumed
             case GenerationFormed.kind:
                 self.generation = event
             case IncidentOpened.kind:

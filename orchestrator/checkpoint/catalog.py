@@ -228,14 +228,14 @@ class Catalog:
         return [step for step, _ in self._all()]
 
     def locate(self, committed: int) -> str:
-        """What a user calls the checkpoint of so many steps."""
+        """What a user calls the checkpoint of this many steps."""
         return self.holder_of(committed)._locate(committed)
 
     def _locate(self, committed: int) -> str:
         return self.storage.locate(directory_name(committed))
 
     def holder_of(self, committed: int) -> Catalog:
-        """Where the checkpoint of so many steps is: here, or where this run was forked from."""
+        """Where the checkpoint of this many steps is: here, or where this run was forked from."""
         if self.origin is None or self.origin[0] != committed:
             return self
         return self if COMMIT in self.storage.names(directory_name(committed)) else self.origin[1]
@@ -246,7 +246,7 @@ class Catalog:
         return [(step, set(self.storage.names(directory_name(step)))) for step in sorted(found, reverse=True)]
 
     def open(self, committed: int, *, keyless: bool = False) -> StoredCheckpoint:
-        """The checkpoint after so many steps, as far as can be told without reading its parts. A `keyless` one may be
+        """The checkpoint after this many steps, as far as can be told without reading its parts. A `keyless` one may be
         encrypted, and can be verified, but not read.
 
         Raises CheckpointError when it is not complete, not what was written, or of another run or key; OSError when

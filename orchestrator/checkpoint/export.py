@@ -108,7 +108,7 @@ def _write_weights(
 
 
 def _deal(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in order, in groups of at most so many bytes where one alone does not have more."""
+    """Names in order, in groups of at most this many bytes where one alone does not have more."""
     groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():

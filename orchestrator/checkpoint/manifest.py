@@ -102,7 +102,7 @@ class FileEntry(_Entry):
 
 
 class Part(_Entry):
-    """What one rank wrote, of a state that has seen so many updates: a file, and what is where in it."""
+    """What one rank wrote, of a state that has seen this many updates: a file, and what is where in it."""
 
     updates: Count
     file: FileEntry

@@ -31,7 +31,7 @@ class ChunkData:
 def write_part(
     storage: Storage, save: Save, rank: int, updates: int, chunks: Sequence[ChunkData], cipher: Cipher | None
 ) -> tuple[Part, str]:
-    """Writes the file of one rank, whose state has seen so many updates, and beside it what is where in it; returns
+    """Writes the file of one rank, whose state has seen this many updates, and beside it what is where in it; returns
     that, and its digest.
 
     Raises OSError.
@@ -66,7 +66,7 @@ def write_part(
 
 def layout_of(chunks: Sequence[ChunkData], overhead: int, *, encrypted: bool) -> tuple[bytes, list[tuple[int, int]]]:
     """The beginning of a safetensors file with these chunks, and the bytes that each takes in the file. An encrypted
-    chunk is so many bytes of no type."""
+    chunk is bytes of no type."""
     places: list[tuple[int, int]] = []
     described: dict[str, object] = {}
     offset = 0

@@ -11,7 +11,7 @@ from orchestrator.rundir import RunDirectory
 
 POLL_S = 0.2
 PATIENCE_S = 10.0
-"""A run that nobody steers may have its controller restarted: it is given up when nothing was written for so long."""
+"""A run that nobody steers may have its controller restarted: it is given up when nothing was written for this long."""
 START_PATIENCE_S = 300.0
 """While a run starts or is resumed, nobody steers it either: Ray comes up and the data is prepared, which says little
 and takes longer."""

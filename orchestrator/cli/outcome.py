@@ -1,4 +1,4 @@
-"""What came of a run, for whoever followed it: the same words and exit codes for every command."""
+"""What came of a run, for the command that followed it: the same words and exit codes for every command."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from orchestrator.cli.following import Abandonment
 from orchestrator.rundir import RunDirectory
 
 HISTORY = 10
-"""Events of before that are told to whoever begins to watch."""
+"""How many earlier events a new watcher is told."""
 REFRESH_S = 0.5
 
 

@@ -49,7 +49,7 @@ class Composer:
         self.token_cost = token_cost
 
     def cost(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The predicted cost of rows with so many positions (any shape): linear and quadratic, in whole numbers."""
+        """The predicted cost of rows with this many positions (any shape): linear and quadratic, in whole numbers."""
         return positions * (self.token_cost + positions)
 
     def compose(self, ids: NDArray[np.int64]) -> Composition:
@@ -71,7 +71,7 @@ class Composer:
 
 def _halve(items: list[int], costs: Sequence[int], shares: int) -> list[int]:
     """`items` in an order in which each of `shares` equal runs costs about the same, and so do the halves of the whole,
-    the halves of each half, and so on: whoever holds neighbouring shares holds an even part of the whole."""
+    the halves of each half, and so on: a holder of neighbouring shares has an even part of the whole."""
     if shares == 1:
         return items
     first = (shares + 1) // 2

@@ -1,4 +1,4 @@
-"""How the tokens of one store become samples: cut every so many tokens, packed from whole documents, or one by one.
+"""How the tokens of one store become samples: cut at a fixed length, packed from whole documents, or one by one.
 
 A `Cut` knows the samples of a store by their ids, and no step, seed or virtual worker.
 """

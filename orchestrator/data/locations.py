@@ -1,4 +1,4 @@
-"""One file in one place, local or remote, read by ranges; and how patient whoever reads it is.
+"""One file in one place, local or remote, read by ranges; and how patient its reader is.
 
 Knows nothing of what the bytes mean.
 """
@@ -40,7 +40,7 @@ class Patience:
     longest_pause_s: float = 5.0
 
     def pause(self, failures: int) -> None:
-        """Waits after so many failures (at least one)."""
+        """Waits after this many failures (at least one)."""
         pause_s = min(self.longest_pause_s, self.pause_s * 2 ** (failures - 1))
         self.sleep(pause_s * random.uniform(0.5, 1.5))
 

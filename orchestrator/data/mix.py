@@ -111,7 +111,7 @@ class MixedSampler:
             yield source, first, ids[where] - self.offsets[source]
 
     def position(self, samples: int) -> dict[str, object]:
-        """Where in each source's epochs the line is after so many samples."""
+        """Where in each source's epochs the line is after this many samples."""
         found = []
         for source, size in enumerate(self.sizes):
             used = self._used(source, samples)

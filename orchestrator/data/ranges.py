@@ -39,7 +39,7 @@ class Unreadable(Exception):
 
 
 class Lane:
-    """A thread of its own that does one thing after the other, so that whoever waits can stop waiting."""
+    """A thread of its own that does one thing after the other, so that a waiting caller can stop waiting."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()

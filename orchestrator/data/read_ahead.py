@@ -130,7 +130,7 @@ class ReadAhead(Generic[T]):
             found: tuple[T | None, BaseException | None]
             try:
                 found = self._timed(key), None
-            except BaseException as error:  # whoever needs the batch gets to see it
+            except BaseException as error:  # raised again where the batch is needed
                 found = None, error
             with self._change:
                 self._at_work = None

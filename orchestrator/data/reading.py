@@ -56,7 +56,7 @@ class Library:
 
     def __init__(self, mirrors: Sequence[str] = (), patience: Patience | None = None) -> None:
         plain = [mirror.removeprefix("file://") for mirror in mirrors]
-        # Whoever is given a library's mirrors may be in another working directory.
+        # A process that is given a library's mirrors may be in another working directory.
         self.mirrors = tuple(one if "://" in one else os.path.abspath(os.path.expanduser(one)) for one in plain)
         self.patience = patience or Patience()
         self._first = 0

@@ -146,7 +146,7 @@ class Sampler:
         yield 0, step * self.global_batch, ids
 
     def position(self, samples: int) -> dict[str, object]:
-        """Where the line is after so many samples."""
+        """Where the line is after this many samples."""
         epoch, position = divmod(samples, self.num_samples)
         return {"epoch": epoch, "position": position, "samples_per_epoch": self.num_samples}
 

@@ -125,7 +125,7 @@ def _refuse_twice(files: Sequence[SourceFile]) -> None:
     known: dict[object, SourceFile] = {}
     for file in files:
         identity: object = file.url
-        # The standard library is what its names are: whoever packed it may have linked files of the same content.
+        # The standard library is what its names are: a distribution may have linked files of the same content.
         if "://" not in file.url and not file.is_standard_library:
             with suppress(OSError):
                 status = os.stat(file.url)

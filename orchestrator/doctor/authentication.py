@@ -20,7 +20,7 @@ def judge_token(facts: Mapping[str, Any], *, to_cluster: bool) -> list[Check]:
         return [Check(NAME, HERE, PROBLEM, f"RAY_AUTH_MODE is {facts['mode']!r}, which Ray takes for disabled",
                       "set it to token or to disabled")]  # fmt: skip
     if mode == "disabled":
-        return [Check(NAME, HERE, NOTE, "off (RAY_AUTH_MODE=disabled): whoever reaches Ray's ports can run code")]
+        return [Check(NAME, HERE, NOTE, "off (RAY_AUTH_MODE=disabled): anyone who reaches Ray's ports can run code")]
     if "error" in facts:
         return [Check(NAME, HERE, PROBLEM, f"no token in {facts['path']} (RAY_AUTH_TOKEN_PATH): {facts['error']}",
                       "write the cluster's token there, or unset RAY_AUTH_TOKEN_PATH")]  # fmt: skip
@@ -62,7 +62,7 @@ def judge_modes(here: str, nodes: Mapping[str, str]) -> list[Check]:
     if asking:
         return [Check(NAME, CLUSTER, OK, "every node asks for the token")]
     differs = "; here it is on (RAY_AUTH_MODE=token or a token file), there it is off" if here == "token" else ""
-    return [Check(NAME, CLUSTER, WARNING, f"off: whoever reaches the cluster's ports can run code on it{differs}",
+    return [Check(NAME, CLUSTER, WARNING, f"off: anyone who reaches the cluster's ports can run code on it{differs}",
                   "start Ray on every node with RAY_AUTH_MODE=token and the same token, or keep its ports behind a "
                   "firewall")]  # fmt: skip
 

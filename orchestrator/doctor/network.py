@@ -15,7 +15,7 @@ CLOCK_OFFSET_S = 1.0
 SLOW_SHARE = 0.5
 """A node that moves less than this share of what the middle one moves holds up every step."""
 ALL_PAIRS_NODES = 8
-"""Up to so many nodes, everyone connects to everyone; beyond, along a ring in both directions."""
+"""Up to this many nodes, everyone connects to everyone; beyond, along a ring in both directions."""
 
 
 # ---------------------------------------------------------------------------------------- clocks

@@ -105,5 +105,5 @@ def _reason(error: Exception) -> str:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     lines = str(error).strip().splitlines()
     if isinstance(error, ValueError) and lines:
-        return lines[0]  # from `open_storage`, for whoever reads it
+        return lines[0]  # from `open_storage`, for the user
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -8,9 +8,9 @@ from typing import Any
 from orchestrator.doctor.check import NOTE, OK, PROBLEM, WARNING, Check, size
 
 FEW_OPEN_FILES = 8192
-"""Ray asks for at least so many of a server; a small cluster gets by."""
+"""Ray asks for at least this many of a server; a small cluster gets by."""
 MANY_OPEN_FILES = 65536
-"""Ray raises its own limit to so many if it may. A worker holds a connection to every other one for each process group
+"""Ray raises its own limit to this if it may. A worker holds a connection to every other one for each process group
 and the head several for every worker, so that hundreds of workers pass 8192."""
 LARGE_CLUSTER_NODES = 32
 

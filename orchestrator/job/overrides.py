@@ -29,7 +29,7 @@ def parse_override(text: str, option: int) -> Override | Mistake:
     """The override in `a.b=value`; `option` is its position on the command line, from 1."""
     dotted, equals, value = text.partition("=")
     path = tuple(part.strip() for part in dotted.split("."))
-    # Whoever writes a key where its name belongs does not find it in the log of what went wrong.
+    # A user who writes a key where its name belongs does not find it in the log of what went wrong.
     shown = f"{dotted}=..." if path[:2] == ("checkpoint", "encryption") else text
     place = Position(f"--set {one_line(shown)}", option=option)
     if not equals or not all(path):

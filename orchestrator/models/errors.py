@@ -1,4 +1,4 @@
-"""What is wrong with a job's model, by field, so that whoever has the job file can say where."""
+"""What is wrong with a job's model, by field, so that those who have the job file can say where."""
 
 from __future__ import annotations
 

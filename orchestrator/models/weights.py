@@ -1,4 +1,4 @@
-"""Where the weights of a model come from: a checkpoint, a directory, a rank that trains. One question, whoever asks:
+"""Where the weights of a model come from: a checkpoint, a directory, a rank that trains. One question for all who ask:
 an export now, a service or an evaluation later."""
 
 from __future__ import annotations

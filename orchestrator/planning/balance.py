@@ -52,7 +52,7 @@ def replica_seconds(layout: ParallelLayout, rates: Sequence[float], shares: Sequ
 
 
 def seconds_of(layout: ParallelLayout, assignment: Assignment, replicas: Sequence[float]) -> float:
-    """Seconds of work in a step, when `replicas` need so long for a virtual worker each.
+    """Seconds of work in a step, when `replicas` need these times for a virtual worker each.
 
     Replicas work side by side, and the step takes as long as the last. Where gradients are reduced round by round they
     wait for one another in every round; a pipeline there also computes in rounds that it has no virtual worker for.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class NoLayoutFits(PlanError):
-    """No layout of so many workers fits in their memory. `fits_from`: the fewest with which one would; None: none."""
+    """No layout of this many workers fits in their memory. `fits_from`: the fewest with which one would; None: none."""
 
     def __init__(self, text: str, fits_from: int | None) -> None:
         # All arguments go to BaseException, so that its own pickling rebuilds the error.
@@ -211,7 +211,7 @@ class LayoutChooser:
 
 
 def blocks_of(layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The blocks of model parts with so many decoder layers each: the embedding is block 0, the norm and head the last.
+    """The blocks of model parts with these numbers of decoder layers: the embedding is block 0, norm and head the last.
 
     >>> blocks_of((2, 1))
     ((0, 3), (3, 5))

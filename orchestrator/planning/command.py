@@ -21,7 +21,7 @@ from strategies.layout.parallel import SHARDS
 from strategies.layout.schedule import SCHEDULES
 
 _FEW = 4
-"""Up to so many numbers of workers, each is shown with more than its best layout."""
+"""Up to this many numbers of workers, each is shown with more than its best layout."""
 
 
 @dataclass(frozen=True)

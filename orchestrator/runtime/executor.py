@@ -44,7 +44,7 @@ class Executor(Protocol):
 
     clock: RunClock
     unit: int
-    """Workers of so many slots share a node."""
+    """Workers of this many slots share a node."""
     warm: frozenset[WorkerId]
     """Those that earlier controllers knew to be warm."""
     heartbeat_timeout_s: float

@@ -1,4 +1,4 @@
-"""Signals of whoever started or follows a run."""
+"""Signals to the process that started or follows a run."""
 
 from __future__ import annotations
 

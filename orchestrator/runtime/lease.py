@@ -50,7 +50,7 @@ class Lease:
         else:
             self._lock = directory.lock(PATIENCE_S)
             if directory.final_result is not None:
-                # Whoever had it when this driver looked has ended it since.
+                # The run that had it when this driver looked has ended since.
                 self.end()
                 raise RunDirectoryError(f"{directory.path} has finished already; its result stands in result.json")
             self.term = directory.next_term()
@@ -65,7 +65,7 @@ class Lease:
         return False
 
     def end(self) -> None:
-        """The run is nobody's any more: it may be gone on with from here."""
+        """The run is nobody's any more: it may be resumed from here."""
         self._is_given_up = True
         if self._lock is not None:
             os.close(self._lock)

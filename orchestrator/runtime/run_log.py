@@ -75,7 +75,7 @@ _EXPENDABLE = frozenset(
 result, the goodput ledger or a successor is made of stays."""
 
 RANKS_PER_STEP = 64
-"""How many ranks' accounts a step's record may have; with more ranks only one in so many steps has them."""
+"""How many ranks' accounts a step's record may have; with more ranks only some steps have them."""
 
 
 class RunLog:

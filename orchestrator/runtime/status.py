@@ -1,4 +1,4 @@
-"""The run at a glance (status.json): what the controller sees now, for whoever looks, with or without Ray.
+"""The run at a glance (status.json): what the controller sees now, for all who look, with or without Ray.
 
 Pure but for the clock it is given. docs/run-directory.md tells of every field.
 """

@@ -88,7 +88,7 @@ class TrainingExecutor:
         self._run_log.forget_the_past()
 
     def _history(self, events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> History:
-        """What is on record, with the faults of this job file only: a run may be gone on with under others."""
+        """What is on record, with the faults of this job file only: a run may be resumed under others."""
         history = History.read(events, steps)
         faults = dict(enumerate(fault.model_dump() for fault in self._job.faults))
         fired = [event for event in events if event["kind"] == FaultInjected.kind]

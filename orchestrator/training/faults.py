@@ -95,7 +95,7 @@ class FaultInjector:
                 pass
 
     def drag(self, busy_s: float) -> None:
-        """A stretch of computing took so long, on a device that is to be slow."""
+        """A stretch of computing took this long, on a device that is to be slow."""
         self._last_busy_s = busy_s
         self._wait("compute")
 

@@ -19,7 +19,7 @@ class StorageFailed(RuntimeError):
 
 
 def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> StoredCheckpoint:
-    """The checkpoint after so many steps, if it is one of this model.
+    """The checkpoint after this many steps, if it is one of this model.
 
     Raises CheckpointError, or UnusableCheckpoint among them, and StorageFailed.
     """

@@ -35,7 +35,7 @@ MAX_STEPS_KEPT = 10_000
 class Saver:
     """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own.
 
-    `position` says where in its data's epochs a run is after so many samples, `send` tells the controller, and
+    `position` says where in its data's epochs a run is after this many samples, `send` tells the controller, and
     `reports` has the last steps that this worker took part in.
     """
 

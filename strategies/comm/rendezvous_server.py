@@ -2,7 +2,7 @@
 end.
 
 Until a connection has proved that it is of this run (`strategies.comm.rendezvous_proof`) a few hundred bytes of it are
-kept, for a few seconds, and of no more than so many at once. The values of a scope (one group of one generation) live
+kept, for a few seconds, and only of a bounded number at once. The values of a scope (one group of one generation) live
 as long as one of its ranks is connected, which it is until it leaves the group: a generation leaves nothing behind."""
 
 from __future__ import annotations

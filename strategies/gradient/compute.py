@@ -1,7 +1,7 @@
 """What one rank computes of a step: the gradients of its virtual workers, summed along the tree as far as it can.
 
 Nothing of it depends on other ranks, and what a virtual worker computes is a function of (job, step, virtual worker).
-So a step that is interrupted, because another rank was lost, is gone on with by the next generation, not begun again:
+So a step that is interrupted, because another rank was lost, is continued by the next generation, not begun again:
 finished subtrees, and the micro-batches of one that was under way, are kept for as long as their step is not committed
 and this rank still holds them.
 """

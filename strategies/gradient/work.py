@@ -269,7 +269,7 @@ def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext)
     gradients = _gradients(part, collector, context)
     return RoundWork(
         gradients, collector, own,
-        lambda enter: part.load(own.weights, own.strip), lambda gradient: part.unload(gradient, own.strip),
+        lambda enter: part.load(own.weights, own.flat), lambda gradient: part.unload(gradient, own.flat),
     )  # fmt: skip
 
 

@@ -43,8 +43,8 @@ def deal_in_turn(
     """Deals virtual workers to replicas like cards: replica k gets k, k + replicas, k + 2 replicas, ...; with `counts`
     a replica that has its number gets no more.
 
-    Replicas then finish neighbours in the summation tree at the same time, so that whoever adds them up waits with few
-    partial sums.
+    Replicas then finish neighbours in the summation tree at the same time, so that the rank that adds them up
+    waits with few partial sums.
 
     >>> deal_in_turn(8, 3)
     ((0, 3, 6), (1, 4, 7), (2, 5))
@@ -68,7 +68,7 @@ def deal_in_turn(
 
 
 def deal_subtrees(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Deals so many virtual workers to each replica, as few and large whole subtrees of the summation tree as can be.
+    """Deals this many virtual workers to each replica, as few and large whole subtrees of the summation tree as can be.
 
     A replica sends the partial sum of every subtree it holds, so a run of 5 that lies across subtrees costs up to three
     times the traffic of 4. Aligned blocks of a power of two are whole subtrees; counts are taken apart into those, and

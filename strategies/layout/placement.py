@@ -100,10 +100,10 @@ def _own(layout: ParallelLayout, space: Space, rank: int) -> Shard:
         case "parameters":
             ranges = row_ranges(space, ranges, layout.data, place.data)
         case _:
-            strip = FlatRanges.of(ranges, space.boundary)
-            sizes = even(strip.size, layout.data, ALIGNMENT)
+            flat = FlatRanges.of(ranges, space.boundary)
+            sizes = even(flat.size, layout.data, ALIGNMENT)
             start = sum(sizes[: place.data])
-            ranges = strip.cut(start, start + sizes[place.data])
+            ranges = flat.cut(start, start + sizes[place.data])
     return Shard(rank, place.tensor, tuple(ranges))
 
 

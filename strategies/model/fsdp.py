@@ -99,18 +99,18 @@ class ShardedModelPart:
                     yield slot, parameter, group, offset
                     offset += parameter.padded_sharded_param_size.numel()
 
-    def load(self, weights: torch.Tensor, strip: FlatRanges) -> None:
-        """Takes this rank's rows from `weights` [strip.size], which it trains."""
+    def load(self, weights: torch.Tensor, flat: FlatRanges) -> None:
+        """Takes this rank's rows from `weights` [flat.size], which it trains."""
         with torch.no_grad():
             for slot, parameter, _, _ in self.rows():
                 local = parameter.sharded_param._local_tensor.view(-1)
-                for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+                for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
                     local[:length].copy_(weights[offset : offset + length])
 
-    def unload(self, gradient: torch.Tensor, strip: FlatRanges) -> None:
-        """Puts this rank's rows of the reduced gradient into `gradient` [strip.size]."""
+    def unload(self, gradient: torch.Tensor, flat: FlatRanges) -> None:
+        """Puts this rank's rows of the reduced gradient into `gradient` [flat.size]."""
         for slot, _, group, start in self.rows():
-            for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+            for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
                 gradient[offset : offset + length].copy_(group.total()[start : start + length])
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ Runs = Sequence[tuple[int, int]] | None
 
 
 class ModelPart:
-    """`modules` are the model parts of this rank, in model order. `weights` fp32 [strip.size] are their parameters.
+    """`modules` are the model parts of this rank, in model order. `weights` fp32 [flat.size] are their parameters.
 
     With a `tensor_mesh` the modules are split over it; with `weights`, that buffer is used. `size` and `device` are
     those of the buffers in which backward passes leave gradients.
@@ -38,8 +38,8 @@ class ModelPart:
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
         space = blueprint.space
-        self.strip = FlatRanges.of(space.ranges_of(runs), space.boundary)
-        self.size = self.strip.size
+        self.flat = FlatRanges.of(space.ranges_of(runs), space.boundary)
+        self.size = self.flat.size
         self.weights = torch.zeros(self.size, device=self.device) if weights is None else weights
         self.is_plain = runs is None and tensor_mesh is None
         self._mesh = tensor_mesh
@@ -55,7 +55,7 @@ class ModelPart:
         self._parameters: list[nn.Parameter] = []
         bound: dict[str, nn.Parameter] = {}
         for slot in space.slots:
-            where = next(self.strip.locate(slot.offset, slot.stop), None)
+            where = next(self.flat.locate(slot.offset, slot.stop), None)
             if where is not None:
                 parameter = nn.Parameter(self._wrap(self._view(self.weights, slot, where[1]), slot))
                 bound[slot.name] = parameter

@@ -25,7 +25,7 @@ def seed_stream(*parts: int | str) -> None:
 
 class Streams:
     """Random numbers by (step, virtual worker, micro-batch) and, where they are installed, by layer: so that a layer
-    draws the same numbers whoever computed those before it."""
+    draws the same numbers, no matter which rank computed those before it."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -1,6 +1,6 @@
 """What a virtual worker computes in one step: its tokens, and what is to be known of the step beside them.
 
-Plain numbers, made by whoever reads the data; no torch, so that this can be made anywhere.
+Plain numbers, made where the data is read; no torch, so that this can be made anywhere.
 """
 
 from __future__ import annotations

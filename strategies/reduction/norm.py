@@ -1,4 +1,4 @@
-"""The norm of a gradient, the same to the last bit however the gradient is cut up and whoever adds.
+"""The norm of a gradient, the same to the last bit however the gradient is cut up and added.
 
 Squares of fp32 values are exact in fp64. Each is rounded, by itself, to a multiple of 2^-70, and those multiples are
 added as integers, so that the sum does not depend on any order: slices of ranks, stages of a pipeline and shards of a

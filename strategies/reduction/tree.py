@@ -4,7 +4,7 @@ Floating-point addition is not associative, so a sum is only reproducible when i
 binary tree over the virtual worker indices, fixed by their number alone: a node over ``[start, stop)`` splits after
 the largest power of two below its size (for powers of two: in half). Any set of virtual workers is covered by a unique
 smallest set of whole subtrees, so a rank may send partial sums instead of single gradients and the total still has
-the same bits, whoever holds what.
+the same bits, no matter which rank holds what.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from strategies.layout.statemap import Span, Transfer
 from strategies.state.shard import StateShard
 
 WINDOW = 2
-"""Transfers that a rank has on their way at once; with the buffers of so many it needs no more memory."""
+"""Transfers that a rank has on their way at once; with their buffers it needs no more memory."""
 _DIGEST = 4
 """Elements of fp32 that hold a digest (xxh3-128)."""
 

@@ -28,7 +28,7 @@ def name_of(kind: str, parameter: str) -> str:
 
 
 class StateShard:
-    """A strip of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [strip.size].
+    """Flat ranges of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [flat.size].
 
     The optimizer's tensors are all fp32, and so are those that the update rule has `kept` (by kind). With `weights` (a
     buffer of that size) those are used, not new ones. What is not filled is zero.
@@ -37,17 +37,17 @@ class StateShard:
     def __init__(
         self,
         coordinate: int,
-        strip: FlatRanges,
+        flat: FlatRanges,
         spec: OptimizerSpec,
         device: torch.device,
         weights: torch.Tensor | None = None,
         kept: Sequence[str] = (),
     ) -> None:
         self.coordinate = coordinate
-        self.strip = strip
+        self.flat = flat
         self.spec = spec
         self.device = device
-        self.weights = torch.zeros(strip.size, dtype=torch.float32, device=device) if weights is None else weights
+        self.weights = torch.zeros(flat.size, dtype=torch.float32, device=device) if weights is None else weights
         self.moments = {name: torch.zeros_like(self.weights) for name in spec.moments}
         self.kept = {kind: torch.zeros_like(self.weights) for kind in kept}
         self._gradient: torch.Tensor | None = None
@@ -57,19 +57,19 @@ class StateShard:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The reduced gradient [strip.size], to be filled before `apply`."""
+        """The reduced gradient [flat.size], to be filled before `apply`."""
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.weights)
         return self._gradient
 
     @property
     def spans(self) -> Spans:
-        return union(Span(self.coordinate, start, stop) for start, stop in self.strip.ranges)
+        return union(Span(self.coordinate, start, stop) for start, stop in self.flat.ranges)
 
     @property
     def num_bytes(self) -> int:
         """Of weights, optimizer tensors and what the update rule keeps."""
-        return 4 * self.strip.size * len(self.kinds())
+        return 4 * self.flat.size * len(self.kinds())
 
     def kinds(self) -> dict[str, torch.Tensor]:
         """All tensors that a span stands for, by kind, in a fixed order."""
@@ -78,7 +78,7 @@ class StateShard:
     def locate(self, span: Span) -> Iterator[tuple[int, int, int]]:
         """Like `FlatRanges.locate`; nothing for another coordinate's span."""
         if span.tensor == self.coordinate:
-            yield from self.strip.locate(span.start, span.stop)
+            yield from self.flat.locate(span.start, span.stop)
 
     def set_updates(self, updates: int) -> None:
         """Says how many updates this state has seen."""
@@ -89,7 +89,7 @@ class StateShard:
     def apply(self, lr: float) -> None:
         """One optimizer update from `gradient` at learning rate `lr`; local, deterministic, no communication."""
         self._updates += 1
-        if not self.strip.size:
+        if not self.flat.size:
             return
         if self._optimizer is None:
             self._optimizer = self._bind()
@@ -98,12 +98,12 @@ class StateShard:
         step(self._optimizer)
 
     def _bind(self) -> torch.optim.Optimizer:
-        boundary = self.strip.boundary
-        parts = [slice(0, boundary), slice(boundary, self.strip.size)]
-        flat = [nn.Parameter(self.weights[part]) for part in parts]
-        decayed, others = ([p] if p.numel() else [] for p in flat)
+        boundary = self.flat.boundary
+        parts = [slice(0, boundary), slice(boundary, self.flat.size)]
+        parameters = [nn.Parameter(self.weights[part]) for part in parts]
+        decayed, others = ([p] if p.numel() else [] for p in parameters)
         optimizer = self.spec.build(decayed, others)
-        for parameter, part in zip(flat, parts, strict=True):
+        for parameter, part in zip(parameters, parts, strict=True):
             if not parameter.numel():
                 continue
             parameter.grad = self.gradient[part]

@@ -2,7 +2,7 @@
 
 A rank computes with a part of the model and trains shards of the state (`strategies.layout.placement`). When the layout
 changes it makes room for what it is to have, copies what it has already, and is sent the rest; what it had before
-counts until every rank has what it needs. So whoever is interrupted on the way has lost nothing.
+counts until every rank has what it needs. So a rank that is interrupted on the way has lost nothing.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class TrainingState:
             for holding in holdings:
                 for slot in self.space.slots:
                     flat = None
-                    for start, offset, length in holding.strip.locate(slot.offset, slot.offset + slot.numel):
+                    for start, offset, length in holding.flat.locate(slot.offset, slot.offset + slot.numel):
                         if flat is None:
                             flat = self.space.share(slot, values[slot.name], holding.coordinate).reshape(-1)
                         first = start - slot.offset
@@ -246,7 +246,7 @@ class TrainingState:
         else:
             part = self._part(place.tensor, runs, fabric)
             if kind == "none":
-                own = self._room(shard, part.strip, part.weights)
+                own = self._room(shard, part.flat, part.weights)
             else:
                 own = self._room(shard, FlatRanges.of(shard.ranges, self.space.boundary))
         pieces = FlatRanges.pieces if kind == "parameters" else FlatRanges.of
@@ -268,15 +268,15 @@ class TrainingState:
             weights = old.weights if own is not None and own.weights is old.weights else None
         return ModelPart(self.blueprint, coordinate, runs, mesh, weights)
 
-    def _room(self, shard: Shard, strip: FlatRanges, weights: torch.Tensor | None = None) -> StateShard:
+    def _room(self, shard: Shard, flat: FlatRanges, weights: torch.Tensor | None = None) -> StateShard:
         """A holding with these `weights`, or with weights of its own, which nothing computes with."""
         part = self.arrangement.part
         computed_with = part.weights if isinstance(part, ModelPart) else None
         for old in self.arrangement.holdings:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
-            if fits and old.coordinate == shard.coordinate and old.strip == strip:
+            if fits and old.coordinate == shard.coordinate and old.flat == flat:
                 return old
-        return StateShard(shard.coordinate, strip, self.spec, self.device, weights, self.kept)
+        return StateShard(shard.coordinate, flat, self.spec, self.device, weights, self.kept)
 
     # ------------------------------------------------------------------------------------ the whole state
 
@@ -294,8 +294,8 @@ class TrainingState:
 
     def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[StateShard]:
         """The whole state, one holding per coordinate, filled from tensors by the names of `named`."""
-        strip = FlatRanges.of([(0, self.space.size)], self.space.boundary)
-        holdings = [StateShard(c, strip, self.spec, self.device, kept=self.kept) for c in range(self.space.tensor)]
+        flat = FlatRanges.of([(0, self.space.size)], self.space.boundary)
+        holdings = [StateShard(c, flat, self.spec, self.device, kept=self.kept) for c in range(self.space.tensor)]
         with torch.no_grad():
             for holding in holdings:
                 for slot in self.space.slots:

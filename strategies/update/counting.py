@@ -16,9 +16,9 @@ def counted(
     what all tensor-parallel coordinates have, the first does."""
     if place is None or own is None:
         return []
-    window = (0, own.strip.size)
+    window = (0, own.flat.size)
     if layout.effective_shard == "none":
-        sizes = even(own.strip.size, layout.data, ALIGNMENT)
+        sizes = even(own.flat.size, layout.data, ALIGNMENT)
         start = sum(sizes[: place.data])
         window = (start, start + sizes[place.data])
     if place.tensor == 0:
@@ -26,7 +26,7 @@ def counted(
     found = []
     for slot in space.slots:
         if slot.dim is not None:
-            for _, offset, length in own.strip.locate(slot.offset, slot.stop):
+            for _, offset, length in own.flat.locate(slot.offset, slot.stop):
                 low, high = max(offset, window[0]), min(offset + length, window[1])
                 if low < high:
                     found.append((low, high))

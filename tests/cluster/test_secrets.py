@@ -41,7 +41,8 @@ def test_a_run_reads_with_a_password_that_is_written_down_nowhere(tmp_path: Path
     with password_server({"a.txt": TEXT}) as address:
         by_variable = f"http://{USER}:${{env:ORCH_TEST_PASSWORD}}@{address}"
         few = (*FEW, "--set", LEISURELY, "--set", f"train.steps={STEPS}",
-               "--set", f"data.mirrors=['{by_variable}/mirror']", "--set", "elastic.workers={min: 1, max: 2}", "--fault", "step=10,kind=controller")  # fmt: skip
+               "--set", f"data.mirrors=['{by_variable}/mirror']", "--set", "elastic.workers={min: 1, max: 2}",
+               "--fault", "step=10,kind=controller")  # fmt: skip
 
         line.run_dir = tmp_path / "by-variable"
         told += interrupt(*few, "--set", f"data.source={by_variable}/a.txt")

@@ -50,7 +50,7 @@ def filled(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> Stat
             flat = space.share(slot, contents(name_of(kind, slot.name), full_shape(space, slot)), coordinate).reshape(
                 -1
             )
-            for start, offset, length in holding.strip.locate(slot.offset, slot.offset + slot.numel):
+            for start, offset, length in holding.flat.locate(slot.offset, slot.offset + slot.numel):
                 buffer[offset : offset + length] = flat[start - slot.offset : start - slot.offset + length]
     return holding
 
@@ -58,7 +58,7 @@ def filled(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> Stat
 def chunks_from(space: Space, holding: StateShard, spans: Spans, most: int) -> Iterator[tuple[str, Box, torch.Tensor]]:
     for span in spans:
         for piece in pieces_of(space, span, most):
-            (at,) = [offset for _, offset, _ in holding.strip.locate(piece.start, piece.start + 1)]
+            (at,) = [offset for _, offset, _ in holding.flat.locate(piece.start, piece.start + 1)]
             for kind, buffer in holding.kinds().items():
                 yield name_of(kind, piece.slot.name), piece.box, buffer[at : at + piece.box.numel].view(piece.box.sizes)
 

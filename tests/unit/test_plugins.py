@@ -92,13 +92,13 @@ def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed:
         for start, stop in ranges:
             holding = StateShard(0, FlatRanges.of([(start, stop)], space.boundary), spec, torch.device("cpu"))
             assert holding.kinds().keys() == {"weights", "exp_avg"}
-            for low, at, length in holding.strip.locate(start, stop):
+            for low, at, length in holding.flat.locate(start, stop):
                 holding.weights[at : at + length].copy_(weights[low : low + length])
             for gradient in gradients:
-                for low, at, length in holding.strip.locate(start, stop):
+                for low, at, length in holding.flat.locate(start, stop):
                     holding.gradient[at : at + length].copy_(gradient[low : low + length])
                 holding.apply(0.1)
-            for low, at, length in holding.strip.locate(start, stop):
+            for low, at, length in holding.flat.locate(start, stop):
                 found[low : low + length] = holding.weights[at : at + length]
         return found
 

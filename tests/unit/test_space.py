@@ -1,4 +1,4 @@
-"""Where values live: slots of a space, strips of it in buffers, and updates that do not depend on either."""
+"""Where values live: slots of a space, flats of it in buffers, and updates that do not depend on either."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_runs_of_blocks_cut_the_space_into_ranges_of_whole_slots(
     assert space.ranges_of(runs) == [(0, space.size)]
 
 
-# ---------------------------------------------------------------------------------------- strips
+# ---------------------------------------------------------------------------------------- flats
 
 ranges_of_120 = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120)).map(sorted).map(tuple), max_size=6)
 
@@ -157,27 +157,27 @@ def test_a_strip_has_every_element_once_from_multiples_of_64_bytes_on(
 ) -> None:
     """As every maker of pieces does, none of them crosses the boundary."""
     cut = [(a, b) for a, b in disjoint(ranges) if not a < boundary < b]
-    strip = FlatRanges.pieces(cut, boundary) if apart else FlatRanges.of(ranges, boundary)
-    assert elements(strip.ranges) == elements(cut if apart else ranges)
+    flat = FlatRanges.pieces(cut, boundary) if apart else FlatRanges.of(ranges, boundary)
+    assert elements(flat.ranges) == elements(cut if apart else ranges)
     if apart:
-        assert list(strip.ranges) == cut
-    assert strip.size % ALIGNMENT == strip.boundary % ALIGNMENT == 0
+        assert list(flat.ranges) == cut
+    assert flat.size % ALIGNMENT == flat.boundary % ALIGNMENT == 0
     places: dict[int, int] = {}
-    for start, stop in strip.ranges:
-        ((first, offset, length),) = list(strip.locate(start, stop))
+    for start, stop in flat.ranges:
+        ((first, offset, length),) = list(flat.locate(start, stop))
         assert (first, length) == (start, stop - start)
         assert offset % ALIGNMENT == 0, "no range begins in the middle of a vector"
         for index in range(length):
             assert places.setdefault(offset + index, start + index) == start + index, "two elements in one place"
-            assert (offset + index < strip.boundary) == (start + index < boundary), "weight decay stops elsewhere"
-    assert max(places, default=-1) < strip.size == sum(round_up(stop - start) for start, stop in strip.ranges)
+            assert (offset + index < flat.boundary) == (start + index < boundary), "weight decay stops elsewhere"
+    assert max(places, default=-1) < flat.size == sum(round_up(stop - start) for start, stop in flat.ranges)
     low = data.draw(st.integers(0, 120))
     high = data.draw(st.integers(low, 120))
-    found = {first + index: offset + index for first, offset, n in strip.locate(low, high) for index in range(n)}
+    found = {first + index: offset + index for first, offset, n in flat.locate(low, high) for index in range(n)}
     assert found == {element: place for place, element in places.items() if low <= element < high}
-    low = data.draw(st.integers(0, strip.size))
-    high = data.draw(st.integers(low, strip.size))
-    assert elements(strip.cut(low, high)) == {element for place, element in places.items() if low <= place < high}
+    low = data.draw(st.integers(0, flat.size))
+    high = data.draw(st.integers(low, flat.size))
+    assert elements(flat.cut(low, high)) == {element for place, element in places.items() if low <= place < high}
 
 
 # ---------------------------------------------------------------------------------------- holdings
@@ -194,9 +194,9 @@ def values_of(size: int, space: Space, seed: int) -> torch.Tensor:
     return values
 
 
-def train(space: Space, strip: FlatRanges, spec: OptimizerSpec, seed: int) -> StateShard:
-    """Five updates of what a strip has, at changing rates."""
-    holding = StateShard(0, strip, spec, CPU)
+def train(space: Space, flat: FlatRanges, spec: OptimizerSpec, seed: int) -> StateShard:
+    """Five updates of what flat ranges have, at changing rates."""
+    holding = StateShard(0, flat, spec, CPU)
     fill(holding, holding.weights, values_of(space.size, space, seed))
     for step in range(5):
         fill(holding, holding.gradient, values_of(space.size, space, seed + 1 + step))
@@ -205,7 +205,7 @@ def train(space: Space, strip: FlatRanges, spec: OptimizerSpec, seed: int) -> St
 
 
 def fill(holding: StateShard, buffer: torch.Tensor, values: torch.Tensor) -> None:
-    for start, offset, length in holding.strip.locate(0, len(values)):
+    for start, offset, length in holding.flat.locate(0, len(values)):
         buffer[offset : offset + length] = values[start : start + length]
 
 
@@ -213,7 +213,7 @@ def gathered(space: Space, holdings: Sequence[StateShard], kind: str) -> torch.T
     """A kind of tensor of the whole space, from holdings that have all of it."""
     values = torch.full((space.size,), torch.nan)
     for holding in holdings:
-        for start, offset, length in holding.strip.locate(0, space.size):
+        for start, offset, length in holding.flat.locate(0, space.size):
             values[start : start + length] = holding.kinds()[kind][offset : offset + length]
     return values
 
@@ -248,8 +248,8 @@ def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: Op
         "any rows": [FlatRanges.pieces(ranges, space.boundary) for ranges in cut_at_rows(space, rng)],
         "blocks": [FlatRanges.of(space.ranges_of([(b, b + 1)]), space.boundary) for b in range(4)],
     }
-    for way, strips in ways.items():
-        holdings = [train(space, strip, spec, seed) for strip in strips]
+    for way, flats in ways.items():
+        holdings = [train(space, flat, spec, seed) for flat in flats]
         for kind in whole.kinds():
             assert bits(gathered(space, holdings, kind)) == bits(whole.kinds()[kind]), f"{kind} in {way}, seed {seed}"
 
@@ -258,11 +258,11 @@ def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: Op
 def test_padding_stays_zero(spec: OptimizerSpec) -> None:
     space = random_space(random.Random(1))
     rows = FlatRanges.pieces(row_ranges(space, [(0, space.size)], 3, 1), space.boundary)
-    for strip in (FlatRanges.of([(0, space.size)], space.boundary), rows):
-        holding = train(space, strip, spec, 7)
-        used = torch.zeros(strip.size, dtype=torch.bool)
+    for flat in (FlatRanges.of([(0, space.size)], space.boundary), rows):
+        holding = train(space, flat, spec, 7)
+        used = torch.zeros(flat.size, dtype=torch.bool)
         for slot in space.slots:
-            for _, offset, length in strip.locate(slot.offset, slot.offset + slot.numel):
+            for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
                 used[offset : offset + length] = True
         assert used.any()
         assert not used.all()
@@ -273,9 +273,9 @@ def test_padding_stays_zero(spec: OptimizerSpec) -> None:
 def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> None:
     """Bias correction counts updates, so a holding must be told how many its state has seen."""
     space = random_space(random.Random(2))
-    strip = FlatRanges.of([(0, space.size)], space.boundary)
-    first, second = train(space, strip, spec, 3), StateShard(0, strip, spec, CPU)
-    third = train(space, strip, spec, 99)  # has updated something else before
+    flat = FlatRanges.of([(0, space.size)], space.boundary)
+    first, second = train(space, flat, spec, 3), StateShard(0, flat, spec, CPU)
+    third = train(space, flat, spec, 99)  # has updated something else before
     for other in (second, third):
         for kind, buffer in other.kinds().items():
             buffer.copy_(first.kinds()[kind])
@@ -289,8 +289,8 @@ def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> Non
 
 
 def test_a_holding_says_what_it_has() -> None:
-    strip = FlatRanges.of([(0, 20), (32, 48)], 32)
-    holding = StateShard(1, strip, OptimizerSpec(), CPU)
+    flat = FlatRanges.of([(0, 20), (32, 48)], 32)
+    holding = StateShard(1, flat, OptimizerSpec(), CPU)
     assert holding.spans == union([Span(1, 0, 20), Span(1, 32, 48)])
     assert holding.num_bytes == 4 * 3 * 48
     assert list(holding.locate(Span(1, 16, 40))) == [(16, 16, 4), (32, 32, 8)]

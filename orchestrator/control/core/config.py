@@ -58,7 +58,7 @@ class PoolConfig:
         return min(-(-self.min_workers // self.unit) * self.unit, self._most)
 
     def within_limits(self, workers: int) -> int:
-        """The size closest to `workers` that is allowed, in whole units. There may never be work for so many."""
+        """The size closest to `workers` that is allowed, in whole units. There may never be work for this many."""
         return min(max(workers // self.unit * self.unit, self.least), self._most)
 
     @property

@@ -16,7 +16,7 @@ V = TypeVar("V", bound=ProcessView)
 COMING_S = 30.0
 """How long the word that nodes are starting counts."""
 LONGEST_START_S = 900.0
-"""Nodes that are starting are waited for so long, from when they were asked for, and no longer."""
+"""Nodes that are starting are waited for this long, from when they were asked for, and no longer."""
 
 
 class Demand:
@@ -99,7 +99,7 @@ class Demand:
         return actions
 
     def skip_gap(self, gap_s: float) -> None:
-        """Nothing could be asked for so long."""
+        """Nothing could be asked for this long."""
         if self._short_since is not None:
             self._short_since += gap_s
         for market in self._asked_since:

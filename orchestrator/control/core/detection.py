@@ -70,7 +70,7 @@ def node_lost(
 # ---------------------------------------------------------------------------------------- what is not reported
 
 HOPS = 4.0
-"""What is heard of a worker goes through so many threads and processes, each of which may be as late as the next."""
+"""What is heard of a worker goes through this many threads and processes, each of which may be as late as the next."""
 USUAL_LATENESS_S = 0.1
 """Nobody is called late for less: deadlines have room for that."""
 MOST_STRETCH = 4.0

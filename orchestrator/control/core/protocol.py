@@ -39,7 +39,7 @@ class GiveWay:
 
 @dataclass(frozen=True)
 class NodesStarting:
-    """The autoscaler has got so many nodes that are not there yet. They may be for workers that wait for room."""
+    """The autoscaler has got this many nodes that are not there yet. They may be for workers that wait for room."""
 
     count: int
 

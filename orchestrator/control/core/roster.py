@@ -38,7 +38,7 @@ MAX_PAUSE_S = 30.0
 """The longest time between two tries when workers die while they start."""
 CROWDED_AFTER_S = 15.0
 CROWDED_S = 60.0
-"""A worker that was to avoid nodes and is not placed after so long is asked for anywhere; so are others for a while."""
+"""A worker that was to avoid nodes and is not placed by then is asked for anywhere; so are others for a while."""
 _TOO_MANY = "more workers than the job wants"
 _TOO_SLOW = "another took its place, as it was too slow"
 
@@ -347,7 +347,7 @@ class Roster(Generic[V]):
     # ------------------------------------------------------------------------------------ time
 
     def skip_gap(self, gap_s: float, now: float) -> None:
-        """Nobody could be heard for so long."""
+        """Nobody could be heard for this long."""
         for view in self._alive.values():
             view.last_heard = max(view.last_heard, now)
             if view.placed_at is not None:

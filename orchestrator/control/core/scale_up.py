@@ -12,7 +12,7 @@ from orchestrator.control.core.workers import ProcessView
 GROWTH_SHARE = 0.05
 """The share of its time that a run spends on taking in workers, as far as the longest wait allows."""
 TOGETHER_S = 1.0
-"""Workers that go within so long are taken to go for one reason: their node, or their rack."""
+"""Workers that go within this long are taken to go for one reason: their node, or their rack."""
 
 
 class ScaleUpBackoff:

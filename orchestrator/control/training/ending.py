@@ -18,7 +18,7 @@ class Ending:
         self._run = run
 
     def ask(self, committed: int, holders: Sequence[WorkerView], now: float) -> None:
-        """These have all of the final state, of so many steps."""
+        """These have all of the final state, of this many steps."""
         run = self._run
         run.state = RunState.FINALIZING
         run.finalization = Finalization(committed, holders, now)

@@ -52,7 +52,7 @@ def find_stalled(
 ) -> list[Failure[WorkerView]]:
     """Everyone is heard and nothing moves: the member that is furthest behind holds the others up.
 
-    When none can be named, all are told to leave, and whoever is stuck does not.
+    When none can be named, all are told to leave, and those that are stuck do not.
     """
     if not membership.inside:
         return []
@@ -90,7 +90,7 @@ def nobodys_stall(since: float, now: float, *, pending: bool = False) -> Failure
 def _find_stuck(
     membership: Membership, interrupted_at: float, limit: float, interrupt_timeout_s: float, now: float
 ) -> list[Failure[WorkerView]]:
-    """Whoever is told to break out of a collective does so at once; a computation has to come to its end.
+    """A worker that is told to break out of a collective does so at once; a computation has to come to its end.
 
     A phase that is both is given the time of a computation, counted from when the member last moved.
     """

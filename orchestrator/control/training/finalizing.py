@@ -39,5 +39,5 @@ class Finalization:
         }
 
     def skip_gap(self, gap_s: float) -> None:
-        """Nobody could be heard for so long."""
+        """Nobody could be heard for this long."""
         self.since += gap_s

@@ -1,4 +1,4 @@
-"""Layouts for so many workers: what the job's chooser answers, asked once."""
+"""Layouts by number of workers: what the job's chooser answers, asked once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Layouts:
         return [kept[number] if number in kept else next(others) for number in range(len(units))]
 
     def choose(self, workers: int, views: Iterable[WorkerView]) -> ParallelLayout | None:
-        """The layout for at most so many of these workers; None when there is none."""
+        """The layout for at most this many of these workers; None when there is none."""
         views = list(views)
         layout = self._ask(workers, views).layout
         if layout is None or (parts := self._cuts.get(_key(layout))) is None:
@@ -95,11 +95,11 @@ class Layouts:
         self._cuts[_key(layout)] = layout.parts
 
     def refusal(self, workers: int, views: Iterable[WorkerView]) -> str | None:
-        """Why there is no layout for so many workers like these, nor for any other number that the job allows."""
+        """Why there is no layout for this many workers like these, nor for any other number that the job allows."""
         return self._ask(workers, views).refusal
 
     def ranks(self, workers: int, views: Iterable[WorkerView]) -> int:
-        """How many of so many workers would have work."""
+        """How many of a number of workers would have work."""
         layout = self.choose(workers, views)
         return 0 if layout is None else layout.num_placed
 

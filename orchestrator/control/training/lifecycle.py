@@ -314,7 +314,7 @@ class Lifecycle:
         run.out += run.membership.pause()
 
     def settle(self, now: float, *, interrupt: bool) -> None:
-        """The generation is over; with `interrupt` whoever is still in it is told to break out."""
+        """The generation is over; with `interrupt` members that are still in it are told to break out."""
         run = self._run
         if run.state not in (RunState.FORMING, RunState.RUNNING, RunState.SETTLING):
             return

@@ -95,7 +95,7 @@ class Membership:
                 for worker in self.inside:
                     self.members[worker].last_heard = now
         if view.fault_at is not None:
-            # Whoever commits another step has outlived its fault; a later trouble is measured from its own time.
+            # A worker that commits another step has outlived its fault; a later trouble is measured from its own time.
             if view.fault_committed is None:
                 view.fault_committed = event.committed
             elif event.committed > view.fault_committed:
@@ -120,7 +120,7 @@ class Membership:
         return [Pause(tuple(sorted(self.inside)), self.generation.number)]
 
     def interrupt(self, now: float) -> list[Action]:
-        """Tells whoever is still in it to break out. Once: after that, patience with them runs out."""
+        """Tells members that are still in it to break out. Once: after that, patience with them runs out."""
         if self.interrupted_at is not None:
             return []
         self.interrupted_at = now
@@ -137,7 +137,7 @@ class Membership:
         return lefts
 
     def skip_gap(self, gap_s: float, now: float) -> None:
-        """Nobody could be heard for so long."""
+        """Nobody could be heard for this long."""
         self.moved_at = now
         for worker in self.inside:
             self.members[worker].moved_at = now

@@ -2,7 +2,7 @@
 
 The ranks decide together at which step boundary they save (in the vote); the controller asks for that, hears from every
 rank what it wrote, and has one of them complete the checkpoint, or discard it when a part will never come. An attempt
-outlives its generation: whoever lives goes on writing, wherever training is meanwhile.
+outlives its generation: the writers that live go on writing, wherever training is meanwhile.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Saving:
         return self._last(committed).error
 
     def is_saving(self, committed: int) -> bool:
-        """Whether a checkpoint of so many steps is under way."""
+        """Whether a checkpoint of this many steps is under way."""
         return any(save.committed == committed for save in self._attempts)
 
     def writing(self) -> set[WorkerId]:
@@ -204,7 +204,7 @@ class Saving:
         return actions
 
     def give_up(self, committed: int, now: float, patience_s: float) -> list[Action]:
-        """Waits no longer for a checkpoint of so many steps that was begun so long ago."""
+        """Waits no longer for a checkpoint of `committed` steps that was begun `patience_s` ago."""
         actions: list[Action] = []
         for save, attempt in list(self._attempts.items()):
             if save.committed == committed and now - attempt.since > patience_s:
@@ -215,7 +215,7 @@ class Saving:
         return actions
 
     def skip_gap(self, gap_s: float) -> None:
-        """Nobody could be heard for so long."""
+        """Nobody could be heard for this long."""
         for attempt in self._attempts.values():
             attempt.since += gap_s
 

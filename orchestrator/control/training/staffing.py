@@ -65,7 +65,7 @@ class Staffing:
 
     def wanted(self) -> int:
         """The target, or what the smallest layout takes if that is more; but no more than have work in the layout that
-        is best for so many."""
+        is best for this many."""
         run = self._run
         alive = run.roster.alive()
         most = run.layouts.fewest(run.target, alive)
@@ -87,7 +87,7 @@ class Staffing:
         return run.state is not RunState.WAITING or not view.has_state
 
     def _needed(self) -> Collection[WorkerId]:
-        """Idle workers that hold the state of the next generation: one that holds all of it, or whoever holds a part,
+        """Idle workers that hold the state of the next generation: one that holds all of it, or all that hold a part,
         until there is a generation in which others do."""
         run = self._run
         idle = run.roster.idle()

@@ -1,6 +1,6 @@
 """What state there is, and where: at which workers, of how many steps, or in storage.
 
-A worker says what it holds (`WorkerView.held`) of the state after so many steps (`committed`), and whether it can roll
+A worker says what it holds (`WorkerView.held`) of the state after `committed` steps, and whether it can roll
 forward by one (`prepared`). What that makes together is decided here. Between two generations every worker is at the
 same step or one behind, and older states are those of workers that have been idle since.
 """
@@ -63,7 +63,7 @@ def state_at_hand(idle: Sequence[WorkerView], progress: Progress) -> Origin | No
 
 
 def _state_after(committed: int, idle: Iterable[WorkerView], progress: Progress) -> Origin | None:
-    """The state after so many steps, if these workers have all parts of it.
+    """The state after this many steps, if these workers have all parts of it.
 
     Who prepared a step that is on record can roll forward over it: after the vote the gradient it holds is the one that
     was applied. (What is not on record is simply run again.)
@@ -146,7 +146,7 @@ def whole_holders(origin: Origin, idle: Iterable[WorkerView]) -> list[WorkerView
 
 
 def pick_holders(wanted: Spans, held: Mapping[WorkerId, Spans], candidates: Iterable[WorkerId]) -> list[WorkerId]:
-    """Few of the candidates that hold together what is `wanted`, as far as they do: whoever adds most, first, and of
+    """Few of the candidates that hold together what is `wanted`, as far as they do: who adds most, first, and of
     those that add as much the first."""
     first: dict[Spans, WorkerId] = {}
     for worker in sorted(candidates):

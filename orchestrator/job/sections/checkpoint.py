@@ -19,7 +19,7 @@ class Encryption(Section):
     """Where the key of encrypted checkpoints is: 32 bytes in hexadecimal or base64. One of the two."""
 
     key: Annotated[Text | None, CIRCUMSTANCES] = None
-    """`${env:NAME}`: in that environment variable of whoever starts the run."""
+    """`${env:NAME}`: in that environment variable of the command that starts the run."""
     file: Annotated[Text | None, CIRCUMSTANCES] = None
     """In that file, on the machine where the run is started."""
 
@@ -34,7 +34,7 @@ class Checkpoint(Section):
     keep: Annotated[PositiveInt, CIRCUMSTANCES] = 3
     """How many of the newest stay."""
     keep_every: Annotated[PositiveInt | None, CIRCUMSTANCES] = None
-    """Those of a multiple of so many steps stay for ever."""
+    """Those of a multiple of this many steps stay for ever."""
     final_patience_s: Annotated[float, Field(ge=0), CIRCUMSTANCES] = 300.0
     """How long a run that ends tries to save its last state, and to write its record, where a storage refuses."""
     encryption: Annotated[Encryption | None, CIRCUMSTANCES] = None

@@ -40,13 +40,13 @@ class Scaling(Section):
     """How long after a change of its workers a run takes in more, at the least."""
     flap_window_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 120.0
     """A worker that is lost so soon after it joined has flapped. Each time doubles `settle_s`, up to this, until those
-    that join stay for so long."""
+    that join stay for this long."""
     shortage_after_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 60.0
-    """A worker that finds no room for so long is reported, with the cluster's reason."""
+    """A worker that finds no room for this long is reported, with the cluster's reason."""
     turn_s: Annotated[float, Field(ge=10), CIRCUMSTANCES] = 120.0
     """How long a run that cannot train for want of room keeps asking before others that wait too have their turn."""
     fallback_after_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 600.0
-    """A worker that finds no room for so long, while no nodes are starting, is asked for in the next market of
+    """A worker that finds no room for this long, while no nodes are starting, is asked for in the next market of
     `resources.market`."""
     fallback_hold_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 600.0
     """How long others are then asked for there as well, before the first is tried again."""

@@ -1,7 +1,7 @@
 """The driver: prepares the data, starts or finds the run's controller, and follows it.
 
 On a cluster of others' the run is its controller's: it goes on without a driver, and cleans up after itself. A driver
-ends it only when a user says so, and follows a run that is under way whoever started it.
+ends it only when a user says so, and follows a run that is under way, started by anyone.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _drive(
     on_update: Update,
     on_note: Note,
 ) -> dict[str, Any]:
-    # Whoever has no key, or no access, is told before anything is started.
+    # A user without a key, or without access, is told before anything is started.
     secret = secret_of(job)
     environment = environment_of(job)
     check_storage(job, directory)

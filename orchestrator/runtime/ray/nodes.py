@@ -184,7 +184,7 @@ def drain(gcs: Gcs, wanted: str, message: str, deadline: float) -> Drain:
     """Drains the one node that `wanted` names (see `find_nodes`) until `deadline`, in seconds since the epoch.
 
     Ray places nothing on a draining node any more, and its raylet ends when nothing runs on it. Nobody ends it at the
-    deadline: that is left to whoever takes the machine away. A second drain of a node replaces the deadline.
+    deadline: that is left to the provider that takes the machine away. A second drain of a node replaces the deadline.
 
     Raises NodeError when no node or several match, when it is the head, is dead, or refuses; GcsError.
     """

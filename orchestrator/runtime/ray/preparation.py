@@ -114,7 +114,7 @@ def controller_spec(
 
 def clear_result(directory: RunDirectory) -> dict[str, Any] | None:
     """Removes what an earlier attempt came to, which is gone on from; that of a run that has finished stays and is
-    returned. Under the run's lock, so that nobody writes one meanwhile; whoever has the lock keeps it."""
+    returned. Under the run's lock, so that nobody writes one meanwhile; its holder keeps it."""
     try:
         lock = directory.lock()
     except RunDirectoryError:

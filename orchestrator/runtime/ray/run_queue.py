@@ -2,8 +2,8 @@
 
 Two that start on a cluster which is full, or cannot grow, could each hold what the other lacks, and wait for ever. So
 those that have been short of room for long tell one another, and what they need, in the cluster's key-value store. One
-of them has its turn: the others give back the places that it could use, unless state would be lost with them. Whoever
-has not got enough by the end of its turn goes to the end of the queue.
+of them has its turn: the others give back the places that it could use, unless state would be lost with them. A run
+that has not got enough by the end of its turn goes to the end of the queue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.runtime.ray import compat
 from orchestrator.runtime.ray.resource_request import Need
 
 SILENCE_S = 30.0
-"""Who has said nothing for so long has ended without a word."""
+"""Who has said nothing for this long has ended without a word."""
 TELL_S = 5.0
 """How often a run says that it still waits."""
 NAMESPACE = b"orchestrator"

@@ -38,7 +38,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Node:
+class LiveNode:
     """What the GCS knows of a node that is alive."""
 
     label: str
@@ -60,7 +60,7 @@ class Nodes:
     def __init__(self, address: str) -> None:
         self.gcs = compat.GcsClient(address=address)
         self.address = address
-        self.all: dict[str, Node] = {}
+        self.all: dict[str, LiveNode] = {}
         self.silent: list[Check] = []
         self._actors: dict[str, Any] = {}
 
@@ -83,7 +83,7 @@ class Nodes:
         for info in alive:
             node_id, host = info.node_id.hex(), info.node_manager_address
             label = host if addresses[host] == 1 else f"{host}/{node_id[:8]}"
-            self.all[label] = Node(
+            self.all[label] = LiveNode(
                 label, node_id, host, info.is_head_node, dict(info.resources_total), info.session_dir or info.temp_dir
             )
         self._start_actors()
