@@ -56,9 +56,9 @@ MUTATIONS = (
         ("tests/ranks/test_layouts.py",),
     ),
     Mutation(
-        "a vote is not heard: each rank heeds its own wishes only",
-        "agreement = Agreement.of(flags, deals)",
-        "agreement = Agreement.of(int(row[0]), deals)",
+        "a vote is not heard: only the last rank's flags count",
+        "            flags |= flag\n",
+        "            flags = flag\n",
         ("tests/ranks/test_votes.py",),
     ),
     Mutation(
@@ -75,8 +75,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient is never clipped",
-        "if self.spec.clip_norm is not None and norm > self.spec.clip_norm:",
-        "if self.spec.clip_norm is not None and norm < 0:",
+        "if clip_norm is not None and norm > clip_norm:",
+        "if clip_norm is not None and norm < 0:",
         ("tests/unit/test_step.py", "tests/ranks/test_layouts.py"),
     ),
     Mutation(

@@ -16,7 +16,8 @@ from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.placement import Domain, Shard, place_state, row_ranges, trained_spans
 from strategies.layout.schedule import SCHEDULES
 from strategies.layout.space import ALIGNMENT, Space
-from strategies.layout.statemap import NOTHING, Span, intersect, num_elements, subtract, union, whole
+from strategies.layout.statemap import NOTHING, Span, intersect, subtract, union, whole
+from tests.unit.layouts_in_tests import num_elements
 
 quick = settings(deadline=None, print_blob=True, max_examples=50)
 BLOCKS = 10
