@@ -156,7 +156,7 @@ class Fleet:
         self.clock = clock
         chooser = chooser_of(layout, workers)
         self.config = ControllerConfig(
-            total_steps=1_000_000, chooser=chooser, min_workers=1, max_workers=workers, checkpointing=True,
+            total_steps=1_000_000, chooser=chooser, min_workers=1, max_workers=workers,
             scaling=ScalingRules(settle_s=0.0),
         )  # fmt: skip
         self.costs = model_costs() if chooser.pipeline > 1 else None

@@ -8,7 +8,7 @@ A package that has, say, an optimizer says so in its pyproject.toml, and a job f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
@@ -32,6 +32,11 @@ def names(kind: str, own: Iterable[str]) -> list[str]:
     """All of a kind ("optimizers"): our own, then those of installed packages."""
     ours = list(own)
     return [*ours, *sorted(_of_packages(kind).keys() - set(ours))]
+
+
+def find_callable(kind: str, name: str, own: Mapping[str, Callable[..., T]]) -> Callable[..., T]:
+    """Likewise, where a kind's parts are made by calling what is named."""
+    return find(kind, name, own, Callable)  # type: ignore[arg-type]
 
 
 def find(kind: str, name: str, own: Mapping[str, T], base: type[T]) -> T:

@@ -26,6 +26,9 @@ T = TypeVar("T")
 Pieces = Callable[[], Iterable[memoryview | bytes]]
 """The contents of a file, in order; asked for again when writing is tried again."""
 
+PLUGINS = "storages"
+"""Other packages' storages, by the protocol of their URLs."""
+
 
 class StorageError(OSError):
     """A storage that did not do what it was asked; says which, where and why. `transient` says that it may later."""
@@ -99,6 +102,11 @@ def open_storage(url: str) -> Storage:
         return Patient(LocalStorage(Path(rest).resolve()))
     if (reason := why_not(url)) is not None:
         raise ValueError(reason)
+    if (maker := _of_package(protocol)) is not None:
+        made = maker(expand(url))
+        if not isinstance(made, Storage):
+            raise ValueError(f"the package for {protocol}:// gives a {type(made).__name__}, not a Storage")
+        return Patient(made)
     from fsspec.core import url_to_fs
 
     try:
@@ -117,6 +125,11 @@ def why_not(url: str) -> str | None:
         return None
     if not rest.strip("/"):
         return f"{url!r} names no bucket or directory"
+    try:
+        if _of_package(protocol) is not None:
+            return None
+    except ValueError as error:
+        return str(error)
     import fsspec
 
     try:
@@ -127,6 +140,21 @@ def why_not(url: str) -> str | None:
         known = ", ".join(sorted(name for name in fsspec.available_protocols() if name in _COMMON))
         return f"{protocol}:// is no storage that fsspec knows; for example {known}"
     return None
+
+
+def _of_package(protocol: str) -> Callable[[str], Any] | None:
+    """What another package has for this protocol, to be called with the URL; None when there is none.
+
+    Raises ValueError when that package fails.
+    """
+    try:
+        from orchestrator import plugins
+    except ImportError:  # `doctor` sends this module to nodes, which need not have the rest of this package
+        return None
+    if protocol not in plugins.names(PLUGINS, ()):
+        return None
+    found: Callable[[str], Any] = plugins.find_callable(PLUGINS, protocol, {})
+    return found
 
 
 _COMMON = {"s3", "gs", "abfs", "az", "hdfs", "sftp", "http", "memory", "file"}

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,11 @@ def check_sinks(settings: Mapping[str, Any]) -> None:
         raise SinkProblem("monitoring.tensorboard needs a package that is not installed: `pip install tensorboardX`")
 
 
-def make_sinks(settings: Mapping[str, Any]) -> list[tuple[str, Sink]]:
+Maker = Callable[[str], Callable[[dict[str, Any]], Sink]]
+"""What makes the sink of another package from its settings, by the sink's name."""
+
+
+def make_sinks(settings: Mapping[str, Any], maker: Maker) -> list[tuple[str, Sink]]:
     """The sinks that `settings` ask for, by their names in it."""
     sinks: list[tuple[str, Sink]] = []
     if settings.get("tensorboard"):
@@ -59,7 +63,7 @@ def make_sinks(settings: Mapping[str, Any]) -> list[tuple[str, Sink]]:
         sinks.append(("mlflow", MLflowSink(mlflow["tracking_uri"], mlflow["experiment"])))
     if (wandb := settings.get("wandb")) is not None:
         sinks.append(("wandb", WandBSink(wandb["project"], wandb["mode"], wandb["entity"])))
-    return sinks
+    return sinks + [(name, maker(name)(given)) for name, given in settings.get("sinks", {}).items()]
 
 
 class Feeder:
@@ -153,13 +157,15 @@ class Feeder:
 
 
 @contextmanager
-def feeding(settings: Mapping[str, Any], run: str, directory: Path, job: dict[str, Any]) -> Iterator[None]:
+def feeding(
+    settings: Mapping[str, Any], run: str, directory: Path, job: dict[str, Any], maker: Maker
+) -> Iterator[None]:
     """Feeds the sinks that `settings` (the job's `monitoring`, as plain values) ask for while the block runs, unless
     another process that follows the run does already."""
     with _alone(directory) as alone:
         feeders = [
             Feeder(field, sink, SinkRun(run, directory.name, directory, job))
-            for field, sink in (make_sinks(settings) if alone else ())
+            for field, sink in (make_sinks(settings, maker) if alone else ())
         ]
         for feeder in feeders:
             feeder.start()

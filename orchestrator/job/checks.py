@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from orchestrator.errors import PluginError
-from orchestrator.job.kinds import objective_named, optimizer_named, update_rule_named
+from orchestrator.faults import KINDS
+from orchestrator.job.kinds import fault_kind_named, objective_named, optimizer_named, sink_named, update_rule_named
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
 from orchestrator.urls import VARIABLE
@@ -68,7 +69,7 @@ def _hf_model_type(get: Get) -> Iterator[Finding]:
 
 
 def _free_form(get: Get) -> Iterator[Finding]:
-    for field in ("model.hf", "model.args"):
+    for field in ("model.hf", "model.args", "monitoring.sinks"):
         try:
             value = get(field)
         except Unknown:
@@ -171,27 +172,25 @@ def _at(get: Get, index: int, rule: Callable[[Get, str], list[Finding]]) -> list
         return []
 
 
-_FAULT_DETAILS = {"seconds": ("slow", "drain"), "factor": ("slow",), "steps": ("slow",)}
-"""Which kinds of fault can be told more, and what."""
+_FAULT_DETAILS = ("seconds", "factor", "steps")
 
 
 def fault_kind(get: Get, fault: str) -> list[Finding]:
     """Whether the fields of the fault at `fault` (`faults.N.`) are those that its kind needs and can use."""
-    kind, phase = get(f"{fault}kind"), get(f"{fault}phase")
+    name, phase = get(f"{fault}kind"), get(f"{fault}phase")
+    try:
+        kind = fault_kind_named(name)
+    except PluginError as error:
+        return [Finding((f"{fault}kind",), str(error))]
     findings = []
-    if kind != "controller" and get(f"{fault}worker") is None:
-        findings.append(Finding((f"{fault}worker",), f"is required for kind {kind}: which worker it happens to"))
-    if kind == "nan" and phase not in ("data", "compute"):
-        reason = f"kind nan spoils the gradient before it is reduced, so its phase is data or compute, not {phase}"
-        findings.append(Finding((f"{fault}phase",), reason))
-    if kind == "slow" and phase not in ("data", "compute"):
-        reason = f"kind slow is about reading (data) or the device (compute), so its phase is one of these, not {phase}"
-        findings.append(Finding((f"{fault}phase",), reason))
-    for detail, kinds in _FAULT_DETAILS.items():
-        if get(f"{fault}{detail}") is not None and kind not in kinds:
-            findings.append(
-                Finding((f"{fault}{detail}",), f"says nothing about kind {kind}, only about {', '.join(kinds)}")
-            )
+    if kind.needs_worker and get(f"{fault}worker") is None:
+        findings.append(Finding((f"{fault}worker",), f"is required for kind {name}: which worker it happens to"))
+    if kind.phases and phase not in kind.phases:
+        findings.append(Finding((f"{fault}phase",), f"kind {name} {kind.why_there}, not {phase}"))
+    for detail in _FAULT_DETAILS:
+        if get(f"{fault}{detail}") is not None and detail not in kind.details:
+            others = ", ".join(other.name for other in KINDS.values() if detail in other.details)
+            findings.append(Finding((f"{fault}{detail}",), f"says nothing about kind {name}, only about {others}"))
     return findings
 
 
@@ -304,6 +303,14 @@ def _optimizer(get: Get) -> Iterator[Finding]:
         yield Finding(("train.optimizer.name",), str(error))
 
 
+def _sinks(get: Get) -> Iterator[Finding]:
+    for name in get("monitoring.sinks"):
+        try:
+            sink_named(name)
+        except PluginError as error:
+            yield Finding((f"monitoring.sinks.{name}",), str(error))
+
+
 def _update_rule(get: Get) -> Iterator[Finding]:
     try:
         if update_rule_named(get("strategy.update")).progress != "lockstep":
@@ -317,6 +324,7 @@ _RULES: tuple[Rule, ...] = (
     _objective,
     _optimizer,
     _update_rule,
+    _sinks,
     _model,
     _data,
     _document_mask,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from monitoring.sinks.base import Sink
 from orchestrator import plugins
+from orchestrator.faults import KINDS, FaultKind
 from strategies.objective.causal_lm import OBJECTIVES
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
@@ -18,6 +23,16 @@ def optimizer_named(name: str) -> Optimizer:
 def objective_named(name: str) -> Objective:
     """Raises PluginError."""
     return plugins.find("objectives", name, OBJECTIVES, Objective)  # type: ignore[type-abstract]
+
+
+def fault_kind_named(name: str) -> FaultKind:
+    """Raises PluginError."""
+    return plugins.find("faults", name, KINDS, FaultKind)  # type: ignore[type-abstract]
+
+
+def sink_named(name: str) -> Callable[[dict[str, Any]], Sink]:
+    """What makes a sink of another package from its settings. Raises PluginError."""
+    return plugins.find_callable("sinks", name, {})
 
 
 def update_rule_named(name: str) -> UpdateRule:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from orchestrator import plugins
+from orchestrator.errors import PluginError
 from orchestrator.notices.aws import Aws
 from orchestrator.notices.azure import Azure
 from orchestrator.notices.gcp import Gcp
@@ -15,6 +18,8 @@ Factory = Callable[[str | None], Source]
 
 SOURCES: Mapping[str, Factory] = {"aws": Aws, "gcp": Gcp, "azure": Azure}
 """By the name that `--source` takes; made with the base URL of the service, None for its own."""
+PLUGINS = "notice_sources"
+"""Other packages' sources, made like ours."""
 AUTO, NONE = "auto", "none"
 _TRIES = 5
 _PAUSE_S = 3.0
@@ -29,12 +34,22 @@ def make_source(name: str, base_url: str | None) -> Source:
         return SOURCES[name](base_url)
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        known = ", ".join([AUTO, *SOURCES, NONE])
-        raise NoticeError(f"--source {name}: choose one of {known}, or give package.module:Class")
+        known = plugins.names(PLUGINS, SOURCES)
+        if name not in known:
+            listed = ", ".join([AUTO, *known, NONE])
+            raise NoticeError(f"--source {name}: choose one of {listed}, or give package.module:Class")
+        try:
+            return _checked(name, plugins.find_callable(PLUGINS, name, SOURCES)(base_url))
+        except PluginError as error:
+            raise NoticeError(f"--source {name}: {error}") from error
     try:
         made = getattr(importlib.import_module(module_name), class_name)(base_url)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise NoticeError(f"--source {name}: {type(error).__name__}: {error}; is it on PYTHONPATH?") from error
+    return _checked(name, made)
+
+
+def _checked(name: str, made: Any) -> Source:
     missing = [what for what in ("name", "detect", "poll") if not hasattr(made, what)]
     if missing:
         raise NoticeError(f"--source {name}: it has no {', '.join(missing)}; see orchestrator.notices.notice")
@@ -45,7 +60,7 @@ def detect(
     base_url: str | None, stopped: threading.Event, tries: int = _TRIES, pause_s: float = _PAUSE_S
 ) -> Source | None:  # fmt: skip
     """The first source that answers here, or None after some tries: at boot, the network may not be up yet."""
-    candidates = [factory(base_url) for factory in SOURCES.values()]
+    candidates = [make_source(name, base_url) for name in plugins.names(PLUGINS, SOURCES)]
     for attempt in range(tries):
         if attempt and stopped.wait(pause_s):
             return None

@@ -1,22 +1,14 @@
-"""Injected faults, for tests and for users' game days: a real signal, a real crash, a real hang, a real wait."""
+"""A job's faults, fired on the worker that each is for."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.job import Job
-from orchestrator.job.sections.faults import Fault
-
-
-class InjectedFault(RuntimeError):
-    """Raised by the fault kind `raise`."""
+from orchestrator.job.kinds import fault_kind_named
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class FaultInjector:
         self._faults = list(enumerate(job.faults))
         self._slot = slot
         self._announce = announce
-        self._spoil_gradient = poison
+        self._poison = poison
         self._fired: set[int] = set()
         self._slow: dict[str, list[_Slowness]] = {"data": [], "compute": []}
         self._step = 0
@@ -52,7 +44,8 @@ class FaultInjector:
     @property
     def may_be_slow(self) -> bool:
         """Whether the job has this worker slow at some time; only then `drag` and `delay` need to be asked."""
-        return any(fault.kind == "slow" and fault.worker == self._slot for _, fault in self._faults)
+        mine = (fault for _, fault in self._faults if fault.worker == self._slot)
+        return any(fault_kind_named(fault.kind).slows_down for fault in mine)
 
     def already_fired(self, indices: tuple[int, ...]) -> None:
         self._fired |= set(indices)
@@ -68,31 +61,19 @@ class FaultInjector:
                 continue
             self._fired.add(index)
             self._announce(index)
-            self._fire(fault, step)
+            fault_kind_named(fault.kind).happen(fault, step, self)
 
-    def _fire(self, fault: Fault, step: int) -> None:
-        match fault.kind:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "segfault":
-                ctypes.string_at(0)
-            case "exit":
-                os._exit(17)
-            case "raise":
-                raise InjectedFault(f"injected at step {step}")
-            case "hang":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            case "deadlock":
-                threading.Event().wait()
-            case "nan":
-                self._spoil_gradient(step)
-            case "slow":
-                until_step = float("inf") if fault.steps is None else step + fault.steps
-                until = float("inf") if fault.seconds is None else time.monotonic() + fault.seconds
-                self._slow[fault.phase].append(_Slowness(fault.factor or 2.0, until_step, until))
-            case _:
-                # drain, node and controller are carried out by the controller when the fault is announced.
-                pass
+    # ------------------------------------------------------------------------------------ what a kind can do here
+
+    def spoil_gradient(self) -> None:
+        """See `orchestrator.faults.Site`."""
+        self._poison(self._step)
+
+    def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
+        """See `orchestrator.faults.Site`."""
+        until_step = math.inf if steps is None else self._step + steps
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        self._slow[phase].append(_Slowness(factor, until_step, until))
 
     def drag(self, busy_s: float) -> None:
         """A stretch of computing took this long, on a device that is to be slow."""

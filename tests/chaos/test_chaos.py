@@ -13,7 +13,7 @@ from tests.chaos.story import ACTS, KINDS_INSIDE, LAYOUTS, draw
 FEW = (20,)
 """A pipeline, short: what every run of the tests plays. (Stories with tensors take minutes each where a collective
 takes milliseconds.)"""
-SHORT_STEPS = 70
+SHORT_STEPS = 55
 FACTORY = ("model={factory: 'tests.small_models:leisurely', args: {seconds: 0.005}}",)
 MANY = range(40)
 

@@ -22,6 +22,7 @@ def command(tmp_path: Path, cache: Path) -> CommandLine:
     return CommandLine(tmp_path, cache)
 
 
+@pytest.mark.nightly
 def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, undisturbed: Outcome) -> None:
     process = command.start(
         "--local-nodes", "3", "--set", "elastic.workers.max=3", "--json",

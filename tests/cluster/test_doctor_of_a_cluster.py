@@ -175,6 +175,7 @@ def test_an_address_at_which_nobody_listens(cluster: Live) -> None:
     assert of(checks, "versions", "ok")
 
 
+@pytest.mark.nightly
 def test_something_else_listens_at_the_address(cluster: Live) -> None:
     with socket.create_server(("", 0)) as server:
         code, checks = doctor(cluster.environment(), "--address", f"127.0.0.1:{server.getsockname()[1]}")

@@ -15,7 +15,7 @@ from tests.password_server import PASSWORD, USER, password_server
 from tests.selection import nightly
 
 STEPS = 20
-LEISURELY = "model={factory: 'tests.small_models:leisurely', args: {seconds: 0.05}}"
+LEISURELY = "model={factory: 'tests.small_models:leisurely', args: {seconds: 0.02}}"
 """A step takes long enough to be interrupted in."""
 TEXT = b"".join(b"line %d of a text that nobody has to read\n" % number for number in range(2000))
 
@@ -41,7 +41,7 @@ def test_a_run_reads_with_a_password_that_is_written_down_nowhere(tmp_path: Path
     with password_server({"a.txt": TEXT}) as address:
         by_variable = f"http://{USER}:${{env:ORCH_TEST_PASSWORD}}@{address}"
         few = (*FEW, "--set", LEISURELY, "--set", f"train.steps={STEPS}",
-               "--set", f"data.mirrors=['{by_variable}/mirror']", "--set", "elastic.workers={min: 1, max: 2}",
+               "--set", f"data.mirrors=['{by_variable}/mirror']", "--set", "elastic.workers={min: 1, max: 1}",
                "--fault", "step=10,kind=controller")  # fmt: skip
 
         line.run_dir = tmp_path / "by-variable"

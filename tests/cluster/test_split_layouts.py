@@ -13,7 +13,7 @@ from tests.cluster.test_faults import assert_nothing_lost, assert_same_result
 
 SHORT = (
     "model={factory: 'tests.small_models:leisurely', args: {seconds: 0}}",
-    "train.steps=8",
+    "train.steps=6",
     "train.global_batch=8",
     "checkpoint.every_steps=3",
 )
@@ -49,7 +49,7 @@ def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(
     bundles: dict[str, dict[str, int]] = {}
 
     def look(directory: RunDirectory) -> None:
-        wait_for(lambda: steps_done(directory) >= 3, timeout_s=120)
+        wait_for(lambda: steps_done(directory) >= 2, timeout_s=120)
         for group in placement_group_table().values():
             if group["state"] == "CREATED" and group["name"].startswith(directory.run_id):
                 counts: dict[str, int] = defaultdict(int)
@@ -58,7 +58,7 @@ def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(
                 bundles[group["name"]] = dict(counts)
                 assert group["strategy"] == "STRICT_PACK"
 
-    outcome = runner(*split, "strategy.pipeline=2", faults=("step=5,worker=1,kind=kill",), meanwhile=look)
+    outcome = runner(*split, "strategy.pipeline=2", faults=("step=4,worker=1,kind=kill",), meanwhile=look)
     assert_same_result(outcome, calm)
     assert_nothing_lost(outcome, gone={1})
     assert sorted(sum(counts.values()) for counts in bundles.values()) == [2, 2], bundles

@@ -42,6 +42,7 @@ LAYOUTS = {
     "d2 p2 parameters": layout_of(2, 2, shard="parameters"),
     "d2 p2 optimizer interleaved": layout_of(2, 2, shard="optimizer", schedule="interleaved-1f1b"),
     "t2": layout_of(tensor=2),
+    "t2 optimizer": layout_of(tensor=2, shard="optimizer"),
     "d2 t2 parameters": layout_of(2, 1, 2, "parameters"),
     "t2 p2": layout_of(1, 2, 2),
     "d2 t2 optimizer": layout_of(2, 1, 2, "optimizer"),
@@ -143,12 +144,12 @@ def expected(tensor: int, steps: int) -> str:
 
 PAIRS = [
     ("d1", "d4"), ("d4", "p4"), ("d3 optimizer", "d2 gradients"), ("p2", "d3 optimizer"),
-    ("d2 p2 optimizer interleaved", "d3 parameters"), ("d2 t2 optimizer", "t2"),
+    ("d2 p2 optimizer interleaved", "d3 parameters"), ("t2", "t2 optimizer"),
 ]  # fmt: skip
 MORE_PAIRS = [
     ("d4", "d1"), ("d2 gradients", "d3 parameters"), ("d3 parameters", "p2"), ("p2 zero-bubble", "d2 p2 parameters"),
     ("p4", "d1"), ("d2 p2 parameters", "p2 zero-bubble"), ("d3 parameters", "d2 p2 optimizer interleaved"),
-    ("t2", "d2 t2 parameters"), ("d2 t2 parameters", "t2 p2"), ("t2 p2", "d2 t2 optimizer"),
+    ("d2 t2 optimizer", "t2"), ("t2", "d2 t2 parameters"), ("d2 t2 parameters", "t2 p2"), ("t2 p2", "d2 t2 optimizer"),
 ]  # fmt: skip
 
 

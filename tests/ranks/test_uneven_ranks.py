@@ -99,7 +99,7 @@ def all_there(name: str) -> Callable[[LocalCluster], bool]:
     return lambda cluster: cluster.is_whole(workers)
 
 
-@pytest.mark.parametrize("name", ["d3", "d3 optimizer", *nightly(["d3 gradients", "d3 parameters"])])
+@pytest.mark.parametrize("name", ["d3 optimizer", *nightly(["d3", "d3 gradients", "d3 parameters"])])
 def test_work_is_dealt_anew_and_back_without_changing_a_bit(
     name: str, job_text: str, undisturbed: Outcome, tmp_path: Path
 ) -> None:
@@ -185,7 +185,7 @@ def pace_stages(factors: tuple[float, ...], worker: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "phase"),
-    [("d3", "compute"), ("d3", "vote"), *nightly([("d3 parameters", "compute"), ("d3 parameters", "vote")])],
+    [("d3", "vote"), *nightly([("d3", "compute"), ("d3 parameters", "compute"), ("d3 parameters", "vote")])],
 )
 def test_a_worker_lost_while_work_is_dealt_anew(
     name: str, phase: str, job_text: str, undisturbed: Outcome, tmp_path: Path

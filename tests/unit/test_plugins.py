@@ -5,24 +5,32 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from monitoring.sinks.feeder import feeding
 from orchestrator import plugins
 from orchestrator.errors import PluginError
 from orchestrator.job import Job, JobError
+from orchestrator.job.kinds import sink_named
 from orchestrator.job.parts import objective_of, optimizer_of
+from orchestrator.notices.notice import Notice, NoticeError
+from orchestrator.notices.sources import SOURCES, detect, make_source
 from orchestrator.planning.work import state_bytes
+from orchestrator.storage import open_storage, why_not
 from orchestrator.training.build import step_spec
+from orchestrator.training.faults import FaultInjector
 from strategies.layout.space import FlatRanges, Space
 from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.optim.adamw import ADAMW
 from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.shard import StateShard
+from tests.unit.run_directories import make_run, status
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
 JOB = """
@@ -105,6 +113,62 @@ def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed:
     whole = train([(0, space.size)])
     assert not torch.equal(whole, weights)
     assert torch.equal(whole, train([(0, 48), (48, space.size)]))
+
+
+def test_a_kind_of_fault(installed: None) -> None:
+    job = Job.loads(JOB.replace("NAME", "adamw"), faults=["step=2,worker=1,kind=stutter,factor=5"])
+    announced: list[int] = []
+    injector = FaultInjector(job, 1, announced.append, lambda step: None)
+    assert injector.may_be_slow
+    assert not FaultInjector(job, 0, announced.append, lambda step: None).may_be_slow
+    for step in range(3):
+        assert announced == []
+        injector.on_phase("compute", step)
+    (slowness,) = injector._slow["compute"]
+    assert (announced, slowness.factor, slowness.lasts(2), slowness.lasts(3)) == ([0], 5.0, True, False)
+    with pytest.raises(JobError, match="steps says nothing about kind stutter, only about slow"):
+        Job.loads(JOB.replace("NAME", "adamw"), faults=["step=2,worker=1,kind=stutter,steps=3"])
+    with pytest.raises(JobError, match=r"kind must be one of kill, .*, stutter, got the string 'stuter'"):
+        Job.loads(JOB.replace("NAME", "adamw"), faults=["step=2,worker=1,kind=stuter"])
+
+
+def test_a_source_of_notices(installed: None, tmp_path: Path) -> None:
+    source = make_source("bell", str(tmp_path / "bell"))
+    assert (source.detect(), source.poll(0.0)) == (False, [])
+    (tmp_path / "bell").write_text("1234.5")
+    assert source.poll(0.0) == [Notice("1234.5", "the bell has rung", 1234.5)]
+    found = detect(str(tmp_path / "bell"), threading.Event(), tries=1)
+    assert found is None or found.name in ("bell", *SOURCES), "it is among those that are asked"
+    with pytest.raises(NoticeError, match="choose one of auto, aws, gcp, azure, bell, none"):
+        make_source("gong", None)
+
+
+def test_a_sink(installed: None, tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    asked = f"monitoring.sinks={{lines: {{file: '{file}'}}}}"
+    job = Job.loads(JOB.replace("NAME", "adamw"), overrides=[asked])
+    assert job.digest() == Job.loads(JOB.replace("NAME", "adamw")).digest()
+    path = make_run(tmp_path / "run", live=status())
+    with feeding(job.monitoring.model_dump(), "tiny-1234", path, job.resolved(), sink_named):
+        pass
+    first, *steps, last = file.read_text().splitlines()
+    assert (first, last) == ("run tiny-1234", "interrupted")
+    assert [line.split()[0] for line in steps] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(JobError, match=r"sinks\.rows there is none of the sinks named 'rows'; known are lines"):
+        Job.loads(JOB.replace("NAME", "adamw"), overrides=["monitoring.sinks={rows: {}}"])
+
+
+def test_a_storage(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHELVES", str(tmp_path))
+    job = Job.loads(JOB.replace("NAME", "adamw"), overrides=["checkpoint.storage=shelf://upper/runs"])
+    assert job.checkpoint.storage is not None
+    storage = open_storage(job.checkpoint.storage)
+    storage.put("some/file", lambda: [b"content"])
+    assert storage.read("some/file") == b"content"
+    assert (tmp_path / "upper" / "runs" / "some" / "file").read_bytes() == b"content"
+    assert why_not("shelf://") == "'shelf://' names no bucket or directory"
+    with pytest.raises(ValueError, match="the package for cupboard:// gives a str, not a Storage"):
+        open_storage("cupboard://lower/runs")
 
 
 @pytest.mark.parametrize(

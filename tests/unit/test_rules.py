@@ -13,6 +13,7 @@ from monitoring.alerts import DEFAULT_RUNBOOKS, Alert, as_yaml, rules
 from monitoring.alerts.burn import WINDOWS
 from monitoring.series import PREFIX, exposed_names
 from tests.prometheus_tools import promtool
+from tests.selection import nightly
 from tests.unit.rule_cases import CASES, documents
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def test_the_rules_are_valid(tmp_path: Path) -> None:
     assert f"{len(ALERTS) + len(RECORDINGS)} rules found" in promtool("check", "rules", str(file))
 
 
-@pytest.mark.parametrize("name", ["quick", "long"])
+@pytest.mark.parametrize("name", ["quick", *nightly(["long"])])
 def test_alerts_fire_and_do_not_fire(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rules.yml"
     file.write_text(as_yaml(rules(), DEFAULT_RUNBOOKS))

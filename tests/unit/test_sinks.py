@@ -37,7 +37,11 @@ from tests.unit.run_directories import (
 )
 
 ROOT = Path(__file__).parents[2]
-NONE = {"tensorboard": False, "mlflow": None, "wandb": None}
+NONE = {"tensorboard": False, "mlflow": None, "wandb": None, "sinks": {}}
+
+
+def nobodys(name: str) -> Any:
+    raise AssertionError(f"no sink {name} of another package is asked for")
 
 
 def steps_of(items: Sequence[Item]) -> list[int | str]:
@@ -139,13 +143,13 @@ def charts(directory: Path) -> dict[str, list[tuple[int, Any]]]:
 def test_tensorboard_has_each_step_once_also_after_a_rollback_and_in_a_run_gone_on_with(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", events=[STARTED, GENERATION, INCIDENT], live=status())
     settings = NONE | {"tensorboard": True}
-    with feeding(settings, "tiny-1234", path, JOB):
+    with feeding(settings, "tiny-1234", path, JOB, nobodys):
         pass
     roll_back(path, committed=3, then=5)
     # In another process there would be another file: its name ends with the time in seconds.
     for number, file in enumerate(sorted((path / "tensorboard").rglob("events*"))):
         file.rename(file.with_name(f"events.out.tfevents.1.{number}"))
-    with feeding(settings, "tiny-1234", path, JOB):
+    with feeding(settings, "tiny-1234", path, JOB, nobodys):
         pass
     shown = charts(path / "tensorboard")
     assert shown["loss"] == [(0, 4.0), (1, 3.9), (2, 3.8), (3, 9.0), (4, 9.0)]
@@ -177,7 +181,7 @@ def test_mlflow_gets_one_run_that_is_gone_on_with(tmp_path: Path, fake_packages:
     path = make_run(tmp_path / "run", events=[STARTED, GENERATION, INCIDENT], result=RESULT | {"status": "stopped"})
     settings = NONE | {"mlflow": {"tracking_uri": "fake://", "experiment": "trials"}}
     check_sinks(settings)
-    with feeding(settings, "tiny-1234", path, JOB):
+    with feeding(settings, "tiny-1234", path, JOB, nobodys):
         pass
     store = mlflow.stores["fake://"]
     ((identity, run),) = store.runs.items()
@@ -192,7 +196,7 @@ def test_mlflow_gets_one_run_that_is_gone_on_with(tmp_path: Path, fake_packages:
 
     roll_back(path, committed=4, then=6)
     (path / "result.json").write_text(json.dumps(RESULT))
-    with feeding(settings, "tiny-1234", path, JOB):
+    with feeding(settings, "tiny-1234", path, JOB, nobodys):
         pass
     assert list(store.runs) == [identity], "no second one"
     again = [(metric.step, metric.value) for metric in run["metrics"] if metric.key == "loss"][5:]
@@ -207,7 +211,7 @@ def test_wandb_gets_steps_as_an_axis_of_its_own(tmp_path: Path, fake_packages: N
     settings = NONE | {"wandb": {"project": "p", "mode": "offline", "entity": None}}
     check_sinks(settings)
     for _ in range(2):
-        with feeding(settings, "tiny-1234", path, JOB):
+        with feeding(settings, "tiny-1234", path, JOB, nobodys):
             pass
         roll_back(path, committed=4, then=5)
     first, second = wandb.runs
@@ -326,10 +330,10 @@ def test_a_sink_that_never_works_is_given_up_and_told_of_twice(
 
 
 def test_only_what_is_asked_for_is_fed() -> None:
-    assert make_sinks(NONE) == []
+    assert make_sinks(NONE, nobodys) == []
     asked = {"tensorboard": True, "mlflow": {"tracking_uri": "u", "experiment": "e"},
              "wandb": {"project": "p", "mode": "offline", "entity": None}}  # fmt: skip
-    assert [field for field, _ in make_sinks(asked)] == ["tensorboard", "mlflow", "wandb"]
+    assert [field for field, _ in make_sinks(asked, nobodys)] == ["tensorboard", "mlflow", "wandb"]
 
 
 def test_two_that_follow_a_run_do_not_both_feed_it(tmp_path: Path) -> None:
@@ -339,9 +343,9 @@ def test_two_that_follow_a_run_do_not_both_feed_it(tmp_path: Path) -> None:
     def feeders() -> int:
         return sum(thread.name == "sink tensorboard" for thread in threading.enumerate())
 
-    with feeding(settings, "tiny-1234", path, JOB):
-        with feeding(settings, "tiny-1234", path, JOB):
+    with feeding(settings, "tiny-1234", path, JOB, nobodys):
+        with feeding(settings, "tiny-1234", path, JOB, nobodys):
             assert feeders() == 1
         assert feeders() == 1
-    with feeding(settings, "tiny-1234", path, JOB):
+    with feeding(settings, "tiny-1234", path, JOB, nobodys):
         assert feeders() == 1, "whoever comes after it does"

@@ -20,9 +20,9 @@ FLOORS = {
         "compat", "layout", "comm", "reduction", "model", "optim", "state", "objective", "gradient", "trial", "update",
     ),
     "orchestrator": (
-        "errors", "plugins", "urls", "lateness", "storage", "job", "rundir", "succession", "data", "models", "planning",
-        "checkpoint", "notices", "control.core", "training", "control.training", "doctor", "runtime", "runtime.ray",
-        "api", "cli",
+        "errors", "plugins", "urls", "lateness", "faults", "storage", "job", "rundir", "succession", "data", "models",
+        "planning", "checkpoint", "notices", "control.core", "training", "control.training", "doctor", "runtime",
+        "runtime.ray", "api", "cli",
     ),
 }  # fmt: skip
 """The rooms of a package from the ground up: each imports only those before it."""

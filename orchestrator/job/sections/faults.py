@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from orchestrator.faults import KINDS
 from orchestrator.job.fields import (
     CIRCUMSTANCES,
     CountInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    named,
 )
 
 
@@ -21,10 +23,7 @@ class Fault(Section):
     step: Annotated[CountInt, CIRCUMSTANCES]
     worker: Annotated[CountInt | None, CIRCUMSTANCES] = None
     """Required for every kind but controller."""
-    kind: Annotated[
-        Literal["kill", "segfault", "raise", "exit", "hang", "deadlock", "slow", "nan", "drain", "node", "controller"],
-        CIRCUMSTANCES,
-    ]
+    kind: Annotated[str, named("faults", KINDS), CIRCUMSTANCES]
     phase: Annotated[Literal["data", "compute", "reduce", "gather", "vote", "commit", "refresh"], CIRCUMSTANCES] = (
         "compute"
     )

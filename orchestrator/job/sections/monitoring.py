@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -45,3 +45,5 @@ class Monitoring(Section):
     """Event files in the run directory's `tensorboard/`."""
     mlflow: Annotated[MLflow | None, CIRCUMSTANCES] = None
     wandb: Annotated[WandB | None, CIRCUMSTANCES] = None
+    sinks: Annotated[dict[str, dict[str, Any]], CIRCUMSTANCES] = Field(default_factory=dict)
+    """Of other packages, by name, each with its settings."""

@@ -17,6 +17,7 @@ from monitoring.logs import LogContext, logging_to
 from monitoring.sinks.feeder import feeding
 from orchestrator.checkpoint.of_run import secret_of
 from orchestrator.job import Job
+from orchestrator.job.kinds import sink_named
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.runtime.interruption import NOBODY_READS, Interrupted, Interruption
 from orchestrator.runtime.ray.following import (
@@ -91,7 +92,7 @@ def drive(
             # Signals are ours until the sinks have had their last, too.
             with (
                 interruption.listening(),
-                feeding(watched, directory.run_id, directory.path, job.resolved()),
+                feeding(watched, directory.run_id, directory.path, job.resolved(), sink_named),
             ):
                 return _drive(job, directory, here, local_nodes, ephemeral, interruption, on_update, note)
         except Interrupted as signalled:
@@ -186,7 +187,7 @@ def attach(
         with (
             Interruption().listening() as interruption,
             connected(address),
-            feeding(_watched(job["monitoring"]), directory.run_id, directory.path, job),
+            feeding(_watched(job["monitoring"]), directory.run_id, directory.path, job, sink_named),
         ):
             interruption.arm()
             controller = find_controller(directory, on_note, even_if_over=True)
