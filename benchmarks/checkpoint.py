@@ -196,7 +196,7 @@ class _Bench:
         self.state.invalidate()
         self.state.adopt_layout(
             self.layout, self.fabric, [()] * self.ranks, self.domains, 2, 0, self.barrier,
-            lambda intake: read_checkpoint(checkpoint, intake, lambda: None), read_by_node=True,
+            lambda loader: read_checkpoint(checkpoint, loader, lambda: None), read_by_node=True,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- theirs

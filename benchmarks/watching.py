@@ -37,14 +37,14 @@ def overhead(pairs: int, turn: int, workers: int, home: Path) -> list[float]:
     from orchestrator.runtime.training_executor import TrainingExecutor
 
     class Toggled(TrainingExecutor):
-        def narrate(self, action: Any) -> None:
+        def log_action(self, action: Any) -> None:
             metrics = self._run_log.metrics
             if is_watched(self._run_log.recorded, turn):
                 vars(metrics).pop("on_step", None)
                 vars(metrics).pop("on_event", None)
             else:
                 metrics.on_step = metrics.on_event = lambda *arguments: None  # type: ignore[method-assign,assignment]
-            super().narrate(action)
+            super().log_action(action)
 
         def publish(self) -> None:
             if is_watched(self._run_log.recorded, turn):

@@ -37,7 +37,7 @@ class Told(Protocol):
 class Site(Protocol):
     """The worker that a fault happens to, in its own process."""
 
-    def spoil_gradient(self) -> None:
+    def make_gradient_nan(self) -> None:
         """The gradient of the step under way is not finite."""
 
     def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
@@ -121,7 +121,7 @@ class Nan(FaultKind):
     why_there = "spoils the gradient before it is reduced, so its phase is data or compute"
 
     def happen(self, told: Told, step: int, site: Site) -> None:
-        site.spoil_gradient()
+        site.make_gradient_nan()
 
 
 class Drain(FaultKind):

@@ -9,7 +9,7 @@ def moved_bytes(work: Work, before: Degrees, after: Degrees) -> float:
     """Bytes that ranks need after the change and do not have before it.
 
     Rank r keeps its number; ranks above the old layout start empty. The model is a line of equal parameters, of which
-    stage s of p has [s/p, (s+1)/p), and replica i of d has the i-th part of that where it is sharded. The relayout
+    stage s of p has [s/p, (s+1)/p), and replica i of d has the i-th part of that where it is sharded. The reshard
     planner, which knows every chunk, moves no more than this but for the cuts being unequal. A change of the tensor
     degree moves everything.
     """

@@ -41,7 +41,7 @@ from orchestrator.training.orders import (
 
 log = logging.getLogger(__name__)
 
-_NARRATED = frozenset({GenerationFormed.kind, RolledBack.kind})
+_LOGGED_AS_ACTIONS = frozenset({GenerationFormed.kind, RolledBack.kind})
 """Told as actions already."""
 _BAD = frozenset(
     {
@@ -67,7 +67,7 @@ def set_up_logs(spec: Mapping[str, Any], process: str, *, worker: int | None = N
     return about
 
 
-def narrate(action: Action, about: LogContext) -> None:
+def log_action(action: Action, about: LogContext) -> None:
     """Says what the controller does, and keeps what its records are about."""
     match action:
         case StepCommitted():
@@ -113,7 +113,7 @@ def narrate(action: Action, about: LogContext) -> None:
 
 def tell(event: Mapping[str, Any]) -> None:
     """Says what was put on record, where that is of interest to more than tools."""
-    if event["kind"] in _NARRATED:
+    if event["kind"] in _LOGGED_AS_ACTIONS:
         return
     try:
         text = describe_event(dict(event))

@@ -89,7 +89,7 @@ class Executor(Protocol):
     def after(self, event: Any) -> None:
         """It has been, and so have the actions that followed from it."""
 
-    def narrate(self, action: Any) -> None:
+    def log_action(self, action: Any) -> None:
         """Says in the log what is going to be done."""
 
     def carry_out(self, action: Any) -> None:

@@ -34,7 +34,7 @@ from orchestrator.control.training.views import ControllerConfig
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.runtime.action_log import narrate, tell
+from orchestrator.runtime.action_log import log_action, tell
 from orchestrator.runtime.executor import Surroundings
 from orchestrator.runtime.presence import Presence
 from orchestrator.runtime.result import compose, outline_of, settled
@@ -167,8 +167,8 @@ class TrainingExecutor:
             self._window = window
             self._run_log.metrics.on_window(window)
 
-    def narrate(self, action: Action) -> None:
-        narrate(action, self._around.about)
+    def log_action(self, action: Action) -> None:
+        log_action(action, self._around.about)
 
     def carry_out(self, action: Action) -> None:
         match action:

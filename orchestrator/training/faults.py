@@ -27,14 +27,14 @@ class FaultInjector:
     """Fires a job's faults on one worker.
 
     `announce(index)` tells the controller that a fault is about to happen and returns once it is on record, so that
-    it never happens twice and recoveries are measured from its true time. `poison(step)` spoils the gradient of a step.
+    it never happens twice and recoveries are measured from its true time. `make_nan(step)` spoils its gradient.
     """
 
-    def __init__(self, job: Job, slot: int, announce: Callable[[int], None], poison: Callable[[int], None]) -> None:
+    def __init__(self, job: Job, slot: int, announce: Callable[[int], None], make_nan: Callable[[int], None]) -> None:
         self._faults = list(enumerate(job.faults))
         self._slot = slot
         self._announce = announce
-        self._poison = poison
+        self._make_nan = make_nan
         self._fired: set[int] = set()
         self._slow: dict[str, list[_Slowness]] = {"data": [], "compute": []}
         self._step = 0
@@ -65,9 +65,9 @@ class FaultInjector:
 
     # ------------------------------------------------------------------------------------ what a kind can do here
 
-    def spoil_gradient(self) -> None:
+    def make_gradient_nan(self) -> None:
         """See `orchestrator.faults.Site`."""
-        self._poison(self._step)
+        self._make_nan(self._step)
 
     def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
         """See `orchestrator.faults.Site`."""

@@ -60,7 +60,7 @@ def _has_same_frozen(checkpoint: StoredCheckpoint, state: TrainingState) -> bool
         raise StorageFailed(f"{checkpoint.location} cannot be read: {error}") from error
 
 
-def read_checkpoint(checkpoint: StoredCheckpoint, intake: ChunkLoader, on_chunk: Callable[[], None]) -> None:
+def read_checkpoint(checkpoint: StoredCheckpoint, loader: ChunkLoader, on_chunk: Callable[[], None]) -> None:
     """Reads what a rank is to be given; `on_chunk` is called after each chunk.
 
     Raises CheckpointError, StorageFailed.
@@ -69,7 +69,7 @@ def read_checkpoint(checkpoint: StoredCheckpoint, intake: ChunkLoader, on_chunk:
     in_place: set[int] = set()
 
     def room(chunk: ChunkEntry) -> memoryview | None:
-        found = intake.room(chunk.tensor, box_of(chunk))
+        found = loader.room(chunk.tensor, box_of(chunk))
         if found is None or DTYPES[found.dtype] != chunk.dtype:
             return None
         in_place.add(id(chunk))
@@ -77,15 +77,15 @@ def read_checkpoint(checkpoint: StoredCheckpoint, intake: ChunkLoader, on_chunk:
 
     def take(chunk: ChunkEntry, data: memoryview) -> None:
         if id(chunk) in in_place:
-            intake.filled(box_of(chunk))
+            loader.filled(box_of(chunk))
         else:
-            intake.put(chunk.tensor, box_of(chunk), as_tensor(chunk, data))
+            loader.put(chunk.tensor, box_of(chunk), as_tensor(chunk, data))
         on_chunk()
 
-    wanted = [chunk for chunk in checkpoint.manifest.chunks if intake.wants(chunk.tensor, box_of(chunk))]
+    wanted = [chunk for chunk in checkpoint.manifest.chunks if loader.wants(chunk.tensor, box_of(chunk))]
     try:
         checkpoint.read(wanted, take, room)
     except OSError as error:
         raise StorageFailed(f"{checkpoint.location} cannot be read: {error}") from error
-    if intake.missing:
-        raise CheckpointError(f"{checkpoint.location}: {intake.missing} elements are in no chunk")
+    if loader.missing:
+        raise CheckpointError(f"{checkpoint.location}: {loader.missing} elements are in no chunk")

@@ -56,7 +56,7 @@ class StateKeeper:
             # Reading a checkpoint takes as long as it takes; the controller is told, and does not call it stuck.
             on_restore()
             saved = open_checkpoint(self._catalog, generation.committed, self._state)
-            read = lambda intake: read_checkpoint(saved, intake, self._moved)  # noqa: E731
+            read = lambda loader: read_checkpoint(saved, loader, self._moved)  # noqa: E731
             self.invalidate()
             log.info("restoring the checkpoint of %d steps from %s", generation.committed, generation.restore)
             updates = saved.manifest.updates

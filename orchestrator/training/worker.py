@@ -134,7 +134,7 @@ class Worker:
         build.make_deterministic(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
-        self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._spoil_gradient)
+        self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._make_gradient_nan)
         self._build(dataset, device)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
@@ -362,7 +362,7 @@ class Worker:
         heard = self._reporter.send(fired)
         heard.wait(timeout=2.0)
 
-    def _spoil_gradient(self, step: int) -> None:
+    def _make_gradient_nan(self, step: int) -> None:
         self.engine.nan_step = step
 
     def _without_rendezvous(self, reason: str) -> None:

@@ -1,9 +1,10 @@
 """Who trains which part of the state, in a given layout: the one place that decides where state lives.
 
 A rank *trains* what it keeps weights and optimizer tensors of and applies updates to. With `shard: none` that is
-everything it computes with. Otherwise every rank of a plane (the ranks that compute the same part of the model, one per
-replica) trains a shard of it (ZeRO, Rajbhandari et al. 2020). Where a shard then has fewer holders than copies are
-wanted, ranks of other failure domains *mirror* it: they are sent its reduced gradient and apply the same updates.
+everything it computes with. Otherwise every rank of a data-parallel group (the ranks that compute the same part of the
+model, one per replica) trains a shard of it (ZeRO, Rajbhandari et al. 2020). Where a shard then has fewer holders than
+copies are wanted, ranks of other failure domains *mirror* it: they are sent its reduced gradient and apply the same
+updates.
 """
 
 from __future__ import annotations

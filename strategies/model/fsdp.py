@@ -122,7 +122,7 @@ class _Gather(AllGather):
     """An all-gather as an all-to-all of as many copies as there are ranks."""
 
     def __init__(self, data_group: Groups) -> None:
-        self._plane = data_group
+        self._data_group = data_group
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -130,9 +130,9 @@ class _Gather(AllGather):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
-        ranks, length = self._plane.world_size, input_tensor.numel()
+        ranks, length = self._data_group.world_size, input_tensor.numel()
         copies = input_tensor.reshape(1, -1).expand(ranks, -1).reshape(-1)
-        self._plane.all_to_all(output_tensor.view(-1), copies, [length] * ranks, [length] * ranks)
+        self._data_group.all_to_all(output_tensor.view(-1), copies, [length] * ranks, [length] * ranks)
 
 
 class _Group(ReduceScatter):
@@ -140,7 +140,7 @@ class _Group(ReduceScatter):
 
     def __init__(self, entries: list[tuple[Slot, Any]], data_group: Groups) -> None:
         self.entries = entries
-        self._plane = data_group
+        self._data_group = data_group
         self._length = sum(p.padded_sharded_param_size.numel() for _, p in entries)
         self._pool: list[torch.Tensor] = []
         self._open: dict[int, torch.Tensor] = {}
@@ -176,7 +176,7 @@ class _Group(ReduceScatter):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        ranks, length = self._plane.world_size, self._length
+        ranks, length = self._data_group.world_size, self._length
         if input_tensor.numel() != ranks * length:
             names = ", ".join(slot.name for slot, _ in self.entries[:3])
             raise RuntimeError(
@@ -187,7 +187,7 @@ class _Group(ReduceScatter):
             self.is_nan_next = False
         self._complete(input_tensor.view(ranks, length))
         received = torch.empty_like(input_tensor)
-        self._plane.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)
+        self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)
         parts = received.split(length) if length else [received] * ranks
         for replica, worker in self._workers:
             if worker not in self._open:

@@ -6,7 +6,7 @@ everyone. Two all-to-alls of one gradient each: what a ring all-reduce moves, wi
 sharded, the same is done one virtual worker of each replica at a time, so that nobody ever has more than its slice of a
 sum.
 
-Everything happens in a plane: the ranks that compute the same part of the model, one for each data-parallel replica.
+Everything happens in a data-parallel group: the ranks that compute the same part of the model, one for each replica.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from strategies.reduction.tree_sum import TreeSum
 
 
 class Reducer:
-    """Reduces gradients of `size` elements over the ranks of a plane, all virtual workers at once.
+    """Reduces gradients of `size` elements over the ranks of a data-parallel group, all virtual workers at once.
 
     With `native`, the local sum goes through the backend's own all-reduce instead: equal on all ranks and within
     rounding of the canonical result, but its bits depend on the ranks.
@@ -104,7 +104,7 @@ class Reducer:
 
 
 class RoundReducer:
-    """Reduces gradients over the ranks of a plane, one virtual worker of each replica in every round.
+    """Reduces gradients over the ranks of a data-parallel group, one virtual worker of each replica in every round.
 
     `sizes` are the elements each rank owns, by rank. Memory for what is summed is this rank's slice for every subtree
     that still waits for its sibling.

@@ -15,13 +15,13 @@ from strategies.state.shard import StateShard, name_of
 
 
 class ChunkLoader:
-    """What a rank is to be given: all tensors of some spans of its holdings, and the persistent `buffers` of the model.
+    """What a rank is to be given: all tensors of some spans of its state shards, and the model's persistent `buffers`.
 
     `put` may be called by several threads at once.
     """
 
     def __init__(
-        self, space: Space, holdings: Sequence[StateShard], spans: Spans, buffers: Mapping[str, torch.Tensor]
+        self, space: Space, state_shards: Sequence[StateShard], spans: Spans, buffers: Mapping[str, torch.Tensor]
     ) -> None:
         self._targets: dict[str, list[tuple[Box, torch.Tensor]]] = {}
         self._lock = threading.Lock()
@@ -30,16 +30,16 @@ class ChunkLoader:
         for name, tensor in buffers.items():
             self._expect(f"model.{name}", Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
         for span in spans:
-            for holding in holdings:
-                for start, offset, length in holding.locate(span):
-                    self._expect_range(space, holding, start, offset, length)
+            for state_shard in state_shards:
+                for start, offset, length in state_shard.locate(span):
+                    self._expect_range(space, state_shard, start, offset, length)
 
-    def _expect_range(self, space: Space, holding: StateShard, start: int, offset: int, length: int) -> None:
+    def _expect_range(self, space: Space, state_shard: StateShard, start: int, offset: int, length: int) -> None:
         for slot in space.overlapping(start, start + length):
             low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + length)
-            for piece in slot_pieces(slot, low, high, holding.coordinate, sys.maxsize):
+            for piece in slot_pieces(slot, low, high, state_shard.coordinate, sys.maxsize):
                 first = offset + piece.start - start
-                for kind, buffer in holding.kinds().items():
+                for kind, buffer in state_shard.kinds().items():
                     view = buffer[first : first + piece.box.numel].view(piece.box.sizes)
                     self._expect(name_of(kind, slot.name), piece.box, view)
 

@@ -26,14 +26,14 @@ class StateCorrupt(RuntimeError):
 
 @dataclass(frozen=True)
 class Resharded:
-    """What a relayout took on this rank, in bytes: received, and the most that buffers needed at once."""
+    """What a reshard took on this rank, in bytes: received, and the most that buffers needed at once."""
 
     received_bytes: int = 0
     buffer_bytes: int = 0
 
 
 def copy_within(sources: Sequence[StateShard], targets: Sequence[StateShard], spans: Iterable[Span]) -> None:
-    """Copies what is here already from one set of holdings to another, wherever it is in them."""
+    """Copies what is here already from one set of state shards to another, wherever it is in them."""
     for span in spans:
         for target in targets:
             for start, offset, length in target.locate(span):
@@ -87,10 +87,10 @@ class _Move:
     """One transfer on its way: all kinds of tensors of its span, then their digest."""
 
     def __init__(
-        self, transfer: Transfer, holdings: Sequence[StateShard], kinds: Sequence[str], tag: int, groups: Groups
+        self, transfer: Transfer, state_shards: Sequence[StateShard], kinds: Sequence[str], tag: int, groups: Groups
     ) -> None:
         self.transfer = transfer
-        self._holdings = holdings
+        self._state_shards = state_shards
         length = transfer.span.length
         self.num_bytes = 4 * len(kinds) * length
         self.buffer = torch.empty(len(kinds) * length + _DIGEST, device=groups.device)
@@ -107,13 +107,13 @@ class _Move:
 
     def _each(self, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> int:
         """Calls `copy` with a view of the state and the view of the buffer that goes with it, for all of the span that
-        is here; how many elements that is (one that two holdings have counts twice)."""
+        is here; how many elements that is (one that two state shards have counts twice)."""
         span = self.transfer.span
         found = 0
-        for holding in self._holdings:
-            for start, offset, length in holding.locate(span):
+        for state_shard in self._state_shards:
+            for start, offset, length in state_shard.locate(span):
                 at = start - span.start
-                for kind, tensor in holding.kinds().items():
+                for kind, tensor in state_shard.kinds().items():
                     copy(tensor[offset : offset + length], self._parts[kind][at : at + length])
                 found += length
         return found

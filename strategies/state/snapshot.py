@@ -42,8 +42,8 @@ class Snapshot:
         found = [
             (kind, Span(span.tensor, start, start + length), tensor[offset : offset + length])
             for span in spans
-            for start, offset, length, holding in state.find(span)
-            for kind, tensor in holding.kinds().items()
+            for start, offset, length, state_shard in state.find(span)
+            for kind, tensor in state_shard.kinds().items()
         ]
         size = sum(values.numel() for _, _, values in found)
         if size > self._memory.numel():

@@ -54,7 +54,7 @@ class Arrangement:
     shards: Sequence[Shard] = ()
 
     @property
-    def holdings(self) -> list[StateShard]:
+    def state_shards(self) -> list[StateShard]:
         return [*([self.own] if self.own is not None else []), *self.mirrors.values()]
 
 
@@ -95,21 +95,21 @@ class TrainingState:
         return self._held
 
     @property
-    def holdings(self) -> list[StateShard]:
+    def state_shards(self) -> list[StateShard]:
         """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
-        return self.collected or self.arrangement.holdings
+        return self.collected or self.arrangement.state_shards
 
     def find(self, span: Span) -> Iterator[tuple[int, int, int, StateShard]]:
-        """Where the elements of a span are: (from, position in the buffers, length, of which holding), each once.
+        """Where the elements of a span are: (from, position in the buffers, length, of which state shard), each once.
 
         Raises RuntimeError when not all of it is here.
         """
         left = union((span,))
-        for holding in self.holdings:
+        for state_shard in self.state_shards:
             for part in left:
-                for start, offset, length in holding.locate(part):
-                    yield start, offset, length, holding
-            left = subtract(left, holding.spans)
+                for start, offset, length in state_shard.locate(part):
+                    yield start, offset, length, state_shard
+            left = subtract(left, state_shard.spans)
             if not left:
                 return
         raise RuntimeError(f"{next(iter(left))} is not on this rank")
@@ -181,15 +181,15 @@ class TrainingState:
             held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
         plan = plan_transfers(held, wanted)
         if read is not None:
-            read(ChunkLoader(self.space, new.holdings, held[rank], self.blueprint.buffers))
-            sources = new.holdings
+            read(ChunkLoader(self.space, new.state_shards, held[rank], self.blueprint.buffers))
+            sources = new.state_shards
         elif self.is_initial and held[rank]:
-            self._fill(new.holdings)
+            self._fill(new.state_shards)
             sources = self._make_initial() if any(transfer.source == rank for transfer in plan) else []
         else:
-            sources = self.holdings
-            copy_within(sources, new.holdings, intersect(wanted[rank], held[rank]))
-        moved = execute(plan, sources, new.holdings, self._kinds, fabric.world)
+            sources = self.state_shards
+            copy_within(sources, new.state_shards, intersect(wanted[rank], held[rank]))
+        moved = execute(plan, sources, new.state_shards, self._kinds, fabric.world)
         barrier()
         old = self.arrangement
         if old.part is not None and old.part is not new.part:
@@ -197,8 +197,8 @@ class TrainingState:
         self.arrangement, self._held, self.collected = new, wanted[rank], []
         self.is_initial = False
         self.updates = updates
-        for holding in new.holdings:
-            holding.set_updates(updates)
+        for state_shard in new.state_shards:
+            state_shard.set_updates(updates)
         return moved
 
     @property
@@ -210,19 +210,19 @@ class TrainingState:
             self._initial = self._rebuild()
         return self._initial
 
-    def _fill(self, holdings: Sequence[StateShard]) -> None:
+    def _fill(self, state_shards: Sequence[StateShard]) -> None:
         """The state of step 0."""
         values = self._initial_values()
         with torch.no_grad():
-            for holding in holdings:
+            for state_shard in state_shards:
                 for slot in self.space.slots:
                     flat = None
-                    for start, offset, length in holding.flat.locate(slot.offset, slot.offset + slot.numel):
+                    for start, offset, length in state_shard.flat.locate(slot.offset, slot.offset + slot.numel):
                         if flat is None:
-                            flat = self.space.share(slot, values[slot.name], holding.coordinate).reshape(-1)
+                            flat = self.space.share(slot, values[slot.name], state_shard.coordinate).reshape(-1)
                         first = start - slot.offset
-                        holding.weights[offset : offset + length].copy_(flat[first : first + length])
-                for buffer in (*holding.moments.values(), *holding.kept.values()):
+                        state_shard.weights[offset : offset + length].copy_(flat[first : first + length])
+                for buffer in (*state_shard.moments.values(), *state_shard.kept.values()):
                     buffer.zero_()
 
     def _make_initial(self) -> list[StateShard]:
@@ -269,10 +269,10 @@ class TrainingState:
         return ModelPart(self.blueprint, coordinate, runs, mesh, weights)
 
     def _room(self, shard: Shard, flat: FlatRanges, weights: torch.Tensor | None = None) -> StateShard:
-        """A holding with these `weights`, or with weights of its own, which nothing computes with."""
+        """A state shard with these `weights`, or with weights of its own, which nothing computes with."""
         part = self.arrangement.part
         computed_with = part.weights if isinstance(part, ModelPart) else None
-        for old in self.arrangement.holdings:
+        for old in self.arrangement.state_shards:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
             if fits and old.coordinate == shard.coordinate and old.flat == flat:
                 return old
@@ -284,7 +284,7 @@ class TrainingState:
         """Brings the whole state to rank 0, beside what is there. Raises PeerLost, StateCorrupt, NotCovered."""
         everything = whole(self.space.size, self.space.tensor)
         wanted = [everything, *[NOTHING] * (fabric.world.world_size - 1)]
-        sources = self._make_initial() if self.is_initial else self.holdings
+        sources = self._make_initial() if self.is_initial else self.state_shards
         targets = self._whole_of({}) if fabric.rank == 0 else []
         copy_within(sources, targets, held[fabric.rank])
         moved = execute(plan_transfers(held, wanted), sources, targets, self._kinds, fabric.world)
@@ -293,21 +293,21 @@ class TrainingState:
         return moved
 
     def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[StateShard]:
-        """The whole state, one holding per coordinate, filled from tensors by the names of `named`."""
+        """The whole state, one state shard per coordinate, filled from tensors by the names of `named`."""
         flat = FlatRanges.of([(0, self.space.size)], self.space.boundary)
-        holdings = [StateShard(c, flat, self.spec, self.device, kept=self.kept) for c in range(self.space.tensor)]
+        state_shards = [StateShard(c, flat, self.spec, self.device, kept=self.kept) for c in range(self.space.tensor)]
         with torch.no_grad():
-            for holding in holdings:
+            for state_shard in state_shards:
                 for slot in self.space.slots:
-                    for kind, buffer in holding.kinds().items():
+                    for kind, buffer in state_shard.kinds().items():
                         found = tensors.get(name_of(kind, slot.name))
                         if found is not None:
                             view = buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
-                            view.copy_(self.space.share(slot, found, holding.coordinate))
-        return holdings
+                            view.copy_(self.space.share(slot, found, state_shard.coordinate))
+        return state_shards
 
-    def whole_holdings(self) -> list[StateShard] | None:
-        """One holding of the whole state per coordinate, if all of it is here."""
+    def whole_state_shards(self) -> list[StateShard] | None:
+        """One state shard of the whole state per coordinate, if all of it is here."""
         if self.collected:
             return self.collected
         if self.is_initial:
@@ -320,7 +320,7 @@ class TrainingState:
             return [own]
         # It is here in pieces: a shard of its own and those of others.
         pieced = self._whole_of({})
-        copy_within(self.holdings, pieced, everything)
+        copy_within(self.state_shards, pieced, everything)
         return pieced
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -328,8 +328,8 @@ class TrainingState:
 
         Raises RuntimeError when not all of the state is here.
         """
-        holdings = self.whole_holdings()
-        if holdings is None:
+        state_shards = self.whole_state_shards()
+        if state_shards is None:
             raise RuntimeError("not all of the state is on this rank")
         slots = {slot.name: slot for slot in self.space.slots}
         constants = self.blueprint.constants
@@ -339,7 +339,7 @@ class TrainingState:
         for name, (kind, inner) in sorted(sources.items()):
             if kind:
                 slot = slots[inner]
-                views = [h.kinds()[kind][slot.offset : slot.offset + slot.numel].view(slot.shape) for h in holdings]
+                views = [h.kinds()[kind][slot.offset : slot.offset + slot.numel].view(slot.shape) for h in state_shards]
                 yield name, self.space.assemble(slot, views)
             elif inner:
                 yield name, constants[inner]

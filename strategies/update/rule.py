@@ -52,7 +52,7 @@ class SynchronousRule(UpdateRule):
 
     def commit(self, step: Round, norm: float) -> None:
         clip_norm = step.spec.clip_norm
-        for shard in step.state.arrangement.holdings:
+        for shard in step.state.arrangement.state_shards:
             if clip_norm is not None and norm > clip_norm:
                 shard.gradient.mul_(clip_norm / norm)
             self.update(shard, step.lr)

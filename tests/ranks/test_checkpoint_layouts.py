@@ -98,8 +98,8 @@ def go(
             checkpoint: StoredCheckpoint = open_checkpoint(catalog, SAVE.committed, state)
             chunks: list[ChunkEntry] = []
 
-            def read(intake: ChunkLoader) -> None:
-                read_checkpoint(checkpoint, intake, lambda: chunks.append(checkpoint.manifest.chunks[0]))
+            def read(loader: ChunkLoader) -> None:
+                read_checkpoint(checkpoint, loader, lambda: chunks.append(checkpoint.manifest.chunks[0]))
 
             state.invalidate()
             first = SAVE.committed

@@ -305,7 +305,7 @@ def test_the_last_rank_of_a_sharded_layout_goes_on_as_a_plain_one(train: Train, 
     assert_nothing_lost(outcome)
 
 
-# ---------------------------------------------------------------------------------------- trouble in a relayout
+# ---------------------------------------------------------------------------------------- trouble in a reshard
 
 
 RELAYOUT = "step=2,worker=1,kind=kill"

@@ -406,7 +406,7 @@ def train_in_small_transfers(rank: int, address: Endpoint, stretches: list[Stret
 
 
 @pytest.mark.parametrize("shard", ["none", "parameters"])
-def test_a_relayout_needs_buffers_for_a_few_transfers_only(shard: str) -> None:
+def test_a_reshard_needs_buffers_for_a_few_transfers_only(shard: str) -> None:
     after = layout_of(3, 1, 1, shard, spares=2)
     stretches = [Stretch(layout_of(2, 2, 1, shard)), Stretch(after, 1, (3, 4, 1, 5, 2))]
     seen = run_ranks(6, train_in_small_transfers, stretches)

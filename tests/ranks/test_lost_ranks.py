@@ -1,4 +1,4 @@
-"""A rank dies or falls silent in the middle of a step or of a relayout: the others notice, and go on without it."""
+"""A rank dies or falls silent in the middle of a step or of a reshard: the others notice, and go on without it."""
 
 from __future__ import annotations
 

@@ -261,15 +261,15 @@ SIZE = 10_016
 def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: int) -> tuple[str, int, int]:
     """The digest of what this rank has in the end, bytes received, and the most that buffers took."""
     torch.manual_seed(0 if rank in holders else 100 + rank)
-    holding = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
-    for buffer in holding.kinds().values():
+    state_shard = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
+    for buffer in state_shard.kinds().values():
         buffer.copy_(torch.randn(SIZE))
     held = [whole(SIZE, 1) if other in holders else NOTHING for other in range(4)]
     plan = plan_transfers(held, [whole(SIZE, 1)] * 4, max_elements)
     groups = form(rank, 4, address, "move")
-    moved = execute(plan, [holding], [holding], tuple(holding.kinds()), groups)
+    moved = execute(plan, [state_shard], [state_shard], tuple(state_shard.kinds()), groups)
     leave(groups)
-    content = b"".join(buffer.numpy().tobytes() for buffer in holding.kinds().values())
+    content = b"".join(buffer.numpy().tobytes() for buffer in state_shard.kinds().values())
     return hashlib.sha256(content).hexdigest(), moved.received_bytes, moved.buffer_bytes
 
 
@@ -284,7 +284,7 @@ def test_everyone_ends_up_with_the_holders_state(holders: tuple[int, ...]) -> No
 
 def move_with_a_flipped_bit(rank: int, address: Endpoint) -> str:
     """Rank 0's memory changes between the digest and the network."""
-    holding = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
+    state_shard = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
     groups = form(rank, 2, address, "corrupt")
     send = groups.send
 
@@ -295,9 +295,9 @@ def move_with_a_flipped_bit(rank: int, address: Endpoint) -> str:
     groups.send = send_another  # type: ignore[method-assign]
     try:
         transfer = Transfer(Span(0, 32, 1056), 0, 1)
-        execute([transfer], [holding], [holding], tuple(holding.kinds()), groups)
+        execute([transfer], [state_shard], [state_shard], tuple(state_shard.kinds()), groups)
     except StateCorrupt as error:
-        assert not any(buffer.any() for buffer in holding.kinds().values())
+        assert not any(buffer.any() for buffer in state_shard.kinds().values())
         return str(error)
     finally:
         leave(groups)

@@ -43,7 +43,7 @@ def restored(catalog: Catalog) -> tuple[TrainingState, int]:
     state.invalidate()
     state.adopt_layout(
         layout, Fabric(rank=0, layout=layout, device=CPU), [()], [Domain("", "node")], 1, checkpoint.manifest.updates,
-        lambda: None, lambda intake: read_checkpoint(checkpoint, intake, lambda: None),
+        lambda: None, lambda loader: read_checkpoint(checkpoint, loader, lambda: None),
     )  # fmt: skip
     return state, committed
 

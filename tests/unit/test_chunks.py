@@ -38,28 +38,30 @@ def contents(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return first + torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
 
 
-def holding_of(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> StateShard:
+def state_shard_of(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> StateShard:
     return StateShard(coordinate, FlatRanges.pieces(ranges, space.boundary), SPEC, CPU)
 
 
 def filled(space: Space, coordinate: int, ranges: list[tuple[int, int]]) -> StateShard:
-    """A holding with the contents that its elements should have."""
-    holding = holding_of(space, coordinate, ranges)
+    """A state shard with the contents that its elements should have."""
+    state_shard = state_shard_of(space, coordinate, ranges)
     for slot in space.slots:
-        for kind, buffer in holding.kinds().items():
+        for kind, buffer in state_shard.kinds().items():
             flat = space.share(slot, contents(name_of(kind, slot.name), full_shape(space, slot)), coordinate).reshape(
                 -1
             )
-            for start, offset, length in holding.flat.locate(slot.offset, slot.offset + slot.numel):
+            for start, offset, length in state_shard.flat.locate(slot.offset, slot.offset + slot.numel):
                 buffer[offset : offset + length] = flat[start - slot.offset : start - slot.offset + length]
-    return holding
+    return state_shard
 
 
-def chunks_from(space: Space, holding: StateShard, spans: Spans, most: int) -> Iterator[tuple[str, Box, torch.Tensor]]:
+def chunks_from(
+    space: Space, state_shard: StateShard, spans: Spans, most: int
+) -> Iterator[tuple[str, Box, torch.Tensor]]:
     for span in spans:
         for piece in pieces_of(space, span, most):
-            (at,) = [offset for _, offset, _ in holding.flat.locate(piece.start, piece.start + 1)]
-            for kind, buffer in holding.kinds().items():
+            (at,) = [offset for _, offset, _ in state_shard.flat.locate(piece.start, piece.start + 1)]
+            for kind, buffer in state_shard.kinds().items():
                 yield name_of(kind, piece.slot.name), piece.box, buffer[at : at + piece.box.numel].view(piece.box.sizes)
 
 
@@ -93,7 +95,7 @@ def test_pieces_lie_in_the_flat_state_in_order_and_without_gaps(
     tensor: int, coordinate: int, most: int, chance: random.Random
 ) -> None:
     space, coordinate = space_of(tensor), coordinate % tensor
-    holding = filled(space, coordinate, [(0, space.size)])
+    state_shard = filled(space, coordinate, [(0, space.size)])
     start = chance.randrange(space.size)
     span = Span(coordinate, start, chance.randrange(start + 1, space.size + 1))
     for piece in pieces_of(space, span, most):
@@ -101,7 +103,7 @@ def test_pieces_lie_in_the_flat_state_in_order_and_without_gaps(
         assert span.start <= piece.start < piece.start + piece.box.numel <= span.stop
         full = contents(name_of("weights", piece.slot.name), full_shape(space, piece.slot))
         expected = piece.box.view_in(Box((0,) * full.dim(), tuple(full.shape)), full)
-        found = holding.weights[piece.start : piece.start + piece.box.numel].view(piece.box.sizes)
+        found = state_shard.weights[piece.start : piece.start + piece.box.numel].view(piece.box.sizes)
         assert torch.equal(found, expected)
 
 
@@ -121,31 +123,31 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
     chunks = []
     for coordinate in range(old_tensor):
         for low, high in cuts(old.size, old_ranks):
-            holding = filled(old, coordinate, [(low, high)])
-            chunks += list(chunks_from(old, holding, union([Span(coordinate, low, high)]), most))
+            state_shard = filled(old, coordinate, [(low, high)])
+            chunks += list(chunks_from(old, state_shard, union([Span(coordinate, low, high)]), most))
     total = sum(box.numel for _, box, _ in chunks)
     assert total == 3 * sum(math.prod(shape) for _, shape, *_ in SHAPES), "every element is in one chunk"
     for coordinate in range(new_tensor):
         for low, high in cuts(new.size, new_ranks):
-            holding = holding_of(new, coordinate, [(low, high)])
-            intake = ChunkLoader(new, [holding], union([Span(coordinate, low, high)]), {})
+            state_shard = state_shard_of(new, coordinate, [(low, high)])
+            loader = ChunkLoader(new, [state_shard], union([Span(coordinate, low, high)]), {})
             for name, box, values in chunks:
-                if intake.wants(name, box):
-                    intake.put(name, box, values)
-            assert intake.missing == 0
+                if loader.wants(name, box):
+                    loader.put(name, box, values)
+            assert loader.missing == 0
             expected = filled(new, coordinate, [(low, high)])
-            for kind, buffer in holding.kinds().items():
+            for kind, buffer in state_shard.kinds().items():
                 assert torch.equal(buffer, expected.kinds()[kind])
 
 
 def test_constants_are_taken_whole() -> None:
     table = torch.zeros(3, 2)
-    intake = ChunkLoader(space_of(1), [], NOTHING, {"table": table})
-    assert intake.missing == 6
-    intake.put("model.table", Box((0, 0), (2, 2)), torch.ones(2, 2))
-    assert intake.missing == 2
-    intake.put("model.table", Box((2, 0), (1, 2)), torch.full((1, 2), 2.0))
-    assert intake.missing == 0
+    loader = ChunkLoader(space_of(1), [], NOTHING, {"table": table})
+    assert loader.missing == 6
+    loader.put("model.table", Box((0, 0), (2, 2)), torch.ones(2, 2))
+    assert loader.missing == 2
+    loader.put("model.table", Box((2, 0), (1, 2)), torch.full((1, 2), 2.0))
+    assert loader.missing == 0
     assert table.tolist() == [[1, 1], [1, 1], [2, 2]]
 
 
@@ -153,11 +155,11 @@ def test_a_box_outside_of_what_is_wanted_is_not() -> None:
     space = space_of(1)
     slot = space.slots[0]
     low, high = slot.offset, slot.offset + slot.numel // 2
-    intake = ChunkLoader(space, [holding_of(space, 0, [(low, high)])], union([Span(0, low, high)]), {})
+    loader = ChunkLoader(space, [state_shard_of(space, 0, [(low, high)])], union([Span(0, low, high)]), {})
     (piece,) = slot_pieces(slot, low, high, 0)
-    assert intake.wants(f"model.{slot.name}", piece.box)
-    assert not intake.wants(f"model.{slot.name}", Box((slot.shape[0] - 1, 0), (1, slot.shape[1])))
-    assert not intake.wants("model.other", piece.box)
+    assert loader.wants(f"model.{slot.name}", piece.box)
+    assert not loader.wants(f"model.{slot.name}", Box((slot.shape[0] - 1, 0), (1, slot.shape[1])))
+    assert not loader.wants("model.other", piece.box)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])

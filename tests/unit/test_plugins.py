@@ -98,16 +98,16 @@ def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed:
     def train(ranges: list[tuple[int, int]]) -> torch.Tensor:
         found = torch.zeros(space.size)
         for start, stop in ranges:
-            holding = StateShard(0, FlatRanges.of([(start, stop)], space.boundary), spec, torch.device("cpu"))
-            assert holding.kinds().keys() == {"weights", "exp_avg"}
-            for low, at, length in holding.flat.locate(start, stop):
-                holding.weights[at : at + length].copy_(weights[low : low + length])
+            state_shard = StateShard(0, FlatRanges.of([(start, stop)], space.boundary), spec, torch.device("cpu"))
+            assert state_shard.kinds().keys() == {"weights", "exp_avg"}
+            for low, at, length in state_shard.flat.locate(start, stop):
+                state_shard.weights[at : at + length].copy_(weights[low : low + length])
             for gradient in gradients:
-                for low, at, length in holding.flat.locate(start, stop):
-                    holding.gradient[at : at + length].copy_(gradient[low : low + length])
-                holding.apply(0.1)
-            for low, at, length in holding.flat.locate(start, stop):
-                found[low : low + length] = holding.weights[at : at + length]
+                for low, at, length in state_shard.flat.locate(start, stop):
+                    state_shard.gradient[at : at + length].copy_(gradient[low : low + length])
+                state_shard.apply(0.1)
+            for low, at, length in state_shard.flat.locate(start, stop):
+                found[low : low + length] = state_shard.weights[at : at + length]
         return found
 
     whole = train([(0, space.size)])

@@ -180,7 +180,7 @@ def test_a_strip_has_every_element_once_from_multiples_of_64_bytes_on(
     assert elements(flat.cut(low, high)) == {element for place, element in places.items() if low <= place < high}
 
 
-# ---------------------------------------------------------------------------------------- holdings
+# ---------------------------------------------------------------------------------------- state shards
 
 
 def values_of(size: int, space: Space, seed: int) -> torch.Tensor:
@@ -196,25 +196,25 @@ def values_of(size: int, space: Space, seed: int) -> torch.Tensor:
 
 def train(space: Space, flat: FlatRanges, spec: OptimizerSpec, seed: int) -> StateShard:
     """Five updates of what flat ranges have, at changing rates."""
-    holding = StateShard(0, flat, spec, CPU)
-    fill(holding, holding.weights, values_of(space.size, space, seed))
+    state_shard = StateShard(0, flat, spec, CPU)
+    fill(state_shard, state_shard.weights, values_of(space.size, space, seed))
     for step in range(5):
-        fill(holding, holding.gradient, values_of(space.size, space, seed + 1 + step))
-        holding.apply(1e-2 / (1 + step))
-    return holding
+        fill(state_shard, state_shard.gradient, values_of(space.size, space, seed + 1 + step))
+        state_shard.apply(1e-2 / (1 + step))
+    return state_shard
 
 
-def fill(holding: StateShard, buffer: torch.Tensor, values: torch.Tensor) -> None:
-    for start, offset, length in holding.flat.locate(0, len(values)):
+def fill(state_shard: StateShard, buffer: torch.Tensor, values: torch.Tensor) -> None:
+    for start, offset, length in state_shard.flat.locate(0, len(values)):
         buffer[offset : offset + length] = values[start : start + length]
 
 
-def gathered(space: Space, holdings: Sequence[StateShard], kind: str) -> torch.Tensor:
-    """A kind of tensor of the whole space, from holdings that have all of it."""
+def gathered(space: Space, state_shards: Sequence[StateShard], kind: str) -> torch.Tensor:
+    """A kind of tensor of the whole space, from state shards that have all of it."""
     values = torch.full((space.size,), torch.nan)
-    for holding in holdings:
-        for start, offset, length in holding.flat.locate(0, space.size):
-            values[start : start + length] = holding.kinds()[kind][offset : offset + length]
+    for state_shard in state_shards:
+        for start, offset, length in state_shard.flat.locate(0, space.size):
+            values[start : start + length] = state_shard.kinds()[kind][offset : offset + length]
     return values
 
 
@@ -249,9 +249,11 @@ def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: Op
         "blocks": [FlatRanges.of(space.ranges_of([(b, b + 1)]), space.boundary) for b in range(4)],
     }
     for way, flats in ways.items():
-        holdings = [train(space, flat, spec, seed) for flat in flats]
+        state_shards = [train(space, flat, spec, seed) for flat in flats]
         for kind in whole.kinds():
-            assert bits(gathered(space, holdings, kind)) == bits(whole.kinds()[kind]), f"{kind} in {way}, seed {seed}"
+            assert bits(gathered(space, state_shards, kind)) == bits(whole.kinds()[kind]), (
+                f"{kind} in {way}, seed {seed}"
+            )
 
 
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
@@ -259,19 +261,19 @@ def test_padding_stays_zero(spec: OptimizerSpec) -> None:
     space = random_space(random.Random(1))
     rows = FlatRanges.pieces(row_ranges(space, [(0, space.size)], 3, 1), space.boundary)
     for flat in (FlatRanges.of([(0, space.size)], space.boundary), rows):
-        holding = train(space, flat, spec, 7)
+        state_shard = train(space, flat, spec, 7)
         used = torch.zeros(flat.size, dtype=torch.bool)
         for slot in space.slots:
             for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
                 used[offset : offset + length] = True
         assert used.any()
         assert not used.all()
-        assert not any(buffer[~used].any() for buffer in holding.kinds().values())
+        assert not any(buffer[~used].any() for buffer in state_shard.kinds().values())
 
 
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
 def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> None:
-    """Bias correction counts updates, so a holding must be told how many its state has seen."""
+    """Bias correction counts updates, so a state shard must be told how many its state has seen."""
     space = random_space(random.Random(2))
     flat = FlatRanges.of([(0, space.size)], space.boundary)
     first, second = train(space, flat, spec, 3), StateShard(0, flat, spec, CPU)
@@ -281,20 +283,20 @@ def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> Non
             buffer.copy_(first.kinds()[kind])
         other.set_updates(5)
     gradient = values_of(space.size, space, 50)
-    for holding in (first, second, third):
-        holding.gradient.copy_(gradient)
-        holding.apply(1e-3)
+    for state_shard in (first, second, third):
+        state_shard.gradient.copy_(gradient)
+        state_shard.apply(1e-3)
     for kind, buffer in first.kinds().items():
         assert bits(buffer) == bits(second.kinds()[kind]) == bits(third.kinds()[kind])
 
 
 def test_a_holding_says_what_it_has() -> None:
     flat = FlatRanges.of([(0, 20), (32, 48)], 32)
-    holding = StateShard(1, flat, OptimizerSpec(), CPU)
-    assert holding.spans == union([Span(1, 0, 20), Span(1, 32, 48)])
-    assert holding.num_bytes == 4 * 3 * 48
-    assert list(holding.locate(Span(1, 16, 40))) == [(16, 16, 4), (32, 32, 8)]
-    assert list(holding.locate(Span(0, 0, 48))) == [], "another coordinate's"
+    state_shard = StateShard(1, flat, OptimizerSpec(), CPU)
+    assert state_shard.spans == union([Span(1, 0, 20), Span(1, 32, 48)])
+    assert state_shard.num_bytes == 4 * 3 * 48
+    assert list(state_shard.locate(Span(1, 16, 40))) == [(16, 16, 4), (32, 32, 8)]
+    assert list(state_shard.locate(Span(0, 0, 48))) == [], "another coordinate's"
 
 
 def test_a_holding_of_nothing_can_be_updated() -> None:

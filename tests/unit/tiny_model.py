@@ -84,12 +84,12 @@ def load(state: TrainingState, tensors: Mapping[str, torch.Tensor]) -> None:
     layout = ParallelLayout(data=1, assignment=((0,),))
     fabric = Fabric(rank=0, layout=layout, device=CPU)
 
-    def read(intake: ChunkLoader) -> None:
+    def read(loader: ChunkLoader) -> None:
         for name, tensor in tensors.items():
             box = Box((0,) * tensor.dim(), tuple(tensor.shape))
-            if intake.wants(name, box):
-                intake.put(name, box, tensor)
-        assert intake.missing == 0
+            if loader.wants(name, box):
+                loader.put(name, box, tensor)
+        assert loader.missing == 0
 
     state.invalidate()
     updates = int(tensors["optimizer.updates"])

@@ -48,7 +48,7 @@ WORTH = 3.0
 """How many times over a change must win back what it costs, in the steps that are left."""
 MAX_WAITED = 4
 """Windows to wait for a deal to be in force; it takes a step or two."""
-PARDON = 1.2
+KEEP_ABOVE = 1.2
 """How far above the limit a speed must be to count as no longer below it."""
 MAX_PATIENCE = 64
 """The most windows to wait after changes that did not help."""
@@ -387,7 +387,7 @@ class Rebalancer:
         for worker, rating in window.workers.items():
             assert isinstance(worker, WorkerId)
             speed = rating.speed / expected.get(worker, 1.0)
-            if speed >= PARDON * self.rules.evict_below:
+            if speed >= KEEP_ABOVE * self.rules.evict_below:
                 self._slow_since.pop(worker, None)
                 if worker in self.evicting:
                     self.evicting.discard(worker)

@@ -286,7 +286,7 @@ class ControllerActor:
 
     def _carry_out(self, action: Any) -> None:
         executor, processes = self._executor, self._processes
-        executor.narrate(action)
+        executor.log_action(action)
         match action:
             case RunEvent():
                 executor.record(action)
