@@ -28,7 +28,6 @@ from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
 from tests.selection import nightly
 
 SAVE = Save(2, 1, 0)
-MODEL = "llama"
 
 LAYOUTS = {
     "d1": layout_of(),
@@ -74,11 +73,12 @@ def save_state(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, catal
 
 
 def go(
-    rank: int, address: Endpoint, layout: ParallelLayout, directory: str, steps: int, restored: bool, nodes_of: int = 1
+    rank: int, address: Endpoint, layout: ParallelLayout, directory: str, steps: int, restored: bool, model: str,
+    nodes_of: int = 1,
 ) -> list[str]:  # fmt: skip
     """Some steps in a layout, from the beginning or from what is saved; saves or not. Rank 0 tells the digests of the
     state it begins and ends with."""
-    engine = make_engine(0.1 if layout.tensor == 1 else 0.0, layout.tensor, model=MODEL)
+    engine = make_engine(0.1 if layout.tensor == 1 else 0.0, layout.tensor, model=model)
     catalog = Catalog(LocalStorage(Path(directory)), "test")
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
     fabric.form(store_address=address, prefix=f"go/{restored}", host=HOST, timeout_s=20.0)
@@ -124,21 +124,26 @@ def go(
     return digests
 
 
+def model_for(*names: str) -> str:
+    """A small one where tensor-parallel groups are among these layouts: each of its collectives takes long."""
+    return "own" if any(LAYOUTS[name].tensor > 1 for name in names) else "llama"
+
+
 @functools.cache
-def saved_by(name: str) -> tuple[str, str]:
+def saved_by(name: str, model: str) -> tuple[str, str]:
     """Where two steps of a layout were saved, and their digest."""
     layout = LAYOUTS[name]
     directory = tempfile.mkdtemp(prefix="saved-")
-    digests = run_ranks(layout.world_size, go, layout, directory, 2, False)[0]
+    digests = run_ranks(layout.world_size, go, layout, directory, 2, False, model)[0]
     return directory, digests[-1]
 
 
 @functools.cache
-def expected(tensor: int, steps: int) -> str:
+def expected(tensor: int, steps: int, model: str) -> str:
     """The digest after so many steps without a break."""
     stretch = Stretch(layout_of(tensor=tensor), steps)
     dropout = 0.1 if tensor == 1 else 0.0
-    digest: str = run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, MODEL)[0].digest
+    digest: str = run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, model)[0].digest
     return digest
 
 
@@ -157,17 +162,17 @@ MORE_PAIRS = [
 def test_what_one_layout_saved_another_goes_on_with(old: str, new: str) -> None:
     """Also when two ranks share a node, which then reads its share once: every other pair."""
     ranks_per_node = 1 + (PAIRS + MORE_PAIRS).index((old, new)) % 2
-    directory, digest = saved_by(old)
-    layout = LAYOUTS[new]
-    begun, ended = run_ranks(layout.world_size, go, layout, directory, 2, True, ranks_per_node)[0]
-    assert begun == digest == expected(layout.tensor, 2)
-    assert ended == expected(layout.tensor, 4)
+    model, layout = model_for(old, new), LAYOUTS[new]
+    directory, digest = saved_by(old, model)
+    begun, ended = run_ranks(layout.world_size, go, layout, directory, 2, True, model, ranks_per_node)[0]
+    assert begun == digest == expected(layout.tensor, 2, model)
+    assert ended == expected(layout.tensor, 4, model)
 
 
 @pytest.mark.parametrize("name", [*dict(PAIRS), *nightly(sorted({*LAYOUTS} - {*dict(PAIRS)}))])
 def test_every_rank_writes_its_share_and_no_more(name: str) -> None:
     """Each element once, and as evenly as those who hold it allow; replicas share what all of them have."""
-    directory, _ = saved_by(name)
+    directory, _ = saved_by(name, "llama")
     manifest = Catalog(LocalStorage(Path(directory)), "test").open(SAVE.committed).manifest
     assert len(manifest.files) == LAYOUTS[name].world_size
     sizes = [file.size - file.header_bytes for file in manifest.files]
@@ -178,6 +183,6 @@ def test_every_rank_writes_its_share_and_no_more(name: str) -> None:
 @pytest.mark.parametrize(("old", "new"), [("d2 t2 optimizer", "d1"), *nightly([("d3 parameters", "t2 p2")])])
 def test_a_state_saved_at_one_tensor_degree_is_that_of_any_other(old: str, new: str) -> None:
     """Names, shapes and values are of full tensors: so it can be exported, and a new job can begin with it."""
-    directory, digest = saved_by(old)
-    layout = LAYOUTS[new]
-    assert run_ranks(layout.world_size, go, layout, directory, 1, True)[0][0] == digest
+    model, layout = model_for(old, new), LAYOUTS[new]
+    directory, digest = saved_by(old, model)
+    assert run_ranks(layout.world_size, go, layout, directory, 1, True, model)[0][0] == digest
