@@ -43,7 +43,7 @@ def plan(
     json_: AsJson = False,
     all_: Annotated[bool, typer.Option("--all", help="Every layout and every reason.")] = False,
 ) -> None:
-    """Predict which layouts suit a job on so many workers, and why others do not; starts nothing."""
+    """Predict which layouts suit a job and a number of workers, and why others do not; starts nothing."""
     from orchestrator.cli.validate import pointing_into
     from orchestrator.planning import command
     from orchestrator.planning.assume import MachineOptions

@@ -41,7 +41,9 @@ def checkpoints(
 def export(
     run: Run,
     to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory, in Hugging Face's format.")],
-    step: Annotated[int | None, typer.Option(min=1, help="The checkpoint of so many steps; else the newest.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="The checkpoint after that many steps; else the newest.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="bf16|fp16|fp32", help="Type of the weights.")] = None,
 ) -> None:
     """Write the model of a checkpoint for `transformers` to load."""

@@ -172,16 +172,16 @@ class Blueprint:
         """The model itself; its trained parameters have no memory until they are bound."""
         return self.model
 
-    def stage(self, run: tuple[int, int] | None, *, own_frozen: bool = False) -> nn.Module:
-        """A copy with the blocks start..stop only (None: all). Buffers are shared, and so are frozen parameters unless
-        it is to have its own; parameters have no memory.
+    def stage(self, run: tuple[int, int] | None, own: Collection[str] = ()) -> nn.Module:
+        """A copy with the blocks start..stop only (None: all). Buffers are shared, and so are frozen parameters but for
+        the `own` ones, which have no memory, like trained parameters.
 
         Takes token ids when it has the embedding, otherwise hidden states; gives logits when it has the head,
         otherwise hidden states.
         """
         shared: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in self.model.buffers()}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad or own_frozen:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or name in own:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 shared[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             else:

@@ -6,7 +6,7 @@ whether they are those that a checkpoint was trained beside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import xxhash
@@ -40,17 +40,19 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
             self._digest = digest.hexdigest()
         return self._digest
 
-    def read_again(self) -> None:
-        """Values may have changed: the digest is taken anew."""
-        self._digest = None
+    @property
+    def divisible(self) -> list[str]:
+        """The names of those that have rows, in the type of trained parameters: these can be sharded with them."""
+        return [name for name, tensor in self.items() if tensor.dim() and tensor.dtype == torch.float32]
 
     def rows(self, name: str, index: int, count: int) -> torch.Tensor:
         """Part `index` of `count` of a parameter's rows, as torch.chunk divides them; the last may have none."""
-        parts = self[name].chunk(count) if self[name].dim() else (self[name],)
+        parts = self[name].chunk(count)
         return parts[index] if index < len(parts) else self[name][:0]
 
-    def keep_on(self, device: torch.device) -> None:
-        """Moves the model's own values there: to where it computes, or off it when only shards are needed."""
-        for parameter in self._parameters.values():
+    def keep_on(self, device: torch.device, names: Iterable[str]) -> None:
+        """Moves the model's own values there: to where it computes, or off it where only shards are needed."""
+        for name in names:
+            parameter = self._parameters[name]
             if parameter.device.type != device.type:
                 parameter.data = parameter.data.to(device)

@@ -35,10 +35,10 @@ class ShardedModelPart:
         self.blueprint = blueprint
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
-        self._shards_frozen = fabric.layout.tensor == 1
+        # Of frozen parameters that tensor parallelism splits, too, every rank has its split whole.
+        sharded = blueprint.frozen.divisible if fabric.layout.tensor == 1 else []
         self.modules: list[nn.Module] = [
-            blueprint.stage(run, own_frozen=self._shards_frozen)
-            for run in (self.runs if self.runs is not None else [None])
+            blueprint.stage(run, sharded) for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
         for module in self.modules:
@@ -50,11 +50,12 @@ class ShardedModelPart:
                 module.may_call_directly = False
             self.groups.append(self._shard(inner, fabric))
             module.train()
-        blueprint.frozen.keep_on(torch.device("cpu") if self._shards_frozen else self.device)
+        blueprint.frozen.keep_on(torch.device("cpu"), sharded)
+        blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
-        whole = {p for p in inner.parameters() if not (p.requires_grad or self._shards_frozen)}
+        whole = {p for p in inner.parameters() if not (p.requires_grad or p.is_meta)}
         for block in (*blocks, inner):
             fully_shard(block, mesh=fabric.axis("data"), ignored_params=whole)
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)

@@ -43,7 +43,7 @@ class ModelPart:
         self.weights = torch.zeros(self.size, device=self.device) if weights is None else weights
         self.is_plain = runs is None and tensor_mesh is None
         self._mesh = tensor_mesh
-        blueprint.frozen.keep_on(self.device)
+        blueprint.frozen.keep_on(self.device, blueprint.frozen)
         if self.is_plain:
             self.modules: list[nn.Module] = [blueprint.whole()]
         else:

@@ -13,8 +13,6 @@ from strategies.layout.statemap import Span, Spans, union
 from strategies.optim.spec import OptimizerSpec
 
 WEIGHTS = "weights"
-
-
 KEPT = "update."
 """What the names of an update rule's own kinds of state begin with."""
 

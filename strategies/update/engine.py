@@ -291,10 +291,10 @@ class StepEngine:
         self.phases.enter("commit", step)
         if self.prepared_step != step:
             raise RuntimeError(f"step {step} is not prepared here (prepared: {self.prepared_step})")
-        lr = self.spec.base_lr * self.spec.schedule.factor(step)
+        this = self._round(step)
         if math.isfinite(norm):
             self.applying = True
-            self.rule.commit(self._round(step), norm)
+            self.rule.commit(this, norm)
             self.state.updates += 1
             self.applying = False
             self._is_stale = True
@@ -302,7 +302,7 @@ class StepEngine:
         self.prepared_step = None
         self.work.discard()
         self.phases.leave()
-        return lr
+        return this.lr
 
 
 def is_connection_error(error: BaseException) -> bool:

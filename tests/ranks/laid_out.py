@@ -65,10 +65,13 @@ def with_spares(dropout: float) -> torch.nn.Module:
 
 
 def with_frozen(dropout: float) -> torch.nn.Module:
-    """A llama with a frozen embedding, a layer of which nothing is trained, and a frozen matrix beside trained ones."""
+    """A llama with a frozen embedding, a layer of which nothing is trained, and a frozen matrix beside trained ones;
+    also a frozen number and frozen integers, which have no rows to share or another type."""
     model: Any = family("llama", attention_dropout=dropout)
     for part in (model.model.embed_tokens, model.model.layers[0], model.model.layers[1].mlp.down_proj):
         part.requires_grad_(False)
+    for name, value in (("number", torch.tensor(0.5)), ("integers", torch.arange(6))):
+        model.model.layers[1].register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
     return model  # type: ignore[no-any-return]
 
 

@@ -46,13 +46,9 @@ def test_the_digest_tells_names_types_shapes_and_values() -> None:
     assert frozen(a=torch.zeros(6).as_strided((6,), (1,))).digest in found
 
 
-def test_the_digest_is_taken_anew_when_asked_to() -> None:
-    weights = frozen(a=torch.zeros(3))
-    before = weights.digest
-    weights["a"][0] = 1.0
-    assert weights.digest == before
-    weights.read_again()
-    assert weights.digest != before
+def test_what_has_no_rows_or_another_type_is_not_divided() -> None:
+    weights = frozen(a=torch.zeros(6), scalar=torch.tensor(1.0), table=torch.zeros(6, dtype=torch.int64))
+    assert weights.divisible == ["a"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])

@@ -287,7 +287,7 @@ def test_positions_are_read_from_any_configuration() -> None:
 # ---------------------------------------------------------------------------------------- while it trains
 
 
-@pytest.mark.parametrize("how", ["in place", "anew", "number"])
+@pytest.mark.parametrize("how", ["in place", "anew", "number", "frozen"])
 def test_a_change_that_comes_later_ends_the_step(how: str) -> None:
     calls = iter(range(1000))
 
@@ -300,6 +300,9 @@ def test_a_change_that_comes_later_ends_the_step(how: str) -> None:
                     model.scratch = torch.ones(2)
                 case "number":
                     model.what_counts += 1
+                case "frozen":
+                    with torch.no_grad():
+                        model.frozen.add_(1.0)
         return output
 
     made = Doing(forward)
@@ -310,7 +313,9 @@ def test_a_change_that_comes_later_ends_the_step(how: str) -> None:
     engine.bind(fabric, fabric.layout, 0)
     engine.run(0)
     engine.run(1)
-    with pytest.raises(ModelChanged, match=r"the model has changed '(scratch|what_counts)' while it computed a step"):
+    with pytest.raises(
+        ModelChanged, match=r"the model has changed '(scratch|what_counts|frozen)' while it computed a step"
+    ):
         engine.run(2)
     assert state.updates == 2, "it has changed nothing of the state"
     with pytest.raises(ModelChanged):
