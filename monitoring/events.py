@@ -42,7 +42,6 @@ Counts = Annotated[list[int], many(count)]
 MaybeText = Annotated[str | None, maybe(text)]
 MaybeCount = Annotated[int | None, maybe(count)]
 Thing = Annotated[dict[str, Any], thing]
-Things = Annotated[list[dict[str, Any]], many(thing)]
 Names = Annotated[list[str], many(text)]
 SecondsByName = Annotated[dict[str, float], by_name(seconds)]
 

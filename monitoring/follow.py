@@ -200,9 +200,7 @@ _TOLD: dict[str, Callable[[dict[str, Any]], str]] = {
     RolledBack.kind: lambda event: (
         f"back to the state of {event['committed']} steps: {event['steps']} steps are done again"
     ),
-    WorkerReady.kind: lambda event: (
-        f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
-    ),
+    WorkerReady.kind: _worker_ready,
     Waiting.kind: lambda event: f"waiting: {event['workers']} workers, {event['needed']} needed (elastic.workers.min)",
     CheckpointComplete.kind: _checkpoint_saved,
     CheckpointDelayed.kind: _checkpoint_delayed,
@@ -213,9 +211,7 @@ _TOLD: dict[str, Callable[[dict[str, Any]], str]] = {
     Rebalanced.kind: lambda event: describe_rebalance(event),
     RebalanceMeasured.kind: _rebalance_measured,
     Evicted.kind: _eviction,
-    EvictionWithdrawn.kind: lambda event: (
-        f"worker {event['worker']} may stay: at {event['speed']:.2f} of the fastest's speed"
-    ),
+    EvictionWithdrawn.kind: _eviction_withdrawn,
     ControllerRestarted.kind: _controller_restarted,
     DrainNoticed.kind: lambda event: f"worker {event['worker']} must leave: {event['reason']}",
     Shortage.kind: _shortage,

@@ -13,6 +13,7 @@ import yaml
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.checkpoint.of_run import job_of
 from orchestrator.job import Job
+from orchestrator.job.kinds import sink_named
 from orchestrator.models.content import with_content
 from orchestrator.models.validation import look_at_model
 from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
@@ -36,7 +37,7 @@ class RunResult:
     goodput_ratio: float = 0.0
     median_step_seconds: float | None = None
     reduction: str = "canonical"
-    bit_exact: bool = True
+    bit_exact: bool | str = True
     state_digest: str | None = None
     data_digest: str | None = None
     generations: list[dict[str, Any]] = field(default_factory=list)
@@ -68,7 +69,7 @@ def run(
     previous = _previous(job, directory)
     if previous is not None:
         return _result(previous, directory)
-    check_sinks(job.monitoring.model_dump())
+    check_sinks(job.monitoring.model_dump(), sink_named)
     look_at_model(job)
     job = with_content(job)
 

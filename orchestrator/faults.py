@@ -18,7 +18,7 @@ class InjectedFault(RuntimeError):
     """Raised by the fault kind `raise`."""
 
 
-class Told(Protocol):
+class Planned(Protocol):
     """What the job file says of a fault (`orchestrator.job.sections.faults.Fault`)."""
 
     @property
@@ -34,14 +34,14 @@ class Told(Protocol):
     def factor(self) -> float | None: ...
 
 
-class Site(Protocol):
+class FaultyWorker(Protocol):
     """The worker that a fault happens to, in its own process."""
 
     def make_gradient_nan(self) -> None:
         """The gradient of the step under way is not finite."""
 
     def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
-        """The phase takes that many times as long: for a number of steps, for a time, or from now on."""
+        """The phase, data or compute, takes `factor` times as long: for some steps, for a time, or from now on."""
 
 
 class FaultKind(ABC):
@@ -55,52 +55,51 @@ class FaultKind(ABC):
     """Those in which it can happen; (): in any."""
     why_there: ClassVar[str] = ""
     """Why only in those, for the error."""
-    slows_down: ClassVar[bool] = False
-    """Whether it calls `Site.slow_down`."""
 
-    def happen(self, told: Told, step: int, site: Site) -> None:  # noqa: B027
-        """In the worker's process, at the start of the phase. Nothing where the controller carries it out."""
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:  # noqa: B027
+        """In the worker's process, at the start of the phase. Ours of nodes and controllers do nothing here: the
+        controller carries them out by their names, which kinds of other packages cannot."""
 
 
 class Kill(FaultKind):
     name = "kill"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Segfault(FaultKind):
     name = "segfault"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
         ctypes.string_at(0)
 
 
 class Raise(FaultKind):
     name = "raise"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
         raise InjectedFault(f"injected at step {step}")
 
 
 class Exit(FaultKind):
     name = "exit"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
         os._exit(17)
 
 
 class Hang(FaultKind):
     name = "hang"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Deadlock(FaultKind):
     name = "deadlock"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
         threading.Event().wait()
 
 
@@ -109,10 +108,11 @@ class Slow(FaultKind):
     details = ("seconds", "factor", "steps")
     phases = ("data", "compute")
     why_there = "is about reading (data) or the device (compute), so its phase is one of these"
-    slows_down = True
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
-        site.slow_down(told.phase, told.factor or 2.0, told.steps, told.seconds)
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
+        worker.slow_down(
+            "data" if planned.phase == "data" else "compute", planned.factor or 2.0, planned.steps, planned.seconds
+        )
 
 
 class Nan(FaultKind):
@@ -120,8 +120,8 @@ class Nan(FaultKind):
     phases = ("data", "compute")
     why_there = "spoils the gradient before it is reduced, so its phase is data or compute"
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
-        site.make_gradient_nan()
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
+        worker.make_gradient_nan()
 
 
 class Drain(FaultKind):

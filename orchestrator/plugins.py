@@ -48,7 +48,8 @@ def find(kind: str, name: str, own: Mapping[str, T], base: type[T]) -> T:
         return own[name]
     entry = _of_packages(kind).get(name)
     if entry is None:
-        raise PluginError(f"there is none of the {kind} named {name!r}; known are {', '.join(names(kind, own))}")
+        known = ", ".join(names(kind, own))
+        raise PluginError(f"there is none of the {kind} named {name!r}; {f'known are {known}' if known else 'none is'}")
     try:
         found = entry.load()
     except Exception as error:  # A package of somebody else's can fail with anything.

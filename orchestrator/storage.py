@@ -103,8 +103,13 @@ def open_storage(url: str) -> Storage:
     if (reason := why_not(url)) is not None:
         raise ValueError(reason)
     if (maker := _of_package(protocol)) is not None:
-        made = maker(expand(url))
-        if not isinstance(made, Storage):
+        given = expand(url)
+        try:
+            made = maker(given)
+        except Exception as error:  # A package of somebody else's can fail with anything.
+            raise StorageError(f"{url} cannot be opened: {type(error).__name__}: {error}", transient=True) from error
+        # By what it can do, as `doctor` sends this module to nodes, where it is not the one that the package knows.
+        if not all(hasattr(made, name) for name in Storage.__abstractmethods__):
             raise ValueError(f"the package for {protocol}:// gives a {type(made).__name__}, not a Storage")
         return Patient(made)
     from fsspec.core import url_to_fs

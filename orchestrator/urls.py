@@ -40,6 +40,24 @@ def expand(url: str) -> str:
     return VARIABLE.sub(value, url)
 
 
+def expand_settings(value: Any) -> Any:
+    """Settings of somebody else's, as JSON has them, with the values of the variables in their texts: all of these are
+    secrets.
+
+    Raises UrlProblem for a variable that is not set.
+    """
+    if isinstance(value, dict):
+        return {key: expand_settings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_settings(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    filled = expand(value)
+    for name in VARIABLE.findall(value):
+        learn(os.environ[name])
+    return filled
+
+
 def secrets_of(url: str) -> set[str]:
     """The variables that stand where a URL has a password or a signature; the others are no secrets (a bucket, a
     year)."""

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,39 @@ MAX_PENDING = 100_000
 _PACKAGES = {"mlflow": ("mlflow", "mlflow (or mlflow-skinny)"), "wandb": ("wandb", "wandb")}
 
 
-def check_sinks(settings: Mapping[str, Any]) -> None:
+Maker = Callable[[str], Callable[[dict[str, Any]], Sink]]
+"""What makes the sink of another package from its settings, by the sink's name; ValueError when there is none."""
+
+
+class _OfPackage:
+    """A sink of another package. It is made when it is opened, and may fail then like any."""
+
+    def __init__(self, name: str, settings: dict[str, Any], maker: Maker) -> None:
+        self.name = name
+        self._settings, self._maker = settings, maker
+        self._sink: Sink | None = None
+
+    def open(self, run: SinkRun) -> None:
+        self._sink = self._maker(self.name)(self._settings)
+        self._sink.open(run)
+
+    def write(self, items: Sequence[Item]) -> None:
+        assert self._sink is not None
+        self._sink.write(items)
+
+    def close(self, status: str) -> None:
+        assert self._sink is not None
+        self._sink.close(status)
+
+
+def check_sinks(settings: Mapping[str, Any], maker: Maker) -> None:
     """Raises SinkProblem when a sink that `settings` (the job's `monitoring`) asks for needs a package that is not
     here. `settings` are plain values."""
+    for name in settings.get("sinks", ()):
+        try:
+            maker(name)
+        except ValueError as error:
+            raise SinkProblem(f"monitoring.sinks.{name}: {error}") from error
     for field, (module, package) in _PACKAGES.items():
         if settings.get(field) is not None and importlib.util.find_spec(module) is None:
             raise SinkProblem(
@@ -48,10 +78,6 @@ def check_sinks(settings: Mapping[str, Any]) -> None:
             )
     if settings.get("tensorboard") and importlib.util.find_spec("tensorboardX") is None:
         raise SinkProblem("monitoring.tensorboard needs a package that is not installed: `pip install tensorboardX`")
-
-
-Maker = Callable[[str], Callable[[dict[str, Any]], Sink]]
-"""What makes the sink of another package from its settings, by the sink's name."""
 
 
 def make_sinks(settings: Mapping[str, Any], maker: Maker) -> list[tuple[str, Sink]]:
@@ -63,7 +89,7 @@ def make_sinks(settings: Mapping[str, Any], maker: Maker) -> list[tuple[str, Sin
         sinks.append(("mlflow", MLflowSink(mlflow["tracking_uri"], mlflow["experiment"])))
     if (wandb := settings.get("wandb")) is not None:
         sinks.append(("wandb", WandBSink(wandb["project"], wandb["mode"], wandb["entity"])))
-    return sinks + [(name, maker(name)(given)) for name, given in settings.get("sinks", {}).items()]
+    return sinks + [(name, _OfPackage(name, given, maker)) for name, given in settings.get("sinks", {}).items()]
 
 
 class Feeder:

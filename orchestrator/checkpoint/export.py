@@ -35,6 +35,12 @@ class ExportError(UserError, ValueError):
     """What was asked for cannot be exported; says why."""
 
 
+class IncompleteWeights(ExportError):
+    """The weights are not all that the job's model has."""
+
+    exit_code = 1
+
+
 def export(
     weights: WeightSource, job: Job, target: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
@@ -81,7 +87,7 @@ def _exported_names(skeleton: nn.Module, weights: WeightSource) -> list[str]:
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
     missing = sorted(name for name in wanted if name not in there and name not in tied)
     if missing:
-        raise ExportError(f"{weights.name} has no {', '.join(missing[:5])} of this model")
+        raise IncompleteWeights(f"{weights.name} has no {', '.join(missing[:5])} of this model")
     return [name for name in wanted if name in there]
 
 

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from orchestrator.checkpoint.catalog import StoredCheckpoint
-from orchestrator.checkpoint.manifest import ChunkEntry
+from orchestrator.checkpoint.manifest import ChunkEntry, FrozenEntry, UnusableCheckpoint
 from orchestrator.checkpoint.tensors import TYPES, as_tensor
-from orchestrator.models.weights import TensorInfo
+from orchestrator.data import load_tokenizer
+from orchestrator.job import Job
+from orchestrator.models.loading import build_model
+from orchestrator.models.weights import TensorInfo, WeightSource
+from strategies.model.frozen import FrozenWeights
 
 PREFIX = "model."
 """Of parameters and buffers; the rest of a checkpoint is the optimizer's, and the update rule's."""
@@ -31,6 +35,45 @@ def read_tensor(checkpoint: StoredCheckpoint, name: str) -> torch.Tensor:
 
     checkpoint.read(checkpoint.chunks_of(name), take)
     return whole
+
+
+def weights_of(checkpoint: StoredCheckpoint, job: Job) -> WeightSource:
+    """All weights of the model that a run of `job` trained: those in the checkpoint, and the frozen parameters beside
+    it, from where the job has them."""
+    frozen = checkpoint.manifest.frozen
+    return CheckpointWeights(checkpoint) if frozen is None else _WithFrozen(CheckpointWeights(checkpoint), frozen, job)
+
+
+class _WithFrozen:
+    def __init__(self, saved: CheckpointWeights, entry: FrozenEntry, job: Job) -> None:
+        self._saved = saved
+        self._entry = entry
+        self._job = job
+        self._frozen: FrozenWeights | None = None
+
+    @property
+    def name(self) -> str:
+        return self._saved.name
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        frozen = {name: TensorInfo(TYPES[t.dtype], tuple(t.shape)) for name, t in self._entry.tensors.items()}
+        return {**self._saved.tensors(), **frozen}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises as `CheckpointWeights.read`; UnusableCheckpoint when what the job has is not what it was then, and
+        ModelError."""
+        if name not in self._entry.tensors:
+            return self._saved.read(name)
+        if self._frozen is None:
+            model = build_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
+            found = FrozenWeights({key: p for key, p in model.named_parameters() if not p.requires_grad})
+            if found.digest != self._entry.xxh3_128:
+                raise UnusableCheckpoint(
+                    f"{self.name} was trained beside other frozen parameters than those that the job gives now: "
+                    "restore the directory or the factory that they come from"
+                )
+            self._frozen = found
+        return self._frozen[name]
 
 
 class CheckpointWeights:

@@ -49,7 +49,7 @@ def export(
     """Write the model of a checkpoint for `transformers` to load."""
     from orchestrator.checkpoint import of_run
     from orchestrator.checkpoint.export import export as write
-    from orchestrator.checkpoint.weights import CheckpointWeights
+    from orchestrator.checkpoint.weights import weights_of
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
@@ -60,7 +60,7 @@ def export(
         there = ", ".join(map(str, steps)) or "none"
         refuse(f"{directory.path} has no checkpoint{'' if step is None else f' of {step} steps'} (there: {there})")
     chosen = steps[0] if step is None else step
-    files = write(CheckpointWeights(catalog.open(chosen)), job, to, dtype)
+    files = write(weights_of(catalog.open(chosen), job), job, to, dtype)
     size = sum(file.stat().st_size for file in files)
     print(f"{to}: the model after {chosen} steps, {len(files)} files, {size / 1e6:.1f} MB")
 

@@ -274,12 +274,12 @@ def prepare(
     for file in files:
         document_of(file, document)
     check_field(files, field, source)
+    contents = [library.examine(file) for file in files]
     loaded = load_tokenizer(tokenizer)
     # Tasks may run in another working directory, so what they are given must not depend on it.
     directory = default_cache() if cache is None else Path(cache).expanduser().absolute()
     if tokenizer != BYTES:
         tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
-    contents = [library.examine(file) for file in files]
     recipe = Recipe(files, contents, field, document, library, tokenizer, loaded)
     key = _key(files, [content.fingerprint for content in contents], field, document, loaded.identity)
     target = directory / f"tokens-{key}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.errors import PluginError
 from orchestrator.faults import KINDS
-from orchestrator.job.kinds import fault_kind_named, objective_named, optimizer_named, sink_named, update_rule_named
+from orchestrator.job.kinds import fault_kind_named, objective_named, optimizer_named, update_rule_named
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
 from orchestrator.urls import VARIABLE
@@ -303,14 +303,6 @@ def _optimizer(get: Get) -> Iterator[Finding]:
         yield Finding(("train.optimizer.name",), str(error))
 
 
-def _sinks(get: Get) -> Iterator[Finding]:
-    for name in get("monitoring.sinks"):
-        try:
-            sink_named(name)
-        except PluginError as error:
-            yield Finding((f"monitoring.sinks.{name}",), str(error))
-
-
 def _update_rule(get: Get) -> Iterator[Finding]:
     try:
         if update_rule_named(get("strategy.update")).progress != "lockstep":
@@ -324,7 +316,6 @@ _RULES: tuple[Rule, ...] = (
     _objective,
     _optimizer,
     _update_rule,
-    _sinks,
     _model,
     _data,
     _document_mask,

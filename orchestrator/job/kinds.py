@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from monitoring.sinks.base import Sink
 from orchestrator import plugins
 from orchestrator.faults import KINDS, FaultKind
 from strategies.objective.causal_lm import OBJECTIVES
@@ -13,6 +12,9 @@ from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS
 from strategies.update.rule import RULES, UpdateRule
+
+if TYPE_CHECKING:
+    from monitoring.sinks.base import Sink
 
 
 def optimizer_named(name: str) -> Optimizer:

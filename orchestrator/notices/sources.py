@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from orchestrator import plugins
@@ -12,7 +13,9 @@ from orchestrator.errors import PluginError
 from orchestrator.notices.aws import Aws
 from orchestrator.notices.azure import Azure
 from orchestrator.notices.gcp import Gcp
-from orchestrator.notices.notice import NoticeError, Source, SourceError
+from orchestrator.notices.notice import NoticeError, Source
+
+log = logging.getLogger(__name__)
 
 Factory = Callable[[str | None], Source]
 
@@ -26,7 +29,8 @@ _PAUSE_S = 3.0
 
 
 def make_source(name: str, base_url: str | None) -> Source:
-    """The source of a name in `SOURCES`, or of `package.module:Class` (see `Source` for what the class must have).
+    """The source of a name in `SOURCES`, or that an installed package has under this name, or of `package.module:Class`
+    (see `Source` for what the class must have).
 
     Raises NoticeError.
     """
@@ -38,15 +42,30 @@ def make_source(name: str, base_url: str | None) -> Source:
         if name not in known:
             listed = ", ".join([AUTO, *known, NONE])
             raise NoticeError(f"--source {name}: choose one of {listed}, or give package.module:Class")
-        try:
-            return _checked(name, plugins.find_callable(PLUGINS, name, SOURCES)(base_url))
-        except PluginError as error:
-            raise NoticeError(f"--source {name}: {error}") from error
+        return _of_package(name, base_url)
     try:
         made = getattr(importlib.import_module(module_name), class_name)(base_url)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise NoticeError(f"--source {name}: {type(error).__name__}: {error}; is it on PYTHONPATH?") from error
     return _checked(name, made)
+
+
+def _of_package(name: str, base_url: str | None) -> Source:
+    try:
+        return _checked(name, plugins.find_callable(PLUGINS, name, SOURCES)(base_url))
+    except (PluginError, NoticeError) as error:
+        raise NoticeError(f"--source {name}: {error}") from error
+    except Exception as error:  # A package of somebody else's can fail with anything.
+        raise NoticeError(f"--source {name}: {type(error).__name__}: {error}") from error
+
+
+def _all(base_url: str | None) -> Iterator[Source]:
+    """Ours, and those of other packages that can be made."""
+    for name in plugins.names(PLUGINS, SOURCES):
+        try:
+            yield make_source(name, base_url)
+        except NoticeError as error:
+            log.warning("it is not asked for notices: %s", error)
 
 
 def _checked(name: str, made: Any) -> Source:
@@ -60,7 +79,7 @@ def detect(
     base_url: str | None, stopped: threading.Event, tries: int = _TRIES, pause_s: float = _PAUSE_S
 ) -> Source | None:  # fmt: skip
     """The first source that answers here, or None after some tries: at boot, the network may not be up yet."""
-    candidates = [make_source(name, base_url) for name in plugins.names(PLUGINS, SOURCES)]
+    candidates = list(_all(base_url))
     for attempt in range(tries):
         if attempt and stopped.wait(pause_s):
             return None
@@ -68,6 +87,7 @@ def detect(
             try:
                 if candidate.detect():
                     return candidate
-            except (SourceError, OSError, ValueError):
-                continue
+            except Exception as error:
+                # Ours raise SourceError, OSError and ValueError where they are not; others', anything.
+                log.debug("%s: %s: %s", candidate.name, type(error).__name__, error)
     return None

@@ -43,9 +43,8 @@ class FaultInjector:
 
     @property
     def may_be_slow(self) -> bool:
-        """Whether the job has this worker slow at some time; only then `drag` and `delay` need to be asked."""
-        mine = (fault for _, fault in self._faults if fault.worker == self._slot)
-        return any(fault_kind_named(fault.kind).slows_down for fault in mine)
+        """Whether anything may happen to this worker; only then `drag` and `delay` need to be asked."""
+        return any(fault.worker in (self._slot, None) for _, fault in self._faults)
 
     def already_fired(self, indices: tuple[int, ...]) -> None:
         self._fired |= set(indices)
@@ -66,11 +65,13 @@ class FaultInjector:
     # ------------------------------------------------------------------------------------ what a kind can do here
 
     def make_gradient_nan(self) -> None:
-        """See `orchestrator.faults.Site`."""
+        """See `orchestrator.faults.FaultyWorker`."""
         self._make_nan(self._step)
 
     def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
-        """See `orchestrator.faults.Site`."""
+        """See `orchestrator.faults.FaultyWorker`."""
+        if phase not in self._slow:
+            raise ValueError(f"phase {phase} cannot be slow, only {' and '.join(self._slow)}")
         until_step = math.inf if steps is None else self._step + steps
         until = math.inf if seconds is None else time.monotonic() + seconds
         self._slow[phase].append(_Slowness(factor, until_step, until))

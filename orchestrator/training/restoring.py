@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from orchestrator.checkpoint.catalog import Catalog, StoredCheckpoint
-from orchestrator.checkpoint.manifest import CheckpointError, ChunkEntry, UnusableCheckpoint
+from orchestrator.checkpoint.manifest import CheckpointError, ChunkEntry, UnusableCheckpoint, digest_of
 from orchestrator.checkpoint.tensors import DTYPES, as_tensor, box_of, bytes_of
-from orchestrator.checkpoint.weights import PREFIX, read_tensor
+from orchestrator.checkpoint.weights import PREFIX
+from strategies.model.frozen import FrozenWeights
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.training_state import TrainingState
 
@@ -39,25 +38,31 @@ def open_checkpoint(catalog: Catalog, committed: int, state: TrainingState) -> S
     ]
     if problems:
         raise UnusableCheckpoint(f"{found.location} does not fit this model: {'; '.join(sorted(problems)[:20])}")
-    if not _has_same_frozen(found, state):
+    if not _has_same_frozen(found, state.blueprint.frozen):
         raise UnusableCheckpoint(
-            f"{found.location} was trained beside other frozen parameters than those that the model has now. They are "
-            "not in the checkpoint; restore the directory or the factory that they come from"
+            f"{found.location} was trained beside other frozen parameters than those that the model has now: restore "
+            "the directory or the factory that they come from"
         )
     return found
 
 
-def _has_same_frozen(checkpoint: StoredCheckpoint, state: TrainingState) -> bool:
-    frozen, entry = state.blueprint.frozen, checkpoint.manifest.frozen
-    if entry is not None:
-        return entry.xxh3_128 == frozen.digest
-    # Earlier versions saved them.
-    try:
-        return all(torch.equal(read_tensor(checkpoint, PREFIX + name), tensor.cpu()) for name, tensor in frozen.items())
-    except KeyError:
-        return False
-    except OSError as error:
-        raise StorageFailed(f"{checkpoint.location} cannot be read: {error}") from error
+def _has_same_frozen(checkpoint: StoredCheckpoint, frozen: FrozenWeights) -> bool:
+    manifest = checkpoint.manifest
+    if not frozen or manifest.frozen is not None:
+        return manifest.frozen is None or manifest.frozen.xxh3_128 == frozen.digest
+    # Earlier versions saved them. Nothing is read: what a chunk is must have the digest that it has here. Those of
+    # encrypted chunks are of what cannot be made again; there the job's own digest has to do.
+    saved = [chunk for chunk in manifest.chunks if chunk.tensor.removeprefix(PREFIX) in frozen]
+    return {chunk.tensor.removeprefix(PREFIX) for chunk in saved} == {n for n, t in frozen.items() if t.numel()} and (
+        manifest.encryption is not None or all(_is_of(chunk, frozen) for chunk in saved)
+    )
+
+
+def _is_of(chunk: ChunkEntry, frozen: FrozenWeights) -> bool:
+    tensor = frozen[chunk.tensor.removeprefix(PREFIX)]
+    for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return digest_of(bytes_of(tensor.cpu().contiguous())) == chunk.xxh3_128
 
 
 def read_checkpoint(checkpoint: StoredCheckpoint, loader: ChunkLoader, on_chunk: Callable[[], None]) -> None:

@@ -180,7 +180,7 @@ def test_mlflow_gets_one_run_that_is_gone_on_with(tmp_path: Path, fake_packages:
 
     path = make_run(tmp_path / "run", events=[STARTED, GENERATION, INCIDENT], result=RESULT | {"status": "stopped"})
     settings = NONE | {"mlflow": {"tracking_uri": "fake://", "experiment": "trials"}}
-    check_sinks(settings)
+    check_sinks(settings, nobodys)
     with feeding(settings, "tiny-1234", path, JOB, nobodys):
         pass
     store = mlflow.stores["fake://"]
@@ -209,7 +209,7 @@ def test_wandb_gets_steps_as_an_axis_of_its_own(tmp_path: Path, fake_packages: N
 
     path = make_run(tmp_path / "run", events=[STARTED, GENERATION, INCIDENT], result=RESULT | {"status": "failed"})
     settings = NONE | {"wandb": {"project": "p", "mode": "offline", "entity": None}}
-    check_sinks(settings)
+    check_sinks(settings, nobodys)
     for _ in range(2):
         with feeding(settings, "tiny-1234", path, JOB, nobodys):
             pass
@@ -246,7 +246,7 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(
     assert f"`pip install {field}" in capsys.readouterr().err
     assert not where.exists()
     with pytest.raises(SinkProblem, match="tensorboardX"):
-        check_sinks(NONE | {"tensorboard": True})
+        check_sinks(NONE | {"tensorboard": True}, nobodys)
 
 
 def test_the_job_file_is_strict_about_sinks() -> None:

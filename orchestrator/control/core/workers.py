@@ -84,8 +84,3 @@ class PastWorkers:
     gone: set[WorkerId]
     draining: dict[WorkerId, float]
     evicting: dict[WorkerId, str]
-
-
-def named(worker: WorkerId) -> dict[str, int]:
-    """A worker as records name it."""
-    return {"worker": worker.slot, "incarnation": worker.incarnation}

@@ -88,9 +88,8 @@ class ClusterWatcher:
             log.warning(
                 "this node drains: Ray starts the next controller elsewhere, and the workers train on meanwhile"
             )
-            os._exit(
-                7
-            )  # Records are written unbuffered, and closing them here could trip the thread that handles events.
+            # Records are written unbuffered, and closing them here could trip the thread that handles events.
+            os._exit(7)
         self._look_for_starting_nodes(now)
         self._take_turns(now)
 

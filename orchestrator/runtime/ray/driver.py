@@ -39,7 +39,7 @@ from orchestrator.runtime.ray.preparation import (
 )
 from orchestrator.runtime.ray.session import ClusterError, connected, for_workers, has_cluster, ray_session
 from orchestrator.runtime.ray.targets import targets_directory
-from orchestrator.urls import environment_of, expand
+from orchestrator.urls import environment_of, expand, expand_settings
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +122,11 @@ def _logging(job: Job, directory: RunDirectory) -> Iterator[None]:
 
 
 def _watched(monitoring: dict[str, Any]) -> dict[str, Any]:
-    """`monitoring` of a job as it can be used: with its secret. Raises UrlProblem."""
-    mlflow = monitoring.get("mlflow")
-    if not mlflow:
-        return monitoring
-    return {**monitoring, "mlflow": {**mlflow, "tracking_uri": expand(mlflow["tracking_uri"])}}
+    """`monitoring` of a job as it can be used: with its secrets. Raises UrlProblem."""
+    watched = monitoring | {"sinks": expand_settings(monitoring.get("sinks", {}))}
+    if mlflow := monitoring.get("mlflow"):
+        watched["mlflow"] = {**mlflow, "tracking_uri": expand(mlflow["tracking_uri"])}
+    return watched
 
 
 def _drive(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from orchestrator.faults import FaultKind, Site, Told
+from orchestrator.faults import FaultKind, FaultyWorker, Planned
 
 
 class Stutter(FaultKind):
     name = "stutter"
     details = ("factor",)
-    slows_down = True
 
-    def happen(self, told: Told, step: int, site: Site) -> None:
-        site.slow_down("compute", told.factor or 3.0, 1, None)
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
+        worker.slow_down("compute", planned.factor or 3.0, 1, None)
 
 
 STUTTER = Stutter()
