@@ -63,7 +63,7 @@ def node_watcher(
 def _watch(options: WatchOptions, named: Source | None, drain: Drain, stopped: threading.Event) -> bool:
     """Watches until `stopped`; whether there was anything to watch."""
     from orchestrator.notices.file import NoticeFile
-    from orchestrator.notices.sources import AUTO, SOURCES, detect
+    from orchestrator.notices.sources import AUTO, detect, known
     from orchestrator.runtime.ray.node_watcher.watch import Watcher
     from orchestrator.runtime.ray.nodes import prepare
 
@@ -73,7 +73,7 @@ def _watch(options: WatchOptions, named: Source | None, drain: Drain, stopped: t
         if named is not None:
             log.info("found the metadata service of %s", named.name)
         elif not stopped.is_set():
-            log.warning("no metadata service answers (tried %s); name one with --source", ", ".join(SOURCES))
+            log.warning("no metadata service answers (tried %s); name one with --source", ", ".join(known()))
     sources = [named] if named is not None else []
     if options.notice_file is not None:
         sources.append(NoticeFile(options.notice_file))

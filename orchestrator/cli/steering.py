@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from monitoring.events import CheckpointComplete, CheckpointFailed, ControllerBegan, RunFinished
 from monitoring.terminal.clean import clean
 from orchestrator.cli.options import Run, refuse
 from orchestrator.cli.outcome import EXIT_FAILED
@@ -33,6 +32,7 @@ def checkpoint(
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is complete.")] = 600.0,
 ) -> None:
     """Save a live run at its next step boundary."""
+    from monitoring.events import CheckpointComplete, CheckpointFailed, ControllerBegan, RunFinished
     from monitoring.follow import Tail, describe_event
     from orchestrator.rundir import find_run
 

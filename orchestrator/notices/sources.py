@@ -28,6 +28,11 @@ _TRIES = 5
 _PAUSE_S = 3.0
 
 
+def known() -> list[str]:
+    """The names of ours, and of those that installed packages bring."""
+    return plugins.names(PLUGINS, SOURCES)
+
+
 def make_source(name: str, base_url: str | None) -> Source:
     """The source of a name in `SOURCES`, or that an installed package has under this name, or of `package.module:Class`
     (see `Source` for what the class must have).
@@ -38,9 +43,8 @@ def make_source(name: str, base_url: str | None) -> Source:
         return SOURCES[name](base_url)
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        known = plugins.names(PLUGINS, SOURCES)
-        if name not in known:
-            listed = ", ".join([AUTO, *known, NONE])
+        if name not in known():
+            listed = ", ".join([AUTO, *known(), NONE])
             raise NoticeError(f"--source {name}: choose one of {listed}, or give package.module:Class")
         return _of_package(name, base_url)
     try:
@@ -61,7 +65,7 @@ def _of_package(name: str, base_url: str | None) -> Source:
 
 def _all(base_url: str | None) -> Iterator[Source]:
     """Ours, and those of other packages that can be made."""
-    for name in plugins.names(PLUGINS, SOURCES):
+    for name in known():
         try:
             yield make_source(name, base_url)
         except NoticeError as error:

@@ -6,27 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from monitoring.clock import Reading, RunClock
+from monitoring.clock import RunClock
 from monitoring.events import RunEvent
 from monitoring.logs import LogContext
 from orchestrator.control.core.machine import Machine
 from orchestrator.control.core.orders import Order
 from orchestrator.control.core.protocol import Placed
 from orchestrator.control.core.workers import WorkerId
+from orchestrator.job import Job
 from orchestrator.job.sections.faults import Fault
 from orchestrator.rundir import RunDirectory
 from orchestrator.runtime.lease import Lease
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ExecutorContext:
     """What an executor is given by the actor that it works in.
 
-    `spec` is what every incarnation of the controller is made from, `node` the cluster's name of this one. An event for
-    the machine goes to `tell`, at the present time; `end_workers` ends all workers.
+    `spec` is what every incarnation of the controller is made from, `job` the job in it, `node` the cluster's name of
+    this one. An event for the machine goes to `tell`, at the present time; `end_workers` ends all workers.
     """
 
     spec: Mapping[str, Any]
+    job: Job
     directory: RunDirectory
     lease: Lease
     about: LogContext
@@ -104,11 +106,9 @@ class Executor(Protocol):
     # ---- others
 
     def dated(self, message: Any, shift: float) -> Any:
-        """A worker's message with its times on the run's line, of which the worker's own clock is `shift` behind. From
-        any thread."""
-
-    def shift_of(self, worker: WorkerId, sent: Reading, arrived: float) -> float:
-        """How far that clock is behind, by a message sent when it showed `sent`. From any thread."""
+        """A worker's message with its times on the run's line, of which the worker's own clock is `shift` behind. The
+        status with which a worker introduces itself must have the attribute `ready`: the message, for the machine, that
+        it has become warm. From any thread."""
 
     def progress_of(self, message: Any) -> int | None:
         """How much a worker says is done; None when it says nothing of that. From any thread."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from monitoring import discovery
-from monitoring.clock import Reading
 from monitoring.events import (
     ControllerRestarted,
     FaultInjected,
@@ -31,11 +30,10 @@ from orchestrator.control.training.controller import Controller
 from orchestrator.control.training.history import History
 from orchestrator.control.training.protocol import Action, Event, Rollback, SaveRequested, StepCommitted, TakeOver
 from orchestrator.control.training.views import ControllerConfig
-from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.runtime.action_log import log_action, tell
-from orchestrator.runtime.executor import Surroundings
+from orchestrator.runtime.executor import ExecutorContext
 from orchestrator.runtime.presence import Presence
 from orchestrator.runtime.result import compose, outline_of, settled
 from orchestrator.runtime.run_log import RunLog
@@ -55,15 +53,16 @@ class TrainingExecutor:
     More than 15 attributes: what is told of a run from the first to the last moment, and by which of its threads.
     """
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, context: ExecutorContext) -> None:
         """Raises OSError while the run directory cannot be read or written."""
-        self._around = around
-        self._spec, self._directory, self._lease = around.spec, around.directory, around.lease
-        self._job = job = Job.model_validate(around.spec["job"])
+        self._context = context
+        self._spec, self._directory, self._lease = context.spec, context.directory, context.lease
+        self._job = job = context.job
         self.faults = job.faults
         self.unit = job.strategy.tensor
         self.heartbeat_timeout_s = job.elastic.heartbeat_timeout_s
-        if not self._lease.has_ended and (found := catch_up(self._directory, catalog_of(self._directory, job))):
+        catalog = catalog_of(self._directory, job)
+        if not self._lease.has_ended and (found := catch_up(self._directory, catalog)):
             log.info("%d steps that only a checkpoint knew of are put on record", found)
         self._run_log = RunLog(self._directory, job)
         self.clock = self._run_log.clock
@@ -79,7 +78,6 @@ class TrainingExecutor:
         self._target: Path | None = None
         history = self._history(self._run_log.past_events, self._run_log.past_steps)
         self.warm = frozenset(history.warm)
-        catalog = catalog_of(self._directory, job)
         self.machine = Controller(
             ControllerConfig.for_job(job, LayoutChooser.for_job(job), term=self._lease.term),
             history,
@@ -168,7 +166,7 @@ class TrainingExecutor:
             self._run_log.metrics.on_window(window)
 
     def log_action(self, action: Action) -> None:
-        log_action(action, self._around.about)
+        log_action(action, self._context.about)
 
     def carry_out(self, action: Action) -> None:
         match action:
@@ -191,9 +189,6 @@ class TrainingExecutor:
 
     def dated(self, message: Any, shift: float) -> Any:
         return dated(message, shift)
-
-    def shift_of(self, worker: WorkerId, sent: Reading, arrived: float) -> float:
-        return self.clock.shift_of(worker, sent, arrived)
 
     def progress_of(self, message: Any) -> int | None:
         return message.committed if isinstance(message, Heartbeat) else None
@@ -229,7 +224,7 @@ class TrainingExecutor:
         if not self._loss and (loss := self._presence.look(time.monotonic())):
             log.error("%s; the run ends", loss)
             self._loss = loss
-            self._around.tell(Stop(loss))
+            self._context.tell(Stop(loss))
 
     def publish(self) -> None:
         """Brings status.json and the metrics up to date. What takes long is done the more seldom, so that neither many
@@ -255,7 +250,7 @@ class TrainingExecutor:
         return {
             "run": self._directory.run_id,
             "epoch": self._lease.term,
-            "controller": {"pid": os.getpid(), "node": self._around.node},
+            "controller": {"pid": os.getpid(), "node": self._context.node},
             "metrics_url": self._url,
             **glance(self.machine, self._run_log, self._job, now),
         }
@@ -276,7 +271,7 @@ class TrainingExecutor:
         if waits or "composition" in self._spec["data"]:
             # The audit goes through all steps again, which may take long, as may a disk to have room again; the
             # workers' machines do not wait for it.
-            self._around.end_workers()
+            self._context.end_workers()
         patience_s = 0.0 if loss else self._job.checkpoint.final_patience_s
         deadline = time.monotonic() + patience_s
         settled(lambda: self._run_log.flush(self.clock.now()), deadline)
@@ -292,7 +287,7 @@ class TrainingExecutor:
             if not loss:
                 self._write_end(result, deadline)
         finally:
-            self._around.end_workers()
+            self._context.end_workers()
             if self._target is not None:
                 with suppress(OSError):
                     discovery.withdraw(self._target)

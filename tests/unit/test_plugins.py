@@ -8,22 +8,26 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from monitoring.sinks.feeder import feeding
+from monitoring.redaction import redact
+from monitoring.sinks.base import SinkProblem, SinkRun
+from monitoring.sinks.feeder import Feeder, check_sinks, feeding, make_sinks
 from orchestrator import plugins
 from orchestrator.errors import PluginError
 from orchestrator.job import Job, JobError
 from orchestrator.job.kinds import sink_named
 from orchestrator.job.parts import objective_of, optimizer_of
 from orchestrator.notices.notice import Notice, NoticeError
-from orchestrator.notices.sources import SOURCES, detect, make_source
+from orchestrator.notices.sources import detect, make_source
 from orchestrator.planning.work import state_bytes
-from orchestrator.storage import open_storage, why_not
+from orchestrator.storage import StorageError, open_storage, why_not
 from orchestrator.training.build import step_spec
 from orchestrator.training.faults import FaultInjector
+from orchestrator.urls import UrlProblem, expand_settings
 from strategies.layout.space import FlatRanges, Space
 from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.optim.adamw import ADAMW
@@ -138,9 +142,12 @@ def test_a_source_of_notices(installed: None, tmp_path: Path) -> None:
     (tmp_path / "bell").write_text("1234.5")
     assert source.poll(0.0) == [Notice("1234.5", "the bell has rung", 1234.5)]
     found = detect(str(tmp_path / "bell"), threading.Event(), tries=1)
-    assert found is None or found.name in ("bell", *SOURCES), "it is among those that are asked"
-    with pytest.raises(NoticeError, match="choose one of auto, aws, gcp, azure, bell, none"):
+    assert found is not None
+    assert found.name == "bell", "the source that cannot be made stops no other"
+    with pytest.raises(NoticeError, match="choose one of auto, aws, gcp, azure, bell, cracked, none"):
         make_source("gong", None)
+    with pytest.raises(NoticeError, match="--source cracked: RuntimeError: it does not ring"):
+        make_source("cracked", None)
 
 
 def test_a_sink(installed: None, tmp_path: Path) -> None:
@@ -154,8 +161,34 @@ def test_a_sink(installed: None, tmp_path: Path) -> None:
     first, *steps, last = file.read_text().splitlines()
     assert (first, last) == ("run tiny-1234", "interrupted")
     assert [line.split()[0] for line in steps] == ["0", "1", "2", "3", "4"]
-    with pytest.raises(JobError, match=r"sinks\.rows there is none of the sinks named 'rows'; known are lines"):
-        Job.loads(JOB.replace("NAME", "adamw"), overrides=["monitoring.sinks={rows: {}}"])
+
+
+def test_a_sink_that_is_not_there_is_told_where_the_run_is_started_and_nowhere_else(installed: None) -> None:
+    job = Job.loads(JOB.replace("NAME", "adamw"), overrides=["monitoring.sinks={rows: {}}"])
+    with pytest.raises(SinkProblem, match=r"sinks\.rows: there is none of the sinks named 'rows'; known are lines"):
+        check_sinks(job.monitoring.model_dump(), sink_named)
+
+
+@pytest.mark.parametrize("settings", [{"lines": {}}, {"rows": {}}])
+def test_a_sink_that_cannot_be_made_is_tried_again_and_given_up(
+    installed: None, tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_run(tmp_path / "run", live=status())
+    ((name, sink),) = make_sinks({"sinks": settings}, sink_named)
+    feeder = Feeder(name, sink, SinkRun("r", "run", path, {}), poll_s=0.0, first_pause_s=0.0)
+    feeder.start()
+    feeder.finish(10.0)
+    assert feeder.is_given_up
+    assert caplog.records[0].getMessage().startswith(f"{name} failed (the run goes on, it is tried again)")
+
+
+def test_what_a_sink_is_told_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINK_TOKEN", "the token of a sink")
+    settings = {"url": "https://host/${env:SINK_TOKEN}", "keys": ["${env:SINK_TOKEN}", 3]}
+    assert expand_settings(settings) == {"url": "https://host/the token of a sink", "keys": ["the token of a sink", 3]}
+    assert "the token" not in redact("it is: the token of a sink")
+    with pytest.raises(UrlProblem, match="the environment variable NO_TOKEN is not set"):
+        expand_settings(["${env:NO_TOKEN}"])
 
 
 def test_a_storage(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +200,9 @@ def test_a_storage(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert storage.read("some/file") == b"content"
     assert (tmp_path / "upper" / "runs" / "some" / "file").read_bytes() == b"content"
     assert why_not("shelf://") == "'shelf://' names no bucket or directory"
+    monkeypatch.delenv("SHELVES")
+    with pytest.raises(StorageError, match="shelf://upper/runs cannot be opened: KeyError: 'SHELVES'"):
+        open_storage("shelf://upper/runs")
     with pytest.raises(ValueError, match="the package for cupboard:// gives a str, not a Storage"):
         open_storage("cupboard://lower/runs")
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from monitoring import shapes
+from monitoring.clock import this_boot
+from monitoring.events import VERSION, ControllerBegan, FaultInjected, RunStarted
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
 from orchestrator.job import Job
@@ -177,3 +181,17 @@ def test_a_run_directory_that_is_deleted_is_noticed_but_not_at_once(directory: R
     directory.create(JOB, Job.loads(JOB).resolved())
     begun(directory)
     assert "events.jsonl and metrics.jsonl" in presence.look(40.0), "another run's files are not this run's"
+
+
+def test_what_a_controller_adds_to_events_is_what_readers_ask_for(directory: RunDirectory) -> None:
+    job = Job.loads(JOB, faults=["step=3,worker=0,kind=kill"])
+    run_log = RunLog(directory, job)
+    run_log.record(ControllerBegan(epoch=1, pid=2, session="s", node="n", own_cluster=True))
+    run_log.record(RunStarted(run="r", job=job.digest(), steps=50, min_workers=1, loss_unit="nats per token"))
+    run_log.record(FaultInjected(fault=0, worker=0, at=run_log.clock.now()))
+    controller, started, fault = [json.loads(line) for line in directory.events.read_text().splitlines()]
+    assert [shapes.event(record) for record in (controller, started, fault)] == [None, None, None]
+    assert controller["boot"] == this_boot()
+    assert controller["clock_shift"] == pytest.approx(run_log.clock.now() - time.monotonic(), abs=1.0)
+    assert started["events"] == VERSION
+    assert fault["what"] == job.faults[0].model_dump()

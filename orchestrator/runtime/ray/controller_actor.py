@@ -46,7 +46,7 @@ from orchestrator.job import Job
 from orchestrator.lateness import Lateness
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.runtime.action_log import set_up_logs
-from orchestrator.runtime.executor import Executor, Surroundings
+from orchestrator.runtime.executor import Executor, ExecutorContext
 from orchestrator.runtime.lease import Lease
 from orchestrator.runtime.mailbox import Delivery, Introduction, Introductions, Mailboxes
 from orchestrator.runtime.ray import fault_injection
@@ -78,7 +78,7 @@ class ControllerActor:
     More than 15 attributes: what the threads of the process share.
     """
 
-    def __init__(self, spec: dict[str, Any], executor: Callable[[Surroundings], Executor]) -> None:
+    def __init__(self, spec: dict[str, Any], executor: Callable[[ExecutorContext], Executor]) -> None:
         """Ray does not try again what raises here, so a file system that is away for a moment is waited for.
 
         Raises RunDirectoryError when another controller has the run.
@@ -106,7 +106,7 @@ class ControllerActor:
                 end_workers(self._directory.run_id)
                 raise
 
-    def _set_up(self, executor: Callable[[Surroundings], Executor]) -> None:
+    def _set_up(self, executor: Callable[[ExecutorContext], Executor]) -> None:
         spec, context = self._spec, ray.get_runtime_context()
         os.umask(self._directory.umask)
         about = set_up_logs(spec | {"run_id": self._directory.run_id}, f"controller-{self._lease.term}")
@@ -119,8 +119,8 @@ class ControllerActor:
         self._queue: queue.Queue[tuple[Any, float]] = queue.Queue()
         self._me = context.current_actor
         node = str(context.get_node_id())
-        around = Surroundings(spec, self._directory, self._lease, about, node, self._tell, self._end_all)
-        self._executor = executor(around)
+        given = ExecutorContext(spec, job, self._directory, self._lease, about, node, self._tell, self._end_all)
+        self._executor = executor(given)
         self._clock, self._machine = self._executor.clock, self._executor.machine
         self._processes = WorkerProcesses(self._directory.run_id, self._executor.unit, self._me, self._tell)
         self._watcher = ClusterWatcher(
@@ -162,7 +162,7 @@ class ControllerActor:
     async def report(self, worker: WorkerId, message: Any, sent: Reading) -> Any:
         """A worker's message, `sent` when by its own clock; answered at once, handled in order."""
         executor, arrived = self._executor, self._clock.now()
-        self._queue.put((executor.dated(message, executor.shift_of(worker, sent, arrived)), arrived))
+        self._queue.put((executor.dated(message, self._clock.shift_of(worker, sent, arrived)), arrived))
         self._introductions.hear(worker, executor.progress_of(message))
         if isinstance(message, FaultFired):
             # It happens as soon as we answer, so it has to be on record before, or it could happen twice.
@@ -184,7 +184,7 @@ class ControllerActor:
     async def introduce(self, introduction: Introduction) -> None:
         """A worker that has not spoken with this controller before says who and where it is."""
         if introduction.status is not None:
-            shift = self._executor.shift_of(introduction.worker, introduction.sent, self._clock.now())
+            shift = self._clock.shift_of(introduction.worker, introduction.sent, self._clock.now())
             introduction = introduction._replace(status=self._executor.dated(introduction.status, shift))
         self._introductions.add(introduction)
         handle = self._processes.handles.get(introduction.worker)

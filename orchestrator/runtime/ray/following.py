@@ -16,7 +16,7 @@ from monitoring.events import Recovered, RunFinished
 from monitoring.goodput import read_ledger
 from monitoring.records import RecordFile, read_records
 from orchestrator.rundir import RunDirectory, RunDirectoryError
-from orchestrator.runtime.executor import Executor, Surroundings
+from orchestrator.runtime.executor import Executor, ExecutorContext
 from orchestrator.runtime.interruption import NOBODY_READS, Interruption
 from orchestrator.runtime.ray.controller_actor import ControllerActor
 from orchestrator.runtime.ray.head_watch import HeadWatch, watching_head
@@ -100,7 +100,7 @@ def start_controller(directory: RunDirectory, spec: dict[str, Any], own: bool) -
     By labels, as Ray forgets a soft affinity to a node when it starts an actor, and at the latest when it restarts one.
     """
     head = {"ray.io/node-id": _head_node()}
-    executor: Callable[[Surroundings], Executor] = TrainingExecutor
+    executor: Callable[[ExecutorContext], Executor] = TrainingExecutor
     anywhere = [{"label_selector": {"ray.io/node-id": "!none"}}]
     where = {"resources": {HEAD: 0.001}} if own else {"label_selector": head, "fallback_strategy": anywhere}
     return (

@@ -26,3 +26,8 @@ class Bell:
         except FileNotFoundError:
             return []
         return [Notice(str(deadline), "the bell has rung", deadline)]
+
+
+class Cracked(Bell):
+    def __init__(self, base_url: str | None) -> None:
+        raise RuntimeError("it does not ring")
