@@ -232,7 +232,7 @@ class Fleet:
         )  # fmt: skip
 
     def come(self) -> None:
-        """Whoever was asked for is placed and warm."""
+        """All workers that were asked for are placed and warm."""
         coming, self.requested = self.requested, []
         for worker in coming:
             self.tell(Placed(worker, node_of(worker)))
@@ -267,7 +267,7 @@ class Fleet:
         )  # fmt: skip
 
     def train(self, seconds: int) -> int:
-        """So many seconds of the run go by, with a step in each; the number of events."""
+        """`seconds` of the run go by, with a step in each; the number of events."""
         count = 0
         members = self.members
         for _ in range(seconds):
@@ -316,7 +316,7 @@ def started(layout: str, workers: int, clock: Callable[[], float] = time.thread_
 def changed(
     fleet: Fleet, begin: Callable[[], object], told: type[Interrupt | Pause], cause: LeftCause, workers: int
 ) -> list[float]:
-    """Seconds of the three parts of a membership change that `begin` brings about. About so many train after it: the
+    """Seconds of the three parts of a membership change that `begin` brings about. About `workers` train after it: the
     planner may find that a few more would only slow them down."""
     with fleet.timed() as news:
         begin()

@@ -250,7 +250,7 @@ def show_relayouts(figures: dict[str, Any]) -> None:
 
 
 def planner(job_path: str, workers: int = 4096, times: int = 5) -> dict[str, Any]:
-    """Seconds to rank all layouts for so many workers, each time by a planner that knows nothing yet."""
+    """Seconds to rank all layouts for a number of workers, each time by a planner that knows nothing yet."""
     from orchestrator.models.costs import describe_model
     from orchestrator.planning.assume import MachineOptions, machine_for
     from orchestrator.planning.search import Limits, Planner

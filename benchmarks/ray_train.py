@@ -1,6 +1,6 @@
 """Ray Train 2.60 with the model, the data and the optimizer of a job file: the other side of comparisons.
 
-Elastic data parallelism (DDP) as its documentation has it, with a checkpoint every so many steps.
+Elastic data parallelism (DDP) as its documentation has it, with a checkpoint every few steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def fit(
     job: str, home: Path, log: Path, workers: tuple[int, int], *, steps: int | None = None,
     saves_when_leaving: bool = False, **scaling: Any,
 ) -> None:  # fmt: skip
-    """Trains on the Ray that this process is connected to, for so many steps (None: until it is ended), whatever
+    """Trains on the Ray that this process is connected to, for `steps` steps (None: until it is ended), whatever
     becomes of its workers. Checkpoints go to `home`; `log` gets a line per worker that starts ({session, pid, node,
     world}) and per step done ({step, at, session}), where a session is one start of all workers."""
     import ray

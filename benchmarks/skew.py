@@ -409,7 +409,7 @@ def measuring_seconds() -> float:
 
 
 def policy_seconds(ranks: int) -> float:
-    """Seconds that the policy takes for a step of so many equal ranks."""
+    """Seconds that the policy takes for a step of `ranks` equal ranks."""
     from orchestrator.control.core.workers import WorkerId
     from orchestrator.control.training.layouts import Layouts
     from orchestrator.control.training.rebalance import Rebalancer

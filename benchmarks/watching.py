@@ -74,7 +74,7 @@ def overhead(pairs: int, turn: int, workers: int, home: Path) -> list[float]:
 
 
 def sample_status(ranks: int) -> dict[str, Any]:
-    """A status.json of a run with so many ranks."""
+    """A status.json of a run with `ranks` ranks."""
     workers = [
         {
             "worker": rank, "incarnation": 0, "node": f"{rank // 8:056x}", "pid": 4000 + rank, "state": "member",

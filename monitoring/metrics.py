@@ -270,7 +270,7 @@ class RunMetrics:
     # ------------------------------------------------------------------------------------ how things are
 
     def on_status(self, status: Mapping[str, Any]) -> None:
-        """The run at a glance (status.json): its state, its workers, what is dealt to whom."""
+        """status.json: its state, its workers, what is dealt to whom."""
         for state in STATES:
             self._one("run_state", state=state).set(float(state == status["state"]))
         self._one("step_target").set(status["steps"])

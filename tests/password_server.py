@@ -1,4 +1,4 @@
-"""A web server that gives its files to whoever has the password."""
+"""A web server that gives its files only with the password."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Feed:
                 self._damaged(name, text)
         status = self._json("status.json")
         self._take("status.json", partial(view.on_status, status, now))
-        if status is None or not view.glance.is_live(now):
+        if status is None or not view.status.is_live(now):
             self._account(now)
 
     def _take(self, what: str, take: Callable[[], None]) -> None:

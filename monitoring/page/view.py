@@ -10,7 +10,7 @@ from typing import Any
 
 from monitoring.clock import Line, on_line
 from monitoring.events import CheckpointComplete, CheckpointFailed, CheckpointInvalid, GenerationFormed
-from monitoring.page.glance import Glance
+from monitoring.page.run_status import RunStatus
 from monitoring.page.timeline import Timeline
 from monitoring.page.workers import Workers
 from monitoring.report.steps import Point, Series
@@ -29,7 +29,7 @@ class View:
 
     def __init__(self, name: str) -> None:
         self.series = Series()
-        self.glance = Glance(name)
+        self.status = RunStatus(name)
         self.workers = Workers()
         self.timeline = Timeline()
         self._start: float | None = None
@@ -45,7 +45,7 @@ class View:
 
     def on_job(self, job: dict[str, Any]) -> None:
         """job.resolved.json."""
-        self.glance.on_job(job)
+        self.status.on_job(job)
 
     def on_event(self, event: dict[str, Any]) -> None:
         """The next record of events.jsonl; one that lacks what its kind should have is passed over."""
@@ -55,7 +55,7 @@ class View:
         event = on_line(event)
         if self._start is None:
             self._start = float(event["time"])
-        for take in (self.glance.on_event, self.workers.on_event, self.timeline.on_event, self._fold):
+        for take in (self.status.on_event, self.workers.on_event, self.timeline.on_event, self._fold):
             try:
                 take(event)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -93,11 +93,11 @@ class View:
             int(record.get("generation", 0)),
         )
         self.series.add(point)
-        self.glance.on_step(record, point)
+        self.status.on_step(record, point)
 
     def cut(self, step: int) -> int:
         """The steps from `step` on were rolled back. Returns from which step on they have to be given again."""
-        self.glance.on_cut(step)
+        self.status.on_cut(step)
         return self.series.cut(step)
 
     def on_status(self, status: dict[str, Any] | None, now: float) -> None:
@@ -105,15 +105,15 @@ class View:
         if status is not None:
             self.line.take(status)
             status = on_line(status)
-            if not self.glance.is_of_now(status):
+            if not self.status.is_of_now(status):
                 status = None
-        self.glance.on_status(status, now)
-        over = self.glance.over
+        self.status.on_status(status, now)
+        over = self.status.over
         known = None if status is None else status.get("workers")
         written = now if status is None else float(status.get("time") or now)
         self.workers.on_status(known if isinstance(known, list) else None, now, written=written, over=over)
         self._findings = [] if status is None or over else list(status.get("findings") or [])
-        if status is not None and status.get("goodput") and self.glance.is_live(now):
+        if status is not None and status.get("goodput") and self.status.is_live(now):
             self.on_goodput(status["goodput"])
 
     def on_goodput(self, account: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ class View:
         return {
             "now": round(now, 2),
             "start": self._start,
-            "glance": self.glance.shown(now),
+            "status": self.status.shown(now),
             "points": {"from": 0, "rows": [list(point) for point in self.series.points()]},
             "world": [list(entry) for entry in self._world],
             "workers": self.workers.shown(now),
@@ -145,15 +145,15 @@ class View:
     def changes(self, now: float) -> dict[str, Any] | None:
         """What is new since this was last asked; None: nothing.
 
-        Of the glance, changed fields; of points, those from a step on, which take the place of all from there; of
+        Of the status, changed fields; of points, those from a step on, which take the place of all from there; of
         workers, changed fields of changed workers, and null for those to forget; of the timeline, new entries, oldest
         first. Everything else is given whole when it changed.
         """
         found: dict[str, Any] = {}
-        glance = self.glance.shown(now)
-        if changed := _changed_fields(self._sent.get("glance", {}), glance):
-            found["glance"] = changed
-        self._sent["glance"] = glance
+        shown = self.status.shown(now)
+        if changed := _changed_fields(self._sent.get("status", {}), shown):
+            found["status"] = changed
+        self._sent["status"] = shown
         if (first := self.series.take_changed()) is not None:
             found["points"] = {"from": first, "rows": [list(point) for point in self.series.points(first)]}
         workers = self.workers.shown(now)

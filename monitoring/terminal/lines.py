@@ -1,4 +1,4 @@
-"""A run at a glance, as labelled lines: the one place that says what `status`, `watch` and `run` show of it."""
+"""The status of a run, as labelled lines: the one place that says what `status`, `watch` and `run` show of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOSSES_SHOWN = 3
 RECOVERIES_SHOWN = 5
 
 
-def glance(facts: RunFacts, alive: bool, now: float | None = None) -> Lines:
+def status_lines(facts: RunFacts, alive: bool, now: float | None = None) -> Lines:
     """Label and text of every line. `now` in seconds since the epoch."""
     now = facts.now() if now is None else now
     lines = [("run", str(facts.run_dir)), ("state", _state(facts, alive))]

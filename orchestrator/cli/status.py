@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from monitoring.outside import json_text
 from monitoring.terminal.facts import RunFacts
-from monitoring.terminal.lines import as_text, glance
+from monitoring.terminal.lines import as_text, status_lines
 from orchestrator.rundir import RunDirectory
 
 
@@ -14,4 +14,4 @@ def status(directory: RunDirectory, *, as_json: bool) -> None:
     facts = RunFacts(directory.path)
     facts.refresh()
     facts.run = directory.run_id
-    print(json_text(facts.as_json(alive)) if as_json else as_text(glance(facts, alive)))
+    print(json_text(facts.as_json(alive)) if as_json else as_text(status_lines(facts, alive)))

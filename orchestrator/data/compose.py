@@ -57,7 +57,7 @@ class Composer:
 
         Samples of similar length make a micro-batch, as it is padded to its longest. Every virtual worker gets the same
         number of micro-batches, the longest first. Runs of neighbouring virtual workers are even too, as that is what a
-        rank computes: where a few samples are so long that one virtual worker must cost more, its rank need not.
+        rank computes: where a few long samples make one virtual worker cost more, its rank need not cost more.
         """
         positions = self.lengths[ids].astype(np.int64) - 1
         groups = np.argsort(-positions, kind="stable").reshape(-1, self.micro_batch)

@@ -1,4 +1,4 @@
-"""The run at a glance (status.json): what the controller sees now, for all who look, with or without Ray.
+"""The status of a run (status.json): what the controller sees now, for all who look, with or without Ray.
 
 Pure but for the clock it is given. docs/run-directory.md tells of every field.
 """
@@ -18,7 +18,7 @@ from orchestrator.runtime.run_log import RunLog
 from orchestrator.training.messages import Generation
 
 
-def glance(machine: Controller, run_log: RunLog, job: Job, now: float) -> dict[str, Any]:
+def status_of(machine: Controller, run_log: RunLog, job: Job, now: float) -> dict[str, Any]:
     """Everything but who the controller is."""
     generation = machine.generation
     ranks = {} if generation is None else {member.worker: rank for rank, member in enumerate(generation.members)}

@@ -37,7 +37,7 @@ from orchestrator.runtime.executor import ExecutorContext
 from orchestrator.runtime.presence import Presence
 from orchestrator.runtime.result import compose, outline_of, settled
 from orchestrator.runtime.run_log import RunLog
-from orchestrator.runtime.status import glance
+from orchestrator.runtime.status import status_of
 from orchestrator.training.messages import Heartbeat, Ready, Reply, Status, dated
 from orchestrator.training.orders import Interrupt
 
@@ -235,7 +235,7 @@ class TrainingExecutor:
         try:
             with self._telling:
                 if not self._has_told_the_end:
-                    self._run_log.publish(self._glance(now), now)
+                    self._run_log.publish(self._status(now), now)
         finally:
             self._published_at, self._publishing_s = self.clock.now(), self.clock.now() - now
 
@@ -244,15 +244,15 @@ class TrainingExecutor:
         with self._telling, suppress(Exception):
             self._has_told_the_end = True
             now = self.clock.now()
-            self._run_log.publish(self._glance(now), now)
+            self._run_log.publish(self._status(now), now)
 
-    def _glance(self, now: float) -> dict[str, Any]:
+    def _status(self, now: float) -> dict[str, Any]:
         return {
             "run": self._directory.run_id,
             "epoch": self._lease.term,
             "controller": {"pid": os.getpid(), "node": self._context.node},
             "metrics_url": self._url,
-            **glance(self.machine, self._run_log, self._job, now),
+            **status_of(self.machine, self._run_log, self._job, now),
         }
 
     # ------------------------------------------------------------------------------------ the end

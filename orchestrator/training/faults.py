@@ -27,7 +27,7 @@ class FaultInjector:
     """Fires a job's faults on one worker.
 
     `announce(index)` tells the controller that a fault is about to happen and returns once it is on record, so that
-    it never happens twice and recoveries are measured from its true time. `make_nan(step)` spoils its gradient.
+    it never happens twice and recoveries are measured from its true time. `make_nan(step)` makes its gradient NaN.
     """
 
     def __init__(self, job: Job, slot: int, announce: Callable[[int], None], make_nan: Callable[[int], None]) -> None:

@@ -66,7 +66,7 @@ class IdleWork:
         """Only waits for the vote."""
 
     def inject_nan(self) -> None:
-        """Nothing to spoil."""
+        """No gradient is computed here."""
 
     def discard(self) -> None:
         """Nothing is kept."""

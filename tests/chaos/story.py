@@ -115,7 +115,7 @@ class Story:
 
 
 def draw(seed: int, *, is_loaded: bool | None = None, steps: int = STEPS) -> Story:
-    """The story of a seed, or its beginning in so many steps; the layouts come in turn, so that as many seeds as there
+    """The story of a seed, in a run of `steps` steps; the layouts come in turn, so that as many seeds as there
     are layouts have them all."""
     dice = random.Random(f"story {seed}")
     layout = LAYOUTS[seed % len(LAYOUTS)]

@@ -1,7 +1,7 @@
 """Clocks that are wrong: a `sitecustomize` for every Python process of a run, on its PYTHONPATH.
 
 The wall clock is ahead by what a file says, which may change at any time. With `apart`, every process that Ray starts
-(controller and workers) has clocks of its own besides, as on so many machines: wall and monotonic, hours apart.
+(controller and workers) has clocks of its own besides, as on several machines: wall and monotonic, hours apart.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def start(cloud: FakeCloud, tmp_path: Path, cache: Path) -> Callable[[str], Run]
 
 
 def undisturbed(run: Run, tmp_path: Path, cache: Path, steps: int, *overrides: str) -> dict[str, Any]:
-    """The result of so many steps where nothing happens: one worker of a Ray of its own, which need not wait."""
+    """The result of `steps` steps where nothing happens: one worker of a Ray of its own, which need not wait."""
     target = tmp_path / f"{run.path.name}-undisturbed"
     sets = [f"data.cache={cache}", *overrides, *AT_ONCE, f"train.steps={steps}", "elastic.workers={min: 1, max: 1}"]
     command = [sys.executable, "-m", "orchestrator", "run", str(run.job), "--run-dir", str(target),

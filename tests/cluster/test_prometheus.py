@@ -66,7 +66,7 @@ class Watched:
         return [[float(value) for _, value in series["values"]] for series in found["result"]]
 
     def while_it_trains(self, expr: str) -> list[list[float]]:
-        """What a table shows whoever looks at a live run. (A run that finishes has no ranks any more, and says so.)"""
+        """What a table shows of a live run. (A run that finishes has no ranks any more, and says so.)"""
         found = self.prometheus.get("query", query=self.filled_in(expr), time=self.stopped)
         return [[float(series["value"][1])] for series in found["result"]]
 

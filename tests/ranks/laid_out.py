@@ -91,7 +91,7 @@ def drifting() -> torch.nn.Module:
 
 
 def even_parts(number: int) -> tuple[tuple[int, int], ...]:
-    """Embedding, four layers, norm and head in so many parts."""
+    """Embedding, four layers, norm and head in `number` parts."""
     bounds = [0, *(1 + LAYERS * part // number for part in range(1, number)), LAYERS + 2]
     return tuple(pairwise(bounds))
 

@@ -221,8 +221,8 @@ class LocalCluster:
         return [worker for worker, view in self.controller.workers.items() if view.state is WorkerState.IDLE]
 
     def is_whole(self, workers: int) -> bool:
-        """Whether so many workers train, or a membership is about to change at the next step boundary: a rank that is
-        held would keep it from doing so."""
+        """Whether that number of workers trains, or a membership is about to change at the next step boundary: a rank
+        that is held would keep it from doing so."""
         state, generation = self.controller.state, self.controller.generation
         whole = generation is not None and generation.layout.num_placed == workers
         return state is RunState.SETTLING or (state is RunState.RUNNING and whole)

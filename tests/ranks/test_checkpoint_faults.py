@@ -111,7 +111,7 @@ class Deadly(LocalStorage):
 
 
 def make_deadly(slot: int | None, operation: str, ends_with: str, when: str, worker: Any) -> None:
-    """The first incarnation of a worker (None: whoever comes to it) does not survive this."""
+    """The first incarnation of a worker (None: any worker that comes to it) does not survive this."""
     if slot in (None, worker.worker.slot) and worker.worker.incarnation == 0:
         catalog = worker._saver.catalog
         catalog.storage = Deadly(catalog.storage.inner, operation, ends_with, when)
@@ -135,7 +135,7 @@ PHASES = [
 def test_a_worker_killed_in_any_phase_of_a_save(
     run: Run, undisturbed: Outcome, tmp_path: Path, operation: str, ends_with: str, when: str
 ) -> None:
-    """For a part it is worker 1 that dies, for what one worker does for all whoever comes to it first."""
+    """For a part it is worker 1 that dies, for what one worker does for all the first that comes to it."""
     slot = 1 if ends_with == ".safetensors" else None
     hook: Hook = partial(make_deadly, slot, operation, ends_with, when)
     holds = {3: ONE_BY_ONE[3]}

@@ -140,7 +140,7 @@ def saved_by(name: str, model: str) -> tuple[str, str]:
 
 @functools.cache
 def expected(tensor: int, steps: int, model: str) -> str:
-    """The digest after so many steps without a break."""
+    """The digest after `steps` steps without a break."""
     stretch = Stretch(layout_of(tensor=tensor), steps)
     dropout = 0.1 if tensor == 1 else 0.0
     digest: str = run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, model)[0].digest

@@ -38,7 +38,7 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Split:
-    """A layout of so many workers; the data-parallel degree is what is left."""
+    """A layout of a number of workers; the data-parallel degree is what is left."""
 
     workers: int
     tensor: int = 1
@@ -85,7 +85,7 @@ Undisturbed = Callable[[Split, int], Outcome]
 
 @pytest.fixture(scope="module")
 def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """What the fewest workers make of the job of a layout in so many steps when nothing happens."""
+    """What the fewest workers make of the job of a layout in `steps` steps when nothing happens."""
     known: dict[tuple[int, int, int], Outcome] = {}
 
     def outcome(split: Split, steps: int) -> Outcome:

@@ -27,7 +27,7 @@ from tests.selection import nightly
 SECONDS = 10.0
 """What a loaded machine may take to notice; what it takes without load is a tenth of a second."""
 SILENCE_S = 1.5
-"""After so long the test does what the controller does about a rank that shows no progress: it aborts the others."""
+"""After this the test does what the controller does about a rank without progress: it aborts the others."""
 ON_THE_WAY = ("transfers", "barrier")
 """Where a rank can be lost before the layout counts."""
 STEPS = 3
@@ -281,7 +281,7 @@ def test_one_of_two_ranks_lost_leaves_the_other_with_everything(layout: Parallel
     ],
 )  # fmt: skip
 def test_a_rank_lost_where_ranks_wait_for_each_other(phase: str, how: str, shard: str) -> None:
-    """Whoever is interrupted on the way to a layout has what it had before."""
+    """A rank that is interrupted on the way to a layout has what it had before."""
     victim = 3
     before = layout_of(3, 1, 1, shard)
     layout = layout_of(2, 2, 1, shard)

@@ -1,4 +1,4 @@
-"""The canonical reduction and the whole step over real gloo ranks: the same bits whoever holds what."""
+"""The canonical reduction and the whole step over real gloo ranks: the same bits in every placement."""
 
 from __future__ import annotations
 

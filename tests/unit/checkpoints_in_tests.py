@@ -35,7 +35,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def chunks_of(values: Mapping[str, torch.Tensor], rank: int, ranks: int) -> list[ChunkData]:
-    """What one of so many ranks writes: some rows of every tensor."""
+    """What one of `ranks` ranks writes: some rows of every tensor."""
     found = []
     for name, tensor in values.items():
         if not tensor.numel():

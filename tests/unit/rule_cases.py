@@ -16,7 +16,7 @@ from monitoring.alerts import DEFAULT_RUNBOOKS, Alert, Group
 ALWAYS = 6000
 """Minutes: longer than the longest window. A series ends with its case, which is sooner."""
 LONG = 200
-"""Cases that last longer than so many minutes are looked at every ten minutes only."""
+"""Cases that last longer than this (minutes) are evaluated every ten minutes only."""
 
 
 def fixed(value: float | str, minutes: int = ALWAYS) -> str:
@@ -24,7 +24,7 @@ def fixed(value: float | str, minutes: int = ALWAYS) -> str:
 
 
 def clock(behind: int = 0) -> str:
-    """A timestamp that is now, or so many seconds ago."""
+    """A timestamp that is now, or some seconds ago."""
     return f"{-behind}+60x{ALWAYS}"
 
 
@@ -34,7 +34,7 @@ def stopped(minute: int) -> str:
 
 
 def then(*parts: tuple[float | str, int]) -> str:
-    """Values one after the other, each for so many minutes."""
+    """Values one after the other, each for some minutes."""
     return " ".join(f"{value}+0x{minutes - 1}" for value, minutes in parts)
 
 

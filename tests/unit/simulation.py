@@ -929,7 +929,7 @@ class World:
         self.after(seconds, lambda: self.lose_node(node))
 
     def restore_capacity(self, places: int) -> None:
-        """Makes sure that so many workers fit."""
+        """Makes room for a number of workers."""
         tensor = self.config.tensor
         have = sum(node.places // tensor * tensor for node in self.nodes if not node.gone and not node.draining)
         if have < places:

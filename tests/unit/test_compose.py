@@ -44,7 +44,7 @@ def test_micro_batches_are_of_similar_lengths() -> None:
 
 
 def longest_of_runs(costs: tuple[int, ...], ranks: int) -> float:
-    """The cost of the dearest of so many runs of virtual workers, in units of the mean."""
+    """The cost of the dearest of `ranks` runs of virtual workers, in units of the mean."""
     held = np.array_split(np.array(costs), ranks)
     return float(max(part.sum() for part in held) / (sum(costs) / ranks))
 

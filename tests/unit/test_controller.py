@@ -112,7 +112,7 @@ class Stage:
         return [a for worker in self.members for a in self.tell(Joined(worker, self.generation.number, 10, 3), 0.01)]
 
     def train(self, steps: int, seconds: float = 1.0) -> list[Action]:
-        """All members commit so many steps; rank 0 reports them."""
+        """All members commit `steps` steps; rank 0 reports them."""
         actions = []
         for _ in range(steps):
             step = self.controller.progress.committed
@@ -461,7 +461,7 @@ def test_a_read_error_while_training_does_not_condemn_the_checkpoint() -> None:
 
 
 def test_a_step_whose_data_cannot_be_read_fails_the_run_in_the_end() -> None:
-    """Whoever reads says "restore"; that nothing was restored does not make it a lesser failure of the step."""
+    """The phase is "restore", but nothing was restored: the failure counts as one of the step."""
     stage = Stage(max_workers=2).running(W0, W1)
     the(Interrupt, stage.leave(W0, "restore", detail="the data cannot be read"))
     stage.leave(W1, "peer")
@@ -1085,7 +1085,7 @@ def test_a_checkpoint_that_is_not_for_this_job_is_for_a_person_to_sort_out() -> 
 
 
 def test_what_is_the_jobs_fault_ends_the_run_at_once() -> None:
-    """A model that changes what it keeps would do so again, whoever computes: nobody is replaced."""
+    """A model that changes what it keeps would do so again on any worker: none is replaced."""
     stage = Stage(total_steps=9, max_workers=2).running(W0, W1)
     stage.train(3)
     asked = len(of(RequestWorker, stage.told))

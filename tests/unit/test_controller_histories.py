@@ -184,7 +184,7 @@ def check(world: World) -> None:
         assert max(worker.started.values(), default=0) <= 1
     for number in {report.generation for report in world.steps}:
         assert all(world.workers[m.worker].started[number] == 1 for m in world.generations[number].members)
-    # Whoever lives is still counted, or was told to go.
+    # A process that lives is still counted, or was told to leave.
     controller = world.controller
     for worker in world.workers.values():
         if worker.alive and controller is not None and worker.id not in world.dealt_with:

@@ -29,7 +29,7 @@ from monitoring.report.summary import lines_of, report_of
 from monitoring.sinks.stream import Stream
 from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import RunFacts
-from monitoring.terminal.lines import as_text, glance
+from monitoring.terminal.lines import as_text, status_lines
 from orchestrator.checkpoint import listing
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.encryption import OVERHEAD
@@ -196,7 +196,7 @@ def read_everything(path: Path, now: float) -> None:
     facts = RunFacts(path)
     facts.refresh()
     for alive in (True, False):
-        as_text(glance(facts, alive, now)).encode("utf-8")
+        as_text(status_lines(facts, alive, now)).encode("utf-8")
         parse(json_text(facts.as_json(alive)))
     report = report_of(path, now=now)
     "\n".join(map(clean, lines_of(report))).encode("utf-8")
@@ -371,7 +371,7 @@ def test_lines_that_cannot_be_read_are_counted_and_told_once(
     facts = RunFacts(path)
     facts.refresh()
     facts.refresh()
-    assert as_text(glance(facts, alive=False)).count(told) == 1
+    assert as_text(status_lines(facts, alive=False)).count(told) == 1
     assert facts.as_json(alive=False)["damaged"] == [told]
     report = report_of(path)
     assert (report["damaged"], len(report["incidents"])) == ([told], 1)
@@ -447,7 +447,7 @@ def test_a_pipe_in_a_run_directory_is_not_waited_for(tmp_path: Path, name: str) 
     try:
         facts = RunFacts(path)
         facts.refresh()
-        said = as_text(glance(facts, alive=False))
+        said = as_text(status_lines(facts, alive=False))
     except Unreadable as error:
         said = str(error)
     assert f"{name} is not a regular file" in said
@@ -559,7 +559,7 @@ def test_every_field_may_be_missing_null_or_of_another_kind(tmp_path: Path, name
                 facts = RunFacts(path)
                 facts.refresh()
                 for alive in (True, False):
-                    as_text(glance(facts, alive, T0 + 40))
+                    as_text(status_lines(facts, alive, T0 + 40))
                 lines_of(report_of(path, now=T0 + 40))
                 Feed(path).poll(T0 + 40)
                 if how == "replace" and what == "x":

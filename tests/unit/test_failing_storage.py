@@ -124,7 +124,7 @@ def _read(*mirrors: str, name: str = "flaky://a/big.txt", **options: Any) -> lis
 
 
 def _fail(times: int, *, where: str = "a/", at: int = 200, with_: Exception | None = None) -> None:
-    """The range at `at` below `where` fails so many times."""
+    """The range at `at` below `where` fails a number of times first."""
     left = [times]
 
     def fault(path: str, start: int, data: bytes) -> bytes:

@@ -21,7 +21,7 @@ LIMIT = 64 << 10
 
 @contextmanager
 def limited(num_bytes: int) -> Iterator[None]:
-    """No file grows beyond so many bytes: writes are short, then fail, as on a disk that fills up."""
+    """No file grows beyond `num_bytes`: writes are short, then fail, as on a disk that fills up."""
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))

@@ -109,7 +109,7 @@ def test_a_step_is_divided_by_what_its_ranks_tell() -> None:
     """The average rank reads 0.1 s, and waits for the slowest, at 0.9 s of work, from 0.5 s on (three) or not (one)."""
     assert divide(step(0, 1)) == pytest.approx({"productive": 0.6, "data_loading": 0.1, "straggler_wait": 0.3})
     assert divide(step(0, 1, ranks=[])) == {"productive": 1.0, "data_loading": 0.0, "straggler_wait": 0.0}
-    # Accounts of a step that was interrupted and gone on with reach back further than its seconds.
+    # What a step that was interrupted and resumed accounts for reaches back further than its seconds.
     cut_short = divide(step(0, 1, seconds=0.2))
     assert sum(cut_short.values()) == pytest.approx(0.2)
     assert min(cut_short.values()) >= 0

@@ -15,7 +15,7 @@ def introduction(worker: WorkerId) -> Introduction:
     return Introduction(worker, "node", 100 + worker.slot, None, reading())
 
 
-def test_whoever_waits_hears_of_all_as_soon_as_the_last_one_it_waits_for_is_met() -> None:
+def test_a_waiter_hears_of_all_as_soon_as_the_last_one_it_waits_for_is_met() -> None:
     reception = Introductions()
     reception.add(introduction(W2))
     found: list[set[WorkerId]] = []

@@ -50,7 +50,7 @@ class Bench:
         return "drained it"
 
     def run(self, seconds: float) -> list[float]:
-        """Ticks for so long; returns the waits between."""
+        """Ticks for some seconds; returns the waits between."""
         waits, end = [], self.now + seconds
         while self.now < end:
             waits.append(self.watcher.tick())

@@ -99,7 +99,7 @@ def test_a_directory_that_was_there_stays_as_open_as_it_was(tmp_path: Path) -> N
     assert (mode(directory.path), mode(directory.path / "file")) == (0o750, 0o640)
 
 
-def test_the_umask_is_the_processs_own_again_whoever_writes_at_once(tmp_path: Path) -> None:
+def test_the_umask_is_the_processs_own_again_when_several_write_at_once(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "one")
     directory.make()
 

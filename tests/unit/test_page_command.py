@@ -47,7 +47,7 @@ def test_it_serves_an_ended_run_until_it_is_told_to_end(run: SimulatedRun) -> No
         url = line.removeprefix("page at ").strip()
         assert url.startswith("http://127.0.0.1:"), line
         state = json.loads(urllib.request.urlopen(f"{url}api/state", timeout=30).read())
-        assert (state["glance"]["life"], state["glance"]["step"]) == ("finished", 20)
+        assert (state["status"]["life"], state["status"]["step"]) == ("finished", 20)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
 
@@ -87,7 +87,7 @@ def test_the_page_of_a_run_lasts_as_long_as_the_run(run: SimulatedRun, monkeypat
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{url}api/state", timeout=30)
         request = urllib.request.Request(f"{url}api/state", headers={"Authorization": f"Bearer {TOKEN}"})
-        assert json.loads(urllib.request.urlopen(request, timeout=30).read())["glance"]["step"] == 20
+        assert json.loads(urllib.request.urlopen(request, timeout=30).read())["status"]["step"] == 20
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
     with page_of(run.path, False, 0, notes.append):

@@ -238,7 +238,7 @@ def test_with_a_token_nobody_sees_anything_without_it(run: SimulatedRun) -> None
                 assert response.status == 401, header
         async with client.get("/api/state", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
             assert response.status == 200
-            assert (await response.json())["glance"]["step"] == 20
+            assert (await response.json())["status"]["step"] == 20
 
     with_client(application(run, TOKEN), use)
 
@@ -379,7 +379,7 @@ def test_the_stream_of_64_ranks_is_less_than_50_kilobytes_a_second(tmp_path: Pat
                 if half % 2:
                     run.status()
                 changes = await stream.next("changes")
-                while changes.get("glance", {}).get("step") != run.step:
+                while changes.get("status", {}).get("step") != run.step:
                     changes = await stream.next("changes")
             return stream.size
 
@@ -394,9 +394,9 @@ def test_many_may_look_and_one_that_goes_is_forgotten(run: SimulatedRun) -> None
             one = Stream(first)
             await one.next("state")
             async with client.get("/api/stream") as second:
-                assert (await Stream(second).next("state"))["glance"]["step"] == 20
+                assert (await Stream(second).next("state"))["status"]["step"] == 20
             run.train(3)
-            assert (await one.next("changes"))["glance"]["step"] == 23
+            assert (await one.next("changes"))["status"]["step"] == 23
 
     with_client(application(run), use)
 
@@ -408,7 +408,7 @@ def test_a_page_in_a_thread_is_there_until_closed(run: SimulatedRun) -> None:
     with PageServer(run.path) as server:
         assert server.url.startswith("http://127.0.0.1:")
         state = json.loads(urllib.request.urlopen(f"{server.url}api/state", timeout=30).read())
-        assert state["glance"]["step"] == 20
+        assert state["status"]["step"] == 20
         report = urllib.request.urlopen(f"{server.url}report", timeout=30)
         assert "script-src" not in report.headers["Content-Security-Policy"]
         assert b"Where the time went" in report.read()
@@ -423,7 +423,7 @@ def test_a_page_in_a_thread_is_there_until_closed(run: SimulatedRun) -> None:
 def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
     with PageServer(tmp_path / "not-yet") as server:
         state = json.loads(urllib.request.urlopen(f"{server.url}api/state", timeout=30).read())
-        assert state["glance"]["state"] == "starting"
+        assert state["status"]["state"] == "starting"
         assert urllib.request.urlopen(f"{server.url}report", timeout=30).status == 200
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from monitoring.page.feed import Feed, StepFile
-from monitoring.page.glance import INTERRUPTED_S
+from monitoring.page.run_status import INTERRUPTED_S
 from monitoring.page.workers import LOST_SHOWN_S
 from monitoring.report.steps import MAX_POINTS, Point, Series
 from tests.simulated_run import SimulatedRun
@@ -21,7 +21,7 @@ def together(state: dict[str, Any], changes: dict[str, Any] | None) -> dict[str,
     if changes is None:
         return state
     new = {**state, **changes}
-    new["glance"] = {**state["glance"], **changes.get("glance", {})}
+    new["status"] = {**state["status"], **changes.get("status", {})}
     points = state["points"]["rows"]
     if "points" in changes:
         points = [row for row in points if row[0] < changes["points"]["from"]] + changes["points"]["rows"]
@@ -40,8 +40,8 @@ def together(state: dict[str, Any], changes: dict[str, Any] | None) -> dict[str,
 def plain(state: dict[str, Any]) -> dict[str, Any]:
     """Without the fields that are null, which a patch may leave behind; as the browser gets it."""
     workers = {key: {k: v for k, v in one.items() if v is not None} for key, one in state["workers"].items()}
-    glance = {k: v for k, v in state["glance"].items() if v is not None}
-    return json.loads(json.dumps({**state, "workers": workers, "glance": glance, "now": 0}))
+    status = {k: v for k, v in state["status"].items() if v is not None}
+    return json.loads(json.dumps({**state, "workers": workers, "status": status, "now": 0}))
 
 
 def story(run: SimulatedRun) -> Any:
@@ -88,30 +88,30 @@ def test_changes_one_by_one_add_up_to_the_whole(tmp_path: Path) -> None:
         assert late.view.whole(run.now)[part] == state[part], "who comes late sees the same"
 
 
-def test_the_glance_says_where_the_run_is(tmp_path: Path) -> None:
+def test_the_status_says_where_the_run_is(tmp_path: Path) -> None:
     run = SimulatedRun(tmp_path / "run", steps=50)
     feed = Feed(run.path)
     moments = story(run)
 
-    def glance() -> dict[str, Any]:
+    def shown_status() -> dict[str, Any]:
         next(moments)
         feed.poll(run.now)
-        return dict(feed.view.glance.shown(run.now))
+        return dict(feed.view.status.shown(run.now))
 
-    assert glance()["life"] == "live"
+    assert shown_status()["life"] == "live"
     for step in (9, 18, 27, 36):
-        shown = glance()
+        shown = shown_status()
         assert (shown["state"], shown["step"], shown["steps"]) == ("running", step, 50)
-    shown = glance()
+    shown = shown_status()
     assert shown["state"] == "settling"
     assert [one["incident"] for one in shown["open_incidents"]] == ["kill"]
     assert shown["checkpoint"]["committed"] == 36
-    shown = glance()
+    shown = shown_status()
     assert (shown["generation"], shown["last_recovery"]["incident"]) == (1, "kill")
     assert not shown["open_incidents"]
-    assert glance()["step"] == 20, "rolled back"
-    assert glance()["step"] == 50
-    shown = glance()
+    assert shown_status()["step"] == 20, "rolled back"
+    assert shown_status()["step"] == 50
+    shown = shown_status()
     assert (shown["life"], shown["reason"], shown["incidents"]) == ("finished", "all steps committed", 2)
 
 
@@ -122,20 +122,20 @@ def test_a_run_that_nobody_steers_is_interrupted_and_one_that_goes_on_is_not(tmp
     run.train(5)
     run.status()
     feed.poll(run.now)
-    assert feed.view.glance.shown(run.now + 1)["life"] == "live"
-    assert feed.view.glance.shown(run.now + 10)["life"] == "silent"
-    assert feed.view.glance.shown(run.now + INTERRUPTED_S + 1)["life"] == "interrupted"
+    assert feed.view.status.shown(run.now + 1)["life"] == "live"
+    assert feed.view.status.shown(run.now + 10)["life"] == "silent"
+    assert feed.view.status.shown(run.now + INTERRUPTED_S + 1)["life"] == "interrupted"
     run.now += 3600.0
     run.event("controller", epoch=2, pid=2, session="b", node="n")
     feed.poll(run.now)
     assert feed.view.whole(run.now)["workers"] == {}, "those of the earlier session are gone"
     run.finish("stopped", "SIGINT")
     feed.poll(run.now)
-    assert feed.view.glance.shown(run.now + 1e6)["life"] == "stopped"
+    assert feed.view.status.shown(run.now + 1e6)["life"] == "stopped"
     run.now += 60.0
     run.event("controller", epoch=3, pid=3, session="c", node="n")
     feed.poll(run.now)
-    assert feed.view.glance.shown(run.now)["life"] == "live", "the old status.json, which says over, does not count"
+    assert feed.view.status.shown(run.now)["life"] == "live", "the old status.json, which says over, does not count"
 
 
 def test_a_clock_that_differs_from_the_writers_does_not_interrupt_a_run(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_clock_that_differs_from_the_writers_does_not_interrupt_a_run(tmp_path
     for second in range(5):
         run.status(time=run.now + second)
         feed.poll(run.now + 500.0 + second)
-    assert feed.view.glance.shown(run.now + 505.0)["life"] == "live"
+    assert feed.view.status.shown(run.now + 505.0)["life"] == "live"
 
 
 def test_a_lost_worker_is_shown_for_a_while(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_a_run_without_status_is_shown_from_its_events(tmp_path: Path) -> None:
     feed.poll(run.now)
     shown = feed.view.whole(run.now)
     assert {key: one["rank"] for key, one in shown["workers"].items()} == {"0.0": 0, "1.0": 1, "2.0": 2, "3.0": 3}
-    assert shown["glance"]["state"] == "running"
-    assert shown["glance"]["loss"] == shown["points"]["rows"][-1][2]
+    assert shown["status"]["state"] == "running"
+    assert shown["status"]["loss"] == shown["points"]["rows"][-1][2]
     account = shown["goodput"]
     total = account["productive_seconds"] + sum(account["badput_seconds"].values())
     assert total == pytest.approx(account["wall_seconds"], abs=0.5)
@@ -215,7 +215,7 @@ def test_a_damaged_record_hides_nothing_else(tmp_path: Path) -> None:
     feed = Feed(run.path)
     feed.poll(run.now)
     shown = feed.view.whole(run.now)
-    assert shown["glance"]["step"] == 2
+    assert shown["status"]["step"] == 2
     assert [entry["kind"] for entry in shown["timeline"]].count("generation") == 1
     told = next(entry for entry in shown["timeline"] if entry["kind"] == "damaged")
     assert told["text"] == "2 lines of events.jsonl could not be read"

@@ -26,7 +26,7 @@ def process(path: Path, mode: str, **environment: str) -> Iterator[subprocess.Po
             child.kill()
 
 
-def test_a_session_ends_whoever_carries_its_mark_and_nobody_else(tmp_path: Path) -> None:
+def test_a_session_ends_all_processes_with_its_mark_and_no_others(tmp_path: Path) -> None:
     session, other = tmp_path / "session", tmp_path / "session-2"
     for directory in (session, other):
         directory.mkdir()
@@ -47,7 +47,7 @@ def test_a_session_ends_whoever_carries_its_mark_and_nobody_else(tmp_path: Path)
         assert stranger.poll() is None
 
 
-def test_the_reaper_acts_when_whoever_started_it_goes(tmp_path: Path) -> None:
+def test_the_reaper_acts_when_the_process_that_started_it_ends(tmp_path: Path) -> None:
     with process(tmp_path / "log", "w") as child:
         guard = reaper.start(str(tmp_path))
         assert guard.stdin is not None

@@ -209,7 +209,7 @@ def test_a_slow_stage_is_given_fewer_layers() -> None:
     assert recovery["steps_lost"] == 0
     (measured,) = of(world, "rebalance_measured")
     assert measured["measured_gain"] > 0.5 * change["predicted_gain"] > 0
-    # Whoever is in its place knows nothing of it; a lost worker does not undo the cut.
+    # Its replacement knows nothing of it; a lost worker does not undo the cut.
     world.kill(world.members()[0])
     until_step(world, 95)
 
@@ -437,7 +437,7 @@ def test_a_deal_that_somebody_did_not_hear_of_is_made_again() -> None:
 
 
 def brute_force(total: int, replicas: list[float]) -> float:
-    """The least time of the last of so many, whatever the deal, with one at least for each."""
+    """The least time that the last replica can take under any assignment in which each has at least one."""
 
     def best(left: int, rest: list[float]) -> float:
         if len(rest) == 1:

@@ -50,7 +50,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 def look(
     run: RunQueue, now: float, *, firm: bool = False, could_use: Callable[[Need], bool] = lambda need: True
 ) -> str:  # fmt: skip
-    """At so many seconds after a certain time."""
+    """A fixed time and some seconds more."""
     return run.look(NEED, 1e9 + now, firm=firm, could_use=could_use)
 
 

@@ -218,7 +218,7 @@ def test_wandb_gets_steps_as_an_axis_of_its_own(tmp_path: Path, fake_packages: N
     assert first.arguments["project"] == "p"
     assert first.arguments["mode"] == "offline"
     assert first.arguments["dir"] == str(path)
-    assert first.arguments["id"] == second.arguments["id"], "the same run, gone on with"
+    assert first.arguments["id"] == second.arguments["id"], "the same run, resumed"
     assert ("*", "step") in first.defined, "W&B's own count only goes up, and steps are done again"
     assert [values["step"] for values in first.logged if "loss" in values] == [0, 1, 2, 3, 4]
     assert {"step": 4, "incident": "kill: worker 1 died: its process ended"} in first.logged
@@ -323,7 +323,7 @@ def test_a_sink_that_never_works_is_given_up_and_told_of_twice(
     assert "tried again" in first
     assert last.startswith("the archive is given up")
     assert {name: (path / name).read_bytes() for name in before} == before
-    # Whoever goes on with the run tries again, with all that was missed.
+    # The process that resumes the run tries again, with all that was missed.
     good = Failing(0, "")
     fed(path, good)
     assert steps_of(good.got) == [0, 1, 2, 3, 4]
@@ -348,4 +348,4 @@ def test_two_that_follow_a_run_do_not_both_feed_it(tmp_path: Path) -> None:
             assert feeders() == 1
         assert feeders() == 1
     with feeding(settings, "tiny-1234", path, JOB, nobodys):
-        assert feeders() == 1, "whoever comes after it does"
+        assert feeders() == 1, "its successor does"

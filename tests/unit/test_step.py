@@ -134,7 +134,7 @@ def test_rolling_forward_with_another_ranks_vote_gives_the_same_bits(clip_norm: 
 
 
 def test_dropout_belongs_to_the_virtual_worker_not_to_its_holder() -> None:
-    """Each virtual worker's gradient is the same whoever else is computed beside it, and in whatever order."""
+    """Each virtual worker's gradient does not depend on what is computed beside it, nor on the order."""
     ours = engine(dropout=0.5)
 
     def gradients(order: Sequence[int]) -> dict[int, bytes]:

@@ -110,7 +110,7 @@ class Forbidden(Exception):
 
 
 class Busy(MemoryFileSystem):
-    """Every operation fails so many times."""
+    """Every operation fails a number of times first."""
 
     protocol = "busy"
     cachable = False

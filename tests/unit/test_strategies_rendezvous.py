@@ -307,7 +307,7 @@ def test_strangers_that_say_nothing_are_few_and_short_lived(
     member = connect()
     strangers = [socket.create_connection((HOST, server.port), timeout=SOON_S) for _ in range(12)]
     try:
-        # The oldest make room: whoever is of the run always gets in.
+        # The oldest make room: a rank of the run always gets in.
         assert all(is_ended(stranger) for stranger in strangers[:6])
         connect().set("a", b"in")
         assert member.get("a") == b"in"

@@ -18,7 +18,7 @@ from monitoring.display import Display
 from monitoring.follow import Tail
 from monitoring.records import RecordFile
 from monitoring.terminal.facts import RunFacts
-from monitoring.terminal.lines import as_text, glance
+from monitoring.terminal.lines import as_text, status_lines
 from orchestrator.cli import app, following
 from orchestrator.cli.events import parse_since
 from orchestrator.rundir import RunDirectory
@@ -49,7 +49,7 @@ def facts_of(path: Path) -> RunFacts:
 
 
 def shown(path: Path, *, alive: bool) -> str:
-    return as_text(glance(facts_of(path), alive, now=T0 + 30))
+    return as_text(status_lines(facts_of(path), alive, now=T0 + 30))
 
 
 def command(*arguments: str) -> Result:

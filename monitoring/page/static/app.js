@@ -60,10 +60,10 @@ function tick() {
 
 function show(was, live) {
   const differs = (...parts) => parts.some((part) => was[part] !== state[part]);
-  if (differs("glance")) showHead();
-  if (differs("glance", "goodput", "workers")) showTiles();
+  if (differs("status")) showHead();
+  if (differs("status", "goodput", "workers")) showTiles();
   if (differs("points", "world", "timeline")) charts.show(state);
-  if (differs("workers") || was.glance.layout !== state.glance.layout) showWorkers(state.workers, state.glance.layout);
+  if (differs("workers") || was.status.layout !== state.status.layout) showWorkers(state.workers, state.status.layout);
   if (differs("timeline")) showTimeline(state.timeline, state.start, live);
   if (differs("goodput")) showGoodput(state.goodput);
   showAges();
@@ -73,48 +73,48 @@ function show(was, live) {
 const STATES = { running: "training", waiting: "waiting for workers", settling: "settling after an incident",
   forming: "forming a generation", finalizing: "finishing", starting: "starting", over: "ending" };
 
-function stateText(glance) {
-  switch (glance.life) {
+function stateText(status) {
+  switch (status.life) {
     case "finished": return "finished";
     case "failed": return "failed";
     case "stopped": return "stopped";
     case "interrupted": return "interrupted";
     case "silent": return "controller silent";
-    default: return STATES[glance.state] ?? words(glance.state ?? "starting");
+    default: return STATES[status.state] ?? words(status.state ?? "starting");
   }
 }
 
 function showHead() {
-  const { glance } = state;
-  const text = stateText(glance);
+  const { status } = state;
+  const text = stateText(status);
   const pill = byId("state");
-  pill.dataset.life = glance.life ?? "starting";
-  pill.dataset.state = glance.state ?? "";
+  pill.dataset.life = status.life ?? "starting";
+  pill.dataset.state = status.state ?? "";
   say(byId("state-text"), text);
-  say(byId("name"), glance.name ?? "run");
-  say(byId("run-id"), glance.run ?? "");
-  document.title = `${glance.step ?? 0}/${glance.steps ?? "?"} ${text} – ${glance.name ?? "run"}`;
-  say(byId("loss-unit"), glance.loss_unit ?? "");
-  say(byId("step"), count(glance.step));
-  say(byId("steps"), count(glance.steps));
-  const share = glance.steps ? Math.min(1, glance.step / glance.steps) : 0;
+  say(byId("name"), status.name ?? "run");
+  say(byId("run-id"), status.run ?? "");
+  document.title = `${status.step ?? 0}/${status.steps ?? "?"} ${text} – ${status.name ?? "run"}`;
+  say(byId("loss-unit"), status.loss_unit ?? "");
+  say(byId("step"), count(status.step));
+  say(byId("steps"), count(status.steps));
+  const share = status.steps ? Math.min(1, status.step / status.steps) : 0;
   byId("progress-bar").style.width = `${100 * share}%`;
   const bar = byId("progress");
-  bar.setAttribute("aria-valuenow", glance.step ?? 0);
-  bar.setAttribute("aria-valuemax", glance.steps ?? 0);
-  const left = glance.life === "live" && glance.median_step_seconds ? (glance.steps - glance.step) * glance.median_step_seconds : null;
+  bar.setAttribute("aria-valuenow", status.step ?? 0);
+  bar.setAttribute("aria-valuemax", status.steps ?? 0);
+  const left = status.life === "live" && status.median_step_seconds ? (status.steps - status.step) * status.median_step_seconds : null;
   say(byId("left"), left == null ? "" : `about ${duration(left)} left`);
-  showNotice(glance);
+  showNotice(status);
 }
 
 /** What needs attention now: how a run ended, or what it is recovering from. */
-function showNotice(glance) {
+function showNotice(status) {
   const notice = byId("notice");
   let text = "", mild = false;
-  const open = glance.open_incidents ?? [];
-  if (glance.life === "interrupted") text = "This run was interrupted: nothing steers it any more, and it has not said that it ended. `orchestrator resume` goes on from its newest checkpoint.";
-  else if (glance.life === "failed") text = `The run failed: ${glance.reason ?? "no reason is on record"}`;
-  else if (glance.life === "silent") { text = "The controller has not been heard of for some seconds; workers go on meanwhile."; mild = true; }
+  const open = status.open_incidents ?? [];
+  if (status.life === "interrupted") text = "This run was interrupted: nothing steers it any more, and it has not said that it ended. `orchestrator resume` goes on from its newest checkpoint.";
+  else if (status.life === "failed") text = `The run failed: ${status.reason ?? "no reason is on record"}`;
+  else if (status.life === "silent") { text = "The controller has not been heard of for some seconds; workers go on meanwhile."; mild = true; }
   else if (open.length) { text = `Recovering: ${open.map((one) => `${words(one.incident)}${one.worker == null ? "" : ` of worker ${one.worker}`}${one.cause ? ` (${one.cause})` : ""}`).join("; ")}`; mild = true; }
   notice.classList.toggle("mild", mild);
   say(notice, text);
@@ -122,22 +122,22 @@ function showNotice(glance) {
 }
 
 function showTiles() {
-  const { glance, goodput } = state;
-  const layout = glance.layout ?? {};
+  const { status, goodput } = state;
+  const layout = status.layout ?? {};
   const axes = ["data", "pipeline", "tensor"].filter((axis) => layout[axis] > 1).map((axis) => `${axis} ${layout[axis]}`);
   if (layout.shard && layout.shard !== "none") axes.push(`shard ${layout.shard}`);
   const training = Object.values(state.workers).filter((worker) => worker.state === "member").length;
-  const limits = glance.target == null ? "" : `${glance.min} to ${glance.max} allowed`;
-  const wanted = glance.target == null ? "" : ` / ${glance.target}`;
-  const recovery = glance.last_recovery;
+  const limits = status.target == null ? "" : `${status.min} to ${status.max} allowed`;
+  const wanted = status.target == null ? "" : ` / ${status.target}`;
+  const recovery = status.last_recovery;
   const ratio = goodput?.wall_seconds ? goodput.productive_seconds / goodput.wall_seconds : null;
-  tile("Loss", fixed(glance.loss, 4), glance.grad_norm == null ? "" : `gradient norm ${fixed(glance.grad_norm, 3)}`);
-  tile("Tokens/s", short(glance.tokens_per_second), glance.median_step_seconds ? `${duration(glance.median_step_seconds)} a step` : "");
-  if (glance.mfu != null) tile("MFU", percent(glance.mfu, 1), "of peak FLOP/s");
-  tile("Workers", glance.life === "live" || glance.life === "silent" ? `${training}${wanted}` : "–", limits);
-  tile("Generation", glance.generation == null ? "–" : String(glance.generation), axes.join(" · "));
+  tile("Loss", fixed(status.loss, 4), status.grad_norm == null ? "" : `gradient norm ${fixed(status.grad_norm, 3)}`);
+  tile("Tokens/s", short(status.tokens_per_second), status.median_step_seconds ? `${duration(status.median_step_seconds)} a step` : "");
+  if (status.mfu != null) tile("MFU", percent(status.mfu, 1), "of peak FLOP/s");
+  tile("Workers", status.life === "live" || status.life === "silent" ? `${training}${wanted}` : "–", limits);
+  tile("Generation", status.generation == null ? "–" : String(status.generation), axes.join(" · "));
   tile("Goodput", percent(ratio, 1), goodput ? `of ${duration(goodput.wall_seconds)}` : "");
-  tile("Incidents", String(glance.incidents ?? 0), recovery ? `last stalled ${duration(recovery.stall_seconds)}` : "");
+  tile("Incidents", String(status.incidents ?? 0), recovery ? `last stalled ${duration(recovery.stall_seconds)}` : "");
 }
 
 const tiles = new Map();
@@ -157,15 +157,15 @@ function tile(name, value, note) {
 /** What changes by the clock alone. */
 function showAges() {
   const now = Date.now() / 1000 + ahead;
-  const { glance } = state;
-  const last = glance.checkpoint;
+  const { status } = state;
+  const last = status.checkpoint;
   if (document.body.dataset.ready || last) {
     tile("Checkpoint", last ? `step ${count(last.committed)}` : "–", last ? `${duration(now - last.time)} ago${last.saving ? ", next being written" : ""}` : "none yet");
   }
-  showCheckpoints(state.checkpoints, glance, now);
-  const end = glance.ended ?? glance.silent_since ?? now;
-  say(byId("updated"), state.start == null ? "" : `began ${new Date(1000 * state.start).toLocaleString()}, ${glance.ended ? "ran" : "running"} for ${duration(end - state.start)}`);
-  say(byId("timeline-sub"), glance.incidents ? `${glance.incidents} ${glance.incidents === 1 ? "incident" : "incidents"}` : "");
+  showCheckpoints(state.checkpoints, status, now);
+  const end = status.ended ?? status.silent_since ?? now;
+  say(byId("updated"), state.start == null ? "" : `began ${new Date(1000 * state.start).toLocaleString()}, ${status.ended ? "ran" : "running"} for ${duration(end - state.start)}`);
+  say(byId("timeline-sub"), status.incidents ? `${status.incidents} ${status.incidents === 1 ? "incident" : "incidents"}` : "");
 }
 
 function choose(axis) {

@@ -34,7 +34,7 @@ export function showTimeline(entries, start, live) {
   while (list.children.length > 300) list.lastChild.remove();
 }
 
-export function showCheckpoints(checkpoints, glance, now) {
+export function showCheckpoints(checkpoints, status, now) {
   const rows = checkpoints.map((entry) => {
     const failed = entry.kind !== "checkpoint_saved";
     const name = entry.committed == null ? String(entry.path ?? "").split("/").at(-1) : `step ${count(entry.committed)}`;
@@ -52,8 +52,8 @@ export function showCheckpoints(checkpoints, glance, now) {
   const table = byId("checkpoints");
   const head = make("thead", "", make("tr", "", ...["saved", "size", "written in", "held up", "age"].map((name) => { const cell = make("th", "", name); cell.scope = "col"; return cell; })));
   replace(table, ...(rows.length ? [head, make("tbody", "", ...rows)] : []));
-  const last = glance.checkpoint;
-  const sub = glance.checkpoint?.saving ? "one is being written" : last ? "" : "none yet";
+  const last = status.checkpoint;
+  const sub = status.checkpoint?.saving ? "one is being written" : last ? "" : "none yet";
   say(byId("checkpoints-sub"), sub);
 }
 

@@ -1,6 +1,6 @@
 // The run as this page knows it: what the server sent at first, and what it said has changed since. No DOM.
 
-export const empty = () => ({ now: 0, start: null, glance: {}, points: [], world: [], workers: {}, timeline: [],
+export const empty = () => ({ now: 0, start: null, status: {}, points: [], world: [], workers: {}, timeline: [],
   checkpoints: [], goodput: null, findings: [] });
 
 const MAX_TIMELINE = 300;
@@ -14,7 +14,7 @@ export function whole(message) {
 export function changed(state, message) {
   const next = { ...state, ...message };
   next.points = message.points ? withPoints(state.points, message.points) : state.points;
-  next.glance = message.glance ? patched(state.glance, message.glance) : state.glance;
+  next.status = message.status ? patched(state.status, message.status) : state.status;
   next.workers = message.workers ? withWorkers(state.workers, message.workers) : state.workers;
   next.timeline = message.timeline ? withEntries(state.timeline, message.timeline) : state.timeline;
   return next;

@@ -336,7 +336,7 @@ class Roster(Generic[V]):
         return [KillWorker(view.worker, reason), WorkerKilled(*view.worker, reason=reason)]
 
     def remove(self, view: V) -> None:
-        """It is gone."""
+        """Forgets a worker that has left or was ended; it counts as removed once."""
         if self._alive.pop(view.worker, None) is not None:
             self.num_removed += 1
             if view.state in self._coming:

@@ -207,7 +207,7 @@ class ControllerActor:
         self._tell(Stop(reason))
 
     async def snapshot(self, wait_s: float = 0.0) -> dict[str, Any]:
-        """The run at a glance, for those that follow it; after `wait_s`, or as soon as the run is over."""
+        """status.json as it is now, for those that follow it; after `wait_s`, or as soon as the run is over."""
         self._watcher.hear_follower()
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):

@@ -115,7 +115,7 @@ class Nodes:
         """A node that is not to be asked again."""
         with suppress(Exception):
             if self.all[label].node_id not in {info.node_id.hex() for info in self._alive()}:
-                reason = "has died meanwhile, or hung so long that the head took it for dead"
+                reason = "has died meanwhile, or did not answer until the head took it for dead"
         self.silent.append(Check("nodes", label, PROBLEM, reason, "see `ray status` and the logs of its raylet; a node "
                                  "that hangs has to be replaced"))  # fmt: skip
         with suppress(Exception):

@@ -1,4 +1,4 @@
-"""The run at a glance: where it is, how fast, and whether anybody still steers it. Pure."""
+"""The status of a run as the page shows it: where it is, how fast, and whether anybody still steers it. Pure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STATES = {
 _ROUNDED = {"tokens_per_second": 4, "loss": 5, "grad_norm": 4, "lr": 4, "mfu": 3, "median_step_seconds": 3}
 
 
-class Glance:
+class RunStatus:
     """Folds events, steps and status.json into one flat record."""
 
     def __init__(self, name: str) -> None:
