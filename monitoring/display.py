@@ -23,9 +23,9 @@ from monitoring.terminal.lines import (
     describe_state,
     goodput_lines,
     layout_text,
+    open_incident_lines,
     step_lines,
     time_left,
-    trouble_lines,
     worker_lines,
 )
 
@@ -157,7 +157,7 @@ class Display:
             if len(lines) > room:
                 rows.append(("", f"and {len(lines) - room} lines more; `orchestrator status` shows them"))
         rows += goodput_lines(facts) + checkpoint_lines(facts, now)
-        trouble = trouble_lines(facts, now)
+        trouble = open_incident_lines(facts, now)
         rows += trouble or [("incidents", f"none open, {facts.num_incidents} so far")]
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)

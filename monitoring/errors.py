@@ -1,4 +1,4 @@
-"""What a user is told in one line: errors that are nobody's bug."""
+"""What a user is told in one line: errors that the user can correct."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class RunMetrics:
     """
 
     def __init__(self, run: str, name: str = "", version: str = "") -> None:
-        # When a counter was made nobody asks, and it would double their number.
+        # Nothing here uses when a counter was made, and it would double the number of series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._run = run

@@ -251,7 +251,7 @@ class Detector:
 
 
 def _is_renamed(kind: str, who: Worker, found: Iterable[tuple[str, Worker]]) -> bool:
-    """Whether a worker's trouble goes by another name now."""
+    """Whether a finding about a worker has another kind now."""
     return any(other != kind and name == who for other, name in found)
 
 

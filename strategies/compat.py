@@ -51,11 +51,16 @@ def build_optimizer(make: Callable[[], Optimizer]) -> Optimizer:
 
 
 def step(optimizer: Optimizer) -> None:
-    """`optimizer.step()`; of torch's own optimizers without what surrounds it for the compiler, which would be imported
-    for that, and for the profiler."""
+    """`optimizer.step()`; of torch's own optimizers without hooks, without what surrounds it for the compiler, which
+    would be imported for that, and for the profiler."""
     import torch
 
-    if type(optimizer).__module__.startswith("torch.optim."):
+    everywhere: Any = import_module("torch.optim.optimizer")
+    has_hooks = any((
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+        everywhere._global_optimizer_pre_hooks, everywhere._global_optimizer_post_hooks,
+    ))  # fmt: skip
+    if type(optimizer).__module__.startswith("torch.optim.") and not has_hooks:
         with torch.no_grad():
             inspect.unwrap(type(optimizer).step)(optimizer)
     else:

@@ -62,12 +62,12 @@ class Own(nn.Module):
     pp_plan = ("embedding", "blocks", "norm", "head")
     tp_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise", "head": "colwise_gather_output"}  # noqa: RUF012
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, vocabulary: int = VOCABULARY, layers: int = LAYERS) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 16)
-        self.blocks = nn.ModuleList(OwnLayer(dropout) for _ in range(LAYERS))
+        self.embedding = nn.Embedding(vocabulary, 16)
+        self.blocks = nn.ModuleList(OwnLayer(dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, VOCABULARY)
+        self.head = nn.Linear(16, vocabulary)
         self.register_buffer("scale", torch.tensor(0.5))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -78,18 +78,16 @@ class Own(nn.Module):
         return output
 
 
-def own(dropout: float = 0.0) -> nn.Module:
+def own(dropout: float = 0.0, vocabulary: int = VOCABULARY, layers: int = LAYERS) -> nn.Module:
     torch.manual_seed(5)
-    return Own(dropout).train()
+    return Own(dropout, vocabulary, layers).train()
 
 
 class Leisurely(Own):
     """Waits in every forward pass: a run takes its time without taking anybody's processor."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(BYTES, 16)
-        self.head = nn.Linear(16, BYTES)
+        super().__init__(vocabulary=BYTES)
         self.seconds = seconds
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ MOST_BADPUT = 0.95
 
 @dataclass(frozen=True)
 class BurnWindow:
-    """Alert when so much of a week's budget is spent within `hours`, and at that rate still within `short`."""
+    """Alert when a share of a week's budget is spent within `hours`, and at that rate still within `short`."""
 
     hours: int
     long: str

@@ -20,7 +20,7 @@ from monitoring.shapes import SMALL_FILES
 
 log = logging.getLogger(__name__)
 ACCOUNT_S = 10.0
-"""Where nobody says in status.json where the time goes, all records are read for it, at most so often."""
+"""Where status.json does not say where the time goes, all records are read for it, at most once in this time."""
 
 
 class StepFile:

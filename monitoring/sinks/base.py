@@ -39,7 +39,7 @@ class Sink(Protocol):
         """Hands items over. After a failure the same items come again, maybe with more."""
 
     def close(self, status: str) -> None:
-        """The run is over (finished, failed, stopped), or this process lets go of it (interrupted)."""
+        """The run is over (finished, failed, stopped), or this process stops feeding it (interrupted)."""
 
 
 def settings_of(job: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ FAREWELL_S = 15.0
 """How long the end of a run waits for sinks that have not taken everything yet."""
 MAX_PENDING = 100_000
 
+_OURS = ("tensorboard", "mlflow", "wandb")
 _PACKAGES = {"mlflow": ("mlflow", "mlflow (or mlflow-skinny)"), "wandb": ("wandb", "wandb")}
 
 
@@ -64,8 +65,13 @@ class _OfPackage:
 
 def check_sinks(settings: Mapping[str, Any], maker: Maker) -> None:
     """Raises SinkProblem when a sink that `settings` (the job's `monitoring`) asks for needs a package that is not
-    here. `settings` are plain values."""
+    here, or one of a package has the name of one of ours. `settings` are plain values."""
     for name in settings.get("sinks", ()):
+        if name in _OURS:
+            raise SinkProblem(
+                f"monitoring.sinks.{name}: sinks of packages stand there, and this name is that of a field of ours: "
+                f"use monitoring.{name}, or another name in the package"
+            )
         try:
             maker(name)
         except ValueError as error:

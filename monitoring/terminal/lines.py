@@ -30,7 +30,7 @@ def status_lines(facts: RunFacts, alive: bool, now: float | None = None) -> Line
     lines += _workers(facts, now) if alive else _last_generation(facts)
     lines += goodput_lines(facts)
     lines += checkpoint_lines(facts, now)
-    lines += trouble_lines(facts, now) if alive else []
+    lines += open_incident_lines(facts, now) if alive else []
     lines += [(str(event["incident"]), _recovery(event)) for event in facts.recoveries[-RECOVERIES_SHOWN:]]
     if not alive:
         lines.append(("next", f"orchestrator resume {facts.run_dir} goes on from the newest checkpoint"))
@@ -220,7 +220,7 @@ def checkpoint_lines(facts: RunFacts, now: float) -> Lines:
     return [("checkpoint", f"{found['committed']} steps{old}{saving}")]
 
 
-def trouble_lines(facts: RunFacts, now: float) -> Lines:
+def open_incident_lines(facts: RunFacts, now: float) -> Lines:
     """Incidents that are not over, and what costs time."""
     lines = [
         (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import plugins
 from orchestrator.faults import KINDS, FaultKind
-from strategies.objective.causal_lm import OBJECTIVES
+from strategies.objective.known import OBJECTIVES
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS

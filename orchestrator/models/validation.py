@@ -137,16 +137,17 @@ def _field(job: Job, config: Any, name: str) -> str:
 
 
 def _check_layout(job: Job, model: nn.Module) -> None:
-    from strategies.model.blueprint import check_cut, check_tensor
+    from strategies.model.blueprint import check_cut, check_sharded, check_tensor
 
     tensor, pipeline = job.strategy.tensor, job.strategy.pipeline
-    checks: dict[str, tuple[int, Callable[[], None]]] = {
-        "tensor": (tensor, lambda: check_tensor(model, tensor)),
-        "pipeline": (pipeline, lambda: check_cut(model, pipeline, pipeline * chunks_of(job.strategy.schedule))),
+    checks: dict[str, tuple[bool, Callable[[], None]]] = {
+        "tensor": (tensor > 1, lambda: check_tensor(model, tensor)),
+        "pipeline": (pipeline > 1, lambda: check_cut(model, pipeline, pipeline * chunks_of(job.strategy.schedule))),
+        "shard": (job.strategy.shard == "parameters", lambda: check_sharded(model)),
     }
-    for name, (degree, check) in checks.items():
+    for name, (applies, check) in checks.items():
         try:
-            if degree > 1:
+            if applies:
                 check()
         except ValueError as error:
             raise ModelError([Finding((f"strategy.{name}",), str(error))]) from error

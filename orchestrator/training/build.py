@@ -76,6 +76,8 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
     )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
+    if job.strategy.shard == "parameters":
+        blueprint.check_sharded()
     return blueprint
 
 

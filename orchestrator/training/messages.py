@@ -62,8 +62,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One committed step, as every rank knows it. `loss` in nats per token; `committed_at` as the worker's monotonic
-    clock says, until it is `dated`; `tokens` are targets that count, `padding` positions computed without one.
+    """One committed step, as every rank knows it. `loss` in the objective's unit; `committed_at` as the worker's
+    monotonic clock says until it is `dated`; `tokens` are targets that count, `padding` positions computed without one.
 
     `ranks` is what each rank of the generation spent on it, told by the first only; `deal` the number of the deal by
     which they held virtual workers.

@@ -70,7 +70,7 @@ class Fabric:
             return
         if not self.layout.computes_together:
             self.data_group = self.world if not self.layout.spares else self._part(
-                list(range(self.layout.num_placed)), store_address, f"{prefix}/plane", host, timeout_s
+                list(range(self.layout.num_placed)), store_address, f"{prefix}/data", host, timeout_s
             )  # fmt: skip
             return
         try:

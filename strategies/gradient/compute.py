@@ -75,7 +75,7 @@ class LocalGradients:
         """The gradients [size] of `held`, as one sum per node of their cover; to be read, not written.
 
         `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
-        micro-batch. What they raise interrupts the work, which the next call for the same step goes on with.
+        micro-batch. What they raise interrupts the work, which the next call for the same step continues.
         """
         if step != self._step or self._sums is None:
             self.discard()
@@ -135,7 +135,7 @@ class LocalGradients:
         self._pool.append(scratch)
 
     def _drop_others(self, held: Sequence[int]) -> None:
-        """Lets go of sums that contain a virtual worker which somebody else holds now."""
+        """Drops sums that contain a virtual worker which another rank holds now."""
         wanted = frozenset(held)
         assert self._sums is not None
         for node in [node for node in self._sums.pieces if not wanted.issuperset(range(*node))]:

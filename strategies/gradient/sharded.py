@@ -86,7 +86,7 @@ class _Buffered:
             return
         gradient = self._open.pop(number)
         if self._is_nan_next:
-            gradient[0] = torch.nan
+            gradient[:1] = torch.nan
             self._is_nan_next = False
         self._take(number, gradient)
 
@@ -172,9 +172,12 @@ class ShardedCollector:
 
     def end(self, number: int, micro: int, module: int) -> None:
         """The groups have taken it."""
+        self._part.backward_is_over(module)
 
     def inject_nan(self) -> None:
-        self._part.groups[0][0].is_nan_next = True
+        first = next((group for groups in self._part.groups for group in groups if group.entries), None)
+        if first is not None:
+            first.is_nan_next = True
 
 
 class RoundGradients:

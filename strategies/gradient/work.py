@@ -73,7 +73,7 @@ class IdleWork:
 
 
 class _Replicated:
-    """Weights are whole on every rank of the plane; its slices are reduced at once (ZeRO stages 0 and 1)."""
+    """Weights are whole on every rank of the data-parallel group; slices are reduced at once (ZeRO stages 0 and 1)."""
 
     def __init__(self, part: ModelPart, own: StateShard, reducer: Reducer, *, sharded: bool) -> None:
         self.part = part

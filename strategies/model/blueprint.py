@@ -74,6 +74,9 @@ class Blueprint:
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
         self._sites = _sites(model, dict(trained))
+        one = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names = {name: one[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        """The one name of a parameter, by each that it has: modules may share it."""
         if tensor > 1:
             self._refuse_shared("tensor", tensor)
         self.space = Space.of(
@@ -82,7 +85,11 @@ class Blueprint:
         self._activations: dict[bool, Activations] = {}
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
-        self.frozen = FrozenWeights({name: p for name, p in model.named_parameters() if not p.requires_grad})
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = FrozenWeights(frozen)
+        across = _across_blocks(model, self.layers, frozen)
+        self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
+        """The names of the frozen parameters that can be sharded with the trained ones of their block."""
         persistent = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
         self.release(model)
         _move(model, self.device)
@@ -129,6 +136,10 @@ class Blueprint:
         _refuse_cut(self.cannot_cut, self._sites, stages)
         self._refuse_work_between_modules(stages, contextlib.nullcontext() if context is None else context)
 
+    def check_sharded(self) -> None:
+        """Raises ValueError when two blocks share a trained parameter: each gathers and reduces its own."""
+        check_sharded(self.model)
+
     def _refuse_work_between_modules(self, stages: int, context: contextlib.AbstractContextManager[Any]) -> None:
         """A stage runs the whole `forward`, with other stages' modules standing aside; what it does beside its modules,
         every stage would do. So with all of them aside, it must give back what it is given."""
@@ -149,10 +160,7 @@ class Blueprint:
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         """The layers that `module` (the model, or a stage of it) has; the model's largest list where it has no plan."""
-        if self.layers is not None:
-            return [layer for layer in self._layer_list(module) if not isinstance(layer, PassThrough)]
-        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-        return list(max(lists, key=len, default=[]))
+        return _blocks(module, self.layers)
 
     def numbered_layers(self, module: nn.Module) -> list[tuple[int, nn.Module]]:
         """(number, layer) for those that `module` has; none where the model has no plan."""
@@ -222,7 +230,7 @@ class Blueprint:
         if casts not in self._activations:
             try:
                 self._activations[casts] = self._trace(context, is_fake=True)
-            except (RuntimeError, TypeError):
+            except (RuntimeError, TypeError, AttributeError):
                 self._activations[casts] = self._trace(context, is_fake=False)
         return self._activations[casts]
 
@@ -230,20 +238,24 @@ class Blueprint:
         from strategies.compat import FakeTensorMode
 
         hidden: list[torch.Tensor] = []
-        layer = self._layer_list(self.model)[0]
-        handle = layer.register_forward_hook(lambda module, arguments, output: hidden.append(output))
+        layers = self._layer_list(self.model)
+        all_layers = list(layers)
+        handle = all_layers[0].register_forward_hook(lambda module, arguments, output: hidden.append(output))
         mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else contextlib.nullcontext()
-        places = {
-            f"{owner}.{key}" if owner else key: name for name, sites in self._sites.items() for owner, key in sites
-        }
         try:
+            # Of layers without values one tells as much as all, which may take many seconds.
+            for number in range(1, len(all_layers) if is_fake else 0):
+                layers[number] = PassThrough()
+            there = dict(self.model.named_parameters(remove_duplicate=False))
+            places = {place: name for place, name in self.names.items() if place in there and name in self._sites}
             with mode, torch.no_grad(), torch.random.fork_rng(), context:
-                values = {
-                    place: torch.empty(self.initial_shapes[name], device=self.device)
+                made = {
+                    name: torch.empty(self.initial_shapes[name], device=self.device)
                     if is_fake
                     else self.initial[name].to(self.device)
-                    for place, name in places.items()
+                    for name in set(places.values())
                 }
+                values = {place: made[name] for place, name in places.items()}
                 tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
                 output = torch.func.functional_call(self.model, values, kwargs={"input_ids": tokens})
                 logits = output if isinstance(output, torch.Tensor) else output.logits
@@ -251,6 +263,8 @@ class Blueprint:
                     raise ValueError(f"the layers of {type(self.model).__name__} do not hand on one tensor")
                 return Activations(hidden[0].shape[2:], hidden[0].dtype, logits.shape[2:], logits.dtype)
         finally:
+            for number, layer in enumerate(all_layers):
+                layers[number] = layer
             handle.remove()
 
     def bind(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -350,6 +364,15 @@ def _read_plan(model: nn.Module) -> tuple[str, tuple[str, ...], str | None, tupl
     return "", tuple(inner[:at]), layers, (*inner[at + 1 :], *outer)
 
 
+def _blocks(module: nn.Module, layers: str | None) -> list[nn.Module]:
+    """See `Blueprint.blocks`."""
+    if layers is None:
+        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+        return list(max(lists, key=len, default=[]))
+    found: Any = module.get_submodule(layers)
+    return [layer for layer in found if not isinstance(layer, PassThrough)]
+
+
 def _has(model: nn.Module, name: str) -> bool:
     try:
         model.get_submodule(name)
@@ -397,6 +420,30 @@ def _refuse_cut(cannot_cut: str, sites: Mapping[str, list[tuple[str, str]]], sta
         raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {cannot_cut}")
     if shared := [name for name, places in sites.items() if len(places) > 1]:
         raise ValueError(_shared_reason("pipeline", stages, shared))
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Raises ValueError when the parameters of the model, which may be without weights, cannot be sharded: two blocks
+    share a trained one, and each gathers and reduces its own."""
+    *_, layers, _ = _read_plan(model)
+    for places in _across_blocks(model, layers, _trained(model)).values():
+        raise ValueError(
+            "shard: parameters cannot be used with a trained parameter that two layers share, as each layer gathers "
+            f"its own: {', '.join(places)}. Use another shard, which computes with whole parameters"
+        )
+
+
+def _across_blocks(
+    model: nn.Module, layers: str | None, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, list[str]]:
+    """The parameters that two blocks, or a block and what is in none, share, with all the names that each has."""
+    blocks = _blocks(model, layers)
+    block_of = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
+    return {
+        name: [".".join(filter(None, site)) for site in sites]
+        for name, sites in _sites(model, parameters).items()
+        if len({block_of.get(id(model.get_submodule(owner)), -1) for owner, _ in sites}) > 1
+    }
 
 
 def check_tensor(model: nn.Module, degree: int) -> None:

@@ -27,7 +27,7 @@ from strategies.reduction.tree_sum import TreeSum
 
 
 class ShardedModelPart:
-    """The model parts of a rank, of whose parameters it has only its rows. Looks like a `Part` to what computes."""
+    """The model parts of a rank, of whose parameters it has only its rows. Has the interface of `ModelPart`."""
 
     is_sharded = True
 
@@ -36,11 +36,12 @@ class ShardedModelPart:
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
         # Of frozen parameters that tensor parallelism splits, too, every rank has its split whole.
-        sharded = blueprint.frozen.divisible if fabric.layout.tensor == 1 else []
+        sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
         self.modules: list[nn.Module] = [
             blueprint.stage(run, sharded) for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
+        self._untrained: list[list[Any]] = []
         for module in self.modules:
             if fabric.layout.tensor > 1:
                 blueprint.parallelize(module, fabric.axis("tensor"))
@@ -50,8 +51,8 @@ class ShardedModelPart:
                 module.may_call_directly = False
             self.groups.append(self._shard(inner, fabric))
             module.train()
-        blueprint.frozen.keep_on(torch.device("cpu"), sharded)
         blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
+        self.own_frozen = sharded
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
@@ -61,9 +62,10 @@ class ShardedModelPart:
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        names = {id(parameter): name for name, parameter in inner.named_parameters()}
+        names = {id(parameter): self.blueprint.names[name] for name, parameter in inner.named_parameters()}
         slots = {slot.name: slot for slot in self.blueprint.space.slots}
         groups = []
+        untrained = []
         sharded: list[Any] = [*blocks, inner]
         for block in sharded:
             group = block._get_fsdp_state()._fsdp_param_group
@@ -73,6 +75,8 @@ class ShardedModelPart:
             entries = [(slots[name], p) for name, p in params if name in slots]
             self._read_frozen([(name, p) for name, p in params if name not in slots], fabric.data_group)
             groups.append(_Group(entries, fabric.data_group))
+            if not entries:
+                untrained.append(block)
             if fabric.layout.tensor > 1:
                 parts = [slot.name for slot, _ in entries if self.blueprint.is_reduced(slot.name)]
                 groups[-1].add_over(fabric.axis("tensor"), parts)
@@ -82,6 +86,7 @@ class ShardedModelPart:
             # Else FSDP2 hands on nothing of what a pass did not use (an expert without tokens, or what no loss depends
             # on), which would shift what is behind it.
             block.set_reduce_scatter_unused_params(True, recurse=False)
+        self._untrained.append(untrained)
         return groups
 
     def _read_frozen(self, params: Sequence[tuple[str, Any]], data_group: Groups) -> None:
@@ -90,6 +95,11 @@ class ShardedModelPart:
             for name, parameter in params:
                 rows = self.blueprint.frozen.rows(name, data_group.rank, data_group.world_size)
                 parameter.sharded_param._local_tensor.copy_(rows)
+
+    def backward_is_over(self, module: int) -> None:
+        """Drops the gathered copies that FSDP2 would keep: those of blocks that a backward pass does not reach."""
+        for block in self._untrained[module]:
+            block.reshard()
 
     def rows(self) -> Iterator[tuple[Slot, Any, _Group, int]]:
         """(slot, FSDP2's parameter, its group, where its rows are in the group's slice) of all trained parameters."""

@@ -24,6 +24,8 @@ class ModelPart:
 
     is_sharded = False
     """Whether it has only its rows of the parameters (`strategies.model.fsdp`)."""
+    own_frozen: Sequence[str] = ()
+    """The frozen parameters of which it has a copy, so that the model's own are not computed with."""
 
     def __init__(
         self,

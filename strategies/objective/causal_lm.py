@@ -40,5 +40,3 @@ class CausalLm(Objective):
 
 
 CAUSAL_LM = CausalLm()
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (CAUSAL_LM,)}
-"""Those that come with this package, by the name that a job file has for them."""

@@ -36,10 +36,18 @@ from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
 from strategies.state.reshard import Resharded, copy_within, execute
-from strategies.state.shard import WEIGHTS, StateShard, name_of
+from strategies.state.shard import KEPT, WEIGHTS, StateShard, name_of
 
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
+
+
+def _check_names(kept: Sequence[str]) -> None:
+    if len({*kept}) < len(kept) or not all(kind.startswith(KEPT) for kind in kept):
+        raise ValueError(
+            f"the kinds of state of an update rule are {', '.join(kept)}: each must begin with {KEPT!r}, and be there "
+            "once"
+        )
 
 
 @dataclass
@@ -57,12 +65,18 @@ class Arrangement:
     def state_shards(self) -> list[StateShard]:
         return [*([self.own] if self.own is not None else []), *self.mirrors.values()]
 
+    def begin(self) -> None:
+        """It counts from now on. Before, this rank might have gone back to computing with all frozen parameters."""
+        if self.part is not None:
+            self.part.blueprint.frozen.keep_on(torch.device("cpu"), self.part.own_frozen)
+
 
 class TrainingState:
     """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen.
 
     `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. `kept` are the kinds of
-    state of the update rule (`strategies.update.rule.UpdateRule.kinds`). All state is fp32.
+    state of the update rule (`strategies.update.rule.UpdateRule.kinds`). All state is fp32. Raises ValueError for kinds
+    whose names are not an update rule's.
     """
 
     def __init__(
@@ -72,6 +86,7 @@ class TrainingState:
         rebuild: Callable[[], dict[str, torch.Tensor]],
         kept: Sequence[str] = (),
     ) -> None:
+        _check_names(kept)
         self.blueprint = blueprint
         self.space = blueprint.space
         self.spec = spec
@@ -195,6 +210,7 @@ class TrainingState:
         if old.part is not None and old.part is not new.part:
             old.part.close()
         self.arrangement, self._held, self.collected = new, wanted[rank], []
+        new.begin()
         self.is_initial = False
         self.updates = updates
         for state_shard in new.state_shards:

@@ -240,8 +240,8 @@ class Constancy:
 
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:
-    """Whether training never changes it, and a rank has it as the model does: FSDP2 exchanges those that it shards."""
-    return parameter is not None and not parameter.requires_grad and not hasattr(parameter, "to_local")
+    """Whether training never changes it."""
+    return parameter is not None and not parameter.requires_grad
 
 
 def _writes(value: Any) -> int:

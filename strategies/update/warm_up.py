@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from strategies.compat import step
 from strategies.gradient.compute import LocalGradients
+from strategies.layout.space import FlatRanges
+from strategies.state.shard import StateShard
 from strategies.update.engine import StepEngine
 
 
@@ -20,9 +21,8 @@ def warm_up(engine: StepEngine, *, keep: bool) -> None:
     makes an update, too: whatever it imports with its first one, no step should wait for.
     """
     state = engine.state
-    parameter = torch.nn.Parameter(torch.zeros(1, device=state.device))
-    parameter.grad = torch.zeros_like(parameter)
-    step(state.spec.build([parameter], []))
+    one = FlatRanges.of([(0, 1)], state.space.boundary)
+    StateShard(0, one, state.spec, state.device).apply(engine.spec.base_lr)
     if state.space.tensor > 1:
         return
     part = state.whole_part()

@@ -46,6 +46,8 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
         return with_spares(dropout)
     if name == "frozen":
         return with_frozen(dropout)
+    if name == "shared":
+        return with_shared(dropout)
     if name == "drifting":
         return drifting()
     return family(name, attention_dropout=dropout)
@@ -72,6 +74,17 @@ def with_frozen(dropout: float) -> torch.nn.Module:
         part.requires_grad_(False)
     for name, value in (("number", torch.tensor(0.5)), ("integers", torch.arange(6))):
         model.model.layers[1].register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    return model  # type: ignore[no-any-return]
+
+
+def with_shared(dropout: float) -> torch.nn.Module:
+    """A llama of which embedding, head and first layer are frozen; the head is the embedding, and the second layer has
+    a matrix of the first."""
+    model: Any = family("llama", attention_dropout=dropout)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    for part in (model.model.embed_tokens, model.model.layers[0]):
+        part.requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
 

@@ -13,13 +13,13 @@ from tests.ranks.local_ranks import run_ranks
 from tests.ranks.test_layouts import Numbers, assert_all_give, expected
 from tests.selection import nightly
 
-SPLIT = [layout_of(tensor=2), layout_of(1, 2, 2), layout_of(2, 1, 2, "parameters")]
+SPLIT = [layout_of(1, 2, 2), layout_of(2, 1, 2, "parameters")]
 
 
 @functools.cache
-def alone(tensor: int = 1) -> Numbers:
+def alone(tensor: int = 1, model: str = "llama") -> Numbers:
     """What the smallest group of ranks computes."""
-    objective = functools.partial(train, objective=REMAINDER)
+    objective = functools.partial(train, objective=REMAINDER, model=model)
     seen: Trained = run_ranks(tensor, objective, [Stretch(layout_of(tensor=tensor), 2)])[0]
     return seen.losses, seen.norms, seen.digest
 
@@ -37,6 +37,6 @@ def test_an_objective_of_another_package_is_one_ranks_in_every_layout(layouts: l
     assert_all_give(alone(), layouts, objective=REMAINDER)
 
 
-@pytest.mark.nightly
-def test_an_objective_of_another_package_in_tensor_parallel_groups() -> None:
-    assert_all_give(alone(tensor=2), SPLIT, objective=REMAINDER)
+@pytest.mark.parametrize("model", ["own", *nightly(["llama"])])
+def test_an_objective_of_another_package_in_tensor_parallel_groups(model: str) -> None:
+    assert_all_give(alone(2, model), SPLIT, objective=REMAINDER, model=model)

@@ -25,7 +25,7 @@ LAYOUTS = {
     "d2p2": (4, ["strategy.pipeline=2"]),
     "d2p2 zero-bubble": (4, ["strategy.pipeline=2", "strategy.schedule=zero-bubble"]),
 }
-SIZES = ["model.hf.num_hidden_layers=6", "elastic.virtual_workers=12", "train.global_batch=12"]
+SIZES = ["model.args.layers=6", "elastic.virtual_workers=12", "train.global_batch=12"]
 
 
 def pace(slot: int, factor: float, first: int, last: int, worker: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.data import audit
 from orchestrator.job import Job
-from tests.ranks.local_cluster import LocalCluster, Outcome, tiny_job
+from tests.ranks.local_cluster import LLAMA, LocalCluster, Outcome, tiny_job
 from tests.selection import nightly
 
 STEPS = 6
@@ -30,26 +30,26 @@ KINDS: dict[str, tuple[str, ...]] = {
 def job_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny job on documents of many lengths, with two micro-batches of two samples for each virtual worker."""
     directory = tmp_path_factory.mktemp("job")
-    text = tiny_job(directory)
+    text = tiny_job(directory, LLAMA)
     for name, seed, letter in (("one", 1, "a"), ("two", 2, "A")):
         rng = random.Random(seed)
         words = ["".join(chr(ord(letter) + rng.randrange(26)) for _ in range(rng.randint(1, 60))) for _ in range(400)]
         lines = (json.dumps({"text": " ".join(words[n : n + rng.randint(0, 2)])}) for n in range(400))
         (directory / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
     text = text.replace("data.txt", "one.jsonl").replace("global_batch: 8", "global_batch: 32\n  micro_batch: 2")
-    return text.replace("steps: 8", f"steps: {STEPS}").replace("num_hidden_layers: 2", "num_hidden_layers: 4")
+    return text.replace("steps: 8", f"steps: {STEPS}")
 
 
 Train = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Outcome]:
+def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], Outcome]:
     """What the fewest workers make of it when nothing happens."""
 
     @functools.cache
-    def outcome(kind: str, tensor: int) -> Outcome:
-        overrides = [*overrides_of(job_text, kind), *split(tensor), *workers(tensor, tensor)]
+    def outcome(kind: str, tensor: int, layers: int) -> Outcome:
+        overrides = [*overrides_of(job_text, kind), *split(tensor, layers), *workers(tensor, tensor)]
         found = LocalCluster(job_text, tmp_path_factory.mktemp("alone") / "run", overrides=overrides).run(120.0)
         assert found.status == "finished", found.reason
         assert len(set(found.losses)) == STEPS
@@ -65,10 +65,10 @@ def overrides_of(job_text: str, kind: str) -> list[str]:
     return [override.replace("MIX", mix) for override in KINDS[kind]]
 
 
-def split(tensor: int) -> list[str]:
+def split(tensor: int, layers: int) -> list[str]:
     """Less to do where every layer of every micro-batch costs some collectives."""
-    smaller = ["model.hf.num_hidden_layers=2", "train.global_batch=16"] if tensor > 1 else []
-    return [f"strategy.tensor={tensor}", *smaller]
+    smaller = ["train.global_batch=16"] if tensor > 1 else []
+    return [f"strategy.tensor={tensor}", f"model.hf.num_hidden_layers={layers}", *smaller]
 
 
 def workers(low: int, high: int) -> list[str]:
@@ -76,18 +76,20 @@ def workers(low: int, high: int) -> list[str]:
 
 
 @pytest.fixture
-def train(job_text: str, tmp_path: Path, undisturbed: Callable[[str, int], Outcome]) -> Train:
+def train(job_text: str, tmp_path: Path, undisturbed: Callable[[str, int, int], Outcome]) -> Train:
     """Runs a kind on a cluster, whole at every step unless a worker is lost, and compares."""
 
-    def start(kind: str, number: int, *, tensor: int = 1, overrides: tuple[str, ...] = (), **more: Any) -> Outcome:
-        settings = [*overrides_of(job_text, kind), *split(tensor), *workers(tensor, number), *overrides]
+    def start(
+        kind: str, number: int, *, tensor: int = 1, layers: int = 2, overrides: tuple[str, ...] = (), **more: Any
+    ) -> Outcome:
+        settings = [*overrides_of(job_text, kind), *split(tensor, layers), *workers(tensor, number), *overrides]
 
         def is_whole(cluster: LocalCluster, step: int) -> bool:
             return cluster.committed == step and cluster.is_whole(number)
 
         holds = {step: functools.partial(is_whole, step=step) for step in range(STEPS)}
         cluster = LocalCluster(job_text, tmp_path / "run", overrides=settings, holds=holds, **more)
-        outcome, expected = cluster.run(timeout_s=120.0), undisturbed(kind, tensor)
+        outcome, expected = cluster.run(timeout_s=120.0), undisturbed(kind, tensor, layers)
         assert outcome.status == "finished", outcome.reason
         assert number in outcome.sizes
         assert (outcome.losses, outcome.grad_norms) == (expected.losses, expected.grad_norms)
@@ -132,7 +134,7 @@ def test_a_sharded_layout_that_loses_a_worker_gives_what_one_worker_gives(train:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble", *nightly(["gpipe", "interleaved-1f1b"])])
 def test_pipelines_give_what_one_worker_gives(train: Train, schedule: str) -> None:
-    train("pack", 2, overrides=("strategy.pipeline=2", f"strategy.schedule={schedule}"))
+    train("pack", 2, layers=4, overrides=("strategy.pipeline=2", f"strategy.schedule={schedule}"))
 
 
 def test_a_pipeline_of_sharded_replicas_gives_what_one_worker_gives(train: Train) -> None:

@@ -23,9 +23,10 @@ from tests.selection import nightly
 
 
 @functools.cache
-def alone(steps: int = 2) -> Numbers:
-    """What one rank computes."""
-    seen: Trained = run_ranks(1, functools.partial(train, rule=DELAYED), [Stretch(layout_of(), steps)])[0]
+def alone(steps: int = 2, tensor: int = 1, model: str = "llama") -> Numbers:
+    """What the smallest group of ranks computes."""
+    program = functools.partial(train, rule=DELAYED, model=model)
+    seen: Trained = run_ranks(tensor, program, [Stretch(layout_of(tensor=tensor), steps)])[0]
     return as_numbers(seen)  # type: ignore[return-value]
 
 
@@ -34,6 +35,11 @@ def test_every_layout_gives_one_ranks_bits() -> None:
     assert alone()[2] != expected()[2], "and applies another gradient"
     layouts = [layout_of(3), layout_of(2, shard="parameters"), layout_of(2, 2, shard="optimizer")]
     assert_all_give(alone(), layouts, rule=DELAYED)
+
+
+def test_tensor_parallel_groups_give_the_bits_of_one() -> None:
+    layouts = [layout_of(2, 1, 2, "optimizer"), layout_of(1, 2, 2)]
+    assert_all_give(alone(tensor=2, model="own"), layouts, rule=DELAYED, model="own")
 
 
 def test_its_state_follows_the_layouts_and_outlives_the_loss_of_a_holder() -> None:

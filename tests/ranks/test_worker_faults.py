@@ -400,7 +400,10 @@ def test_when_all_die_the_newest_checkpoint_is_replayed_to_the_same_bits(run: Ru
     outcome = run(
         overrides=["checkpoint.every_steps=2"],
         faults=KILL_ALL,
-        holds={5: lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints},
+        holds={
+            4: lambda cluster: 2 in cluster.controller.checkpoints,
+            5: lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints,
+        },
     )
     show_stalls("all killed", outcome)
     assert_same_training(outcome, undisturbed)
@@ -423,7 +426,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(run: Run, undistur
     outcome = run(
         overrides=["checkpoint.every_steps=2"],
         faults=KILL_ALL,
-        holds={5: lambda cluster: bool(damaged)},
+        holds={4: lambda cluster: 2 in cluster.controller.checkpoints, 5: lambda cluster: bool(damaged)},
         script=[(lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints, damage)],
     )
     assert_same_training(outcome, undisturbed)

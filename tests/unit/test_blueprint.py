@@ -150,6 +150,33 @@ def test_a_plan_must_name_one_list_of_layers() -> None:
         Blueprint(Two(), device=CPU).check_pipeline(2)
 
 
+def test_a_trained_parameter_of_two_layers_cannot_be_sharded_and_any_other_can() -> None:
+    def shared(frozen: bool) -> Own:
+        model: Any = own()
+        model.blocks[1].down.weight = model.blocks[0].down.weight
+        model.blocks[0].down.weight.requires_grad_(not frozen)
+        return model  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"two layers share.*own: blocks\.0\.down\.weight, blocks\.1\.down\.weight\."):
+        Blueprint(shared(frozen=False), device=CPU).check_sharded()
+    kept_whole = Blueprint(shared(frozen=True), device=CPU)
+    kept_whole.check_sharded()
+    assert kept_whole.frozen.divisible == ["blocks.0.down.weight"]
+    assert kept_whole.divisible_frozen == [], "each layer would gather its own"
+    Blueprint(family("llama", tie_word_embeddings=True), device=CPU).check_sharded()
+
+
+def test_the_activations_are_found_with_one_layer_and_leave_all_where_they_were() -> None:
+    blueprint = Blueprint(own(), device=CPU)
+    layers = list(blueprint.model.get_submodule("blocks"))
+    calls: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *unused, number=number: calls.append(number))
+    blueprint.activations(torch.autocast("cpu", enabled=False))
+    assert calls == [0]
+    assert all(now is before for now, before in zip(blueprint.model.get_submodule("blocks"), layers, strict=True))
+
+
 def test_tied_embeddings_cannot_be_cut_nor_split() -> None:
     Blueprint(own(), device=CPU).check_pipeline(2)
     expected = (

@@ -66,6 +66,23 @@ def test_a_step_without_what_surrounds_it_is_the_step(kind: str) -> None:
     assert torch.equal(*found)
 
 
+def test_a_step_with_hooks_calls_them() -> None:
+    import torch
+
+    optimizer = of_torch.build_optimizer(lambda: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    calls: list[Any] = []
+    optimizer.register_step_pre_hook(lambda *arguments: calls.append("before"))
+    of_torch.step(optimizer)
+    optimizer = of_torch.build_optimizer(lambda: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    everywhere: Any = importlib.import_module("torch.optim.optimizer")
+    hook = everywhere.register_optimizer_step_post_hook(lambda *arguments: calls.append("after"))
+    try:
+        of_torch.step(optimizer)
+    finally:
+        hook.remove()
+    assert calls == ["before", "after"]
+
+
 def test_an_optimizer_of_somebody_elses_makes_its_own_step() -> None:
     import torch
 

@@ -167,6 +167,8 @@ def test_a_sink_that_is_not_there_is_told_where_the_run_is_started_and_nowhere_e
     job = Job.loads(JOB.replace("NAME", "adamw"), overrides=["monitoring.sinks={rows: {}}"])
     with pytest.raises(SinkProblem, match=r"sinks\.rows: there is none of the sinks named 'rows'; known are lines"):
         check_sinks(job.monitoring.model_dump(), sink_named)
+    with pytest.raises(SinkProblem, match=r"sinks\.wandb: .* use monitoring\.wandb, or another name in the package"):
+        check_sinks({"sinks": {"wandb": {}}}, sink_named)
 
 
 @pytest.mark.parametrize("settings", [{"lines": {}}, {"rows": {}}])

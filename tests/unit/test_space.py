@@ -1,4 +1,4 @@
-"""Where values live: slots of a space, flats of it in buffers, and updates that do not depend on either."""
+"""Where values live: slots of a space, flat ranges of it in buffers, and updates that do not depend on either."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_padding_stays_zero(spec: OptimizerSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
-def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> None:
+def test_updates_go_on_where_another_shard_stopped(spec: OptimizerSpec) -> None:
     """Bias correction counts updates, so a state shard must be told how many its state has seen."""
     space = random_space(random.Random(2))
     flat = FlatRanges.of([(0, space.size)], space.boundary)
@@ -290,7 +290,7 @@ def test_updates_go_on_where_another_holding_stopped(spec: OptimizerSpec) -> Non
         assert bits(buffer) == bits(second.kinds()[kind]) == bits(third.kinds()[kind])
 
 
-def test_a_holding_says_what_it_has() -> None:
+def test_a_shard_says_what_it_has() -> None:
     flat = FlatRanges.of([(0, 20), (32, 48)], 32)
     state_shard = StateShard(1, flat, OptimizerSpec(), CPU)
     assert state_shard.spans == union([Span(1, 0, 20), Span(1, 32, 48)])
@@ -299,7 +299,7 @@ def test_a_holding_says_what_it_has() -> None:
     assert list(state_shard.locate(Span(0, 0, 48))) == [], "another coordinate's"
 
 
-def test_a_holding_of_nothing_can_be_updated() -> None:
+def test_a_shard_of_nothing_can_be_updated() -> None:
     nothing = StateShard(0, FlatRanges.of([], 0), OptimizerSpec(), CPU)
     nothing.apply(1e-2)
     assert nothing.spans == NOTHING

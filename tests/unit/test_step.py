@@ -17,7 +17,9 @@ from strategies.gradient.compute import Fetch, LocalGradients
 from strategies.gradient.spec import StepSpec
 from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
+from strategies.optim.optimizer import Optimizer
 from strategies.optim.schedule import ScheduleSpec
+from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.reduction.tree import Subtree, cover
 from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
@@ -26,6 +28,7 @@ from strategies.update.phases import PHASES
 from strategies.update.vote import Agreement
 from strategies.update.warm_up import warm_up
 from tests.batches import plain_batch
+from tests.plugin_package.example_plugin.lion import LION
 from tests.unit.tiny_model import (
     VOCABULARY,
     TinyModel,
@@ -254,6 +257,18 @@ def test_warming_up_changes_no_bit(keep: bool) -> None:
     assert (ours.local is kept) == keep, "what the warm-up has allocated is what the first step computes with"
     for step in range(2):
         assert numbers(ours.run(step)[0]) == numbers(usual.run(step)[0])
+    assert state_digest(ours.state) == state_digest(usual.state)
+
+
+@pytest.mark.parametrize("kind", [*OPTIMIZERS.values(), LION], ids=lambda kind: kind.name)
+def test_every_optimizer_makes_an_update_before_there_is_a_layout(kind: Optimizer) -> None:
+    """As it makes those of a step: also one that takes for granted that what it keeps is there."""
+    spec = OptimizerSpec(kind=kind, lr=1e-2)
+    ours, usual = engine_of(make(0.1, spec)), engine_of(make(0.1, spec))
+    warm_up(ours, keep=True)
+    for each in (ours, usual):
+        begin(each)
+    assert [numbers(ours.run(step)[0]) for step in range(2)] == [numbers(usual.run(step)[0]) for step in range(2)]
     assert state_digest(ours.state) == state_digest(usual.state)
 
 

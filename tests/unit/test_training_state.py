@@ -57,6 +57,12 @@ def saved(state: TrainingState) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.named()}
 
 
+@pytest.mark.parametrize("kept", [("weights",), ("exp_avg",), ("update.a", "update.a")])
+def test_the_state_of_an_update_rule_has_names_of_its_own(kept: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must begin with 'update\.', and be there once"):
+        TrainingState(Blueprint(tiny(), device=CPU), OptimizerSpec(), dict, kept)
+
+
 # ---------------------------------------------------------------------------------------- parameters and updates
 
 

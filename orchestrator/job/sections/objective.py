@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from orchestrator.job.fields import NUMBERS, Section, named
-from strategies.objective.causal_lm import OBJECTIVES
+from strategies.objective.known import OBJECTIVES
 
 
 class Objective(Section):
