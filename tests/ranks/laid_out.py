@@ -42,6 +42,8 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
     """A model of tests.small_models; dropout in its attention, or where it has any."""
     if name == "own":
         return own(dropout)
+    if name == "llama of two layers":
+        return family("llama", attention_dropout=dropout, num_hidden_layers=2)
     if name == "spare":
         return with_spares(dropout)
     if name == "frozen":

@@ -63,7 +63,7 @@ Legs = tuple[Stretch, Stretch, Stretch]
 
 def survive(rank: int, address: Endpoint, legs: Legs, loss: Loss, tensor: int) -> Survivor:
     """A step in the first layout, an attempt in the second, and the rest without the victim in the third."""
-    engine = make_engine(0.0 if tensor > 1 else 0.1, tensor, model=model_for(tensor))
+    engine = make_engine(0.0 if tensor > 1 else 0.1, tensor, model="own")
     first, second, third = legs
     held_by = dict.fromkeys(range(len(members_of(first))), whole(engine.state.space.size, tensor))
     journey = Journey(engine, address)
@@ -192,12 +192,7 @@ def without(victim: int, members: tuple[int, ...], layout: ParallelLayout) -> St
 def one_rank(tensor: int) -> Trained:
     stretch = Stretch(layout_of(tensor=tensor), STEPS)
     dropout = 0.0 if tensor > 1 else 0.1
-    return run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, model_for(tensor))[0]  # type: ignore[no-any-return]
-
-
-def model_for(tensor: int) -> str:
-    """A small one for tensor-parallel groups, each of whose collectives takes long."""
-    return "own" if tensor > 1 else "llama"
+    return run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, "own")[0]  # type: ignore[no-any-return]
 
 
 def assert_survived(legs: Legs, loss: Loss, tensor: int = 1) -> None:
