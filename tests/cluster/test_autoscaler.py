@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from monitoring.records import read_records
-from tests.cluster.conftest import JOB, LLAMA, wait_for
+from tests.cluster.conftest import JOB, wait_for
 from tests.cluster.fake_cloud import FakeCloud, node_type
 
 LEISURELY = (
@@ -345,11 +345,12 @@ def test_the_node_of_the_controller_drains(
 def test_ray_job_submit_end_to_end(cloud: FakeCloud, start: Callable[[str], Run], cache: Path) -> None:
     """With the command line of Ray, over the dashboard, with its token; a worker is killed on the way."""
     run = start("submitted")
-    sets = [part for value in (LLAMA, f"data.cache={cache}", "train.steps=30", "elastic.workers={min: 2, max: 2}")
+    sets = [part for value in (f"data.cache={cache}", "train.steps=30", "elastic.workers={min: 2, max: 2}")
             for part in ("--set", value)]  # fmt: skip
     folder = run.path.parent / "folder"
     folder.mkdir()
-    (folder / "job.yaml").write_text(JOB)
+    (folder / "job.yaml").write_text(JOB.replace("examples.tiny_gpt:build", "mymodel:build"))
+    (folder / "mymodel.py").write_text((Path(__file__).parents[2] / "examples" / "tiny_gpt.py").read_text())
     done = cloud.run(
         "ray", "job", "submit", "--address", cloud.dashboard, "--working-dir", str(folder), "--",
         "orchestrator", "run", "job.yaml", "--run-dir", str(run.path), *sets, "--fault", "step=10,worker=1,kind=kill",
