@@ -252,7 +252,7 @@ def show_relayouts(figures: dict[str, Any]) -> None:
 def planner(job_path: str, workers: int = 4096, times: int = 5) -> dict[str, Any]:
     """Seconds to rank all layouts for a number of workers, each time by a planner that knows nothing yet."""
     from orchestrator.models.costs import describe_model
-    from orchestrator.planning.assume import MachineOptions, machine_for
+    from orchestrator.planning.assume import HardwareOptions, hardware_for
     from orchestrator.planning.search import Limits, Planner
     from orchestrator.planning.work import work_of
 
@@ -261,7 +261,7 @@ def planner(job_path: str, workers: int = 4096, times: int = 5) -> dict[str, Any
         overrides=[f"elastic.workers.max={workers}", f"elastic.virtual_workers={workers}",
                    f"train.global_batch={4 * workers}"],
     )  # fmt: skip
-    machine, _ = machine_for(job, MachineOptions(gpu_memory="80GiB"))
+    hardware, _ = hardware_for(job, HardwareOptions(gpu_memory="80GiB"))
     started = time.perf_counter()
     model = describe_model(job)
     described = time.perf_counter() - started
@@ -271,7 +271,7 @@ def planner(job_path: str, workers: int = 4096, times: int = 5) -> dict[str, Any
         found = []
         for _ in range(times):
             started = time.perf_counter()
-            plans = Planner(work, machine, Limits(tensor=tensor)).best(workers)
+            plans = Planner(work, hardware, Limits(tensor=tensor)).best(workers)
             found.append(time.perf_counter() - started)
             assert plans, "nothing fits"
         seconds["tensor " + ",".join(map(str, tensor))] = found

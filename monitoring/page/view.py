@@ -13,7 +13,7 @@ from monitoring.events import CheckpointComplete, CheckpointFailed, CheckpointIn
 from monitoring.page.run_status import RunStatus
 from monitoring.page.timeline import Timeline
 from monitoring.page.workers import Workers
-from monitoring.report.steps import Point, Series
+from monitoring.report.steps import Point, StepSeries
 
 MAX_GENERATIONS = 500
 """This many generations back the number of workers is shown."""
@@ -28,7 +28,7 @@ class View:
     """
 
     def __init__(self, name: str) -> None:
-        self.series = Series()
+        self.series = StepSeries()
         self.status = RunStatus(name)
         self.workers = Workers()
         self.timeline = Timeline()

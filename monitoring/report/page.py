@@ -42,7 +42,7 @@ from monitoring.report.html import (
     words,
 )
 from monitoring.report.speeds import Speeds, rank_speeds
-from monitoring.report.steps import Point, Series
+from monitoring.report.steps import Point, StepSeries
 from monitoring.shapes import SMALL_FILES
 from monitoring.terminal.clean import clean_lines
 
@@ -80,7 +80,7 @@ class _Report:
         self.result = self._read_json("result.json")
         self.job = self._read_json("job.resolved.json")
         self.environment = self._read_json("environment.json")
-        self.series = Series()
+        self.series = StepSeries()
         self.tokens = 0
         self.last: Mapping[str, Any] = {}
         accounts: list[dict[str, Any]] = []

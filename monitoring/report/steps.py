@@ -37,7 +37,7 @@ def extremes(points: Sequence[Point]) -> list[Point]:
     return sorted(chosen, key=lambda p: p.step)
 
 
-class Series:
+class StepSeries:
     """At most `max_points` points of a run, growing at the end, cut by roll-backs."""
 
     def __init__(self, max_points: int = MAX_POINTS) -> None:

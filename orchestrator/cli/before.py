@@ -46,14 +46,14 @@ def plan(
     """Predict which layouts suit a job and a number of workers, and why others do not; starts nothing."""
     from orchestrator.cli.validate import pointing_into
     from orchestrator.planning import command
-    from orchestrator.planning.assume import MachineOptions
+    from orchestrator.planning.assume import HardwareOptions
 
-    machine = MachineOptions(
+    hardware = HardwareOptions(
         gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node
     )
     limits = command.LimitOptions(tensor, pipeline, shard, schedule)
     with pointing_into(job, set_ or []):
-        command.plan(job, workers, machine, limits, set_ or [], as_json_=json_, everything=all_)
+        command.plan(job, workers, hardware, limits, set_ or [], as_json_=json_, everything=all_)
 
 
 def doctor(

@@ -10,7 +10,7 @@ from monitoring.outside import json_text, plain
 from orchestrator.job import Job
 from orchestrator.job.load import located
 from orchestrator.models.content import with_content
-from orchestrator.models.errors import ModelError
+from orchestrator.models.problems import ModelError
 from orchestrator.models.validation import check_model
 
 

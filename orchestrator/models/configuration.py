@@ -19,7 +19,7 @@ from typing import Any
 
 from orchestrator.job.explain import close, did_you_mean
 from orchestrator.job.rules import Finding
-from orchestrator.models.errors import ModelError, reason_of, refused
+from orchestrator.models.problems import ModelError, reason_of, refused
 
 _PRECISION = (
     "says nothing here: weights are kept in fp32 whatever a model was saved in, and train.precision (fp32, bf16) is "

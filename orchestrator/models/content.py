@@ -21,7 +21,7 @@ import xxhash
 from monitoring.outside import json_text
 from orchestrator.job import Job
 from orchestrator.models.directory import find_directory
-from orchestrator.models.errors import reason_of, refused
+from orchestrator.models.problems import reason_of, refused
 
 _BLOCK = 1 << 22
 _PROBE = 1 << 14

@@ -278,7 +278,7 @@ def _head_weight(module: nn.Module, tokens: nn.Embedding) -> Any:
 def _on_meta(job: Job, build: Callable[[], nn.Module]) -> nn.Module:
     import torch
 
-    from orchestrator.models.errors import ModelError
+    from orchestrator.models.problems import ModelError
 
     try:
         with torch.device("meta"):

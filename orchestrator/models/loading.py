@@ -17,7 +17,7 @@ from orchestrator.job.parts import objective_of
 from orchestrator.models.configuration import check_model_type, config_from, refuse_router_loss
 from orchestrator.models.content import with_content
 from orchestrator.models.directory import find_directory, read_config
-from orchestrator.models.errors import ModelError, reason_of, refused
+from orchestrator.models.problems import ModelError, reason_of, refused
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,8 +10,8 @@ from orchestrator.job.lengths import limit_of
 from orchestrator.job.rules import Finding
 from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config
-from orchestrator.models.errors import ModelError
 from orchestrator.models.loading import check_vocabulary, config_in, empty_model, from_factory
+from orchestrator.models.problems import ModelError
 from strategies.layout.schedule import chunks_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from orchestrator.models.errors import reason_of, refused
+from orchestrator.models.problems import reason_of, refused
 
 
 class TensorInfo(NamedTuple):

@@ -1,4 +1,4 @@
-"""The machine a job is planned for: what the user said of it, and what is assumed where nothing was said."""
+"""The hardware a job is planned for: what the user said of it, and what is assumed where nothing was said."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import PlanError
-from orchestrator.planning.hardware import Link, Machine
+from orchestrator.planning.hardware import Hardware, Link
 from orchestrator.planning.units import parse_bytes, parse_rate, parse_seconds, show_bytes
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _GPU_EFFICIENCY = {"bf16": 0.4, "fp32": 0.7}
 # A core of a cloud machine: what the quickstart's tokens per second on two cores (README) come to, in its own FLOPs.
 _CORE_TFLOPS = 0.05
 
-CPU_CORE = Machine(
+CPU_CORE = Hardware(
     peak_flops=_CORE_TFLOPS * 1e12,
     efficiency=1.0,
     inside=Link(bytes_per_s=2e9, latency_s=50e-6),
@@ -29,7 +29,7 @@ CPU_CORE = Machine(
 
 
 @dataclass(frozen=True)
-class MachineOptions:
+class HardwareOptions:
     """The options of `orchestrator plan`, as text where they have units; None: not given."""
 
     gpu_memory: str | None = None
@@ -42,8 +42,8 @@ class MachineOptions:
     ranks_per_node: int | None = None
 
 
-def machine_for(job: Job, options: MachineOptions) -> tuple[Machine, tuple[str, ...]]:
-    """The machine, and a line for each thing that is assumed. Raises PlanError for values that make no sense."""
+def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[str, ...]]:
+    """The hardware, and a line for each thing that is assumed. Raises PlanError for values that make no sense."""
     gpu = job.resources.gpu > 0
     if options.gpu_tflops is not None and not 0 < options.gpu_tflops < float("inf"):
         raise PlanError(f"--gpu-tflops must be more than 0, got {options.gpu_tflops:g}")
@@ -59,7 +59,7 @@ def machine_for(job: Job, options: MachineOptions) -> tuple[Machine, tuple[str, 
         return value or otherwise
 
     tflops, efficiency = _arithmetic(job, options, gpu, assumed)
-    machine = Machine(
+    hardware = Hardware(
         peak_flops=tflops * 1e12,
         efficiency=efficiency,
         inside=Link(
@@ -78,16 +78,16 @@ def machine_for(job: Job, options: MachineOptions) -> tuple[Machine, tuple[str, 
         ranks_per_node=int(given(_text(options.ranks_per_node), "8", "ranks on a node:")),
         memory_bytes=None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory"),
     )
-    if machine.usable_bytes is None:
+    if hardware.usable_bytes is None:
         lines = ["memory per rank unknown, so no layout is refused for it; --gpu-memory says it"]
     else:
-        lines = [f"{show_bytes(machine.usable_bytes)} of {options.gpu_memory} are planned with, the rest is held back"]
+        lines = [f"{show_bytes(hardware.usable_bytes)} of {options.gpu_memory} are planned with, the rest is held back"]
     if assumed:
         lines.append("assumed: " + ", ".join(assumed))
-    return machine, tuple(lines)
+    return hardware, tuple(lines)
 
 
-def _arithmetic(job: Job, options: MachineOptions, gpu: bool, assumed: list[str]) -> tuple[float, float]:
+def _arithmetic(job: Job, options: HardwareOptions, gpu: bool, assumed: list[str]) -> tuple[float, float]:
     """Peak TFLOP/s of a rank and the fraction reached."""
     if not gpu and options.gpu_tflops is None:
         tflops = _CORE_TFLOPS * job.resources.cpu

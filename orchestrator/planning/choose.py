@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import PlanError
 from orchestrator.models.costs import ModelCosts
-from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
-from orchestrator.planning.hardware import Machine
+from orchestrator.planning.assume import CPU_CORE, HardwareOptions, hardware_for
+from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import predict_memory
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.stages import stages_of
@@ -62,7 +62,7 @@ class LayoutChooser:
     state: StateBytes = ADAMW
     state_copies: int = 2
     canonical: bool = True
-    machine: Machine = CPU_CORE
+    hardware: Hardware = CPU_CORE
     """What ranks and links are assumed to do; only what it says relative to itself matters."""
 
     @classmethod
@@ -80,7 +80,7 @@ class LayoutChooser:
             state=state_bytes(job),
             state_copies=job.elastic.state_copies,
             canonical=strategy.reduction == "canonical",
-            machine=machine_for(job, MachineOptions())[0],
+            hardware=hardware_for(job, HardwareOptions())[0],
         )
 
     @property
@@ -114,7 +114,7 @@ class LayoutChooser:
     def fits(self, layout: ParallelLayout, costs: ModelCosts, memory_bytes: int) -> bool:
         """Whether a pipeline that is cut otherwise than the planner would fits in memory; True where none is known."""
         planner = self._planner(costs, memory_bytes)
-        usable = planner.machine.usable_bytes
+        usable = planner.hardware.usable_bytes
         if usable is None:
             return True
         degrees = _degrees_of(layout)
@@ -123,21 +123,21 @@ class LayoutChooser:
         return predict_memory(planner.work, stages, degrees).total <= usable
 
     def _planner(self, costs: ModelCosts, memory_bytes: int) -> Planner:
-        per_node = max(self.machine.ranks_per_node, self.tensor)
+        per_node = max(self.hardware.ranks_per_node, self.tensor)
         if costs.heads is None:
             # A module of the user's own that says how it is split need not have heads to count.
             costs = replace(costs, heads=self.tensor, key_value_heads=self.tensor)
         work = Work(
             costs, self.virtual_workers, self.micro_batches, self.tokens, self.state, self.state_copies, self.canonical
         )
-        machine = replace(self.machine, memory_bytes=memory_bytes or None, ranks_per_node=per_node)
+        hardware = replace(self.hardware, memory_bytes=memory_bytes or None, ranks_per_node=per_node)
         limits = Limits(
             tensor=(self.tensor,),
             shards=(self.shard,),
             schedules=(self.schedule,),
             chunks=(1, chunks_of(self.schedule)),
         )
-        return _planner(work, machine, limits)
+        return _planner(work, hardware, limits)
 
     def _check_model(self, planner: Planner) -> None:
         refused = planner.refuses_tensor(self.tensor)
@@ -156,7 +156,7 @@ class LayoutChooser:
         if over or not 1 <= data <= self.virtual_workers or schedule.parts > planner.work.model.layers:
             return None
         plan = planner.predict(Degrees(data, self.tensor, schedule, self.shard), workers)
-        usable = planner.machine.usable_bytes
+        usable = planner.hardware.usable_bytes
         return plan if usable is None or plan.memory.total <= usable else None
 
     def _best(self, planner: Planner, workers: int, current: ParallelLayout | None) -> Plan | None:
@@ -175,7 +175,7 @@ class LayoutChooser:
             padded.least_memory(self.tensor, schedule, self.shard, ranks) for schedule in padded.schedules_within(ranks)
         ]
         memory, degrees = min((each for each in found if each), key=lambda each: each[0].total)
-        usable = planner.machine.usable_bytes
+        usable = planner.hardware.usable_bytes
         assert usable is not None, "without a limit one stage always fits"
         enough = self._fewest_that_fit(planner, workers)
         hint = (
@@ -221,13 +221,13 @@ def blocks_of(layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 
 @lru_cache(maxsize=16)
-def _planner(work: Work, machine: Machine, limits: Limits) -> Planner:
+def _planner(work: Work, hardware: Hardware, limits: Limits) -> Planner:
     # A planner keeps how it has cut the model, which is most of its work.
-    return Planner(work, machine, limits)
+    return Planner(work, hardware, limits)
 
 
 def _with_padding(planner: Planner) -> Planner:
-    return _planner(planner.work, planner.machine, replace(planner.limits, padded=True))
+    return _planner(planner.work, planner.hardware, replace(planner.limits, padded=True))
 
 
 def _degrees_of(layout: ParallelLayout) -> Degrees:

@@ -11,7 +11,7 @@ from orchestrator.errors import PlanError
 from orchestrator.job import Job
 from orchestrator.models.costs import describe_model
 from orchestrator.models.validation import check_sizes
-from orchestrator.planning.assume import MachineOptions, machine_for
+from orchestrator.planning.assume import HardwareOptions, hardware_for
 from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.search import Limits, Planner
 from orchestrator.planning.tables import Answer, as_json, print_answers
@@ -35,14 +35,14 @@ class LimitOptions:
 
 
 def plan(
-    path: Path, workers: str | None, machine: MachineOptions, limits: LimitOptions, overrides: Sequence[str] = (),
+    path: Path, workers: str | None, hardware: HardwareOptions, limits: LimitOptions, overrides: Sequence[str] = (),
     as_json_: bool = False, everything: bool = False,
 ) -> None:  # fmt: skip
     """Prints the layouts. Raises JobError, ModelError, and PlanError for an option or if nothing fits."""
     counts = None if workers is None else parse_counts(workers, "--workers")
     job = Job.load(path, overrides)
     counts = counts or (job.elastic.workers.max,)
-    chosen, assumptions = machine_for(job, machine)
+    chosen, assumptions = hardware_for(job, hardware)
     allowed = limits_of(job, limits)
     check_sizes(job)
     work = work_of(job, describe_model(job))

@@ -14,7 +14,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """One rank, and its links. All ranks are taken to be alike.
 
     `memory_bytes` None means unknown: then memory is predicted and never a reason to refuse. `held_back` is the

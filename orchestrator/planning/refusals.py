@@ -82,7 +82,7 @@ def _first_of(of_stages: dict[int, str]) -> str:
 
 
 def _of_memory(planner: Planner, ranks: int, tensor: int) -> list[Refusal]:
-    usable = planner.machine.usable_bytes
+    usable = planner.hardware.usable_bytes
     if usable is None:
         return []
     found = []

@@ -6,7 +6,7 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from orchestrator.planning.hardware import Machine
+from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
 from orchestrator.planning.stages import cut_model
@@ -69,7 +69,7 @@ class Planner:
     """Ranks layouts for one job on one kind of machine; keeps what it has cut, so it can be asked again and again."""
 
     work: Work
-    machine: Machine
+    hardware: Hardware
     limits: Limits = field(default_factory=Limits)
     _stages: dict[tuple[int, PipelineSchedule], Stages] = field(default_factory=dict)
 
@@ -112,7 +112,7 @@ class Planner:
                 stages = self.stages(tensor, schedule)
                 for first, last in self.data_ranges(workers // (tensor * schedule.stages), schedule):
                     degrees = Degrees(first, tensor, schedule, self.limits.shards[0])
-                    bound_s = sum(compute_and_bubble(self.work, self.machine, stages, degrees))
+                    bound_s = sum(compute_and_bubble(self.work, self.hardware, stages, degrees))
                     yield Range(bound_s, tensor, schedule, first, last)
 
     def schedules_within(self, ranks: int) -> Iterator[PipelineSchedule]:
@@ -152,7 +152,7 @@ class Planner:
     ) -> bool:
         """Whether this pipeline and shard fit in memory with no data degree at all; looked at once for each."""
         key = (candidates.tensor, candidates.schedule, shard)
-        usable = self.machine.usable_bytes
+        usable = self.hardware.usable_bytes
         if usable is not None and key not in known:
             least = self.least_memory(*key, workers // candidates.tensor)
             known[key] = least is None or least[0].total > usable
@@ -176,7 +176,7 @@ class Planner:
 
     def _smallest_that_fits(self, candidates: Range, shard: str, workers: int) -> Plan | None:
         low, high = candidates.first, candidates.last
-        usable = self.machine.usable_bytes
+        usable = self.hardware.usable_bytes
         if usable is not None and self._memory(candidates, shard, low).total > usable:
             if self._memory(candidates, shard, high).total > usable:
                 return None
@@ -194,7 +194,7 @@ class Planner:
     def _time(self, candidates: Range, shard: str) -> StepTime:
         """With the fewest replicas of the range; more are never faster."""
         degrees = Degrees(candidates.first, candidates.tensor, candidates.schedule, shard)
-        return predict_step(self.work, self.machine, self.stages(candidates.tensor, candidates.schedule), degrees)
+        return predict_step(self.work, self.hardware, self.stages(candidates.tensor, candidates.schedule), degrees)
 
     def _memory(self, candidates: Range, shard: str, data: int) -> Memory:
         degrees = Degrees(data, candidates.tensor, candidates.schedule, shard)
@@ -206,7 +206,7 @@ class Planner:
         return Plan(
             degrees=degrees,
             layers=stages.layers,
-            time=predict_step(self.work, self.machine, stages, degrees),
+            time=predict_step(self.work, self.hardware, stages, degrees),
             memory=predict_memory(self.work, stages, degrees),
             idle=workers - degrees.ranks,
         )
@@ -220,7 +220,7 @@ class Planner:
 
     def refuses_tensor(self, tensor: int) -> str | None:
         """Why the model cannot be split over this many tensor-parallel ranks, or None."""
-        model, per_node = self.work.model, self.machine.ranks_per_node
+        model, per_node = self.work.model, self.hardware.ranks_per_node
         if tensor == 1:
             return None
         if model.heads is None:

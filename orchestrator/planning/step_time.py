@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.planning.hardware import Machine, ring_all_reduce_s, scatter_s, send_s
+from orchestrator.planning.hardware import Hardware, ring_all_reduce_s, scatter_s, send_s
 from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held
 
 BACKWARD = 2
@@ -33,37 +33,37 @@ class StepTime:
         return self.compute + self.bubble + messages
 
 
-def compute_and_bubble(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> tuple[float, float]:
+def compute_and_bubble(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> tuple[float, float]:
     """Seconds the slowest rank computes, and those it waits for others to fill and drain the pipeline."""
     micro_batches = degrees.schedule.padded(most_held(work.virtual_workers, degrees.data) * work.micro_batches)
-    second = machine.flops / work.tokens
+    second = hardware.flops / work.tokens
     passes = 1 + BACKWARD
     bubble = degrees.schedule.bubble(stages.other_flops * passes / second, stages.other_attention_flops / second)
     return micro_batches * stages.slowest_flops * passes / second, max(0.0, bubble)
 
 
-def predict_step(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> StepTime:
+def predict_step(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> StepTime:
     """The step's seconds by part, each on the rank where that part takes longest."""
     held = most_held(work.virtual_workers, degrees.data)
     micro_batches = degrees.schedule.padded(held * work.micro_batches)
-    compute, bubble = compute_and_bubble(work, machine, stages, degrees)
-    data, shard = _reduction(work, machine, stages, degrees, held)
+    compute, bubble = compute_and_bubble(work, hardware, stages, degrees)
+    data, shard = _reduction(work, hardware, stages, degrees, held)
     return StepTime(
         compute=compute,
         bubble=bubble,
-        tensor=micro_batches * _tensor_s(work, machine, stages, degrees.tensor),
-        pipeline=_pipeline_s(work, machine, stages, degrees, micro_batches),
+        tensor=micro_batches * _tensor_s(work, hardware, stages, degrees.tensor),
+        pipeline=_pipeline_s(work, hardware, stages, degrees, micro_batches),
         data=data,
         shard=shard,
-        copies=_copies_s(work, machine, stages, degrees),
+        copies=_copies_s(work, hardware, stages, degrees),
     )
 
 
-def _tensor_s(work: Work, machine: Machine, stages: Stages, tensor: int) -> float:
+def _tensor_s(work: Work, hardware: Hardware, stages: Stages, tensor: int) -> float:
     """Per micro-batch: each layer all-reduces its activations twice forward and twice backward."""
     if tensor == 1:
         return 0.0
-    link = machine.link(tensor)
+    link = hardware.link(tensor)
     hidden = ring_all_reduce_s(work.tokens * work.model.hidden_size * work.model.value_bytes, tensor, link)
     logits = scatter_s(work.tokens * work.model.vocab_size * work.model.value_bytes, tensor, link)
     # The embedding sums its output, the head sums its input's gradient and gathers its output.
@@ -73,12 +73,12 @@ def _tensor_s(work: Work, machine: Machine, stages: Stages, tensor: int) -> floa
     )
 
 
-def _pipeline_s(work: Work, machine: Machine, stages: Stages, degrees: Degrees, micro_batches: int) -> float:
+def _pipeline_s(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees, micro_batches: int) -> float:
     """Activations forward and their gradients back, over every boundary; and the gradient of a tied embedding."""
     schedule = degrees.schedule
     if schedule.stages == 1:
         return 0.0
-    link = machine.link(degrees.tensor * schedule.stages)
+    link = hardware.link(degrees.tensor * schedule.stages)
     message = send_s(work.tokens * work.model.hidden_size * work.model.value_bytes, link)
     tied = (
         ring_all_reduce_s(stages.borrowed / degrees.tensor * work.state.gradients, 2, link) if stages.borrowed else 0.0
@@ -87,13 +87,13 @@ def _pipeline_s(work: Work, machine: Machine, stages: Stages, degrees: Degrees, 
 
 
 def _reduction(
-    work: Work, machine: Machine, stages: Stages, degrees: Degrees, held: int
+    work: Work, hardware: Hardware, stages: Stages, degrees: Degrees, held: int
 ) -> tuple[float, float]:  # fmt: skip
     """Seconds to add up gradients over replicas, and to bring sharded weights to where they are needed."""
     data = degrees.data
     if data == 1:
         return 0.0, 0.0
-    link = machine.link(degrees.ranks)
+    link = hardware.link(degrees.ranks)
     gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.state.weights
     if degrees.shard in ("none", "optimizer"):
         # Once a step. In canonical order a rank sends each of its partial sums by itself.
@@ -111,13 +111,13 @@ def _reduction(
     return reduce, 2 * held * work.micro_batches * gather
 
 
-def _copies_s(work: Work, machine: Machine, stages: Stages, degrees: Degrees) -> float:
+def _copies_s(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> float:
     """The reduced gradient of what is copied goes to each of its other holders."""
     missing = max(missing_copies(degrees.shard, degrees.data, degrees.ranks, work.state_copies))
     if not missing:
         return 0.0
     share = stages.most_parameters * work.state.gradients / degrees.data
-    return missing * send_s(share, machine.link(degrees.ranks))
+    return missing * send_s(share, hardware.link(degrees.ranks))
 
 
 def most_pieces(virtual_workers: int, data: int) -> int:

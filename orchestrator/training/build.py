@@ -15,8 +15,8 @@ from orchestrator.job import Job
 from orchestrator.job.lengths import too_long
 from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
-from orchestrator.models.errors import reason_of
 from orchestrator.models.loading import build_model
+from orchestrator.models.problems import reason_of
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch

@@ -9,8 +9,8 @@ import numpy as np
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.training.messages import Generation
-from orchestrator.training.protocol import Holds
 from orchestrator.training.restoring import open_checkpoint, read_checkpoint
+from orchestrator.training.worker_protocol import Holds
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import PeerLost
 from strategies.layout.placement import Domain

@@ -30,7 +30,7 @@ from orchestrator.job.parts import update_rule_of
 from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
-from orchestrator.training.faults import FaultInjector
+from orchestrator.training.fault_injector import FaultInjector
 from orchestrator.training.messages import (
     Finalized,
     Generation,
@@ -53,11 +53,11 @@ from orchestrator.training.orders import (
     StartGeneration,
 )
 from orchestrator.training.peak import peak_flops
-from orchestrator.training.protocol import WorkerProtocol
 from orchestrator.training.reporting import Reporter, Rhythm, resident_bytes
 from orchestrator.training.restoring import StorageFailed
 from orchestrator.training.saving import Saver
 from orchestrator.training.state_keeper import StateKeeper
+from orchestrator.training.worker_protocol import WorkerProtocol
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import PeerLost, serve_store
 from strategies.comm.rendezvous_proof import StoreAddress

@@ -8,14 +8,14 @@ Assignment = tuple[tuple[int, ...], ...]
 """The virtual workers of each replica."""
 
 
-class Deal(NamedTuple):
+class NumberedAssignment(NamedTuple):
     """Numbers are unique for a deal, and grow; 0 is that of the generation itself."""
 
     number: int
     assignment: Assignment
 
 
-NONE = Deal(0, ())
+NONE = NumberedAssignment(0, ())
 
 
 class Deals:
@@ -28,7 +28,7 @@ class Deals:
     def offer(self, number: int, assignment: Assignment) -> None:
         """A newer deal. From any thread."""
         if number > self._offered.number:
-            self._offered = Deal(number, assignment)
+            self._offered = NumberedAssignment(number, assignment)
 
     def vote(self) -> int:
         """The number of the newest that this rank knows, which it tells; another may come while the vote is on."""

@@ -63,7 +63,7 @@ from orchestrator.training.orders import (
     SaveState,
     StartGeneration,
 )
-from orchestrator.training.protocol import Holds, WorkerProtocol
+from orchestrator.training.worker_protocol import Holds, WorkerProtocol
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Span, Spans, subtract, union, whole
 from strategies.update.timing import RankTimes

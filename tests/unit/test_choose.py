@@ -18,7 +18,7 @@ from orchestrator.errors import PlanError
 from orchestrator.job import Job
 from orchestrator.models.costs import ModelCosts
 from orchestrator.planning import search
-from orchestrator.planning.assume import CPU_CORE, MachineOptions, machine_for
+from orchestrator.planning.assume import CPU_CORE, HardwareOptions, hardware_for
 from orchestrator.planning.choose import LayoutChooser, NoLayoutFits, blocks_of
 from orchestrator.planning.hardware import Link
 from orchestrator.planning.search import Limits, Planner
@@ -64,7 +64,7 @@ def test_a_job_says_what_it_wants() -> None:
 
 def test_the_assumed_machine_is_the_one_the_plan_command_assumes() -> None:
     job = Job.load(ROOT / "examples/quickstart.yaml")
-    assumed = machine_for(job, MachineOptions())[0]
+    assumed = hardware_for(job, HardwareOptions())[0]
     for link, other in ((assumed.inside, CPU_CORE.inside), (assumed.between, CPU_CORE.between)):
         assert (link.bytes_per_s, link.latency_s) == pytest.approx((other.bytes_per_s, other.latency_s))
     assert replace(assumed, inside=CPU_CORE.inside, between=CPU_CORE.between) == CPU_CORE
@@ -159,7 +159,7 @@ def test_what_is_chosen_keeps_the_rules_and_none_that_does_is_predicted_faster(
     costs, memory = model(layers=layers), memory_gib * GIB
     limits = Limits((tensor,), None, (shard,), (schedule,), (1, chunks_of(schedule)))
     work = Work(costs, virtual_workers, micro_batches, chosen.tokens, chosen.state)
-    planner = Planner(work, replace(chosen.machine, memory_bytes=memory or None), limits)
+    planner = Planner(work, replace(chosen.hardware, memory_bytes=memory or None), limits)
     best = planner.best(workers, 1)
     try:
         layout = chosen.choose(workers, costs, memory, None)
@@ -185,7 +185,7 @@ def test_what_is_chosen_keeps_the_rules_and_none_that_does_is_predicted_faster(
         blocks = [block for stage in range(layout.pipeline) for block in layout.blocks_of(stage) or ()]
         assert sorted(blocks) == list(layout.parts)
     plan = planner.predict(Degrees(layout.data, tensor, kind, shard), workers)
-    assert planner.machine.usable_bytes is None or plan.memory.total <= planner.machine.usable_bytes
+    assert planner.hardware.usable_bytes is None or plan.memory.total <= planner.hardware.usable_bytes
     own = layout.pipeline == pipeline and layout.num_placed == workers
     if best and not own:
         assert plan.time.total == best[0].time.total
@@ -255,7 +255,7 @@ def test_empty_micro_batches_are_the_last_resort() -> None:
 def test_of_equally_fast_layouts_the_one_that_moves_least_is_taken() -> None:
     """Messages cost nothing here, so that depth and width differ by less than the model can tell."""
     free = replace(CPU_CORE, inside=Link(1e18, 1e-12), between=Link(1e18, 1e-12))
-    chosen = replace(chooser(pipeline=3, schedule="zero-bubble", micro_batches=64), machine=free)
+    chosen = replace(chooser(pipeline=3, schedule="zero-bubble", micro_batches=64), hardware=free)
     costs = model(layers=16, vocab=2)
     chosen_from = {}
     for pipeline in (1, 2, 4):

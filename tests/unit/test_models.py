@@ -19,8 +19,8 @@ from orchestrator.job import Job
 from orchestrator.models import content as content_module
 from orchestrator.models.configuration import config_from, known_keys
 from orchestrator.models.content import content_of, with_content
-from orchestrator.models.errors import ModelError
 from orchestrator.models.loading import build_model, empty_model, loaded_of
+from orchestrator.models.problems import ModelError
 from orchestrator.models.validation import check_model
 from strategies.model.blueprint import check_tensor
 

@@ -12,7 +12,7 @@ import pytest
 from monitoring.page.feed import Feed, StepFile
 from monitoring.page.run_status import INTERRUPTED_S
 from monitoring.page.workers import LOST_SHOWN_S
-from monitoring.report.steps import MAX_POINTS, Point, Series
+from monitoring.report.steps import MAX_POINTS, Point, StepSeries
 from tests.simulated_run import SimulatedRun
 
 
@@ -235,7 +235,7 @@ def test_few_points_with_every_extreme(count: int) -> None:
     spike = count // 3
     points[spike] = points[spike]._replace(loss=50.0)
     points[count // 2] = points[count // 2]._replace(tokens_per_second=1.0)
-    series = Series()
+    series = StepSeries()
     for point in points:
         series.add(point)
     kept = series.points()
@@ -248,7 +248,7 @@ def test_few_points_with_every_extreme(count: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_kept() -> None:
-    series = Series(max_points=64)
+    series = StepSeries(max_points=64)
     for point in losses(5000, seed=1):
         series.add(point._replace(loss=None) if point.step == 1234 else point)
     assert [point.step for point in series.points() if point.loss is None] == [1234]
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_is_kept() -> None:
 
 def test_a_cut_series_is_as_if_the_steps_had_never_been() -> None:
     points = losses(5000, seed=2)
-    series, other = Series(max_points=200), Series(max_points=200)
+    series, other = StepSeries(max_points=200), StepSeries(max_points=200)
     for point in points:
         series.add(point)
     again = series.cut(3001)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning import search
-from orchestrator.planning.hardware import Link, Machine, ring_all_reduce_s, scatter_s
+from orchestrator.planning.hardware import Hardware, Link, ring_all_reduce_s, scatter_s
 from orchestrator.planning.memory import predict_memory, zero_state
 from orchestrator.planning.partition import bottleneck, cut
 from orchestrator.planning.refusals import nothing_fits, refusals
@@ -56,9 +56,9 @@ def work(virtual_workers: int = 8, micro_batches: int = 4, of: ModelCosts | None
     return Work(of or model(), virtual_workers, micro_batches, 1024, StateBytes(4, 4, 8), copies)
 
 
-def machine(memory_gib: float | None = None, ranks_per_node: int = 8) -> Machine:
+def hardware(memory_gib: float | None = None, ranks_per_node: int = 8) -> Hardware:
     memory = None if memory_gib is None else memory_gib * GIB
-    return Machine(100e12, 0.5, Link(100e9, 5e-6), Link(10e9, 20e-6), ranks_per_node, memory, held_back=0.0)
+    return Hardware(100e12, 0.5, Link(100e9, 5e-6), Link(10e9, 20e-6), ranks_per_node, memory, held_back=0.0)
 
 
 # ---------------------------------------------------------------------------------------- cutting into stages
@@ -96,7 +96,7 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
     """Gemma's kind: the head costs as much as several layers, so its stage has fewer of them."""
     costs = model(layers=12, hidden=512, vocab=64_000)
     assert costs.blocks[-1].flops_per_token > 10 * costs.blocks[1].flops_per_token
-    assert Planner(work(of=costs), machine()).stages(1, PipelineSchedule("1f1b", 3)).layers == (6, 6, 0)
+    assert Planner(work(of=costs), hardware()).stages(1, PipelineSchedule("1f1b", 3)).layers == (6, 6, 0)
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -113,7 +113,7 @@ def test_state_memory_is_that_of_the_zero_paper(shard: str, gigabytes: float) ->
 
 def test_our_state_takes_16_bytes_a_parameter_too() -> None:
     """fp32 weights and gradients and two fp32 moments: 4 + 4 + 8, in every precision."""
-    plan = Planner(work(virtual_workers=1), machine()).predict(Degrees(1, 1, PipelineSchedule("none", 1), "none"), 1)
+    plan = Planner(work(virtual_workers=1), hardware()).predict(Degrees(1, 1, PipelineSchedule("none", 1), "none"), 1)
     state = plan.memory.weights + plan.memory.gradients + plan.memory.optimizer
     assert state == 16 * model().parameters
     assert plan.memory.copies == 0
@@ -127,7 +127,7 @@ def test_our_state_takes_16_bytes_a_parameter_too() -> None:
 def test_sharding_and_splitting_never_take_more_memory(
     shard: str, schedule: PipelineSchedule, data: int, tensor: int, copies: int
 ) -> None:
-    planner = Planner(work(16, 8, model(layers=16), copies), machine())
+    planner = Planner(work(16, 8, model(layers=16), copies), hardware())
 
     def state(shard: str, tensor: int) -> float:
         memory = predict_memory(planner.work, planner.stages(tensor, schedule), Degrees(data, tensor, schedule, shard))
@@ -144,7 +144,7 @@ def test_sharding_and_splitting_never_take_more_memory(
 def test_schedules_keep_activations_as_their_papers_say() -> None:
     """Whole micro-batches on the fullest rank of 4 stages and 16 micro-batches."""
     layers = model(layers=16, vocab=2)
-    planner = Planner(work(1, 16, layers), machine())
+    planner = Planner(work(1, 16, layers), hardware())
     whole = 16 * 32 * 1024 * 1024
     kept = {
         (schedule.kind, schedule.chunks): predict_memory(
@@ -160,7 +160,7 @@ def test_schedules_keep_activations_as_their_papers_say() -> None:
 
 
 def test_a_layout_of_one_replica_pays_for_copies_and_a_replicated_one_does_not() -> None:
-    planner = Planner(work(), machine())
+    planner = Planner(work(), hardware())
     alone = planner.predict(Degrees(1, 1, PipelineSchedule("1f1b", 4), "none"), 4)
     twice = planner.predict(Degrees(2, 1, PipelineSchedule("1f1b", 4), "none"), 8)
     sharded = planner.predict(Degrees(4, 1, PipelineSchedule("none", 1), "optimizer"), 4)
@@ -183,7 +183,7 @@ def test_collectives_cost_what_the_ring_moves() -> None:
 def test_bubbles_are_those_of_the_papers() -> None:
     """Four equal stages: GPipe and 1F1B wait 3 (F + B), interleaving over the chunks, ZB-V only for attention."""
     even = model(layers=16, vocab=2)
-    planner = Planner(work(1, 16, even), machine())
+    planner = Planner(work(1, 16, even), hardware())
 
     def share(schedule: PipelineSchedule) -> float:
         plan = planner.predict(Degrees(1, 1, schedule, "none"), 4)
@@ -206,14 +206,14 @@ def test_a_schedule_is_padded_until_it_can_be_followed_and_no_further(kind: str)
 @quick
 @given(st.integers(1, 64), st.integers(1, 12))
 def test_more_work_or_a_slower_machine_never_makes_a_step_faster(virtual_workers: int, workers: int) -> None:
-    def fastest(of: Work, on: Machine) -> float:
+    def fastest(of: Work, on: Hardware) -> float:
         return Planner(of, on).best(workers, 1)[0].time.total
 
-    base = fastest(work(virtual_workers), machine())
-    assert fastest(work(virtual_workers, micro_batches=8), machine()) > base
-    assert fastest(work(virtual_workers), replace(machine(), efficiency=0.25)) > base
-    assert fastest(work(virtual_workers), replace(machine(), inside=Link(1e9, 5e-6), between=Link(1e9, 20e-6))) >= base
-    more = Planner(work(virtual_workers), machine()).best(workers + 1, 1)[0]
+    base = fastest(work(virtual_workers), hardware())
+    assert fastest(work(virtual_workers, micro_batches=8), hardware()) > base
+    assert fastest(work(virtual_workers), replace(hardware(), efficiency=0.25)) > base
+    assert fastest(work(virtual_workers), replace(hardware(), inside=Link(1e9, 5e-6), between=Link(1e9, 20e-6))) >= base
+    more = Planner(work(virtual_workers), hardware()).best(workers + 1, 1)[0]
     assert more.time.total <= base, "a rank may be left idle"
 
 
@@ -247,9 +247,9 @@ def breaks_a_rule(planner: Planner, plan: Plan, workers: int) -> str | None:
         return "too many stages"
     if sum(plan.layers) != job.model.layers or len(plan.layers) != degrees.schedule.parts:
         return "layers are lost"
-    if job.model.heads is None or job.model.heads % degrees.tensor or degrees.tensor > planner.machine.ranks_per_node:
+    if job.model.heads is None or job.model.heads % degrees.tensor or degrees.tensor > planner.hardware.ranks_per_node:
         return "tensor degree"
-    limit = planner.machine.usable_bytes
+    limit = planner.hardware.usable_bytes
     if limit is not None and plan.memory.total > limit:
         return "memory"
     if any(part < 0 for part in vars(plan.time).values()) or not math.isfinite(plan.time.total):
@@ -264,12 +264,12 @@ def test_nothing_that_breaks_a_rule_is_ranked_and_the_order_is_by_time(
 ) -> None:
     virtual_workers, micro_batches, layers, workers, memory_gib = job
     limits = Limits(tensor=(1, 2, 3))
-    planner = Planner(work(virtual_workers, micro_batches, model(layers=layers)), machine(memory_gib, 2), limits)
+    planner = Planner(work(virtual_workers, micro_batches, model(layers=layers)), hardware(memory_gib, 2), limits)
     plans = planner.best(workers, keep=None)
     assert [breaks_a_rule(planner, plan, workers) for plan in plans] == [None] * len(plans)
     assert [plan.time.total for plan in plans] == sorted(plan.time.total for plan in plans)
     assert planner.best(workers, keep=3) == plans[:3]
-    assert Planner(planner.work, planner.machine, limits).best(workers, keep=None) == plans
+    assert Planner(planner.work, planner.hardware, limits).best(workers, keep=None) == plans
     for plan in plans[:3]:
         d = plan.degrees
         per_rank = [held for held in plan.assignment(virtual_workers) for _ in range(d.pipeline * d.tensor)]
@@ -281,7 +281,7 @@ def test_nothing_that_breaks_a_rule_is_ranked_and_the_order_is_by_time(
 @given(jobs)
 def test_the_best_is_the_best_of_all_layouts_there_are(job: tuple[int, int, int, int, float | None]) -> None:
     virtual_workers, micro_batches, layers, workers, memory_gib = job
-    planner = Planner(work(virtual_workers, micro_batches, model(layers=layers)), machine(memory_gib, 4))
+    planner = Planner(work(virtual_workers, micro_batches, model(layers=layers)), hardware(memory_gib, 4))
     everything = []
     for pipeline in range(1, workers + 1):
         for schedule in schedules(pipeline):
@@ -301,13 +301,13 @@ def test_the_best_is_the_best_of_all_layouts_there_are(job: tuple[int, int, int,
 
 
 def test_a_rank_is_left_idle_when_that_is_faster() -> None:
-    plan = Planner(work(4, 1), machine(), Limits(pipeline=(1,), shards=("none",))).best(5, 1)[0]
+    plan = Planner(work(4, 1), hardware(), Limits(pipeline=(1,), shards=("none",))).best(5, 1)[0]
     assert (plan.degrees.data, plan.idle) == (4, 1)
 
 
 def test_from_a_layout_equally_fast_ones_are_chosen_by_what_they_move() -> None:
     """Messages cost next to nothing here, so that shards differ by less than the model can tell."""
-    fast = replace(machine(), inside=Link(1e15, 1e-9))
+    fast = replace(hardware(), inside=Link(1e15, 1e-9))
     planner = Planner(work(), fast, Limits(pipeline=(1,)))
     for shard in SHARDS:
         current = Degrees(4, 1, PipelineSchedule("none", 1), shard)
@@ -338,7 +338,7 @@ def test_4096_workers_are_planned_with_few_predictions(monkeypatch: pytest.Monke
     big = model(layers=80, hidden=8192, heads=64)
     for memory_gib in (None, 80.0, 40.0, 1.0):
         predictions = 0
-        plans = Planner(work(4096, 4, big), machine(memory_gib), Limits(tensor=(8,))).best(4096)
+        plans = Planner(work(4096, 4, big), hardware(memory_gib), Limits(tensor=(8,))).best(4096)
         assert predictions < 5_000, f"{predictions} predictions with {memory_gib} GiB"
         assert bool(plans) == (memory_gib != 1.0)
 
@@ -368,11 +368,11 @@ def reasons(planner: Planner, workers: int) -> str:
 def test_what_is_out_is_told_in_numbers_with_what_would_fit(
     limits: Limits, job: Work, workers: int, expected: str
 ) -> None:
-    assert expected in reasons(Planner(job, machine(), limits), workers)
+    assert expected in reasons(Planner(job, hardware(), limits), workers)
 
 
 def test_a_job_that_fits_nowhere_is_refused_with_the_numbers() -> None:
-    planner = Planner(work(), machine(memory_gib=0.25))
+    planner = Planner(work(), hardware(memory_gib=0.25))
     assert planner.best(2) == []
     text = str(nothing_fits(planner, 2))
     assert text.startswith("the job fits no layout on 2 workers:\n")

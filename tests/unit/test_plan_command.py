@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError
 from orchestrator.job import Job
-from orchestrator.planning.assume import MachineOptions, machine_for
+from orchestrator.planning.assume import HardwareOptions, hardware_for
 from orchestrator.planning.command import LimitOptions, limits_of
 from orchestrator.planning.units import parse_bytes, parse_counts, parse_rate, parse_seconds, show_runs
 from strategies.layout.parallel import SHARDS
@@ -91,14 +91,14 @@ def test_folded_numbers_read_back(numbers: set[int]) -> None:
 
 
 def test_what_is_not_given_is_assumed_and_said() -> None:
-    machine, lines = machine_for(Job.load(QUICKSTART), MachineOptions())
+    hardware, lines = hardware_for(Job.load(QUICKSTART), HardwareOptions())
     text = " ".join(lines)
-    assert machine.memory_bytes is None
+    assert hardware.memory_bytes is None
     assert "memory per rank unknown" in text
     assert "CPU cores" in text
-    given, lines = machine_for(
+    given, lines = hardware_for(
         Job.load(ROOT / "examples/llama-7b.yaml"),
-        MachineOptions("80GiB", 989.0, 0.5, "450GB/s", "50GB/s", "3us", "10us", 4),
+        HardwareOptions("80GiB", 989.0, 0.5, "450GB/s", "50GB/s", "3us", "10us", 4),
     )
     assert not any("assumed" in line for line in lines)
     assert given.flops == pytest.approx(494.5e12)
@@ -109,16 +109,16 @@ def test_what_is_not_given_is_assumed_and_said() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (MachineOptions(gpu_tflops=0.0), "--gpu-tflops must be more than 0"),
-        (MachineOptions(gpu_tflops=float("nan")), "--gpu-tflops must be more than 0"),
-        (MachineOptions(efficiency=1.5), "--efficiency must be more than 0 and at most 1"),
-        (MachineOptions(ranks_per_node=0), "--ranks-per-node must be at least 1"),
-        (MachineOptions(node_bandwidth="fast"), "--node-bandwidth must be a rate"),
+        (HardwareOptions(gpu_tflops=0.0), "--gpu-tflops must be more than 0"),
+        (HardwareOptions(gpu_tflops=float("nan")), "--gpu-tflops must be more than 0"),
+        (HardwareOptions(efficiency=1.5), "--efficiency must be more than 0 and at most 1"),
+        (HardwareOptions(ranks_per_node=0), "--ranks-per-node must be at least 1"),
+        (HardwareOptions(node_bandwidth="fast"), "--node-bandwidth must be a rate"),
     ],
 )
-def test_a_machine_that_cannot_be_is_refused(options: MachineOptions, reason: str) -> None:
+def test_a_machine_that_cannot_be_is_refused(options: HardwareOptions, reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
-        machine_for(Job.load(QUICKSTART), options)
+        hardware_for(Job.load(QUICKSTART), options)
 
 
 def test_the_job_decides_tensor_and_what_else_it_says() -> None:

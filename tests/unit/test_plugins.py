@@ -26,7 +26,7 @@ from orchestrator.notices.sources import detect, make_source
 from orchestrator.planning.work import state_bytes
 from orchestrator.storage import StorageError, open_storage, why_not
 from orchestrator.training.build import step_spec
-from orchestrator.training.faults import FaultInjector
+from orchestrator.training.fault_injector import FaultInjector
 from orchestrator.urls import UrlProblem, expand_settings
 from strategies.layout.space import FlatRanges, Space
 from strategies.objective.causal_lm import CAUSAL_LM

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from orchestrator.job import Job
-from orchestrator.training.faults import FaultInjector
+from orchestrator.training.fault_injector import FaultInjector
 
 TEXT = """
 name: slow

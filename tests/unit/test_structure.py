@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -78,6 +79,12 @@ def in_a_circle(arrows: Mapping[str, Iterable[str]]) -> list[str]:
     except CycleError as error:
         return list(error.args[1])
     return []
+
+
+def test_no_file_name_is_there_thrice() -> None:
+    """A reader who is told "protocol.py" should not have to ask which."""
+    names = Counter(path.name for package in PACKAGES for path in files(package) if path.name != "__init__.py")
+    assert [name for name, times in names.items() if times > 2] == []
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -13,7 +13,7 @@ from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.weights import CheckpointWeights
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
-from orchestrator.models.errors import ModelError
+from orchestrator.models.problems import ModelError
 from orchestrator.models.weights import DirectoryWeights, TensorInfo, WeightSource
 from orchestrator.training import build
 from strategies.state.training_state import TrainingState
