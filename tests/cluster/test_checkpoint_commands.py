@@ -14,7 +14,7 @@ from tests.cluster.command_line import CommandLine
 from tests.cluster.conftest import LLAMA, Outcome
 from tests.in_process import orchestrator
 
-SLOW = "step=10,worker=0,kind=slow,factor=60"
+SLOW = "step=10,worker=0,kind=slow,factor=20"
 WARM_UP = ("--set", "train.schedule.warmup_steps=10")
 KEY = secrets.token_hex(32)
 
