@@ -157,8 +157,7 @@ class Display:
             if len(lines) > room:
                 rows.append(("", f"and {len(lines) - room} lines more; `orchestrator status` shows them"))
         rows += goodput_lines(facts) + checkpoint_lines(facts, now)
-        trouble = open_incident_lines(facts, now)
-        rows += trouble or [("incidents", f"none open, {facts.num_incidents} so far")]
+        rows += open_incident_lines(facts, now) or [("incidents", f"none open, {facts.num_incidents} so far")]
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="ellipsis", no_wrap=True)

@@ -226,7 +226,8 @@ class Constancy:
             for owner, part in inner.named_modules():
                 places = [(part._buffers, key) for key in part._buffers]
                 places += [(vars(part), key) for key, _ in own_attributes(part)]
-                places += [(part._parameters, key) for key, value in part._parameters.items() if _is_frozen(value)]
+                frozen = [key for key, p in part._parameters.items() if p is not None and not p.requires_grad]
+                places += [(part._parameters, key) for key in frozen]
                 for place, key in places:
                     name, value = f"{owner}.{key}" if owner else key, place[key]
                     if isinstance(value, (torch.Tensor, int, float)) and name not in exempt:
@@ -237,11 +238,6 @@ class Constancy:
         names = [name for name, place, key, *before in self._watched if _is_new(place.get(key), *before)]
         if names:
             raise ModelChanged(f"the model has changed {_listed(names)} while it computed a step: {ADVICE}")
-
-
-def _is_frozen(parameter: nn.Parameter | None) -> bool:
-    """Whether training never changes it."""
-    return parameter is not None and not parameter.requires_grad
 
 
 def _writes(value: Any) -> int:
