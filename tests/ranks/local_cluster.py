@@ -8,15 +8,15 @@ collectives do.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,13 @@ Hook = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
+class Go:
+    """A step that was held may begin."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
     """Everything a worker's process is told."""
 
@@ -166,13 +173,28 @@ class _Process:
         child_commands.close()
         self.is_gone = False
 
-    def tell(self, order: Order, term: int) -> None:
+    def tell(self, order: Order | Go, term: int) -> None:
         with contextlib.suppress(OSError):
             self.commands.send((order, term))
 
     def kill(self) -> None:
         if self.process.exitcode is None and self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGKILL)
+
+
+def settled(step: int, cluster: LocalCluster) -> bool:
+    """Whether the checkpoint of a step was made or failed, so that the next one need not wait for it."""
+    ends = ("checkpoint_saved", "checkpoint_failed")
+    return any(kind in ends and fields["committed"] == step for kind, fields in cluster.records)
+
+
+def on_record(step: int, cluster: LocalCluster) -> bool:
+    """Whether so many steps are, and the checkpoint of the one before the last of them is complete."""
+    return cluster.committed == step and step - 1 in cluster.controller.checkpoints
+
+
+ONE_BY_ONE = {3: partial(settled, 2), 5: partial(settled, 4), 7: partial(settled, 6)}
+"""Every second step is saved, however slow this machine is."""
 
 
 class LocalCluster:
@@ -332,7 +354,8 @@ class LocalCluster:
             self.warm = []
         for step in [step for step, condition in self.holds.items() if condition(self)]:
             del self.holds[step]
-            _gate(self.directory, step).touch()
+            for process in self.processes.values():
+                process.tell(Go(step), self.controller.config.term)
         for entry in [entry for entry in self.script if entry[0](self)]:
             self.script.remove(entry)
             entry[1](self)
@@ -381,10 +404,6 @@ class LocalCluster:
         return exits
 
 
-def _gate(directory: Path, step: int) -> Path:
-    return directory / f"gate-{step}"
-
-
 # ---------------------------------------------------------------------------------------- in the worker's process
 
 
@@ -420,7 +439,8 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
         on_broken=lambda: os._exit(6),
         secret=SECRET,
     )
-    _hold(worker, spec)
+    held = set(spec.held_steps)
+    _hold(worker, held)
     for hook in spec.hooks:
         hook(worker)
     worker.start()
@@ -428,6 +448,11 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
     with contextlib.suppress(EOFError):
         while True:
             order, term = commands.recv()
+            if isinstance(order, Go):
+                # After whatever it was told before, so that a checkpoint's end is the end of it in this process too.
+                worker._saver.wait()
+                held.discard(order.step)
+                continue
             worker.take(order, term)
             if isinstance(order, Leave):
                 break
@@ -455,16 +480,16 @@ def _try_models_once(job: Job) -> None:
     build.try_model = once
 
 
-def _hold(worker: Any, spec: WorkerSpec) -> None:
+def _hold(worker: Any, held: Collection[int]) -> None:
     fetch = worker.engine.loads.source
 
-    def held(step: int, virtual_worker: int) -> Any:
-        while step in spec.held_steps and worker.protocol.is_joined and not _gate(spec.directory, step).exists():
+    def fetch_when_told(step: int, virtual_worker: int) -> Any:
+        while step in held and worker.protocol.is_joined:
             worker.engine.fabric.check()
             time.sleep(0.005)
         return fetch(step, virtual_worker)
 
-    worker.engine.loads.source = held
+    worker.engine.loads.source = fetch_when_told
 
 
 # ---------------------------------------------------------------------------------------- hooks
@@ -600,6 +625,3 @@ def at_barrier(generation: int, rank: int, action: Callable[[], None], worker: A
         return adopt_layout(*arguments, barrier=wait_and_act, **reading)
 
     worker.state.adopt_layout = watched
-
-
-partial = functools.partial

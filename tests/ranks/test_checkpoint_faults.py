@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.storage import LocalStorage, Pieces
-from tests.ranks.local_cluster import Hook, LocalCluster, Outcome, tiny_job
+from tests.ranks.local_cluster import ONE_BY_ONE, Hook, LocalCluster, Outcome, on_record, tiny_job
 
 Run = Callable[..., Outcome]
 EVERY_2 = "checkpoint.every_steps=2"
@@ -43,16 +43,6 @@ def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Outc
 
 def catalog_of(tmp_path: Path) -> Catalog:
     return Catalog(LocalStorage(tmp_path / "run" / "checkpoints"), "test")
-
-
-def settled(step: int, cluster: LocalCluster) -> bool:
-    """Whether the checkpoint of a step was made or failed, so that the next one need not wait for it."""
-    ends = ("checkpoint_saved", "checkpoint_failed")
-    return any(kind in ends and fields["committed"] == step for kind, fields in cluster.records)
-
-
-ONE_BY_ONE = {3: partial(settled, 2), 5: partial(settled, 4), 7: partial(settled, 6)}
-"""Every second step is saved, however slow this machine is."""
 
 
 def assert_good(outcome: Outcome, expected: Outcome, tmp_path: Path) -> None:
@@ -265,7 +255,7 @@ def test_a_storage_that_cannot_be_read_for_a_while_costs_no_checkpoint(
     outcome = run(
         overrides=["elastic.workers.max=2", "elastic.workers.min=2", EVERY_2],
         faults=["step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"],
-        holds={5: lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints},
+        holds={**ONE_BY_ONE, 5: partial(on_record, 5)},
         hooks=[unreadable],
     )
     assert outcome.status == "finished", outcome.reason
@@ -285,8 +275,8 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside(run: Run, undisturbed: Outco
     outcome = run(
         overrides=["elastic.workers.max=2", "elastic.workers.min=2", EVERY_2],
         faults=["step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"],
-        holds={5: lambda cluster: bool(done)},
-        script=[(lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints, cut)],
+        holds={**ONE_BY_ONE, 5: lambda cluster: bool(done)},
+        script=[(partial(on_record, 5), cut)],
     )
     assert outcome.status == "finished", outcome.reason
     assert outcome.digest == undisturbed.digest

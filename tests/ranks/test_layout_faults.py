@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from tests.ranks.local_cluster import (
     at_barrier,
     die,
     miss_the_news,
-    partial,
     stop_for_good,
     tiny_job,
     vote_by_pairs,

@@ -3,9 +3,10 @@ rest, so that the result is as much the job's alone as that of the synchronous r
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,16 +17,16 @@ from orchestrator.runtime.result import bit_exact
 from strategies.update.rule import UpdateRule
 from tests.plugin_package.example_plugin.delayed import DELAYED
 from tests.ranks.laid_out import Stretch, Trained, as_numbers, layout_of, train
-from tests.ranks.local_cluster import LocalCluster, Outcome, tiny_job
+from tests.ranks.local_cluster import LocalCluster, Outcome, settled, tiny_job
 from tests.ranks.local_ranks import run_ranks
 from tests.ranks.test_layouts import Numbers, assert_all_give, expected
 from tests.selection import nightly
 
 
-@functools.cache
+@cache
 def alone(steps: int = 2, tensor: int = 1, model: str = "llama") -> Numbers:
     """What the smallest group of ranks computes."""
-    program = functools.partial(train, rule=DELAYED, model=model)
+    program = partial(train, rule=DELAYED, model=model)
     seen: Trained = run_ranks(tensor, program, [Stretch(layout_of(tensor=tensor), steps)])[0]
     return as_numbers(seen)  # type: ignore[return-value]
 
@@ -49,7 +50,7 @@ def test_its_state_follows_the_layouts_and_outlives_the_loss_of_a_holder() -> No
         Stretch(layout_of(2, shard="parameters"), 1, (1, 2)),
         Stretch(layout_of(1, 2), 1, (2, 0)),
     ]
-    seen = run_ranks(3, functools.partial(train, rule=DELAYED), stretches)
+    seen = run_ranks(3, partial(train, rule=DELAYED), stretches)
     assert seen[2].digest == alone(3)[2]
     assert seen[2].losses == alone(3)[0]
 
@@ -82,8 +83,8 @@ def test_a_run_loses_workers_and_all_of_them_and_gives_the_same(delayed: None, t
     """The last of its state is read from a checkpoint, with what the rule keeps."""
     text = tiny_job(tmp_path)
 
-    def run(name: str, *overrides: str, faults: tuple[str, ...] = ()) -> Outcome:
-        outcome = LocalCluster(text, tmp_path / name, overrides=[RULE, *overrides], faults=faults, first=install).run()
+    def run(name: str, *overrides: str, **arguments: Any) -> Outcome:
+        outcome = LocalCluster(text, tmp_path / name, overrides=[RULE, *overrides], first=install, **arguments).run()
         assert outcome.status == "finished", outcome.reason
         return outcome
 
@@ -91,8 +92,14 @@ def test_a_run_loses_workers_and_all_of_them_and_gives_the_same(delayed: None, t
     layout = (f"strategy.shard={shard}", "elastic.workers.max=2", "checkpoint.every_steps=3")
     lost = run("lost", *layout, faults=("step=2,worker=1,kind=kill",))
     assert (lost.digest, lost.losses, lost.steps_lost) == (one.digest, one.losses, 0)
-    both = run("both", *layout, faults=("step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"))
-    assert (both.digest, both.samples) == (one.digest, one.samples)
+    both = run(
+        "both",
+        *layout,
+        "elastic.workers.min=2",
+        faults=("step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"),
+        holds={5: partial(settled, 3)},
+    )
+    assert (both.digest, both.samples, both.rollbacks) == (one.digest, one.samples, [3])
 
 
 def test_the_planner_and_the_result_ask_it(delayed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.control.core.protocol import Resize, Stop
 from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training.views import RunState
 from tests.ranks.local_cluster import (
+    ONE_BY_ONE,
     Hook,
     LocalCluster,
     Outcome,
@@ -20,7 +22,7 @@ from tests.ranks.local_cluster import (
     die,
     linger_and_die,
     miss_the_news,
-    partial,
+    on_record,
     stop_for_good,
     tiny_job,
     vote_by_pairs,
@@ -394,16 +396,14 @@ def test_shrinking_and_growing_on_request_change_nothing(run: Run, undisturbed: 
 
 
 KILL_ALL = tuple(f"step=5,worker={slot},kind=kill" for slot in range(3))
+SAVED_BEFORE_ALL_DIE = {3: ONE_BY_ONE[3], 5: partial(on_record, 5)}
 
 
 def test_when_all_die_the_newest_checkpoint_is_replayed_to_the_same_bits(run: Run, undisturbed: Outcome) -> None:
     outcome = run(
         overrides=["checkpoint.every_steps=2"],
         faults=KILL_ALL,
-        holds={
-            4: lambda cluster: 2 in cluster.controller.checkpoints,
-            5: lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints,
-        },
+        holds=SAVED_BEFORE_ALL_DIE,
     )
     show_stalls("all killed", outcome)
     assert_same_training(outcome, undisturbed)
@@ -426,8 +426,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(run: Run, undistur
     outcome = run(
         overrides=["checkpoint.every_steps=2"],
         faults=KILL_ALL,
-        holds={4: lambda cluster: 2 in cluster.controller.checkpoints, 5: lambda cluster: bool(damaged)},
-        script=[(lambda cluster: cluster.committed == 5 and 4 in cluster.controller.checkpoints, damage)],
+        holds={**SAVED_BEFORE_ALL_DIE, 5: lambda cluster: bool(damaged)},
+        script=[(partial(on_record, 5), damage)],
     )
     assert_same_training(outcome, undisturbed)
     assert outcome.rollbacks == [4, 2]
