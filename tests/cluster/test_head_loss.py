@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 class Run:
     """One run on a cluster, by its directory."""
 
-    def __init__(self, cluster: DurableCluster, home: Path, cache: Path) -> None:
+    def __init__(self, cluster: DurableCluster, home: Path, cache: Path, *more: str) -> None:
         self.path = home / "run"
         job = home / "job.yaml"
         job.write_text(JOB)
         self.command = ("run", str(job), "--run-dir", str(self.path), "--set", f"data.cache={cache}",
                         "--set", "elastic.workers.max=2",
-                        "--fault", "step=5,worker=0,kind=slow,factor=10")  # fmt: skip
+                        "--fault", "step=5,worker=0,kind=slow,factor=10", *more)  # fmt: skip
         self.cluster = cluster
 
     def steps(self) -> int:
@@ -38,6 +38,11 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         return dict(json.loads((self.path / "result.json").read_text()))
+
+
+UNHURRIED = ("--set", "elastic.lease_s=300", "--set", "elastic.heartbeat_timeout_s=30",
+             "--set", "elastic.progress_timeout_s=60")  # fmt: skip
+"""However slow this machine is, no worker is taken for lost while there is no controller, nor when there is again."""
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
 ) -> None:
     """And the controller dies meanwhile, when nobody can start another: the workers train on without both."""
     cluster.start()
-    run = Run(cluster, tmp_path, cache)
+    run = Run(cluster, tmp_path, cache, *UNHURRIED)
     driver = cluster.start_driver(*run.command, settings=True)
 
     def trained(steps: int) -> bool:
@@ -88,7 +93,7 @@ def test_a_head_of_a_cluster_file_that_dies_is_started_again_and_the_run_goes_on
     try:
         cluster.start_head_of(ROOT / launcher)
         cluster.start_node()
-        run = Run(cluster, tmp_path, cache)
+        run = Run(cluster, tmp_path, cache, *UNHURRIED)
         driver = cluster.start_driver(*run.command, settings=True)
         wait_for(lambda: run.steps() >= 6, 120, "step 6")
         raylets = cluster.raylets()
