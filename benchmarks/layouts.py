@@ -111,7 +111,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     ranks = layout.world_size
 
     def barrier() -> None:
-        exchange(fabric.world, np.array([0]), [1] * ranks, device)
+        exchange(fabric.control, np.array([0]), [1] * ranks)
 
     state.adopt_layout(layout, fabric, [everything] * ranks, [Domain("", "here")] * ranks, copies, 0, barrier)
     engine.bind(fabric, layout, 0)

@@ -29,7 +29,7 @@ def exchange(
     """Sends `num_bytes` to the other rank and back, `repetitions` times after one to warm up; returns bytes per second
     of each. `host` is the address by which the other one reaches this process. Raises RuntimeError.
 
-    The group is made as workers make theirs (strategies/comm/groups.py): NCCL for GPUs, or else gloo on this address.
+    The group is made as workers make theirs (strategies/comm/transports.py): NCCL for GPUs, else gloo on this address.
     """
     import torch
     import torch.distributed as dist

@@ -115,5 +115,4 @@ class StateKeeper:
 
     def _agree(self, fabric: Fabric, value: int) -> list[int]:
         """Everyone's value, by rank; nobody is past this before every rank is here."""
-        sizes = [1] * fabric.world.world_size
-        return [int(each) for each in exchange(fabric.world, np.array([value]), sizes, self._state.device)]
+        return [int(each) for each in exchange(fabric.control, np.array([value]), [1] * fabric.control.world_size)]

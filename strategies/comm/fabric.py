@@ -8,15 +8,21 @@ generation after generation."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from strategies.comm.groups import Groups, PeerLost
+from strategies.comm import transports
+from strategies.comm.gloo import Gloo
+from strategies.comm.group_errors import raise_of_group
+from strategies.comm.groups import Groups
 from strategies.comm.rendezvous import StoreClient
 from strategies.comm.rendezvous_proof import StoreAddress
+from strategies.comm.transports import HOST
 from strategies.compat import name_groups
 from strategies.layout.parallel import ParallelLayout
 
@@ -24,21 +30,30 @@ BACKEND = "elastic"
 AXES = ("data", "pipeline", "tensor")
 """The axes of the mesh, as ranks are numbered."""
 
-_forming: Fabric | None = None
+_forming: Callable[[Any], Any] | None = None
+"""Makes a group of c10d's options, while a fabric has c10d make its own."""
 
 
 class Fabric:
-    """`world` has all ranks of a generation, `data_group` those that compute the same part of the model in all
-    replicas.
+    """`control` and `world` have all ranks of a generation, `data_group` those that compute the same part of the model
+    in all replicas.
+
+    Tensors on `device` go over `world` and `data_group`, by the `transport` that the job asks for. What ranks tell each
+    other and agree upon goes over `control`, from host memory to host memory: no device has a part in the decision to
+    commit, and a peer that dies is noticed there in milliseconds. It is the same group where the device is a CPU.
 
     `mesh` is a DeviceMesh with AXES, None where no part of torch's needs one and for spares.
     """
 
-    def __init__(self, *, rank: int, layout: ParallelLayout, device: torch.device) -> None:
+    def __init__(self, *, rank: int, layout: ParallelLayout, device: torch.device, transport: str = "auto") -> None:
         self.rank = rank
         self.layout = layout
         self.device = device
-        self.world = Groups(rank=rank, world_size=layout.world_size, device=device)
+        self._transport = transports.choose(device, transport)
+        self.control = Groups(rank=rank, world_size=layout.world_size, device=HOST, transport=Gloo())
+        self.world = self.control
+        if self._transport is not Gloo:
+            self.world = self._groups(rank, layout.world_size)
         self.data_group = self.world
         self.mesh: Any = None
         self._axes: tuple[str, ...] = AXES
@@ -51,12 +66,12 @@ class Fabric:
     @property
     def moves(self) -> int:
         """Counts what gets done in any of the groups."""
-        return self.world.moves + sum(groups.moves for groups in self._others)
+        return self.control.moves + sum(groups.moves for groups in self._others)
 
     @property
     def waited_s(self) -> float:
         """Seconds spent in exchanges of any of the groups."""
-        return self.world.waited_s + sum(groups.waited_s for groups in self._others)
+        return self.control.waited_s + sum(groups.waited_s for groups in self._others)
 
     @property
     def is_aborted(self) -> bool:
@@ -64,9 +79,14 @@ class Fabric:
 
     def form(self, *, store_address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
         """Joins the other ranks, as `Groups.form`. Raises PeerLost."""
-        self.world.form(store_address=store_address, prefix=f"{prefix}/world", host=host, timeout_s=timeout_s)
+        where: dict[str, Any] = {"store_address": store_address, "host": host, "timeout_s": timeout_s}
+        # Whoever is past this knows that all are here: what forms after it need not wait for anybody.
+        self.control.form(prefix=f"{prefix}/control", **where)
+        if self.world is not self.control:
+            self._adopt(self.world)
+            self.world.form(prefix=f"{prefix}/world", **where)
         if self.layout.place(self.rank) is None:
-            self.data_group = self._alone()
+            self.data_group = self._groups(0, 1)
             return
         if not self.layout.computes_together:
             self.data_group = self.world if not self.layout.spares else self._part(
@@ -76,15 +96,13 @@ class Fabric:
         try:
             self._form_mesh(store_address, f"{prefix}/mesh", host, timeout_s)
         except RuntimeError as error:
-            if isinstance(error, PeerLost):
-                raise
-            raise PeerLost(f"could not form the groups of {prefix}: {str(error).splitlines()[0][:200]}") from error
+            raise_of_group(error, f"could not form the groups of {prefix}")
 
-    def _alone(self) -> Groups:
-        return Groups(rank=0, world_size=1, device=self.device)
+    def _groups(self, rank: int, world_size: int) -> Groups:
+        return Groups(rank=rank, world_size=world_size, device=self.device, transport=self._transport())
 
     def _part(self, ranks: list[int], address: StoreAddress, prefix: str, host: str, timeout_s: float) -> Groups:
-        groups = Groups(rank=ranks.index(self.rank), world_size=len(ranks), device=self.device)
+        groups = self._groups(ranks.index(self.rank), len(ranks))
         self._adopt(groups)
         groups.form(store_address=address, prefix=prefix, host=host, timeout_s=timeout_s)
         return groups
@@ -100,14 +118,13 @@ class Fabric:
         from torch.distributed.device_mesh import init_device_mesh
 
         _register()
-        self._host, self._timeout_s = host, timeout_s
         layout = self.layout
         store = StoreClient(address, prefix, timeout_s)
         with self._lock:
             self.check()
             self._store = store
         store.connect()
-        _forming = self
+        _forming = partial(self._create, host, timeout_s)
         try:
             dist.init_process_group(
                 BACKEND, store=store, rank=self.rank, world_size=layout.num_placed, timeout=timedelta(hours=24)
@@ -122,11 +139,11 @@ class Fabric:
         finally:
             _forming = None
 
-    def create(self, store: Any, rank: int, world_size: int) -> Any:
+    def _create(self, host: str, timeout_s: float, options: Any) -> Any:
         """A process group for c10d, made by us."""
-        groups = Groups(rank=rank, world_size=world_size, device=self.device)
+        groups = self._groups(options.group_rank, options.group_size)
         self._adopt(groups)
-        group = groups.form_on(store, self._host, self._timeout_s)
+        group = groups.form_on(options.store, host, timeout_s)
         self._by_group[id(group)] = groups
         return group
 
@@ -145,7 +162,7 @@ class Fabric:
 
     def check(self) -> None:
         """Raises PeerLost when the groups were aborted or left; counts as a move."""
-        self.world.check()
+        self.control.check()
 
     def abort(self) -> None:
         """Makes every collective of this rank in flight, and every later one, raise. From any thread."""
@@ -154,8 +171,11 @@ class Fabric:
             others = list(self._others)
             if self._store is not None:
                 self._store.abort()
-        self.world.abort()
-        for groups in others:
+        everything = [self.control, *others]
+        # All are marked before any is ended: one that ends another's wait must not find it going on to the next.
+        for groups in everything:
+            groups.mark_aborted()
+        for groups in everything:
             groups.abort()
 
     def drop(self) -> None:
@@ -165,8 +185,7 @@ class Fabric:
             self.mesh = None
             dist.destroy_process_group()
         self._by_group = {}
-        self.world.drop()
-        for groups in self._others:
+        for groups in (self.control, *self._others):
             groups.drop()
 
 
@@ -185,7 +204,7 @@ def _name_groups(mesh: Any) -> None:
 def _create(options: Any, _: Any = None) -> Any:
     if _forming is None:
         raise RuntimeError("process groups of this backend are formed by a Fabric only")
-    return _forming.create(options.store, options.group_rank, options.group_size)
+    return _forming(options)
 
 
 def _register() -> None:

@@ -17,13 +17,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from strategies.comm.group_errors import PeerLost
 from strategies.comm.rendezvous_proof import HELLO_BYTES, PROOF_BYTES, ClientSide, StoreAddress
 from strategies.comm.rendezvous_server import ADD, ANSWER, CHECK, GET, NUMBER, REQUEST, SET
 from strategies.compat import Store
-
-
-class PeerLost(RuntimeError):
-    """A collective or rendezvous failed because of another rank, or was aborted; this rank itself is well."""
 
 
 class StoreClient(Store):

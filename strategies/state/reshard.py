@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from strategies.comm.groups import PATIENCE, Groups, PeerLost
+from strategies.comm.groups import Groups
 from strategies.layout.statemap import Span, Transfer
 from strategies.state.shard import StateShard
 
@@ -123,11 +123,7 @@ class _Move:
         return torch.frombuffer(bytearray(xxhash.xxh3_128_digest(host.numpy().data)), dtype=torch.float32)
 
     def finish(self, groups: Groups) -> None:
-        try:
-            self._work.wait(PATIENCE)
-        except RuntimeError as error:
-            raise PeerLost(f"state transfer: {error}") from error
-        groups.check()
+        groups.finish(self._work, "state transfer")
         if self._is_source:
             return
         arrived = self.buffer[-_DIGEST:].cpu().view(torch.int32)

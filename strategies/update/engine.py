@@ -11,12 +11,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
-
-import torch.distributed as dist
 
 from strategies.comm.fabric import Fabric
-from strategies.comm.groups import PeerLost
+from strategies.comm.group_errors import raise_of_step
 from strategies.gradient.compute import Fetch, LocalGradients
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
@@ -193,7 +190,7 @@ class StepEngine:
         try:
             vote = self._agree(step)
         except RuntimeError as error:
-            self._explain(error)
+            raise_of_step(error, is_aborted=self.fabric.is_aborted)
         lr = self.commit(step, vote.norm)
         record = StepRecord(
             step=step,
@@ -231,17 +228,6 @@ class StepEngine:
             self.work.discard()
         return vote
 
-    def _explain(self, error: RuntimeError) -> NoReturn:
-        """Torch's own collectives, inside a model that is split, say in many words that a peer is gone."""
-        if not isinstance(error, PeerLost) and (self.fabric.is_aborted or is_connection_error(error)):
-            # What runs the stages of a pipeline begins its own error with an empty line, and names the cause elsewhere.
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            raise PeerLost(lines[0][:300]) from error
-        raise error
-
     def _round(self, step: int) -> Round:
         return Round(
             step, self.state, self.spec, self.fabric, self.work, self.phases.enter, self._constancy.check
@@ -273,7 +259,7 @@ class StepEngine:
             hashes=[self.work.hashes[index] for index in mine],
             times=times,
         )
-        return self.polls.hold(self.fabric.world, ballot, self.state.device)
+        return self.polls.hold(self.fabric.control, ballot)
 
     def rank_times(self) -> RankTimes:
         """This rank's, up to now."""
@@ -303,16 +289,3 @@ class StepEngine:
         self.work.discard()
         self.phases.leave()
         return this.lr
-
-
-def is_connection_error(error: BaseException) -> bool:
-    """Whether an error of torch's own, or one that it was made of, is about the connection to another rank."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
-            return True
-        text = str(seen).lower()
-        if any(word in text for word in ("gloo", "connection", "broken pipe", "socket closed", "nccl")):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

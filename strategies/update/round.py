@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from strategies.comm.fabric import Fabric
-from strategies.comm.groups import PATIENCE, PeerLost
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.work import GradientWork
 from strategies.state.training_state import TrainingState
@@ -48,9 +47,5 @@ class Round:
                 transfers += [world.send(own.gradient, mirror, 0) for mirror in shard.mirrors]
             elif rank in shard.mirrors:
                 transfers.append(world.receive(mirrors[shard.owner].gradient, shard.owner, 0))
-        try:
-            for transfer in transfers:
-                transfer.wait(PATIENCE)
-        except RuntimeError as error:
-            raise PeerLost(f"state copies: {error}") from error
-        world.check()
+        for transfer in transfers:
+            world.finish(transfer, "state copies")

@@ -70,12 +70,12 @@ class Polls:
             2 + WORDS + 2 * len(told) + HEADER + len(held) for told, held in zip(self.told, self.held, strict=True)
         ]
 
-    def hold(self, world: Groups, ballot: Ballot, device: torch.device) -> Vote:
+    def hold(self, control: Groups, ballot: Ballot) -> Vote:
         """Tells everyone, and learns what all others say. Raises PeerLost."""
         floats = np.array([*ballot.losses, *to_row(ballot.times)], dtype=np.float64)
         whole = np.array([ballot.flags, ballot.deal, *to_words(ballot.square_sum), *ballot.hashes], dtype=np.int64)
         row = np.concatenate([whole, floats.view(np.int64)])
-        return self._count(exchange(world, row, self._sizes, device))
+        return self._count(exchange(control, row, self._sizes))
 
     def _count(self, everyone: np.ndarray) -> Vote:
         sums: list[int | None] = []
@@ -114,11 +114,11 @@ def _held_by(layout: ParallelLayout, rank: int) -> tuple[int, ...]:
     return () if place is None else layout.assignment[place.data]
 
 
-def exchange(world: Groups, row: np.ndarray, sizes: list[int], device: torch.device) -> np.ndarray:
+def exchange(control: Groups, row: np.ndarray, sizes: list[int]) -> np.ndarray:
     """Everyone's int64 `row`s, end to end in the order of ranks; `sizes` are their lengths. Raises PeerLost."""
-    if world.world_size == 1:
+    if control.world_size == 1:
         return row
-    sent = torch.from_numpy(np.tile(row, world.world_size)).to(device)
-    received = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-    world.all_to_all(received, sent, sizes, [len(row)] * world.world_size)
-    return received.cpu().numpy()
+    sent = torch.from_numpy(np.tile(row, control.world_size))
+    received = torch.empty(sum(sizes), dtype=torch.int64)
+    control.all_to_all(received, sent, sizes, [len(row)] * control.world_size)
+    return received.numpy()

@@ -240,7 +240,7 @@ def run_stretch(
 
 
 def barrier(fabric: Fabric) -> None:
-    exchange(fabric.world, np.array([0]), [1] * fabric.world.world_size, CPU)
+    exchange(fabric.control, np.array([0]), [1] * fabric.control.world_size)
 
 
 def last_stage(layout: ParallelLayout) -> int:

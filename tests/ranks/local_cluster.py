@@ -533,7 +533,7 @@ def vote_by_pairs(step: int, victim: int, lucky: int, worker: Any) -> None:
 
     def bind_and_replace(fabric: Any, layout: Any, generation: int) -> None:
         bind(fabric, layout, generation)
-        groups = fabric.world
+        groups = fabric.control
         usual = groups.all_to_all
 
         def all_to_all(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from strategies.comm.fabric import Fabric
+from strategies.comm.gloo import Gloo
 from strategies.comm.groups import Groups
 from strategies.gradient.spec import StepSpec
 from strategies.layout.assignment import deal, even
@@ -37,7 +38,7 @@ Assignment = tuple[tuple[int, ...], ...]
 
 
 def form(rank: int, world_size: int, address: Endpoint, prefix: str) -> Groups:
-    groups = Groups(rank=rank, world_size=world_size, device=CPU)
+    groups = Groups(rank=rank, world_size=world_size, device=CPU, transport=Gloo())
     groups.form(store_address=address, prefix=prefix, host=HOST, timeout_s=20.0)
     return groups
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from strategies.comm.gloo import Gloo
 from strategies.comm.groups import Groups
 from strategies.layout.assignment import deal, even
 from strategies.layout.parallel import ParallelLayout
@@ -247,6 +248,6 @@ def test_every_pass_and_every_layer_in_it_draw_numbers_of_their_own() -> None:
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:
     layout = ParallelLayout(data=1, assignment=((0, 1, 2),))
-    reducer = Reducer(Groups(rank=0, world_size=1, device=CPU), layout, 5, CPU)
+    reducer = Reducer(Groups(rank=0, world_size=1, device=CPU, transport=Gloo()), layout, 5, CPU)
     with pytest.raises(ValueError, match=r"replica 0 must bring the subtrees \(\(0, 3\),\), got \[\(0, 1\)\]"):
         reducer.reduce({(0, 1): torch.zeros(5)})

@@ -1,0 +1,38 @@
+"""What carries the collectives of one group of ranks, on one rank: the seam between `Groups` and a backend of torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import Any
+
+PATIENCE = timedelta(hours=24)
+"""Collectives wait for as long as it takes: hangs are found by heartbeats and progress, which abort."""
+
+
+class Transport(ABC):
+    """One group, from its forming until it is left. What torch raises comes out as it is: see
+    `strategies.comm.group_errors`."""
+
+    @abstractmethod
+    def form(self, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
+        """Joins the other ranks over `store`; torch's process group. `host` is this machine's address for peers,
+        `timeout_s` bounds the forming. Raises RuntimeError when a peer does not come, dies meanwhile, or `abort` is
+        called."""
+
+    @abstractmethod
+    def wait(self, work: Any) -> None:
+        """Until a collective or transfer is over, and the host may rely on it. Raises RuntimeError when it failed or
+        was aborted; a backend that calls an aborted one a success is told apart by `Groups.check`."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Makes what is in flight end, from any thread, also while `form` runs. Does not wait for anything."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Leaves the group for good; neighbours still waiting for this rank see an error at once."""
+
+    def is_gone(self, timeout_s: float) -> bool:
+        """Waits for what `abort` and `drop` began; whether all of the group is gone, so that another can be formed."""
+        return True
