@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store as Store
+    from torch._C._distributed_c10d import Work as Work
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch.distributed._functional_collectives import all_reduce as all_reduce
+    from torch.distributed.distributed_c10d import _abort_process_group
+
+    abort_all_groups = _abort_process_group
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
     from torch.optim import Optimizer
@@ -26,6 +31,8 @@ PRIVATE = {
     "all_reduce": "torch.distributed._functional_collectives",
     "AllGather": "torch.distributed.fsdp._fully_shard._fsdp_api",
     "ReduceScatter": "torch.distributed.fsdp._fully_shard._fsdp_api",
+    "Work": "torch._C._distributed_c10d",
+    "abort_all_groups": "torch.distributed.distributed_c10d:_abort_process_group",
 }
 """Where each name is, and what torch calls it, where that is something else."""
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
@@ -69,6 +76,29 @@ def step(optimizer: Optimizer) -> None:
 
 WRAPPED_FOR_THE_COMPILER = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
 _COMPILER_IS_TOLD = "__dynamo_disable"
+
+
+def is_at_least(version: tuple[int, int]) -> bool:
+    """Whether torch is of this version or a later one."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= version
+
+
+NCCL_FORMS_WITHOUT_BLOCKING = (2, 12)
+"""Since then `eager_connect_single_device` waits for a communicator that is formed so; before, it returned at once, and
+the first collective failed with "operation in progress". One that blocks cannot be aborted while it forms."""
+
+
+def make_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any:
+    """NCCL's process group, not connected yet. Collectives' own timeouts count for nothing there: this one does."""
+    import torch.distributed as dist
+
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    options.config.blocking = 0 if is_at_least(NCCL_FORMS_WITHOUT_BLOCKING) else 1
+    return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 
 def name_groups(mesh: Any, names: list[Any]) -> None:

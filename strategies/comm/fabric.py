@@ -8,6 +8,7 @@ generation after generation."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from strategies import compat
 from strategies.comm import transports
+from strategies.comm.faces import Face
 from strategies.comm.gloo import Gloo
 from strategies.comm.group_errors import raise_of_group
 from strategies.comm.groups import Groups
+from strategies.comm.ordered_sum import OrderedGroup
 from strategies.comm.rendezvous import StoreClient
 from strategies.comm.rendezvous_proof import StoreAddress
+from strategies.comm.transport import Transport
 from strategies.comm.transports import HOST
-from strategies.compat import name_groups
 from strategies.layout.parallel import ParallelLayout
 
 BACKEND = "elastic"
@@ -49,11 +53,11 @@ class Fabric:
         self.rank = rank
         self.layout = layout
         self.device = device
-        self._transport = transports.choose(device, transport)
-        self.control = Groups(rank=rank, world_size=layout.world_size, device=HOST, transport=Gloo())
-        self.world = self.control
-        if self._transport is not Gloo:
-            self.world = self._groups(rank, layout.world_size)
+        between_hosts = Gloo()
+        self.control = Groups(rank=rank, world_size=layout.world_size, device=HOST, transport=between_hosts)
+        between_devices = transports.choose(device, transport, between_hosts)
+        self._transport: Callable[[], Transport] = between_devices or Gloo
+        self.world = self.control if between_devices is None else self._groups(rank, layout.world_size)
         self.data_group = self.world
         self.mesh: Any = None
         self._axes: tuple[str, ...] = AXES
@@ -141,10 +145,15 @@ class Fabric:
 
     def _create(self, host: str, timeout_s: float, options: Any) -> Any:
         """A process group for c10d, made by us."""
-        groups = self._groups(options.group_rank, options.group_size)
+        rank, size = options.group_rank, options.group_size
+        groups = self._groups(rank, size)
         self._adopt(groups)
         group = groups.form_on(options.store, host, timeout_s)
         self._by_group[id(group)] = groups
+        first = self.rank - self.rank % self.layout.tensor
+        is_tensor = list(options.global_ranks_in_group) == list(range(first, first + self.layout.tensor))
+        if is_tensor and size > 2 and not isinstance(group, Face):
+            return OrderedGroup(group, rank, size, self.device)
         return group
 
     def axis(self, name: str) -> Any:
@@ -179,14 +188,23 @@ class Fabric:
             groups.abort()
 
     def drop(self) -> None:
-        """Leaves all groups for good; neighbours still waiting for this rank see an error at once."""
+        """Leaves all groups for good; neighbours still waiting for this rank see an error at once. Waits for nothing:
+        see `is_gone`."""
         self.abort()
         if self.mesh is not None or dist.is_initialized():
             self.mesh = None
-            dist.destroy_process_group()
+            # Not `destroy_process_group`, which has every group wait for its peers first.
+            compat.abort_all_groups()
         self._by_group = {}
         for groups in (self.control, *self._others):
             groups.drop()
+
+    def is_gone(self, timeout_s: float) -> bool:
+        """Waits until nothing is left of what was dropped, so that a backend can form other groups; whether it is. A
+        process of which something is left for good is of no use any more."""
+        deadline = time.monotonic() + timeout_s
+        everything = [self.control, *self._others]
+        return all(groups.transport.is_gone(max(0.0, deadline - time.monotonic())) for groups in everything)
 
 
 def _name_groups(mesh: Any) -> None:
@@ -198,7 +216,7 @@ def _name_groups(mesh: Any) -> None:
     """
     names = [dist.GroupName(f"{BACKEND}/{axis}") for axis in AXES]
     # What is remembered must not keep the groups of its generation alive.
-    name_groups(mesh, names)
+    compat.name_groups(mesh, names)
 
 
 def _create(options: Any, _: Any = None) -> Any:

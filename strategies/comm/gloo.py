@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +62,8 @@ class Gloo(Transport):
         self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
         self._is_aborted = False
+        self._woken = threading.Event()
+        """The group is connected, or nobody waits for it any more."""
 
     def form(self, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
         before = _listening()
@@ -76,7 +79,7 @@ class Gloo(Transport):
                 for entry in store.get(f"listen/{other}").decode().split(","):
                     address, _, port = entry.partition(" ")
                     self._peers.add((address, int(port)))
-        group = dist.ProcessGroupGloo(store, rank, world_size, options)  # type: ignore[call-overload]
+        group = self._connect(lambda: dist.ProcessGroupGloo(store, rank, world_size, options))  # type: ignore[call-overload]
         group._set_default_timeout(PATIENCE)
         with self._lock:
             self._group = group
@@ -84,6 +87,30 @@ class Gloo(Transport):
             if self._is_aborted:
                 raise PeerLost("the process group was aborted")
         return group
+
+    def _connect(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, in a thread of its own: where a peer should connect to this rank, and is gone before it
+        did, gloo waits for it until its time is over, and there is no connection yet to shut down."""
+        made: list[Any] = []
+        failed: list[BaseException] = []
+
+        def connect() -> None:
+            try:
+                made.append(make())
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                self._woken.set()
+
+        thread = threading.Thread(target=connect, name="gloo forming", daemon=True)
+        thread.start()
+        self._woken.wait()
+        if self._is_aborted:
+            raise PeerLost("the process group was aborted")
+        thread.join()
+        if failed:
+            raise failed[0]
+        return made[0]
 
     def _find_connections(self) -> list[socket.socket]:
         """Duplicates of this group's connected sockets, never of a listening one, whose end ends the process."""
@@ -120,6 +147,7 @@ class Gloo(Transport):
             if self._group is None and self._peers:
                 self._connections += self._find_connections()
             self._stop_reading()
+        self._woken.set()
 
     def drop(self) -> None:
         with self._lock:

@@ -8,20 +8,24 @@ import torch
 
 from strategies.comm.gloo import Gloo
 from strategies.comm.group_errors import Misconfigured
+from strategies.comm.nccl import Nccl
+from strategies.comm.staged import StagedGloo
 from strategies.comm.transport import Transport
 
 HOST = torch.device("cpu")
+KINDS = ("auto", "nccl", "gloo")
 
 
-def choose(device: torch.device, asked: str) -> Callable[[], Transport]:
-    """What makes the transport of a group whose tensors are on `device`; `asked` is "auto", "nccl" or "gloo".
+def choose(device: torch.device, asked: str, control: Gloo) -> Callable[[], Transport] | None:
+    """What makes the transports of groups whose tensors are on `device`, where `asked` is one of KINDS; None where
+    tensors can go over the group that ranks agree over, whose transport is `control`, and others like it.
 
-    Raises Misconfigured for one that cannot be.
+    Raises Misconfigured for what cannot be.
     """
     if device.type == "cpu":
         if asked == "nccl":
-            raise Misconfigured(
-                "strategy.transport is nccl, which is for GPUs, and the workers have none (resources.gpu)"
-            )
-        return Gloo
-    raise Misconfigured("unknown device")
+            raise Misconfigured("strategy.transport is nccl, but the workers have no GPUs (resources.gpu)")
+        return None
+    if asked == "gloo":
+        return lambda: StagedGloo(device)
+    return lambda: Nccl(device, control.has_lost_a_peer)

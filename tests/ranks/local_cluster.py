@@ -594,6 +594,20 @@ def when_forming(generation: int, rank: int, action: Callable[[], None], worker:
     core.Fabric = Watched
 
 
+def when_connecting(generation: int, rank: int, action: Callable[[], None], worker: Any) -> None:
+    """Runs `action` when the rank has told the others of `generation` where to find it, and has connected to nobody."""
+    gloo: Any = importlib.import_module("strategies.comm.gloo")
+    connect = gloo.Gloo._connect
+
+    def watched(self: Any, make: Any) -> Any:
+        at = worker.protocol.generation
+        if at.number == generation and at.rank_of(worker.worker) == rank:
+            action()
+        return connect(self, make)
+
+    gloo.Gloo._connect = watched
+
+
 def when_moving_state(generation: int, rank: int, worker: Any) -> None:
     """The rank dies in the middle of the state transfer of `generation`: after the first of its transfers."""
     state: Any = importlib.import_module("strategies.state.training_state")

@@ -26,6 +26,7 @@ from tests.ranks.local_cluster import (
     stop_for_good,
     tiny_job,
     vote_by_pairs,
+    when_connecting,
     when_forming,
     when_moving_state,
 )
@@ -356,13 +357,19 @@ def test_a_newcomer_with_half_a_state_counts_as_one_with_none(run: Run, undistur
     assert outcome.rollbacks == [0]
 
 
+@pytest.mark.parametrize("when", [when_forming, when_connecting], ids=["before it comes", "before it connects"])
 @pytest.mark.parametrize("action", [die, stop_for_good], ids=["dies", "hangs"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_others_survive_a_rank_that_fails_while_the_group_forms(
-    run: Run, undisturbed: Outcome, action: Callable[[], None], rank: int
+    run: Run, undisturbed: Outcome, action: Callable[[], None], rank: int, when: Callable[..., None]
 ) -> None:
     """Rank 0 also serves the store where the others wait for each other."""
-    outcome = run(faults=["step=2,worker=2,kind=kill"], hooks=[partial(when_forming, 1, rank, action)])
+    outcome = run(
+        overrides=["elastic.workers.max=4"],
+        faults=["step=2,worker=2,kind=kill"],
+        hooks=[partial(when, 1, rank, action)],
+        holds={1: lambda cluster: cluster.is_whole(4)},
+    )
     show_stalls("failure while forming", outcome)
     assert_same_training(outcome, undisturbed)
     assert_nothing_lost(outcome)
