@@ -40,6 +40,15 @@ class FaultyWorker(Protocol):
     def make_gradient_nan(self) -> None:
         """The gradient of the step under way is not finite."""
 
+    def fail_device(self) -> None:
+        """Its device computes no more. Raises what torch then raises."""
+
+    def exhaust_memory(self) -> None:
+        """Its device has too little memory. Raises what torch then raises."""
+
+    def hang_in_collective(self) -> None:
+        """It waits in a collective for what never comes, until the controller has it break out of there."""
+
     def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
         """The phase, data or compute, takes `factor` times as long: for some steps, for a time, or from now on."""
 
@@ -103,6 +112,29 @@ class Deadlock(FaultKind):
         threading.Event().wait()
 
 
+class Device(FaultKind):
+    name = "device"
+
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
+        worker.fail_device()
+
+
+class Memory(FaultKind):
+    name = "oom"
+    phases = ("data", "compute")
+    why_there = "is about what the model computes, so its phase is data or compute"
+
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
+        worker.exhaust_memory()
+
+
+class CollectiveHang(FaultKind):
+    name = "nccl-hang"
+
+    def happen(self, planned: Planned, step: int, worker: FaultyWorker) -> None:
+        worker.hang_in_collective()
+
+
 class Slow(FaultKind):
     name = "slow"
     details = ("seconds", "factor", "steps")
@@ -143,7 +175,8 @@ class Controller(FaultKind):
 KINDS: dict[str, FaultKind] = {
     kind.name: kind
     for kind in (
-        Kill(), Segfault(), Raise(), Exit(), Hang(), Deadlock(), Slow(), Nan(), Drain(), Node(), Controller(),
+        Kill(), Segfault(), Raise(), Exit(), Hang(), Deadlock(), Device(), Memory(), CollectiveHang(), Slow(), Nan(),
+        Drain(), Node(), Controller(),
     )
 }  # fmt: skip
 """Those that come with this package, by the name that a job file has for them."""

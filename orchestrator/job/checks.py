@@ -210,6 +210,22 @@ def _accelerators(get: Get) -> Iterator[Finding]:
         yield Finding((given[0],), "names kinds of GPU, but resources.gpu is 0; set it, or leave this out")
 
 
+def _gpus(get: Get) -> Iterator[Finding]:
+    gpus, transport = get("resources.gpu"), get("strategy.transport")
+    if gpus > 1:
+        reason = f"a worker computes on one GPU, not {gpus:g}: ask for 1, and for more workers (elastic.workers)"
+        yield Finding(("resources.gpu",), reason)
+    elif 0 < gpus < 1 and transport != "gloo":
+        reason = (
+            f"workers that share a GPU (resources.gpu = {gpus:g}) cannot be connected by NCCL, which takes each GPU "
+            "once: ask for 1, or set strategy.transport to gloo"
+        )
+        yield Finding(("resources.gpu", "strategy.transport"), reason)
+    elif not gpus and transport == "nccl":
+        reason = "is nccl, which connects GPUs, and resources.gpu = 0; set that to 1, or leave this out"
+        yield Finding(("strategy.transport", "resources.gpu"), reason)
+
+
 _OWN_FIELDS = {
     "ray.io/market-type": "market",
     "ray.io/accelerator-type": "accelerators",
@@ -331,6 +347,7 @@ _RULES: tuple[Rule, ...] = (
     _fault_kinds,
     _fault_steps,
     _accelerators,
+    _gpus,
     _labels,
     _market,
     _storage,

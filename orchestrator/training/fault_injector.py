@@ -6,9 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from orchestrator.job import Job
 from orchestrator.job.kinds import fault_kind_named
+from orchestrator.training.device_faults import exhaust_memory, fail_device, hang_in_collective
+from strategies.comm.fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,29 @@ class _Slowness:
         return step < self.until_step and time.monotonic() < self.until
 
 
+class Victim(Protocol):
+    """A worker, as far as faults happen to it. `fabric` are the groups of the generation that it is in."""
+
+    fabric: Fabric | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def make_gradient_nan(self, step: int) -> None: ...
+
+
 class FaultInjector:
     """Fires a job's faults on one worker.
 
     `announce(index)` tells the controller that a fault is about to happen and returns once it is on record, so that
-    it never happens twice and recoveries are measured from its true time. `make_nan(step)` makes its gradient NaN.
+    it never happens twice and recoveries are measured from its true time. `victim` is whom it happens to.
     """
 
-    def __init__(self, job: Job, slot: int, announce: Callable[[int], None], make_nan: Callable[[int], None]) -> None:
+    def __init__(self, job: Job, slot: int, announce: Callable[[int], None], victim: Victim) -> None:
         self._faults = list(enumerate(job.faults))
         self._slot = slot
         self._announce = announce
-        self._make_nan = make_nan
+        self._victim = victim
         self._fired: set[int] = set()
         self._slow: dict[str, list[_Slowness]] = {"data": [], "compute": []}
         self._step = 0
@@ -66,7 +82,20 @@ class FaultInjector:
 
     def make_gradient_nan(self) -> None:
         """See `orchestrator.faults.FaultyWorker`."""
-        self._make_nan(self._step)
+        self._victim.make_gradient_nan(self._step)
+
+    def fail_device(self) -> None:
+        """See `orchestrator.faults.FaultyWorker`."""
+        fail_device(self._victim.device)
+
+    def exhaust_memory(self) -> None:
+        """See `orchestrator.faults.FaultyWorker`."""
+        exhaust_memory(self._victim.device)
+
+    def hang_in_collective(self) -> None:
+        """See `orchestrator.faults.FaultyWorker`."""
+        if (fabric := self._victim.fabric) is not None:
+            hang_in_collective(fabric)
 
     def slow_down(self, phase: str, factor: float, steps: int | None, seconds: float | None) -> None:
         """See `orchestrator.faults.FaultyWorker`."""

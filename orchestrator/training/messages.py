@@ -150,7 +150,9 @@ class Joined:
     buffer_bytes: int = 0
 
 
-LeftCause = Literal["pause", "complete", "peer", "exception", "restore", "storage", "unusable", "job"]
+LeftCause = Literal[
+    "pause", "complete", "peer", "exception", "restore", "storage", "unusable", "job", "device", "memory"
+]
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class Left:
     `held` is what it has of the state after `committed` steps; `prepared` says that it also holds the reduced gradient
     of step `committed` for all of that. Causes: a pause all agreed to; all steps done; a peer lost; its own exception;
     a checkpoint that is not what was saved; a storage that cannot be read; a checkpoint that cannot be used with this
-    job or key; a mistake in the job, which no repetition mends.
+    job or key; a mistake in the job, which no repetition mends; a device that fails, and all that is on it with it;
+    too little memory.
     """
 
     worker: WorkerId

@@ -14,7 +14,7 @@ from orchestrator.training.worker_protocol import Holds
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import PeerLost
 from strategies.layout.placement import Domain
-from strategies.layout.statemap import Spans, subtract
+from strategies.layout.statemap import NOTHING, Spans, subtract
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.reshard import Resharded, StateCorrupt
 from strategies.state.training_state import TrainingState
@@ -35,9 +35,12 @@ class StateKeeper:
         self._engine = engine
         self._catalog = catalog
         self._copies = copies
+        self._is_lost = False
 
     def holds(self) -> Holds:
         """What this worker has."""
+        if self._is_lost:
+            return Holds(0, NOTHING, prepared=False)
         return Holds(self.committed, self._state.held, prepared=self._engine.prepared_step == self.committed)
 
     def roll_forward(self, generation: Generation, rank: int) -> None:
@@ -87,6 +90,10 @@ class StateKeeper:
             raise PeerLost(str(error)) from error
         self.committed = generation.committed
         return moved
+
+    def lose(self) -> None:
+        """Nothing that is here can be read any more, nor anything be put here."""
+        self._is_lost, self.committed = True, 0
 
     def invalidate(self) -> None:
         """From here until another state is in place, nothing of this one counts: a worker that is interrupted now is

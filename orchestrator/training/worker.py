@@ -31,6 +31,7 @@ from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
 from orchestrator.training.fault_injector import FaultInjector
+from orchestrator.training.leaving import cause_of, release_memory
 from orchestrator.training.messages import (
     Finalized,
     Generation,
@@ -54,18 +55,16 @@ from orchestrator.training.orders import (
 )
 from orchestrator.training.peak import peak_flops
 from orchestrator.training.reporting import Reporter, Rhythm, resident_bytes
-from orchestrator.training.restoring import StorageFailed
 from orchestrator.training.saving import Saver
 from orchestrator.training.state_keeper import StateKeeper
 from orchestrator.training.worker_protocol import WorkerProtocol
 from strategies.comm.fabric import Fabric
-from strategies.comm.groups import PeerLost, serve_store
+from strategies.comm.groups import serve_store
 from strategies.comm.rendezvous_proof import StoreAddress
 from strategies.gradient.work import import_for
 from strategies.layout.placement import trained_spans
 from strategies.layout.statemap import Spans, share_out
 from strategies.state.training_state import state_digest
-from strategies.trial.trial import ModelChanged
 from strategies.update.engine import StepEngine, StepRecord
 from strategies.update.timing import rounded
 from strategies.update.vote import Agreement
@@ -77,6 +76,8 @@ TELL_MEMORY_S = 10.0
 """How often a rank that has nothing else to say tells how much memory it uses."""
 FORM_TIMEOUT_S = 20.0
 """A group forms in milliseconds; a rank that waits this long for a peer gives the generation up."""
+GONE_LIMIT_S = 30.0
+"""What is left of a group that was dropped is gone in milliseconds, or when one that forms gives up."""
 
 
 class Worker:
@@ -117,7 +118,7 @@ class Worker:
         self.protocol = WorkerProtocol(worker)
         self._lock = threading.Lock()
         """For the protocol, and which groups belong to its generation."""
-        self._fabric: Fabric | None = None
+        self.fabric: Fabric | None = None
         self._shares: list[Spans] | None = None
         self._held_up_s = 0.0
         """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
@@ -134,7 +135,7 @@ class Worker:
         build.make_deterministic(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
-        self._faults = FaultInjector(job, worker.slot, self._announce_fault, self._make_gradient_nan)
+        self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
         self._build(dataset, device)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
@@ -185,7 +186,7 @@ class Worker:
             self.engine.pause_requested = self.protocol.pause_requested
             self.engine.save_requested = self.protocol.save_requested
             if self.protocol.is_interrupted:
-                fabric = self._fabric
+                fabric = self.fabric
         match order:
             case StartGeneration(generation=generation):
                 self._commands.put((self._run_generation, (generation,)))
@@ -216,7 +217,7 @@ class Worker:
     def shutdown(self) -> None:
         """Ends `train` and the reports; groups are dropped so that no neighbour waits."""
         self._fetch.close()
-        fabric = self._fabric
+        fabric = self.fabric
         if fabric is not None:
             fabric.abort()
         self._commands.put(None)
@@ -244,10 +245,12 @@ class Worker:
         rank = generation.rank_of(self.worker)
         if rank is None:
             return
-        fabric = Fabric(rank=rank, layout=generation.layout, device=self.state.device)
+        fabric = Fabric(
+            rank=rank, layout=generation.layout, device=self.state.device, transport=self.job.strategy.transport
+        )  # fmt: skip
         with self._lock:
             self.protocol.enters(generation)
-            self._fabric = fabric
+            self.fabric = fabric
             self.engine.pause_requested = self.protocol.pause_requested
             self.engine.save_requested = self.protocol.save_requested
             if self.protocol.is_interrupted:
@@ -260,36 +263,39 @@ class Worker:
         detail = ""
         try:
             cause = self._take_part(generation, rank, fabric)
-        except PeerLost as error:
-            detail = str(error)
-        except UnusableCheckpoint as error:
-            cause, detail = "unusable", str(error)
-        except StorageFailed as error:
-            cause, detail = "storage", str(error)
-        except CheckpointError as error:
-            # What a fork begins with is another run's: there is none before it to fall back to.
-            origin = self._catalog.origin
-            is_ours = origin is None or generation.restore != origin[1].locate(generation.committed)
-            cause, detail = "restore" if is_ours else "unusable", str(error)
-            self._saver.set_aside(generation.committed, detail)
-        except ModelChanged as error:
-            cause, detail = "job", str(error)
         except Exception as error:
-            log.exception("worker %s failed in generation %d", self.worker, generation.number)
-            cause, detail = "exception", f"{type(error).__name__}: {error}"
-            if self.engine.applying:
-                self._keeper.invalidate()
+            cause, detail = cause_of(error, generation, self._catalog)
+            self._survive(error, cause, generation)
         fabric.drop()
         self._phase = "idle"
         with self._lock:
-            self._fabric = None
+            self.fabric = None
             left = self.protocol.leaves(cause, self._keeper.holds(), time.monotonic(), detail)
-        self._reporter.send(left)
+        heard = self._reporter.send(left)
         told = log.info if cause in ("pause", "complete") else log.warning
         told(
             "left generation %d after %d steps: %s%s", left.generation, left.committed, cause, detail and f", {detail}"
         )
         self._about.rank = None
+        if cause == "memory":
+            release_memory(self.state.device)
+        if cause == "device" or not fabric.is_gone(GONE_LIMIT_S):
+            # What is left of it here would be in the way of everything else.
+            log.critical("worker %s ends, as its device or its groups are not to be used any more", self.worker)
+            heard.wait(timeout=2.0)
+            self._on_broken()
+
+    def _survive(self, error: Exception, cause: LeftCause, generation: Generation) -> None:
+        """Sees to it that what is here, and in storage, is fit for what comes next."""
+        if isinstance(error, CheckpointError) and not isinstance(error, UnusableCheckpoint):
+            self._saver.set_aside(generation.committed, str(error))
+        if cause not in ("exception", "device", "memory"):
+            return
+        log.exception("worker %s failed in generation %d", self.worker, generation.number)
+        if cause == "device":
+            self._keeper.lose()
+        elif self.engine.applying:
+            self._keeper.invalidate()
 
     def _take_part(self, generation: Generation, rank: int, fabric: Fabric) -> LeftCause:
         self._keeper.roll_forward(generation, rank)
@@ -362,7 +368,13 @@ class Worker:
         heard = self._reporter.send(fired)
         heard.wait(timeout=2.0)
 
-    def _make_gradient_nan(self, step: int) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.state.device
+
+    def make_gradient_nan(self, step: int) -> None:
+        """The gradient of this step is not finite (fault injection)."""
         self.engine.nan_step = step
 
     def _without_rendezvous(self, reason: str) -> None:
@@ -431,7 +443,7 @@ class Worker:
             host_bytes=resident_bytes(),
             device_bytes=build.allocated_bytes(self.state.device),
             lateness_s=round(self._lateness.recent_s(), 3),
-            moves=self._keeper.moves + (0 if (fabric := self._fabric) is None else fabric.moves),
+            moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves),
         )
 
     def _heed(self, reply: Reply) -> bool:

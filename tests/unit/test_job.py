@@ -475,6 +475,33 @@ def test_a_job_is_frozen() -> None:
         Job.loads(MINIMAL).name = "other"  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["resources.gpu=1.5"], "a worker computes on one GPU, not 1.5: ask for 1, and for more workers"),
+        (["resources.gpu=2", "strategy.transport=gloo"], "a worker computes on one GPU, not 2"),
+        (
+            ["resources.gpu=0.5"],
+            "share a GPU (resources.gpu = 0.5) cannot be connected by NCCL, which takes each GPU once",
+        ),
+        (["strategy.transport=nccl"], "is nccl, which connects GPUs, and resources.gpu = 0"),
+    ],
+)
+def test_gpus_that_cannot_be_had_so(settings: list[str], expected: str) -> None:
+    with pytest.raises(JobError) as caught:
+        Job.loads(MINIMAL, overrides=settings)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("gpu", "transport"), [("0", "gloo"), ("1", "auto"), ("1", "nccl"), ("0.25", "gloo")])
+def test_what_carries_tensors_decides_no_numbers(gpu: str, transport: str) -> None:
+    plain = Job.loads(MINIMAL, overrides=[f"resources.gpu={gpu}", "strategy.transport=gloo"])
+    assert (
+        Job.loads(MINIMAL, overrides=[f"resources.gpu={gpu}", f"strategy.transport={transport}"]).digest()
+        == plain.digest()
+    )
+
+
 # Layouts
 
 LAYOUT = """\

@@ -35,6 +35,7 @@ from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.shard import StateShard
 from tests.unit.run_directories import make_run, status
+from tests.victims import Bystander
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
 JOB = """
@@ -122,9 +123,9 @@ def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed:
 def test_a_kind_of_fault(installed: None) -> None:
     job = Job.loads(JOB.replace("NAME", "adamw"), faults=["step=2,worker=1,kind=stutter,factor=5"])
     announced: list[int] = []
-    injector = FaultInjector(job, 1, announced.append, lambda step: None)
+    injector = FaultInjector(job, 1, announced.append, Bystander())
     assert injector.may_be_slow
-    assert not FaultInjector(job, 0, announced.append, lambda step: None).may_be_slow
+    assert not FaultInjector(job, 0, announced.append, Bystander()).may_be_slow
     for step in range(3):
         assert announced == []
         injector.on_phase("compute", step)

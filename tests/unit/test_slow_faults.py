@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.job import Job
 from orchestrator.training.fault_injector import FaultInjector
+from tests.victims import Bystander
 
 TEXT = """
 name: slow
@@ -24,7 +25,7 @@ class Slowed:
         self.slept = 0.0
         monkeypatch.setattr(time, "sleep", self._sleep)
         self.announced: list[int] = []
-        self.injector = FaultInjector(Job.loads(TEXT, faults=faults), 1, self.announced.append, lambda step: None)
+        self.injector = FaultInjector(Job.loads(TEXT, faults=faults), 1, self.announced.append, Bystander())
 
     def _sleep(self, seconds: float) -> None:
         self.slept += seconds

@@ -172,7 +172,8 @@ class StepFailures:
             return f"{times} times"
         return (
             f"{times} times, which counts as {total:g} of elastic.max_failures_per_step = {self.limit:g} (an exception "
-            "as one, a lost connection or no progress as a half, a death or silence as a quarter)"
+            "as one, a lost connection or no progress as a half, a death or silence as a quarter, too little memory as "
+            "half of all)"
         )
 
     def forget_before(self, step: int) -> None:

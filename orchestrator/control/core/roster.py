@@ -6,6 +6,7 @@ What the roster does about them comes back as actions, for the caller to put amo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
@@ -43,6 +44,19 @@ _TOO_MANY = "more workers than the job wants"
 _TOO_SLOW = "another took its place, as it was too slow"
 
 
+@dataclass
+class _Preference:
+    """For other nodes than those whose devices are `suspects`, and some more; it waits where there was no room on
+    others."""
+
+    suspects: set[str] = field(default_factory=set)
+    waits_until: float = 0.0
+
+    def against(self, nodes: Collection[str], now: float) -> tuple[str, ...]:
+        """The nodes to avoid now, if others have room."""
+        return tuple(sorted({*nodes, *self.suspects})) if now >= self.waits_until else ()
+
+
 class Roster(Generic[V]):
     """`new` makes the view of a worker that is asked for, of its name and the time. `workers` are all that were ever
     asked for, also those that are gone. How many are on their way, and who is to leave, is kept beside them, for
@@ -63,7 +77,7 @@ class Roster(Generic[V]):
         self._draining = dict(past.draining)
         self._given_up = set(past.gone)
         self._evicting = dict(past.evicting)
-        self._crowded_until = 0.0
+        self._preference = _Preference()
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
@@ -133,7 +147,7 @@ class Roster(Generic[V]):
         replacing = sorted((view for view in waiting if view.must_avoid), key=lambda view: view.worker)
         hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
         if hopeless:
-            self._crowded_until = now + CROWDED_S
+            self._preference.waits_until = now + CROWDED_S
         actions: list[ProcessAction] = []
         for view in (*replacing[slow:], *hopeless):
             actions += self.release(view, "it is asked for again, wherever there is room")
@@ -224,10 +238,11 @@ class Roster(Generic[V]):
         would be of no use."""
         actions: list[ProcessAction] = []
         avoided = tuple(sorted(set(self._evicting.values()) - {""}))
+        shunned = self._preference.against(avoided, now)
         market = self._demand.market(now)
         for number, slot in enumerate(slots):
             must = bool(avoided) and number >= len(slots) - num_replacing
-            avoid = avoided if must or now >= self._crowded_until else ()
+            avoid = avoided if must else shunned
             worker = WorkerId(slot, self._incarnations.get(slot, -1) + 1)
             self._incarnations[slot] = worker.incarnation
             view = self._new(worker, now)
@@ -250,6 +265,11 @@ class Roster(Generic[V]):
             self._leaving.add(view.worker)
         else:
             self._leaving.discard(view.worker)
+
+    def suspect(self, node: str | None) -> None:
+        """A device of this node has failed: other nodes are preferred from here on."""
+        if node:
+            self._preference.suspects.add(node)
 
     def adopt(self, view: V) -> list[ProcessAction]:
         """Takes over a worker of an earlier controller, unless that one had given it up."""

@@ -26,6 +26,24 @@ def raised(view: WorkerView, event: Left, *, spared: bool) -> Failure[WorkerView
     )  # fmt: skip
 
 
+def device_failed(view: WorkerView, event: Left) -> Failure[WorkerView]:
+    """What was on its device is gone, and nothing can be computed there."""
+    return Failure(
+        "device", f"the device of worker {event.worker.slot} failed: {event.detail}", view, event.at or None,
+        kill=f"its device failed: {event.detail}",
+    )  # fmt: skip
+
+
+def out_of_memory(view: WorkerView, event: Left, config: ControllerConfig) -> Failure[WorkerView]:
+    """Memory that others had, or that was in pieces, may be there the next time. If it is not, the job does not fit."""
+    cause = f"worker {event.worker.slot} ran out of memory: {event.detail}"
+    advice = "take a smaller train.micro_batch or data.sequence_length, or spread the model (strategy.shard, .pipeline)"
+    return Failure(
+        "memory", cause, view, event.at or None, weight=config.max_failures_per_step / 2,
+        failure=f"{cause}; if nothing else uses that device, the job does not fit there: {advice}", spared=True,
+    )  # fmt: skip
+
+
 def could_not_finish(view: WorkerView, event: Finalized) -> Failure[WorkerView]:
     """It failed to give its final state."""
     return Failure(

@@ -156,7 +156,8 @@ class Lifecycle:
         """Whether the generation is over without this worker: it is still inside, or it is out because it raised."""
         if view.worker not in self._run.membership.members:
             return False
-        return view.worker in self._run.membership.inside or (view.left is not None and view.left.cause == "exception")
+        raised = view.left is not None and view.left.cause in ("exception", "device")
+        return view.worker in self._run.membership.inside or raised
 
     def _remove(self, view: WorkerView, kill: str | None) -> None:
         run = self._run

@@ -57,6 +57,11 @@ class Members:
                 # It changed no state: who alone holds a part of it tries again, others are replaced.
                 alone = state.holds_alone(view, run.membership.members.values())
                 self._life.handle_failure(failures.raised(view, event, spared=alone), now)
+            case "device":
+                run.roster.suspect(view.node)
+                self._life.handle_failure(failures.device_failed(view, event), now)
+            case "memory":
+                self._life.handle_failure(failures.out_of_memory(view, event, run.config), now)
             case "restore":
                 self._run.out += run.saving.invalid(generation.restore, event.detail)
                 self._life.settle(now, interrupt=True)

@@ -18,6 +18,9 @@ class Strategy(Section):
     """The order in which a pipeline computes micro-batches; with one stage there is none to choose."""
     reduction: Annotated[Literal["canonical", "native"], NUMBERS] = "canonical"
     """canonical: the same bits for any number of workers. native: the backend's own collectives."""
+    transport: Annotated[Literal["auto", "nccl", "gloo"], CIRCUMSTANCES] = "auto"
+    """What carries tensors between GPUs. auto: NCCL. gloo: over the memory of the hosts, by which workers may share a
+    GPU. Between CPUs it is gloo in any case. The bits are the same."""
     update: Annotated[str, named("update_rules", RULES), NUMBERS] = "synchronous"
     """When gradients become weights. Other packages may bring more (docs/contributing.md)."""
 
