@@ -151,6 +151,7 @@ def test_the_controller_is_killed_while_a_worker_starts(runner: Runner, undistur
 
         wait_for(lambda: steps_done(directory) >= 10, what="ten steps")
         os.kill(newest("generation")["workers"][1]["pid"], signal.SIGKILL)
+        wait_for(lambda: newest("generation_running")["generation"] == 1, what="a generation without it")
         wait_for(lambda: newest("worker_placed")["incarnation"] == 1, what="a place for its replacement")
         os.kill(newest("controller")["pid"], signal.SIGKILL)
 
