@@ -151,7 +151,8 @@ class Fabric:
         group = groups.form_on(options.store, host, timeout_s)
         self._by_group[id(group)] = groups
         first = self.rank - self.rank % self.layout.tensor
-        is_tensor = list(options.global_ranks_in_group) == list(range(first, first + self.layout.tensor))
+        ranks = list(options.global_ranks_in_group) or list(range(size))  # The group of all has none there.
+        is_tensor = ranks == list(range(first, first + self.layout.tensor))
         if is_tensor and size > 2 and not isinstance(group, Face):
             return OrderedGroup(group, rank, size, self.device)
         return group
@@ -166,8 +167,7 @@ class Fabric:
 
     def groups_of(self, group: Any) -> Groups:
         """Our groups behind a process group that c10d made of them."""
-        backend = group._get_backend(self.device)
-        return self._by_group[id(backend)] if id(backend) in self._by_group else self._by_group[id(group)]
+        return self._by_group.get(id(group)) or self._by_group[id(group._get_backend(self.device))]
 
     def check(self) -> None:
         """Raises PeerLost when the groups were aborted or left; counts as a move."""
