@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Work as Work
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch.distributed._functional_collectives import all_reduce as all_reduce
-    from torch.distributed.distributed_c10d import _abort_process_group
-
-    abort_all_groups = _abort_process_group
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
     from torch.optim import Optimizer
@@ -32,7 +29,6 @@ PRIVATE = {
     "AllGather": "torch.distributed.fsdp._fully_shard._fsdp_api",
     "ReduceScatter": "torch.distributed.fsdp._fully_shard._fsdp_api",
     "Work": "torch._C._distributed_c10d",
-    "abort_all_groups": "torch.distributed.distributed_c10d:_abort_process_group",
 }
 """Where each name is, and what torch calls it, where that is something else."""
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
@@ -99,6 +95,23 @@ def make_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any
     options._timeout = timeout
     options.config.blocking = 0 if is_at_least(NCCL_FORMS_WITHOUT_BLOCKING) else 1
     return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+REGISTRIES = (
+    "pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag", "tags_to_pg", "pg_coalesce_state",
+)  # fmt: skip
+"""Where c10d keeps what it knows of its groups."""
+
+
+def forget_groups() -> None:
+    """Makes c10d forget all its groups, so that others can be made. Its own ways to do that end the groups too: one
+    waits for their peers, the other for each in turn; ours are ended by their transports."""
+    c10d: Any = import_module("torch.distributed.distributed_c10d")
+    c10d._update_default_pg(None)
+    for name in REGISTRIES:
+        getattr(c10d._world, name).clear()
+    c10d._unregister_all_process_groups()
+    c10d._world.group_count = 0
 
 
 def name_groups(mesh: Any, names: list[Any]) -> None:

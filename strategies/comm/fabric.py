@@ -193,8 +193,7 @@ class Fabric:
         self.abort()
         if self.mesh is not None or dist.is_initialized():
             self.mesh = None
-            # Not `destroy_process_group`, which has every group wait for its peers first.
-            compat.abort_all_groups()
+            compat.forget_groups()
         self._by_group = {}
         for groups in (self.control, *self._others):
             groups.drop()

@@ -42,6 +42,22 @@ def test_torchs_have_the_shape_that_is_used() -> None:
         assert hasattr(of_torch.Store, method), method
 
 
+def test_c10d_forgets_groups_as_if_there_had_never_been_any() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    tables = {name for name, value in vars(c10d._world).items() if isinstance(value, dict)}
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        mesh = init_device_mesh("cpu", (1, 1))
+        assert mesh.size() == 1
+        of_torch.forget_groups()
+        assert not dist.is_initialized()
+        assert [name for name in tables if getattr(c10d._world, name)] == []
+        assert {name for name in of_torch.REGISTRIES if not hasattr(c10d._world, name)} == set()
+
+
 def test_torchs_optimizers_are_wrapped_as_they_were_when_that_was_worked_around() -> None:
     import torch
 
