@@ -32,7 +32,10 @@ OURS = (DeviceFailed, OutOfMemory, Misconfigured, PeerLost)
 """A peer is the last to be suspected: NCCL puts a device that fails, or that two ranks were given, in the same words as
 a connection that ends."""
 _MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
-_CONFIGURATION = ("ncclinvalidusage", "ncclinvalidargument", "duplicate gpu", "no backend type associated with")
+_CONFIGURATION = (
+    "ncclinvalidusage", "ncclinvalidargument", "nccl error 4:", "nccl error 5:", "duplicate gpu",
+    "no backend type associated with",
+)  # fmt: skip
 _DEVICE = (
     "cuda error", "cuda driver error", "hip error", "cublas_status_", "cudnn_status_", "unspecified launch failure",
     "ncclunhandledcudaerror", "device-side assert", "illegal memory access", "uncorrectable ecc",
@@ -75,12 +78,14 @@ def kind_of(error: BaseException) -> type[RuntimeError] | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line. Torch begins some with an empty one, and names the cause of others elsewhere."""
+    """What an error says, in a line. Torch begins some with an empty one, names the cause of others elsewhere, and has
+    what NCCL knows of its errors in the last."""
     innermost = error
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__
     lines = str(innermost).strip().splitlines() or [type(innermost).__name__]
-    return lines[0][:300]
+    knows = f": {lines[-1].strip()}" if "Last error:" in lines[1:-1] else ""
+    return f"{lines[0][:300]}{knows[:300]}"
 
 
 def raise_of_group(error: RuntimeError, what: str = "") -> NoReturn:

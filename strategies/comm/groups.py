@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +32,10 @@ def serve_store(
     address. `on_end` is told if it ends by itself."""
     server = StoreServer(host, secret, on_end)
     return server, StoreAddress(host, server.port, secret)
+
+
+Message = tuple[Literal["send", "recv"], torch.Tensor, int]
+"""What is sent, or where it is received, and the other rank."""
 
 
 class Groups:
@@ -112,6 +117,18 @@ class Groups:
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Any:
         """Starts receiving into `tensor` from rank `source`; like `send`."""
         return self._launch("recv", [tensor], source, tag)
+
+    def start_together(self, messages: Sequence[Message]) -> list[Any]:
+        """Starts messages that go side by side; the works to `finish`."""
+        group = self._group
+        if group is None:
+            raise PeerLost("the process group was left")
+        self.check()
+        launches = [partial(getattr(group, way), [tensor], peer, 0) for way, tensor, peer in messages]
+        try:
+            return self.transport.together(group, launches)
+        except RuntimeError as error:
+            raise_of_group(error)
 
     def _launch(self, call: str, *arguments: Any) -> Any:
         group = self._group

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,16 @@ class Nccl(Transport):
             raise PeerLost("the process group was aborted")
         if self._is_a_peer_lost():
             raise PeerLost("the process of a peer is gone")
+
+    def together(self, group: Any, launches: Sequence[Callable[[], Any]]) -> list[Any]:
+        # By themselves they would go one after the other, and two that send to each other would wait for each other.
+        group._start_coalescing()
+        try:
+            for launch in launches:
+                launch()
+        finally:
+            work = group._end_coalescing()
+        return [] if work is None else [work]
 
     def wait(self, work: Any) -> None:
         pause, looked = 0.00005, time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,10 @@ class Transport(ABC):
         """Joins the other ranks over `store`; torch's process group. `host` is this machine's address for peers,
         `timeout_s` bounds the forming. Raises RuntimeError when a peer does not come, dies meanwhile, or `abort` is
         called."""
+
+    def together(self, group: Any, launches: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Launches messages of `group` that go side by side; the works that are to be waited for."""
+        return [launch() for launch in launches]
 
     @abstractmethod
     def wait(self, work: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from strategies.comm.fabric import Fabric
+from strategies.comm.groups import Message
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.work import GradientWork
 from strategies.state.training_state import TrainingState
@@ -41,11 +42,11 @@ class Round:
         self.enter("gather", self.number)
         rank, world = self.fabric.rank, self.fabric.world
         own, mirrors = arrangement.own, arrangement.mirrors
-        transfers = []
+        messages: list[Message] = []
         for shard in arrangement.shards:
             if shard.owner == rank and own is not None:
-                transfers += [world.send(own.gradient, mirror, 0) for mirror in shard.mirrors]
+                messages += [("send", own.gradient, mirror) for mirror in shard.mirrors]
             elif rank in shard.mirrors:
-                transfers.append(world.receive(mirrors[shard.owner].gradient, shard.owner, 0))
-        for transfer in transfers:
-            world.finish(transfer, "state copies")
+                messages.append(("recv", mirrors[shard.owner].gradient, shard.owner))
+        for work in world.start_together(messages):
+            world.finish(work, "state copies")
