@@ -228,7 +228,8 @@ class WorkerPlaced(OfWorker):
 @dataclass(frozen=True, kw_only=True)
 class WorkerReady(OfWorker):
     """The worker can join, `start_seconds` after it was requested; floating-point operations per token of its model and
-    per second of its device, where they are known."""
+    per second of its device, where they are known; what it computes on, and the digest of what that computed in passes
+    that are the same for all workers."""
 
     kind = "worker_ready"
     node: MaybeText
@@ -236,6 +237,8 @@ class WorkerReady(OfWorker):
     start_seconds: Seconds
     flops_per_token: Number = ABSENT
     peak_flops: Number = ABSENT
+    device: Text = ABSENT
+    probe: Text = ABSENT
 
 
 @dataclass(frozen=True, kw_only=True)

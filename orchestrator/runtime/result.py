@@ -89,6 +89,6 @@ def compose(
 
 def bit_exact(job: Job) -> bool | str:
     """Whether the bits of the result are a function of the job file alone; "replayable": of what is on record, too."""
-    if job.strategy.reduction != "canonical":
+    if job.strategy.reduction != "canonical" or job.elastic.mixed_numerics:
         return False
     return True if (result := update_rule_of(job).result) == "job" else result

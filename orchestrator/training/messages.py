@@ -97,7 +97,10 @@ class Ready:
     the model, when the job has a pipeline to cut it for. `unit_seconds` is what its device was measured to need for a
     fixed piece of work, the same for all workers of a run; 0 when it was not measured. `flops_per_token` is what the
     model takes for a token, forward and backward, `peak_flops` what its device does in a second; 0 when not known.
-    `lateness_s` is how late its threads were while it got warm.
+    `lateness_s` is how late its threads were while it got warm. `probe` is the digest of what its `device` computed in
+    passes that are the same for all workers of a run ("": it was not tried), and that in words.
+
+    More than 15 attributes: it is all that a controller ever knows of a worker before it trains.
     """
 
     worker: WorkerId
@@ -116,6 +119,8 @@ class Ready:
     loaded: dict[str, Any] | None = None
     """What became of a directory's weights (`orchestrator.models.loading.Loaded`); None for other models."""
     lateness_s: float = 0.0
+    probe: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
 from orchestrator.training.fault_injector import FaultInjector
+from orchestrator.training.fingerprint import fingerprint
 from orchestrator.training.leaving import cause_of, release_memory
 from orchestrator.training.messages import (
     Finalized,
@@ -153,7 +154,7 @@ class Worker:
         self._keeper = StateKeeper(self.state, self.engine, self._catalog, job.elastic.state_copies)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
-        warm_up(self.engine, keep=job.strategy.keeps_model_whole)
+        self._probe = warm_up(self.engine, keep=job.strategy.keeps_model_whole)
         if self._faults.may_be_slow:
             self.engine.watch.drag = self._faults.drag
 
@@ -166,7 +167,7 @@ class Worker:
             costs=build.model_costs(job), unit_seconds=calibrate(self.engine),
             flops_per_token=build.flops_per_token(job, state.blueprint.model), peak_flops=peak_flops(job, state.device),
             loaded=loaded_of(state.blueprint.model, state.blueprint.unused),
-            lateness_s=round(self._lateness.recent_s(), 3),
+            lateness_s=round(self._lateness.recent_s(), 3), probe=self._probe, device=fingerprint(state.device),
         )  # fmt: skip
 
     def start(self) -> None:

@@ -123,16 +123,19 @@ class LocalGradients:
                     "parameter; persistent=False is no way around it"
                 )
 
-    def try_out(self) -> None:
-        """One forward and backward pass, its result thrown away."""
+    def try_out(self) -> torch.Tensor:
+        """The gradient [size] of a forward and backward pass over the job's first micro-batch, which changes nothing;
+        it lasts until the next one is computed."""
         batch = self.fetch(0, 0)
         rows = self.spec.micro_batches_of(batch, self.part.device)[0]
-        scratch = self._pool.pop() if self._pool else torch.zeros_like(self.part.weights)
-        self.part.accumulate_into(scratch)
+        scratch = self._pool.pop() if self._pool else torch.empty_like(self.part.weights)
+        self.part.accumulate_into(scratch.zero_())
+        self.streams.enter(0, 0, 0)
         with first_pass(self.part.modules[0], rows.tokens.shape[1] - 1):
             self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
         self.part.release_gradients()
         self._pool.append(scratch)
+        return scratch
 
     def _drop_others(self, held: Sequence[int]) -> None:
         """Drops sums that contain a virtual worker which another rank holds now."""

@@ -10,29 +10,36 @@ import torch
 from strategies.gradient.compute import LocalGradients
 from strategies.layout.space import FlatRanges
 from strategies.state.shard import StateShard
+from strategies.trial.probe import probe_layer, probe_model
 from strategies.update.engine import StepEngine
 
 
-def warm_up(engine: StepEngine, *, keep: bool) -> None:
-    """One pass through the whole model, its result thrown away; with `keep` its memory is kept for layouts in which a
-    rank computes with the whole model. See `LocalGradients.warm_up`, also for what it raises.
+def warm_up(engine: StepEngine, *, keep: bool) -> str:
+    """Passes over a micro-batch, their results thrown away: through the whole model, whose memory is kept, with `keep`
+    (in every layout of the job a rank computes with all of it), and else through a layer of it, as the whole may not
+    fit. The digest of what they compute (see `strategies.trial.probe`).
 
-    A model that tensor parallelism splits is warmed up by its first step: alone, a rank cannot compute it. An optimizer
-    makes an update, too: whatever it imports with its first one, no step should wait for.
+    An optimizer makes an update, too: whatever it imports with its first one, no step should wait for.
+
+    Raises as `LocalGradients.warm_up` does, and DeviceFailed for a device that does not compute the same twice.
     """
     state = engine.state
     one = FlatRanges.of([(0, 1)], state.space.boundary)
     StateShard(0, one, state.spec, state.device).apply(engine.spec.base_lr)
+    if not keep and state.blueprint.layers is not None and not state.blueprint.cannot_cut:
+        return probe_layer(state.blueprint, engine.spec, engine.loads.source(0, 0).tokens.shape[1] - 1)
     if state.space.tensor > 1:
-        return
+        return ""
     part = state.whole_part()
     local = LocalGradients(part, engine.spec, engine.loads.fetch, engine.watch)
     local.warm_up()
+    found = probe_model(local)
     if keep:
         engine.local = local
     else:
         part.close()
         state.arrangement.part = None
+    return found
 
 
 def calibrate(engine: StepEngine) -> float:
@@ -54,7 +61,7 @@ def calibrate(engine: StepEngine) -> float:
     return min(_seconds_of(multiply, device) for _ in range(4))
 
 
-def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
+def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         started = time.perf_counter()

@@ -35,6 +35,7 @@ from orchestrator.control.core.roster import Roster, death_of, notice_of
 from orchestrator.control.core.scale_up import ScaleUpBackoff
 from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training import failures
+from orchestrator.control.training.alike import Alike
 from orchestrator.control.training.history import History
 from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.lifecycle import Lifecycle
@@ -86,8 +87,10 @@ class Controller:
             config, self._roster, self._record, self._out, Saving(checkpoints or {}, config.save_every_s), layouts,
             Rebalancer(config.rebalance, layouts, config.term, config.total_steps), ScaleUpBackoff(config.scaling),
             target=config.within_limits(config.max_workers if history.target is None else history.target),
-            stop=history.stop,
+            alike=Alike(config.mixed_numerics), stop=history.stop,
         )  # fmt: skip
+        if history.probe is not None:
+            self._run.alike.learn(*history.probe)
         self._life = Lifecycle(self._run)
         self._staffing = self._life.staffing
         self._members = Members(self._run, self._life)
@@ -293,8 +296,13 @@ class Controller:
         if view is None:
             self._out.append(ReleaseWorker(event.worker, "this run no longer expects it"))
         elif view.state in _ON_ITS_WAY:
+            if (refusal := self._run.alike.refusal(event)) is not None:
+                self._out += self._roster.kill(view, refusal)
+                self._run.roster.suspect(event.node)
+                self._life.start_failed(refusal, now)
+                return
             self._out += self._roster.ready(
-                view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=_speeds(event)
+                view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=_facts(event)
             )
             view.ready, view.initial = event, event.initial
             view.held = view.whole = whole(event.elements, self.config.tensor)
@@ -356,8 +364,11 @@ class Controller:
         self._out += self._record.fault_fired(event)
 
 
-def _speeds(event: Ready) -> dict[str, float]:
+def _facts(event: Ready) -> dict[str, Any]:
     """What a worker says of its model and device, for the record."""
-    if not event.flops_per_token or not event.peak_flops:
-        return {}
-    return {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}
+    facts: dict[str, Any] = {}
+    if event.flops_per_token and event.peak_flops:
+        facts |= {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}
+    if event.probe:
+        facts |= {"device": event.device, "probe": event.probe}
+    return facts

@@ -30,7 +30,8 @@ from orchestrator.control.core.workers import PastWorkers, WorkerId
 
 @dataclass
 class History:
-    """The part of events.jsonl and metrics.jsonl that decisions depend on.
+    """The part of events.jsonl and metrics.jsonl that decisions depend on. More than 15 attributes: each is what a kind
+    of record says.
 
     `generation` is the last number used (-1: none), `incarnations` the last of each slot ever asked for, so that no
     name is used twice. `incidents` are those without a recovery, `members` those of the last generation that were not
@@ -53,6 +54,8 @@ class History:
     step_seconds: list[float] = field(default_factory=list)
     last_commit_at: float | None = None
     norm: float | None = None
+    probe: tuple[WorkerId, str, str] | None = None
+    """The first worker that had one, its digest, and what it computed on."""
 
     @property
     def workers(self) -> PastWorkers:
@@ -80,7 +83,10 @@ class History:
                 slot = event["worker"]
                 self.incarnations[slot] = max(self.incarnations.get(slot, -1), event["incarnation"])
             case WorkerReady.kind:
-                self.warm.add(WorkerId(event["worker"], event["incarnation"]))
+                worker = WorkerId(event["worker"], event["incarnation"])
+                self.warm.add(worker)
+                if self.probe is None and event.get("probe"):
+                    self.probe = (worker, event["probe"], event["device"])
             case WorkerDied.kind | WorkerKilled.kind | WorkerReleased.kind:
                 worker = WorkerId(event["worker"], event["incarnation"])
                 self.gone.add(worker)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from orchestrator.control.core.protocol import Finish
 from orchestrator.control.core.roster import Roster
 from orchestrator.control.core.scale_up import ScaleUpBackoff
+from orchestrator.control.training.alike import Alike
 from orchestrator.control.training.finalizing import Finalization
 from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.membership import Membership
@@ -35,6 +36,7 @@ class Run:
     balance: Rebalancer
     scale_up: ScaleUpBackoff
     target: int
+    alike: Alike = field(default_factory=Alike)
     stop: str | None = None
     state: RunState = RunState.WAITING
     status: str | None = None

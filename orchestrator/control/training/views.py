@@ -83,6 +83,10 @@ class RebalanceRules:
         )
 
 
+ON_CPUS_S, ON_GPUS_S = 3.0, 15.0
+"""How long a member has to leave a collective that it was told to break out of: on a GPU kernels have to end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ControllerConfig(PoolConfig):
     """The part of the job that the controller's decisions depend on; times in seconds."""
@@ -92,6 +96,7 @@ class ControllerConfig(PoolConfig):
     save_every_s: float | None = None
     progress_timeout_s: float = 60.0
     interrupt_timeout_s: float = 3.0
+    mixed_numerics: bool = False
     finalize_timeout_s: float = 600.0
     final_patience_s: float = 300.0
     max_failures_per_step: int = 3
@@ -110,6 +115,8 @@ class ControllerConfig(PoolConfig):
             save_every_s=job.checkpoint.every_seconds,
             heartbeat_timeout_s=elastic.heartbeat_timeout_s,
             progress_timeout_s=elastic.progress_timeout_s,
+            interrupt_timeout_s=elastic.interrupt_timeout_s or (ON_GPUS_S if job.resources.gpu else ON_CPUS_S),
+            mixed_numerics=elastic.mixed_numerics,
             start_timeout_s=elastic.start_timeout_s,
             wait_timeout_s=elastic.wait_timeout_s,
             max_failures_per_step=elastic.max_failures_per_step,

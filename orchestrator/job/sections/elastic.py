@@ -9,6 +9,7 @@ from pydantic import Field
 from orchestrator.job.fields import (
     CIRCUMSTANCES,
     NUMBERS,
+    NUMBERS_LATER,
     CountFloat,
     CountInt,
     PositiveFloat,
@@ -65,10 +66,16 @@ class Elastic(Section):
     heartbeat_interval_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 1.0
     heartbeat_timeout_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 3.0
     progress_timeout_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 60.0
+    interrupt_timeout_s: Annotated[PositiveFloat | None, CIRCUMSTANCES] = None
+    """How long a worker has to leave a collective that it was told to break out of, before it is ended. None: 3, or 15
+    with GPUs, whose kernels have to end first."""
     start_timeout_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 300.0
     wait_timeout_s: Annotated[PositiveFloat | None, CIRCUMSTANCES] = None
     """How long to wait below `workers.min`. None: for ever."""
     lease_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 30.0
     max_failures_per_step: Annotated[PositiveInt, CIRCUMSTANCES] = 3
+    mixed_numerics: Annotated[bool, NUMBERS_LATER] = False
+    """Whether workers may take part that compute other bits than the first one. Then which of them computed what shows
+    in the result."""
     rebalance: Annotated[Rebalance, CIRCUMSTANCES] = Field(default_factory=Rebalance)
     scaling: Annotated[Scaling, CIRCUMSTANCES] = Field(default_factory=Scaling)
