@@ -35,11 +35,4 @@ def counted(
 
 def square_sum_of(own: StateShard | None, ranges: list[tuple[int, int]]) -> int | None:
     """Of the reduced gradient in these ranges; None when it is not finite there."""
-    total = 0
-    for start, stop in ranges:
-        assert own is not None
-        part = square_sum(own.gradient[start:stop])
-        if part is None:
-            return None
-        total += part
-    return total
+    return 0 if own is None else square_sum(*(own.gradient[start:stop] for start, stop in ranges))

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from strategies.comm.fabric import Fabric
 from strategies.comm.group_errors import raise_of_step
 from strategies.gradient.compute import Fetch, LocalGradients
@@ -255,7 +257,7 @@ class StepEngine:
             flags=self.pause_requested * PAUSE + self.save_requested * SAVE + self.is_saving() * SAVING,
             deal=self.deals.vote(),
             square_sum=square_sum_of(self.state.arrangement.own, self._counted),
-            losses=[float(self.work.losses[index]) for index in mine],
+            losses=torch.stack([self.work.losses[index] for index in mine]).tolist() if mine else [],
             hashes=[self.work.hashes[index] for index in mine],
             times=times,
         )

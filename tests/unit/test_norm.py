@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.reduction.norm import LIMIT, WORDS, from_words, norm_of, square_sum, to_words
+from strategies.reduction.norm import LIMIT, WORDS, _at_once, from_words, norm_of, square_sum, to_words
 
 
 def exact(values: torch.Tensor) -> float:
@@ -45,6 +45,19 @@ def test_the_sum_does_not_depend_on_how_the_gradient_is_cut(
     assert square_sum(values[torch.randperm(size)]) == whole
     assert norm_of(sums) == norm_of([whole])
     assert norm_of(from_words(to_words(part)) for part in sums) == norm_of([whole])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e8, math.inf, math.nan])
+@pytest.mark.parametrize("size", [1, 4095, 4097, 70_000, 1024 * 4096 + 5])
+def test_the_sum_of_a_device_that_nobody_waits_for_is_the_same(scale: float, size: int) -> None:
+    values = gradient(2, size, scale)
+    others = [values[: size // 3], values[:0], values[size // 3 :]]
+    assert _at_once(others) == square_sum(*others) == square_sum(values)
+    assert (square_sum(values) is None) == (not values.abs().max() < LIMIT)
+
+
+def test_no_gradient_has_no_sum() -> None:
+    assert square_sum() == _at_once([]) == _at_once([torch.empty(0)]) == 0
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6])
