@@ -17,6 +17,8 @@ from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import build_model
 from orchestrator.models.problems import reason_of
+from strategies.comm.group_errors import Misconfigured
+from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch
@@ -41,14 +43,42 @@ def choose_device(job: Job) -> torch.device:
     return torch.device("cpu")
 
 
+FOR_SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+"""What kernels of GPUs read of the environment."""
+REFUSED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "it has products of fp32 matrices rounded to ten bits"}
+"""What would overrule the settings below, and why that is refused."""
+
+
 def make_deterministic(job: Job, device: torch.device) -> None:
-    """Process-wide settings that the numbers depend on: threads from the job file, deterministic CUDA kernels."""
+    """Process-wide settings that the numbers depend on: threads from the job file, and on GPUs kernels that compute the
+    same each time, in the precision that is asked for. Called in each thread that computes.
+
+    Raises ValueError for an environment that would overrule them.
+    """
     torch.set_num_threads(max(1, int(job.resources.cpu)))
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type != "cuda":
+        return
+    for name, why in REFUSED.items():
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise ValueError(f"the environment has {name}={os.environ[name]}: {why}. Unset it")
+    os.environ.update(FOR_SAME_BITS)
+    torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def prepare_groups(job: Job, device: torch.device) -> None:
+    """To be called before the process makes its first group. Raises ValueError for an environment with which a worker
+    would not outlive the loss of another."""
+    if device.type == "cuda" and job.strategy.transport != "gloo":
+        try:
+            settle_environment()
+        except Misconfigured as error:
+            raise ValueError(str(error)) from error
 
 
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:

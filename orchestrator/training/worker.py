@@ -134,6 +134,7 @@ class Worker:
         )  # fmt: skip
         device = build.choose_device(job)
         build.make_deterministic(job, device)
+        build.prepare_groups(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
@@ -247,7 +248,8 @@ class Worker:
         if rank is None:
             return
         fabric = Fabric(
-            rank=rank, layout=generation.layout, device=self.state.device, transport=self.job.strategy.transport
+            rank=rank, layout=generation.layout, device=self.state.device, transport=self.job.strategy.transport,
+            nodes=[member.node for member in generation.members],
         )  # fmt: skip
         with self._lock:
             self.protocol.enters(generation)

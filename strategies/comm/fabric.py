@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -38,6 +39,30 @@ _forming: Callable[[Any], Any] | None = None
 """Makes a group of c10d's options, while a fabric has c10d make its own."""
 
 
+@dataclass(frozen=True)
+class Hierarchy:
+    """The ranks of a data-parallel group by node, as many on each: `nodes` has them by their numbers in the group. This
+    rank's node and its place there are numbers too; `inner` are the ranks of its node in order, `rail` those with its
+    place on all nodes."""
+
+    nodes: tuple[tuple[int, ...], ...]
+    node: int
+    place: int
+    inner: Groups
+    rail: Groups
+
+
+def by_node(names: Sequence[str]) -> tuple[tuple[int, ...], ...] | None:
+    """Ranks by the names of their nodes; None unless there are several nodes with several ranks, as many on each."""
+    nodes: dict[str, list[int]] = {}
+    for rank, name in enumerate(names):
+        nodes.setdefault(name, []).append(rank)
+    counts = {len(ranks) for ranks in nodes.values()}
+    if len(nodes) < 2 or len(counts) != 1 or counts == {1}:
+        return None
+    return tuple(map(tuple, nodes.values()))
+
+
 class Fabric:
     """`control` and `world` have all ranks of a generation, `data_group` those that compute the same part of the model
     in all replicas.
@@ -46,11 +71,24 @@ class Fabric:
     other and agree upon goes over `control`, from host memory to host memory: no device has a part in the decision to
     commit, and a peer that dies is noticed there in milliseconds. It is the same group where the device is a CPU.
 
-    `mesh` is a DeviceMesh with AXES, None where no part of torch's needs one and for spares.
+    `mesh` is a DeviceMesh with AXES, None where no part of torch's needs one and for spares. `nodes` names the node of
+    each rank, where they are known; `hierarchy` is what follows from them for `data_group`, if anything does.
+
+    More than 15 attributes: the groups of a generation, what c10d makes of them, and what ends them.
     """
 
-    def __init__(self, *, rank: int, layout: ParallelLayout, device: torch.device, transport: str = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        layout: ParallelLayout,
+        device: torch.device,
+        transport: str = "auto",
+        nodes: Sequence[str] = (),
+    ) -> None:
         self.rank = rank
+        self.nodes = tuple(nodes)
+        self.hierarchy: Hierarchy | None = None
         self.layout = layout
         self.device = device
         between_hosts = Gloo()
@@ -92,23 +130,39 @@ class Fabric:
         if self.layout.place(self.rank) is None:
             self.data_group = self._groups(0, 1)
             return
-        if not self.layout.computes_together:
-            self.data_group = self.world if not self.layout.spares else self._part(
-                list(range(self.layout.num_placed)), store_address, f"{prefix}/data", host, timeout_s
-            )  # fmt: skip
+        if self.layout.computes_together:
+            try:
+                self._form_mesh(store_address, f"{prefix}/mesh", host, timeout_s)
+            except RuntimeError as error:
+                raise_of_group(error, f"could not form the groups of {prefix}")
+        elif self.layout.spares:
+            self.data_group = self._part(list(range(self.layout.num_placed)), f"{prefix}/data", where)
+        self._form_hierarchy(f"{prefix}/hierarchy", where)
+
+    def _form_hierarchy(self, prefix: str, where: dict[str, Any]) -> None:
+        """The parts of the data-parallel group by node, where there are such."""
+        ranks = self.layout.data_group(self.rank)
+        reduces_at_once = self.layout.effective_shard in ("none", "optimizer")
+        nodes = by_node([self.nodes[rank] for rank in ranks]) if self.nodes and reduces_at_once else None
+        if nodes is None:
             return
-        try:
-            self._form_mesh(store_address, f"{prefix}/mesh", host, timeout_s)
-        except RuntimeError as error:
-            raise_of_group(error, f"could not form the groups of {prefix}")
+        own = ranks.index(self.rank)
+        node = next(number for number, members in enumerate(nodes) if own in members)
+        place = nodes[node].index(own)
+        inner = [ranks[member] for member in nodes[node]]
+        rail = [ranks[members[place]] for members in nodes]
+        self.hierarchy = Hierarchy(
+            nodes, node, place, self._part(inner, f"{prefix}/{ranks[0]}/node{node}", where),
+            self._part(rail, f"{prefix}/{ranks[0]}/rail{place}", where),
+        )  # fmt: skip
 
     def _groups(self, rank: int, world_size: int) -> Groups:
         return Groups(rank=rank, world_size=world_size, device=self.device, transport=self._transport())
 
-    def _part(self, ranks: list[int], address: StoreAddress, prefix: str, host: str, timeout_s: float) -> Groups:
+    def _part(self, ranks: list[int], prefix: str, where: dict[str, Any]) -> Groups:
         groups = self._groups(ranks.index(self.rank), len(ranks))
         self._adopt(groups)
-        groups.form(store_address=address, prefix=prefix, host=host, timeout_s=timeout_s)
+        groups.form(prefix=prefix, **where)
         return groups
 
     def _adopt(self, groups: Groups) -> None:

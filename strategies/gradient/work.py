@@ -18,6 +18,7 @@ from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
+from strategies.reduction.hierarchy import HierarchicalReducer
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
 from strategies.state.shard import StateShard
@@ -232,7 +233,7 @@ def _replicated_work(
     part: ModelPart, own: StateShard, context: WorkContext, kept: LocalGradients | None, *, sharded: bool
 ) -> GradientWork:
     layout, spec, held = context.layout, context.spec, context.held
-    reducer = Reducer(context.fabric.data_group, layout, part.size, part.device, native=spec.native_reduction)
+    reducer = _reducer_for(part, context)
     if layout.pipeline == 1:
         if kept is not None and kept.part is part:
             local = kept
@@ -248,6 +249,13 @@ def _replicated_work(
 
     pipeline = PipelineGradients(part, collector, context)
     return PipelineWork(pipeline, collector, part, own, reducer, sharded=sharded)
+
+
+def _reducer_for(part: ModelPart, context: WorkContext) -> Reducer:
+    fabric, layout = context.fabric, context.layout
+    if fabric.hierarchy is None or context.spec.native_reduction:
+        return Reducer(fabric.data_group, layout, part.size, part.device, native=context.spec.native_reduction)
+    return HierarchicalReducer(fabric.data_group, fabric.hierarchy, layout, part.size, part.device)
 
 
 def _round_work(part: ModelPart, own: StateShard, context: WorkContext) -> GradientWork:

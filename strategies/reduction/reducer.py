@@ -56,10 +56,9 @@ class Reducer:
         Returns this rank's finished slice, or with `native` the whole sum; the pieces stay as they are, for another
         attempt should this one fail. Raises PeerLost.
         """
+        self.check_pieces(pieces)
         ranks, rank = self.layout.data, self.groups.rank
         mine = self.covers[rank]
-        if set(pieces) != set(mine):
-            raise ValueError(f"replica {rank} must bring the subtrees {mine}, got {sorted(pieces)}")
         if self.native:
             total = torch.zeros(self.size, device=self._device)
             for node in mine:
@@ -90,6 +89,12 @@ class Reducer:
             else {}
         )
         return fold(arrived, self.layout.virtual_workers, torch.Tensor.add_) if length else self._received
+
+    def check_pieces(self, pieces: Mapping[Subtree, torch.Tensor]) -> None:
+        """Raises ValueError unless these are what this rank has to bring."""
+        mine = self.covers[self.groups.rank]
+        if set(pieces) != set(mine):
+            raise ValueError(f"replica {self.groups.rank} must bring the subtrees {mine}, got {sorted(pieces)}")
 
     def gather(self, mine: torch.Tensor, everything: torch.Tensor) -> None:
         """Brings every rank's slice together into `everything` [size] on every rank. Raises PeerLost."""

@@ -192,7 +192,8 @@ def train(
         nodes = [Domain("", domains[m] if domains else str(m)) for m in members]
         held = [everything if number == 0 else held_by.get(member, NOTHING) for member in members]
         if rank in members:
-            fabric = Fabric(rank=members.index(rank), layout=stretch.layout, device=CPU)
+            names = [node.node for node in nodes]
+            fabric = Fabric(rank=members.index(rank), layout=stretch.layout, device=CPU, nodes=names)
             try:
                 fabric.form(store_address=address, prefix=f"{prefix}/{number}", host=HOST, timeout_s=20.0)
                 if number and not held[fabric.rank]:

@@ -92,7 +92,7 @@ def controller_spec(
         on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
     _same_data(directory, dataset)
     data = dataset.describe(directory.path, directory.forked_at)
-    directory.write_json("environment.json", _environment(data, dataset))
+    directory.write_json("environment.json", _environment(job, data, dataset))
     return {
         "secret": secret,
         # Told to the run's own processes only, over Ray's connections, and written down nowhere.
@@ -177,7 +177,7 @@ def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
         )
 
 
-def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _environment(job: Job, data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
     versions = {}
     for name in packages:
@@ -189,6 +189,7 @@ def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
         "processor": _processor(),
         "platform": platform.platform(),
         "packages": versions,
+        **({"gpu_settings": _gpu_settings()} if job.resources.gpu else {}),
         "data": data,
         "store": {
             "directory": ", ".join(str(store.directory) for store in dataset.stores),
@@ -198,6 +199,20 @@ def _environment(data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
             "parts": [{"location": store.location, "digest": store.digest} for store in dataset.stores],
         },
     }
+
+
+def _gpu_settings() -> dict[str, Any]:
+    """What every worker sets before it computes on a GPU."""
+    from orchestrator.training.build import FOR_SAME_BITS
+    from strategies.comm.nccl import ENVIRONMENT
+
+    flags = {
+        "deterministic_algorithms": True,
+        "allow_tf32": False,
+        "cudnn_deterministic": True,
+        "cudnn_benchmark": False,
+    }
+    return {"environment": FOR_SAME_BITS | ENVIRONMENT, "torch": flags}
 
 
 def _processor() -> str:
