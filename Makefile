@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install run test test-nightly lint types unit tools lock clean
+.PHONY: install run test test-nightly test-gpu lint types unit tools lock clean
 
 install: $(STAMP)
 
@@ -40,6 +40,13 @@ unit: install tools
 # What takes long and differs little from what every run tries: hours. Before a release.
 test-nightly: install tools
 	$(BIN)/python -m pytest $(LANES) -m nightly
+
+# On a machine with a GPU: about 20 minutes; figures are left in gpu-figures/ (docs/gpu.md). Needs torch, numpy, xxhash
+# and pytest of the Python that is in use, so that it can be run where this package is not installed.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu -s tests/gpu
 
 # A browser and Prometheus for the tests that use them; without them those are skipped, and say so.
 tools:

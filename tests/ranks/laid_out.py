@@ -160,12 +160,12 @@ class Trained:
 
 def make_engine(
     dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama",
-    rule: UpdateRule = SYNCHRONOUS,
+    rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
 ) -> StepEngine:  # fmt: skip
     def blueprint() -> Blueprint:
         made = model_of(model, dropout)
         trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if model == "spare" else Trial()
-        return Blueprint(made, tensor=tensor, device=CPU, unused=trial.unused)
+        return Blueprint(made, tensor=tensor, device=device, unused=trial.unused)
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
     state = TrainingState(blueprint(), kind, lambda: blueprint().initial, rule.kinds())
@@ -175,12 +175,13 @@ def make_engine(
 def train(
     rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
-    objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS,
+    objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
+    transport: str = "auto",
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
         dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision, objective=objective), model=model,
-        rule=rule,
+        rule=rule, device=device,
     )  # fmt: skip
     seen = Trained()
     step = 0
@@ -193,7 +194,9 @@ def train(
         held = [everything if number == 0 else held_by.get(member, NOTHING) for member in members]
         if rank in members:
             names = [node.node for node in nodes]
-            fabric = Fabric(rank=members.index(rank), layout=stretch.layout, device=CPU, nodes=names)
+            fabric = Fabric(
+                rank=members.index(rank), layout=stretch.layout, device=device, transport=transport, nodes=names
+            )  # fmt: skip
             try:
                 fabric.form(store_address=address, prefix=f"{prefix}/{number}", host=HOST, timeout_s=20.0)
                 if number and not held[fabric.rank]:

@@ -1,0 +1,41 @@
+"""Tests that need a GPU: skipped without one, and run with `make test-gpu`. They need neither Ray nor pydantic."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.gpu.figures import Figures
+
+PRETEND = os.environ.get("GPU_TESTS_ON_CPU") == "1"
+"""Goes through them on a CPU, to see that they run; it says nothing about GPUs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/gpu" in str(item.path):
+            item.add_marker(pytest.mark.gpu)
+            if not (torch.cuda.is_available() or PRETEND):
+                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """As a worker finds it: its settings are those of `orchestrator.training.build.make_deterministic`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    found = torch.device("cuda", 0)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.cuda.set_device(found)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.fixture(scope="module")
+def figures(request: pytest.FixtureRequest) -> Figures:
+    return Figures(request.module.__name__.rpartition("test_")[2])

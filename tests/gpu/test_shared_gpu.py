@@ -1,0 +1,87 @@
+"""Several ranks on one GPU, connected by way of the host: every layout, the loss of a rank, and what comes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from strategies.comm.fabric import Fabric
+from strategies.comm.group_errors import PeerLost
+from strategies.layout.parallel import ParallelLayout
+from tests.gpu.figures import Figures
+from tests.gpu.processes import Endpoint, run_ranks
+from tests.ranks.laid_out import Stretch, as_numbers, layout_of, train
+
+HOST = "127.0.0.1"
+
+
+def trained(rank: int, address: Endpoint, kind: str, stretches: list[Stretch], settings: dict[str, Any]) -> Any:
+    """`train` on the GPU that all ranks share; "cpu" to see that this runs."""
+    return as_numbers(train(rank, address, stretches, device=torch.device(kind), transport="gloo", **settings))
+
+
+SETTINGS: dict[str, Any] = {"dropout": 0.1, "model": "own"}
+
+
+def assert_same(device: torch.device, stretches: list[Stretch], expected: Any) -> None:
+    ranks = max(stretch.layout.world_size for stretch in stretches)
+    for rank, (losses, norms, digest) in enumerate(run_ranks(ranks, trained, device.type, stretches, SETTINGS)):
+        if rank < stretches[-1].layout.world_size and len(losses) == len(expected[0]):
+            assert (losses, norms) == expected[:2]
+        assert digest in ("", expected[2])
+
+
+LAYOUTS = {
+    "three replicas": layout_of(3),
+    "sharded optimizer": layout_of(2, shard="optimizer"),
+    "sharded gradients": layout_of(2, shard="gradients"),
+    "sharded parameters": layout_of(2, shard="parameters"),
+    "two stages": layout_of(1, 2),
+    "two replicas of two stages": layout_of(2, 2, schedule="zero-bubble"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_bits_of_one_rank(device: torch.device, figures: Figures, name: str) -> None:
+    (alone,) = run_ranks(1, trained, device.type, [Stretch(layout_of())], SETTINGS)
+    assert_same(device, [Stretch(LAYOUTS[name])], alone)
+    figures.note(f"digest of {name}", alone[2])
+
+
+def test_changing_from_layout_to_layout_gives_the_bits_of_one_rank(device: torch.device, figures: Figures) -> None:
+    """State moves between ranks: from replicas to shards to stages, and to one rank again."""
+    (alone,) = run_ranks(1, trained, device.type, [Stretch(layout_of(), 8)], SETTINGS)
+    ways: list[ParallelLayout] = [layout_of(2), layout_of(2, shard="parameters"), layout_of(1, 2), layout_of()]
+    began = time.perf_counter()
+    assert_same(device, [Stretch(layout) for layout in ways], alone)
+    figures.note("four layouts one after the other, seconds", round(time.perf_counter() - began, 2))
+
+
+def lose_one(rank: int, address: Endpoint, kind: str) -> float:
+    """Rank 1 dies while the others wait for it; after how many seconds they know."""
+    fabric = Fabric(rank=rank, layout=layout_of(3), device=torch.device(kind), transport="gloo")
+    fabric.form(store_address=address, prefix="lose", host=HOST, timeout_s=60.0)
+    tensor = torch.ones(3000, device=kind)
+    for _ in range(3):
+        fabric.world.all_to_all(torch.empty_like(tensor), tensor, [1000] * 3, [1000] * 3)
+    if rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        fabric.world.all_to_all(torch.empty_like(tensor), tensor, [1000] * 3, [1000] * 3)
+    except PeerLost:
+        return time.monotonic() - began - 0.5
+    finally:
+        fabric.drop()
+    raise AssertionError("nobody noticed")
+
+
+def test_the_loss_of_a_rank_is_noticed(device: torch.device, figures: Figures) -> None:
+    found = run_ranks(3, lose_one, device.type, lost=(1,))
+    figures.note("from the death of a rank to the others' errors, seconds", [round(found[rank], 3) for rank in (0, 2)])
