@@ -188,9 +188,9 @@ def settled(step: int, cluster: LocalCluster) -> bool:
     return any(kind in ends and fields["committed"] == step for kind, fields in cluster.records)
 
 
-def on_record(step: int, cluster: LocalCluster) -> bool:
-    """Whether so many steps are, and the checkpoint of the one before the last of them is complete."""
-    return cluster.committed == step and step - 1 in cluster.controller.checkpoints
+def on_record(steps: int, saved: int, cluster: LocalCluster) -> bool:
+    """Whether so many steps are, and the checkpoint of `saved` steps is complete."""
+    return cluster.committed == steps and saved in cluster.controller.checkpoints
 
 
 ONE_BY_ONE = {3: partial(settled, 2), 5: partial(settled, 4), 7: partial(settled, 6)}

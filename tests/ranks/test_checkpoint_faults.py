@@ -255,7 +255,7 @@ def test_a_storage_that_cannot_be_read_for_a_while_costs_no_checkpoint(
     outcome = run(
         overrides=["elastic.workers.max=2", "elastic.workers.min=2", EVERY_2],
         faults=["step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"],
-        holds={**ONE_BY_ONE, 5: partial(on_record, 5)},
+        holds={**ONE_BY_ONE, 5: partial(on_record, 5, 4)},
         hooks=[unreadable],
     )
     assert outcome.status == "finished", outcome.reason
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside(run: Run, undisturbed: Outco
         overrides=["elastic.workers.max=2", "elastic.workers.min=2", EVERY_2],
         faults=["step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"],
         holds={**ONE_BY_ONE, 5: lambda cluster: bool(done)},
-        script=[(partial(on_record, 5), cut)],
+        script=[(partial(on_record, 5, 4), cut)],
     )
     assert outcome.status == "finished", outcome.reason
     assert outcome.digest == undisturbed.digest

@@ -17,7 +17,7 @@ from orchestrator.runtime.result import bit_exact
 from strategies.update.rule import UpdateRule
 from tests.plugin_package.example_plugin.delayed import DELAYED
 from tests.ranks.laid_out import Stretch, Trained, as_numbers, layout_of, train
-from tests.ranks.local_cluster import LocalCluster, Outcome, settled, tiny_job
+from tests.ranks.local_cluster import LocalCluster, Outcome, on_record, tiny_job
 from tests.ranks.local_ranks import run_ranks
 from tests.ranks.test_layouts import Numbers, assert_all_give, expected
 from tests.selection import nightly
@@ -97,7 +97,7 @@ def test_a_run_loses_workers_and_all_of_them_and_gives_the_same(delayed: None, t
         *layout,
         "elastic.workers.min=2",
         faults=("step=5,worker=0,kind=kill", "step=5,worker=1,kind=kill"),
-        holds={5: partial(settled, 3)},
+        holds={5: partial(on_record, 5, 3)},
     )
     assert (both.digest, both.samples, both.rollbacks) == (one.digest, one.samples, [3])
 

@@ -403,7 +403,7 @@ def test_shrinking_and_growing_on_request_change_nothing(run: Run, undisturbed: 
 
 
 KILL_ALL = tuple(f"step=5,worker={slot},kind=kill" for slot in range(3))
-SAVED_BEFORE_ALL_DIE = {3: ONE_BY_ONE[3], 5: partial(on_record, 5)}
+SAVED_BEFORE_ALL_DIE = {3: ONE_BY_ONE[3], 5: partial(on_record, 5, 4)}
 
 
 def test_when_all_die_the_newest_checkpoint_is_replayed_to_the_same_bits(run: Run, undisturbed: Outcome) -> None:
@@ -434,7 +434,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(run: Run, undistur
         overrides=["checkpoint.every_steps=2"],
         faults=KILL_ALL,
         holds={**SAVED_BEFORE_ALL_DIE, 5: lambda cluster: bool(damaged)},
-        script=[(partial(on_record, 5), damage)],
+        script=[(partial(on_record, 5, 4), damage)],
     )
     assert_same_training(outcome, undisturbed)
     assert outcome.rollbacks == [4, 2]
