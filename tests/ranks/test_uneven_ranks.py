@@ -13,7 +13,7 @@ import pytest
 
 from monitoring.skew import Windows
 from orchestrator.control.core.workers import WorkerId
-from tests.ranks.local_cluster import LocalCluster, Outcome, at_phase, die, partial, tiny_job
+from tests.ranks.local_cluster import LLAMA, LocalCluster, Outcome, at_phase, die, partial, tiny_job
 from tests.selection import nightly
 
 STEPS = 44
@@ -25,7 +25,10 @@ LAYOUTS = {
     "d2p2": (4, ["strategy.pipeline=2"]),
     "d2p2 zero-bubble": (4, ["strategy.pipeline=2", "strategy.schedule=zero-bubble"]),
 }
-SIZES = ["model.args.layers=6", "elastic.virtual_workers=12", "train.global_batch=12"]
+SIZES = ["elastic.virtual_workers=12", "train.global_batch=12"]
+LAYERS = "model.args.layers=6"
+SHORT_ROUNDS = "d3 parameters"
+"""Where work that is made up takes as long as real work, there is no use in dealing anew; a Llama's need not."""
 
 
 def pace(slot: int, factor: float, first: int, last: int, worker: Any) -> None:
@@ -63,8 +66,8 @@ def cluster(job_text: str, directory: Path, name: str, **arguments: Any) -> Loca
         job_text,
         directory,
         overrides=[
-            *SIZES, *overrides, f"elastic.workers.max={workers}", f"train.steps={STEPS}",
-            *arguments.pop("overrides", []),
+            *SIZES, *([] if name == SHORT_ROUNDS else [LAYERS]), *overrides, f"elastic.workers.max={workers}",
+            f"train.steps={STEPS}", *arguments.pop("overrides", []),
         ],
         **arguments,
     )  # fmt: skip
@@ -82,8 +85,26 @@ def job_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """What one worker makes of the job."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    overrides = [*SIZES, "elastic.workers.max=1", f"train.steps={STEPS}"]
+    overrides = [*SIZES, LAYERS, "elastic.workers.max=1", f"train.steps={STEPS}"]
     return LocalCluster(job_text, directory, overrides=overrides).run()
+
+
+@pytest.fixture(scope="module")
+def of_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Outcome]:
+    """The text of a job with a Llama, and what one worker makes of it."""
+    directory = tmp_path_factory.mktemp("llama")
+    text = tiny_job(directory, LLAMA)
+    overrides = [*SIZES, "elastic.workers.max=1", f"train.steps={STEPS}"]
+    return text, LocalCluster(text, directory / "run", overrides=overrides).run()
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, name: str) -> tuple[str, Outcome]:
+    """The text of the job for the layout of this `name`, and what one worker makes of it."""
+    if name == SHORT_ROUNDS:
+        found: tuple[str, Outcome] = request.getfixturevalue("of_llama")
+        return found
+    return request.getfixturevalue("job_text"), request.getfixturevalue("undisturbed")
 
 
 def check_same(outcome: Outcome, undisturbed: Outcome) -> None:
@@ -102,8 +123,9 @@ def all_there(name: str) -> Callable[[LocalCluster], bool]:
 
 @pytest.mark.parametrize("name", ["d3 optimizer", *nightly(["d3", "d3 gradients", "d3 parameters"])])
 def test_work_is_dealt_anew_and_back_without_changing_a_bit(
-    name: str, job_text: str, undisturbed: Outcome, tmp_path: Path
+    name: str, made: tuple[str, Outcome], tmp_path: Path
 ) -> None:
+    job_text, undisturbed = made
     run = cluster(
         job_text, tmp_path / "run", name, hooks=[partial(pace, 1, 2.0, 0, 14)],
         holds={1: all_there(name), 13: has("rebalance"), 14: polled(6), 39: has("rebalance", 2), 40: polled(6)},
@@ -189,9 +211,10 @@ def pace_stages(factors: tuple[float, ...], worker: Any) -> None:
     [("d3", "vote"), *nightly([("d3", "compute"), ("d3 parameters", "compute"), ("d3 parameters", "vote")])],
 )
 def test_a_worker_lost_while_work_is_dealt_anew(
-    name: str, phase: str, job_text: str, undisturbed: Outcome, tmp_path: Path
+    name: str, phase: str, made: tuple[str, Outcome], tmp_path: Path
 ) -> None:
     """The slow one dies in the first steps of the new deal, or while ranks agree on it."""
+    job_text, undisturbed = made
     run = cluster(
         job_text, tmp_path / "run", name,
         hooks=[partial(pace, 1, 2.0, 0, STEPS), partial(at_phase, phase, 14, 1, die)],
