@@ -261,6 +261,18 @@ def test_a_rank_that_missed_the_news_of_the_vote_rolls_forward(run: Run, undistu
     assert_survivors_kept_their_processes(outcome)
 
 
+def test_a_rank_that_missed_the_news_of_the_last_vote_keeps_nobody_from_saving_the_end(
+    run: Run, undisturbed: Outcome
+) -> None:
+    """The others began to save with it as one of the writers, and it has nothing to write."""
+    outcome = run(hooks=[partial(miss_the_news, 7, 1)])
+    assert_same_training(outcome, undisturbed)
+    assert_nothing_lost(outcome)
+    assert outcome.of("checkpoint_saved")[-1]["committed"] == 8
+    (failed,) = outcome.of("checkpoint_failed")
+    assert failed["error"] == "worker 1 was out of the generation before it had the state to save"
+
+
 def test_a_death_between_two_peers_votes_leaves_some_committed_and_all_roll_forward(
     run: Run, undisturbed: Outcome
 ) -> None:

@@ -61,6 +61,31 @@ def test_a_lost_writer_ends_the_attempt_and_another_is_due_at_once() -> None:
     assert saving.is_due
 
 
+def test_a_writer_that_lives_and_never_had_the_state_is_not_waited_for() -> None:
+    """It missed the news of the vote on the last of these steps; perhaps before anybody told of the save."""
+    for is_told_first in (True, False):
+        saving = begun() if is_told_first else Saving({}, None)
+        saving.left(A, 3, 20)
+        saving.left(B, 3, 19)
+        if not is_told_first:
+            saving.begun(SaveBegun(A, PLAN, 0.01), 0.0)
+        assert saving.review({A, B}, {A, B}, 0.0) == [], "the other still writes"
+        wrote(saving, A)
+        discard, record = saving.review({A, B}, {A, B}, 0.0)
+        assert discard == DiscardCheckpoint(A, PLAN.save)
+        assert isinstance(record, CheckpointFailed)
+        assert record.error == "worker 1 was out of the generation before it had the state to save"
+        assert saving.is_due
+
+
+def test_who_left_with_the_state_or_an_earlier_generation_writes_on() -> None:
+    saving = begun()
+    saving.left(A, 3, 20)
+    saving.left(B, 2, 19)
+    wrote(saving, A)
+    assert saving.review({A, B}, {A, B}, 0.0) == []
+
+
 def test_who_has_written_may_be_lost() -> None:
     saving = begun()
     wrote(saving, B)

@@ -51,6 +51,7 @@ class Members:
             # Nothing was restored here: something else could not be read.
             event = replace(event, cause="exception")
         run.membership.left(view, event, now)
+        run.saving.left(view.worker, event.generation, event.committed)
         self._life.take_reports(event.reports, now, is_over=True)
         match event.cause:
             case "exception":

@@ -73,6 +73,7 @@ class Saving:
         self._due_from: float | None = None
         self._ordered = -1
         self._lasts: dict[int, _Last] = {}
+        self._left: dict[WorkerId, tuple[int, int]] = {}
 
     # ------------------------------------------------------------------------------------ asking for one
 
@@ -134,6 +135,15 @@ class Saving:
         if (attempt := self._known(event.plan, now)) is not None:
             attempt.blocked_s = event.blocked_seconds
 
+    def left(self, worker: WorkerId, generation: int, committed: int) -> None:
+        """A worker is out of this generation, with the state of `committed` steps: it took no part in what its fellows
+        committed after that, and will not write of it, however long it lives."""
+        self._left[worker] = (generation, committed)
+
+    def _missed(self, worker: WorkerId, save: Save) -> bool:
+        generation, committed = self._left.get(worker, (-1, 0))
+        return generation == save.generation and committed < save.committed
+
     def wrote(self, event: PartSaved, now: float) -> None:
         """A rank has written its part, or could not."""
         attempt = self._known(event.plan, now)
@@ -181,6 +191,8 @@ class Saving:
         for save, attempt in list(self._attempts.items()):
             for worker in attempt.missing - set(alive):
                 attempt.lost[worker] = f"worker {worker.slot} was lost before it had written its part"
+            for worker in [worker for worker in attempt.missing if self._missed(worker, save)]:
+                attempt.lost[worker] = f"worker {worker.slot} was out of the generation before it had the state to save"
             if attempt.missing or attempt.committer in alive:
                 continue
             writers = (worker for worker in attempt.plan.writers if worker in hands)
