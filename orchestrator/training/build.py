@@ -17,6 +17,7 @@ from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import build_model
 from orchestrator.models.problems import reason_of
+from orchestrator.training.peak import lacks_bf16
 from strategies.comm.group_errors import Misconfigured
 from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
@@ -34,11 +35,17 @@ log = logging.getLogger(__name__)
 def choose_device(job: Job) -> torch.device:
     """`cuda` when the job gives each worker a GPU, else `cpu`.
 
-    Raises ValueError when a GPU is asked for and none can be seen.
+    Raises ValueError when a GPU is asked for and none can be seen, or it cannot compute in the job's precision.
     """
     if job.resources.gpu > 0:
         if not torch.cuda.is_available():
             raise ValueError(f"resources.gpu is {job.resources.gpu:g}, but torch sees no CUDA device in this process")
+        name = torch.cuda.get_device_name(0)
+        if job.train.precision == "bf16" and lacks_bf16(name):
+            raise ValueError(
+                f"train.precision is bf16, and a {name} has no arithmetic in bf16: set it to fp32, or ask for other "
+                "GPUs (resources.accelerators)"
+            )
         return torch.device("cuda", 0)
     return torch.device("cpu")
 
