@@ -30,6 +30,13 @@ Enter = Callable[[str, int], None]
 """Called with (phase, step) at the start of a phase; what it raises interrupts the work."""
 
 
+def finish_queued(device: torch.device) -> None:
+    """Waits for what is queued on a device, at the end of a phase in which nobody else is waited for: else what comes
+    next would seem to take that long, and who is still computing would be taken for stuck there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:
     """The random numbers of model parts: by layer where the model draws any."""
     streams = Streams(seed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from strategies.comm.fabric import Fabric
-from strategies.gradient.compute import Enter, Fetch, LocalGradients
+from strategies.gradient.compute import Enter, Fetch, LocalGradients, finish_queued
 from strategies.gradient.context import WorkContext
 from strategies.gradient.sharded import Collector, RoundCollector, RoundGradients, ShardedCollector, TreeCollector
 from strategies.gradient.spec import StepSpec
@@ -96,6 +96,7 @@ class _Replicated:
             self._is_nan_next = False
             for piece in pieces.values():
                 piece[0] = torch.nan
+        finish_queued(self.part.device)
         enter("reduce", step)
         reduced = self.reducer.reduce(pieces)
         if self.sharded:
@@ -195,6 +196,7 @@ class RoundWork:
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         self._gradients.compute(step, enter=enter, check=check)
+        finish_queued(self._own.device)
         enter("reduce", step)
         self._take(self._own.gradient)
 
