@@ -105,6 +105,19 @@ class Groups:
         finally:
             self.waited_s += time.perf_counter() - started
 
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> None:
+        """The `input` [n] of every rank, in order of ranks, in `output` [world_size * n]. Raises like `all_to_all`."""
+        started = time.perf_counter()
+        try:
+            group = self._begin()
+            try:
+                work = self.transport.all_gather(group, output, input, self.world_size)
+            except RuntimeError as error:
+                raise_of_group(error)
+            self.finish(work)
+        finally:
+            self.waited_s += time.perf_counter() - started
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """The backend's own sum, in whatever order it likes. Raises PeerLost like `all_to_all`."""
         if self.world_size > 1:
@@ -118,12 +131,17 @@ class Groups:
         """Starts receiving into `tensor` from rank `source`; like `send`."""
         return self._launch("recv", [tensor], source, tag)
 
-    def start_together(self, messages: Sequence[Message]) -> list[Any]:
-        """Starts messages that go side by side; the works to `finish`."""
+    def _begin(self) -> Any:
+        """Torch's group, for something to be launched in."""
         group = self._group
         if group is None:
             raise PeerLost("the process group was left")
         self.check()
+        return group
+
+    def start_together(self, messages: Sequence[Message]) -> list[Any]:
+        """Starts messages that go side by side; the works to `finish`."""
+        group = self._begin()
         launches = [partial(getattr(group, way), [tensor], peer, 0) for way, tensor, peer in messages]
         try:
             return self.transport.together(group, launches)
@@ -131,10 +149,7 @@ class Groups:
             raise_of_group(error)
 
     def _launch(self, call: str, *arguments: Any) -> Any:
-        group = self._group
-        if group is None:
-            raise PeerLost("the process group was left")
-        self.check()
+        group = self._begin()
         try:
             return getattr(group, call)(*arguments)
         except RuntimeError as error:

@@ -116,6 +116,9 @@ class Nccl(Transport):
         if self._is_a_peer_lost():
             raise PeerLost("the process of a peer is gone")
 
+    def all_gather(self, group: Any, output: torch.Tensor, input: torch.Tensor, ranks: int) -> Any:
+        return group._allgather_base(output, input)
+
     def together(self, group: Any, launches: Sequence[Callable[[], Any]]) -> list[Any]:
         # By themselves they would go one after the other, and two that send to each other would wait for each other.
         group._start_coalescing()

@@ -1,9 +1,9 @@
 """Sharded parameters (ZeRO stage 3), on FSDP2 (torch.distributed.fsdp.fully_shard).
 
 FSDP2 gathers a block's parameters before it is computed and hands its gradients out after. What it communicates with is
-ours: the gather is an all-to-all (with gloo much faster than its all-gather), and in place of a reduce-scatter every
-owner is sent its rows from every replica, to add them up per virtual worker and along the tree. All replicas make the
-same backward passes, one virtual worker each at a time; one that has fewer computes made-up work.
+ours, which can be broken out of; and in place of a reduce-scatter every owner is sent its rows from every replica, to
+add them up per virtual worker and along the tree. All replicas make the same backward passes, one virtual worker each
+at a time; one that has fewer computes made-up work.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class ShardedModelPart:
 
 
 class _Gather(AllGather):
-    """An all-gather as an all-to-all of as many copies as there are ranks."""
+    """An all-gather by groups of ours."""
 
     def __init__(self, data_group: Groups) -> None:
         self._data_group = data_group
@@ -141,9 +141,7 @@ class _Gather(AllGather):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
-        ranks, length = self._data_group.world_size, input_tensor.numel()
-        copies = input_tensor.reshape(1, -1).expand(ranks, -1).reshape(-1)
-        self._data_group.all_to_all(output_tensor.view(-1), copies, [length] * ranks, [length] * ranks)
+        self._data_group.all_gather(output_tensor.view(-1), input_tensor.reshape(-1))
 
 
 class _Group(ReduceScatter):
