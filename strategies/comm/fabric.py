@@ -122,7 +122,7 @@ class Fabric:
     def form(self, *, store_address: StoreAddress, prefix: str, host: str, timeout_s: float) -> None:
         """Joins the other ranks, as `Groups.form`. Raises PeerLost."""
         where: dict[str, Any] = {"store_address": store_address, "host": host, "timeout_s": timeout_s}
-        # Whoever is past this knows that all are here: what forms after it need not wait for anybody.
+        # A rank that is past this knows that all are here: what forms after it need not wait for anybody.
         self.control.form(prefix=f"{prefix}/control", **where)
         if self.world is not self.control:
             self._adopt(self.world)

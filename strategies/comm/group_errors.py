@@ -80,9 +80,10 @@ def kind_of(error: BaseException) -> type[RuntimeError] | None:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line. Torch begins some with an empty one, names the cause of others elsewhere, and has
     what NCCL knows of its errors in the last."""
-    innermost = error
-    while innermost.__cause__ is not None:
+    innermost, seen = error, [error]
+    while innermost.__cause__ is not None and innermost.__cause__ not in seen:
         innermost = innermost.__cause__
+        seen.append(innermost)
     lines = str(innermost).strip().splitlines() or [type(innermost).__name__]
     knows = f": {lines[-1].strip()}" if "Last error:" in lines[1:-1] else ""
     return f"{lines[0][:300]}{knows[:300]}"

@@ -13,12 +13,11 @@ from strategies.comm.staged import StagedGloo
 from strategies.comm.transport import Transport
 
 HOST = torch.device("cpu")
-KINDS = ("auto", "nccl", "gloo")
 
 
 def choose(device: torch.device, asked: str, control: Gloo) -> Callable[[], Transport] | None:
-    """What makes the transports of groups whose tensors are on `device`, where `asked` is one of KINDS; None where
-    tensors can go over the group that ranks agree over, whose transport is `control`, and others like it.
+    """What makes the transports of groups whose tensors are on `device`, where `asked` is "auto", "nccl" or "gloo";
+    None where tensors can go over the group that ranks agree over, whose transport is `control`, and others like it.
 
     Raises Misconfigured for what cannot be.
     """

@@ -26,7 +26,7 @@ _ROWS_ON_HOST = 16
 _ROWS_ON_DEVICE = 4096
 """Enough to keep a device busy: 16.8M elements, which take 400 MB as they are added."""
 _ROWS_OF_SUM = 1024
-"""So many rows can be added in int64."""
+"""The sums of this many rows can be added in int64."""
 _WORD_BITS = 62
 WORDS = 3
 """A sum of squares as machine words: enough for 2^40 elements."""

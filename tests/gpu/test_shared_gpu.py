@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from strategies.comm.fabric import Fabric
 from strategies.comm.group_errors import PeerLost
 from strategies.layout.parallel import ParallelLayout
 from tests.gpu.figures import Figures
-from tests.gpu.processes import Endpoint, run_ranks
 from tests.ranks.laid_out import Stretch, as_numbers, layout_of, train
+from tests.ranks.local_ranks import HOST, Endpoint
+from tests.ranks.local_ranks import run_ranks as run_in_processes
 
-HOST = "127.0.0.1"
+# A process that has used a GPU must not be forked.
+run_ranks = partial(run_in_processes, processes_of=multiprocessing.get_context("spawn"), timeout_s=400.0)
 
 
 def trained(rank: int, address: Endpoint, kind: str, stretches: list[Stretch], settings: dict[str, Any]) -> Any:

@@ -189,7 +189,7 @@ def settled(step: int, cluster: LocalCluster) -> bool:
 
 
 def on_record(steps: int, saved: int, cluster: LocalCluster) -> bool:
-    """Whether so many steps are, and the checkpoint of `saved` steps is complete."""
+    """Whether `steps` are on record, and the checkpoint of `saved` steps is complete."""
     return cluster.committed == steps and saved in cluster.controller.checkpoints
 
 

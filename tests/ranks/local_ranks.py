@@ -63,19 +63,26 @@ Endpoint = StoreAddress
 
 
 def run_ranks(
-    world_size: int, program: Callable[..., Any], *args: Any, timeout_s: float = 240.0, lost: Collection[int] = ()
+    world_size: int,
+    program: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 240.0,
+    lost: Collection[int] = (),
+    processes_of: Any = None,
 ) -> list[Any]:
-    """Runs `program(rank, store_address, *args)` in `world_size` processes; returns their results in rank order.
+    """Runs `program(rank, store_address, *args)` in `world_size` processes, forked from the server, or of another
+    context of multiprocessing's (`processes_of`); returns their results in rank order.
 
     Rank 0 serves the store. Ranks in `lost` are to die or to stop on the way; their result is None. Raises
     AssertionError with the ranks' tracebacks, or which rank died or took too long.
     """
+    processes_of = context() if processes_of is None else processes_of
     processes, pipes = [], []
     deadline = time.monotonic() + timeout_s
     try:
         for rank in range(world_size):
-            ours, theirs = context().Pipe()
-            process = context().Process(target=_rank_main, args=(theirs, rank, program, args), daemon=True)
+            ours, theirs = processes_of.Pipe()
+            process = processes_of.Process(target=_rank_main, args=(theirs, rank, program, args), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
