@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ class Run:
     def steps(self) -> int:
         return sum(1 for _ in read_records(self.path / "metrics.jsonl"))
 
+    def has_trained(self, steps: int, driver: subprocess.Popen[str]) -> bool:
+        assert driver.poll() is None, driver.communicate()[0]
+        return self.steps() >= steps
+
+    def describe(self) -> str:
+        """How far it is, by what was put on record last."""
+        return f"{self.steps()} steps on record, {list(read_records(self.path / 'events.jsonl'))[-8:]}"
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_records(self.path / "events.jsonl") if event["kind"] == kind]
 
@@ -43,6 +52,8 @@ class Run:
 UNHURRIED = ("--set", "elastic.lease_s=300", "--set", "elastic.heartbeat_timeout_s=30",
              "--set", "elastic.progress_timeout_s=60")  # fmt: skip
 """However slow this machine is, no worker is taken for lost while there is no controller, nor when there is again."""
+
+BOTH_FROM_THE_START = ("--set", "elastic.workers.min=2")
 
 
 @pytest.fixture
@@ -60,16 +71,11 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
 ) -> None:
     """And the controller dies meanwhile, when nobody can start another: the workers train on without both."""
     cluster.start()
-    run = Run(cluster, tmp_path, cache, *UNHURRIED)
+    run = Run(cluster, tmp_path, cache, *UNHURRIED, *BOTH_FROM_THE_START)
     driver = cluster.start_driver(*run.command, settings=True)
-
-    def trained(steps: int) -> bool:
-        assert driver.poll() is None, driver.communicate()[0]
-        return run.steps() >= steps
-
-    wait_for(lambda: trained(6), 120, "step 6")
+    wait_for(lambda: run.has_trained(6, driver), 120, run.describe)
     command = cluster.lose_gcs()
-    wait_for(lambda: trained(12), 120, "six steps without a GCS")
+    wait_for(lambda: run.has_trained(12, driver), 120, run.describe)
     os.kill(run.events("controller")[-1]["pid"], signal.SIGKILL)
     cluster.start_gcs(command)
     output, _ = driver.communicate(timeout=240)
@@ -81,6 +87,38 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
     assert len(result["generations"]) == 1, "the workers trained on"
     assert result["recoveries"] == []
     assert [event["epoch"] for event in run.events("controller")] == [1, 2]
+
+
+def test_a_worker_that_dies_while_there_is_no_gcs_costs_no_step(
+    cluster: DurableCluster, tmp_path: Path, cache: Path, undisturbed: Outcome
+) -> None:
+    """Nobody can be asked for another until the GCS is back; whoever is left trains on at once."""
+    cluster.start()
+    run = Run(cluster, tmp_path, cache, *UNHURRIED)
+    driver = cluster.start_driver(*run.command, settings=True)
+
+    def both() -> bool:
+        assert driver.poll() is None, driver.communicate()[0]
+        generations, running = run.events("generation"), run.events("generation_running")
+        return len(generations) == len(running) > 0 and len(generations[-1]["workers"]) == 2
+
+    wait_for(both, 120, run.describe)
+    command, before = cluster.lose_gcs(), len(run.events("recovery"))
+    os.kill(run.events("generation")[-1]["workers"][1]["pid"], signal.SIGKILL)
+    wait_for(lambda: len(run.events("recovery")) > before, 120, run.describe)
+    at = run.steps()
+    wait_for(lambda: run.has_trained(at + 3, driver), 120, run.describe)
+    cluster.start_gcs(command)
+    output, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 0, output
+    result = run.result()
+    assert (result["status"], result["steps"]) == ("finished", 40)
+    assert result["state_digest"] == undisturbed.result.state_digest
+    assert result["data_digest"] == undisturbed.result.data_digest
+    assert [each["steps_lost"] for each in result["recoveries"] if each["kind"] == "kill"] == [0]
+    sizes = [len(generation["workers"]) for generation in result["generations"]]
+    assert sizes[-2:] == [2, 1] or sizes[-3:] == [2, 1, 2], sizes
+    assert [event["epoch"] for event in run.events("controller")] == [1]
 
 
 @pytest.mark.nightly
@@ -95,10 +133,10 @@ def test_a_head_of_a_cluster_file_that_dies_is_started_again_and_the_run_goes_on
         cluster.start_node()
         run = Run(cluster, tmp_path, cache, *UNHURRIED)
         driver = cluster.start_driver(*run.command, settings=True)
-        wait_for(lambda: run.steps() >= 6, 120, "step 6")
+        wait_for(lambda: run.has_trained(6, driver), 120, run.describe)
         raylets = cluster.raylets()
         cluster.lose_gcs()
-        wait_for(lambda: run.steps() >= 12, 60, "six steps without a head")
+        wait_for(lambda: run.steps() >= 12, 120, run.describe)
         wait_for(lambda: cluster.raylets() - raylets, 120, "another head")
         output, _ = driver.communicate(timeout=300)
         if driver.returncode != 0:  # It was connected through the head's own raylet.

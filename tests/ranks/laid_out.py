@@ -29,7 +29,7 @@ from strategies.update.engine import StepEngine
 from strategies.update.rule import SYNCHRONOUS, UpdateRule
 from strategies.update.vote import exchange
 from tests.batches import plain_batch
-from tests.ranks.local_ranks import HOST, Endpoint
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint
 from tests.small_models import LAYERS, VOCABULARY, family, own
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def train(
                 rank=members.index(rank), layout=stretch.layout, device=device, transport=transport, nodes=names
             )  # fmt: skip
             try:
-                fabric.form(store_address=address, prefix=f"{prefix}/{number}", host=HOST, timeout_s=20.0)
+                fabric.form(store_address=address, prefix=f"{prefix}/{number}", host=HOST, timeout_s=PATIENCE_S)
                 if number and not held[fabric.rank]:
                     engine.state.invalidate()
                 run_stretch(engine, fabric, stretch, held, nodes, copies, step, seen)

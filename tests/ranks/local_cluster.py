@@ -183,9 +183,13 @@ class _Process:
 
 
 def settled(step: int, cluster: LocalCluster) -> bool:
-    """Whether the checkpoint of a step was made or failed, so that the next one need not wait for it."""
-    ends = ("checkpoint_saved", "checkpoint_failed")
-    return any(kind in ends and fields["committed"] == step for kind, fields in cluster.records)
+    """Whether the checkpoint of a step was made or failed, so that the next one need not wait for it. Also when it was
+    put off, as one before it took so long, and so will not be made before the next step."""
+    ended = {
+        fields["committed"] for kind, fields in cluster.records if kind in ("checkpoint_saved", "checkpoint_failed")
+    }
+    put_off = {fields["committed"] for kind, fields in cluster.records if kind == "checkpoint_delayed"}
+    return step in ended or any(late <= step and not ended & {*range(late, step)} for late in put_off)
 
 
 def on_record(steps: int, saved: int, cluster: LocalCluster) -> bool:

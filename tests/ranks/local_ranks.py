@@ -25,6 +25,10 @@ HOST = "127.0.0.1"
 SECRET = b"the ranks of one test know this."
 """What their rendezvous stores ask for."""
 
+PATIENCE_S = 240.0
+"""How long ranks of a test wait for each other, and a test for its ranks: some may be busy with something else, on a
+machine that is busy, too."""
+
 _PRELOAD = (
     "numpy",
     "torch",
@@ -66,7 +70,7 @@ def run_ranks(
     world_size: int,
     program: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 240.0,
+    timeout_s: float = PATIENCE_S,
     lost: Collection[int] = (),
     processes_of: Any = None,
 ) -> list[Any]:

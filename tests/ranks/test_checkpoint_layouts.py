@@ -24,7 +24,7 @@ from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import state_digest
 from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.selection import nightly
 
 SAVE = Save(2, 1, 0)
@@ -81,7 +81,7 @@ def go(
     engine = make_engine(0.1 if layout.tensor == 1 else 0.0, layout.tensor, model=model)
     catalog = Catalog(LocalStorage(Path(directory)), "test")
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
-    fabric.form(store_address=address, prefix=f"go/{restored}", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix=f"go/{restored}", host=HOST, timeout_s=PATIENCE_S)
     nodes = [Domain("", str(member // nodes_of)) for member in range(layout.world_size)]
     state = engine.state
     digests = []

@@ -16,7 +16,7 @@ from strategies.layout.parallel import ParallelLayout
 from strategies.reduction.hierarchy import HierarchicalReducer
 from strategies.reduction.reducer import Reducer
 from tests.ranks.laid_out import CPU, layout_of
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.ranks.test_layouts import assert_all_give, expected
 from tests.selection import nightly
 
@@ -58,7 +58,7 @@ def reduced(rank: int, address: Endpoint, nodes: Sequence[str], size: int) -> di
     out, and the bytes that this rank sends to other nodes and in all."""
     layout = layout_of(len(nodes), virtual_workers=8)
     fabric = Fabric(rank=rank, layout=layout, device=CPU, nodes=nodes)
-    fabric.form(store_address=address, prefix="bytes", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="bytes", host=HOST, timeout_s=PATIENCE_S)
     assert fabric.hierarchy is not None
     peers = {
         id(fabric.data_group): list(range(len(nodes))),

@@ -32,7 +32,7 @@ from tests.ranks.laid_out import (
     train,
     train_each,
 )
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.selection import nightly
 
 TWO_PARTS = ("interleaved-1f1b", "zero-bubble")
@@ -168,7 +168,7 @@ def moved_off(rank: int, address: Endpoint, layout: ParallelLayout) -> tuple[lis
     engine = make_engine(model="shared")
     state, frozen = engine.state, engine.state.blueprint.frozen
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
-    fabric.form(store_address=address, prefix="moved", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="moved", host=HOST, timeout_s=PATIENCE_S)
     held = [whole(state.space.size, state.space.tensor)] * 2
     nodes = [Domain("", "0"), Domain("", "1")]
     moved: list[str] = []
@@ -198,7 +198,7 @@ def spoilt_step(rank: int, address: Endpoint, layout: ParallelLayout) -> tuple[i
     """How often a step is computed whose gradient is made NaN once, and its loss."""
     engine = make_engine(model="shared")
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
-    fabric.form(store_address=address, prefix=layout.shard, host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix=layout.shard, host=HOST, timeout_s=PATIENCE_S)
     held = [whole(engine.state.space.size, engine.state.space.tensor)] * 2
     nodes = [Domain("", "0"), Domain("", "1")]
     engine.state.adopt_layout(layout, fabric, held, nodes, 2, 0, lambda: barrier(fabric))
@@ -238,7 +238,7 @@ def frozen_rows(rank: int, address: Endpoint, layouts: Sequence[ParallelLayout])
 
 def rows_in(engine: StepEngine, fabric: Fabric, address: Endpoint) -> torch.Tensor:
     ranks = fabric.layout.world_size
-    fabric.form(store_address=address, prefix=f"frozen{ranks}", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix=f"frozen{ranks}", host=HOST, timeout_s=PATIENCE_S)
     held = [whole(engine.state.space.size, engine.state.space.tensor)] * ranks
     nodes = [Domain("", str(each)) for each in range(ranks)]
     engine.state.adopt_layout(fabric.layout, fabric, held, nodes, 2, 0, lambda: barrier(fabric))
@@ -254,7 +254,7 @@ def spares_after(rank: int, address: Endpoint, stretch: Stretch) -> dict[str, to
     """The unused parameters after some steps of one rank."""
     engine = make_engine(model="spare")
     fabric = Fabric(rank=rank, layout=stretch.layout, device=CPU)
-    fabric.form(store_address=address, prefix="spares", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="spares", host=HOST, timeout_s=PATIENCE_S)
     try:
         held = [whole(engine.state.space.size, engine.state.space.tensor)]
         run_stretch(engine, fabric, stretch, held, [Domain("", "0")], 1, 0, Trained())
@@ -286,7 +286,7 @@ def changes(rank: int, address: Endpoint, stretch: Stretch) -> tuple[str, int]:
     engine = make_engine(model="drifting", tensor=stretch.layout.tensor)
     seen = Trained()
     fabric = Fabric(rank=rank, layout=stretch.layout, device=CPU)
-    fabric.form(store_address=address, prefix="changes", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="changes", host=HOST, timeout_s=PATIENCE_S)
     held = [whole(engine.state.space.size, engine.state.space.tensor)] * stretch.layout.world_size
     try:
         run_stretch(engine, fabric, stretch, held, [Domain("", str(n)) for n in range(len(held))], 1, 0, seen)

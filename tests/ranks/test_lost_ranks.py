@@ -21,7 +21,7 @@ from strategies.layout.placement import Domain, place_state, trained_spans
 from strategies.layout.statemap import NOTHING, Spans, subtract, whole
 from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import CPU, Stretch, Trained, barrier, layout_of, make_engine, run_stretch, train
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.selection import nightly
 
 SECONDS = 10.0
@@ -104,7 +104,7 @@ class Journey:
     def form(self, rank: int, stretch: Stretch) -> Fabric:
         self.legs += 1
         fabric = Fabric(rank=members_of(stretch).index(rank), layout=stretch.layout, device=CPU)
-        fabric.form(store_address=self.address, prefix=f"leg{self.legs}", host=HOST, timeout_s=20.0)
+        fabric.form(store_address=self.address, prefix=f"leg{self.legs}", host=HOST, timeout_s=PATIENCE_S)
         return fabric
 
     def go(self, rank: int, stretch: Stretch, held_by: dict[int, Spans], step: int) -> None:

@@ -20,7 +20,7 @@ from strategies.comm.group_errors import Misconfigured, PeerLost
 from tests.ranks.fake_nccl import ASKED_WHILE_ABORTING
 from tests.ranks.laid_out import CPU, layout_of
 from tests.ranks.local_cluster import LocalCluster, Outcome, die, stop_for_good, tiny_job
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.ranks.other_transports import pretend_nccl
 from tests.ranks.test_transports import assert_same_over
 from tests.selection import nightly
@@ -185,7 +185,7 @@ def hung_in_all(rank: int, address: Endpoint, at_once: bool) -> tuple[float, str
     long that took, and what it was told."""
     pretend_nccl()
     fabric = Fabric(rank=rank, layout=layout_of(2, shard="parameters"), device=CPU)
-    fabric.form(store_address=address, prefix="hung", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="hung", host=HOST, timeout_s=PATIENCE_S)
     both = [fabric.world, fabric.data_group]
     assert both[0] is not both[1]
     if rank == 1:

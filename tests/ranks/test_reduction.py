@@ -31,7 +31,7 @@ from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.update.engine import StepEngine
 from tests.batches import plain_batch
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 
 CPU = torch.device("cpu")
 Assignment = tuple[tuple[int, ...], ...]
@@ -39,7 +39,7 @@ Assignment = tuple[tuple[int, ...], ...]
 
 def form(rank: int, world_size: int, address: Endpoint, prefix: str) -> Groups:
     groups = Groups(rank=rank, world_size=world_size, device=CPU, transport=Gloo())
-    groups.form(store_address=address, prefix=prefix, host=HOST, timeout_s=20.0)
+    groups.form(store_address=address, prefix=prefix, host=HOST, timeout_s=PATIENCE_S)
     return groups
 
 
@@ -213,7 +213,7 @@ def train(rank: int, address: Endpoint, layouts: list[Assignment], native: bool)
         engine = llama_engine(native)
         layout = ParallelLayout(data=len(assignment), assignment=assignment)
         fabric = Fabric(rank=rank, layout=layout, device=CPU)
-        fabric.form(store_address=address, prefix=f"layout{index}", host=HOST, timeout_s=20.0)
+        fabric.form(store_address=address, prefix=f"layout{index}", host=HOST, timeout_s=PATIENCE_S)
         nodes = [Domain("", str(other)) for other in range(layout.data)]
         try:
             engine.state.adopt_layout(layout, fabric, [engine.state.held] * layout.data, nodes, 1, 0, lambda: None)

@@ -12,7 +12,7 @@ from strategies.comm.fabric import Fabric
 from strategies.comm.ordered_sum import sum_in_order
 from strategies.layout.parallel import ParallelLayout
 from tests.ranks.laid_out import CPU, layout_of
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.ranks.other_transports import stage_everything, train_each_over
 from tests.ranks.test_layouts import Numbers
 
@@ -57,7 +57,7 @@ def sums(rank: int, address: Endpoint, install: Install, dtype: torch.dtype) -> 
     install()
     layout = layout_of(tensor=4)
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
-    fabric.form(store_address=address, prefix="sums", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="sums", host=HOST, timeout_s=PATIENCE_S)
     try:
         found = []
         for shape in ((3, 7), (64,), (1,), (0, 4)):

@@ -7,7 +7,7 @@ from strategies.layout.placement import Domain
 from strategies.layout.statemap import whole
 from strategies.update.vote import PAUSE, SAVE, SAVING, Agreement
 from tests.ranks.laid_out import CPU, barrier, layout_of, make_engine
-from tests.ranks.local_ranks import HOST, Endpoint, run_ranks
+from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 
 DEAL = ((0, 1, 2, 3, 4), (5, 6), (7,))
 
@@ -17,7 +17,7 @@ def wishes(rank: int, address: Endpoint) -> list[Agreement]:
     engine = make_engine()
     layout = layout_of(3)
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
-    fabric.form(store_address=address, prefix="wishes", host=HOST, timeout_s=20.0)
+    fabric.form(store_address=address, prefix="wishes", host=HOST, timeout_s=PATIENCE_S)
     found = []
     try:
         held = [whole(engine.state.space.size, 1)] * 3

@@ -330,6 +330,7 @@ class ControllerActor:
                 self._tell(notice)
 
     def _go(self) -> None:
+        self._processes.ask_no_more()
         # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.
         end_workers(self._directory.run_id)
         self._watcher.close()
@@ -347,6 +348,7 @@ class ControllerActor:
             time.sleep(POLL_S)
             try:
                 if self._executor.result is None:
+                    self._processes.learn_nodes()
                     self._watcher.look(self._clock.now())
             except Exception as error:
                 log.warning("the cluster: %s: %s", type(error).__name__, error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
@@ -32,10 +31,10 @@ def worker_name(run_id: str, worker: WorkerId) -> str:
 
 
 class Bundle:
-    """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is given back when
-    its last worker is gone; until then a lost one is replaced in it."""
+    """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is None until Ray
+    has been asked for it. It is given back when its last worker is gone; until then a lost one is replaced in it."""
 
-    def __init__(self, group: PlacementGroup) -> None:
+    def __init__(self, group: PlacementGroup | None = None) -> None:
         self.group = group
         self._workers: set[WorkerId] = set()
         self._is_given_back = False
@@ -54,12 +53,27 @@ class Bundle:
             if self._workers or self._is_given_back:
                 return
             self._is_given_back = True
-        with suppress(Exception):
-            remove_placement_group(self.group)
+        self._remove()
+
+    def reserve(self, ask: Callable[[], PlacementGroup]) -> PlacementGroup:
+        """The placement group, which `ask` asks Ray for if nobody has yet: by one thread only."""
+        if self.group is None:
+            self.group = ask()
+            with self._lock:
+                is_late = self._is_given_back
+            if is_late:
+                self._remove()
+        return self.group
+
+    def _remove(self) -> None:
+        if self.group is not None:
+            with suppress(Exception):
+                remove_placement_group(self.group)
 
 
 class WorkerHandle:
-    """One worker's actor and place; `watch` calls back when its process is gone."""
+    """One worker's actor (None until Ray has been asked for it) and place; `watch` calls back when its process is
+    gone."""
 
     def __init__(self, run_id: str, worker: WorkerId, actor: Any, place: Bundle | None) -> None:
         self.run_id = run_id
@@ -69,34 +83,48 @@ class WorkerHandle:
         self.node: str | None = None
         self.pid: int | None = None
         self.placed = False
+        self.is_ended = False
+        self._was_asked_for = False
 
     @classmethod
-    def request(
-        cls,
-        run_id: str,
-        worker: WorkerId,
+    def to_be(cls, run_id: str, worker: WorkerId, places: Iterable[Bundle]) -> WorkerHandle:
+        """Of a worker that Ray is yet to be asked for (`ask`): in one of these places of its unit, or in a new one when
+        none of them is to be had any more."""
+        place = next((place for place in places if place.take(worker)), None)
+        if place is None:
+            place = Bundle()
+            place.take(worker)
+        return cls(run_id, worker, None, place)
+
+    def ask(
+        self,
         spec: dict[str, Any],
         controller: Any,
         *,
         need: Need,
-        places: Iterable[Bundle] = (),
         avoid: Collection[str] = (),
         must_avoid: bool = False,
         lost: Collection[str] = (),
-    ) -> WorkerHandle:
-        """Asks Ray for an actor in one of the `places` of its unit, whose `need` it is, or in a new one when none is to
-        be had; returns at once, also when there is no room yet. A new place is on none of the nodes to `avoid` if
-        another has room, or in any case when it `must_avoid` them; and never on those that are `lost`, of which Ray may
-        not know yet."""
-        resources = spec["resources"]
-        name = worker_name(run_id, worker)
-        place = next((place for place in places if place.take(worker)), None)
-        if place is None:
-            if avoid and not must_avoid and not has_room(need, avoid):
-                avoid = ()
-            place = Bundle(_reserve(name, need, {*avoid, *lost}))
-            place.take(worker)
-        actor = (
+    ) -> None:
+        """Asks Ray for its actor and, if it is the first in its place, for that, which `need` describes; also when
+        there is no room yet. A new place is on none of the nodes to `avoid` if another has room, or in any case when it
+        `must_avoid` them; and never on those that are `lost`, of which Ray may not know yet.
+
+        Waits for a GCS that does not answer, for up to minutes, and then raises a RayError; what was asked for until
+        then may yet come to be, and is found when it is asked for again.
+        """
+        assert self.place is not None
+        name, is_again = worker_name(self.run_id, self.worker), self._was_asked_for
+        self._was_asked_for = True
+
+        def reserve() -> PlacementGroup:
+            if is_again and (earlier := _group_named(name)) is not None:
+                return earlier
+            may_be_there = avoid and not must_avoid and not has_room(need, avoid)
+            return _reserve(name, need, {*lost} if may_be_there else {*avoid, *lost})
+
+        resources, group = spec["resources"], self.place.reserve(reserve)
+        self.actor = (
             ray.remote(WorkerActor)
             .options(
                 name=name,
@@ -105,18 +133,20 @@ class WorkerHandle:
                 num_cpus=resources["cpu"],
                 num_gpus=resources["gpu"] or None,
                 max_restarts=0,
+                get_if_exists=is_again,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=place.group, placement_group_bundle_index=worker.slot % need.tensor
+                    placement_group=group, placement_group_bundle_index=self.worker.slot % need.tensor
                 ),
             )
-            .remote(worker, spec, controller)
+            .remote(self.worker, spec, controller)
         )
-        return cls(run_id, worker, actor, place)
 
     def where(self) -> str | None:
         """The node this worker's placement group got, or None while it waits for room."""
         if self.place is None:
             return self.node
+        if self.place.group is None:
+            return None
         return _node_of(ray.util.placement_group_table(self.place.group))
 
     def watch(self, on_gone: Callable[[str], None]) -> None:
@@ -135,7 +165,9 @@ class WorkerHandle:
         self.actor.live.remote().future().add_done_callback(done)
 
     def kill(self) -> None:
-        """Ends the process for good, whatever it does, and gives its place back; never blocks for long."""
+        """Ends the process for good, whatever it does, and gives its place back; never blocks for long. One that Ray is
+        just being asked for is to be ended by who asks."""
+        self.is_ended = True
         if self.pid is not None and self.node == ray.get_runtime_context().get_node_id():
             # ray.kill waits 5 s for a stopped process; the kernel does not.
             with suppress(psutil.Error, ProcessLookupError, PermissionError):
@@ -143,8 +175,9 @@ class WorkerHandle:
                     os.kill(self.pid, signal.SIGKILL)
         elif self.pid is not None and self.node is not None:
             self._kill_from_its_node(self.node, self.pid)
-        with suppress(Exception):
-            ray.kill(self.actor, no_restart=True)
+        if self.actor is not None:
+            with suppress(Exception):
+                ray.kill(self.actor, no_restart=True)
         self.free()
 
     @staticmethod
@@ -212,6 +245,14 @@ def _actors(run_id: str) -> dict[WorkerId, Any]:
     return found
 
 
+def _group_named(name: str) -> PlacementGroup | None:
+    """What an earlier attempt to ask for it left, if it came to be."""
+    for group_id, entry in ray.util.placement_group_table().items():
+        if entry["name"] == name and entry["state"] != "REMOVED":
+            return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+    return None
+
+
 def _groups(run_id: str) -> list[tuple[WorkerId, PlacementGroup, str | None]]:
     """Its placement groups: the first worker in each, and on which node it is."""
     return [
@@ -243,39 +284,10 @@ def _death_detail(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def refuses_connections(host: str, port: int) -> bool:
-    """Whether a process that listened on a port is gone: its machine answers, and says that nobody is there.
-
-    The kernel tells within a millisecond what Ray's own bookkeeping tells within tens, or not at all when the node's
-    raylet died with it. A stopped process still accepts, so it is not taken for dead.
-    """
-    try:
-        socket.create_connection((host, port), timeout=0.5).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def raylet_is_gone(node_id: str) -> bool:
-    """Whether a node's raylet no longer answers its port. Ray itself takes 12 s and more to say so."""
-    for node in ray.nodes():
-        if node["NodeID"] == node_id:
-            if not node["Alive"]:
-                return True
-            try:
-                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=0.5).close()
-            except OSError:
-                return True
-            return False
-    return True
-
-
 def release_places(run_id: str, taken: Iterable[Bundle]) -> None:
     """Gives back the places of a run that none of its workers has: those that an earlier controller was about to give
     back, or had asked for."""
-    kept = {place.group.id for place in taken}
+    kept = {place.group.id for place in taken if place.group is not None}
     for _, group, _ in _groups(run_id):
         if group.id not in kept:
             with suppress(Exception):

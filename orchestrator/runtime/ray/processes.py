@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
+import logging
+import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from orchestrator.control.core.protocol import Died, KillWorker, ReleaseWorker, RequestWorker
+import ray
+
+from orchestrator.control.core.protocol import Abort, Died, KillWorker, ReleaseWorker, RequestWorker
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.ray.placement import (
     Bundle,
     WorkerHandle,
     find_workers,
-    raylet_is_gone,
-    refuses_connections,
     release_places,
 )
+from orchestrator.runtime.ray.presence import Raylets, refuses_connections
 from orchestrator.runtime.ray.resource_request import Need
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+AGAIN_S = 1.0
+"""How long it waits before it asks once more where the GCS did not answer."""
+MOST_ASKING_S = 70.0
+"""Longer than Ray waits for a GCS that does not answer to one request."""
 
 
 class WorkerProcesses:
     """All workers of `run_id` that are asked for or live, by `handles`. `unit` slots share a node; `controller` is the
-    actor that they report to. When a process is gone that goes to `tell`."""
+    actor that they report to. When a process is gone that goes to `tell`.
 
-    def __init__(self, run_id: str, unit: int, controller: Any, tell: Callable[[Died], None]) -> None:
+    Ray is asked for workers on a thread of its own, in the order of the requests: while the GCS is away that takes as
+    long as the GCS is, and those that live train on meanwhile, and recover from what happens to them.
+    """
+
+    def __init__(self, run_id: str, unit: int, controller: Any, tell: Callable[[Died | Abort], None]) -> None:
         self.handles: dict[WorkerId, WorkerHandle] = {}
+        self._raylets = Raylets()
         self._run_id = run_id
         self._unit = unit
         self._controller = controller
         self._tell = tell
         self._start_errors: dict[WorkerId, str] = {}
         self._lost_nodes: set[str] = set()
+        self._requests: queue.SimpleQueue[tuple[WorkerHandle, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._asking = threading.Thread(target=self._ask_for_each, name="requests", daemon=True)
+        self._asking.start()
 
     # ------------------------------------------------------------------------------------ they come
 
     def request(self, action: RequestWorker, spec: dict[str, Any], need: Need) -> None:
-        """Asks Ray for one more, made from `spec`, where there is room for what it needs."""
-        handle = WorkerHandle.request(
-            self._run_id, action.worker, spec, self._controller, need=need,
-            places=self._places_of_unit(action.worker), avoid=action.avoid, must_avoid=action.must_avoid,
+        """Has Ray asked for one more, made from `spec`, where there is room for what it needs."""
+        handle = WorkerHandle.to_be(self._run_id, action.worker, self._places_of_unit(action.worker))
+        self.handles[handle.worker] = handle
+        ask = partial(
+            handle.ask, spec, self._controller, need=need, avoid=action.avoid, must_avoid=action.must_avoid,
             lost=self._lost_nodes,
         )  # fmt: skip
-        self.adopt(handle)
+        self._requests.put((handle, ask))
+
+    def _ask_for_each(self) -> None:
+        while (request := self._requests.get()) is not None:
+            handle, ask = request
+            try:
+                self._ask(handle, ask)
+            except Exception as error:
+                log.exception("worker %s cannot be asked for", handle.worker)
+                self._tell(Abort(f"worker {handle.worker} cannot be asked for: {type(error).__name__}: {error}"))
+
+    def _ask(self, handle: WorkerHandle, ask: Callable[[], None]) -> None:
+        """Until it is asked for, or not wanted any more."""
+
+        def ask_if_wanted() -> None:
+            if not handle.is_ended:
+                ask()
+
+        _patiently(ask_if_wanted)
+        if handle.actor is None:
+            self._tell(Died(handle.worker, "not wanted any more"))
+            return
+        self._watch(handle)
+        if handle.is_ended:
+            handle.kill()
+
+    def ask_no_more(self) -> None:
+        """When all that were asked for are to be ended: waits for the request that is under way."""
+        self._requests.put(None)
+        self._asking.join(MOST_ASKING_S)
 
     def _places_of_unit(self, worker: WorkerId) -> list[Bundle]:
         """Where the others of a worker's unit are, the newest first; also those that are gone and not yet dealt with,
@@ -51,11 +103,17 @@ class WorkerProcesses:
         unit.sort(key=lambda handle: -handle.worker.incarnation)
         return [h.place for h in unit if h.place is not None and h.node not in self._lost_nodes]
 
+    def learn_nodes(self) -> None:
+        """Where the nodes of all workers are, while there is a GCS to ask."""
+        self._raylets.learn({handle.node for handle in list(self.handles.values()) if handle.node is not None})
+
     def find(self) -> dict[WorkerId, WorkerHandle]:
         """Those of an earlier controller that have a place. The others are ended: they wait for room, and will be asked
         for again; why they waited, and for how long, went with the predecessor."""
         placed: dict[WorkerId, WorkerHandle] = {}
-        for handle in find_workers(self._run_id, self._unit):
+        handles = _patiently(lambda: find_workers(self._run_id, self._unit))
+        _patiently(lambda: self._raylets.learn({handle.node for handle in handles if handle.node is not None}))
+        for handle in handles:
             if handle.placed:
                 placed[handle.worker] = handle
             else:
@@ -69,7 +127,8 @@ class WorkerProcesses:
 
     def release_other_places(self) -> None:
         """Gives back those of an earlier controller that none of these workers has."""
-        release_places(self._run_id, [h.place for h in self.handles.values() if h.place is not None])
+        taken = [h.place for h in self.handles.values() if h.place is not None]
+        _patiently(lambda: release_places(self._run_id, taken))
 
     def start_failed(self, worker: WorkerId, detail: str) -> None:
         """Why it is going to die."""
@@ -91,7 +150,7 @@ class WorkerProcesses:
     def is_lost(self, handle: WorkerHandle) -> bool:
         """Whether a worker's node is gone, as far as can be told; then no other is placed there any more."""
         with suppress(Exception):
-            if handle.node is not None and raylet_is_gone(handle.node):
+            if handle.node is not None and self._raylets.is_gone(handle.node):
                 self._lost_nodes.add(handle.node)
                 return True
         return False
@@ -128,3 +187,13 @@ class WorkerProcesses:
     def end_all(self) -> None:
         for handle in list(self.handles.values()):
             handle.kill()
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """What `call` returns once the GCS answers."""
+    while True:
+        try:
+            return call()
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.warning("Ray is asked again: %s: %s", type(error).__name__, error)
+            time.sleep(AGAIN_S)
