@@ -287,6 +287,26 @@ class DrainNoticed(OfWorker):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuFaulty(OfWorker):
+    """The driver of a worker's GPU says that something is wrong with it: `action` is replace (the worker, at once),
+    drain (it leaves in good order) or none."""
+
+    kind = "gpu_faulty"
+    node: MaybeText
+    action: Needed[Text]
+    detail: Needed[Text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSuspected(RunEvent):
+    """Other nodes are preferred from here on."""
+
+    kind = "node_suspected"
+    node: Needed[Text]
+    reason: Needed[Text]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StateRefused(OfWorker):
     """The worker holds the state of more `committed` steps than are `recorded`; that state is not used."""
 

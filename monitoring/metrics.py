@@ -342,6 +342,21 @@ def _series_of(worker: Mapping[str, Any], ahead_s: float) -> dict[str, Any]:
         "shard_tokens": worker["tokens"],
         "rank_host_memory_bytes": worker["host_bytes"] or None,  # A controller that took over has to hear of it first.
         "rank_device_memory_bytes": worker["device_bytes"],
+    } | _series_of_gpu(worker.get("gpu"))
+
+
+def _series_of_gpu(gpu: Mapping[str, Any] | None) -> dict[str, Any]:
+    if gpu is None:
+        return {}
+    return {
+        "rank_gpu_utilization_ratio": gpu["utilization"],
+        "rank_gpu_clock_hertz": gpu["sm_hertz"],
+        "rank_gpu_temperature_celsius": gpu["celsius"],
+        "rank_gpu_power_watts": gpu["watts"],
+        "rank_gpu_free_memory_bytes": gpu["free_bytes"],
+        "rank_gpu_corrected_errors": gpu["corrected"],
+        "rank_gpu_uncorrected_errors": gpu["uncorrected"],
+        "rank_gpu_slowed_down": float(bool(gpu["slowed_by"])),
     }
 
 

@@ -137,6 +137,15 @@ RANK_SERIES: tuple[Series, ...] = (
     _gauge("shard_tokens", "tokens", "Targets that the rank was dealt in the newest step.", "rank"),
     _gauge("rank_host_memory_bytes", "bytes", "Resident memory of the rank's process.", "rank"),
     _gauge("rank_device_memory_bytes", "bytes", "Memory that the rank has allocated on its device.", "rank"),
+    # What the driver says of its GPU; absent where none is watched.
+    _gauge("rank_gpu_utilization_ratio", "", "Share of the time in which something ran on the rank's GPU.", "rank"),
+    _gauge("rank_gpu_clock_hertz", "hertz", "Clock of the processors of the rank's GPU.", "rank"),
+    _gauge("rank_gpu_temperature_celsius", "celsius", "Temperature of the rank's GPU.", "rank"),
+    _gauge("rank_gpu_power_watts", "watts", "What the rank's GPU takes.", "rank"),
+    _gauge("rank_gpu_free_memory_bytes", "bytes", "Memory of the rank's GPU that nobody has.", "rank"),
+    _gauge("rank_gpu_corrected_errors", "errors", "Memory errors of the rank's GPU that were corrected.", "rank"),
+    _gauge("rank_gpu_uncorrected_errors", "errors", "Memory errors of the rank's GPU that were not corrected.", "rank"),
+    _gauge("rank_gpu_slowed_down", "", "1 while heat, power supply or hardware keeps its clock down, else 0.", "rank"),
 )  # fmt: skip
 
 SERIES: tuple[Series, ...] = RUN_SERIES + RANK_SERIES

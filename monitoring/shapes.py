@@ -59,11 +59,15 @@ def event(value: Any) -> str | None:
 # ---------------------------------------------------------------------------------------- small files
 
 _GOODPUT = fields({"wall_seconds": seconds, "productive_seconds": seconds, "badput_seconds": by_name(seconds)})
+_GPU = fields(
+    {"slowed_by": many(text)}, utilization=maybe(number), sm_hertz=maybe(number), celsius=maybe(number),
+    watts=maybe(number), free_bytes=maybe(count), corrected=maybe(count), uncorrected=maybe(count), at_power_limit=flag,
+)  # fmt: skip
 _WORKER = fields(
     NAMED, node=maybe(text), pid=maybe(count), state=text, rank=maybe(count), coordinates=maybe(by_name(count)),
     phase=maybe(text), heartbeat=maybe(seconds), speed=maybe(number), own_speed=maybe(number),
     wait_share=maybe(number), step_seconds=maybe(seconds), virtual_workers=maybe(count), host_bytes=maybe(count),
-    device_bytes=maybe(count), leaving=maybe(flag), finding=maybe(text),
+    device_bytes=maybe(count), leaving=maybe(flag), finding=maybe(text), gpu=maybe(_GPU),
 )  # fmt: skip
 STATUS = fields(
     {}, time=seconds, run=text, name=text, over=flag, state=text, detail=maybe(text), status=maybe(text),

@@ -223,6 +223,12 @@ class SimulatedRun:
                     "wait_share": 0.05 + 0.03 * self.random.random(),
                     "step_seconds": sum(self.last_ranks[0][0]) if self.step else None, "virtual_workers": 2,
                     "host_bytes": 812_000_000 + self.random.randrange(9_000_000), "device_bytes": 0, "leaving": False,
+                    "gpu": {
+                        "utilization": 0.9 + 0.1 * self.random.random(), "sm_hertz": 1.41e9 - 1e6 * slot,
+                        "celsius": 61 + slot, "watts": 312.5, "free_bytes": 3 << 30, "corrected": slot // 4,
+                        "uncorrected": 0, "slowed_by": ["heat (hardware)"] if self.speeds[slot] < 0.8 else [],
+                        "at_power_limit": True,
+                    },
                     "finding": next((f["finding"] for f in self.findings if slot in f["workers"]), None),
                 }
             )  # fmt: skip

@@ -83,7 +83,32 @@ _HEALTH = Row(
     ),
 )  # fmt: skip
 
+NO_GPU = "Of GPUs that are watched (NVML)."
+_GPUS = Row(
+    "GPUs",
+    (
+        Panel("GPU at work", "Share of the time in which something ran on each rank's GPU.",
+              _by_rank("rank_gpu_utilization_ratio", NO_GPU), "percentunit", width=8, minimum=0, maximum=1),
+        Panel("Clock", "Clock of the processors of each rank's GPU.", _by_rank("rank_gpu_clock_hertz", NO_GPU), "hertz",
+              width=8, minimum=0),
+        Panel("Slowed down", "1 while heat, power supply or hardware keeps the clock of a rank's GPU down.",
+              _by_rank("rank_gpu_slowed_down", NO_GPU), "none", width=8, minimum=0, maximum=1,
+              thresholds=(Threshold(1, "red"),)),
+        Panel("Temperature", "Of each rank's GPU.", _by_rank("rank_gpu_temperature_celsius", NO_GPU), "celsius",
+              width=8),
+        Panel("Power", "What each rank's GPU takes.", _by_rank("rank_gpu_power_watts", NO_GPU), "watt", width=8,
+              minimum=0),
+        Panel("Free memory", "What nobody has of the memory of each rank's GPU.",
+              _by_rank("rank_gpu_free_memory_bytes", NO_GPU), "bytes", width=8, minimum=0),
+        Panel("Memory errors, corrected", "Since the driver was loaded.", _by_rank("rank_gpu_corrected_errors", NO_GPU),
+              "none", width=12, minimum=0),
+        Panel("Memory errors, not corrected", "Since the driver was loaded.",
+              _by_rank("rank_gpu_uncorrected_errors", NO_GPU), "none", width=12, minimum=0,
+              thresholds=(Threshold(1, "red"),)),
+    ),
+)  # fmt: skip
+
 DASHBOARD = Dashboard(
     "orchestrator-ranks", "Orchestrator: ranks", "The ranks of one run: who is slow, who waits, who is silent.",
-    (_MAPS, _NOW, _WORK, _HEALTH), (CHOICE,), (INCIDENTS, GENERATIONS),
+    (_MAPS, _NOW, _WORK, _HEALTH, _GPUS), (CHOICE,), (INCIDENTS, GENERATIONS),
 )  # fmt: skip

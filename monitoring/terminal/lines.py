@@ -184,6 +184,8 @@ def _worker_text(worker: Json, layout: Json, now: float) -> str:
         parts.append(f"{worker['host_bytes'] / 1e9:.1f} GB")
     if worker.get("device_bytes"):
         parts.append(f"GPU {worker['device_bytes'] / 1e9:.1f} GB")
+    if slowed_by := (worker.get("gpu") or {}).get("slowed_by"):
+        parts.append(f"GPU slowed down by {' and '.join(slowed_by)}")
     if (heard := worker.get("heartbeat")) is not None and now - heard > 3.0:
         parts.append(f"silent for {age(now - heard)}")
     if worker.get("leaving"):

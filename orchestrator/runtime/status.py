@@ -6,6 +6,7 @@ Pure but for the clock it is given. docs/run-directory.md tells of every field.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from monitoring.clock import when
@@ -92,6 +93,7 @@ def _worker(
         "tokens": None if account is None else account.tokens,
         "host_bytes": view.host_bytes,
         "device_bytes": view.device_bytes,
+        "gpu": None if view.gpu is None else asdict(view.gpu),
         "leaving": view.leaving,
     }
 

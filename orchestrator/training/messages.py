@@ -124,12 +124,44 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class GpuReading:
+    """How a GPU does, by its driver; None is what it does not say. `utilization` is the share of the time in which
+    something ran on it, `sm_hertz` the clock of its processors, `free_bytes` what nobody has of its memory; `corrected`
+    and `uncorrected` count memory errors since the driver was loaded; `slowed_by` is what keeps its clock down, beside
+    the limit of its power, at which one at work may well be."""
+
+    utilization: float | None = None
+    sm_hertz: float | None = None
+    celsius: float | None = None
+    watts: float | None = None
+    free_bytes: int | None = None
+    corrected: int | None = None
+    uncorrected: int | None = None
+    slowed_by: tuple[str, ...] = ()
+    at_power_limit: bool = False
+
+
+GpuAction = Literal["replace", "drain", "none"]
+
+
+@dataclass(frozen=True)
+class GpuTrouble:
+    """Something is wrong with a worker's GPU, by its driver. The worker is to be replaced at once, or to leave in good
+    order; or it is only to be known."""
+
+    worker: WorkerId
+    action: GpuAction
+    detail: str
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """`phase` and `step` say where the training thread is; `reports` are steps the controller has not confirmed.
 
     `moves` counts what it gets done inside a phase: micro-batches, collectives, chunks received, tensors read.
     `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device. `lateness_s` is
-    how late it has been lately itself: its threads, and the answers to what it reported.
+    how late it has been lately itself: its threads, and the answers to what it reported. `gpu` is None where none is
+    watched.
     """
 
     worker: WorkerId
@@ -142,6 +174,7 @@ class Heartbeat:
     moves: int = 0
     device_bytes: int = 0
     lateness_s: float = 0.0
+    gpu: GpuReading | None = None
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,13 @@ from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
 from orchestrator.training.fault_injector import FaultInjector
 from orchestrator.training.fingerprint import fingerprint
+from orchestrator.training.gpu_watch import GpuWatch, gpu_of
 from orchestrator.training.leaving import cause_of, release_memory
 from orchestrator.training.messages import (
     Finalized,
     Generation,
+    GpuAction,
+    GpuTrouble,
     Heartbeat,
     Joined,
     LeftCause,
@@ -136,6 +139,7 @@ class Worker:
         build.make_deterministic(job, device)
         build.prepare_groups(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
+        self.gpu = GpuWatch(gpu_of(device), self._gpu_trouble)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
         self._build(dataset, device)
@@ -176,6 +180,7 @@ class Worker:
         log.info("ready on node %s, process %d", self.ready.node[:8], self.ready.pid)
         self._reporter.send(self.ready)
         self._reporter.start()
+        self.gpu.start()
 
     # ------------------------------------------------------------------------------------ orders, any thread
 
@@ -434,6 +439,10 @@ class Worker:
     def _unrecorded(self) -> tuple[StepReport, ...]:
         return tuple(self.protocol.reports)
 
+    def _gpu_trouble(self, action: GpuAction, detail: str) -> None:
+        log.log(logging.INFO if action == "none" else logging.CRITICAL, "the GPU: %s", detail)
+        self._reporter.send(GpuTrouble(self.worker, action, detail))
+
     def _heartbeat(self) -> Heartbeat:
         generation = self.protocol.generation
         return Heartbeat(
@@ -446,6 +455,7 @@ class Worker:
             host_bytes=resident_bytes(),
             device_bytes=build.allocated_bytes(self.state.device),
             lateness_s=round(self._lateness.recent_s(), 3),
+            gpu=self.gpu.reading,
             moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves),
         )
 

@@ -248,6 +248,10 @@ class LocalCluster:
     def committed(self) -> int:
         return self.controller.progress.committed
 
+    def records_of(self, kind: str) -> list[dict[str, Any]]:
+        """What was put on record of this kind so far."""
+        return [fields for each, fields in self.records if each == kind]
+
     def idle(self) -> list[WorkerId]:
         """The workers that are warm and in no generation."""
         return [worker for worker, view in self.controller.workers.items() if view.state is WorkerState.IDLE]

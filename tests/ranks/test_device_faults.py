@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator.control.core.workers import WorkerId
-from tests.ranks.local_cluster import LocalCluster, Outcome, tiny_job
+from orchestrator.training import gpu_watch
+from tests.fake_nvml import Card, FakeNvml
+from tests.ranks.local_cluster import Hook, LocalCluster, Outcome, tiny_job
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,67 @@ def test_a_collective_that_hangs_is_left_by_all_and_costs_nobody_its_process(
     assert [recovery["kind"] for recovery in outcome.recoveries] == ["stall"]
     assert outcome.members(1) == outcome.members(0)
     assert outcome.of("worker_killed") == []
+
+
+# ---------------------------------------------------------------------------------------- what the driver says
+
+
+def goes_wrong(change: str, value: int, at_step: int, worker: Any) -> None:
+    """The card of the first worker 1 is watched, and something happens to it at a step."""
+    if worker.worker != WorkerId(1, 0):
+        return
+    gpu_watch.READ_S, gpu_watch.LISTEN_S = 0.0, 0.01
+    nvml = FakeNvml(Card())
+    worker.gpu = gpu_watch.GpuWatch(gpu_watch.Gpu(nvml, nvml.card.uuid), worker._gpu_trouble)
+    fetch = worker.engine.loads.source
+
+    def fetch_and_fail(step: int, virtual_worker: int) -> Any:
+        if step == at_step:
+            if change == "xid":
+                nvml.xids.put(value)
+            else:
+                setattr(nvml.card, change, value)
+        return fetch(step, virtual_worker)
+
+    worker.engine.loads.source = fetch_and_fail
+
+
+def test_a_worker_is_replaced_when_the_driver_gives_its_gpu_up(
+    job_text: str, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    """It is held at the step meanwhile: by itself it would notice nothing."""
+    hook: Hook = partial(goes_wrong, "xid", 79, 3)
+    outcome = LocalCluster(
+        job_text, tmp_path / "run", hooks=[hook], holds={4: lambda cluster: bool(cluster.records_of("gpu_faulty"))}
+    ).run()
+    assert_same(outcome, undisturbed)
+    assert outcome.recoveries[0]["kind"] == "device"
+    (told,) = outcome.of("gpu_faulty")
+    assert (told["worker"], told["action"], told["detail"]) == (1, "replace", "Xid 79: it has fallen off the bus")
+    assert [each["node"] for each in outcome.of("node_suspected")] == ["local"]
+    assert "its GPU: Xid 79" in next(each["reason"] for each in outcome.of("worker_killed"))
+
+
+def test_a_worker_leaves_a_gpu_that_is_to_be_reset_when_another_has_come(
+    job_text: str, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    hook: Hook = partial(goes_wrong, "pending", 1, 3)
+    outcome = LocalCluster(
+        job_text, tmp_path / "run", hooks=[hook], holds={4: lambda cluster: bool(cluster.records_of("drain_notice"))}
+    ).run()
+    assert_same(outcome, undisturbed)
+    (told,) = outcome.of("gpu_faulty")
+    assert told["action"] == "drain"
+    (notice,) = outcome.of("drain_notice")
+    assert "has to be reset" in notice["reason"]
+    assert outcome.of("worker_killed") == []
+
+
+def test_errors_of_programs_change_nothing(job_text: str, undisturbed: Outcome, tmp_path: Path) -> None:
+    hook: Hook = partial(goes_wrong, "xid", 13, 3)
+    outcome = LocalCluster(
+        job_text, tmp_path / "run", hooks=[hook], holds={4: lambda cluster: bool(cluster.records_of("gpu_faulty"))}
+    ).run()
+    assert_same(outcome, undisturbed)
+    assert [(told["action"], told["detail"]) for told in outcome.of("gpu_faulty")] == [("none", "Xid 13")]
+    assert outcome.recoveries == []

@@ -41,6 +41,7 @@ from orchestrator.training.messages import (
     CheckpointSaved,
     Finalized,
     Generation,
+    GpuReading,
     Heartbeat,
     Joined,
     LeftCause,
@@ -231,6 +232,7 @@ class Worker:
         self.last_part: PartSaved | None = None
         self.will_raise = self.will_deadlock = self.mute = False
         self.slowness = 1.0
+        self.gpu: GpuReading | None = None
         self.busy_s = 0.0
         self.deal: tuple[int, tuple[tuple[int, ...], ...]] = (0, ())
         self.offered = self.voted_deal = self.deal
@@ -496,7 +498,7 @@ class Worker:
             self.send(
                 Heartbeat(
                     self.id, -1 if generation is None else generation.number, self.phase, self.committed,
-                    self.committed, self.protocol.unknown(),
+                    self.committed, self.protocol.unknown(), gpu=self.gpu,
                 )
             )  # fmt: skip
         self.world.after(HEARTBEAT_S, self.beat)

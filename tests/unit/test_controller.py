@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from monitoring.events import RunEvent
+from monitoring.events import GpuFaulty, RunEvent
 from orchestrator.checkpoint.names import Save
 from orchestrator.control.core.protocol import (
     Abort,
@@ -34,6 +34,7 @@ from orchestrator.training.messages import (
     CheckpointSaved,
     Finalized,
     Generation,
+    GpuTrouble,
     Heartbeat,
     Joined,
     Left,
@@ -722,6 +723,60 @@ def test_a_notice_for_a_worker_that_is_starting_lets_it_go() -> None:
     decided = stage.tell(DrainNotice((W1,), "spot", stage.now + 60.0))
     assert the(ReleaseWorker, decided).worker == W1
     assert the(RequestWorker, decided).worker == WorkerId(1, 1)
+
+
+def test_a_gpu_that_its_driver_gives_up_costs_the_worker_and_its_node_is_avoided() -> None:
+    stage = Stage(max_workers=3).running(W0, W1, W2)
+    stage.train(4)
+    decided = stage.tell(GpuTrouble(W1, "replace", "Xid 79"))
+    assert the(KillWorker, decided).worker == W1
+    the(Interrupt, decided)
+    request = the(RequestWorker, decided)
+    assert (request.worker, request.avoid, request.must_avoid) == (WorkerId(1, 1), ("node-1",), False)
+    assert [event["action"] for event in stage.recorded("gpu_faulty")] == ["replace"]
+    (incident,) = stage.recorded("incident")
+    assert (incident["incident"], incident["cause"]) == ("device", "the GPU of worker 1: Xid 79")
+    assert stage.tell(GpuTrouble(W1, "replace", "Xid 79")) == [], "it is gone already"
+    assert [event["node"] for event in stage.recorded("node_suspected")] == ["node-1"]
+    assert the(StartGeneration, stage.leave_all("peer", but=(W1,))).generation.committed == 4
+
+
+def test_a_gpu_that_is_given_up_by_whom_nobody_misses_is_no_incident() -> None:
+    stage = Stage(max_workers=2)
+    stage.tell(Start())
+    stage.ready(W0)
+    stage.tell(Placed(W1, "node-b"))
+    decided = stage.tell(GpuTrouble(W1, "replace", "Xid 48"))
+    assert the(KillWorker, decided).worker == W1
+    assert stage.recorded("incident") == []
+    stage.wait(5.0, W0)
+    assert of(RequestWorker, stage.told)[-1].avoid == ("node-b",), "after a pause, as of all that cannot be started"
+
+
+def test_a_gpu_that_is_to_be_reset_is_left_in_good_order() -> None:
+    stage = Stage(max_workers=3).running(W0, W1, W2)
+    stage.train(4)
+    decided = stage.tell(GpuTrouble(W1, "drain", "a row"))
+    the(Pause, decided)
+    assert the(RequestWorker, decided).avoid == ("node-1",)
+    assert not of(KillWorker, decided)
+    assert stage.recorded("drain_notice")[0]["reason"] == "its GPU: a row"
+
+
+def test_an_error_of_a_program_on_a_gpu_is_put_on_record() -> None:
+    stage = Stage(max_workers=2).running(W0, W1)
+    (told,) = stage.tell(GpuTrouble(W1, "none", "Xid 13"))
+    assert isinstance(told, GpuFaulty)
+
+
+def test_a_successor_still_avoids_nodes_of_which_a_gpu_failed() -> None:
+    stage = Stage(max_workers=2).running(W0, W1)
+    stage.train(2)
+    stage.tell(GpuTrouble(W1, "replace", "Xid 79"))
+    assert history_of(stage).workers.suspects == {"node-1"}
+    after = successor(stage)
+    after.tell(Start())
+    assert {request.avoid for request in of(RequestWorker, after.told)} == {("node-1",)}
 
 
 def test_a_drained_worker_that_is_needed_works_on_until_its_replacement_is_there() -> None:

@@ -46,6 +46,10 @@ def worker(rank: int | None, state: str = "member", **changes: Any) -> dict[str,
         "heartbeat": 1000.0, "speed": 0.9, "own_speed": 1.0, "wait_share": 0.1, "step_seconds": 0.31,
         "data_seconds": 0.01,
         "virtual_workers": 2, "tokens": 256, "host_bytes": 10**9, "device_bytes": 0,
+        "gpu": {
+            "utilization": 0.9, "sm_hertz": 1.41e9, "celsius": 60, "watts": 300.0, "free_bytes": 10**9, "corrected": 1,
+            "uncorrected": 0, "slowed_by": ["heat (hardware)"], "at_power_limit": False,
+        },
     } | changes  # fmt: skip
 
 

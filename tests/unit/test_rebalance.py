@@ -12,7 +12,7 @@ from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.views import ControllerConfig, RebalanceRules, WorkerView
 from orchestrator.planning.balance import best_deal, best_parts, replica_seconds, seconds_of, stage_shares
 from orchestrator.planning.choose import LayoutChooser
-from orchestrator.training.messages import Ready
+from orchestrator.training.messages import GpuReading, Ready
 from orchestrator.training.orders import Deal
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import ParallelLayout
@@ -144,6 +144,28 @@ def test_skew_is_told_and_nothing_moves_where_that_is_not_wanted() -> None:
     assert not of(world, "rebalance")
     assert [record["finding"] for record in of(world, "skew_found")] == ["slow device"]
     assert of(world, "skew_found")[0]["workers"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "told"),
+    [
+        (GpuReading(celsius=91, slowed_by=("heat (hardware)",), at_power_limit=True),
+         "; its GPU is slowed down by heat (hardware) (91 degrees)"),
+        (GpuReading(watts=250.4, at_power_limit=True), "; its GPU is at its power limit (250 W)"),
+        (GpuReading(celsius=60), ""),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_who_is_slow_is_told_with_what_its_gpus_driver_says(gpu: GpuReading | None, told: str) -> None:
+    world = make(rules=RebalanceRules(enabled=False))
+    until_step(world, 20)
+    for worker in world.workers.values():
+        worker.gpu = gpu if worker.id.slot == 1 else GpuReading(slowed_by=("heat (software)",))
+    slow_down(world, 1, 3.0)
+    until_step(world, 100)
+    (found,) = of(world, "skew_found")
+    assert found["detail"].endswith(told)
+    assert ("GPU" in found["detail"]) == bool(told)
 
 
 def test_a_new_generation_deals_by_what_is_known() -> None:

@@ -20,6 +20,10 @@ WORKER = {
     "worker": 1, "incarnation": 0, "node": 'a"b', "state": "member", "rank": 0, "heartbeat": 9.0, "speed": 1.0,
     "own_speed": 1.0, "wait_share": 0.1, "step_seconds": 0.5, "data_seconds": 0.1, "virtual_workers": 8, "tokens": 64,
     "host_bytes": 1 << 30, "device_bytes": 0,
+    "gpu": {
+        "utilization": 0.9, "sm_hertz": 1.41e9, "celsius": 60, "watts": 300.0, "free_bytes": 10**9, "corrected": 1,
+        "uncorrected": 0, "slowed_by": [], "at_power_limit": True,
+    },
 }  # fmt: skip
 STATUS = {
     "state": "running", "steps": 10, "median_step_seconds": 0.5, "target": 1, "min": 1,

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from monitoring.events import (
     ABSENT,
     DrainNoticed,
+    NodeSuspected,
     WorkerDied,
     WorkerKilled,
     WorkerPlaced,
@@ -77,7 +78,7 @@ class Roster(Generic[V]):
         self._draining = dict(past.draining)
         self._given_up = set(past.gone)
         self._evicting = dict(past.evicting)
-        self._preference = _Preference()
+        self._preference = _Preference(set(past.suspects))
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
@@ -266,10 +267,12 @@ class Roster(Generic[V]):
         else:
             self._leaving.discard(view.worker)
 
-    def suspect(self, node: str | None) -> None:
-        """A device of this node has failed: other nodes are preferred from here on."""
-        if node:
-            self._preference.suspects.add(node)
+    def suspect(self, node: str, reason: str) -> list[NodeSuspected]:
+        """A device of this node has failed, or is not like others: other nodes are preferred from here on."""
+        if not node or node in self._preference.suspects:
+            return []
+        self._preference.suspects.add(node)
+        return [NodeSuspected(node=node, reason=reason)]
 
     def adopt(self, view: V) -> list[ProcessAction]:
         """Takes over a worker of an earlier controller, unless that one had given it up."""

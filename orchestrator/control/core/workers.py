@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -78,9 +78,11 @@ class PastWorkers:
 
     `incarnations` are the last of each slot ever asked for, so that no name is used twice; `gone` are those that were
     heard to have gone; `draining` had to leave by these times, `evicting` were found too slow on these nodes.
+    `suspects` are nodes of which a device failed.
     """
 
     incarnations: dict[int, int]
     gone: set[WorkerId]
     draining: dict[WorkerId, float]
     evicting: dict[WorkerId, str]
+    suspects: set[str] = field(default_factory=set)

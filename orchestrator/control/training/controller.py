@@ -25,17 +25,17 @@ from orchestrator.control.core.protocol import (
     GiveWay,
     NodesStarting,
     Placed,
-    ReleaseWorker,
     Resize,
     Start,
     Stop,
     Tick,
 )
-from orchestrator.control.core.roster import Roster, death_of, notice_of
+from orchestrator.control.core.roster import Roster
 from orchestrator.control.core.scale_up import ScaleUpBackoff
 from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training import failures
 from orchestrator.control.training.alike import Alike
+from orchestrator.control.training.attendance import Attendance
 from orchestrator.control.training.history import History
 from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.lifecycle import Lifecycle
@@ -51,6 +51,7 @@ from orchestrator.training.messages import (
     CheckpointSaved,
     Finalized,
     Generation,
+    GpuTrouble,
     Heartbeat,
     Joined,
     Left,
@@ -59,9 +60,6 @@ from orchestrator.training.messages import (
     SaveBegun,
     SaveDelayed,
 )
-from strategies.layout.statemap import whole
-
-_ON_ITS_WAY = (WorkerState.REQUESTED, WorkerState.STARTING)
 
 
 class Controller:
@@ -94,6 +92,7 @@ class Controller:
         self._life = Lifecycle(self._run)
         self._staffing = self._life.staffing
         self._members = Members(self._run, self._life)
+        self._attendance = Attendance(self._run, self._life)
         self._taking_over = TakingOver(self._run, self._life, self._members)
         self._last_members = set(history.members)
         self._now: float | None = None
@@ -204,7 +203,7 @@ class Controller:
             case GiveWay():
                 self._staffing.give_way(event.to, now)
             case Ready():
-                self._ready(event, now)
+                self._attendance.ready(event, now)
             case Heartbeat():
                 self._members.heartbeat(event, now)
             case Joined():
@@ -212,9 +211,11 @@ class Controller:
             case Left():
                 self._members.left(event, now)
             case Died():
-                self._died(event, now)
+                self._attendance.died(event, now)
             case DrainNotice():
-                self._notice(event, now)
+                self._attendance.notice(event, now)
+            case GpuTrouble():
+                self._attendance.gpu_trouble(event, now)
             case Resize():
                 self._resize(event, now)
             case Stop():
@@ -289,57 +290,7 @@ class Controller:
         if found:
             self._life.conclude(now)
 
-    # ------------------------------------------------------------------------------------ workers come and go
-
-    def _ready(self, event: Ready, now: float) -> None:
-        view = self._roster.living(event.worker)
-        if view is None:
-            self._out.append(ReleaseWorker(event.worker, "this run no longer expects it"))
-        elif view.state in _ON_ITS_WAY:
-            if (refusal := self._run.alike.refusal(event)) is not None:
-                self._out += self._roster.kill(view, refusal)
-                self._run.roster.suspect(event.node)
-                self._life.start_failed(refusal, now)
-                return
-            self._out += self._roster.ready(
-                view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=_facts(event)
-            )
-            view.ready, view.initial = event, event.initial
-            view.held = view.whole = whole(event.elements, self.config.tensor)
-            self._life.warm(event, now)
-
-    def _died(self, event: Died, now: float) -> None:
-        view = self._roster.living(event.worker)
-        if view is None:
-            return
-        self._out.append(death_of(view, event))
-        if event.node_lost and view.node:
-            found = detection.node_lost(view, self._roster.alive(), self._run.membership.members, self._life.is_missed)
-        else:
-            found = [detection.died(view, event)]
-        never_ready = view.state in _ON_ITS_WAY and found[0].kind == "kill"
-        for failure in found:
-            self._life.handle_failure(failure, now)
-        if never_ready:
-            self._life.start_failed(event.detail, now)
-        self._life.review_saves(now)
-        self._staffing.fill(now)
-        self._life.conclude(now)
-
-    def _notice(self, event: DrainNotice, now: float) -> None:
-        for view in self._roster.notice(event):
-            self._out.append(notice_of(view, event))
-            if view.worker in self._run.membership.inside:
-                cause = f"worker {view.worker.slot} must leave: {event.reason}"
-                self._out += self._record.incident("drain", cause, now, view)
-                self._run.scale_up.lost(view, now)
-                # Who is told of one node may soon be told of all.
-                self._run.save_soon()
-            elif view.state in _ON_ITS_WAY:
-                self._out += self._roster.release(view, "its node drains")
-            # An idle one may hold state that is needed; `fill` knows.
-        self._staffing.fill(now)
-        self._life.adjust(now)
+    # ------------------------------------------------------------------------------------ requests
 
     def _resize(self, event: Resize, now: float) -> None:
         wanted = self.config.within_limits(event.workers)
@@ -362,13 +313,3 @@ class Controller:
         if view is not None:
             view.fault_at, view.fault_committed = event.at, None
         self._out += self._record.fault_fired(event)
-
-
-def _facts(event: Ready) -> dict[str, Any]:
-    """What a worker says of its model and device, for the record."""
-    facts: dict[str, Any] = {}
-    if event.flops_per_token and event.peak_flops:
-        facts |= {"flops_per_token": event.flops_per_token, "peak_flops": event.peak_flops}
-    if event.probe:
-        facts |= {"device": event.device, "probe": event.probe}
-    return facts

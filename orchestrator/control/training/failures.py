@@ -34,6 +34,12 @@ def device_failed(view: WorkerView, event: Left) -> Failure[WorkerView]:
     )  # fmt: skip
 
 
+def gpu_faulty(view: WorkerView, detail: str) -> Failure[WorkerView]:
+    """Its driver says so, whatever the worker itself has noticed: nothing that it holds is to be trusted."""
+    what = f"the GPU of worker {view.worker.slot}: {detail}"
+    return Failure("device", what, view, weight=0.0, kill=f"its GPU: {detail}")
+
+
 def out_of_memory(view: WorkerView, event: Left, config: ControllerConfig) -> Failure[WorkerView]:
     """Memory that others had, or that was in pieces, may be there the next time. If it is not, the job does not fit."""
     cause = f"worker {event.worker.slot} ran out of memory: {event.detail}"

@@ -14,6 +14,7 @@ from monitoring.events import (
     FaultInjected,
     GenerationFormed,
     IncidentOpened,
+    NodeSuspected,
     Recovered,
     ResizeRequested,
     RunFinished,
@@ -36,7 +37,7 @@ class History:
     `generation` is the last number used (-1: none), `incarnations` the last of each slot ever asked for, so that no
     name is used twice. `incidents` are those without a recovery, `members` those of the last generation that were not
     heard to have gone, `warm` all that were ready and not heard to have gone, `gone` all that were; `evicting` were
-    found too slow, on these nodes.
+    found too slow, on these nodes; `suspects` are nodes of which a device failed.
     """
 
     committed: int = 0
@@ -49,6 +50,7 @@ class History:
     gone: set[WorkerId] = field(default_factory=set)
     draining: dict[WorkerId, float] = field(default_factory=dict)
     evicting: dict[WorkerId, str] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)
     target: int | None = None
     stop: str | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -60,7 +62,7 @@ class History:
     @property
     def workers(self) -> PastWorkers:
         """What there is on record of workers."""
-        return PastWorkers(self.incarnations, self.gone, self.draining, self.evicting)
+        return PastWorkers(self.incarnations, self.gone, self.draining, self.evicting, self.suspects)
 
     @classmethod
     def read(cls, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> History:
@@ -112,6 +114,8 @@ class History:
                 self.evicting[WorkerId(event["worker"], event["incarnation"])] = event["node"]
             case EvictionWithdrawn.kind:
                 self.evicting.pop(WorkerId(event["worker"], event["incarnation"]), None)
+            case NodeSuspected.kind:
+                self.suspects.add(event["node"])
             case ResizeRequested.kind:
                 self.target = event["to"]
             case StopRequested.kind:

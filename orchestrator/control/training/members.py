@@ -23,7 +23,7 @@ class Members:
         if view is None:
             return
         view.last_heard, view.host_bytes, view.device_bytes = now, event.host_bytes, event.device_bytes
-        view.lateness_s = event.lateness_s
+        view.lateness_s, view.gpu = event.lateness_s, event.gpu
         self._life.take_reports(event.reports, now)
         self._run.membership.heard(view, event, now)
 
@@ -59,7 +59,7 @@ class Members:
                 alone = state.holds_alone(view, run.membership.members.values())
                 self._life.handle_failure(failures.raised(view, event, spared=alone), now)
             case "device":
-                run.roster.suspect(view.node)
+                run.out += run.roster.suspect(view.node, event.detail)
                 self._life.handle_failure(failures.device_failed(view, event), now)
             case "memory":
                 self._life.handle_failure(failures.out_of_memory(view, event, run.config), now)

@@ -10,6 +10,7 @@ from orchestrator.control.core.protocol import Placed, ProcessAction, ProcessEve
 from orchestrator.training.messages import (
     CheckpointSaved,
     Finalized,
+    GpuTrouble,
     Heartbeat,
     Joined,
     Left,
@@ -43,6 +44,7 @@ Event = (
     | SaveRequested
     | Ready
     | Heartbeat
+    | GpuTrouble
     | Joined
     | Left
     | Finalized

@@ -224,7 +224,7 @@ class Rebalancer:
             assert isinstance(worker, WorkerId)
             self._rates[worker] = rating.rate
         news = self.findings.look(window)
-        actions: list[Action] = [SkewFound(**_described(finding)) for finding in news.opened]
+        actions: list[Action] = [SkewFound(**_described(_explained(finding, members))) for finding in news.opened]
         actions += [SkewOver(**_described(finding)) for finding in news.closed]
         actions += self._measure(window, report, members)
         steps_left = self._total_steps - report.step - 1
@@ -449,6 +449,20 @@ def _rates_of(window: Window, members: Sequence[WorkerView]) -> list[float]:
     """By rank; empty when somebody was not seen at work."""
     ratings = [window.workers.get(view.worker) for view in members]
     return [rating.rate for rating in ratings if rating is not None] if all(ratings) else []
+
+
+def _explained(finding: SkewFinding, views: Sequence[WorkerView]) -> SkewFinding:
+    """With what keeps the clock of a slow device's GPU down, if its driver says so."""
+    if finding.kind not in ("slow device", "slow node"):
+        return finding
+    details = [finding.detail]
+    for gpu in (view.gpu for view in views if view.worker in finding.workers and view.gpu is not None):
+        heat = "" if gpu.celsius is None else f" ({gpu.celsius:.0f} degrees)"
+        if gpu.slowed_by:
+            details.append(f"its GPU is slowed down by {' and '.join(gpu.slowed_by)}{heat}")
+        elif gpu.at_power_limit:
+            details.append(f"its GPU is at its power limit ({gpu.watts or 0:.0f} W)")
+    return replace(finding, detail="; ".join(details))
 
 
 def _described(finding: SkewFinding) -> dict[str, Any]:

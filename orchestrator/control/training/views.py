@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from orchestrator.control.core.config import PoolConfig, ScalingRules
 from orchestrator.control.core.workers import ProcessView
 from orchestrator.models.costs import ModelCosts
-from orchestrator.training.messages import Left, Ready, StepReport
+from orchestrator.training.messages import GpuReading, Left, Ready, StepReport
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Spans
 
@@ -163,6 +163,7 @@ class WorkerView(ProcessView):
     moved_at: float = 0.0
     phase: str = ""
     fault_committed: int | None = None
+    gpu: GpuReading | None = None
 
     @property
     def has_state(self) -> bool:
