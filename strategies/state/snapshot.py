@@ -10,6 +10,7 @@ import torch
 from strategies.layout.space import Space
 from strategies.layout.statemap import Span, Spans
 from strategies.state.chunks import Box, pieces_of
+from strategies.state.host_copies import HostMemory, SideCopies
 from strategies.state.shard import name_of
 from strategies.state.training_state import TrainingState
 
@@ -24,20 +25,22 @@ class Copied:
 
 
 class Snapshot:
-    """Copies of one share at a time; the memory is used again (page-locked where the state is on a GPU)."""
+    """Copies of one share at a time; the memory is used again. Those of a state on a GPU are made while the next step
+    is computed, and `TrainingState.reads` keeps that from being applied too soon."""
 
     def __init__(self, space: Space, device: torch.device) -> None:
         self.space = space
         self._device = device
-        self._memory = torch.empty(0, dtype=torch.float32)
+        self._memory = HostMemory(0, device)
         self._copies: list[tuple[str, Span, torch.Tensor]] = []
         self._buffers: Mapping[str, torch.Tensor] = {}
+        self._reads: SideCopies | None = None
 
     def take(self, state: TrainingState, spans: Spans, *, buffers: bool) -> None:
         """Copies all tensors of these spans, which this rank has, and with `buffers` the persistent ones of the model.
 
-        Copies long ranges only; what is where in them is worked out later, behind training. Raises RuntimeError when a
-        span is not here.
+        Copies long ranges only; what is where in them is worked out later, behind training. What was copied before has
+        to be of no use any more. Raises RuntimeError when a span is not here.
         """
         found = [
             (kind, Span(span.tensor, start, start + length), tensor[offset : offset + length])
@@ -46,24 +49,29 @@ class Snapshot:
             for kind, tensor in state_shard.kinds().items()
         ]
         size = sum(values.numel() for _, _, values in found)
-        if size > self._memory.numel():
-            self._memory = torch.empty(0, dtype=torch.float32)
-            self._memory = torch.empty(size, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         self._copies, at = [], 0
+        if size > self._memory.values.numel():
+            state.reads.finish()
+            self._memory.close()
+            self._memory = HostMemory(size, self._device)
         with torch.no_grad():
+            state.reads.begin()
             for kind, span, values in found:
-                copy = self._memory[at : at + values.numel()]
-                copy.copy_(values, non_blocking=True)
+                copy = self._memory.values[at : at + values.numel()]
+                state.reads.copy(copy, values)
                 self._copies.append((kind, span, copy))
                 at += values.numel()
+            state.reads.end()
+            self._reads = state.reads
             self._buffers = {}
             if buffers:
                 self._buffers = {name: value.detach().cpu() for name, value in state.blueprint.buffers.items()}
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
 
     def contents(self) -> Iterator[Copied]:
-        """What was copied, as boxes of full tensors; valid until the next `take`."""
+        """What was copied, as boxes of full tensors; valid until the next `take`. Waits for the copies; from any
+        thread."""
+        if self._reads is not None:
+            self._reads.finish()
         for kind, span, copy in self._copies:
             for piece in pieces_of(self.space, span):
                 first = piece.start - span.start

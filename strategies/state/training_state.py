@@ -35,6 +35,7 @@ from strategies.model.model_part import ModelPart
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
+from strategies.state.host_copies import SideCopies
 from strategies.state.reshard import Resharded, copy_within, execute
 from strategies.state.shard import KEPT, WEIGHTS, StateShard, name_of
 
@@ -93,6 +94,8 @@ class TrainingState:
         self.kept = tuple(kept)
         self.device = blueprint.device
         self.arrangement = Arrangement()
+        self.reads = SideCopies(self.device)
+        """What is being copied of it."""
         self.updates = 0
         self.collected: list[StateShard] = []
         self.is_initial = True
@@ -189,6 +192,7 @@ class TrainingState:
         Raises PeerLost, StateCorrupt, and NotCovered when some of the state is nowhere; and what `read` raises.
         """
         rank = fabric.rank
+        self.reads.before_change()
         shards = place_state(layout, self.space, domains, copies)
         new = self._arrange(layout, fabric, shards)
         wanted = trained_spans(layout, shards)

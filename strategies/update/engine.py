@@ -282,6 +282,7 @@ class StepEngine:
         this = self._round(step)
         if math.isfinite(norm):
             self.applying = True
+            self.state.reads.before_change()
             self.rule.commit(this, norm)
             self.state.updates += 1
             self.applying = False

@@ -24,6 +24,7 @@ from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
 from strategies.reduction.norm import square_sum
 from strategies.reduction.tree import fold
+from strategies.state.chunks import Box
 from strategies.state.shard import StateShard
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import TrainingState
@@ -144,7 +145,14 @@ def test_how_long_a_step_takes(device: torch.device, figures: Figures, precision
         f"step of a GPT in {precision}, TFLOP/s", round(6 * engine.state.space.size * tokens / seconds / 1e12, 2)
     )
     snapshot = Snapshot(engine.state.space, device)
-    for name in ("first", "next"):
+    for number, name in enumerate(("first", "next"), len(records)):
+        expected = {each: values.detach().cpu().clone() for each, values in engine.state.named()}
         began = time.perf_counter()
         snapshot.take(engine.state, whole(engine.state.space.size, 1), buffers=True)
-        figures.note(f"{name} snapshot of its state in {precision}, seconds", round(time.perf_counter() - began, 4))
+        held_up_s = time.perf_counter() - began
+        figures.note(f"{name} snapshot of its state in {precision} holds up, seconds", round(held_up_s, 4))
+        engine.run(number)
+        for copied in snapshot.contents():
+            whole_of = expected[copied.name]
+            wanted = copied.box.view_in(Box((0,) * whole_of.dim(), tuple(whole_of.shape)), whole_of)
+            assert torch.equal(copied.values.view(wanted.shape), wanted), f"{copied.name} is of a later step"
