@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 
 from strategies.comm.groups import Groups
 from strategies.layout.statemap import Span, Transfer
+from strategies.state.digests import ELEMENTS, digest_of
 from strategies.state.shard import StateShard
 
 WINDOW = 2
 """Transfers that a rank has on their way at once; with their buffers it needs no more memory."""
-_DIGEST = 4
-"""Elements of fp32 that hold a digest (xxh3-128)."""
 
 
 class StateCorrupt(RuntimeError):
@@ -93,14 +91,14 @@ class _Move:
         self._state_shards = state_shards
         length = transfer.span.length
         self.num_bytes = 4 * len(kinds) * length
-        self.buffer = torch.empty(len(kinds) * length + _DIGEST, device=groups.device)
-        self._parts = dict(zip(kinds, self.buffer[:-_DIGEST].split(length), strict=True))
+        self.buffer = torch.empty(len(kinds) * length + ELEMENTS, device=groups.device)
+        self._parts = dict(zip(kinds, self.buffer[:-ELEMENTS].split(length), strict=True))
         self._is_source = transfer.source == groups.rank
         self._work: Any
         if self._is_source:
             found = self._each(lambda inside, part: part.copy_(inside))
             assert found >= length, f"{transfer.span} is not here to be sent"
-            self.buffer[-_DIGEST:].copy_(self._digest())
+            self.buffer[-ELEMENTS:].copy_(self._digest())
             self._work = groups.send(self.buffer, transfer.target, tag)
         else:
             self._work = groups.receive(self.buffer, transfer.source, tag)
@@ -119,14 +117,12 @@ class _Move:
         return found
 
     def _digest(self) -> torch.Tensor:
-        host = self.buffer[:-_DIGEST].detach().cpu().contiguous().view(torch.uint8)
-        return torch.frombuffer(bytearray(xxhash.xxh3_128_digest(host.numpy().data)), dtype=torch.float32)
+        return digest_of(self.buffer[:-ELEMENTS])
 
     def finish(self, groups: Groups) -> None:
         groups.finish(self._work, "state transfer")
         if self._is_source:
             return
-        arrived = self.buffer[-_DIGEST:].cpu().view(torch.int32)
-        if not torch.equal(self._digest().view(torch.int32), arrived):
+        if not torch.equal(self._digest().view(torch.int32), self.buffer[-ELEMENTS:].view(torch.int32)):
             raise StateCorrupt(f"{self.transfer.span} arrived with other bytes than were sent")
         self._each(lambda inside, part: inside.copy_(part))

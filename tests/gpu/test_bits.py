@@ -25,6 +25,7 @@ from strategies.optim.spec import OptimizerSpec
 from strategies.reduction.norm import square_sum
 from strategies.reduction.tree import fold
 from strategies.state.chunks import Box
+from strategies.state.digests import digest_of, sums_of
 from strategies.state.shard import StateShard
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import TrainingState
@@ -90,6 +91,17 @@ def test_the_norm_is_the_integer_that_a_cpu_finds(device: torch.device, figures:
     began = time.perf_counter()
     square_sum(there)
     figures.note("norm of 30M elements, seconds", round(time.perf_counter() - began, 5))
+
+
+def test_digests_of_what_is_sent_are_those_of_a_cpu(device: torch.device, figures: Figures) -> None:
+    values = torch.randn(30_000_000, generator=torch.Generator().manual_seed(5))
+    there = values.to(device)
+    assert torch.equal(sums_of(there).cpu().view(torch.int32), sums_of(values).view(torch.int32))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    digest_of(there).cpu()
+    figures.note("digest of 120 MB that are sent, seconds", round(time.perf_counter() - began, 5))
 
 
 def test_sums_along_the_tree_are_those_of_a_cpu(device: torch.device) -> None:
