@@ -106,7 +106,7 @@ MUTATIONS = (
     Mutation(
         "state is moved without its digest being looked at",
         "if not torch.equal(self._digest().view(torch.int32), self.buffer[-ELEMENTS:].view(torch.int32)):",
-        "if len(arrived) < 0:",
+        "if len(self.buffer) < 0:",
         ("tests/ranks/test_reduction.py",),
     ),
     Mutation(

@@ -273,6 +273,8 @@ class Worker:
             cause = self._take_part(generation, rank, fabric)
         except Exception as error:
             cause, detail = cause_of(error, generation, self._catalog)
+            if cause == "exception" and fabric.is_aborted:
+                cause = "peer"  # What was aborted left rubbish to compute with.
             self._survive(error, cause, generation)
         fabric.drop()
         self._phase = "idle"

@@ -58,6 +58,8 @@ class Groups:
         self._store: StoreClient | None = None
         self._lock = threading.Lock()
         self._aborted = False
+        self._queued: list[tuple[Any, Any, Any]] = []
+        """Works that were not waited for, and marks before and after them."""
         self.moves = 0
         self.waited_s = 0.0
 
@@ -93,30 +95,56 @@ class Groups:
             raise PeerLost("the process group was aborted")
 
     def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_sizes: list[int],
+        input_sizes: list[int],
+        *,
+        at_once: bool = True,
     ) -> None:
         """`input` [sum(input_sizes)] cut by destination rank, `output` [sum(output_sizes)] by source rank.
 
+        Where it need not be waited for `at_once`, a device that can do that goes on by itself: what is queued there
+        afterwards comes after it, but nothing may be relied on before `settle`.
+
         Raises PeerLost when a peer is gone or the group was aborted.
         """
-        started = time.perf_counter()
-        try:
-            self.finish(self._launch("alltoall_base", output, input, output_sizes, input_sizes))
-        finally:
-            self.waited_s += time.perf_counter() - started
+        self._exchange(lambda: self._launch("alltoall_base", output, input, output_sizes, input_sizes), at_once)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        """The `input` [n] of every rank, in order of ranks, in `output` [world_size * n]. Raises like `all_to_all`."""
-        started = time.perf_counter()
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, at_once: bool = True) -> None:
+        """The `input` [n] of every rank, in order of ranks, in `output` [world_size * n]. Like `all_to_all`."""
+        self._exchange(lambda: self._gather(output, input), at_once)
+
+    def _gather(self, output: torch.Tensor, input: torch.Tensor) -> Any:
+        group = self._begin()
         try:
-            group = self._begin()
+            return self.transport.all_gather(group, output, input, self.world_size)
+        except RuntimeError as error:
+            raise_of_group(error)
+
+    def _exchange(self, launch: Callable[[], Any], at_once: bool) -> None:
+        if at_once or not self.transport.can_order:
+            started = time.perf_counter()
             try:
-                work = self.transport.all_gather(group, output, input, self.world_size)
-            except RuntimeError as error:
-                raise_of_group(error)
-            self.finish(work)
-        finally:
-            self.waited_s += time.perf_counter() - started
+                self.finish(launch())
+            finally:
+                self.waited_s += time.perf_counter() - started
+            return
+        before, work = self.transport.mark(), launch()
+        try:
+            self.transport.order(work)
+        except RuntimeError as error:
+            raise_of_group(error)
+        self._queued.append((work, before, self.transport.mark()))
+
+    def settle(self) -> None:
+        """Until exchanges that were not waited for at once are over. Raises like them."""
+        if queued := self._queued:
+            self._queued = []
+            # They come one after the other.
+            self.finish(queued[-1][0])
+            self.waited_s += sum(self.transport.seconds_between(before, after) for _, before, after in queued)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """The backend's own sum, in whatever order it likes. Raises PeerLost like `all_to_all`."""

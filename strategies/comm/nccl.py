@@ -145,6 +145,27 @@ class Nccl(Transport):
             pause = min(0.001, pause * 1.5)
         work.wait()
 
+    @property
+    def can_order(self) -> bool:
+        return self._device.type == "cuda"
+
+    def order(self, work: Any) -> None:
+        # Without a limit of time it is the present stream that waits, and the host goes on.
+        work.wait()
+
+    def mark(self) -> Any:
+        if self._device.type != "cuda":
+            return super().mark()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        if self._device.type != "cuda":
+            return super().seconds_between(first, second)
+        second.synchronize()
+        return float(first.elapsed_time(second)) / 1000
+
     def abort(self) -> None:
         with self._lock:
             was_aborted, self._is_aborted = self._is_aborted, True

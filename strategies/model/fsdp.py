@@ -35,6 +35,7 @@ class ShardedModelPart:
         self.blueprint = blueprint
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
+        self._data_group = fabric.data_group
         # Of frozen parameters that tensor parallelism splits, too, every rank has its split whole.
         sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
         self.modules: list[nn.Module] = [
@@ -97,7 +98,9 @@ class ShardedModelPart:
                 parameter.sharded_param._local_tensor.copy_(rows)
 
     def backward_is_over(self, module: int) -> None:
-        """Drops the gathered copies that FSDP2 would keep: those of blocks that a backward pass does not reach."""
+        """Waits for what was exchanged in it, as far as that goes on by itself. Drops the gathered copies that FSDP2
+        would keep: those of blocks that a backward pass does not reach. Raises PeerLost."""
+        self._data_group.settle()
         for block in self._untrained[module]:
             block.reshard()
 
@@ -141,7 +144,7 @@ class _Gather(AllGather):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
-        self._data_group.all_gather(output_tensor.view(-1), input_tensor.reshape(-1))
+        self._data_group.all_gather(output_tensor.view(-1), input_tensor.reshape(-1), at_once=False)
 
 
 class _Group(ReduceScatter):
@@ -196,7 +199,7 @@ class _Group(ReduceScatter):
             self.is_nan_next = False
         self._complete(input_tensor.view(ranks, length))
         received = torch.empty_like(input_tensor)
-        self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks)
+        self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks, at_once=False)
         parts = received.split(length) if length else [received] * ranks
         for replica, worker in self._workers:
             if worker not in self._open:

@@ -20,8 +20,13 @@ def stage_everything() -> None:
     transports.choose = lambda device, asked, control: lambda: StagedGloo(device)
 
 
-def pretend_nccl(*, settles: bool = True, network_tells: bool = False, duplicate_gpu: bool = False) -> None:
-    """All tensors go over the fake NCCL; where nobody `settles` the environment it is torch's own choice."""
+def pretend_nccl(
+    *, settles: bool = True, network_tells: bool = False, duplicate_gpu: bool = False, orders: bool = False
+) -> None:
+    """All tensors go over the fake NCCL; where nobody `settles` the environment it is torch's own choice. Where it
+    `orders`, errors come out as late as where a GPU's stream does the waiting."""
+    if orders:
+        nccl.Nccl.can_order = True  # type: ignore[assignment, method-assign]
     FakeNccl.network_tells, FakeNccl.duplicate_gpu = network_tells, duplicate_gpu
     nccl.ENVIRONMENT["TORCH_NCCL_NONBLOCKING_TIMEOUT"] = "1"
     if settles:

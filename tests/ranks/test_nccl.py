@@ -37,6 +37,14 @@ def test_tensor_parallel_layouts_give_the_same_bits() -> None:
     assert_same_over(pretend_nccl, [layout_of(tensor=2), layout_of(2, 1, 2, "optimizer")])
 
 
+def test_exchanges_inside_of_a_model_need_not_be_waited_for_one_by_one() -> None:
+    assert_same_over(pretend_ordered, [layout_of(3, shard="parameters"), layout_of(2, 2, shard="parameters")])
+
+
+def pretend_ordered() -> None:
+    pretend_nccl(orders=True)
+
+
 # ---------------------------------------------------------------------------------------- stories
 
 
@@ -102,6 +110,19 @@ def test_a_collective_that_hangs_is_aborted_and_costs_nobody_its_process(
     outcome = run(FAST_STALL, faults=["step=3,worker=1,kind=nccl-hang,phase=reduce"])
     assert_survived(outcome, undisturbed)
     assert outcome.of("worker_killed") == []
+
+
+@pytest.mark.parametrize(
+    "fault", ["kind=kill,phase=compute", "kind=nccl-hang,phase=compute", *nightly(["kind=kill,phase=data"])]
+)
+def test_what_is_aborted_inside_of_a_model_is_noticed_at_the_end_of_the_pass(
+    run: Callable[..., Outcome], undisturbed: Outcome, fault: str
+) -> None:
+    """Until then the model is computed with rubbish."""
+    outcome = run(
+        "strategy={shard: parameters}", FAST_STALL, first=pretend_ordered, faults=[f"step=3,worker=1,{fault}"]
+    )
+    assert_survived(outcome, undisturbed, *([1] if "kill" in fault else []))
 
 
 @pytest.mark.parametrize("kind", ["device", "oom"])
