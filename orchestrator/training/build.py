@@ -78,6 +78,30 @@ def make_deterministic(job: Job, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+GIVEN_BACK_S = 20.0
+"""How long a worker waits for the memory of a GPU that another process still has: the driver takes seconds to give back
+that of one that died."""
+ALWAYS_TAKEN = 1_500_000_000
+"""Bytes of a GPU's memory that are nobody's to give back: what CUDA keeps for this process, displays, monitoring."""
+
+
+def wait_for_memory(
+    job: Job, device: torch.device, measure: Callable[[], tuple[int, int]] = torch.cuda.mem_get_info
+) -> None:
+    """Until a GPU that a worker has for itself is given back by whoever had it before; not for ever, as what others
+    have there may be no business of ours. `measure` gives free and all bytes."""
+    if device.type != "cuda" or job.resources.gpu != 1:
+        return
+    free, total = measure()
+    deadline = time.monotonic() + GIVEN_BACK_S
+    while total - free > ALWAYS_TAKEN:
+        if time.monotonic() > deadline:
+            log.warning("other processes have %.1f of the %.1f GB of this GPU", (total - free) / 1e9, total / 1e9)
+            return
+        time.sleep(0.25)
+        free, total = measure()
+
+
 def prepare_groups(job: Job, device: torch.device) -> None:
     """To be called before the process makes its first group. Raises ValueError for an environment with which a worker
     would not outlive the loss of another."""

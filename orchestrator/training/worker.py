@@ -138,6 +138,7 @@ class Worker:
         device = build.choose_device(job)
         build.make_deterministic(job, device)
         build.prepare_groups(job, device)
+        build.wait_for_memory(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self.gpu = GpuWatch(gpu_of(device), self._gpu_trouble)
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
