@@ -6,11 +6,14 @@ measurement on one machine: `python -m orchestrator.doctor.exchange PORT NUM_BYT
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from datetime import timedelta
 from typing import Any
+
+from strategies.comm.interfaces import interface_of
 
 TIMEOUT_S = 30.0
 """Of forming the group, and of each transfer."""
@@ -36,6 +39,10 @@ def exchange(
 
     group: Any
     if cuda:
+        if (name := interface_of(host)) is not None:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+        # Else torch ends this process some time after one that failed.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         group = dist.ProcessGroupNCCL(store, rank, 2, dist.ProcessGroupNCCL.Options())
     else:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]

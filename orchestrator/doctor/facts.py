@@ -1,7 +1,7 @@
 """What there is on a machine. Measured in whatever process calls; judged elsewhere.
 
-Sent to the nodes of a cluster as it is, by value, since a node may lack this very package: so functions here use
-nothing of `orchestrator`, and return plain dictionaries.
+Sent to the nodes of a cluster as it is, by value, since a node may lack this very package: so functions here return
+plain dictionaries, and use nothing of ours that is not sent along.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from strategies.comm.interfaces import interface_of
 
 PACKAGES = ("ray", "torch", "elastic-orchestrator")
 
@@ -74,6 +76,21 @@ def _space(path: str) -> dict[str, Any]:
     except OSError as error:
         return {"path": path, "error": str(error)}
     return {"path": path, "total_bytes": total, "free_bytes": free}
+
+
+def interface_facts(host: str) -> dict[str, Any]:
+    """The network interface that has the address `host`, its speed in bits per second (0: not known), and what the
+    environment chooses for NCCL."""
+    import psutil
+
+    name = interface_of(host)
+    stats = psutil.net_if_stats().get(name or "")
+    return {
+        "host": host,
+        "name": name,
+        "bits_per_second": 0 if stats is None else stats.speed * 1_000_000,
+        "chosen": os.environ.get("NCCL_SOCKET_IFNAME", ""),
+    }
 
 
 def token_facts(environment: Mapping[str, str], home: Path) -> dict[str, Any]:

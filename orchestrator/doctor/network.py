@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from orchestrator.doctor.check import CLUSTER, HERE, NOTE, OK, PROBLEM, WARNING, Check, size, speed
 
@@ -75,6 +76,23 @@ def judge_connections(seconds: Mapping[Pair, float | str]) -> list[Check]:
         )
         checks.append(Check("ports", CLUSTER, OK if not failed else NOTE, found))
     return checks
+
+
+# ---------------------------------------------------------------------------------------- interfaces
+
+
+def judge_interface(node: str, facts: Mapping[str, Any]) -> Check:
+    """By which interface workers on a node reach others: the one with the address that Ray knows the node by, if there
+    is nothing else in the environment."""
+    name, host, chosen = facts["name"], facts["host"], facts["chosen"]
+    if chosen:
+        return Check("interface", node, NOTE, f"NCCL_SOCKET_IFNAME is {chosen} there, and NCCL keeps to that")
+    if name is None:
+        found = f"none has the address {host}, by which Ray knows the node: NCCL will take the first that it finds"
+        advice = "name one, as resources.env: {NCCL_SOCKET_IFNAME: eth0}, or start Ray with --node-ip-address"
+        return Check("interface", node, WARNING, found, advice)
+    rate = facts["bits_per_second"]
+    return Check("interface", node, OK, f"{name} has its address" + (f", {rate / 1e9:g} Gbit/s" if rate else ""))
 
 
 # ---------------------------------------------------------------------------------------- bandwidth

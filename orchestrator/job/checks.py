@@ -244,6 +244,25 @@ def _labels(get: Get) -> Iterator[Finding]:
         yield Finding(("resources.labels",), f"has {key}, which {what}")
 
 
+_OTHERS_VARIABLES = {
+    r"RAY_.*|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES": "is set by Ray",
+    r"TORCH_NCCL_.*|CUBLAS_WORKSPACE_CONFIG|FLASH_ATTENTION_DETERMINISTIC|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|"
+    r"NVIDIA_TF32_OVERRIDE": "is set by workers themselves, to outlive each other and to compute the same bits",
+    r"OMP_NUM_THREADS|MKL_NUM_THREADS": "is decided by resources.cpu",
+    r"LD_.*|PYTHON.*|MALLOC_.*": "is read when a process begins: set it where nodes are started",
+    r".*(TOKEN|SECRET|PASSWORD|_KEY)": "must not be a secret, as a job is written down: set it where nodes are started",
+}
+"""Why some variables are not for `resources.env`, by what their names are like."""
+
+
+def _environment(get: Get) -> Iterator[Finding]:
+    for name in get("resources.env"):
+        for pattern, why in _OTHERS_VARIABLES.items():
+            if re.fullmatch(pattern, name):
+                yield Finding((f"resources.env.{name}",), why)
+                break
+
+
 def _market(get: Get) -> Iterator[Finding]:
     market = get("resources.market")
     if len(set(market)) < len(market):
@@ -349,6 +368,7 @@ _RULES: tuple[Rule, ...] = (
     _accelerators,
     _gpus,
     _labels,
+    _environment,
     _market,
     _storage,
     _encryption,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -126,6 +126,15 @@ FactoryPath = Annotated[
     ),
 ]
 Text = Annotated[str, Field(min_length=1)]
+EnvironmentName = Annotated[str, matches(_IDENTIFIER, "must be the name of a variable, like NCCL_IB_HCA")]
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+EnvironmentValue = Annotated[str, BeforeValidator(_as_text), matches(r"[^\x00]*", "must not have the character NUL")]
+"""Of a variable: a number is its text; `true` and `no` have to be in quotes to be text."""
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LabelKey = Annotated[
     str,

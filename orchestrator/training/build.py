@@ -19,6 +19,7 @@ from orchestrator.models.loading import build_model
 from orchestrator.models.problems import reason_of
 from orchestrator.training.peak import lacks_bf16
 from strategies.comm.group_errors import Misconfigured
+from strategies.comm.interfaces import interface_of
 from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
@@ -52,7 +53,8 @@ def choose_device(job: Job) -> torch.device:
 
 FOR_SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 """What kernels of GPUs read of the environment."""
-REFUSED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "it has products of fp32 matrices rounded to ten bits"}
+_TF32 = "it has products of fp32 matrices rounded to ten bits"
+REFUSED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": _TF32, "NVIDIA_TF32_OVERRIDE": _TF32}
 """What would overrule the settings below, and why that is refused."""
 
 
@@ -102,10 +104,13 @@ def wait_for_memory(
         free, total = measure()
 
 
-def prepare_groups(job: Job, device: torch.device) -> None:
-    """To be called before the process makes its first group. Raises ValueError for an environment with which a worker
-    would not outlive the loss of another."""
+def prepare_groups(job: Job, device: torch.device, host: str) -> None:
+    """To be called before the process makes its first group. `host` is where peers reach it: NCCL is to take the
+    network interface of that address, unless the environment says otherwise. Raises ValueError for an environment with
+    which a worker would not outlive the loss of another."""
     if device.type == "cuda" and job.strategy.transport != "gloo":
+        if (interface := interface_of(host)) is not None:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
         try:
             settle_environment()
         except Misconfigured as error:

@@ -137,7 +137,7 @@ class Worker:
         )  # fmt: skip
         device = build.choose_device(job)
         build.make_deterministic(job, device)
-        build.prepare_groups(job, device)
+        build.prepare_groups(job, device, host)
         build.wait_for_memory(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self.gpu = GpuWatch(gpu_of(device), self._gpu_trouble)

@@ -73,7 +73,8 @@ class Arrangement:
 
 
 class TrainingState:
-    """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen.
+    """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen;
+    `reads` is what is being copied of it.
 
     `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. `kept` are the kinds of
     state of the update rule (`strategies.update.rule.UpdateRule.kinds`). All state is fp32. Raises ValueError for kinds
@@ -95,7 +96,6 @@ class TrainingState:
         self.device = blueprint.device
         self.arrangement = Arrangement()
         self.reads = SideCopies(self.device)
-        """What is being copied of it."""
         self.updates = 0
         self.collected: list[StateShard] = []
         self.is_initial = True
@@ -320,8 +320,7 @@ class TrainingState:
             for state_shard in state_shards:
                 for slot in self.space.slots:
                     for kind, buffer in state_shard.kinds().items():
-                        found = tensors.get(name_of(kind, slot.name))
-                        if found is not None:
+                        if (found := tensors.get(name_of(kind, slot.name))) is not None:
                             view = buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
                             view.copy_(self.space.share(slot, found, state_shard.coordinate))
         return state_shards
@@ -335,8 +334,7 @@ class TrainingState:
         everything = whole(self.space.size, self.space.tensor)
         if subtract(everything, self.held):
             return None
-        own = self.arrangement.own
-        if own is not None and own.spans == everything:
+        if (own := self.arrangement.own) is not None and own.spans == everything:
             return [own]
         # It is here in pieces: a shard of its own and those of others.
         pieced = self._whole_of({})

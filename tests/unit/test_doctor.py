@@ -15,10 +15,11 @@ from orchestrator.cli import doctor as command
 from orchestrator.doctor import authentication, network, storage_probe, supervise, versions
 from orchestrator.doctor import this_machine as machine
 from orchestrator.doctor.check import HERE, Check, as_json, is_ok, lines_of, summary
-from orchestrator.doctor.facts import machine_facts, token_facts
+from orchestrator.doctor.facts import interface_facts, machine_facts, token_facts
 from orchestrator.doctor.stages import STAGES, SWEEP, ExaminedStage, Settings, chosen
 from orchestrator.doctor.storage import Probe, judge_storage, readers
 from orchestrator.doctor.supervise import examine
+from strategies.comm.interfaces import interface_of
 
 GB = 10**9
 
@@ -240,6 +241,28 @@ def test_gpus(facts: dict[str, Any], ray_gpus: float | None, level: str, said: s
     check = machine.judge_gpus("a", facts, ray_gpus)
     assert check.level == level
     assert said in check.found
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "said"),
+    [
+        ({}, "ok", "eth1 has its address, 25 Gbit/s"),
+        ({"bits_per_second": 0}, "ok", "eth1 has its address"),
+        ({"name": None}, "warning", "none has the address 10.0.0.3"),
+        ({"chosen": "ib0"}, "note", "NCCL_SOCKET_IFNAME is ib0 there"),
+    ],
+)
+def test_the_interface_is_that_of_the_nodes_address(facts: dict[str, Any], level: str, said: str) -> None:
+    found = {"host": "10.0.0.3", "name": "eth1", "bits_per_second": 25_000_000_000, "chosen": ""} | facts
+    check = network.judge_interface("a", found)
+    assert (check.level, said in check.found) == (level, True)
+
+
+def test_which_interface_has_an_address() -> None:
+    found = interface_facts("127.0.0.1")
+    assert found["name"] == interface_of("localhost") is not None
+    assert interface_of("192.0.2.77") is None
+    assert interface_of("no-such-host.invalid") is None
 
 
 def test_software_of_gpus_is_compared_between_nodes_that_have_some() -> None:

@@ -493,6 +493,33 @@ def test_gpus_that_cannot_be_had_so(settings: list[str], expected: str) -> None:
     assert expected in str(caught.value)
 
 
+def test_variables_for_workers_decide_no_numbers_and_numbers_are_text() -> None:
+    job = Job.loads(MINIMAL, overrides=["resources.env={NCCL_IB_DISABLE: 1, NCCL_DEBUG: INFO, NCCL_X: ''}"])
+    assert job.resources.env == {"NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "INFO", "NCCL_X": ""}
+    assert job.digest() == Job.loads(MINIMAL).digest()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("RAY_ADDRESS", "a", "resources.env.RAY_ADDRESS is set by Ray"),
+        ("CUDA_VISIBLE_DEVICES", "0", "is set by Ray"),
+        ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3", "to outlive each other"),
+        ("NVIDIA_TF32_OVERRIDE", "1", "to compute the same bits"),
+        ("OMP_NUM_THREADS", "8", "is decided by resources.cpu"),
+        ("LD_PRELOAD", "a.so", "read when a process begins"),
+        ("HF_TOKEN", "a", "must not be a secret"),
+        ("AWS_SECRET_ACCESS_KEY", "a", "must not be a secret"),
+        ("A-B", "a", "must be the name of a variable, like NCCL_IB_HCA"),
+        ("NCCL_DEBUG", "true", "resources.env.NCCL_DEBUG"),
+    ],
+)
+def test_variables_that_are_not_for_a_job_to_set(name: str, value: str, expected: str) -> None:
+    with pytest.raises(JobError) as caught:
+        Job.loads(MINIMAL, overrides=[f"resources.env={{{name}: {value}}}"])
+    assert expected in str(caught.value)
+
+
 @pytest.mark.parametrize(("gpu", "transport"), [("0", "gloo"), ("1", "auto"), ("1", "nccl"), ("0.25", "gloo")])
 def test_what_carries_tensors_decides_no_numbers(gpu: str, transport: str) -> None:
     plain = Job.loads(MINIMAL, overrides=[f"resources.gpu={gpu}", "strategy.transport=gloo"])

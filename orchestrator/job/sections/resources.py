@@ -11,6 +11,8 @@ from orchestrator.job.fields import (
     NUMBERS,
     NUMBERS_LATER,
     CountFloat,
+    EnvironmentName,
+    EnvironmentValue,
     LabelCondition,
     LabelKey,
     PositiveFloat,
@@ -36,6 +38,10 @@ class Resources(Section):
     when empty."""
     labels: Annotated[dict[LabelKey, LabelCondition], CIRCUMSTANCES] = Field(default_factory=dict)
     """What the labels of a worker's node must be, in Ray's notation."""
+
+    env: Annotated[dict[EnvironmentName, EnvironmentValue], CIRCUMSTANCES] = Field(default_factory=dict)
+    """Variables of the environment of workers, for NCCL and the like: set before they import anything that reads them.
+    """
 
     @property
     def kinds(self) -> list[str]:

@@ -77,12 +77,14 @@ class WorkerActor:
         about = set_up_logs(self._spec, f"worker-{self._id}", worker=self._id.slot)
         take_over(self._spec["environment"])
         _go_to(self._spec["cwd"])
-        from orchestrator.checkpoint.of_run import open_catalog
-        from orchestrator.data.of_job import dataset_of, open_stores
         from orchestrator.job import Job
-        from orchestrator.training.worker import Worker
 
         job = Job.model_validate(self._spec["job"])
+        os.environ.update(job.resources.env)  # Before torch is imported, which reads some of it then.
+        from orchestrator.checkpoint.of_run import open_catalog
+        from orchestrator.data.of_job import dataset_of, open_stores
+        from orchestrator.training.worker import Worker
+
         if job.checkpoint.storage is None and not Path(self._spec["run_dir"]).is_dir():
             raise ValueError(
                 f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "

@@ -73,6 +73,10 @@ class Examination:
             checks.append(machine.judge_open_files(label, own, len(self._nodes.all)))
             checks += machine.judge_disks(label, own)
             checks.append(machine.judge_shared_memory(label, own, resources.get("object_store_memory")))
+        hosts = {label: (label, "interface", (node.host,)) for label, node in self._nodes.all.items() if label in facts}
+        for label, found in self._nodes.ask(hosts, 10.0).items():
+            if not isinstance(found, Failed):
+                checks.append(network.judge_interface(label, found))
         for label, own in gpus.items():
             checks.append(machine.judge_gpus(label, own, self._nodes.all[label].resources.get("GPU", 0)))
         return checks + machine.judge_gpu_software(gpus)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from orchestrator.doctor.exchange import TIMEOUT_S, exchange, open_store
-from orchestrator.doctor.facts import gpu_facts, machine_facts
+from orchestrator.doctor.facts import gpu_facts, interface_facts, machine_facts
 from orchestrator.doctor.storage_probe import read_file, remove_directory, remove_files, write_file
 
 CONNECT_S = 5.0
@@ -38,6 +38,10 @@ class NodeExaminer:
 
     def gpus(self) -> dict[str, Any]:
         return gpu_facts()
+
+    def interface(self, host: str) -> dict[str, Any]:
+        """What this node has the address on that Ray knows it by, and what NCCL is told by the environment there."""
+        return interface_facts(host)
 
     def now_s(self) -> float:
         return time.time()

@@ -183,6 +183,7 @@ _SENT = (
     "orchestrator.doctor.storage_probe",
     "orchestrator.storage",
     "orchestrator.urls",
+    "strategies.comm.interfaces",
     "monitoring.errors",
     "monitoring.redaction",
 )
