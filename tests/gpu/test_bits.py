@@ -16,7 +16,7 @@ from strategies.gradient.compute import LocalGradients
 from strategies.gradient.spec import StepSpec
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain
-from strategies.layout.space import FlatRanges
+from strategies.layout.space import ALIGNMENT, FlatRanges
 from strategies.layout.statemap import whole
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch
@@ -102,6 +102,22 @@ def test_digests_of_what_is_sent_are_those_of_a_cpu(device: torch.device, figure
     began = time.perf_counter()
     digest_of(there).cpu()
     figures.note("digest of 120 MB that are sent, seconds", round(time.perf_counter() - began, 5))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (64, 96), (768, 3072)])
+def test_where_parameters_begin_makes_no_difference(device: torch.device, shape: tuple[int, int]) -> None:
+    """Those of a part of a model begin wherever that part has them, on multiples of ALIGNMENT elements."""
+    generator = torch.Generator().manual_seed(6)
+    weights, inputs = torch.randn(shape, generator=generator), torch.randn(50, shape[1], generator=generator)
+    found = []
+    for offset in range(0, 8 * ALIGNMENT, ALIGNMENT):
+        memory = torch.zeros(offset + weights.numel(), device=device)
+        parameter = torch.nn.Parameter(memory[offset:].view(shape).copy_(weights))
+        gradient = torch.zeros(offset + weights.numel(), device=device)
+        parameter.grad = gradient[offset:].view(shape)
+        (inputs.to(device) @ parameter.T).square().sum().backward()
+        found.append(parameter.grad.cpu())
+    assert all(torch.equal(each, found[0]) for each in found), "ALIGNMENT has to be larger on this device"
 
 
 def test_sums_along_the_tree_are_those_of_a_cpu(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,44 @@ def test_changing_from_layout_to_layout_gives_the_bits_of_one_rank(device: torch
     began = time.perf_counter()
     assert_same(device, [Stretch(layout) for layout in ways], alone)
     figures.note("four layouts one after the other, seconds", round(time.perf_counter() - began, 2))
+
+
+def test_what_ranks_saved_others_go_on_with(device: torch.device, figures: Figures, tmp_path: Path) -> None:
+    """In another layout, from a checkpoint that was copied while they trained on."""
+    pytest.importorskip("pydantic")
+    from tests.ranks.test_checkpoint_layouts import go
+
+    (alone,) = run_ranks(1, trained, device.type, [Stretch(layout_of(), 4)], SETTINGS)
+    began = time.perf_counter()
+    where = str(tmp_path)
+    saved = run_ranks(2, go, layout_of(2, shard="optimizer"), where, 2, False, "own", 1, device.type, "gloo")[0]
+    begun, ended = run_ranks(2, go, layout_of(1, 2), where, 2, True, "own", 1, device.type, "gloo")[0]
+    assert (begun, ended) == (saved[-1], alone[2])
+    figures.note("saved by two, restored by two others, seconds", round(time.perf_counter() - began, 2))
+
+
+def over_nccl(rank: int, address: Endpoint, kind: str, stretches: list[Stretch], settings: dict[str, Any]) -> Any:
+    """Like `trained`, with the GPU's own transport, which takes several ranks on one GPU if it is told to."""
+    from strategies.comm import nccl
+
+    os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    nccl.settle_environment()
+    return as_numbers(train(rank, address, stretches, device=torch.device(kind), transport="nccl", **settings))
+
+
+@pytest.mark.parametrize("name", ["three replicas", "sharded parameters", "two stages"])
+def test_nccl_on_one_gpu_gives_the_same_bits(device: torch.device, figures: Figures, name: str) -> None:
+    """Of what NCCL carries no sum is left to it, so it is as good as copies by way of the host."""
+    if device.type != "cuda" or torch.cuda.nccl.version() < (2, 30):  # type: ignore[no-untyped-call]
+        pytest.skip("several ranks on one GPU need NCCL 2.30")
+    (alone,) = run_ranks(1, trained, device.type, [Stretch(layout_of())], SETTINGS)
+    layout = LAYOUTS[name]
+    began = time.perf_counter()
+    for rank, (losses, norms, digest) in enumerate(
+        run_ranks(layout.world_size, over_nccl, device.type, [Stretch(layout)], SETTINGS)
+    ):
+        assert (losses, norms, digest) == (*alone[:2], alone[2] if rank == 0 else "")
+    figures.note(f"{name} over NCCL, seconds", round(time.perf_counter() - began, 2))
 
 
 def lose_one(rank: int, address: Endpoint, kind: str) -> float:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.checkpoint.catalog import Catalog, Description, StoredCheckpoint
 from orchestrator.checkpoint.manifest import ChunkEntry, TensorEntry, digest_of
@@ -23,7 +24,7 @@ from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import state_digest
 from strategies.update.engine import StepEngine
-from tests.ranks.laid_out import CPU, Stretch, barrier, layout_of, make_engine, train
+from tests.ranks.laid_out import Stretch, barrier, layout_of, make_engine, train
 from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint, run_ranks
 from tests.selection import nightly
 
@@ -51,7 +52,7 @@ LAYOUTS = {
 def save_state(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, catalog: Catalog) -> None:
     """What the workers of one layout do, without a controller."""
     shares = share_out(trained_spans(layout, engine.state.arrangement.shards))
-    snapshot = Snapshot(engine.state.space, CPU)
+    snapshot = Snapshot(engine.state.space, engine.state.device)
     snapshot.take(engine.state, shares[fabric.rank], buffers=fabric.rank == 0)
     chunks = [
         ChunkData(each.name, DTYPES[each.values.dtype], each.box.offsets, each.box.sizes, bytes_of(each.values))
@@ -74,13 +75,14 @@ def save_state(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, catal
 
 def go(
     rank: int, address: Endpoint, layout: ParallelLayout, directory: str, steps: int, restored: bool, model: str,
-    nodes_of: int = 1,
+    nodes_of: int = 1, device: str = "cpu", transport: str = "auto",
 ) -> list[str]:  # fmt: skip
     """Some steps in a layout, from the beginning or from what is saved; saves or not. Rank 0 tells the digests of the
     state it begins and ends with."""
-    engine = make_engine(0.1 if layout.tensor == 1 else 0.0, layout.tensor, model=model)
+    where = torch.device(device)
+    engine = make_engine(0.1 if layout.tensor == 1 else 0.0, layout.tensor, model=model, device=where)
     catalog = Catalog(LocalStorage(Path(directory)), "test")
-    fabric = Fabric(rank=rank, layout=layout, device=CPU)
+    fabric = Fabric(rank=rank, layout=layout, device=where, transport=transport)
     fabric.form(store_address=address, prefix=f"go/{restored}", host=HOST, timeout_s=PATIENCE_S)
     nodes = [Domain("", str(member // nodes_of)) for member in range(layout.world_size)]
     state = engine.state
