@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install run test test-nightly test-gpu lint types unit tools lock clean
+.PHONY: install run test test-nightly test-torches test-gpu lint types unit tools lock clean
 
 install: $(STAMP)
 
@@ -37,9 +37,15 @@ LANES := -n 2 --dist loadscope --no-loadscope-reorder
 unit: install tools
 	$(BIN)/python -m pytest $(LANES)
 
-# What takes long and differs little from what every run tries: hours. Before a release.
+# What takes long and differs little from what every run tries: hours. Before a release, with `test-torches`.
 test-nightly: install tools
 	$(BIN)/python -m pytest $(LANES) -m nightly
+
+# The oldest torch that machines with GPUs are found to have, and the newest that there is.
+TORCHES ?= 2.11.0 2.14.1
+
+test-torches: install
+	set -e; for version in $(TORCHES); do sh tests/with_torch.sh $$version; done
 
 # On a machine with a GPU: about 20 minutes; figures are left in gpu-figures/ (docs/gpu.md). Needs torch, numpy, xxhash
 # and pytest of the Python that is in use, so that it can be run where this package is not installed.
@@ -62,4 +68,4 @@ lock:
 	    --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
