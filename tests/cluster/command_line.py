@@ -74,4 +74,4 @@ class CommandLine:
         return alive
 
     def nothing_left(self) -> None:
-        wait_for(lambda: not self.left(), timeout_s=20, what=lambda: f"the end of {self.left()}")
+        wait_for(lambda: not self.left(), what=lambda: f"the end of {self.left()}")

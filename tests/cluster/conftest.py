@@ -167,7 +167,11 @@ def steps_done(directory: RunDirectory) -> int:
     return sum(1 for _ in read_records(directory.metrics))
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0, what: str | Callable[[], str] = "") -> None:
+PATIENCE_S = 300.0
+"""How long is waited for what has to come: a machine may have more to do than these tests."""
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = PATIENCE_S, what: str | Callable[[], str] = "") -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

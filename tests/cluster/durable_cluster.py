@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from orchestrator.runtime import reaper
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).parents[2]
 STORE_BYTES = 80_000_000
@@ -82,7 +82,7 @@ class DurableCluster:
                     " --autoscaling-config=~/ray_bootstrap_config.yaml", ""
                 )
                 subprocess.run(["bash", "-c", line], env=environment, check=True, timeout=130)
-        wait_for(lambda: len(self._processes("raylet")) == 1, 60, "the head's raylet")
+        wait_for(lambda: len(self._processes("raylet")) == 1, what="the head's raylet")
 
     def _ray_start(self, *options: str) -> None:
         command = [
@@ -107,7 +107,7 @@ class DurableCluster:
         process = self.gcs()
         command = process.cmdline()
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=10)
+        process.wait(timeout=PATIENCE_S)
         return command
 
     def start_gcs(self, command: list[str]) -> None:

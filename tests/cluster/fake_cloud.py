@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from orchestrator.runtime import reaper
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 
 ROOT = Path(__file__).parents[2]
 HEAD = "f" * 51 + "00000"
@@ -89,7 +89,7 @@ class FakeCloud:
             f"--dashboard-agent-listen-port={_free_port()}",
             *([f"--dashboard-port={self.dashboard_port}"] if self._dashboard else ["--include-dashboard=false"]),
         ]  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self) -> None:
@@ -159,7 +159,7 @@ class FakeCloud:
                 process.send_signal(signal.SIGKILL)
         return at
 
-    def wait_for_nodes(self, count: int, timeout_s: float = 60.0) -> None:
+    def wait_for_nodes(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: len(self.raylets()) == count, timeout_s, lambda: f"{count} nodes: {self.raylets()}")
 
     def placement_groups(self) -> list[dict[str, Any]]:

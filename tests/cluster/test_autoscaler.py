@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from monitoring.records import read_records
-from tests.cluster.conftest import JOB, wait_for
+from tests.cluster.conftest import JOB, PATIENCE_S, wait_for
 from tests.cluster.fake_cloud import FakeCloud, node_type
 
 LEISURELY = (
@@ -48,7 +48,7 @@ class Run:
         finally:
             if driver.poll() is None:
                 driver.terminate()
-                driver.communicate(timeout=60)
+                driver.communicate(timeout=PATIENCE_S)
 
     def finish(self, driver: subprocess.Popen[str], code: int = 0, timeout_s: float = 240) -> dict[str, Any]:
         output, _ = driver.communicate(timeout=timeout_s)
@@ -71,7 +71,7 @@ class Run:
     def sizes(self) -> list[int]:
         return [len(event["workers"]) for event in self.events("generation")]
 
-    def until(self, condition: Callable[[], Any], what: str, driver: Any = None, timeout_s: float = 90) -> None:
+    def until(self, condition: Callable[[], Any], what: str, driver: Any = None, timeout_s: float = PATIENCE_S) -> None:
         def met() -> bool:
             assert driver is None or driver.poll() is None, driver.communicate()[0]
             return bool(condition())
@@ -81,7 +81,7 @@ class Run:
     def until_step(self, step: int, driver: Any = None) -> None:
         self.until(lambda: self.steps() >= step, f"step {step}", driver)
 
-    def until_size(self, size: int, driver: Any = None, timeout_s: float = 90) -> None:
+    def until_size(self, size: int, driver: Any = None, timeout_s: float = PATIENCE_S) -> None:
         self.until(lambda: self.sizes()[-1:] == [size], f"{size} workers", driver, timeout_s)
 
     def _tail(self) -> list[dict[str, Any]]:
@@ -153,11 +153,11 @@ def test_a_run_grows_from_one_worker_to_all_and_gives_nodes_back(
         assert "autoscaler" in told[-1]["reason"]
         assert cloud.orchestrator("resize", str(run.path), "1").returncode == 0
         run.until_size(1, driver)
-        cloud.wait_for_nodes(3, timeout_s=90)  # One worker and two standbys.
+        cloud.wait_for_nodes(3)  # One worker and two standbys.
         assert run.events("shortage_over"), "what is not wanted any more is not missing"
         run.stop()
         run.finish(driver, code=3)
-    cloud.wait_for_nodes(0, timeout_s=90)
+    cloud.wait_for_nodes(0)
     assert cloud.placement_groups() == []
     assert_same(run, tmp_path, cache, *LEISURELY)
 
@@ -169,7 +169,7 @@ def test_markets_in_order_of_preference(cloud: FakeCloud, start: Callable[[str],
     overrides = (*LEISURELY, "elastic.workers={min: 1, max: 4}", "resources.market=[spot, on-demand]",
                  "elastic.scaling.fallback_after_s=25")  # fmt: skip
     with run.going(*overrides) as driver:
-        run.until_size(4, driver, timeout_s=180)
+        run.until_size(4, driver)
         changed = run.events("market_changed")[0]
         assert (changed["from"], changed["to"]) == ("spot", "on-demand")
         asked = [event["market"] for event in run.events("worker_requested")]
@@ -225,7 +225,7 @@ def test_the_driver_is_killed_and_the_run_goes_on(
     unlucky = subprocess.run(
         [sys.executable, "-m", "orchestrator", *run.command(*LEISURELY, "elastic.workers={min: 1, max: 2}")],
         env=cloud.environment() | {"RAY_ADDRESS": "127.0.0.1:1"}, cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert unlucky.returncode == 1
     assert "no Ray cluster answers at 127.0.0.1:1" in unlucky.stderr
@@ -234,7 +234,7 @@ def test_the_driver_is_killed_and_the_run_goes_on(
     elsewhere = subprocess.run(
         [sys.executable, "-m", "orchestrator", *run.command(*LEISURELY, "elastic.workers={min: 1, max: 2}")],
         env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}, cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert elsewhere.returncode == 2
     assert "is being run right now" in elsewhere.stderr
@@ -243,14 +243,14 @@ def test_the_driver_is_killed_and_the_run_goes_on(
     assert looked.stdout is not None
     assert any("following it" in line for line in looked.stdout)
     looked.send_signal(signal.SIGINT)
-    output, _ = looked.communicate(timeout=60)
+    output, _ = looked.communicate(timeout=PATIENCE_S)
     assert looked.returncode == 0, output
     run.until_step(run.steps() + 20)
     assert len(run.sizes()) == generations, "nothing happened to the workers"
     assert len(run.events("controller")) == 1, "there never was a second controller"
     run.stop()
     for follower in (attached, again):
-        output, _ = follower.communicate(timeout=60)
+        output, _ = follower.communicate(timeout=PATIENCE_S)
         assert follower.returncode == 3, output
     assert "stopped" in output
     assert_same(run, tmp_path, cache, *LEISURELY)
@@ -263,7 +263,7 @@ def test_an_ephemeral_run_ends_with_its_driver(cloud: FakeCloud, start: Callable
         run.until_step(5, driver)
         driver.send_signal(signal.SIGKILL)
         driver.communicate()
-    run.until(lambda: (run.path / "result.json").exists(), "the end of the run", timeout_s=60)
+    run.until(lambda: (run.path / "result.json").exists(), "the end of the run")
     assert run.result()["status"] == "stopped"
     assert "silent" in run.result()["reason"]
     assert run.events("checkpoint_saved"), "what it has is kept"
@@ -393,7 +393,7 @@ def test_orchestrator_submit_brings_its_own_code_and_ray_job_stop_ends_it(
     run.until_step(10)
     stopped = cloud.run("ray", "job", "stop", "--address", cloud.dashboard, identity)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    run.until(lambda: (run.path / "result.json").exists(), "the end of the run", timeout_s=30)
+    run.until(lambda: (run.path / "result.json").exists(), "the end of the run")
     result = run.result()
     assert (result["status"], result["reason"]) == ("stopped", "SIGTERM")
     assert run.events("checkpoint_saved")[-1]["committed"] == result["steps"], "nothing is lost by it"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.cluster.command_line import CommandLine
-from tests.cluster.conftest import LLAMA, Outcome
+from tests.cluster.conftest import LLAMA, PATIENCE_S, Outcome
 from tests.in_process import orchestrator
 
 SLOW = "step=10,worker=0,kind=slow,factor=20"
@@ -44,7 +44,7 @@ def test_a_run_is_saved_looked_at_and_resumed(
     assert 10 < row["step"] < 40
     command.until_step(process, row["step"] + 1)  # Else the stop might have nothing more to save.
     assert orchestrator("stop", run).returncode == 0
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     command.nothing_left()
 
@@ -58,7 +58,7 @@ def test_a_run_is_saved_looked_at_and_resumed(
 
     monkeypatch.setenv("A_CHECKPOINT_KEY", KEY)
     resumed = command.spawn([sys.executable, "-m", "orchestrator", "resume", run, "--json"])
-    output, _ = resumed.communicate(timeout=90)
+    output, _ = resumed.communicate(timeout=PATIENCE_S)
     assert resumed.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
     assert result["state_digest"] == undisturbed.result.state_digest
@@ -84,10 +84,10 @@ def test_a_run_that_needs_another_key_and_one_that_is_exported(
     )  # fmt: skip
     command.until_step(process, 12)
     assert orchestrator("stop", run).returncode == 0
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE_S)
     monkeypatch.setenv("A_CHECKPOINT_KEY", secrets.token_hex(32))
     other_key = command.spawn([sys.executable, "-m", "orchestrator", "resume", run, "--json"])
-    output, _ = other_key.communicate(timeout=90)
+    output, _ = other_key.communicate(timeout=PATIENCE_S)
     assert other_key.returncode == 1, output
     assert "another key" in json.loads(output.splitlines()[-1])["reason"]
 
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path: Path, cache: Pa
     process = command.start("--set", "elastic.workers.max=2", "--set", "checkpoint.every_steps=5", "--fault", SLOW)
     command.until_step(process, 12)
     assert orchestrator("stop", run).returncode == 0
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     rows = json.loads(orchestrator("checkpoints", run, "--json").stdout)
     newest = Path(rows[0]["location"])
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path: Path, cache: Pa
     assert verified.stdout.count("valid, every byte verified") == len(rows) - 1
 
     resumed = command.spawn([sys.executable, "-m", "orchestrator", "resume", run, "--json"])
-    output, _ = resumed.communicate(timeout=90)
+    output, _ = resumed.communicate(timeout=PATIENCE_S)
     assert resumed.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
     assert result["state_digest"] == undisturbed.result.state_digest
@@ -139,16 +139,16 @@ def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path: Path, cache: Pa
 def test_a_changed_job_goes_on_as_a_run_of_its_own(tmp_path: Path, cache: Path) -> None:
     command = CommandLine(tmp_path, cache)
     first = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=20", *WARM_UP)
-    assert first.wait(timeout=90) == 0
+    assert first.wait(timeout=PATIENCE_S) == 0
     changed = ("--set", "elastic.workers.max=2", "--set", "train.steps=30", *WARM_UP,
                "--set", "train.optimizer.lr=5.0e-4")  # fmt: skip
     refused = command.start(*changed)
-    output, _ = refused.communicate(timeout=60)
+    output, _ = refused.communicate(timeout=PATIENCE_S)
     assert refused.returncode == 2
     assert "train.optimizer.lr (0.001 there, 0.0005 here), train.steps (20 there, 30 here)" in output
     assert "--fork" in output
     forked = command.start(*changed, "--fork", "--json")
-    output, _ = forked.communicate(timeout=90)
+    output, _ = forked.communicate(timeout=PATIENCE_S)
     assert forked.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
     assert (result["status"], result["steps"]) == ("finished", 30)
@@ -167,7 +167,7 @@ def test_a_changed_job_goes_on_as_a_run_of_its_own(tmp_path: Path, cache: Path) 
         20
     ]
     nothing_to_do = command.start(*changed[:-4], "--set", "train.steps=15", "--set", "train.seed=8", "--fork")
-    output, _ = nothing_to_do.communicate(timeout=60)
+    output, _ = nothing_to_do.communicate(timeout=PATIENCE_S)
     assert nothing_to_do.returncode == 2
     assert "a fork would have nothing to do" in output
     command.nothing_left()
@@ -176,7 +176,7 @@ def test_a_changed_job_goes_on_as_a_run_of_its_own(tmp_path: Path, cache: Path) 
 def test_a_storage_that_cannot_be_reached_is_told_before_anything_starts(tmp_path: Path, cache: Path) -> None:
     command = CommandLine(tmp_path, cache)
     refused = command.start("--set", "checkpoint.storage=http://127.0.0.1:9/there")
-    output, _ = refused.communicate(timeout=60)
+    output, _ = refused.communicate(timeout=PATIENCE_S)
     assert refused.returncode == 1, output
     assert "checkpoint.storage http://127.0.0.1:9/there cannot be read from here" in output
     command.nothing_left()

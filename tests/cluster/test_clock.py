@@ -17,7 +17,7 @@ import pytest
 from monitoring.goodput import read_ledger
 from monitoring.records import read_records
 from tests.cluster.command_line import FEW, CommandLine
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 from tests.cluster.other_clocks import OtherClocks
 
 KILL = "step=20,worker=1,kind=kill"
@@ -32,7 +32,7 @@ def line(tmp_path: Path, cache: Path) -> Iterator[CommandLine]:
 
 
 def result_of(line: CommandLine, process: subprocess.Popen[str]) -> dict[str, Any]:
-    out = process.communicate(timeout=240)[0]
+    out = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, out
     return dict(json.loads((line.run_dir / "result.json").read_text()))
 

@@ -13,7 +13,7 @@ import pytest
 
 from monitoring.records import read_records
 from tests.cluster.command_line import FEW, CommandLine
-from tests.cluster.conftest import Outcome, wait_for
+from tests.cluster.conftest import PATIENCE_S, Outcome, wait_for
 from tests.in_process import orchestrator
 
 
@@ -29,7 +29,7 @@ def test_lost_node_and_drained_node_on_a_cluster_of_three(command: CommandLine, 
         "--fault", "step=10,worker=1,kind=node", "--fault", "step=20,worker=2,kind=drain,seconds=20",
     )  # fmt: skip
     command.until_step(process, 5)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     result = json.loads(output.splitlines()[-1])
     assert result["status"] == "finished"
@@ -61,9 +61,9 @@ def test_a_hopeless_worker_is_replaced_on_another_node(command: CommandLine) -> 
     def of(kind: str) -> list[dict[str, Any]]:
         return [event for event in read_records(command.run_dir / "events.jsonl") if event["kind"] == kind]
 
-    wait_for(lambda: any(e["incident"] == "evict" for e in of("recovery")), timeout_s=150, what="a replaced worker")
+    wait_for(lambda: any(e["incident"] == "evict" for e in of("recovery")), what="a replaced worker")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     (eviction,) = of("eviction")
     assert eviction["worker"] == 1
@@ -82,11 +82,11 @@ def test_others_are_refused_while_it_runs_and_one_signal_stops_in_good_order(com
     process = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
     command.until_step(process, 5)
     second = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000")
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 2
     assert "is being run right now" in output
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     result = json.loads((command.run_dir / "result.json").read_text())
     assert result["status"] == "stopped"
@@ -95,7 +95,7 @@ def test_others_are_refused_while_it_runs_and_one_signal_stops_in_good_order(com
     assert (checkpoint / "MANIFEST.json").exists(), "stopping saves, so that nothing is lost"
     command.nothing_left()
     other = command.start("--set", "elastic.workers.max=2", "--set", "train.steps=100000", "--set", "train.seed=8")
-    output, _ = other.communicate(timeout=60)
+    output, _ = other.communicate(timeout=PATIENCE_S)
     assert other.returncode == 2
     assert "train.seed (7 there, 8 here)" in output
 
@@ -108,7 +108,7 @@ def test_two_signals_stop_at_once(command: CommandLine) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     assert (command.run_dir / "result.json").exists()
     command.nothing_left()
@@ -125,15 +125,15 @@ def test_a_driver_that_is_killed_takes_its_own_cluster_with_it(command: CommandL
 @pytest.mark.nightly
 def test_a_signal_before_the_run_began_ends_its_preparation(command: CommandLine) -> None:
     process = command.start("--set", "elastic.workers.max=1")
-    wait_for(lambda: command.remember(process.pid) or len(command.family) > 2, timeout_s=60, what="Ray's processes")
+    wait_for(lambda: command.remember(process.pid) or len(command.family) > 2, what="Ray's processes")
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     result = json.loads((command.run_dir / "result.json").read_text())
     assert (result["status"], result["steps"]) == ("stopped", 0)
     command.nothing_left()
     again = command.start("--set", "elastic.workers.max=1", "--set", "train.steps=5", *FEW)
-    assert again.wait(timeout=90) == 0, "a run that never began may be begun with another job"
+    assert again.wait(timeout=PATIENCE_S) == 0, "a run that never began may be begun with another job"
 
 
 FAILS_ONCE = """

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 
 CLUSTER = """
 import sys
@@ -88,7 +88,7 @@ def cluster() -> Iterator[Live]:
     finally:
         process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
+            process.wait(timeout=PATIENCE_S)
         for left in [process, *family]:
             with suppress(psutil.Error, ProcessLookupError):
                 left.kill()
@@ -106,7 +106,7 @@ def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]
 def doctor(environment: dict[str, str], *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit code, and the checks."""
     process = start(environment, "--quick", "--json", *arguments)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in errors, errors
     content = json.loads(output)
     assert content["ok"] == (process.returncode == 0)
@@ -127,7 +127,7 @@ def stage(name: str, live: Live, environment: dict[str, str], storage: str | Non
     )
     done = subprocess.run(
         [sys.executable, "-c", program, name, live.address, storage or ""], env=environment, capture_output=True,
-        text=True, check=True, timeout=120, cwd=Path(__file__).parents[2],
+        text=True, check=True, timeout=PATIENCE_S, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     return list(json.loads(done.stdout))
 
@@ -157,7 +157,7 @@ def test_a_good_cluster_has_no_problem_and_is_left_as_it_was(cluster: Live, tmp_
     assert [check["level"] for check in of(checks, "token file")] == ["ok"]
     assert [check["found"] for check in of(checks, "head")] == ["offers no CPUs"]
     assert all(check["seconds"] > 0 for check in checks)
-    wait_for(lambda: not cluster.examiners(), timeout_s=10, what="the end of all actors")
+    wait_for(lambda: not cluster.examiners(), what="the end of all actors")
     assert not storage.exists()
 
 
@@ -213,11 +213,11 @@ def test_a_storage_that_no_node_can_write_to_and_one_that_is_not_shared(cluster:
 
 def test_a_command_that_is_ended_in_the_middle_leaves_nothing(cluster: Live, tmp_path: Path) -> None:
     process = start(cluster.environment(), "--address", cluster.address, "--storage", str(tmp_path))
-    wait_for(lambda: any(tmp_path.glob("doctor-*/*")), timeout_s=60, what="a file in the storage")
+    wait_for(lambda: any(tmp_path.glob("doctor-*/*")), what="a file in the storage")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    wait_for(lambda: not any(tmp_path.iterdir()), timeout_s=15, what=lambda: str(list(tmp_path.rglob("*"))))
-    wait_for(lambda: not cluster.examiners(), timeout_s=15, what="the end of all actors")
+    process.communicate(timeout=PATIENCE_S)
+    wait_for(lambda: not any(tmp_path.iterdir()), what=lambda: str(list(tmp_path.rglob("*"))))
+    wait_for(lambda: not cluster.examiners(), what="the end of all actors")
 
 
 def test_what_goes_to_the_nodes_needs_no_package_of_ours() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from monitoring.records import read_records
-from tests.cluster.conftest import JOB, Outcome, wait_for
+from tests.cluster.conftest import JOB, PATIENCE_S, Outcome, wait_for
 from tests.cluster.durable_cluster import DurableCluster
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ class Run:
         return dict(json.loads((self.path / "result.json").read_text()))
 
 
-UNHURRIED = ("--set", "elastic.lease_s=300", "--set", "elastic.heartbeat_timeout_s=30",
+UNHURRIED = ("--set", "elastic.lease_s=600", "--set", "elastic.heartbeat_timeout_s=30",
              "--set", "elastic.progress_timeout_s=60")  # fmt: skip
 """However slow this machine is, no worker is taken for lost while there is no controller, nor when there is again."""
 
@@ -59,7 +59,7 @@ BOTH_FROM_THE_START = ("--set", "elastic.workers.min=2")
 @pytest.fixture
 def cluster() -> Iterator[DurableCluster]:
     """Patient: on a busy machine six steps may take the 40 s that drivers would give its head."""
-    cluster = DurableCluster(RAY_gcs_rpc_server_reconnect_timeout_s="200")
+    cluster = DurableCluster(RAY_gcs_rpc_server_reconnect_timeout_s="600")
     try:
         yield cluster
     finally:
@@ -73,12 +73,12 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
     cluster.start()
     run = Run(cluster, tmp_path, cache, *UNHURRIED, *BOTH_FROM_THE_START)
     driver = cluster.start_driver(*run.command, settings=True)
-    wait_for(lambda: run.has_trained(6, driver), 120, run.describe)
+    wait_for(lambda: run.has_trained(6, driver), what=run.describe)
     command = cluster.lose_gcs()
-    wait_for(lambda: run.has_trained(12, driver), 120, run.describe)
+    wait_for(lambda: run.has_trained(12, driver), what=run.describe)
     os.kill(run.events("controller")[-1]["pid"], signal.SIGKILL)
     cluster.start_gcs(command)
-    output, _ = driver.communicate(timeout=240)
+    output, _ = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 0, output
     result = run.result()
     assert (result["status"], result["steps"]) == ("finished", 40)
@@ -102,14 +102,14 @@ def test_a_worker_that_dies_while_there_is_no_gcs_costs_no_step(
         generations, running = run.events("generation"), run.events("generation_running")
         return len(generations) == len(running) > 0 and len(generations[-1]["workers"]) == 2
 
-    wait_for(both, 120, run.describe)
+    wait_for(both, what=run.describe)
     command, before = cluster.lose_gcs(), len(run.events("recovery"))
     os.kill(run.events("generation")[-1]["workers"][1]["pid"], signal.SIGKILL)
-    wait_for(lambda: len(run.events("recovery")) > before, 120, run.describe)
+    wait_for(lambda: len(run.events("recovery")) > before, what=run.describe)
     at = run.steps()
-    wait_for(lambda: run.has_trained(at + 3, driver), 120, run.describe)
+    wait_for(lambda: run.has_trained(at + 3, driver), what=run.describe)
     cluster.start_gcs(command)
-    output, _ = driver.communicate(timeout=240)
+    output, _ = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 0, output
     result = run.result()
     assert (result["status"], result["steps"]) == ("finished", 40)
@@ -133,12 +133,12 @@ def test_a_head_of_a_cluster_file_that_dies_is_started_again_and_the_run_goes_on
         cluster.start_node()
         run = Run(cluster, tmp_path, cache, *UNHURRIED)
         driver = cluster.start_driver(*run.command, settings=True)
-        wait_for(lambda: run.has_trained(6, driver), 120, run.describe)
+        wait_for(lambda: run.has_trained(6, driver), what=run.describe)
         raylets = cluster.raylets()
         cluster.lose_gcs()
-        wait_for(lambda: run.steps() >= 12, 120, run.describe)
-        wait_for(lambda: cluster.raylets() - raylets, 120, "another head")
-        output, _ = driver.communicate(timeout=300)
+        wait_for(lambda: run.steps() >= 12, what=run.describe)
+        wait_for(lambda: cluster.raylets() - raylets, what="another head")
+        output, _ = driver.communicate(timeout=PATIENCE_S)
         if driver.returncode != 0:  # It was connected through the head's own raylet.
             done = cluster.orchestrator("attach", str(run.path))
             output += done.stdout + done.stderr
@@ -167,9 +167,9 @@ def test_without_tables_the_driver_says_what_happened_and_from_where_the_run_goe
             assert driver.poll() is None, driver.communicate()[0]
             return bool(run.events("checkpoint_saved"))
 
-        wait_for(saved, 120, "a checkpoint")
+        wait_for(saved, what="a checkpoint")
         cluster.lose_gcs()
-        output, _ = driver.communicate(timeout=60)
+        output, _ = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode == 1, output
         assert f":{cluster.port} has not answered for 1" in output, output
         (last,) = [line for line in output.splitlines() if line.startswith("orchestrator: ")]

@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.runtime.interruption import NOBODY_READS
 from tests.cluster.command_line import FEW, CommandLine
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 from tests.in_process import orchestrator
 from tests.selection import nightly
 
@@ -43,7 +43,7 @@ def test_a_run_whose_output_nobody_reads_any_more_stops_with_a_checkpoint(comman
         assert process.poll() is None
     command.remember(process.pid)
     process.stdout.close()
-    assert process.wait(timeout=120) == 3
+    assert process.wait(timeout=PATIENCE_S) == 3
     result = result_of(command)
     assert (result["status"], result["reason"]) == ("stopped", "nobody reads what the driver prints")
     assert (command.run_dir / "checkpoints" / f"step-{result['steps']:08d}" / "COMMIT").exists()
@@ -54,7 +54,7 @@ def test_a_run_whose_output_nobody_reads_any_more_stops_with_a_checkpoint(comman
         os.close(reading)
         done = subprocess.run(
             [sys.executable, "-m", "orchestrator", *arguments, str(command.run_dir)],
-            stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+            stdout=writing, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         os.close(writing)
         assert (done.returncode, done.stderr) == (141, ""), arguments
@@ -79,10 +79,10 @@ def test_a_run_whose_terminal_hangs_up_stops_with_a_checkpoint(command: CommandL
             os.read(ours, 1 << 16)
         return command.steps() >= 5
 
-    wait_for(trains, timeout_s=120, what="step 5")
+    wait_for(trains, what="step 5")
     command.remember(process.pid)
     os.close(ours)
-    assert process.wait(timeout=120) == 3
+    assert process.wait(timeout=PATIENCE_S) == 3
     result = result_of(command)
     # Whichever it notices first.
     assert (result["status"], result["reason"]) in (("stopped", "SIGHUP"), ("stopped", NOBODY_READS))
@@ -99,7 +99,7 @@ def test_a_run_whose_directory_is_deleted_has_failed_and_says_so(
     command.until_step(process, 5)
     while command.run_dir.exists():  # Files may come while it is at it.
         shutil.rmtree(command.run_dir, ignore_errors=True)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, output
     assert "was deleted or moved away in mid-run" in output
     assert "Traceback" not in output
@@ -130,9 +130,9 @@ def test_a_run_goes_on_while_its_directory_is_full_and_writes_its_record_when_th
         with ballast.open("wb", buffering=0) as file:
             while (free := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize) > 0:
                 file.write(bytes(free))
-        wait_for(lambda: any("cannot be written" in line for line in told), timeout_s=60, what="a note of the driver")
+        wait_for(lambda: any("cannot be written" in line for line in told), what="a note of the driver")
         ballast.unlink()
-        assert process.wait(timeout=120) == 0, told
+        assert process.wait(timeout=PATIENCE_S) == 0, told
         reader.join()
         assert command.steps() == 400
         assert any("records waited" in line for line in told), "".join(told)

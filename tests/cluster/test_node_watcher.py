@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 from tests.fake_metadata import AWS, SPOT, MetadataServer
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ class RealRay:
     def orchestrator(self, *arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "orchestrator", *arguments], env=self.environment | changed, capture_output=True,
-            text=True, timeout=60, check=False,
+            text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     def watcher(self, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -112,7 +112,7 @@ def ray_with_two_nodes() -> Iterator[tuple[RealRay, subprocess.Popen[bytes], Pat
         assert real.process.stdin is not None
         real.process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            real.process.wait(timeout=15)
+            real.process.wait(timeout=PATIENCE_S)
         end(mine)
         shutil.rmtree(home, ignore_errors=True)
 
@@ -149,15 +149,15 @@ def test_drains(ray_with_two_nodes: tuple[RealRay, subprocess.Popen[bytes], Path
     with MetadataServer(AWS) as cloud:
         # Found by itself, it would be every raylet of this machine.
         watcher = real.watcher(log, "--source-url", cloud.url, "--node-id", node[:12], "--poll", "0.2")
-        wait_for(lambda: "found the metadata service of aws" in log.read_text(), 20, log.read_text)
+        wait_for(lambda: "found the metadata service of aws" in log.read_text(), what=log.read_text)
         at = time.time() + 120
         cloud.paths[SPOT] = json.dumps(
             {"action": "terminate", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))}
         )
-        wait_for(lambda: "drains for" in log.read_text(), 10, log.read_text)
+        wait_for(lambda: "drains for" in log.read_text(), what=log.read_text)
         assert real.seconds_to_drain(node) == pytest.approx(at - time.time(), abs=2)
         watcher.send_signal(signal.SIGTERM)
-        assert watcher.wait(timeout=10) == 0, log.read_text()
+        assert watcher.wait(timeout=PATIENCE_S) == 0, log.read_text()
 
     shut_down(real, wrapper, wrapper_log, {head, node})
 
@@ -166,13 +166,13 @@ def shut_down(real: RealRay, wrapper: subprocess.Popen[bytes], log: Path, others
     """SIGTERM to `orchestrator node-watcher -- ray start --block` while one of our actors is on its node."""
     from orchestrator.runtime.ray.node_watcher.local import raylets_below
 
-    wait_for(lambda: real.ask("alive").keys() >= raylets_below(wrapper.pid).keys() > set(), 30, log.read_text)
+    wait_for(lambda: real.ask("alive").keys() >= raylets_below(wrapper.pid).keys() > set(), what=log.read_text)
     (second, address), = raylets_below(wrapper.pid).items()  # fmt: skip
     assert address == real.about["address"]
     assert second not in others
     real.ask("place", "demo/worker-1.0", second)
     wrapper.send_signal(signal.SIGTERM)
-    wait_for(lambda: "waiting for 1 of our actors to leave: demo/worker-1.0" in log.read_text(), 15, log.read_text)
+    wait_for(lambda: "waiting for 1 of our actors to leave: demo/worker-1.0" in log.read_text(), what=log.read_text)
     assert real.seconds_to_drain(second) == pytest.approx(20, abs=5)
     time.sleep(1.0)
     assert wrapper.poll() is None
@@ -180,7 +180,7 @@ def shut_down(real: RealRay, wrapper: subprocess.Popen[bytes], log: Path, others
     assert "passing" not in log.read_text()
     left_at = time.monotonic()
     real.ask("kill", "demo/worker-1.0")
-    assert wrapper.wait(timeout=20) == 1, "what `ray start --block` itself ends with after SIGTERM"
+    assert wrapper.wait(timeout=PATIENCE_S) == 1, "what `ray start --block` itself ends with after SIGTERM"
     assert time.monotonic() - left_at < 10, log.read_text()
     said = log.read_text()
     assert said.index("none of our actors is on this node any more") < said.index("passing SIGTERM on")

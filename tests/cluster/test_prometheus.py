@@ -20,7 +20,7 @@ from monitoring.goodput import REASONS
 from monitoring.records import read_records
 from monitoring.series import RANK_SERIES, RUN_SERIES
 from tests.cluster.command_line import CommandLine
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import PATIENCE_S, wait_for
 from tests.in_process import orchestrator
 from tests.prometheus_tools import Prometheus, running_prometheus
 
@@ -95,7 +95,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
             time.sleep(5)  # Nothing is tested by this: a few more scrapes, so that rates have something to say.
             stopped = time.time()
             assert orchestrator("stop", str(command.run_dir)).returncode == 0
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=PATIENCE_S)
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -115,7 +115,7 @@ def _until_resized(command: CommandLine) -> None:
         events = read_records(command.run_dir / "events.jsonl")
         return any(event["kind"] == "recovery" and event["incident"] == "shrink" for event in events)
 
-    wait_for(resized, timeout_s=60, what="the end of the resize")
+    wait_for(resized, what="the end of the resize")
 
 
 def test_a_run_that_ends_takes_its_file_away_itself(watched: Watched) -> None:
@@ -131,7 +131,7 @@ def test_the_run_was_found_and_is_forgotten_when_it_ended(watched: Watched) -> N
         found = watched.prometheus.get("targets", state="active")["activeTargets"]
         return [target for target in found if target["labels"]["job"] == "orchestrator"]
 
-    wait_for(lambda: not targets(), timeout_s=30, what="Prometheus to forget the run")
+    wait_for(lambda: not targets(), what="Prometheus to forget the run")
 
 
 def test_the_run_has_one_label_and_not_two(watched: Watched) -> None:

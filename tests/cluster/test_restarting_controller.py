@@ -15,7 +15,7 @@ from orchestrator.rundir import RunDirectory
 from orchestrator.runtime.ray import driver
 from orchestrator.runtime.ray.driver import drive
 from tests.cluster.command_line import CommandLine
-from tests.cluster.conftest import Runner, wait_for
+from tests.cluster.conftest import PATIENCE_S, Runner, wait_for
 from tests.in_process import orchestrator
 from tests.selection import nightly
 
@@ -31,20 +31,20 @@ def test_commands_while_the_controller_is_restarted(tmp_path: Path, cache: Path)
 
     def lose_controller() -> None:
         os.kill(controllers()[-1]["pid"], signal.SIGKILL)
-        wait_for(lambda: not directory.is_steered, 10, "the end of the controller")
+        wait_for(lambda: not directory.is_steered, what="the end of the controller")
 
     command.until_step(process, 5)
     lose_controller()
     other = command.spawn([sys.executable, "-m", "orchestrator", "resume", run])
     saved = orchestrator("checkpoint", run)
     assert saved.returncode == 0, saved.stdout + saved.stderr
-    output, _ = other.communicate(timeout=60)
+    output, _ = other.communicate(timeout=PATIENCE_S)
     assert other.returncode == 2, output
     assert "is being run right now" in output
     lose_controller()
     stopped = orchestrator("stop", run)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, output
     assert [event["epoch"] for event in controllers()] == [1, 2, 3]
     generations = [e for e in read_records(directory.events) if e["kind"] == "generation"]

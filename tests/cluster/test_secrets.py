@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.command_line import FEW, CommandLine
+from tests.cluster.conftest import PATIENCE_S
 from tests.in_process import orchestrator
 from tests.password_server import PASSWORD, USER, password_server
 from tests.selection import nightly
@@ -36,7 +37,7 @@ def test_a_run_reads_with_a_password_that_is_written_down_nowhere(tmp_path: Path
         process = line.start(*arguments, environment=environment)
         line.until_step(process, 3)
         process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=PATIENCE_S)[0]
 
     with password_server({"a.txt": TEXT}) as address:
         by_variable = f"http://{USER}:${{env:ORCH_TEST_PASSWORD}}@{address}"
@@ -47,8 +48,8 @@ def test_a_run_reads_with_a_password_that_is_written_down_nowhere(tmp_path: Path
         line.run_dir = tmp_path / "by-variable"
         told += interrupt(*few, "--set", f"data.source={by_variable}/a.txt")
         resume = [sys.executable, "-m", "orchestrator", "resume", str(line.run_dir)]
-        assert "ORCH_TEST_PASSWORD is not set" in line.spawn(resume).communicate(timeout=120)[0]
-        told += line.spawn(resume, environment).communicate(timeout=120)[0]
+        assert "ORCH_TEST_PASSWORD is not set" in line.spawn(resume).communicate(timeout=PATIENCE_S)[0]
+        told += line.spawn(resume, environment).communicate(timeout=PATIENCE_S)[0]
         finished()
         assert "a secret stands in" not in told
 
@@ -60,7 +61,7 @@ def test_a_run_reads_with_a_password_that_is_written_down_nowhere(tmp_path: Path
             refused = orchestrator("resume", str(line.run_dir))
             assert refused.returncode != 0
             assert "not written down in a run directory" in refused.stdout + refused.stderr
-            told += line.start(*in_the_clear, environment=environment).communicate(timeout=120)[0]
+            told += line.start(*in_the_clear, environment=environment).communicate(timeout=PATIENCE_S)[0]
             finished()
             assert digests[0] == digests[1]
 

@@ -49,7 +49,7 @@ def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(
     bundles: dict[str, dict[str, int]] = {}
 
     def look(directory: RunDirectory) -> None:
-        wait_for(lambda: steps_done(directory) >= 2, timeout_s=120)
+        wait_for(lambda: steps_done(directory) >= 2)
         for group in placement_group_table().values():
             if group["state"] == "CREATED" and group["name"].startswith(directory.run_id):
                 counts: dict[str, int] = defaultdict(int)
