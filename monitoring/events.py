@@ -234,7 +234,7 @@ class WorkerReady(OfWorker):
     kind = "worker_ready"
     node: MaybeText
     pid: Needed[Count]
-    start_seconds: Seconds
+    start_seconds: Seconds = ABSENT
     flops_per_token: Number = ABSENT
     peak_flops: Number = ABSENT
     device: Text = ABSENT
@@ -289,7 +289,7 @@ class DrainNoticed(OfWorker):
 @dataclass(frozen=True, kw_only=True)
 class GpuFaulty(OfWorker):
     """The driver of a worker's GPU says that something is wrong with it: `action` is replace (the worker, at once),
-    drain (it leaves in good order) or none."""
+    retire (it, when another can take its place) or none."""
 
     kind = "gpu_faulty"
     node: MaybeText
@@ -346,6 +346,14 @@ class Shortage(RunEvent):
     workers: Counts
     waited_seconds: Seconds
     reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsHeld(RunEvent):
+    """Ray does not answer requests for these workers: they wait until it does, and that is no shortage."""
+
+    kind = "requests_held"
+    workers: Needed[Counts]
 
 
 @dataclass(frozen=True, kw_only=True)

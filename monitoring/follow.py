@@ -186,7 +186,8 @@ def _records_dropped(event: dict[str, Any]) -> str:
 
 
 def _worker_ready(event: dict[str, Any]) -> str:
-    return f"worker {event['worker']} is ready ({event['start_seconds']:.1f} s, pid {event['pid']})"
+    took = f"{event['start_seconds']:.1f} s, " if "start_seconds" in event else ""
+    return f"worker {event['worker']} is ready ({took}pid {event['pid']})"
 
 
 def _eviction_withdrawn(event: dict[str, Any]) -> str:

@@ -250,15 +250,18 @@ _OTHERS_VARIABLES = {
     r"NVIDIA_TF32_OVERRIDE": "is set by workers themselves, to outlive each other and to compute the same bits",
     r"OMP_NUM_THREADS|MKL_NUM_THREADS": "is decided by resources.cpu",
     r"LD_.*|PYTHON.*|MALLOC_.*": "is read when a process begins: set it where nodes are started",
-    r".*(TOKEN|SECRET|PASSWORD|_KEY)": "must not be a secret, as a job is written down: set it where nodes are started",
+    r".*(TOKEN|SECRET|PASSW(OR)?D|CREDENTIALS?|_KEY|CONNECTION_STRING)(_.*)?": "must not be a secret, as a job is "
+    "written down: set it where nodes are started",
 }
 """Why some variables are not for `resources.env`, by what their names are like."""
 
 
 def _environment(get: Get) -> Iterator[Finding]:
-    for name in get("resources.env"):
+    for name, value in get("resources.env").items():
+        if name == "TORCH_DISTRIBUTED_DEBUG" and value.upper() == "DETAIL":
+            yield Finding((f"resources.env.{name}",), "is DETAIL, with which torch ends a worker that loses another")
         for pattern, why in _OTHERS_VARIABLES.items():
-            if re.fullmatch(pattern, name):
+            if re.fullmatch(pattern, name, re.IGNORECASE):
                 yield Finding((f"resources.env.{name}",), why)
                 break
 

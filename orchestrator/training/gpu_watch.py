@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 READ_S = 5.0
 """How often it is read."""
+STALE_S = 30.0
 LISTEN_S = 1.0
 """For how long it is listened for errors at a time."""
 REPEAT_S = 60.0
@@ -147,11 +148,11 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 class GpuWatch:
-    """Reads a GPU, and listens for its errors, on a thread of its own, which may hang with the card. `reading` is the
-    newest (None: there is none); what is wrong goes to `tell`, in words, with what is to be done about it."""
+    """Reads a GPU, and listens for its errors, on a thread of its own, which may hang with the card. What is wrong goes
+    to `tell`, in words, with what is to be done about it."""
 
     def __init__(self, gpu: Gpu | None, tell: Callable[[GpuAction, str], None]) -> None:
-        self.reading: GpuReading | None = None
+        self._reading: tuple[float, GpuReading] | None = None
         self._gpu = gpu
         self._tell = tell
         self._told: dict[int, float] = {}
@@ -159,14 +160,25 @@ class GpuWatch:
         self._waits = False
         """Whether it is known that a row of memory waits to be replaced."""
 
+    @property
+    def reading(self) -> GpuReading | None:
+        """The newest; None when that is old, as the driver does not answer any more."""
+        if self._reading is None or time.monotonic() - self._reading[0] > STALE_S:
+            return None
+        return self._reading[1]
+
     def start(self) -> None:
-        """Of a card that was like that before it is not said that it ought to be reset: it is what there is."""
-        if self._gpu is not None:
-            with suppress(Exception):
-                self._waits, _ = self._gpu.rows()
-            if self._waits:
-                log.warning("the GPU waits for a reset, to replace a row of its memory")
-            threading.Thread(target=self._loop, args=(self._gpu,), name="gpu", daemon=True).start()
+        """Of a card that was like that before it is not said that it ought to be reset: it is what there is. What is
+        wrong with it otherwise is told before this returns."""
+        if self._gpu is None:
+            return
+        with suppress(Exception):
+            self._waits, cannot = self._gpu.rows()
+            if cannot:
+                self._fail(FATAL[64])
+        if self._waits:
+            log.warning("the GPU waits for a reset, to replace a row of its memory")
+        threading.Thread(target=self._loop, args=(self._gpu,), name="gpu", daemon=True).start()
 
     def _loop(self, gpu: Gpu) -> None:
         next_reading = 0.0
@@ -185,13 +197,13 @@ class GpuWatch:
                 return
 
     def _look(self, gpu: Gpu) -> None:
-        self.reading = gpu.read()
+        self._reading = time.monotonic(), gpu.read()
         waits, cannot = gpu.rows()
         if cannot:
             self._fail(FATAL[64])
         elif waits and not self._waits:
             self._waits = True
-            self._tell("drain", "a row of its memory is to be replaced, for which it has to be reset")
+            self._tell("retire", "a row of its memory is to be replaced, for which it has to be reset")
 
     def _hear(self, xid: int) -> None:
         if xid in FATAL:

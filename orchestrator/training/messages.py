@@ -141,13 +141,13 @@ class GpuReading:
     at_power_limit: bool = False
 
 
-GpuAction = Literal["replace", "drain", "none"]
+GpuAction = Literal["replace", "retire", "none"]
 
 
 @dataclass(frozen=True)
 class GpuTrouble:
-    """Something is wrong with a worker's GPU, by its driver. The worker is to be replaced at once, or to leave in good
-    order; or it is only to be known."""
+    """Something is wrong with a worker's GPU, by its driver. The worker is to be replaced at once, or when another can
+    take its place; or it is only to be known."""
 
     worker: WorkerId
     action: GpuAction
@@ -161,7 +161,7 @@ class Heartbeat:
     `moves` counts what it gets done inside a phase: micro-batches, collectives, chunks received, tensors read.
     `host_bytes` is its process's resident memory, `device_bytes` what it has allocated on its device. `lateness_s` is
     how late it has been lately itself: its threads, and the answers to what it reported. `gpu` is None where none is
-    watched.
+    watched, and `trouble` what has been said to be wrong with it and asks for something to be done.
     """
 
     worker: WorkerId
@@ -175,6 +175,7 @@ class Heartbeat:
     device_bytes: int = 0
     lateness_s: float = 0.0
     gpu: GpuReading | None = None
+    trouble: GpuTrouble | None = None
 
 
 @dataclass(frozen=True)

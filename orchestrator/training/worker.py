@@ -140,7 +140,9 @@ class Worker:
         build.prepare_groups(job, device, host)
         build.wait_for_memory(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
-        self.gpu = GpuWatch(gpu_of(device), self._gpu_trouble)
+        self._gpu_trouble: GpuTrouble | None = None
+        self.gpu = GpuWatch(gpu_of(device), self._tell_of_gpu)
+        self.gpu.start()
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
         self._build(dataset, device)
@@ -181,7 +183,6 @@ class Worker:
         log.info("ready on node %s, process %d", self.ready.node[:8], self.ready.pid)
         self._reporter.send(self.ready)
         self._reporter.start()
-        self.gpu.start()
 
     # ------------------------------------------------------------------------------------ orders, any thread
 
@@ -442,9 +443,12 @@ class Worker:
     def _unrecorded(self) -> tuple[StepReport, ...]:
         return tuple(self.protocol.reports)
 
-    def _gpu_trouble(self, action: GpuAction, detail: str) -> None:
+    def _tell_of_gpu(self, action: GpuAction, detail: str) -> None:
         log.log(logging.INFO if action == "none" else logging.CRITICAL, "the GPU: %s", detail)
-        self._reporter.send(GpuTrouble(self.worker, action, detail))
+        trouble = GpuTrouble(self.worker, action, detail)
+        if action != "none":
+            self._gpu_trouble = trouble
+        self._reporter.send(trouble)
 
     def _heartbeat(self) -> Heartbeat:
         generation = self.protocol.generation
@@ -459,6 +463,7 @@ class Worker:
             device_bytes=build.allocated_bytes(self.state.device),
             lateness_s=round(self._lateness.recent_s(), 3),
             gpu=self.gpu.reading,
+            trouble=self._gpu_trouble,
             moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves),
         )
 

@@ -99,7 +99,8 @@ def goes_wrong(change: str, value: int, at_step: int, worker: Any) -> None:
         return
     gpu_watch.READ_S, gpu_watch.LISTEN_S = 0.0, 0.01
     nvml = FakeNvml(Card())
-    worker.gpu = gpu_watch.GpuWatch(gpu_watch.Gpu(nvml, nvml.card.uuid), worker._gpu_trouble)
+    worker.gpu = gpu_watch.GpuWatch(gpu_watch.Gpu(nvml, nvml.card.uuid), worker._tell_of_gpu)
+    worker.gpu.start()
     fetch = worker.engine.loads.source
 
     def fetch_and_fail(step: int, virtual_worker: int) -> Any:
@@ -129,19 +130,28 @@ def test_a_worker_is_replaced_when_the_driver_gives_its_gpu_up(
     assert "its GPU: Xid 79" in next(each["reason"] for each in outcome.of("worker_killed"))
 
 
+def another_is_ready(cluster: LocalCluster) -> bool:
+    """Or has joined already: whoever is held would keep it from that."""
+    return cluster.committed > 3 and (bool(cluster.idle()) or len(cluster.generations) > 1)
+
+
 def test_a_worker_leaves_a_gpu_that_is_to_be_reset_when_another_has_come(
     job_text: str, undisturbed: Outcome, tmp_path: Path
 ) -> None:
     hook: Hook = partial(goes_wrong, "pending", 1, 3)
     outcome = LocalCluster(
-        job_text, tmp_path / "run", hooks=[hook], holds={4: lambda cluster: bool(cluster.records_of("drain_notice"))}
-    ).run()
+        job_text, tmp_path / "run", hooks=[hook],
+        holds={4: another_is_ready},
+    ).run()  # fmt: skip
     assert_same(outcome, undisturbed)
     (told,) = outcome.of("gpu_faulty")
-    assert told["action"] == "drain"
-    (notice,) = outcome.of("drain_notice")
-    assert "has to be reset" in notice["reason"]
+    assert (told["worker"], told["action"]) == (1, "retire")
+    assert "has to be reset" in told["detail"]
     assert outcome.of("worker_killed") == []
+    sizes = [len(generation.members) for generation in outcome.generations]
+    assert sizes == [3, 3], "nobody was missing at any time"
+    assert outcome.recoveries[0]["kind"] == "evict"
+    assert WorkerId(1, 0) not in outcome.members(1)
 
 
 def test_errors_of_programs_change_nothing(job_text: str, undisturbed: Outcome, tmp_path: Path) -> None:

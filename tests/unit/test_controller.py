@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -23,13 +24,15 @@ from orchestrator.control.core.protocol import (
     Resize,
     Start,
     Stop,
+    TellShortage,
     Tick,
 )
-from orchestrator.control.core.workers import WorkerId
+from orchestrator.control.core.roster import Roster
+from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training.controller import Controller
 from orchestrator.control.training.history import History
 from orchestrator.control.training.protocol import Action, Event, Rollback, SaveRequested, StepCommitted, TakeOver
-from orchestrator.control.training.views import ControllerConfig, RunState
+from orchestrator.control.training.views import ControllerConfig, RunState, WorkerView
 from orchestrator.training.messages import (
     CheckpointSaved,
     Finalized,
@@ -753,14 +756,96 @@ def test_a_gpu_that_is_given_up_by_whom_nobody_misses_is_no_incident() -> None:
     assert of(RequestWorker, stage.told)[-1].avoid == ("node-b",), "after a pause, as of all that cannot be started"
 
 
-def test_a_gpu_that_is_to_be_reset_is_left_in_good_order() -> None:
-    stage = Stage(max_workers=3).running(W0, W1, W2)
+@pytest.mark.parametrize("least", [1, 3])
+def test_a_gpu_that_is_to_be_reset_is_left_when_there_is_another(least: int) -> None:
+    """However few the run could do with, and for as long as it takes: it works all the while."""
+    stage = Stage(min_workers=least, max_workers=3).running(W0, W1, W2)
     stage.train(4)
-    decided = stage.tell(GpuTrouble(W1, "drain", "a row"))
-    the(Pause, decided)
-    assert the(RequestWorker, decided).avoid == ("node-1",)
-    assert not of(KillWorker, decided)
-    assert stage.recorded("drain_notice")[0]["reason"] == "its GPU: a row"
+    decided = stage.tell(GpuTrouble(W1, "retire", "a row"))
+    assert not of(Pause, decided)
+    request = the(RequestWorker, decided)
+    assert (request.avoid, request.must_avoid) == (("node-1",), False)
+    assert stage.tell(GpuTrouble(W1, "retire", "a row")) == [], "it is told with every heartbeat"
+    told = Heartbeat(W1, stage.generation.number, "compute", 4, 4, trouble=GpuTrouble(W1, "retire", "a row"))
+    assert stage.tell(told) == []
+    stage.now += 3 * 3600
+    stage.train(5)
+    assert stage.controller.state is RunState.RUNNING
+    newcomer = of(RequestWorker, stage.told)[-1].worker
+    the(Pause, stage.ready(newcomer))
+    decided = stage.leave_all("pause")
+    assert {m.worker for m in the(StartGeneration, decided).generation.members} == {W0, W2, newcomer}
+    assert the(ReleaseWorker, decided).reason == "another took its place, as its device is faulty"
+    stage.join()
+    stage.train(1)
+    (recovery,) = stage.recorded("recovery")
+    assert (recovery["incident"], recovery["steps_lost"]) == ("evict", 0)
+    assert "whose device is faulty" in recovery["cause"]
+
+
+def test_a_successor_knows_who_is_to_leave_a_faulty_gpu_and_does_not_keep_it_for_being_fast() -> None:
+    stage = Stage(max_workers=2).running(W0, W1)
+    stage.train(4)
+    stage.tell(GpuTrouble(W1, "retire", "a row"))
+    past = history_of(stage).workers
+    assert (past.faulty, past.suspects, past.evicting) == ({W1}, {"node-1"}, {})
+    roster = Roster(ControllerConfig(total_steps=1, min_workers=1, max_workers=2, chooser=layouts()), past, WorkerView)
+    roster.add(WorkerView(W1, requested_at=0.0, state=WorkerState.IDLE, node="node-1"))
+    roster.keep_on(W1)
+    view = roster.workers[W1]
+    assert (view.evicting, view.faulty, view.leaving) == (True, True, True)
+
+
+def test_the_rest_of_a_unit_leaves_a_place_with_a_failed_gpu_in_it() -> None:
+    """Who comes after it would be given that GPU again."""
+    stage = Stage(max_workers=4, tensor=2).running(W0, W1, W2, W3)
+    stage.train(2)
+    decided = stage.tell(GpuTrouble(W1, "replace", "Xid 79"))
+    asked = of(RequestWorker, decided)
+    assert sorted(request.worker.slot for request in asked) == [4, 5], "another unit"
+    assert {request.avoid for request in asked} == {("node-1",)}
+    assert [(told["worker"], told["action"]) for told in stage.recorded("gpu_faulty")] == [
+        (1, "replace"),
+        (0, "retire"),
+    ]
+
+
+def test_a_successor_refuses_a_worker_with_other_bits_that_has_become_warm_meanwhile() -> None:
+    stage = Stage(max_workers=2)
+    stage.tell(Start())
+    stage.tell(Placed(W0, "node-0"))
+    stage.tell(replace(ready_message(W0), probe="aaaa", device="a card"))
+    after = successor(stage)
+    odd = replace(ready_message(W1), probe="bbbb", device="another")
+    known = replace(ready_message(W0), probe="aaaa", device="a card")
+    everything = whole(ELEMENTS, 1)
+    accounts = tuple(Status(ready, None, None, 0, everything, False, False, 1) for ready in (known, odd))
+    decided = after.tell(TakeOver(accounts, ()))
+    assert the(KillWorker, decided).worker == W1
+    assert "computes other bits than worker 0" in the(KillWorker, decided).reason
+    assert [event["node"] for event in records(decided, "node_suspected")] == ["node-1"]
+    assert records(decided, "worker_ready") == [], "of the one that is known that is on record"
+    fresh = Stage(max_workers=2)
+    fresh.tell(Start())
+    after = successor(fresh)
+    decided = after.tell(TakeOver(accounts, ()))
+    assert [(event["worker"], event["probe"]) for event in records(decided, "worker_ready")] == [(0, "aaaa")]
+    assert the(KillWorker, decided).worker == W1, "the first that is found is what others are measured by"
+
+
+def test_requests_that_ray_does_not_answer_are_no_shortage() -> None:
+    stage = Stage(min_workers=1, max_workers=2)
+    stage.tell(Start())
+    stage.ready(W0)
+    for _ in range(2000):
+        stage.tell(Tick(asks_in_vain=True), 0.5)
+        stage.tell(Heartbeat(W0, 0, "compute", 0, 0), 0.0)
+    assert of(TellShortage, stage.told) == []
+    assert [event["workers"] for event in stage.recorded("requests_held")] == [[1]]
+    for _ in range(2000):
+        stage.tell(Tick(), 0.5)
+        stage.tell(Heartbeat(W0, 0, "compute", 0, 0), 0.0)
+    assert len(of(TellShortage, stage.told)) == 1
 
 
 def test_an_error_of_a_program_on_a_gpu_is_put_on_record() -> None:

@@ -103,7 +103,7 @@ def test_a_card_that_is_gone_is_told_once(watched: Watched) -> None:
 
 def test_a_row_that_waits_to_be_replaced_is_told_once(watched: Watched) -> None:
     watched.card.pending = 1
-    assert watched.hears() == ("drain", "a row of its memory is to be replaced, for which it has to be reset")
+    assert watched.hears() == ("retire", "a row of its memory is to be replaced, for which it has to be reset")
     watched.nvml.xids.put(13)
     assert watched.hears() == ("none", "Xid 13"), "and nothing in between"
 
@@ -118,6 +118,22 @@ def test_a_card_that_was_like_that_before_is_what_there_is() -> None:
     it.nvml.xids.put(13)
     assert it.hears() == ("none", "Xid 13")
     it.card.is_lost = True
+
+
+def test_what_is_wrong_from_the_beginning_is_told_before_anything_else_is_done() -> None:
+    told: list[tuple[str, str]] = []
+    nvml = FakeNvml(Card(failed=1))
+    GpuWatch(Gpu(nvml, nvml.card.uuid), lambda action, detail: told.append((action, detail))).start()
+    assert told == [("replace", FATAL[64])]
+
+
+def test_what_was_read_long_ago_is_not_how_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = GpuWatch(None, lambda action, detail: None)
+    assert watch.reading is None
+    watch._look(Gpu(FakeNvml(), "GPU-1"))
+    assert watch.reading is not None
+    monkeypatch.setattr(gpu_watch, "STALE_S", -1.0)
+    assert watch.reading is None
 
 
 def test_a_card_without_events_is_read_all_the_same() -> None:

@@ -25,9 +25,11 @@ class Placed:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time has passed. `lateness_s` is how late the controller itself has been lately, by what it measured."""
+    """Time has passed. `lateness_s` is how late the controller itself has been lately, by what it measured. While it
+    `asks_in_vain` the cluster does not answer requests for workers."""
 
     lateness_s: float = 0.0
+    asks_in_vain: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from typing import Any, Generic, TypeVar
 from monitoring.events import (
     ABSENT,
     DrainNoticed,
+    GpuFaulty,
     NodeSuspected,
+    RequestsHeld,
     WorkerDied,
     WorkerKilled,
     WorkerPlaced,
@@ -42,7 +44,12 @@ CROWDED_AFTER_S = 15.0
 CROWDED_S = 60.0
 """A worker that was to avoid nodes and is not placed by then is asked for anywhere; so are others for a while."""
 _TOO_MANY = "more workers than the job wants"
-_TOO_SLOW = "another took its place, as it was too slow"
+
+
+def _why_it_leaves(view: ProcessView) -> str:
+    if view.draining:
+        return "its node drains"
+    return f"another took its place, as {'its device is faulty' if view.faulty else 'it was too slow'}"
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Roster(Generic[V]):
     asked for, also those that are gone. How many are on their way, and who is to leave, is kept beside them, for
     questions that come with every message.
 
-    More than 300 lines: those that come and those that go are counted in the same numbers.
+    More than 15 attributes, in more than 300 lines: those that come and those that go are counted in the same numbers.
     """
 
     def __init__(self, config: PoolConfig, past: PastWorkers, new: Callable[[WorkerId, float], V]) -> None:
@@ -77,12 +84,14 @@ class Roster(Generic[V]):
         self._incarnations = dict(past.incarnations)
         self._draining = dict(past.draining)
         self._given_up = set(past.gone)
-        self._evicting = dict(past.evicting)
+        self._evicting = dict.fromkeys(past.faulty, "") | past.evicting
+        self._faulty = set(past.faulty)
         self._preference = _Preference(set(past.suspects))
         self._config = config
         self._start_failures = 0
         self._next_request_at = 0.0
         self._demand = Demand(config.scaling)
+        self._are_held = False
 
     def living(self, worker: WorkerId) -> V | None:
         """A worker that counts; None when it is gone, or was never one of this run's."""
@@ -137,14 +146,14 @@ class Roster(Generic[V]):
             for view in self.idle():
                 is_leaving = self._config.unit_of(view.worker) not in staying
                 if is_leaving and view.worker not in members and view.alive and may_leave(view):
-                    actions += self.release(view, _TOO_SLOW if view.evicting else "its node drains")
+                    actions += self.release(view, _why_it_leaves(view))
         return actions
 
     def _ask_again(self, now: float) -> list[ProcessAction]:
         """Takes back requests that nothing would come of: those that no longer are for one that is too slow, which were
         not to be placed just anywhere; and those that were to avoid nodes, if other nodes have no room after all."""
         waiting = self._requested()
-        slow = sum([view.evicting for view in self._alive.values()])
+        slow = sum([view.evicting and not view.faulty for view in self._alive.values()])
         replacing = sorted((view for view in waiting if view.must_avoid), key=lambda view: view.worker)
         hopeless = [v for v in waiting if v.avoids and not v.must_avoid and now - v.requested_at > CROWDED_AFTER_S]
         if hopeless:
@@ -179,7 +188,7 @@ class Roster(Generic[V]):
 
     def _num_replacing(self, wanted: int, units: dict[int, list[V]], staying: dict[int, list[V]], missing: int) -> int:
         """How many of the missing workers are to take the place of one that is too slow and works on meanwhile."""
-        slow = sum(any(view.evicting for view in views) for views in units.values())
+        slow = sum(any(view.evicting and not view.faulty for view in views) for views in units.values())
         waiting = sum(any(v.must_avoid and v.state is WorkerState.REQUESTED for v in vs) for vs in staying.values())
         others = (len(staying) - waiting + slow) * self._config.unit
         return max(0, missing - max(0, wanted - others))
@@ -256,7 +265,7 @@ class Roster(Generic[V]):
     def add(self, view: V) -> None:
         self.workers[view.worker] = self._alive[view.worker] = view
         view.draining_until = self._draining.get(view.worker)
-        view.evicting = view.worker in self._evicting
+        view.evicting, view.faulty = view.worker in self._evicting, view.worker in self._faulty
         self._note_leaving(view)
         if view.state in self._coming:
             self._coming[view.state] += 1
@@ -340,11 +349,31 @@ class Roster(Generic[V]):
             self._evicting[worker] = view.node
             self._note_leaving(view)
 
+    def retire(self, view: V, detail: str) -> list[GpuFaulty]:
+        """Its device ought not to be used any more: another is to take its place, if there is a device for one. Nodes
+        with such devices are to be avoided if others have room; its own it has itself."""
+        view.evicting = view.faulty = True
+        self._faulty.add(view.worker)
+        self._evicting.setdefault(view.worker, "")
+        self._note_leaving(view)
+        return [GpuFaulty(*view.worker, node=view.node, action="retire", detail=detail)]
+
+    def retire_unit(self, lost: V) -> list[GpuFaulty]:
+        """A worker is lost with its device. Others of its unit keep a place for who comes after it, with that device in
+        it: they are to leave it."""
+        unit = self._config.unit_of(lost.worker)
+        mates = [
+            view for view in self._alive.values() if self._config.unit_of(view.worker) == unit and view is not lost
+        ]
+        return [
+            told for mate in mates for told in self.retire(mate, f"worker {lost.worker.slot} has lost its device there")
+        ]
+
     def keep_on(self, worker: WorkerId) -> None:
         """It is no longer too slow."""
-        self._evicting.pop(worker, None)
         view = self.living(worker)
-        if view is not None:
+        if view is not None and not view.faulty:
+            self._evicting.pop(worker, None)
             view.evicting = False
             self._note_leaving(view)
 
@@ -368,6 +397,19 @@ class Roster(Generic[V]):
         self._leaving.discard(view.worker)
 
     # ------------------------------------------------------------------------------------ time
+
+    def hold_requests(self, gap_s: float) -> list[RequestsHeld]:
+        """For this long the cluster did not answer requests, which is no shortage of room. Told when it begins."""
+        waiting = self._requested()
+        for view in waiting:
+            view.requested_at += gap_s
+        self._demand.skip_gap(gap_s)
+        was_held, self._are_held = self._are_held, bool(waiting)
+        return [RequestsHeld(workers=sorted(view.worker.slot for view in waiting))] if waiting and not was_held else []
+
+    def hold_no_more(self) -> None:
+        """It answers."""
+        self._are_held = False
 
     def skip_gap(self, gap_s: float, now: float) -> None:
         """Nobody could be heard for this long."""

@@ -50,6 +50,8 @@ class ProcessView:
     draining_until: float | None = None
     evicting: bool = False
     """It is too slow, and goes when another can take its place."""
+    faulty: bool = False
+    """Its device ought not to be used any more: the same, however fast it is."""
     avoids: bool = False
     must_avoid: bool = False
     """It was asked for on other nodes than some: if there is room, or in any case."""
@@ -78,7 +80,7 @@ class PastWorkers:
 
     `incarnations` are the last of each slot ever asked for, so that no name is used twice; `gone` are those that were
     heard to have gone; `draining` had to leave by these times, `evicting` were found too slow on these nodes.
-    `suspects` are nodes of which a device failed.
+    `suspects` are nodes of which a device failed, `faulty` those that compute on a device that ought not to be used.
     """
 
     incarnations: dict[int, int]
@@ -86,3 +88,4 @@ class PastWorkers:
     draining: dict[WorkerId, float]
     evicting: dict[WorkerId, str]
     suspects: set[str] = field(default_factory=set)
+    faulty: set[WorkerId] = field(default_factory=set)

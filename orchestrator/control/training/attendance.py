@@ -15,9 +15,6 @@ from orchestrator.control.training.run import Run
 from orchestrator.training.messages import GpuTrouble, Ready
 from strategies.layout.statemap import whole
 
-GPU_WAITS_S = 3600.0
-"""When who computes on a GPU that ought to be reset has to leave it at the latest: it does as soon as another can take
-its place."""
 _ON_ITS_WAY = (WorkerState.REQUESTED, WorkerState.STARTING)
 
 
@@ -39,7 +36,7 @@ class Attendance:
                 self._life.start_failed(refusal, now)
                 return
             self._run.out += self._run.roster.ready(
-                view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=_facts(event)
+                view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=facts_of(event)
             )
             view.ready, view.initial = event, event.initial
             view.held = view.whole = whole(event.elements, self._run.config.tensor)
@@ -81,16 +78,26 @@ class Attendance:
         self._life.adjust(now)
 
     def gpu_trouble(self, event: GpuTrouble, now: float) -> None:
+        """It is told again with every heartbeat."""
         view = self._run.roster.living(event.worker)
         if view is None:
             return
-        self._run.out.append(GpuFaulty(*event.worker, node=view.node, action=event.action, detail=event.detail))
+        roster, told = (
+            self._run.roster,
+            GpuFaulty(*event.worker, node=view.node, action=event.action, detail=event.detail),
+        )
         if event.action == "none":
+            self._run.out.append(told)
             return
-        self._run.out += self._run.roster.suspect(view.node, event.detail)
-        if event.action == "drain":
-            self.notice(DrainNotice((event.worker,), f"its GPU: {event.detail}", now + GPU_WAITS_S), now)
+        if view.gpu_trouble == event:
             return
+        view.gpu_trouble = event
+        if event.action == "retire":
+            self._run.out += [*roster.retire(view, event.detail), *roster.suspect(view.node, event.detail)]
+            self._life.staffing.fill(now)
+            self._life.adjust(now)
+            return
+        self._run.out += [told, *roster.suspect(view.node, event.detail), *roster.retire_unit(view)]
         was_starting = view.state in _ON_ITS_WAY
         failure = failures.gpu_faulty(view, event.detail)
         self._life.handle_failure(failure, now)
@@ -101,7 +108,7 @@ class Attendance:
         self._life.conclude(now)
 
 
-def _facts(event: Ready) -> dict[str, Any]:
+def facts_of(event: Ready) -> dict[str, Any]:
     """What a worker says of its model and device, for the record."""
     facts: dict[str, Any] = {}
     if event.flops_per_token and event.peak_flops:

@@ -93,9 +93,10 @@ class Controller:
         self._staffing = self._life.staffing
         self._members = Members(self._run, self._life)
         self._attendance = Attendance(self._run, self._life)
-        self._taking_over = TakingOver(self._run, self._life, self._members)
+        self._taking_over = TakingOver(self._run, self._life, self._members, history.warm)
         self._last_members = set(history.members)
         self._now: float | None = None
+        self._ticked_at = 0.0
 
     # ------------------------------------------------------------------------------------ what others may look at
 
@@ -195,7 +196,7 @@ class Controller:
             case TakeOver():
                 self._taking_over.take(event, self._last_members, now)
             case Tick():
-                self._tick(event.lateness_s, now)
+                self._tick(event, now)
             case Placed():
                 self._out += self._roster.placed(event, now)
             case NodesStarting():
@@ -206,6 +207,8 @@ class Controller:
                 self._attendance.ready(event, now)
             case Heartbeat():
                 self._members.heartbeat(event, now)
+                if event.trouble is not None:
+                    self._attendance.gpu_trouble(event.trouble, now)
             case Joined():
                 self._members.joined(event, now)
             case Left():
@@ -257,8 +260,13 @@ class Controller:
         self._roster.skip_gap(gap_s, now)
         self._life.skip_gap(gap_s, now)
 
-    def _tick(self, lateness_s: float, now: float) -> None:
-        run, roster, config = self._run, self._roster, self.config
+    def _tick(self, event: Tick, now: float) -> None:
+        run, roster, config, lateness_s = self._run, self._roster, self.config, event.lateness_s
+        if event.asks_in_vain:
+            self._out += roster.hold_requests(now - self._ticked_at if self._ticked_at else 0.0)
+        else:
+            roster.hold_no_more()
+        self._ticked_at = now
         self._handle_failures(detection.find_hung(roster.alive(), config, now, lateness_s), now)
         self._handle_failures(failures.find_stalled(run.membership, config, self.progress, now, lateness_s), now)
         for view in detection.find_slow_starters(roster.alive(), config, now):

@@ -13,6 +13,7 @@ from monitoring.events import (
     EvictionWithdrawn,
     FaultInjected,
     GenerationFormed,
+    GpuFaulty,
     IncidentOpened,
     NodeSuspected,
     Recovered,
@@ -37,7 +38,8 @@ class History:
     `generation` is the last number used (-1: none), `incarnations` the last of each slot ever asked for, so that no
     name is used twice. `incidents` are those without a recovery, `members` those of the last generation that were not
     heard to have gone, `warm` all that were ready and not heard to have gone, `gone` all that were; `evicting` were
-    found too slow, on these nodes; `suspects` are nodes of which a device failed.
+    found too slow, on these nodes; `suspects` are nodes of which a device failed, `faulty` compute
+    on devices that ought not to be used.
     """
 
     committed: int = 0
@@ -51,6 +53,7 @@ class History:
     draining: dict[WorkerId, float] = field(default_factory=dict)
     evicting: dict[WorkerId, str] = field(default_factory=dict)
     suspects: set[str] = field(default_factory=set)
+    faulty: set[WorkerId] = field(default_factory=set)
     target: int | None = None
     stop: str | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -62,7 +65,7 @@ class History:
     @property
     def workers(self) -> PastWorkers:
         """What there is on record of workers."""
-        return PastWorkers(self.incarnations, self.gone, self.draining, self.evicting, self.suspects)
+        return PastWorkers(self.incarnations, self.gone, self.draining, self.evicting, self.suspects, self.faulty)
 
     @classmethod
     def read(cls, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> History:
@@ -114,6 +117,8 @@ class History:
                 self.evicting[WorkerId(event["worker"], event["incarnation"])] = event["node"]
             case EvictionWithdrawn.kind:
                 self.evicting.pop(WorkerId(event["worker"], event["incarnation"]), None)
+            case GpuFaulty.kind if event["action"] == "retire":
+                self.faulty.add(WorkerId(event["worker"], event["incarnation"]))
             case NodeSuspected.kind:
                 self.suspects.add(event["node"])
             case ResizeRequested.kind:

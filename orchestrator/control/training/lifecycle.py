@@ -69,7 +69,7 @@ class Lifecycle:
         if membership.generation is not None and not membership.generation.collect:
             run.layouts.trains(membership.generation)
             run.balance.begin(membership.generation, assignment)
-            run.balance.evicting |= {view.worker for view in run.roster.alive() if view.evicting}
+            run.balance.evicting |= {v.worker for v in run.roster.alive() if v.evicting and not v.faulty}
         if not intact:
             # Everyone is told to leave by the caller; the time to obey runs from here.
             run.state, membership.interrupted_at = RunState.SETTLING, now

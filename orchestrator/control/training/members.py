@@ -60,6 +60,7 @@ class Members:
                 self._life.handle_failure(failures.raised(view, event, spared=alone), now)
             case "device":
                 run.out += run.roster.suspect(view.node, event.detail)
+                run.out += run.roster.retire_unit(view)
                 self._life.handle_failure(failures.device_failed(view, event), now)
             case "memory":
                 self._life.handle_failure(failures.out_of_memory(view, event, run.config), now)

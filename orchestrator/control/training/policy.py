@@ -100,7 +100,8 @@ def wanted_change(
         return "shrink", f"{len(staying) + len(slow)} workers, {target} wanted"
     joining = layouts.ranks(min(target, len(staying) + len(fresh)), [*staying, *fresh]) - len(staying)
     if fresh and joining > 0 and slow:
-        return "evict", f"worker {_slots(fresh[:joining])} takes the place of worker {_slots(slow)}, which is too slow"
+        why = "whose device is faulty" if any(view.faulty for view in slow) else "which is too slow"
+        return "evict", f"worker {_slots(fresh[:joining])} takes the place of worker {_slots(slow)}, {why}"
     if fresh and joining > 0:
         return "grow", f"worker {_slots(fresh[:joining])} joins"
     return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from monitoring.events import WorkerKilled, WorkerReady
 from orchestrator.control.core.detection import Failure
-from orchestrator.control.core.protocol import Placed
+from orchestrator.control.core.protocol import KillWorker, Placed
 from orchestrator.control.core.roster import Roster
 from orchestrator.control.core.workers import WorkerId, WorkerState
+from orchestrator.control.training.attendance import facts_of
 from orchestrator.control.training.lifecycle import Lifecycle
 from orchestrator.control.training.members import Members
 from orchestrator.control.training.membership import Membership, initial_of
@@ -107,19 +109,20 @@ def lost_with_the_controller(view: WorkerView) -> Failure[WorkerView]:
 
 
 class TakingOver:
-    """Goes on with a run that an earlier controller began."""
+    """Goes on with a run that an earlier controller began; `warm` are the workers that were ready by its record."""
 
-    def __init__(self, run: Run, life: Lifecycle, members: Members) -> None:
+    def __init__(self, run: Run, life: Lifecycle, members: Members, warm: Collection[WorkerId]) -> None:
         self._run = run
         self._life = life
         self._members = members
+        self._warm = warm
 
     def take(self, event: TakeOver, last_members: Collection[WorkerId], now: float) -> None:
         """The workers' own accounts say which generation is the current one; `last_members` are those on record."""
         run, record = self._run, self._run.record
         run.waiting_since = now
         for status in event.workers:
-            self._run.out += self._run.roster.adopt(view_of(status, self._run.config.tensor, now))
+            self._adopt(status, now)
         for placed in event.starting:
             self._run.out += self._run.roster.adopt(starting(placed, now))
         statuses = {s.ready.worker: s for s in event.workers if s.ready.worker in self._run.roster.workers}
@@ -153,6 +156,20 @@ class TakingOver:
         else:
             self._life.conclude(now)
             self._life.staffing.fill(now)
+
+    def _adopt(self, status: Status, now: float) -> None:
+        """A worker that has become warm since the last controller's record ended is looked at here as it would have
+        been there."""
+        run, ready = self._run, status.ready
+        is_known = ready.worker in self._warm or run.roster.was_given_up(ready.worker)
+        refusal = None if is_known else run.alike.refusal(ready)
+        if refusal is not None:
+            run.out += [KillWorker(ready.worker, refusal), WorkerKilled(*ready.worker, reason=refusal)]
+            run.out += run.roster.suspect(ready.node, refusal)
+            return
+        if not is_known:
+            run.out.append(WorkerReady(*ready.worker, node=ready.node, pid=ready.pid, **facts_of(ready)))
+        run.out += run.roster.adopt(view_of(status, run.config.tensor, now))
 
     def _retake(self, current: Generation, statuses: Mapping[WorkerId, Status], now: float) -> bool:
         """Goes on with the newest generation, or with what is left of it; whether it is intact."""

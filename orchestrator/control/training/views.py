@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from orchestrator.control.core.config import PoolConfig, ScalingRules
 from orchestrator.control.core.workers import ProcessView
 from orchestrator.models.costs import ModelCosts
-from orchestrator.training.messages import GpuReading, Left, Ready, StepReport
+from orchestrator.training.messages import GpuReading, GpuTrouble, Left, Ready, StepReport
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Spans
 
@@ -147,6 +147,8 @@ class WorkerView(ProcessView):
     `held` is what it is known to hold of the state after `committed` steps; `whole` is all there is of a state. Nothing
     is known of members of a generation that shards its state until they are out of it. `initial` names the state that
     it holds at step 0.
+
+    More than 15 attributes: each is one thing that a worker told.
     """
 
     ready: Ready | None = None
@@ -164,6 +166,7 @@ class WorkerView(ProcessView):
     phase: str = ""
     fault_committed: int | None = None
     gpu: GpuReading | None = None
+    gpu_trouble: GpuTrouble | None = None
 
     @property
     def has_state(self) -> bool:

@@ -67,6 +67,8 @@ POLL_S = 1.0
 """How often the cluster and the control directory are looked at."""
 STORAGE_PATIENCE_S = 60.0
 """How long a controller that starts waits for a run directory that cannot be read or written."""
+LAST_PATIENCE_S = 600.0
+"""How long a finished controller tries to give back its places while the GCS is away: nobody else would."""
 LINGER_S = 20.0
 """How long a finished controller waits for its driver to fetch the result before it goes."""
 
@@ -242,7 +244,7 @@ class ControllerActor:
                     executor.end("failed", reason, None)
                 if now - last_tick >= TICK_S:
                     last_tick = now
-                    self._dispatch(Tick(self._lateness.recent_s()), now)
+                    self._dispatch(Tick(self._lateness.recent_s(), self._processes.asks_in_vain), now)
         except BaseException as error:
             log.exception("the controller failed")
             print(redact(traceback.format_exc()), file=sys.stderr)
@@ -332,7 +334,7 @@ class ControllerActor:
     def _go(self) -> None:
         self._processes.ask_no_more()
         # Whatever has been placed meanwhile, or was lost sight of with an earlier controller.
-        end_workers(self._directory.run_id)
+        end_workers(self._directory.run_id, patience_s=LAST_PATIENCE_S)
         self._watcher.close()
         self._farewell.wait(timeout=LINGER_S)
         self._executor.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
@@ -17,6 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.ray.resource_request import Need, has_room
 from orchestrator.runtime.ray.worker_actor import WorkerActor
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "orchestrator"
 """All actors of all runs live in this Ray namespace."""
@@ -32,9 +36,11 @@ def worker_name(run_id: str, worker: WorkerId) -> str:
 
 class Bundle:
     """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is None until Ray
-    has been asked for it. It is given back when its last worker is gone; until then a lost one is replaced in it."""
+    has been asked for it, by its `name`. It is given back when its last worker is gone; until then a lost one is
+    replaced in it."""
 
-    def __init__(self, group: PlacementGroup | None = None) -> None:
+    def __init__(self, name: str, group: PlacementGroup | None = None) -> None:
+        self.name = name
         self.group = group
         self._workers: set[WorkerId] = set()
         self._is_given_back = False
@@ -84,7 +90,7 @@ class WorkerHandle:
         self.pid: int | None = None
         self.placed = False
         self.is_ended = False
-        self._was_asked_for = False
+        self.was_asked_for = False
 
     @classmethod
     def to_be(cls, run_id: str, worker: WorkerId, places: Iterable[Bundle]) -> WorkerHandle:
@@ -92,7 +98,7 @@ class WorkerHandle:
         none of them is to be had any more."""
         place = next((place for place in places if place.take(worker)), None)
         if place is None:
-            place = Bundle()
+            place = Bundle(worker_name(run_id, worker))
             place.take(worker)
         return cls(run_id, worker, None, place)
 
@@ -114,20 +120,20 @@ class WorkerHandle:
         then may yet come to be, and is found when it is asked for again.
         """
         assert self.place is not None
-        name, is_again = worker_name(self.run_id, self.worker), self._was_asked_for
-        self._was_asked_for = True
+        place, is_again = self.place, self.was_asked_for
+        self.was_asked_for = True
 
         def reserve() -> PlacementGroup:
-            if is_again and (earlier := _group_named(name)) is not None:
+            if is_again and (earlier := _group_named(place.name)) is not None:
                 return earlier
             may_be_there = avoid and not must_avoid and not has_room(need, avoid)
-            return _reserve(name, need, {*lost} if may_be_there else {*avoid, *lost})
+            return _reserve(place.name, need, {*lost} if may_be_there else {*avoid, *lost})
 
-        resources, group = spec["resources"], self.place.reserve(reserve)
+        resources, group = spec["resources"], place.reserve(reserve)
         self.actor = (
             ray.remote(WorkerActor)
             .options(
-                name=name,
+                name=worker_name(self.run_id, self.worker),
                 namespace=NAMESPACE,
                 lifetime="detached",
                 num_cpus=resources["cpu"],
@@ -140,6 +146,16 @@ class WorkerHandle:
             )
             .remote(self.worker, spec, controller)
         )
+
+    def take_back(self) -> None:
+        """Ends what came of a request that Ray did not answer, of a worker that is not wanted any more. Raises like
+        `ask`."""
+        with suppress(ValueError):  # There is none by that name.
+            ray.kill(ray.get_actor(worker_name(self.run_id, self.worker), namespace=NAMESPACE), no_restart=True)
+        if self.place is not None and self.place.group is None:
+            group = _group_named(self.place.name)
+            if group is not None:
+                remove_placement_group(group)
 
     def where(self) -> str | None:
         """The node this worker's placement group got, or None while it waits for room."""
@@ -217,7 +233,7 @@ def find_workers(run_id: str, tensor: int) -> list[WorkerHandle]:
     places: dict[int, tuple[Bundle, str | None]] = {}
     # Of several of a unit (one was being given back) the last counts.
     for first, group, node in sorted(_groups(run_id), key=lambda found: found[0].incarnation):
-        places[first.slot // tensor] = Bundle(group), node
+        places[first.slot // tensor] = Bundle(worker_name(run_id, first), group), node
     handles = []
     for worker, actor in _actors(run_id).items():
         place, node = places.get(worker.slot // tensor, (None, None))
@@ -294,10 +310,19 @@ def release_places(run_id: str, taken: Iterable[Bundle]) -> None:
                 remove_placement_group(group)
 
 
-def end_workers(run_id: str) -> None:
-    """Ends whatever workers of a run are left, and gives back their places, also those that no worker came to fill."""
-    with suppress(Exception):
-        for actor in _actors(run_id).values():
-            with suppress(Exception):
-                ray.kill(actor, no_restart=True)
-        release_places(run_id, ())
+def end_workers(run_id: str, patience_s: float = 0.0) -> None:
+    """Ends whatever workers of a run are left, and gives back their places, also those that no worker came to fill.
+    Ray is asked again for this long while it does not answer."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            for actor in _actors(run_id).values():
+                with suppress(Exception):
+                    ray.kill(actor, no_restart=True)
+            release_places(run_id, ())
+            return
+        except Exception as error:
+            if time.monotonic() > deadline:
+                log.warning("what is left of this run on the cluster: %s: %s", type(error).__name__, error)
+                return
+            time.sleep(1.0)

@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 AGAIN_S = 1.0
 """How long it waits before it asks once more where the GCS did not answer."""
+SILENT_S = 5.0
+"""A request takes milliseconds."""
 MOST_ASKING_S = 70.0
 """Longer than Ray waits for a GCS that does not answer to one request."""
 
@@ -52,6 +54,7 @@ class WorkerProcesses:
         self._start_errors: dict[WorkerId, str] = {}
         self._lost_nodes: set[str] = set()
         self._requests: queue.SimpleQueue[tuple[WorkerHandle, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._asking_since: float | None = None
         self._asking = threading.Thread(target=self._ask_for_each, name="requests", daemon=True)
         self._asking.start()
 
@@ -59,7 +62,7 @@ class WorkerProcesses:
 
     def request(self, action: RequestWorker, spec: dict[str, Any], need: Need) -> None:
         """Has Ray asked for one more, made from `spec`, where there is room for what it needs."""
-        handle = WorkerHandle.to_be(self._run_id, action.worker, self._places_of_unit(action.worker))
+        handle = WorkerHandle.to_be(self._run_id, action.worker, self._places_of_unit(action))
         self.handles[handle.worker] = handle
         ask = partial(
             handle.ask, spec, self._controller, need=need, avoid=action.avoid, must_avoid=action.must_avoid,
@@ -70,11 +73,16 @@ class WorkerProcesses:
     def _ask_for_each(self) -> None:
         while (request := self._requests.get()) is not None:
             handle, ask = request
+            self._asking_since = time.monotonic()
             try:
                 self._ask(handle, ask)
             except Exception as error:
                 log.exception("worker %s cannot be asked for", handle.worker)
-                self._tell(Abort(f"worker {handle.worker} cannot be asked for: {type(error).__name__}: {error}"))
+                why = f"worker {handle.worker} cannot be asked for: {type(error).__name__}: {error}"
+                # Of a run that has trained it is not the end: the next request may fare better.
+                self._tell(Abort(why))
+                self._tell(Died(handle.worker, why))
+            self._asking_since = None
 
     def _ask(self, handle: WorkerHandle, ask: Callable[[], None]) -> None:
         """Until it is asked for, or not wanted any more."""
@@ -85,23 +93,33 @@ class WorkerProcesses:
 
         _patiently(ask_if_wanted)
         if handle.actor is None:
+            if handle.was_asked_for:
+                _patiently(handle.take_back)
             self._tell(Died(handle.worker, "not wanted any more"))
             return
         self._watch(handle)
         if handle.is_ended:
             handle.kill()
 
+    @property
+    def asks_in_vain(self) -> bool:
+        """Whether Ray has not answered a request for some time."""
+        since = self._asking_since
+        return since is not None and time.monotonic() - since > SILENT_S
+
     def ask_no_more(self) -> None:
         """When all that were asked for are to be ended: waits for the request that is under way."""
         self._requests.put(None)
         self._asking.join(MOST_ASKING_S)
 
-    def _places_of_unit(self, worker: WorkerId) -> list[Bundle]:
+    def _places_of_unit(self, action: RequestWorker) -> list[Bundle]:
         """Where the others of a worker's unit are, the newest first; also those that are gone and not yet dealt with,
-        but for lost nodes."""
-        unit = [h for h in list(self.handles.values()) if h.worker.slot // self._unit == worker.slot // self._unit]
+        but for lost nodes, and for those to avoid, unless others of the unit are there."""
+        number = action.worker.slot // self._unit
+        unit = [handle for handle in list(self.handles.values()) if handle.worker.slot // self._unit == number]
         unit.sort(key=lambda handle: -handle.worker.incarnation)
-        return [h.place for h in unit if h.place is not None and h.node not in self._lost_nodes]
+        shunned = self._lost_nodes | (set(action.avoid) if self._unit == 1 else set())
+        return [handle.place for handle in unit if handle.place is not None and handle.node not in shunned]
 
     def learn_nodes(self) -> None:
         """Where the nodes of all workers are, while there is a GCS to ask."""
