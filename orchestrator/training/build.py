@@ -18,7 +18,7 @@ from orchestrator.models.costs import ModelCosts, describe_model, training_flops
 from orchestrator.models.loading import build_model
 from orchestrator.models.problems import reason_of
 from orchestrator.training.peak import lacks_bf16
-from strategies.comm.group_errors import Misconfigured
+from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
 from strategies.comm.interfaces import interface_of
 from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
@@ -94,14 +94,24 @@ def wait_for_memory(
     have there may be no business of ours. `measure` gives free and all bytes."""
     if device.type != "cuda" or job.resources.gpu != 1:
         return
-    free, total = measure()
+    free, total = _measured(measure)
     deadline = time.monotonic() + GIVEN_BACK_S
     while total - free > ALWAYS_TAKEN:
         if time.monotonic() > deadline:
             log.warning("other processes have %.1f of the %.1f GB of this GPU", (total - free) / 1e9, total / 1e9)
             return
         time.sleep(0.25)
-        free, total = measure()
+        free, total = _measured(measure)
+
+
+def _measured(measure: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+    """Of a GPU with too little memory for this process to ask it anything, all is taken."""
+    try:
+        return measure()
+    except RuntimeError as error:
+        if kind_of(error) is not OutOfMemory:
+            raise
+        return 0, 2 * ALWAYS_TAKEN
 
 
 def prepare_groups(job: Job, device: torch.device, host: str) -> None:

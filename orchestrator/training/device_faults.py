@@ -3,6 +3,8 @@ and there the errors are raised that torch would raise."""
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from strategies.comm.fabric import Fabric
@@ -33,3 +35,7 @@ def hang_in_collective(fabric: Fabric) -> None:
         raise RuntimeError("injected: there is nobody to wait for")
     peer = (world.rank + 1) % world.world_size
     world.finish(world.receive(torch.empty(1, device=world.device), peer, _TAG), "injected")
+    # NCCL knows no tags, and takes whatever comes from there.
+    while True:
+        fabric.check()
+        time.sleep(0.01)

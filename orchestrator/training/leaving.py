@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+from contextlib import suppress
 
 import torch
 
@@ -10,13 +12,27 @@ from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
 from orchestrator.training.messages import Generation, LeftCause
 from orchestrator.training.restoring import StorageFailed
-from strategies.comm.group_errors import DeviceFailed, Misconfigured, OutOfMemory, PeerLost, first_line, kind_of
+from strategies.comm.group_errors import (
+    DeviceFailed,
+    Misconfigured,
+    OutOfMemory,
+    PeerLost,
+    first_line,
+    is_of_nccl,
+    kind_of,
+)
 from strategies.trial.trial import ModelChanged
 
+WORKS_S = 10.0
+"""How long a device may take to show that it still works."""
 
-def cause_of(error: Exception, generation: Generation, catalog: Catalog) -> tuple[LeftCause, str]:
+
+def cause_of(
+    error: Exception, generation: Generation, catalog: Catalog, device: torch.device
+) -> tuple[LeftCause, str]:  # fmt: skip
     """The cause, and what is told of it. Errors of `strategies.comm.group_errors` are found under others, too, and
-    those of a device in whatever torch raised."""
+    those of a device in whatever torch raised: if they stay, which is tried out. Groups are aborted by then, so that
+    nothing of theirs holds the device up."""
     match error:
         case PeerLost():
             return "peer", str(error)
@@ -32,6 +48,9 @@ def cause_of(error: Exception, generation: Generation, catalog: Catalog) -> tupl
         case ModelChanged():
             return "job", str(error)
     kind = kind_of(error) if isinstance(error, RuntimeError) else None
+    if kind is DeviceFailed and still_works(device):
+        # A kernel that this device cannot run, or what NCCL makes of a peer that went.
+        return ("peer" if is_of_nccl(error) else "exception"), first_line(error)
     if kind is DeviceFailed:
         return "device", first_line(error)
     if kind is OutOfMemory:
@@ -39,6 +58,23 @@ def cause_of(error: Exception, generation: Generation, catalog: Catalog) -> tupl
     if kind is Misconfigured:
         return "job", first_line(error)
     return "exception", f"{type(error).__name__}: {error}"
+
+
+def still_works(device: torch.device) -> bool:
+    """Whether a GPU computes after an error. (A CPU does not fail by itself: there it is one that was injected.)"""
+    if device.type != "cuda":
+        return False
+    found: list[float] = []
+
+    def compute() -> None:
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+            found.append(torch.ones(1, device=device).sum().item())
+
+    trying = threading.Thread(target=compute, name="device", daemon=True)
+    trying.start()
+    trying.join(WORKS_S)
+    return found == [1.0]
 
 
 def release_memory(device: torch.device) -> None:

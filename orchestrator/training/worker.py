@@ -136,9 +136,9 @@ class Worker:
             heartbeat=self._heartbeat, is_spoken_for=self._is_spoken_for, heed=self._heed, on_orphaned=on_orphaned,
         )  # fmt: skip
         device = build.choose_device(job)
+        build.wait_for_memory(job, device)
         build.make_deterministic(job, device)
         build.prepare_groups(job, device, host)
-        build.wait_for_memory(job, device)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self._gpu_trouble: GpuTrouble | None = None
         self.gpu = GpuWatch(gpu_of(device), self._tell_of_gpu)
@@ -256,7 +256,7 @@ class Worker:
             return
         fabric = Fabric(
             rank=rank, layout=generation.layout, device=self.state.device, transport=self.job.strategy.transport,
-            nodes=[member.node for member in generation.members],
+            nodes=[] if self.engine.spec.native_reduction else [member.node for member in generation.members],
         )  # fmt: skip
         with self._lock:
             self.protocol.enters(generation)
@@ -274,8 +274,10 @@ class Worker:
         try:
             cause = self._take_part(generation, rank, fabric)
         except Exception as error:
-            cause, detail = cause_of(error, generation, self._catalog)
-            if cause == "exception" and fabric.is_aborted:
+            was_aborted = fabric.is_aborted
+            fabric.abort()
+            cause, detail = cause_of(error, generation, self._catalog, self.state.device)
+            if cause == "exception" and was_aborted:
                 cause = "peer"  # What was aborted left rubbish to compute with.
             self._survive(error, cause, generation)
         fabric.drop()
@@ -301,13 +303,12 @@ class Worker:
         """Sees to it that what is here, and in storage, is fit for what comes next."""
         if isinstance(error, CheckpointError) and not isinstance(error, UnusableCheckpoint):
             self._saver.set_aside(generation.committed, str(error))
-        if cause not in ("exception", "device", "memory"):
-            return
-        log.exception("worker %s failed in generation %d", self.worker, generation.number)
         if cause == "device":
             self._keeper.lose()
         elif self.engine.applying:
-            self._keeper.invalidate()
+            self._keeper.invalidate()  # Whatever it was that ended the update half-way.
+        if cause in ("exception", "device", "memory"):
+            log.exception("worker %s failed in generation %d", self.worker, generation.number)
 
     def _take_part(self, generation: Generation, rank: int, fabric: Fabric) -> LeftCause:
         self._keeper.roll_forward(generation, rank)

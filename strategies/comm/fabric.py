@@ -22,7 +22,7 @@ from strategies import compat
 from strategies.comm import transports
 from strategies.comm.faces import Face
 from strategies.comm.gloo import Gloo
-from strategies.comm.group_errors import raise_of_group
+from strategies.comm.group_errors import PeerLost, raise_of_group
 from strategies.comm.groups import Groups
 from strategies.comm.ordered_sum import OrderedGroup
 from strategies.comm.rendezvous import StoreClient
@@ -91,7 +91,7 @@ class Fabric:
         self.hierarchy: Hierarchy | None = None
         self.layout = layout
         self.device = device
-        between_hosts = Gloo()
+        between_hosts = self._between_hosts = Gloo()
         self.control = Groups(rank=rank, world_size=layout.world_size, device=HOST, transport=between_hosts)
         between_devices = transports.choose(device, transport, between_hosts)
         self._transport: Callable[[], Transport] = between_devices or Gloo
@@ -226,6 +226,13 @@ class Fabric:
     def check(self) -> None:
         """Raises PeerLost when the groups were aborted or left; counts as a move."""
         self.control.check()
+
+    def look(self) -> None:
+        """Like `check`; where the host is ahead of its device, it also raises PeerLost when the process of another rank
+        is gone: what waits for that on the device does not say so."""
+        self.check()
+        if self.world is not self.control and self._between_hosts.has_lost_a_peer():
+            raise PeerLost("the process of a peer is gone")
 
     def abort(self) -> None:
         """Makes every collective of this rank in flight, and every later one, raise. From any thread."""

@@ -89,12 +89,27 @@ def first_line(error: BaseException) -> str:
     return f"{lines[0][:300]}{knows[:300]}"
 
 
-def raise_of_group(error: RuntimeError, what: str = "") -> NoReturn:
+def is_of_nccl(error: BaseException) -> bool:
+    """Whether NCCL said it: a peer's death, or an abort, may be behind whatever that is, also a call of CUDA's that
+    failed."""
+    return any("nccl" in str(each).lower() for each in chain(error))
+
+
+def _while_aborted(error: BaseException, kind: type[RuntimeError] | None) -> type[RuntimeError] | None:
+    """What an error comes down to that was raised while groups were aborted: they are the cause of all but what a
+    device, or its memory, says by itself."""
+    own = kind in (DeviceFailed, OutOfMemory) and not is_of_nccl(error)
+    return kind if own else PeerLost
+
+
+def raise_of_group(error: RuntimeError, what: str = "", *, is_aborted: bool = False) -> NoReturn:
     """Raises the error of ours for one out of a group's collective, with `what` failed in front: what is not known to
-    be anything else is a peer's."""
+    be anything else is a peer's. An abort has NCCL call anything an invalid argument."""
     if isinstance(error, OURS):
         raise error
     kind = kind_of(error) or PeerLost
+    if is_aborted:
+        kind = _while_aborted(error, kind) or PeerLost
     raise kind(f"{what}: {first_line(error)}" if what else first_line(error)) from error
 
 
@@ -102,7 +117,9 @@ def raise_of_step(error: RuntimeError, *, is_aborted: bool) -> NoReturn:
     """Raises the error of ours for one out of a step, where torch's own collectives, inside a model that is split, may
     have failed; and `error` itself where it has nothing to do with them. What is raised while groups are aborted, they
     are the cause of."""
-    kind = kind_of(error) or (PeerLost if is_aborted else None)
+    kind = kind_of(error)
+    if is_aborted:
+        kind = _while_aborted(error, kind)
     if kind is None or isinstance(error, kind):
         raise error
     raise kind(first_line(error)) from error

@@ -43,7 +43,8 @@ class Groups:
 
     `abort` may be called from any thread at any time, also while `form` runs; it makes collectives in flight raise.
     `drop` leaves the group and must be called once the rank is out of its collectives, which in turn frees every
-    neighbour that still waits for this rank. `waited_s` is how long this rank has been in exchanges with all others.
+    neighbour that still waits for this rank. `waited_s` is how long this rank has waited in exchanges with all others,
+    but for those that a device waits for by itself.
 
     What fails raises PeerLost when a peer is gone or the group was aborted, and the other errors of
     `strategies.comm.group_errors` when it is this rank's device, its memory, or what was asked for.
@@ -58,8 +59,8 @@ class Groups:
         self._store: StoreClient | None = None
         self._lock = threading.Lock()
         self._aborted = False
-        self._queued: list[tuple[Any, Any, Any]] = []
-        """Works that were not waited for, and marks before and after them."""
+        self._queued: Any = None
+        """The last work that was not waited for."""
         self.moves = 0
         self.waited_s = 0.0
 
@@ -78,7 +79,7 @@ class Groups:
             store.connect()
             self.form_on(store, host, timeout_s)
         except RuntimeError as error:
-            raise_of_group(error, f"could not form the process group {prefix}")
+            raise_of_group(error, f"could not form the process group {prefix}", is_aborted=self._aborted)
 
     def form_on(self, store: Any, host: str, timeout_s: float) -> Any:
         """Like `form`, over a store that is connected; returns torch's process group. Raises RuntimeError."""
@@ -121,7 +122,7 @@ class Groups:
         try:
             return self.transport.all_gather(group, output, input, self.world_size)
         except RuntimeError as error:
-            raise_of_group(error)
+            raise_of_group(error, is_aborted=self._aborted)
 
     def _exchange(self, launch: Callable[[], Any], at_once: bool) -> None:
         if at_once or not self.transport.can_order:
@@ -131,20 +132,19 @@ class Groups:
             finally:
                 self.waited_s += time.perf_counter() - started
             return
-        before, work = self.transport.mark(), launch()
+        work = launch()
         try:
             self.transport.order(work)
         except RuntimeError as error:
-            raise_of_group(error)
-        self._queued.append((work, before, self.transport.mark()))
+            raise_of_group(error, is_aborted=self._aborted)
+        # They come one after the other; and each keeps what it brought.
+        self._queued = work
 
     def settle(self) -> None:
         """Until exchanges that were not waited for at once are over. Raises like them."""
-        if queued := self._queued:
-            self._queued = []
-            # They come one after the other.
-            self.finish(queued[-1][0])
-            self.waited_s += sum(self.transport.seconds_between(before, after) for _, before, after in queued)
+        work, self._queued = self._queued, None
+        if work is not None:
+            self.finish(work)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """The backend's own sum, in whatever order it likes. Raises PeerLost like `all_to_all`."""
@@ -174,21 +174,21 @@ class Groups:
         try:
             return self.transport.together(group, launches)
         except RuntimeError as error:
-            raise_of_group(error)
+            raise_of_group(error, is_aborted=self._aborted)
 
     def _launch(self, call: str, *arguments: Any) -> Any:
         group = self._begin()
         try:
             return getattr(group, call)(*arguments)
         except RuntimeError as error:
-            raise_of_group(error)
+            raise_of_group(error, is_aborted=self._aborted)
 
     def finish(self, work: Any, what: str = "") -> None:
         """Until `work` is over; `what` it is, for the error. Raises PeerLost like `all_to_all`."""
         try:
             self.transport.wait(work)
         except RuntimeError as error:
-            raise_of_group(error, what)
+            raise_of_group(error, what, is_aborted=self._aborted)
         self.check()
 
     def mark_aborted(self) -> None:

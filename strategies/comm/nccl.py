@@ -18,17 +18,22 @@ issues 119797, 132291 and 153960.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from strategies import compat
-from strategies.comm.group_errors import Misconfigured, PeerLost
+from strategies.comm.group_errors import Misconfigured, PeerLost, first_line
 from strategies.comm.transport import PATIENCE, Transport
+
+log = logging.getLogger(__name__)
 
 FORM_LIMIT_S = 20
 """How long a communicator may form, or an abort wait for one that does: whole seconds, the same for the whole process.
@@ -81,20 +86,24 @@ class Nccl(Transport):
         self._lock = threading.Lock()
         self._asking = threading.Lock()
         """Held while a work is asked whether it is over, and while the group is aborted."""
-        self._is_aborted = False
+        self._is_aborted = self._is_ending = self._is_left_over = False
 
     def form(self, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
         group = compat.make_nccl(store, rank, world_size, PATIENCE)
         with self._lock:
             self._group = group
+            was_aborted = self._is_aborted
+        if was_aborted:
+            self.abort()
+            raise PeerLost("the process group was aborted")
         failed: list[BaseException] = []
         is_over = threading.Event()
 
         def connect() -> None:
             try:
                 group.eager_connect_single_device(self._device)
-                ready = torch.zeros(1, device=self._device)
-                self.wait(group.allreduce([ready]))
+                for work in self._try_out(group, world_size):
+                    self.wait(work)
             except BaseException as error:
                 failed.append(error)
             finally:
@@ -109,6 +118,14 @@ class Nccl(Transport):
         if failed:
             raise failed[0]
         return group
+
+    def _try_out(self, group: Any, ranks: int) -> Iterator[Any]:
+        """One operation of each kind that is used. NCCL connects ranks for each with the first of it, which has all of
+        them wait for the last: here, and not when one may be busy with something else for longer than the limit."""
+        each, one = torch.zeros(ranks, device=self._device), torch.zeros(1, device=self._device)
+        yield group.allreduce([one])
+        yield group.alltoall_base(torch.empty_like(each), each, [], [])
+        yield group._allgather_base(torch.empty_like(each), one)
 
     def _look(self) -> None:
         if self._is_aborted:
@@ -132,12 +149,19 @@ class Nccl(Transport):
     def wait(self, work: Any) -> None:
         pause, looked = 0.00005, time.monotonic()
         while True:
-            with self._asking:
+            # An abort holds it for as long as that takes, which nobody waits for.
+            while not self._asking.acquire(timeout=LOOK_EVERY_S):
+                self._look()
+            try:
                 if self._is_aborted:
                     raise PeerLost("the process group was aborted")
-                # It also finds what the network says of a peer, and keeps it for `wait`.
+                # It also finds what the network says of a peer; `wait` would abort this group alone for that.
                 if work.is_completed():
+                    if (error := _error_of(work)) is not None:
+                        raise error
                     break
+            finally:
+                self._asking.release()
             if time.monotonic() - looked > LOOK_EVERY_S:
                 self._look()
                 looked = time.monotonic()
@@ -153,29 +177,22 @@ class Nccl(Transport):
         # Without a limit of time it is the present stream that waits, and the host goes on.
         work.wait()
 
-    def mark(self) -> Any:
-        if self._device.type != "cuda":
-            return super().mark()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def seconds_between(self, first: Any, second: Any) -> float:
-        if self._device.type != "cuda":
-            return super().seconds_between(first, second)
-        second.synchronize()
-        return float(first.elapsed_time(second)) / 1000
-
     def abort(self) -> None:
         with self._lock:
-            was_aborted, self._is_aborted = self._is_aborted, True
-            group = self._group
-        if not was_aborted and group is not None:
+            self._is_aborted = True
+            group = None if self._is_ending else self._group
+            self._is_ending = self._is_ending or group is not None
+        if group is not None:
             self._in_a_thread("abort", lambda: self._abort(group))
 
     def _abort(self, group: Any) -> None:
-        with self._asking:
-            group.abort()
+        try:
+            with self._asking:
+                group.abort()
+        except BaseException as error:
+            # Its kernels may be there for ever.
+            self._is_left_over = True
+            log.error("a process group could not be aborted: %s", first_line(error))
 
     def drop(self) -> None:
         self.abort()
@@ -186,9 +203,18 @@ class Nccl(Transport):
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not (self._is_left_over or any(thread.is_alive() for thread in self._threads))
 
     def _in_a_thread(self, what: str, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, name=f"nccl {what}", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+
+def _error_of(work: Any) -> BaseException | None:
+    """What a work that is over failed with; None where it did not, or torch does not give that to Python."""
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = work.exception()
+        return found if isinstance(found, BaseException) else None
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -43,21 +42,13 @@ class Transport(ABC):
     @property
     def can_order(self) -> bool:
         """Whether what is queued on the device can be made to come after a collective without the host's waiting for
-        it: `order`, `mark` and `seconds_between` are for where it can."""
+        it, by `order`."""
         return False
 
     def order(self, work: Any) -> None:
         """Whatever is queued on the device from here on comes after `work`. Whether that succeeded `wait` says later:
         the results of one that was aborted are rubbish."""
         self.wait(work)
-
-    def mark(self) -> Any:
-        """A point of time on the device, after all that is queued."""
-        return time.perf_counter()
-
-    def seconds_between(self, first: Any, second: Any) -> float:
-        """From one `mark` to another. Waits until the device has reached the second."""
-        return float(second - first)
 
     @abstractmethod
     def abort(self) -> None:

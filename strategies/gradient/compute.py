@@ -8,6 +8,7 @@ and this rank still holds them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,11 +31,18 @@ Enter = Callable[[str, int], None]
 """Called with (phase, step) at the start of a phase; what it raises interrupts the work."""
 
 
-def finish_queued(device: torch.device) -> None:
+def finish_queued(device: torch.device, check: Callable[[], None]) -> None:
     """Waits for what is queued on a device, at the end of a phase in which nobody else is waited for: else what comes
-    next would seem to take that long, and who is still computing would be taken for stuck there."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    next would seem to take that long, and who is still computing would be taken for stuck there. Exchanges of a model
+    that is split are among it: `check` raises when they will not end."""
+    if device.type != "cuda":
+        return
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    while not done.query():
+        check()
+        time.sleep(0.0002)
+    torch.cuda.synchronize(device)
 
 
 def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:

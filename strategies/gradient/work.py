@@ -91,12 +91,14 @@ class _Replicated:
     def inject_nan(self) -> None:
         self._is_nan_next = True
 
-    def reduce(self, step: int, pieces: dict[Subtree, torch.Tensor], enter: Enter) -> None:
+    def reduce(
+        self, step: int, pieces: dict[Subtree, torch.Tensor], enter: Enter, check: Callable[[], None]
+    ) -> None:  # fmt: skip
         if self._is_nan_next:
             self._is_nan_next = False
             for piece in pieces.values():
                 piece[0] = torch.nan
-        finish_queued(self.part.device)
+        finish_queued(self.part.device, check)
         enter("reduce", step)
         reduced = self.reducer.reduce(pieces)
         if self.sharded:
@@ -133,7 +135,8 @@ class LocalWork(_Replicated):
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         virtual_workers = self.reducer.layout.virtual_workers
-        self.reduce(step, self.local.compute(step, self.held, virtual_workers, enter=enter, check=check), enter)
+        pieces = self.local.compute(step, self.held, virtual_workers, enter=enter, check=check)
+        self.reduce(step, pieces, enter, check)
 
     def discard(self) -> None:
         self.local.discard()
@@ -160,7 +163,7 @@ class PipelineWork(_Replicated):
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         self._pipeline.compute(step, enter=enter, check=check)
-        self.reduce(step, self._collector.pieces, enter)
+        self.reduce(step, self._collector.pieces, enter, check)
 
     def discard(self) -> None:
         """Pieces belong to the collector, which starts anew with every step."""
@@ -196,7 +199,7 @@ class RoundWork:
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         self._gradients.compute(step, enter=enter, check=check)
-        finish_queued(self._own.device)
+        finish_queued(self._own.device, check)
         enter("reduce", step)
         self._take(self._own.gradient)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class HostMemory:
         error = int(_runtime().cudaHostRegister(self.values.data_ptr(), 4 * num_elements, 0))
         self._is_locked = error == 0
         if error:
+            _forget_error(device)
             log.warning(
                 "%d bytes of memory cannot be page-locked (CUDA error %d): copies are slow", 4 * num_elements, error
             )
@@ -35,6 +37,12 @@ class HostMemory:
         if self._is_locked:
             _runtime().cudaHostUnregister(self.values.data_ptr())
         self._is_locked, self._mapped, self.values = False, None, torch.empty(0)
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps the error of a call that failed until somebody asks: else the next kernel would be taken for it."""
+    with suppress(Exception):
+        torch.zeros(1, device=device)
 
 
 def _runtime() -> Any:

@@ -31,7 +31,7 @@ class Round:
 
     def compute(self) -> None:
         """Computes this rank's share of the step and reduces, along the fixed tree. Raises PeerLost, ModelChanged."""
-        self.work.run(self.number, self.enter, self.fabric.check)
+        self.work.run(self.number, self.enter, self.fabric.look)
         self.check()
 
     def mirror(self) -> None:

@@ -9,6 +9,8 @@ Like torch's ProcessGroupNCCL (what is known of it is in `strategies.comm.nccl`)
   what is missing a peer stays there, for ever, or until its time is over when it forms without blocking, and an abort
   waits for that;
 - has an abort wait for every operation of this process that is under way in a group that was not aborted yet;
+- connects ranks for each kind of operation with the first of it, which waits for all of them, within the same limit;
+- knows no tags: messages of a pair are taken in their order;
 - must not be asked about an operation while it is aborted;
 - has a watchdog that ends the process after an error, unless the environment says otherwise.
 
@@ -102,7 +104,8 @@ class FakeNccl(Face):
     should_dump: ClassVar[bool] = False
     network_tells: ClassVar[bool] = False
     duplicate_gpu: ClassVar[bool] = False
-    broken_device: ClassVar[str] = ""
+    abort_s: ClassVar[float] = 0.0
+    """What an abort takes at least."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout: timedelta, *, blocking: bool) -> None:
         super().__init__(rank, world_size)
@@ -114,6 +117,7 @@ class FakeNccl(Face):
         self._rank, self._ranks = rank, world_size
         self._blocking = blocking
         self._mutex = threading.Lock()
+        self._connected: set[str] = set()
         self._stop = threading.Event()
         self._gloo = Gloo()
         self._inner: Any = None
@@ -150,6 +154,16 @@ class FakeNccl(Face):
                 dist.PrefixStore(what, self._store), self._rank, self._ranks, HOST, 20.0
             )  # fmt: skip
 
+    def _meet(self, kind: str) -> None:
+        """In the launch itself, which nothing but its own limit ends."""
+        self._store.set(f"{kind}/{self._rank}", b"here")
+        limit = time.monotonic() + _setting("NONBLOCKING_TIMEOUT", "1800")
+        while not self._all_are_here(kind, range(self._ranks)):
+            if time.monotonic() > limit:
+                raise RuntimeError("NCCL timeout when waiting for nonblocking call to become successful.")
+            time.sleep(0.002)
+        self._connected.add(kind)
+
     def _all_are_here(self, what: str, ranks: Sequence[int]) -> bool:
         try:
             return bool(self._store.check([f"{what}/{rank}" for rank in ranks]))
@@ -158,11 +172,12 @@ class FakeNccl(Face):
 
     # ------------------------------------------------------------------------------------ operations
 
-    def _launch(self, operation: Callable[[], Any], result: Sequence[torch.Tensor]) -> FakeWork:
-        if self.broken_device:
-            raise RuntimeError(self.broken_device)
+    def _launch(self, kind: str, operation: Callable[[], Any], result: Sequence[torch.Tensor]) -> FakeWork:
         if self.is_aborted or self.is_aborting:
             raise dist.DistBackendError(f"NCCL communicator was aborted on rank {self._rank}. ")
+        if kind not in self._connected:
+            self._connect("all", range(self._ranks))
+            self._meet(kind)
         work = FakeWork(self, operation, result)
         self._queue.put(work)
         return work
@@ -191,27 +206,35 @@ class FakeNccl(Face):
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: list[int], input_sizes: list[int],
         opts: Any = None,
     ) -> FakeWork:  # fmt: skip
-        return self._launch(lambda: self._inner.alltoall_base(output, input, output_sizes, input_sizes), [output])
+        return self._launch(
+            "p2p", lambda: self._inner.alltoall_base(output, input, output_sizes, input_sizes), [output]
+        )
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> FakeWork:
-        return self._launch(lambda: self._inner.allreduce(tensors), tensors)
+        return self._launch("reduce", lambda: self._inner.allreduce(tensors), tensors)
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> FakeWork:
-        return self._launch(lambda: self._inner._allgather_base(output, input), [output])
+        return self._launch("gather", lambda: self._inner._allgather_base(output, input), [output])
+
+    def all_gather_single_coalesced(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
+    ) -> FakeWork:
+        works = [self.all_gather_single(*each) for each in zip(outputs, inputs, strict=True)]
+        return works[-1]  # They come one after the other.
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> FakeWork:
-        return self._launch(lambda: self._inner.broadcast(tensors, opts), tensors)
+        return self._launch("broadcast", lambda: self._inner.broadcast(tensors, opts), tensors)
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any = None) -> FakeWork:
-        return self._launch(lambda: self._inner.scatter(outputs, inputs, opts), outputs)
+        return self._launch("p2p", lambda: self._inner.scatter(outputs, inputs, opts), outputs)
 
     def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> FakeWork | None:
         self._connect_pair(peer)
-        return self._message(lambda: self._inner.send(tensors, peer, tag), [])
+        return self._message(lambda: self._inner.send(tensors, peer, 0), [])
 
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> FakeWork | None:
         self._connect_pair(peer)
-        return self._message(lambda: self._inner.recv(tensors, peer, tag), tensors)
+        return self._message(lambda: self._inner.recv(tensors, peer, 0), tensors)
 
     def _start_coalescing(self) -> None:
         """Messages until `_end_coalescing` are one operation, in which they go side by side."""
@@ -225,11 +248,11 @@ class FakeNccl(Face):
             for work in works:
                 work.wait(timedelta(hours=1))
 
-        return self._launch(go, [tensor for _, result in batch for tensor in result]) if batch else None
+        return self._launch("p2p", go, [tensor for _, result in batch for tensor in result]) if batch else None
 
     def _message(self, operation: Callable[[], Any], result: Sequence[torch.Tensor]) -> FakeWork | None:
         if self._batch is None:
-            return self._launch(operation, result)
+            return self._launch("p2p", operation, result)
         self._batch.append((operation, result))
         return None
 
@@ -240,6 +263,7 @@ class FakeNccl(Face):
 
     all_to_all_single = alltoall_base
     _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     # ------------------------------------------------------------------------------------ its end
 
@@ -251,7 +275,10 @@ class FakeNccl(Face):
             self.is_aborting = True
             self._stop.set()
             self._gloo.abort()
-            while any(other._running is not None and not other._stop.is_set() for other in self.everywhere):
+            began = time.monotonic()
+            while any(other._running is not None and not other._stop.is_set() for other in self.everywhere) or (
+                time.monotonic() - began < self.abort_s
+            ):
                 time.sleep(0.001)
             self.is_aborted, self.is_aborting = True, False
             self._gloo.drop()

@@ -29,6 +29,9 @@ PATIENCE_S = 240.0
 """How long ranks of a test wait for each other, and a test for its ranks: some may be busy with something else, on a
 machine that is busy, too."""
 
+OTHERS_S = 5.0
+"""How long ranks may take to say what has become of them when one has failed."""
+
 _PRELOAD = (
     "numpy",
     "torch",
@@ -91,10 +94,10 @@ def run_ranks(
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        port = _receive(pipes[0], 0, deadline)
+        port = _receive(pipes[0])
         for pipe in pipes:
             pipe.send(port)
-        answers = [(True, None) if rank in lost else _receive(pipe, rank, deadline) for rank, pipe in enumerate(pipes)]
+        answers = _answers({pipe: rank for rank, pipe in enumerate(pipes) if rank not in lost}, deadline)
     finally:
         for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
             pipe.close()
@@ -102,18 +105,32 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
-    failures = [f"rank {rank}:\n{text}" for rank, (is_good, text) in enumerate(answers) if not is_good]
-    assert not failures, "\n".join(failures)
-    return [answer for _, answer in answers]
+    failures = [f"rank {rank}:\n{text}" for rank, (is_good, text) in answers.items() if not is_good]
+    silent = sorted({*range(world_size)} - {*lost} - answers.keys())
+    assert not failures, "\n".join([*failures, f"(ranks {silent} had said nothing by then)" if silent else ""])
+    assert not silent, f"ranks {silent} took too long"
+    return [answers[rank][1] if rank in answers else None for rank in range(world_size)]
 
 
-def _receive(pipe: Connection, rank: int, deadline: float) -> Any:
-    if not wait([pipe], timeout=max(0.0, deadline - time.monotonic())):
-        raise AssertionError(f"rank {rank} took too long")
+def _answers(waiting: dict[Connection, int], deadline: float) -> dict[int, tuple[bool, Any]]:
+    """What ranks answer, in the order in which they do. When one has failed, others may wait for it for ever: what they
+    say within a few seconds is heard, too."""
+    found: dict[int, tuple[bool, Any]] = {}
+    while waiting and (heard := wait([*waiting], timeout=max(0.0, deadline - time.monotonic()))):
+        for pipe in heard:
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            found[rank] = _receive(pipe)
+            if not found[rank][0]:
+                deadline = min(deadline, time.monotonic() + OTHERS_S)
+    return found
+
+
+def _receive(pipe: Connection) -> Any:
     try:
         return pipe.recv()
     except EOFError:
-        raise AssertionError(f"rank {rank} died") from None
+        return False, "it died"
 
 
 def _rank_main(pipe: Connection, rank: int, program: Callable[..., Any], args: tuple[Any, ...]) -> None:
