@@ -23,6 +23,7 @@ from strategies.comm.interfaces import interface_of
 from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
+from strategies.model.same_bits import settle_kernels
 from strategies.objective.batch import Batch
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
@@ -51,8 +52,6 @@ def choose_device(job: Job) -> torch.device:
     return torch.device("cpu")
 
 
-FOR_SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-"""What kernels of GPUs read of the environment."""
 _TF32 = "it has products of fp32 matrices rounded to ten bits"
 REFUSED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": _TF32, "NVIDIA_TF32_OVERRIDE": _TF32}
 """What would overrule the settings below, and why that is refused."""
@@ -70,14 +69,7 @@ def make_deterministic(job: Job, device: torch.device) -> None:
     for name, why in REFUSED.items():
         if os.environ.get(name, "0") not in ("", "0"):
             raise ValueError(f"the environment has {name}={os.environ[name]}: {why}. Unset it")
-    os.environ.update(FOR_SAME_BITS)
-    torch.cuda.set_device(device)
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    settle_kernels(device)
 
 
 GIVEN_BACK_S = 20.0

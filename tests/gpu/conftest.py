@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from strategies.model.same_bits import settle_kernels
 from tests.gpu.figures import Figures
 
 PRETEND = os.environ.get("GPU_TESTS_ON_CPU") == "1"
@@ -23,16 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """As a worker finds it: its settings are those of `orchestrator.training.build.make_deterministic`."""
+    """As a worker has it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     found = torch.device("cuda", 0)
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.cuda.set_device(found)
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    settle_kernels(found)
     return found
 
 

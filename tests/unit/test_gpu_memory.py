@@ -57,6 +57,22 @@ def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert "other processes have 10.0 of the 80.0 GB of this GPU" in caplog.text
 
 
+def test_a_gpu_with_no_memory_to_ask_it_anything_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, 79_000_000_000)
+    errors = [RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError("CUDA out of memory")]
+
+    def measure() -> tuple[int, int]:
+        if errors:
+            raise errors.pop()
+        return card()
+
+    build.wait_for_memory(job(), GPU, measure)
+    assert (card.asked, errors) == (1, [])
+    errors.append(RuntimeError("CUDA error: no device"))
+    with pytest.raises(RuntimeError, match="no device"):
+        build.wait_for_memory(job(), GPU, measure)
+
+
 @pytest.mark.parametrize(
     ("device", "overrides"),
     [(torch.device("cpu"), ()), (GPU, ("resources.gpu=0.5", "strategy.transport=gloo"))],

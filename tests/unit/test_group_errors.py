@@ -91,3 +91,28 @@ def test_what_a_step_raises_is_its_own_unless_groups_failed_or_were_aborted() ->
         raise_of_step(own, is_aborted=True)
     with pytest.raises(DeviceFailed):
         raise_of_step(RuntimeError(ASSERT), is_aborted=True)
+
+
+CORRUPT = (
+    "NCCL error in: NCCLUtils.cpp:94, invalid argument, NCCL version 2.30.7\nncclInvalidArgument: Invalid value for an "
+    "argument."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (dist.DistBackendError(CORRUPT), PeerLost),
+        (dist.DistBackendError(f"{UNHANDLED}Cuda failure 719 'unspecified launch failure'"), PeerLost),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), PeerLost),
+        (RuntimeError(ASSERT), DeviceFailed),
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory),
+    ],
+)
+def test_what_is_raised_while_groups_are_aborted_is_the_aborts(error: RuntimeError, kind: type[Exception]) -> None:
+    """NCCL calls a communicator that is being aborted an invalid argument."""
+    for raise_it in (raise_of_group, raise_of_step):
+        with pytest.raises(kind):
+            raise_it(error, is_aborted=True)
+    with pytest.raises(kind_of(error) or PeerLost):
+        raise_of_group(error)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from strategies.layout.statemap import whole
+from strategies.state import host_copies
 from strategies.state.host_copies import HostMemory, SideCopies
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import TrainingState
@@ -82,6 +83,29 @@ def test_memory_is_used_again_and_grows_with_what_there_is_to_copy() -> None:
         sizes.append(snapshot._memory.values.numel())
     kinds = 1 + len(state.spec.moments)
     assert sizes == [kinds * half, kinds * state.space.size, kinds * state.space.size], "of exactly that size"
+
+
+@pytest.mark.parametrize("error", [0, 801])
+def test_memory_that_cannot_be_page_locked_is_memory_all_the_same(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """801 is "operation not supported", which CUDA keeps until somebody asks for it."""
+    asked: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            asked.append(f"{size} bytes")
+            return error
+
+        def cudaHostUnregister(self, address: int) -> int:
+            asked.append("given back")
+            return 0
+
+    monkeypatch.setattr(host_copies, "_runtime", Runtime)
+    monkeypatch.setattr(host_copies, "_forget_error", lambda device: asked.append("forgotten"))
+    memory = HostMemory(1000, torch.device("cuda", 0))
+    memory.values.fill_(1.0)
+    assert memory.values.sum() == 1000
+    memory.close()
+    assert asked == (["4000 bytes", "forgotten"] if error else ["4000 bytes", "given back"])
 
 
 def test_memory_of_a_cpu_is_plain() -> None:

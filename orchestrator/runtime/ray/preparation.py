@@ -203,16 +203,10 @@ def _environment(job: Job, data: dict[str, Any], dataset: Dataset) -> dict[str, 
 
 def _gpu_settings() -> dict[str, Any]:
     """What every worker sets before it computes on a GPU."""
-    from orchestrator.training.build import FOR_SAME_BITS
     from strategies.comm.nccl import ENVIRONMENT
+    from strategies.model.same_bits import FLAGS, FOR_SAME_BITS
 
-    flags = {
-        "deterministic_algorithms": True,
-        "allow_tf32": False,
-        "cudnn_deterministic": True,
-        "cudnn_benchmark": False,
-    }
-    return {"environment": FOR_SAME_BITS | ENVIRONMENT, "torch": flags}
+    return {"environment": FOR_SAME_BITS | ENVIRONMENT, "torch": FLAGS}
 
 
 def _processor() -> str:
