@@ -97,6 +97,14 @@ def make_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any
     return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 
+def hand_on_unused(block: Any) -> None:
+    """Has FSDP2 reduce zeros in the place of gradients that a pass does not give. Torch 2.11 cannot do that; there such
+    a pass is an error (`strategies.model.fsdp`)."""
+    if (tell := getattr(block, HANDS_ON_UNUSED, None)) is not None:
+        tell(True, recurse=False)
+
+
+HANDS_ON_UNUSED = "set_reduce_scatter_unused_params"
 REGISTRIES = (
     "pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag", "tags_to_pg", "pg_coalesce_state",
 )  # fmt: skip

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import Groups
-from strategies.compat import AllGather, ReduceScatter
+from strategies.compat import AllGather, ReduceScatter, hand_on_unused
 from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import Runs, add_up
@@ -86,7 +86,7 @@ class ShardedModelPart:
             block.set_gradient_divide_factor(1.0)
             # Else FSDP2 hands on nothing of what a pass did not use (an expert without tokens, or what no loss depends
             # on), which would shift what is behind it.
-            block.set_reduce_scatter_unused_params(True, recurse=False)
+            hand_on_unused(block)
         self._untrained.append(untrained)
         return groups
 
@@ -192,7 +192,8 @@ class _Group(ReduceScatter):
         if input_tensor.numel() != ranks * length:
             names = ", ".join(slot.name for slot, _ in self.entries[:3])
             raise RuntimeError(
-                f"the gradients of {names}, ... have {input_tensor.numel()} elements, not {ranks * length}"
+                f"the gradients of {names}, ... have {input_tensor.numel()} elements, not {ranks * length}: a pass did "
+                f"not use all of them, which torch {torch.__version__} cannot do with strategy.shard: parameters"
             )
         if self.is_nan_next:
             input_tensor.fill_(torch.nan)

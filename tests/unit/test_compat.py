@@ -42,6 +42,12 @@ def test_torchs_have_the_shape_that_is_used() -> None:
         assert hasattr(of_torch.Store, method), method
 
 
+def test_the_torch_that_is_pinned_hands_on_gradients_that_a_pass_does_not_give() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    assert hasattr(FSDPModule, of_torch.HANDS_ON_UNUSED) or not of_torch.is_at_least((2, 13))
+
+
 def test_c10d_forgets_groups_as_if_there_had_never_been_any() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
