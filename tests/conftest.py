@@ -4,6 +4,7 @@ that is cut off by a time limit has told it."""
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -41,9 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def lane_of(nodeid: str) -> str:
     """The tests of a lane are run by one process, in their order: all with ranks, as their timing must not share
-    processors with themselves; all with a cluster, which share one; others by file."""
+    processors with themselves; all with a cluster, which share one; ten chaotic runs, as there are so many of them;
+    others by file."""
     path = nodeid.partition("::")[0].split("/")
     room = path[1] if len(path) > 2 else ""
+    if room == "chaos" and (seed := re.search(r"\[(\d+)\]$", nodeid)) is not None:
+        return f"chaos {int(seed[1]) // 10}"
     return room if room in ("ranks", "cluster", "chaos", "browser") else "/".join(path)
 
 
