@@ -204,6 +204,7 @@ def test_resizes_while_it_runs(runner: Runner) -> None:
     assert all(r["steps_lost"] == 0 for r in outcome.result.recoveries)
 
 
+@pytest.mark.nightly
 def test_it_starts_with_what_there_is_and_grows_when_there_is_room(runner: Runner, undisturbed: Outcome) -> None:
     """And meanwhile the place of a dead worker, the only one that there is for another, is given back to the run."""
     import ray

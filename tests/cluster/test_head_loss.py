@@ -66,6 +66,7 @@ def cluster() -> Iterator[DurableCluster]:
         cluster.remove()
 
 
+@pytest.mark.nightly
 def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
     cluster: DurableCluster, tmp_path: Path, cache: Path, undisturbed: Outcome
 ) -> None:

@@ -20,6 +20,7 @@ from tests.in_process import orchestrator
 from tests.selection import nightly
 
 
+@pytest.mark.nightly
 def test_commands_while_the_controller_is_restarted(tmp_path: Path, cache: Path) -> None:
     command = CommandLine(tmp_path, cache)
     run = str(command.run_dir)

@@ -13,7 +13,6 @@ from tests.cluster.command_line import FEW, CommandLine
 from tests.cluster.conftest import PATIENCE_S
 from tests.in_process import orchestrator
 from tests.password_server import PASSWORD, USER, password_server
-from tests.selection import nightly
 
 STEPS = 20
 LEISURELY = "model={factory: 'tests.small_models:leisurely', args: {seconds: 0.02}}"
@@ -21,7 +20,8 @@ LEISURELY = "model={factory: 'tests.small_models:leisurely', args: {seconds: 0.0
 TEXT = b"".join(b"line %d of a text that nobody has to read\n" % number for number in range(2000))
 
 
-@pytest.mark.parametrize("in_the_clear_too", [False, *nightly([True])])
+@pytest.mark.nightly
+@pytest.mark.parametrize("in_the_clear_too", [False, True])
 def test_a_run_reads_with_a_password_that_is_written_down_nowhere(tmp_path: Path, in_the_clear_too: bool) -> None:
     pytest.importorskip("aiohttp")
     line = CommandLine(tmp_path, tmp_path / "cache")
