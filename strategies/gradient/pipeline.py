@@ -91,7 +91,8 @@ class PipelineGradients:
                 self.hashes[index] = batch.digest
         self._weight = self.spec.divisor(batches[0])
         tokens = self._joined([batch.tokens for batch in batches])
-        arguments = (tokens[:, :-1],) if self.is_first else ()
+        # Torch 2.11 wants the strides that it has seen first.
+        arguments = (tokens[:, :-1].contiguous(),) if self.is_first else ()
         target, more = tokens, {}
         if batches[0].documents is not None:
             documents = [batch.documents for batch in batches if batch.documents is not None]

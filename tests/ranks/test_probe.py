@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def test_a_device_that_does_not_compute_the_same_twice_is_named_with_what_differ
 
 
 def compute_otherwise(directory: Path) -> None:
-    """The second process that comes here has another kernel: its losses are larger by the least there is."""
+    """The second process that comes here has another kernel: its losses are larger by the least there is. It goes on
+    when another is ready, which others are measured by."""
     loss_of: Any = StepSpec.loss_of
     for name in ("first", "second"):
         try:
@@ -71,8 +73,14 @@ def compute_otherwise(directory: Path) -> None:
         except FileExistsError:
             continue
         if name == "second":
+            while not (directory / "ready").exists():
+                time.sleep(0.01)
             StepSpec.loss_of = lambda *arguments: loss_of(*arguments) * (1 + 2**-22)  # type: ignore[method-assign]
         return
+
+
+def say_ready(directory: Path, worker: Any) -> None:
+    (directory / "ready").touch()
 
 
 def test_a_worker_whose_kernel_differs_is_refused_and_replaced(tmp_path: Path) -> None:
@@ -80,7 +88,10 @@ def test_a_worker_whose_kernel_differs_is_refused_and_replaced(tmp_path: Path) -
     alone = LocalCluster(text, tmp_path / "alone", overrides=["elastic.workers.max=1"]).run()
     (tmp_path / "kernels").mkdir()
     first = partial(compute_otherwise, tmp_path / "kernels")
-    outcome = LocalCluster(text, tmp_path / "run", first=first, overrides=["elastic.workers={min: 3, max: 3}"]).run()
+    outcome = LocalCluster(
+        text, tmp_path / "run", first=first, hooks=[partial(say_ready, tmp_path / "kernels")],
+        overrides=["elastic.workers={min: 3, max: 3}"],
+    ).run()  # fmt: skip
     assert outcome.status == "finished", outcome.reason
     assert (outcome.digest, outcome.losses) == (alone.digest, alone.losses)
     (refused,) = outcome.of("worker_killed")
