@@ -106,7 +106,13 @@ def test_a_job_may_allow_it(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     first = partial(compute_otherwise, tmp_path / "kernels")
     overrides = ["elastic.workers={min: 2, max: 2}", "elastic.mixed_numerics=true"]
-    outcome = LocalCluster(tiny_job(tmp_path), tmp_path / "run", first=first, overrides=overrides).run()
+    outcome = LocalCluster(
+        tiny_job(tmp_path),
+        tmp_path / "run",
+        first=first,
+        hooks=[partial(say_ready, tmp_path / "kernels")],
+        overrides=overrides,
+    ).run()
     assert outcome.status == "finished", outcome.reason
     assert outcome.of("worker_killed") == []
     assert len({event["probe"] for event in outcome.of("worker_ready")}) == 2
