@@ -105,7 +105,7 @@ MUTATIONS = (
     ),
     Mutation(
         "state is moved without its digest being looked at",
-        "if not torch.equal(self._digest().view(torch.int32), self.buffer[-ELEMENTS:].view(torch.int32)):",
+        "if not torch.equal(self._digest().view(torch.int32), self.buffer[-DIGEST_ELEMENTS:].view(torch.int32)):",
         "if len(self.buffer) < 0:",
         ("tests/ranks/test_reduction.py",),
     ),

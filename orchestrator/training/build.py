@@ -82,8 +82,8 @@ ALWAYS_TAKEN = 1_500_000_000
 def wait_for_memory(
     job: Job, device: torch.device, measure: Callable[[], tuple[int, int]] = torch.cuda.mem_get_info
 ) -> None:
-    """Until a GPU that a worker has for itself is given back by whoever had it before; not for ever, as what others
-    have there may be no business of ours. `measure` gives free and all bytes."""
+    """Until a GPU that a worker has for itself is given back by the process that had it before; not for ever, as what
+    others have there may be no business of ours. `measure` gives free and all bytes."""
     if device.type != "cuda" or job.resources.gpu != 1:
         return
     free, total = _measured(measure)

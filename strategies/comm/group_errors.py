@@ -95,11 +95,12 @@ def is_of_nccl(error: BaseException) -> bool:
     return any("nccl" in str(each).lower() for each in chain(error))
 
 
-def _while_aborted(error: BaseException, kind: type[RuntimeError] | None) -> type[RuntimeError] | None:
+def _while_aborted(error: BaseException, kind: type[RuntimeError] | None) -> type[RuntimeError]:
     """What an error comes down to that was raised while groups were aborted: they are the cause of all but what a
     device, or its memory, says by itself."""
-    own = kind in (DeviceFailed, OutOfMemory) and not is_of_nccl(error)
-    return kind if own else PeerLost
+    if kind is not None and kind in (DeviceFailed, OutOfMemory) and not is_of_nccl(error):
+        return kind
+    return PeerLost
 
 
 def raise_of_group(error: RuntimeError, what: str = "", *, is_aborted: bool = False) -> NoReturn:
@@ -109,7 +110,7 @@ def raise_of_group(error: RuntimeError, what: str = "", *, is_aborted: bool = Fa
         raise error
     kind = kind_of(error) or PeerLost
     if is_aborted:
-        kind = _while_aborted(error, kind) or PeerLost
+        kind = _while_aborted(error, kind)
     raise kind(f"{what}: {first_line(error)}" if what else first_line(error)) from error
 
 

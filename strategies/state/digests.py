@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import xxhash
 
-ELEMENTS = 4
+DIGEST_ELEMENTS = 4
 """Elements of fp32 that hold a digest of 128 bits."""
 _CHUNK = 1 << 22
 _KEYS = (-7046029254386353131, 1609587929392839161)
@@ -13,9 +13,9 @@ _KEYS = (-7046029254386353131, 1609587929392839161)
 
 
 def digest_of(values: torch.Tensor) -> torch.Tensor:
-    """The digest [ELEMENTS] of fp32 [n], as fp32 whose bits are meant, where `values` are: those of a CPU by xxh3,
-    those of a GPU by sums made there, so that the state need not come to the host. Ranks that check each other's must
-    have the same kind of device."""
+    """The digest [DIGEST_ELEMENTS] of fp32 [n], as fp32 whose bits are meant, where `values` are: those of a CPU by
+    xxh3, those of a GPU by sums made there, so that the state need not come to the host. Ranks that check each other's
+    must have the same kind of device."""
     if values.device.type == "cpu":
         data = values.detach().contiguous().view(torch.uint8).numpy().data
         return torch.frombuffer(bytearray(xxhash.xxh3_128_digest(data)), dtype=torch.float32)

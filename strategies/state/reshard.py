@@ -11,7 +11,7 @@ import torch
 
 from strategies.comm.groups import Groups
 from strategies.layout.statemap import Span, Transfer
-from strategies.state.digests import ELEMENTS, digest_of
+from strategies.state.digests import DIGEST_ELEMENTS, digest_of
 from strategies.state.shard import StateShard
 
 WINDOW = 2
@@ -91,14 +91,14 @@ class _Move:
         self._state_shards = state_shards
         length = transfer.span.length
         self.num_bytes = 4 * len(kinds) * length
-        self.buffer = torch.empty(len(kinds) * length + ELEMENTS, device=groups.device)
-        self._parts = dict(zip(kinds, self.buffer[:-ELEMENTS].split(length), strict=True))
+        self.buffer = torch.empty(len(kinds) * length + DIGEST_ELEMENTS, device=groups.device)
+        self._parts = dict(zip(kinds, self.buffer[:-DIGEST_ELEMENTS].split(length), strict=True))
         self._is_source = transfer.source == groups.rank
         self._work: Any
         if self._is_source:
             found = self._each(lambda inside, part: part.copy_(inside))
             assert found >= length, f"{transfer.span} is not here to be sent"
-            self.buffer[-ELEMENTS:].copy_(self._digest())
+            self.buffer[-DIGEST_ELEMENTS:].copy_(self._digest())
             self._work = groups.send(self.buffer, transfer.target, tag)
         else:
             self._work = groups.receive(self.buffer, transfer.source, tag)
@@ -117,12 +117,12 @@ class _Move:
         return found
 
     def _digest(self) -> torch.Tensor:
-        return digest_of(self.buffer[:-ELEMENTS])
+        return digest_of(self.buffer[:-DIGEST_ELEMENTS])
 
     def finish(self, groups: Groups) -> None:
         groups.finish(self._work, "state transfer")
         if self._is_source:
             return
-        if not torch.equal(self._digest().view(torch.int32), self.buffer[-ELEMENTS:].view(torch.int32)):
+        if not torch.equal(self._digest().view(torch.int32), self.buffer[-DIGEST_ELEMENTS:].view(torch.int32)):
             raise StateCorrupt(f"{self.transfer.span} arrived with other bytes than were sent")
         self._each(lambda inside, part: inside.copy_(part))

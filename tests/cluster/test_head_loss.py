@@ -93,7 +93,7 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
 def test_a_worker_that_dies_while_there_is_no_gcs_costs_no_step_and_is_replaced_when_there_is(
     cluster: DurableCluster, tmp_path: Path, cache: Path
 ) -> None:
-    """Nobody can be asked for another until the GCS is back; whoever is left trains on at once."""
+    """Nobody can be asked for another until the GCS is back; the one that is left trains on at once."""
     cluster.start()
     run = Run(cluster, tmp_path, cache, *UNHURRIED)
     driver = cluster.start_driver(*run.command, "--set", "train.steps=100000", settings=True)

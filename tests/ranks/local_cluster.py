@@ -184,7 +184,7 @@ class _Process:
 
 def settled(step: int, cluster: LocalCluster) -> bool:
     """Whether the checkpoint of a step was made or failed, so that the next one need not wait for it. Also when it was
-    put off, as one before it took so long, and so will not be made before the next step."""
+    put off, as the one before it was still being written, and will not be made before the next step."""
     ended = {
         fields["committed"] for kind, fields in cluster.records if kind in ("checkpoint_saved", "checkpoint_failed")
     }

@@ -131,7 +131,7 @@ def test_a_worker_is_replaced_when_the_driver_gives_its_gpu_up(
 
 
 def another_is_ready(cluster: LocalCluster) -> bool:
-    """Or has joined already: whoever is held would keep it from that."""
+    """Or has joined already: a rank that is held would keep it from that."""
     return cluster.committed > 3 and (bool(cluster.idle()) or len(cluster.generations) > 1)
 
 

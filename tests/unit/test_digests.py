@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.state import digests
-from strategies.state.digests import ELEMENTS, digest_of, sums_of
+from strategies.state.digests import DIGEST_ELEMENTS, digest_of, sums_of
 
 Digest = Callable[[torch.Tensor], torch.Tensor]
 both = pytest.mark.parametrize("digest", [digest_of, sums_of])
 
 
 def bits(digest: torch.Tensor) -> list[int]:
-    assert (digest.shape, digest.dtype) == ((ELEMENTS,), torch.float32)
+    assert (digest.shape, digest.dtype) == ((DIGEST_ELEMENTS,), torch.float32)
     return digest.view(torch.int32).tolist()
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from monitoring.events import GpuFaulty
 from orchestrator.control.core import detection
+from orchestrator.control.core.detection import Failure
 from orchestrator.control.core.protocol import Died, DrainNotice, ReleaseWorker
 from orchestrator.control.core.roster import death_of, notice_of
 from orchestrator.control.core.workers import WorkerState
 from orchestrator.control.training import failures
 from orchestrator.control.training.lifecycle import Lifecycle
 from orchestrator.control.training.run import Run
+from orchestrator.control.training.views import WorkerView
 from orchestrator.training.messages import GpuTrouble, Ready
 from strategies.layout.statemap import whole
 
@@ -54,10 +57,14 @@ class Attendance:
         else:
             found = [detection.died(view, event)]
         never_ready = view.state in _ON_ITS_WAY and found[0].kind == "kill"
+        self._lost(found, (event.detail or "it ended") if never_ready else "", now)
+
+    def _lost(self, found: Sequence[Failure[WorkerView]], start_failed: str, now: float) -> None:
+        """Workers are gone, or are to be ended; `start_failed` is why one was never ready ("": all were)."""
         for failure in found:
             self._life.handle_failure(failure, now)
-        if never_ready:
-            self._life.start_failed(event.detail, now)
+        if start_failed:
+            self._life.start_failed(start_failed, now)
         self._life.review_saves(now)
         self._life.staffing.fill(now)
         self._life.conclude(now)
@@ -98,14 +105,8 @@ class Attendance:
             self._life.adjust(now)
             return
         self._run.out += [told, *roster.suspect(view.node, event.detail), *roster.retire_unit(view)]
-        was_starting = view.state in _ON_ITS_WAY
         failure = failures.gpu_faulty(view, event.detail)
-        self._life.handle_failure(failure, now)
-        if was_starting:
-            self._life.start_failed(failure.cause, now)
-        self._life.review_saves(now)
-        self._life.staffing.fill(now)
-        self._life.conclude(now)
+        self._lost([failure], failure.cause if view.state in _ON_ITS_WAY else "", now)
 
 
 def facts_of(event: Ready) -> dict[str, Any]:
