@@ -179,6 +179,7 @@ def test_markets_in_order_of_preference(cloud: FakeCloud, start: Callable[[str],
         run.finish(driver, code=3)
 
 
+@pytest.mark.nightly
 def test_a_node_lost_and_a_node_drained(
     cloud: FakeCloud, start: Callable[[str], Run], tmp_path: Path, cache: Path
 ) -> None:
