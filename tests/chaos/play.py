@@ -27,6 +27,8 @@ from monitoring.records import read_records
 from tests.chaos.story import JOB, STEPS, Act, Story, draw
 
 ROOT = Path(__file__).parents[2]
+RAY_NICENESS = 15
+"""Of the processes that Ray starts for its actors."""
 PATIENCE_S = 180.0
 """For one life of a driver; a story takes some 30 s on a quiet machine."""
 COMMAND_PATIENCE_S = 120.0
@@ -299,8 +301,10 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def _load(wanted: bool) -> Iterator[None]:
-    """Two processes that take what they get of the processors."""
-    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 if wanted else 0)]
+    """A busy process for each processor that there is, of the priority of Ray's workers: before one of a higher
+    priority they would stand still, and nothing but patience would be tested."""
+    burner = ["nice", "-n", str(RAY_NICENESS), sys.executable, "-c", "while True: pass"]
+    burners = [subprocess.Popen(burner) for _ in range(len(os.sched_getaffinity(0)) if wanted else 0)]
     try:
         yield
     finally:
