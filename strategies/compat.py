@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store as Store
@@ -70,6 +70,17 @@ def step(optimizer: Optimizer) -> None:
         optimizer.step()
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def leave_uncompiled(function: _Function) -> _Function:
+    """Has torch's compiler leave a function alone, as `torch.compiler.disable` does, which would import the compiler
+    for that."""
+    setattr(function, COMPILER_LEAVES_ALONE, True)
+    return function
+
+
+COMPILER_LEAVES_ALONE = "_torchdynamo_disable"
 WRAPPED_FOR_THE_COMPILER = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
 _COMPILER_IS_TOLD = "__dynamo_disable"
 

@@ -22,12 +22,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
 }
 """Families of models, with what their smallest configuration needs beside the usual."""
-UNCUT: dict[str, dict[str, Any]] = {
+DO_MORE: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8},
     "granite": {"embedding_multiplier": 12.0},
     "cohere": {"logit_scale": 0.5},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "mamba": {"state_size": 8},
 }
-"""Those whose forward does more than its modules: caps logits, scales embeddings, scales logits."""
+"""Those whose forward does more than call its modules one after another: caps logits, scales embeddings or logits; and
+those that do not say where they can be cut."""
 
 
 def family(name: str, **changes: Any) -> nn.Module:
@@ -39,7 +43,7 @@ def family(name: str, **changes: Any) -> nn.Module:
         "use_cache": False, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(5)
-    config = AutoConfig.for_model(name, **{**usual, **(FAMILIES | UNCUT)[name], **changes})
+    config = AutoConfig.for_model(name, **{**usual, **(FAMILIES | DO_MORE)[name], **changes})
     model: nn.Module = AutoModelForCausalLM.from_config(config).float().train()
     return model
 

@@ -137,7 +137,9 @@ def _field(job: Job, config: Any, name: str) -> str:
 
 
 def _check_layout(job: Job, model: nn.Module) -> None:
-    from strategies.model.blueprint import check_cut, check_sharded, check_tensor
+    from strategies.model.blueprint import check_sharded
+    from strategies.model.cutting import check_cut
+    from strategies.model.tensor_plan import check_tensor
 
     tensor, pipeline = job.strategy.tensor, job.strategy.pipeline
     checks: dict[str, tuple[bool, Callable[[], None]]] = {

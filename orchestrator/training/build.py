@@ -14,6 +14,7 @@ from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
 from orchestrator.job.lengths import too_long
 from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
+from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import build_model
 from orchestrator.models.problems import reason_of
@@ -23,6 +24,7 @@ from strategies.comm.interfaces import interface_of
 from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
+from strategies.model.recompute import Recompute
 from strategies.model.same_bits import settle_kernels
 from strategies.objective.batch import Batch
 from strategies.optim.schedule import ScheduleSpec
@@ -140,7 +142,8 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
             len(trial.unused), ", ".join(sorted(trial.unused)),
         )  # fmt: skip
     blueprint = Blueprint(
-        model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches
+        model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches, body=trial.body,
+        cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
     )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
@@ -209,9 +212,17 @@ def step_spec(job: Job) -> StepSpec:
         precision=train.precision,
         native_reduction=job.strategy.reduction == "native",
         compile=train.compile,
+        loss_chunk=train.loss_chunk,
+        recompute=_recompute(train.recompute),
         document_mask=job.data.document_mask,
         objective=objective_of(job),
     )
+
+
+def _recompute(asked: str | EveryLayers) -> Recompute:
+    if isinstance(asked, EveryLayers):
+        return Recompute("full", asked.every)
+    return Recompute(asked)  # type: ignore[arg-type]
 
 
 def make_fetch(job: Job, dataset: Dataset, delay: Callable[[], None] | None = None) -> ReadAhead[Batch]:

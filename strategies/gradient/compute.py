@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from strategies.gradient.spec import StepSpec, first_pass
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart
 from strategies.model.randomness import Streams, draws_random_numbers
+from strategies.model.recompute import recompute
+from strategies.model.stage import Stage
 from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
 from strategies.reduction.tree import Subtree
@@ -45,13 +46,19 @@ def finish_queued(device: torch.device, check: Callable[[], None]) -> None:
     torch.cuda.synchronize(device)
 
 
-def streams_for(blueprint: Blueprint, modules: Sequence[nn.Module], seed: int) -> Streams:
-    """The random numbers of model parts: by layer where the model draws any."""
-    streams = Streams(seed)
-    if draws_random_numbers(blueprint.model):
+def prepare(blueprint: Blueprint, modules: Sequence[Stage], spec: StepSpec) -> Streams:
+    """Has the layers of model parts recompute what the job says. Their random numbers: by layer, and after the last,
+    where the model draws any."""
+    streams = Streams(spec.seed)
+    draws = draws_random_numbers(blueprint.model)
+    for module in modules:
+        recompute(enumerate(module.layers), spec.recompute, draws=draws)
+    if draws:
         for module in modules:
             for number, layer in blueprint.numbered_layers(module):
                 streams.install(layer, number)
+            if module.cut.is_last and blueprint.numbered_layers(blueprint.model):
+                streams.install_behind(module.layers[-1], module.cut.num_layers)
     return streams
 
 
@@ -77,7 +84,7 @@ class LocalGradients:
         self.fetch = fetch
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
-        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self.streams = prepare(part.blueprint, part.modules, spec)
         self._pool: list[torch.Tensor] = []
         self._sums: TreeSum | None = None
         self._step: int | None = None
@@ -114,10 +121,10 @@ class LocalGradients:
         self.losses, self.hashes = {}, {}
         self._step = self._under_way = self._sums = None
 
-    def restore_streams(self) -> None:
+    def prepare_again(self) -> None:
         """To be called when another kind of work may have computed with the part since: its layers take their random
         numbers from here again."""
-        self.streams = streams_for(self.part.blueprint, self.part.modules, self.spec.seed)
+        self.streams = prepare(self.part.blueprint, self.part.modules, self.spec)
 
     def warm_up(self) -> None:
         """Tries the model out before it is needed.
@@ -143,10 +150,10 @@ class LocalGradients:
         it lasts until the next one is computed."""
         batch = self.fetch(0, 0)
         rows = self.spec.micro_batches_of(batch, self.part.device)[0]
-        scratch = self._pool.pop() if self._pool else torch.empty_like(self.part.weights)
+        scratch = self._pool.pop() if self._pool else self.part.new_gradient()
         self.part.accumulate_into(scratch.zero_())
         self.streams.enter(0, 0, 0)
-        with first_pass(self.part.modules[0], rows.tokens.shape[1] - 1):
+        with first_pass(self.part.blueprint.model, rows.tokens.shape[1] - 1):
             self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
         self.part.release_gradients()
         self._pool.append(scratch)
@@ -194,7 +201,7 @@ class LocalGradients:
             _, done, gradient, total = self._under_way
             self._under_way = None
             return done, gradient, total
-        gradient = self._pool.pop() if self._pool else torch.empty_like(self.part.weights)
+        gradient = self._pool.pop() if self._pool else self.part.new_gradient()
         gradient.zero_()
         return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.part.device)
 

@@ -22,12 +22,13 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from strategies.gradient.compute import Enter, streams_for
+from strategies.gradient.compute import Enter, prepare
 from strategies.gradient.context import WorkContext
 from strategies.gradient.sharded import MADE_UP, Collector
 from strategies.gradient.stopwatch import Stretch
 from strategies.layout.schedule import PipelineSchedule, chunks_of, parts_of
-from strategies.model.blueprint import Activations
+from strategies.model.anatomy import Activations
+from strategies.model.head import Score
 from strategies.model.model_part import ModelPart
 from strategies.objective.batch import counting, positions
 from strategies.objective.rows import Rows
@@ -56,7 +57,7 @@ class PipelineGradients:
         layout, spec, place = context.layout, context.spec, context.place
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
-        self.streams = streams_for(part.blueprint, part.modules, spec.seed)
+        self.streams = prepare(part.blueprint, part.modules, spec)
         self.check: Callable[[], None] = lambda: None
         numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), place.stage)
         self.is_first = 0 in numbers
@@ -100,6 +101,7 @@ class PipelineGradients:
             target = torch.stack([tokens, F.pad(self._joined([counting(each) for each in documents]), (1, 0))], dim=1)
             if self.spec.document_mask:
                 more["position_ids"] = self._joined([positions(each[:, :-1]) for each in documents])
+        self._targets = target
         enter("compute", step)
         self.collector.start()
         self._schedule.step(*arguments, target=target if self.is_last else None, return_outputs=False, **more)
@@ -126,9 +128,15 @@ class PipelineGradients:
         self._chunk = chunk
         self.streams.enter(self._step, self._numbers[number], micro)
 
-    def _loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def score_of(self, chunk: int) -> Score:
+        """What the last stage makes a loss of a chunk with."""
+        size = self.spec.micro_batch
+        target = self._targets[chunk * size : (chunk + 1) * size]
         rows = Rows(target) if target.dim() == 2 else Rows(target[:, 0], target[:, 1, 1:].bool())
-        loss = self.spec.loss_of(logits, rows, self._weight)
+        return lambda value, head: self.spec.score(value, head, rows, self._weight)
+
+    def _loss(self, loss: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What the last stage gives is a loss already; here it is noted whose it is."""
         number, _ = self.locate(self._chunk)
         if number < len(self.held):
             index = self.held[number]
@@ -155,19 +163,23 @@ class _Stage(PipelineStage):
     ) -> None:
         tokens = torch.empty(batch, dtype=torch.int64, device="meta")
         hidden = torch.empty((*batch, *sizes.hidden_size), dtype=sizes.hidden_dtype, device="meta", requires_grad=True)
-        logits = torch.empty((*batch, *sizes.logits_size), dtype=sizes.logits_dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), device="meta", requires_grad=True)
         super().__init__(  # type: ignore[no-untyped-call]
             module, number, parts, device, group=group,
             input_args=(tokens if number == 0 else hidden,),
-            output_args=(logits if number == parts - 1 else hidden,),
+            output_args=(loss if number == parts - 1 else hidden,),
         )  # fmt: skip
         self._owner = owner
         self._index = index
-        # FSDP2 hands gradients out at the end of a whole backward pass; with it zero bubble keeps its order only.
-        self._splits_backward = not owner.part.is_sharded
+        # FSDP2 hands gradients out at the end of a whole backward pass, and layers that recompute would do it for each
+        # half: then zero bubble keeps its order only.
+        self._splits_backward = not owner.part.is_sharded and owner.spec.recompute.mode == "none"
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._owner.enter_forward(fwd_chunk_id)
+        if self.is_last:
+            stage: Any = self.submod
+            stage.score = self._owner.score_of(fwd_chunk_id)
         with self._owner.busy_with(fwd_chunk_id), self._owner.spec.autocast(self._owner.part.device):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 

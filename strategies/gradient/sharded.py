@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from strategies.gradient.compute import Enter, streams_for
+from strategies.gradient.compute import Enter, prepare
 from strategies.gradient.context import WorkContext
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
@@ -74,7 +74,7 @@ class _Buffered:
         if self._bound.get(module) == number:
             return
         if number not in self._open:
-            buffer = self._pool.pop() if self._pool else torch.empty_like(self._part.weights)
+            buffer = self._pool.pop() if self._pool else self._part.new_gradient()
             self._open[number] = buffer.zero_()
         self._part.accumulate_into(self._open[number], module)
         self._bound[module] = number
@@ -192,7 +192,7 @@ class RoundGradients:
         self.watch, self.spec, self.fetch, self.held = context.watch, context.spec, context.fetch, context.held
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
-        self.streams = streams_for(part.blueprint, part.modules, self.spec.seed)
+        self.streams = prepare(part.blueprint, part.modules, self.spec)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
         """Runs all rounds of a step. Raises PeerLost."""

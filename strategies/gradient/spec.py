@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.gradient.loss import loss_of
+from strategies.model.head import Head
+from strategies.model.recompute import NOTHING_AGAIN, Recompute
+from strategies.model.stage import Stage
 from strategies.objective.batch import Batch, counting, positions
 from strategies.objective.causal_lm import CAUSAL_LM
+from strategies.objective.chunk import CHUNK_TOKENS
 from strategies.objective.objective import Objective
 from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
@@ -19,9 +24,10 @@ from strategies.optim.schedule import ScheduleSpec
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What decides the numbers of a step; a function of the job file.
+    """What decides the numbers of a step, and what of it is computed twice; a function of the job file.
 
-    With `document_mask` the model is told where documents begin, and must not attend across."""
+    With `document_mask` the model is told where documents begin, and must not attend across. `loss_chunk` is how many
+    positions the loss is computed for at a time (0: all)."""
 
     seed: int
     micro_batch: int
@@ -34,6 +40,8 @@ class StepSpec:
     compile: bool = False
     document_mask: bool = False
     objective: Objective = CAUSAL_LM
+    loss_chunk: int = CHUNK_TOKENS
+    recompute: Recompute = NOTHING_AGAIN
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -55,18 +63,21 @@ class StepSpec:
             found.append(Rows(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)))
         return found
 
-    def loss(self, module: nn.Module, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
+    def loss(self, model: Stage, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
         """The share that a micro-batch has of the mean loss of a step of this `weight` (see `Objective.weight`)."""
-        with self.autocast(rows.tokens.device):
-            if rows.positions is None:
-                output = module(input_ids=rows.tokens[:, :-1])
-            else:
-                output = module(input_ids=rows.tokens[:, :-1], position_ids=rows.positions)
-        return self.loss_of(output if isinstance(output, torch.Tensor) else output.logits, rows, weight)
 
-    def loss_of(self, logits: torch.Tensor, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
-        """The same from the model's `logits` [batch, length, classes]."""
-        return self.objective.loss(logits, rows) / weight
+        def score(value: torch.Tensor, head: Head | None) -> torch.Tensor:
+            return self.score(value, head, rows, weight)
+
+        with self.autocast(rows.tokens.device):
+            loss: torch.Tensor = model(rows.tokens[:, :-1], rows.positions, score)
+        return loss
+
+    def score(
+        self, value: torch.Tensor, head: Head | None, rows: Rows, weight: float | torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """The same from hidden states and head, or without a head from logits."""
+        return loss_of(self.objective, value, head, rows, weight, self.loss_chunk)
 
     def divisor(self, batch: Batch) -> float | torch.Tensor:
         """The weight of the step that a batch is of, to divide by: 1 for a step in which nothing counts, whose loss is

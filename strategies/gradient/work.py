@@ -87,6 +87,8 @@ class _Replicated:
         if self.sharded:
             enter("refresh")
             self.reducer.gather(self.own.weights, self.part.weights)
+        elif self.part.weights is not self.own.weights:
+            self.part.weights.copy_(self.own.weights)
 
     def inject_nan(self) -> None:
         self._is_nan_next = True
@@ -242,7 +244,7 @@ def _replicated_work(
     if layout.pipeline == 1:
         if kept is not None and kept.part is part:
             local = kept
-            local.restore_streams()
+            local.prepare_again()
         else:
             local = LocalGradients(part, spec, context.fetch, context.watch)
         if layout.tensor > 1:

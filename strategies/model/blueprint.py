@@ -1,55 +1,43 @@
 """A network without its weights: its blocks, its slots, how it is split over ranks, and the modules that compute it.
 
-Where a network can be cut and split is its own statement, in the vocabulary of transformers: `pp_plan` names, in order,
-the modules from the token embedding over the list of layers to the head; `tp_plan` gives modules, by pattern, a style
-of tensor parallelism. A module of a user's own may have the same two attributes.
+Where a network can be cut is found out by trying (`strategies.model.anatomy`). How it can be split is its own
+statement, in the vocabulary of transformers: `tp_plan` gives modules, by pattern, a style of tensor parallelism. It may
+also say, as `pp_plan`, the names of its modules in the order in which they are called one after another, from the token
+embedding over the list of layers to the head. A module of a user's own may have the same two attributes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from strategies.layout.space import Space
+from strategies.model.anatomy import Activations, Anatomy, CannotCut, anatomy_of, find_layers, representatives
+from strategies.model.cutting import refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
-from strategies.model.randomness import uninstall
-from strategies.model.stage import PassThrough, Stage
-
-_SPLIT: dict[str, tuple[int, int, int | None]] = {
-    "colwise": (0, 1, 0),
-    "colwise_rep": (0, 1, 0),
-    "colwise_gather_output": (0, 1, 0),
-    "rowwise": (1, 0, None),
-    "rowwise_split_input": (1, 0, None),
-    "embedding_rowwise": (1, 0, None),
-    "embedding_colwise": (0, 1, None),
-}
-"""The dimension that each style splits: of a Linear's weight, of an Embedding's weight, of a bias."""
-_REDUCED = ("replicated_with_grad_allreduce",)
-"""Styles of modules that are whole everywhere but see a part of the activations only: their gradients are added up."""
-
-
-class Activations(NamedTuple):
-    """What a layer, and the whole model, gives for one micro-batch: sizes after [batch, length], and types."""
-
-    hidden_size: torch.Size
-    hidden_dtype: torch.dtype
-    logits_size: torch.Size
-    logits_dtype: torch.dtype
+from strategies.model.head import logits_of
+from strategies.model.parameters import made_up_values, sites_of, trained_parameters
+from strategies.model.randomness import stream_key, uninstall
+from strategies.model.recompute import forget
+from strategies.model.stage import Cut, PassThrough, Stage
+from strategies.model.tensor_plan import REDUCED, SPLIT, parallel_style, read_styles
 
 
 class Blueprint:
     """See the module. Takes `model` over: its trained parameters lose their values to `initial`, on the CPU.
 
     `buffers` are its persistent ones, which never change, and `frozen` its frozen parameters. Of a trial of the model
-    it is known which trained parameters are `unused` and what `caches` it makes for itself. Raises ValueError for
-    models whose buffers change in training, that train nothing, or that cannot be split over `tensor` ranks.
+    it is known which trained parameters are `unused`, what `caches` it makes for itself, and which module is its `body`
+    (see `strategies.model.head`). Modules compute with trained parameters of type `dtype`.
+
+    Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
+    `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
 
     More than 15 attributes: they describe one model.
     """
@@ -62,29 +50,36 @@ class Blueprint:
         device: torch.device | None = None,
         unused: Collection[str] = (),
         caches: Collection[str] = (),
+        body: str | None = None,
+        cuts: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         _refuse_running_statistics(model)
+        self.body, self.dtype = body, dtype
         self.unused, self.caches = frozenset(unused), frozenset(caches)
         self.device = torch.device("cpu") if device is None else device
         self.model = model
         self.tensor = tensor
-        self.cannot_cut, self.before, self.layers, self.after = _read_plan(model)
-        self.styles = _read_styles(model) if tensor > 1 else {}
-        trained = list(_trained(model).items())
+        self.layers, self.cannot_cut = find_layers(model)
+        self._chain = _read_chain(model, self.layers)
+        self.styles = read_styles(model) if tensor > 1 else {}
+        trained = list(trained_parameters(model).items())
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
-        self._sites = _sites(model, dict(trained))
+        self._sites = sites_of(model, dict(trained))
         one = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = {name: one[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         """The one name of a parameter, by each that it has: modules may share it."""
         if tensor > 1:
             self._refuse_shared("tensor", tensor)
+        self._anatomies: dict[bool, Anatomy] = {}
+        self.initial_shapes = {name: p.shape for name, p in trained}
+        self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
+        self._is_in_order = cuts or self._chain is not None
+        self._first = self._first_parameters(cuts)
         self.space = Space.of(
             ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused
         )
-        self._activations: dict[bool, Activations] = {}
-        self.initial_shapes = {name: p.shape for name, p in trained}
-        self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.frozen = FrozenWeights(frozen)
         across = _across_blocks(model, self.layers, frozen)
@@ -112,16 +107,31 @@ class Blueprint:
             return 0
         if name.startswith(self.layers + "."):
             return 1 + int(name[len(self.layers) + 1 :].split(".")[0])
-        if any(name == site or name.startswith(site + ".") for site in self.before):
-            return 0
-        return 1 + self.num_layers
+        return 0 if name in self._first else 1 + self.num_layers
+
+    def _first_parameters(self, cuts: bool) -> frozenset[str]:
+        """The parameters that the model uses before its layers: by trying where it is to be cut, else those that it has
+        before them."""
+        if self.layers is None:
+            return frozenset()
+        if cuts and not self.cannot_cut:
+            try:
+                return frozenset(self.names[place] for place in self.anatomy().before)
+            except CannotCut as error:
+                self.cannot_cut = str(error)
+        found = []
+        for name in self.names:
+            if name.startswith(self.layers + "."):
+                break
+            found.append(name)
+        return frozenset(found)
 
     def _dim_of(self, name: str) -> int | None:
         owner, _, key = name.rpartition(".")
         style = self.styles.get(owner)
-        if style is None or style in _REDUCED:
+        if style is None or style in REDUCED:
             return None
-        linear, embedding, bias = _SPLIT[style]
+        linear, embedding, bias = SPLIT[style]
         if key == "bias":
             return bias
         return embedding if isinstance(self.model.get_submodule(owner), nn.Embedding) else linear
@@ -129,42 +139,62 @@ class Blueprint:
     def _refuse_shared(self, what: str, degree: int) -> None:
         shared = [name for name, sites in self._sites.items() if len(sites) > 1]
         if shared:
-            raise ValueError(_shared_reason(what, degree, shared))
+            raise ValueError(shared_reason(what, degree, shared))
 
     def check_pipeline(self, stages: int, context: contextlib.AbstractContextManager[Any] | None = None) -> None:
         """Raises ValueError when the network, computed in `context` (autocast), cannot be cut into stages."""
-        _refuse_cut(self.cannot_cut, self._sites, stages)
-        self._refuse_work_between_modules(stages, contextlib.nullcontext() if context is None else context)
+        refuse_cut(self.cannot_cut, self._sites, stages)
+        with contextlib.nullcontext() if context is None else context, torch.random.fork_rng():
+            try:
+                self._check_chain()
+            except ValueError as error:
+                name = type(self.model).__name__
+                raise ValueError(f"pipeline {stages} cannot be used with {name}: {error}") from error
+
+    @torch.no_grad()
+    def _check_chain(self) -> None:
+        """Computes with made-up values, in a chain of stages and whole; two layers of each kind stand for all. Raises
+        ValueError when that differs; whether modules may be called one after another is found out, too."""
+        last, kept = self.num_layers + 2, representatives(list(self._layer_list(self.model)))
+        runs = [(0, 1), *((number + 1, number + 2) for number in kept), (last - 1, last)]
+        whole, *chain = (self._made_up(run, kept) for run in ((0, last), *runs))
+        inputs = [torch.tensor([row], device=self.device) for row in ([0, 1, 2, 1], [2, 0, 1, 1])]
+        expected = [whole(tokens) for tokens in inputs]
+        for tokens, logits in zip(inputs, expected, strict=True):
+            if not torch.equal(_in_turn(chain, tokens), logits):
+                raise ValueError(
+                    "its layers are given more than what the layer before gave, or give more than one value"
+                )
+        # By now the stages know what layers are given: this is computed module by module.
+        if self._chain is not None and not torch.equal(_in_turn(chain, inputs[0]), expected[0]):
+            self._chain = None
+
+    def _made_up(self, run: tuple[int, int], kept: Collection[int]) -> Stage:
+        """A stage in evaluation mode that computes with made-up values, and with no layers but these."""
+        stage = self.stage(run).eval()
+        layers = self._layer_list(stage.module)
+        for number in range(self.num_layers):
+            if number not in kept and not isinstance(layers[number], PassThrough):
+                layers[number] = PassThrough(in_tuple=self.anatomy().tuples)
+        for owner, part in stage.module.named_modules():
+            for key, parameter in part._parameters.items():
+                if parameter is not None:
+                    seed = stream_key("made up", owner, key)
+                    values = made_up_values(parameter.shape, seed, self.device).to(parameter.dtype)
+                    part._parameters[key] = nn.Parameter(values, requires_grad=False)
+        return stage
 
     def check_sharded(self) -> None:
         """Raises ValueError when two blocks share a trained parameter: each gathers and reduces its own."""
         check_sharded(self.model)
-
-    def _refuse_work_between_modules(self, stages: int, context: contextlib.AbstractContextManager[Any]) -> None:
-        """A stage runs the whole `forward`, with other stages' modules standing aside; what it does beside its modules,
-        every stage would do. So with all of them aside, it must give back what it is given."""
-        name = type(self.model).__name__
-        size = self.activations(context).hidden_size
-        given = torch.linspace(-100.0, 100.0, 2 * size.numel(), device=self.device).view(1, 2, *size)
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                output = self.stage((1, 1)).train()(given)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"pipeline {stages} cannot be used with {name}: {error}") from error
-        if not torch.equal(output, given):
-            raise ValueError(
-                f"pipeline {stages} cannot be used with {name}: its forward changes hidden states or logits outside of "
-                "the modules that its pp_plan names (it scales or caps them, or has dropout between modules), and each "
-                "stage would do so again. Use pipeline: 1, or a model.factory that does it inside of those modules"
-            )
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         """The layers that `module` (the model, or a stage of it) has; the model's largest list where it has no plan."""
         return _blocks(module, self.layers)
 
     def numbered_layers(self, module: nn.Module) -> list[tuple[int, nn.Module]]:
-        """(number, layer) for those that `module` has; none where the model has no plan."""
-        if self.layers is None:
+        """(number, layer) for those that `module` has; none where it is not known that each is computed once."""
+        if self.layers is None or not self._is_in_order:
             return []
         layers = self._layer_list(module.module if isinstance(module, Stage) else module)
         return [(number, layer) for number, layer in enumerate(layers) if not isinstance(layer, PassThrough)]
@@ -176,13 +206,18 @@ class Blueprint:
 
     # ------------------------------------------------------------------------------------ modules
 
-    def whole(self) -> nn.Module:
+    def whole(self) -> Stage:
         """The model itself; its trained parameters have no memory until they are bound."""
-        return self.model
+        return Stage(self.model, None if self.layers is None else self._layer_list(self.model), self._cut(None))
 
-    def stage(self, run: tuple[int, int] | None, own: Collection[str] = ()) -> nn.Module:
+    def _cut(self, run: tuple[int, int] | None) -> Cut:
+        start, stop = (0, self.num_layers + 2) if run is None else run
+        before, after = self._chain or (None, None)
+        return Cut(start, stop, self.num_layers, before, after, self.body, run is not None and self.anatomy().tuples)
+
+    def stage(self, run: tuple[int, int] | None, own: Collection[str] = (), dtype: torch.dtype | None = None) -> Stage:
         """A copy with the blocks start..stop only (None: all). Buffers are shared, and so are frozen parameters but for
-        the `own` ones, which have no memory, like trained parameters.
+        the `own` ones, which have no memory, like trained parameters. These are of type `dtype` where that is given.
 
         Takes token ids when it has the embedding, otherwise hidden states; gives logits when it has the head,
         otherwise hidden states.
@@ -190,82 +225,101 @@ class Blueprint:
         shared: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in self.model.buffers()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or name in own:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                kind = dtype or self.dtype if parameter.requires_grad else parameter.dtype
+                empty = torch.empty(parameter.shape, dtype=kind, device="meta")
                 shared[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             else:
                 shared[id(parameter)] = parameter
         module: nn.Module = copy.deepcopy(self.model, shared)  # type: ignore[arg-type]
         for part in module.modules():
             uninstall(part)
-        if run is None:
-            return module
-        start, stop = run
-        last = 1 + self.num_layers
-        layers = self._layer_list(module)
-        for index in range(len(layers)):
-            if not start <= index + 1 < stop:
-                layers[index] = PassThrough()
-        if start > 0:
-            for name in self.before:
-                _replace(module, name)
-        if stop <= last:
-            for name in self.after:
-                _replace(module, name)
-        return Stage(
-            module,
-            is_first=start == 0,
-            before=[module.get_submodule(name) for name in self.before] if start == 0 else (),
-            layers=[layer for layer in layers if not isinstance(layer, PassThrough)],
-            after=[module.get_submodule(name) for name in self.after] if stop > last else (),
-        )
+            forget(part)
+        layers = None if self.layers is None else self._layer_list(module)
+        cut = self._cut(run)
+        if run is not None:
+            assert layers is not None
+            for index in range(cut.num_layers):
+                if not cut.start <= index + 1 < cut.stop:
+                    layers[index] = PassThrough(in_tuple=cut.tuples)
+            anatomy = self.anatomy()
+            if not cut.is_first:
+                self._set_aside(module, anatomy.before)
+            if not cut.is_last:
+                self._set_aside(module, anatomy.after)
+        return Stage(module, layers, cut)
+
+    def _set_aside(self, module: nn.Module, places: Collection[str]) -> None:
+        """Takes the modules that own these parameters out of a copy of the model. What is looked up in a table is not
+        what a module was given, and what has other modules inside is needed: these stay, and have zeros for
+        parameters, which take no memory."""
+        takes_hidden = "inputs_embeds" in inspect.signature(module.forward).parameters
+        for owner in {place.rpartition(".")[0] for place in places}:
+            part = module.get_submodule(owner)
+            is_table = isinstance(part, nn.Embedding) and (takes_hidden or not self._is_first_table(owner))
+            stays = not owner or is_table or bool(list(part.children()))
+            stand_in = part if stays else PassThrough()
+            for key, parameter in list(part._parameters.items()):
+                if parameter is not None and (f"{owner}.{key}" if owner else key) in places:
+                    del part._parameters[key]
+                    zero = torch.zeros((), dtype=parameter.dtype, device=self.device)
+                    # A model may ask for the type or size of what it does not compute with here.
+                    setattr(stand_in, key, zero.expand(parameter.shape))
+            if not stays:
+                above, _, key = owner.rpartition(".")
+                setattr(module.get_submodule(above), key, stand_in)
+
+    def _is_first_table(self, owner: str) -> bool:
+        """Whether it is the table that token ids are looked up in: the first that the model has."""
+        tables = (name for name, part in self.model.named_modules() if isinstance(part, nn.Embedding))
+        return next(tables, None) == owner
 
     def activations(self, context: contextlib.AbstractContextManager[Any]) -> Activations:
-        """What layers and the whole model hand on, when forward passes run in `context` (autocast). Found once, by
+        """What layers and the whole model hand on, when forward passes run in `context` (autocast). Raises ValueError
+        for a model that cannot be cut."""
+        with context:
+            return self.anatomy().activations
+
+    def anatomy(self) -> Anatomy:
+        """What runs before the layers and after them, as computed in the present context (autocast). Found once, by
         tracing, or where an operator cannot be traced by computing two tokens with the initial values.
 
         Raises ValueError when neither works.
         """
-        with context:
-            casts = torch.is_autocast_enabled(self.device.type)
-        if casts not in self._activations:
+        casts = torch.is_autocast_enabled(self.device.type)
+        if casts not in self._anatomies:
             try:
-                self._activations[casts] = self._trace(context, is_fake=True)
+                self._anatomies[casts] = self._look(is_fake=True)
             except (RuntimeError, TypeError, AttributeError):
-                self._activations[casts] = self._trace(context, is_fake=False)
-        return self._activations[casts]
+                self._anatomies[casts] = self._look(is_fake=False)
+        return self._anatomies[casts]
 
-    def _trace(self, context: contextlib.AbstractContextManager[Any], *, is_fake: bool) -> Activations:
+    def _look(self, *, is_fake: bool) -> Anatomy:
         from strategies.compat import FakeTensorMode
 
-        hidden: list[torch.Tensor] = []
-        layers = self._layer_list(self.model)
-        all_layers = list(layers)
-        handle = all_layers[0].register_forward_hook(lambda module, arguments, output: hidden.append(output))
-        mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else contextlib.nullcontext()
-        try:
-            # Of layers without values one tells as much as all, which may take many seconds.
-            for number in range(1, len(all_layers) if is_fake else 0):
-                layers[number] = PassThrough()
+        assert self.layers is not None
+
+        def compute() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             there = dict(self.model.named_parameters(remove_duplicate=False))
-            places = {place: name for place, name in self.names.items() if place in there and name in self._sites}
-            with mode, torch.no_grad(), torch.random.fork_rng(), context:
-                made = {
-                    name: torch.empty(self.initial_shapes[name], device=self.device)
-                    if is_fake
-                    else self.initial[name].to(self.device)
-                    for name in set(places.values())
-                }
-                values = {place: made[name] for place, name in places.items()}
-                tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
-                output = torch.func.functional_call(self.model, values, kwargs={"input_ids": tokens})
-                logits = output if isinstance(output, torch.Tensor) else output.logits
-                if not hidden or not isinstance(hidden[0], torch.Tensor):
-                    raise ValueError(f"the layers of {type(self.model).__name__} do not hand on one tensor")
-                return Activations(hidden[0].shape[2:], hidden[0].dtype, logits.shape[2:], logits.dtype)
-        finally:
-            for number, layer in enumerate(all_layers):
-                layers[number] = layer
-            handle.remove()
+            places = {place: self._value(self.names[place], there[place], is_fake=is_fake) for place in there}
+            tokens = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+            output = torch.func.functional_call(
+                self.model, places, kwargs={"input_ids": tokens}, tie_weights=False
+            )  # fmt: skip
+            return logits_of(output), places
+
+        mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else contextlib.nullcontext()
+        with mode, torch.random.fork_rng():
+            return anatomy_of(self.model, self.layers, compute)
+
+    def _value(self, name: str, parameter: nn.Parameter, *, is_fake: bool) -> torch.Tensor:
+        """Something to compute with in place of a parameter, which depends on nothing."""
+        if is_fake:
+            dtype = self.dtype if name in self.initial_shapes else parameter.dtype
+            value = torch.empty(parameter.shape, dtype=dtype, device=self.device)
+        else:
+            value = self.initial.get(name, parameter).detach().to(self.device).clone()
+            value = value.to(self.dtype) if name in self.initial else value
+        return value.requires_grad_(value.is_floating_point())
 
     def bind(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """Puts parameters (by name) into a module made by this blueprint."""
@@ -284,7 +338,7 @@ class Blueprint:
         for name, sites in self._sites.items():
             current = module.get_submodule(sites[0][0])._parameters[sites[0][1]]
             assert current is not None
-            empty = nn.Parameter(torch.empty(current.shape, dtype=torch.float32, device="meta"))
+            empty = nn.Parameter(torch.empty(current.shape, dtype=self.dtype, device="meta"))
             self.bind(module, {name: empty})
 
     def parallelize(self, module: nn.Module, mesh: Any) -> None:
@@ -298,18 +352,19 @@ class Blueprint:
                 target = inner.get_submodule(owner)
             except AttributeError:
                 continue  # Another stage's.
-            if not isinstance(target, PassThrough) and style not in _REDUCED:
-                plan[owner] = _parallel_style(style, target)
+            if not isinstance(target, PassThrough) and style not in REDUCED:
+                plan[owner] = parallel_style(style, target)
         parallelize_module(inner, mesh, plan, src_data_rank=None)
 
     def is_reduced(self, name: str) -> bool:
         """Whether a parameter's gradient is only this coordinate's part of it."""
-        return self.styles.get(name.rpartition(".")[0]) in _REDUCED
+        return self.styles.get(name.rpartition(".")[0]) in REDUCED
 
 
-def _replace(module: nn.Module, name: str) -> None:
-    owner, _, key = name.rpartition(".")
-    setattr(module.get_submodule(owner), key, PassThrough())
+def _in_turn(chain: Sequence[Stage], value: torch.Tensor) -> torch.Tensor:
+    for stage in chain:
+        value = stage(value)
+    return value
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
@@ -323,20 +378,6 @@ def _move(model: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _sites(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[str, str]]]:
-    names = {id(parameter): name for name, parameter in trained.items()}
-    found: dict[str, list[tuple[str, str]]] = {name: [] for name in trained}
-    for owner, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in names:
-                found[names[id(parameter)]].append((owner, key))
-    return found
-
-
 def _refuse_running_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None:
@@ -346,22 +387,18 @@ def _refuse_running_statistics(model: nn.Module) -> None:
             )
 
 
-def _read_plan(model: nn.Module) -> tuple[str, tuple[str, ...], str | None, tuple[str, ...]]:
-    """(why it cannot be cut, modules before the layers, the list of layers, modules after them)."""
-    plan: Iterable[str] | None = getattr(model, "pp_plan", None)
-    if not plan:
-        return f"{type(model).__name__} has no pp_plan that names its embedding, layers, norm and head", (), None, ()
+def _read_chain(model: nn.Module, layers: str | None) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The modules before the layers and after them, by the model's plan; None when it has none."""
+    plan: Iterable[str] = getattr(model, "pp_plan", None) or ()
     names = [name for name in plan if _has(model, name)]
-    lists = [name for name in names if isinstance(model.get_submodule(name), nn.ModuleList)]
-    if len(lists) != 1:
-        return f"the pp_plan of {type(model).__name__} names {len(lists)} lists of layers, not one", (), None, ()
-    layers = lists[0]
+    if layers is None or layers not in names:
+        return None
     # A head comes last, wherever the plan has it.
     depth = layers.count(".")
     inner = [name for name in names if name.count(".") >= depth]
     outer = [name for name in names if name.count(".") < depth]
     at = inner.index(layers)
-    return "", tuple(inner[:at]), layers, (*inner[at + 1 :], *outer)
+    return tuple(inner[:at]), (*inner[at + 1 :], *outer)
 
 
 def _blocks(module: nn.Module, layers: str | None) -> list[nn.Module]:
@@ -381,52 +418,11 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _read_styles(model: nn.Module) -> dict[str, str]:
-    """The style of every module that the model's plan splits. Raises ValueError where it has none or an unknown one."""
-    plan: Mapping[str, str] | None = getattr(model, "tp_plan", None)
-    if not plan:
-        raise ValueError(
-            f"{type(model).__name__} has no tp_plan, which says how its modules are split: use tensor: 1, or a model "
-            "with one (the decoder models of transformers have it; a model.factory may give its module one)"
-        )
-    patterns = [(re.compile(re.escape(p).replace(r"\*", r"[^.]+")), style) for p, style in plan.items()]
-    styles = {}
-    for name, module in model.named_modules():
-        style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
-        if style is None or not list(module.parameters(recurse=False)):
-            continue
-        if style not in _SPLIT and style not in _REDUCED:
-            known = ", ".join((*_SPLIT, *_REDUCED))
-            raise ValueError(
-                f"the tp_plan gives {name} the style {style!r}, which is not supported; supported: {known}"
-            )
-        styles[name] = style
-    _refuse_whole_layers(model, styles)
-    return styles
-
-
-def check_cut(model: nn.Module, stages: int, parts: int) -> None:
-    """Raises ValueError when the model, which may be without weights, cannot be cut into `parts` model parts: those of
-    all `stages`."""
-    cannot_cut, *_, layers, _ = _read_plan(model)
-    _refuse_cut(cannot_cut, _sites(model, _trained(model)), stages)
-    number = len(model.get_submodule(layers or ""))  # type: ignore[arg-type]
-    if parts > number:
-        raise ValueError(f"pipeline {stages} needs at least {parts} layers for its model parts; {layers} has {number}")
-
-
-def _refuse_cut(cannot_cut: str, sites: Mapping[str, list[tuple[str, str]]], stages: int) -> None:
-    if cannot_cut:
-        raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {cannot_cut}")
-    if shared := [name for name, places in sites.items() if len(places) > 1]:
-        raise ValueError(_shared_reason("pipeline", stages, shared))
-
-
 def check_sharded(model: nn.Module) -> None:
     """Raises ValueError when the parameters of the model, which may be without weights, cannot be sharded: two blocks
     share a trained one, and each gathers and reduces its own."""
-    *_, layers, _ = _read_plan(model)
-    for places in _across_blocks(model, layers, _trained(model)).values():
+    layers, _ = find_layers(model)
+    for places in _across_blocks(model, layers, trained_parameters(model)).values():
         raise ValueError(
             "shard: parameters cannot be used with a trained parameter that two layers share, as each layer gathers "
             f"its own: {', '.join(places)}. Use another shard, which computes with whole parameters"
@@ -441,46 +437,6 @@ def _across_blocks(
     block_of = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
     return {
         name: [".".join(filter(None, site)) for site in sites]
-        for name, sites in _sites(model, parameters).items()
+        for name, sites in sites_of(model, parameters).items()
         if len({block_of.get(id(model.get_submodule(owner)), -1) for owner, _ in sites}) > 1
     }
-
-
-def check_tensor(model: nn.Module, degree: int) -> None:
-    """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
-    _read_styles(model)
-    shared = [names for names in _sites(model, _trained(model)).values() if len(names) > 1]
-    if shared:
-        raise ValueError(_shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))
-
-
-def _shared_reason(what: str, degree: int, shared: list[str]) -> str:
-    return (
-        f"{what} {degree} cannot be used with parameters that two modules share: {', '.join(shared)}. "
-        "Untie them (for transformers: tie_word_embeddings: false; for a directory, model.untie: true)"
-    )
-
-
-def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
-    """A plan that splits the embedding or the head only would have every rank compute every layer."""
-    split = [name for name, style in styles.items() if style in _SPLIT]
-    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
-    if any(name.startswith(f"{layers}.") for name in split for layers in lists) or (split and not lists):
-        return
-    raise ValueError(
-        f"the tp_plan of {type(model).__name__} splits {', '.join(split) or 'no module'} and nothing in its layers, "
-        "which every rank would compute whole; use tensor: 1"
-    )
-
-
-def _parallel_style(style: str, module: nn.Module) -> Any:
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    if style in ("embedding_rowwise", "rowwise_split_input"):
-        return RowwiseParallel(input_layouts=Replicate())
-    if style == "rowwise":
-        return RowwiseParallel()
-    if style == "colwise":
-        return ColwiseParallel()
-    return ColwiseParallel(output_layouts=Replicate())

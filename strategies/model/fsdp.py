@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import Groups
@@ -38,28 +38,28 @@ class ShardedModelPart:
         self._data_group = fabric.data_group
         # Of frozen parameters that tensor parallelism splits, too, every rank has its split whole.
         sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
-        self.modules: list[nn.Module] = [
-            blueprint.stage(run, sharded) for run in (self.runs if self.runs is not None else [None])
+        self.modules: list[Stage] = [
+            blueprint.stage(run, sharded, torch.float32) for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
         self._untrained: list[list[Any]] = []
         for module in self.modules:
             if fabric.layout.tensor > 1:
                 blueprint.parallelize(module, fabric.axis("tensor"))
-            inner: nn.Module = module.module if isinstance(module, Stage) else module
-            if isinstance(module, Stage):
-                # FSDP2 gathers what no block has when the model's own forward is entered.
-                module.may_call_directly = False
-            self.groups.append(self._shard(inner, fabric))
+            # FSDP2 gathers what no block has when the model is called as a module.
+            module.enter_by_root()
+            self.groups.append(self._shard(module.module, fabric))
             module.train()
         blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
         self.own_frozen = sharded
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
+        # What is trained and exchanged as a gradient is fp32; what is gathered to compute with may be less.
+        policy = MixedPrecisionPolicy(self.blueprint.dtype, torch.float32, cast_forward_inputs=False)
         whole = {p for p in inner.parameters() if not (p.requires_grad or p.is_meta)}
         for block in (*blocks, inner):
-            fully_shard(block, mesh=fabric.axis("data"), ignored_params=whole)
+            fully_shard(block, mesh=fabric.axis("data"), ignored_params=whole, mp_policy=policy)
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

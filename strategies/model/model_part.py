@@ -10,16 +10,18 @@ from torch import nn
 
 from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
+from strategies.model.stage import Stage
 
 Runs = Sequence[tuple[int, int]] | None
 """The blocks start..stop of each model part; None: the whole model is one part."""
 
 
 class ModelPart:
-    """`modules` are the model parts of this rank, in model order. `weights` fp32 [flat.size] are their parameters.
+    """`modules` are the model parts of this rank, in model order. `weights` [flat.size] are their parameters, in the
+    type that the blueprint has for them.
 
     With a `tensor_mesh` the modules are split over it; with `weights`, that buffer is used. `size` and `device` are
-    those of the buffers in which backward passes leave gradients.
+    those of the buffers, fp32 whatever the weights are, in which backward passes leave gradients.
     """
 
     is_sharded = False
@@ -42,12 +44,14 @@ class ModelPart:
         space = blueprint.space
         self.flat = FlatRanges.of(space.ranges_of(runs), space.boundary)
         self.size = self.flat.size
-        self.weights = torch.zeros(self.size, device=self.device) if weights is None else weights
+        if weights is None:
+            weights = torch.zeros(self.size, dtype=blueprint.dtype, device=self.device)
+        self.weights = weights
         self.is_plain = runs is None and tensor_mesh is None
         self._mesh = tensor_mesh
         blueprint.frozen.keep_on(self.device, blueprint.frozen)
         if self.is_plain:
-            self.modules: list[nn.Module] = [blueprint.whole()]
+            self.modules: list[Stage] = [blueprint.whole()]
         else:
             self.modules = [blueprint.stage(run) for run in (runs if runs is not None else [None])]
             if tensor_mesh is not None:
@@ -60,6 +64,7 @@ class ModelPart:
             where = next(self.flat.locate(slot.offset, slot.stop), None)
             if where is not None:
                 parameter = nn.Parameter(self._wrap(self._view(self.weights, slot, where[1]), slot))
+                parameter.grad_dtype = torch.float32
                 bound[slot.name] = parameter
                 self.slots.append((slot, where[1]))
                 self._parameters.append(parameter)
@@ -71,7 +76,7 @@ class ModelPart:
         for module in self.modules:
             module.train()
 
-    def _names_by_module(self, bound: dict[str, nn.Parameter]) -> list[tuple[nn.Module, list[str]]]:
+    def _names_by_module(self, bound: dict[str, nn.Parameter]) -> list[tuple[Stage, list[str]]]:
         if self.runs is None:
             return [(self.modules[0], list(bound))]
         blocks = {slot.name: slot.block for slot, _ in self.slots}
@@ -94,6 +99,10 @@ class ModelPart:
 
         placement = Replicate() if slot.dim is None else Shard(slot.dim)
         return DTensor.from_local(local, self._mesh, [placement], run_check=False)
+
+    def new_gradient(self) -> torch.Tensor:
+        """A buffer [size] for gradients, with anything in it."""
+        return torch.empty(self.size, device=self.device)
 
     def accumulate_into(self, buffer: torch.Tensor, module: int | None = None) -> None:
         """Points every parameter's `.grad` (of all modules, or of one) into `buffer` [size]; backward passes add to it
@@ -118,7 +127,7 @@ class ModelPart:
         """Gives the modules up; the weights stay."""
         self.release_gradients()
         if self.is_plain:
-            self.blueprint.release(self.modules[0])
+            self.blueprint.release(self.blueprint.model)
         self.modules = []
         self._parameters = []
 
@@ -128,6 +137,6 @@ def add_up(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     from strategies.compat import all_reduce
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
-        return all_reduce(gradient, "sum", mesh)  # type: ignore[no-any-return]
+        return all_reduce(gradient.float(), "sum", mesh).to(gradient.dtype)  # type: ignore[no-any-return]
 
     return hook

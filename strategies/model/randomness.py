@@ -36,6 +36,10 @@ class Streams:
         uninstall(layer)
         layer.register_forward_pre_hook(_StreamHook(self, number))
 
+    def install_behind(self, layer: nn.Module, number: int) -> None:
+        """Lets what comes after a layer take its numbers from the streams of this number."""
+        layer.register_forward_hook(_StreamHook(self, number))
+
     def enter(self, step: int, virtual_worker: int, micro_batch: int) -> None:
         """A forward pass of this micro-batch begins."""
         self.at = (step, virtual_worker, micro_batch)
@@ -47,15 +51,16 @@ class _StreamHook:
         self._streams = streams
         self._number = number
 
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
+    def __call__(self, module: nn.Module, arguments: Any, output: Any = None) -> None:
         seed_stream(self._streams.seed, "step", *self._streams.at, "layer", self._number)
 
 
 def uninstall(layer: nn.Module) -> None:
     """Takes streams of its own from a layer."""
-    for key, hook in list(layer._forward_pre_hooks.items()):
-        if isinstance(hook, _StreamHook):
-            del layer._forward_pre_hooks[key]
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _StreamHook):
+                del hooks[key]
 
 
 def draws_random_numbers(model: nn.Module) -> bool:

@@ -1,29 +1,41 @@
-"""A pipeline stage: a model cut down to some of its blocks, as a function of one tensor.
+"""A pipeline stage: a model cut down to some of its blocks, as a function of one tensor. The whole model is one, too.
 
-Other stages' modules stand aside, and the model's own forward does the rest. What it prepares for its layers (masks,
-position embeddings) it prepares anew for every micro-batch and in every stage; so once two different inputs have shown
-that this depends on their shape alone, the modules of the stage are called directly with what was prepared before.
+Layers of other stages stand aside, and the model's own forward does the rest. What it does before its layers counts in
+the first stage only, and what it does after them in the last: a later stage gives its first layer what it was given
+itself, whatever the forward has made of that on the way, and an earlier one hands on what its last layer gave. What the
+forward prepares for layers (masks, position embeddings) it prepares anew for every micro-batch and in every stage; so
+once two different inputs have shown that this depends on their shape alone, the modules of the stage are called
+directly with what was prepared before, where modules are all that the model is made of.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from strategies.model.anatomy import HIDDEN
+from strategies.model.head import Head, Score, logits_of
+
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """What each layer is given beside hidden states."""
 
 
 class PassThrough(nn.Module):
-    """Stands where another pipeline stage has a module: gives its first argument back."""
+    """Stands where another pipeline stage has a module: gives its first argument back; in a tuple, where layers do."""
 
-    def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        return value
+    def __init__(self, *, in_tuple: bool = False) -> None:
+        super().__init__()
+        self._in_tuple = in_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        value = args[0] if args else kwargs[HIDDEN]
+        return (value,) if self._in_tuple else value
 
 
 @dataclass
@@ -35,72 +47,209 @@ class _Prepared:
     is_same: bool | None = None
 
 
-class Stage(nn.Module):
-    """`module` is the whole model with other stages' modules standing aside; `before`, `layers` and `after` are those
-    of this stage in order. Unless `may_call_directly`, the model's own forward is always gone through."""
+@dataclass(frozen=True)
+class Cut:
+    """What of a model a stage is: blocks `start` to `stop` of `num_layers` layers and the two blocks around them. The
+    modules `before` and `after` are called one after another around the layers where the stage has them; without them
+    (None) the model does more there than call modules. `body` is the name of the module that gives the hidden states
+    which the head makes logits of; None where that is not known. With `tuples` layers give their hidden states in one.
+    """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        is_first: bool,
-        before: Sequence[nn.Module] = (),
-        layers: Sequence[nn.Module] = (),
-        after: Sequence[nn.Module] = (),
-    ) -> None:
+    start: int
+    stop: int
+    num_layers: int
+    before: tuple[str, ...] | None = None
+    after: tuple[str, ...] | None = None
+    body: str | None = None
+    tuples: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop > self.num_layers + 1
+
+
+class Stage(nn.Module):
+    """`module` is the whole model with other stages' modules standing aside, `layers` its list of layers. Unless
+    `may_call_directly`, the model's own forward is always gone through.
+
+    With a `score`, given for one call or for all, it is the loss that the last stage gives.
+    """
+
+    module: nn.Module
+    score: Score | None
+
+    def __init__(self, module: nn.Module, layers: nn.ModuleList | None, cut: Cut) -> None:
         super().__init__()
         self.module = module
-        self.may_call_directly = True
+        self.cut = cut
+        self.may_call_directly = not (cut.is_first and cut.is_last)
+        self.score = None
         takes = inspect.signature(module.forward).parameters
-        self._argument = "inputs_embeds" if not is_first and "inputs_embeds" in takes else "input_ids"
-        # Not as modules of this one: they are the model's.
-        self._parts = (tuple(before), tuple(layers), tuple(after))
+        self._argument = "inputs_embeds" if not cut.is_first and "inputs_embeds" in takes else "input_ids"
+        self._forward = module.forward
+        self._by_root = False
+        self._layers = [] if layers is None else list(layers)
+        self._own = [layer for layer in self._layers if not isinstance(layer, PassThrough)]
         self._prepared: dict[tuple[torch.Size, torch.dtype], _Prepared] = {}
+        self._crossing = _Crossing(cut)
+        self._is_watched = False
 
-    def forward(self, value: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids int64 [batch, length] or hidden states [batch, length, width] to hidden states or logits. With
-        `position_ids` int64 [batch, length] what the layers are given depends on more than the shape."""
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """All that the model has, and what stands aside for those of other stages."""
+        return self._layers
+
+    def enter_by_root(self) -> None:
+        """The model is always to be called as a module: what others have hung up there (hooks) is to be run."""
+        self._by_root, self.may_call_directly = True, False
+        self.module.forward = self._inside
+
+    def forward(
+        self, value: torch.Tensor, position_ids: torch.Tensor | None = None, score: Score | None = None
+    ) -> torch.Tensor:
+        """Token ids int64 [batch, length] or hidden states [batch, length, width] to hidden states, logits or a loss.
+        With `position_ids` int64 [batch, length] what the layers are given depends on more than the shape."""
+        score = (score or self.score) if self.cut.is_last else None
         if position_ids is not None:
-            return self._of_the_model(value, position_ids=position_ids)
+            return self._of_the_model(value, score, position_ids=position_ids)
         known = self._prepared.get((value.shape, value.dtype))
-        if not self.may_call_directly or (known is not None and known.is_same is False):
-            return self._of_the_model(value)
+        if not (self.may_call_directly and self._is_chain) or (known is not None and known.is_same is False):
+            return self._of_the_model(value, score)
         if known is not None and known.is_same:
-            return self._directly(value, known.arguments)
-        output, arguments = self._watched(value)
+            return self._directly(value, known.arguments, score)
+        output, arguments = self._watched(value, score)
         if known is None:
             self._prepared[value.shape, value.dtype] = _Prepared(value.detach(), arguments)
         elif not torch.equal(known.first, value):
             known.is_same = _same(known.arguments, arguments)
         return output
 
-    def _of_the_model(self, value: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        output = self.module(**{self._argument: value}, **more)
-        return _not_a_view(output if isinstance(output, torch.Tensor) else output.logits)
+    # ------------------------------------------------------------------------------------ module by module
 
-    def _directly(self, value: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        before, layers, after = self._parts
-        for module in before:
-            value = module(value)
-        for layer, (more, named) in zip(layers, arguments, strict=True):
-            value = layer(value, *more, **named)
-        for module in after:
-            value = module(value)
-        return _not_a_view(value)
+    @property
+    def _is_chain(self) -> bool:
+        cut = self.cut
+        return (not cut.is_first or cut.before is not None) and (not cut.is_last or cut.after is not None)
 
-    def _watched(self, value: torch.Tensor) -> tuple[torch.Tensor, Arguments]:
+    def _directly(self, value: torch.Tensor, arguments: Arguments, score: Score | None) -> torch.Tensor:
+        cut = self.cut
+        for name in (cut.before or ()) if cut.is_first else ():
+            value = self.module.get_submodule(name)(value)
+        for layer, (more, named) in zip(self._own, arguments, strict=True):
+            output = layer(value, *more, **named)
+            value = output[0] if cut.tuples else output
+        if not cut.is_last:
+            return _not_a_view(value)
+        if not self._own:
+            value = self._layers[-1](value)  # What is hung up there is run.
+            value = value[0] if cut.tuples else value
+        *between, head = [self.module.get_submodule(name) for name in cut.after or ()]
+        for module in between:
+            value = module(value)
+        if score is None:
+            return _not_a_view(head(value))
+        if cut.body is None:
+            return score(head(value), None)
+        return score(value, Head(head, [p for p in head.parameters() if p.requires_grad]))
+
+    def _watched(self, value: torch.Tensor, score: Score | None) -> tuple[torch.Tensor, Arguments]:
         arguments: Arguments = []
 
         def watch(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             # Who names the hidden states too is not called directly: they are among what differs.
             arguments.append((given[1:], named))
 
-        handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in self._parts[1]]
+        handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in self._own]
         try:
-            return self._of_the_model(value), arguments
+            return self._of_the_model(value, score), arguments
         finally:
             for handle in handles:
                 handle.remove()
+
+    # ------------------------------------------------------------------------------------ by the model's own forward
+
+    def _of_the_model(self, value: torch.Tensor, score: Score | None, **more: torch.Tensor) -> torch.Tensor:
+        if not self._is_watched:
+            # After those that others have hung up: what goes in is exchanged before them, what comes out is theirs.
+            self._crossing.watch(self._layers)
+            self._is_watched = True
+        call = self.module if self._by_root else self._inside
+        output: torch.Tensor = call(value, score, **more)
+        return output
+
+    def _inside(self, value: torch.Tensor, score: Score | None, **more: torch.Tensor) -> torch.Tensor:
+        cut = self.cut
+        body: Any = self._forward if cut.body is None else self.module.get_submodule(cut.body)
+        given = {self._argument: value if cut.is_first else value.detach(), **more}
+        with self._crossing.of(value) as crossing:
+            if not cut.is_last:
+                body(**given)
+                return _not_a_view(crossing.taken)
+            if score is None:
+                return _not_a_view(logits_of(self._forward(**given)))
+            if cut.body is None:
+                return score(logits_of(self._forward(**given)), None)
+            outputs = body(**given)
+        return score(*Head.behind(self.module, self._forward, cut.body, outputs))
+
+
+def whole_model(model: nn.Module, body: str | None = None) -> Stage:
+    """A model that nobody has cut, as it is; for its `body` see `strategies.model.head`."""
+    return Stage(model, None, Cut(0, 2, 0, body=body))
+
+
+class _Crossing:
+    """Exchanges what goes into the first layer of a stage, and takes what comes out of its last."""
+
+    def __init__(self, cut: Cut) -> None:
+        self._cut = cut
+        self._value: torch.Tensor | None = None
+        self._taken: torch.Tensor | None = None
+
+    @property
+    def taken(self) -> torch.Tensor:
+        assert self._taken is not None, "the layers were not computed"
+        return self._taken
+
+    @contextmanager
+    def of(self, value: torch.Tensor) -> Iterator[_Crossing]:
+        self._value, self._taken = value, None
+        try:
+            yield self
+        finally:
+            self._value = self._taken = None
+
+    def watch(self, layers: Sequence[nn.Module]) -> None:
+        """To be called once, with all layers of the model, those that stand aside too."""
+        cut = self._cut
+        if not cut.is_first:
+            if cut.start <= cut.num_layers:
+                layers[cut.start - 1].register_forward_pre_hook(self._put_in, with_kwargs=True, prepend=True)
+            else:
+                layers[-1].register_forward_hook(self._put_out)
+        if not cut.is_last:
+            if cut.stop > 1:
+                layers[cut.stop - 2].register_forward_hook(self._take_output)
+            else:
+                layers[0].register_forward_pre_hook(self._take_input, with_kwargs=True)
+
+    def _put_in(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if self._value is None:
+            return None
+        return ((self._value, *given[1:]), named) if given else (given, {**named, HIDDEN: self._value})
+
+    def _put_out(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        return (self._value,) if self._cut.tuples else self._value
+
+    def _take_output(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        self._taken = output[0] if self._cut.tuples else output
+
+    def _take_input(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._taken = given[0] if given else named[HIDDEN]
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -72,6 +72,7 @@ class HierarchicalReducer(Reducer):
         hierarchy = self._hierarchy
         rail = self._rails[hierarchy.place]
         sizes = [self.slices[rank] for rank in rail]
+        mine = mine.to(everything.dtype)
         of_rail = _exchange(hierarchy.rail, [mine] * len(rail), sizes, [len(mine)] * len(rail), self._device)
         lengths = [sum(self.slices[rank] for rank in ranks) for ranks in self._rails]
         count = len(lengths)
@@ -85,6 +86,7 @@ def _exchange(
     groups: Groups, outgoing: Sequence[torch.Tensor], received: list[int], sent: list[int], device: torch.device
 ) -> torch.Tensor:
     """What arrives, by source, of what goes out, by destination."""
-    arrived = torch.empty(sum(received), device=device)
+    dtype = outgoing[0].dtype if outgoing else torch.float32
+    arrived = torch.empty(sum(received), dtype=dtype, device=device)
     groups.all_to_all(arrived, torch.cat(list(outgoing)) if outgoing else arrived[:0], received, sent)
     return arrived

@@ -97,13 +97,14 @@ class Reducer:
             raise ValueError(f"replica {self.groups.rank} must bring the subtrees {mine}, got {sorted(pieces)}")
 
     def gather(self, mine: torch.Tensor, everything: torch.Tensor) -> None:
-        """Brings every rank's slice together into `everything` [size] on every rank. Raises PeerLost."""
+        """Brings every rank's slice together into `everything` [size] on every rank, in the type of that. Raises
+        PeerLost."""
         ranks = self.layout.data
         if self.native or ranks == 1:
             everything.copy_(mine)
             return
-        if self._outgoing.numel() != ranks * len(mine):
-            self._outgoing = torch.empty(ranks * len(mine), device=self._device)
+        if self._outgoing.numel() != ranks * len(mine) or self._outgoing.dtype != everything.dtype:
+            self._outgoing = torch.empty(ranks * len(mine), dtype=everything.dtype, device=self._device)
         self._outgoing.view(ranks, -1).copy_(mine)
         self.groups.all_to_all(everything, self._outgoing, list(self.slices), [len(mine)] * ranks)
 

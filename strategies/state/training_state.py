@@ -265,8 +265,10 @@ class TrainingState:
             own = self._room(shard, FlatRanges.pieces(shard.ranges, self.space.boundary))
         else:
             part = self._part(place.tensor, runs, fabric)
-            if kind == "none":
+            if kind == "none" and part.weights.dtype == torch.float32:
                 own = self._room(shard, part.flat, part.weights)
+            elif kind == "none":
+                own = self._room(shard, part.flat)
             else:
                 own = self._room(shard, FlatRanges.of(shard.ranges, self.space.boundary))
         pieces = FlatRanges.pieces if kind == "parameters" else FlatRanges.of

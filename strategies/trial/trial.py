@@ -21,12 +21,14 @@ import torch
 from torch import nn
 
 from strategies.gradient.spec import StepSpec, first_pass
+from strategies.model.anatomy import find_layers
+from strategies.model.head import find_body
 from strategies.model.randomness import seed_stream
-from strategies.model.stage import Stage
+from strategies.model.stage import Stage, whole_model
 from strategies.objective.rows import Rows
 from strategies.trial.document_mask import refuse_leaks
 from strategies.trial.footprint import Footprint, changed, footprint, own_attributes, value_sums
-from strategies.trial.leaks import refuse_foresight
+from strategies.trial.leaks import nothing_hidden, refuse_foresight
 
 ADVICE = (
     "each rank would have its own, and the result would depend on which rank saw which data. Compute it from the "
@@ -41,10 +43,12 @@ _MOST_NAMES = 5
 @dataclass(frozen=True)
 class Trial:
     """What was found out. `unused` are the trained parameters that the loss does not depend on; `caches` what the model
-    makes for itself and that proved to be a function of its input."""
+    makes for itself and that proved to be a function of its input; `body` the module that gives the hidden states which
+    the head makes logits of (see `strategies.model.head`)."""
 
     unused: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
+    body: str | None = None
 
 
 def try_model(
@@ -99,8 +103,11 @@ def _inputs(
 
 def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:
     tokens, rows = inputs
-    one, other, watched = _copy(model), _copy(model), _copy(model)
-    passes = _Passes(spec, rows)
+    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+    one, other, watched = _copy(model, dtype), _copy(model, dtype), _copy(model, torch.float32)
+    with nothing_hidden(watched):
+        body = find_body(watched, find_layers(watched)[0], tokens[:1])
+    passes = _Passes(spec, rows, body)
     before = footprint(one)
     persistent, weights = set(one.state_dict()), _weights(model)
     passes.run(one, 0)
@@ -119,12 +126,16 @@ def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows
         refuse_leaks(watched, tokens.device)
     if not spec.objective.sees_all:
         refuse_foresight(watched, tokens)
-    return Trial(unused=unused_of(model, passes.used), caches=frozenset(touched))
+    return Trial(unused=unused_of(model, passes.used), caches=frozenset(touched), body=body)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """With the same parameters, and buffers and attributes of its own. What cannot be copied is tried as it is."""
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """With the same parameters, those that are trained in type `dtype`, and buffers and attributes of its own. What
+    cannot be copied is tried as it is."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    if dtype != torch.float32:
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        shared |= {id(parameter): nn.Parameter(parameter.detach().to(dtype)) for parameter in trained}
     try:
         return copy.deepcopy(model, shared)
     except Exception:  # Whatever a user's object raises.
@@ -138,8 +149,9 @@ def _weights(model: nn.Module) -> Footprint:
 class _Passes:
     """Forward and backward passes in training mode, always with the random streams of their input."""
 
-    def __init__(self, spec: StepSpec, rows: Sequence[Rows]) -> None:
+    def __init__(self, spec: StepSpec, rows: Sequence[Rows], body: str | None) -> None:
         self._spec = spec
+        self._body = body
         self._rows = rows
         self.results: dict[int, list[Any]] = {}
         self.used: set[str] = set()
@@ -151,7 +163,7 @@ class _Passes:
             parameter.grad = None
         before = _foreign_states()
         seed_stream(self._spec.seed, "trial", which)
-        loss = self._spec.loss(model, rows, rows.tokens.numel())
+        loss = self._spec.loss(whole_model(model, self._body), rows, rows.tokens.numel())
         loss.backward()  # type: ignore[no-untyped-call]
         for moved, one, two in zip(self.moved.values(), before, _foreign_states(), strict=True):
             moved.append(one != two)

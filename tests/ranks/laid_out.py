@@ -17,7 +17,10 @@ from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, place_state, trained_spans
 from strategies.layout.schedule import parts_of
 from strategies.layout.statemap import NOTHING, Spans, whole
+from strategies.model.anatomy import find_layers
 from strategies.model.blueprint import Blueprint
+from strategies.model.head import find_body
+from strategies.model.recompute import NOTHING_AGAIN, Recompute
 from strategies.objective.batch import Batch
 from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.objective.objective import Objective
@@ -133,6 +136,7 @@ def fetch(step: int, virtual_worker: int) -> Batch:
 
 SPEC = StepSpec(
     seed=1, micro_batch=1, micro_batches=MICRO_BATCHES, base_lr=1e-2, schedule=ScheduleSpec("constant"), clip_norm=1.0,
+    loss_chunk=3,
 )  # fmt: skip
 
 
@@ -160,12 +164,16 @@ class Trained:
 
 def make_engine(
     dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama",
-    rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
+    rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU, cuts: bool = False,
 ) -> StepEngine:  # fmt: skip
     def blueprint() -> Blueprint:
         made = model_of(model, dropout)
         trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if model == "spare" else Trial()
-        return Blueprint(made, tensor=tensor, device=device, unused=trial.unused)
+        body = find_body(made.eval(), find_layers(made)[0], torch.zeros((1, 2), dtype=torch.int64))
+        dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+        return Blueprint(
+            made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype
+        )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
     state = TrainingState(blueprint(), kind, lambda: blueprint().initial, rule.kinds())
@@ -176,12 +184,13 @@ def train(
     rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
     objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
-    transport: str = "auto",
+    transport: str = "auto", recompute: Recompute = NOTHING_AGAIN,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
-        dropout, stretches[0].layout.tensor, replace(SPEC, precision=precision, objective=objective), model=model,
-        rule=rule, device=device,
+        dropout, stretches[0].layout.tensor,
+        replace(SPEC, precision=precision, objective=objective, recompute=recompute), model=model, rule=rule,
+        device=device, cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
     )  # fmt: skip
     seen = Trained()
     step = 0

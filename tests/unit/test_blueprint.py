@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.model.blueprint import Blueprint, PassThrough
+from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart, Runs
 from strategies.model.randomness import Streams
+from strategies.model.stage import PassThrough
 from strategies.state.training_state import TrainingState
-from tests.small_models import FAMILIES, LAYERS, UNCUT, Own, family, own
+from tests.small_models import DO_MORE, FAMILIES, LAYERS, Own, family, own
 from tests.unit.tiny_model import (
     CPU,
     TinyModel,
@@ -51,12 +52,12 @@ def gradients(part: ModelPart, streams: Streams | None = None) -> dict[str, byte
         for module in part.modules:
             for number, layer in part.blueprint.numbered_layers(module):
                 streams.install(layer, number)
+            if module.cut.is_last:
+                streams.install_behind(module.layers[-1], LAYERS)
         streams.enter(0, 0, 0)
-    value: Any = tokens()[:, :-1]
+    logits: torch.Tensor = tokens()[:, :-1]
     for module in part.modules:
-        value = module(value)
-        value = value if isinstance(value, torch.Tensor) else value.logits
-    logits: torch.Tensor = value
+        logits = module(logits)
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten()).backward()
     found = {slot.name: bits(buffer[offset : offset + slot.numel]) for slot, offset in part.slots}
     assert all(buffer[offset : offset + slot.numel].any() for slot, offset in part.slots)
@@ -64,7 +65,7 @@ def gradients(part: ModelPart, streams: Streams | None = None) -> dict[str, byte
 
 
 def assert_the_chain_is_the_model(model: nn.Module, cut: tuple[tuple[int, int], ...], dropout: bool = False) -> None:
-    state = state_of(model)
+    state = state_of(model, cuts=True)
     expected = gradients(part_of(state, None), Streams(7) if dropout else None)
     assert set(expected) == {*state.blueprint.initial_shapes, "logits"}
     found = gradients(part_of(state, cut), Streams(7) if dropout else None)
@@ -133,21 +134,87 @@ def test_blocks_are_numbered_from_the_embedding_to_the_head() -> None:
 # ---------------------------------------------------------------------------------------- what cannot be cut
 
 
-def test_a_model_without_a_plan_cannot_be_cut() -> None:
-    blueprint = Blueprint(TinyModel(), device=CPU)
-    with pytest.raises(
-        ValueError,
-        match="pipeline 2 needs to know where the model can be cut: TinyModel has no pp_plan that names its embedding",
-    ):
-        blueprint.check_pipeline(2)
+def test_a_model_without_layers_cannot_be_cut() -> None:
+    expected = "pipeline 2 needs to know where the model can be cut: TinyModel has no torch.nn.ModuleList of layers"
+    with pytest.raises(ValueError, match=expected):
+        Blueprint(TinyModel(), device=CPU, cuts=True).check_pipeline(2)
 
 
-def test_a_plan_must_name_one_list_of_layers() -> None:
-    class Two(Own):
-        pp_plan = ("embedding", "norm", "head")
+def test_layers_that_are_not_computed_one_after_another_cannot_be_cut() -> None:
+    class Twice(Own):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(input_ids)
+            for block in (*self.blocks, *self.blocks):
+                hidden = block(hidden)
+            output: torch.Tensor = self.head(self.norm(hidden))
+            return output
 
-    with pytest.raises(ValueError, match="the pp_plan of Two names 0 lists of layers, not one"):
-        Blueprint(Two(), device=CPU).check_pipeline(2)
+    with pytest.raises(ValueError, match=r"the layers of Twice \(blocks\) are not computed one after another"):
+        Blueprint(Twice(), device=CPU, cuts=True).check_pipeline(2)
+
+
+def test_layers_that_are_given_something_trained_beside_hidden_states_cannot_be_cut() -> None:
+    class Biased(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(16))
+            self.blocks = nn.ModuleList(_TakesMore() for _ in range(2))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(input_ids)
+            for block in self.blocks:
+                hidden = block(hidden, bias=self.bias)
+            output: torch.Tensor = self.head(self.norm(hidden))
+            return output
+
+    with pytest.raises(ValueError, match=r"the layers of Biased are given what is trained outside of them \(bias\)"):
+        Blueprint(Biased(), device=CPU, cuts=True).check_pipeline(2)
+
+
+def test_layers_that_are_given_what_the_first_one_was_given_cannot_be_cut() -> None:
+    """It is not trained outside of them, and yet a later stage does not have it."""
+
+    class Skipping(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(_TakesMore() for _ in range(3))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = first = self.embedding(input_ids)
+            for block in self.blocks:
+                hidden = block(hidden, bias=first.detach())
+            output: torch.Tensor = self.head(self.norm(hidden))
+            return output
+
+    with pytest.raises(ValueError, match="pipeline 2 cannot be used with Skipping: its layers are given more than"):
+        Blueprint(Skipping(), device=CPU, cuts=True).check_pipeline(2)
+
+
+def test_what_is_used_before_the_layers_and_again_after_them_cannot_be_cut() -> None:
+    class Shifted(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(16))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(input_ids) + self.shift
+            for block in self.blocks:
+                hidden = block(hidden)
+            output: torch.Tensor = self.head(self.norm(hidden + self.shift))
+            return output
+
+    with pytest.raises(ValueError, match="Shifted uses shift before its layers and again after them"):
+        Blueprint(Shifted(), device=CPU, cuts=True).check_pipeline(2)
+
+
+class _TakesMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = hidden + self.linear(hidden) * bias
+        return output
 
 
 def test_a_trained_parameter_of_two_layers_cannot_be_sharded_and_any_other_can() -> None:
@@ -189,36 +256,33 @@ def test_tied_embeddings_cannot_be_cut_nor_split() -> None:
         Blueprint(family("llama", tie_word_embeddings=True), tensor=2, device=CPU)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "own"])
-def test_models_whose_forward_only_chains_its_modules_can_be_cut(name: str) -> None:
-    blueprint = Blueprint(own() if name == "own" else family(name), device=CPU)
+@pytest.mark.parametrize("name", [*FAMILIES, *DO_MORE, "own"])
+def test_models_can_be_cut_and_their_check_leaves_all_as_it_was(name: str) -> None:
+    blueprint = Blueprint(own() if name == "own" else family(name), device=CPU, cuts=True)
     before = torch.get_rng_state()
     blueprint.check_pipeline(2)
     assert torch.equal(torch.get_rng_state(), before), "a check draws no random numbers of the model's"
 
 
-@pytest.mark.parametrize("name", UNCUT)
-def test_models_whose_forward_does_more_than_its_modules_cannot_be_cut(name: str) -> None:
+@pytest.mark.parametrize("cut", CUTS, ids=["2 stages", "3 stages", "4 stages"])
+@pytest.mark.parametrize("name", DO_MORE)
+def test_what_a_forward_does_beside_its_layers_is_done_once(name: str, cut: tuple[tuple[int, int], ...]) -> None:
     """Every stage runs the forward; scaled or capped once more on every stage, the model would be another."""
-    expected = (
-        r"pipeline 2 cannot be used with \w+: its forward changes hidden states or logits outside of .*"
-        r"Use pipeline: 1, or a model.factory that does it inside"
-    )
-    with pytest.raises(ValueError, match=expected):
-        Blueprint(family(name), device=CPU).check_pipeline(2)
+    assert_the_chain_is_the_model(family(name), cut)
 
 
-def test_dropout_between_modules_cannot_be_cut() -> None:
+@pytest.mark.parametrize("cut", CUTS, ids=["2 stages", "3 stages", "4 stages"])
+def test_dropout_between_modules_draws_the_same_in_every_cut(cut: tuple[tuple[int, int], ...]) -> None:
     class Dropping(Own):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             hidden = nn.functional.dropout(self.embedding(input_ids), 0.5)
             for block in self.blocks:
                 hidden = block(hidden)
-            output: torch.Tensor = self.head(self.norm(hidden))
+            output: torch.Tensor = self.head(nn.functional.dropout(self.norm(hidden), 0.5))
             return output
 
-    with pytest.raises(ValueError, match="Dropping: its forward changes hidden states"):
-        Blueprint(Dropping().train(), device=CPU).check_pipeline(2)
+    torch.manual_seed(5)
+    assert_the_chain_is_the_model(Dropping().train(), cut, dropout=True)
 
 
 def test_a_model_that_cannot_be_traced_is_computed_once() -> None:
@@ -233,8 +297,8 @@ def test_a_model_that_cannot_be_traced_is_computed_once() -> None:
 
 def test_layers_that_do_not_hand_on_one_tensor_cannot_be_cut() -> None:
     class Pair(nn.Module):
-        def forward(self, hidden: torch.Tensor | tuple[torch.Tensor, int]) -> tuple[torch.Tensor, int]:
-            return hidden[0] if isinstance(hidden, tuple) else hidden, 1
+        def forward(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"hidden": hidden}
 
     class Pairs(Own):
         def __init__(self) -> None:
@@ -242,11 +306,12 @@ def test_layers_that_do_not_hand_on_one_tensor_cannot_be_cut() -> None:
             self.blocks = nn.ModuleList([Pair(), Pair()])
 
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.head(self.norm(self.blocks[0](self.embedding(input_ids))[0]))
+            hidden = self.blocks[1](self.blocks[0](self.embedding(input_ids))["hidden"])["hidden"]
+            output: torch.Tensor = self.head(self.norm(hidden))
             return output
 
     with pytest.raises(ValueError, match="the layers of Pairs do not hand on one tensor"):
-        Blueprint(Pairs(), device=CPU).check_pipeline(2)
+        Blueprint(Pairs(), device=CPU, cuts=True).check_pipeline(2)
 
 
 # ---------------------------------------------------------------------------------------- what cannot be split

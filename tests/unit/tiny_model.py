@@ -59,9 +59,9 @@ def tiny(dropout: float = 0.0, seed: int = 3) -> TinyModel:
     return TinyModel(dropout)
 
 
-def state_of(model: nn.Module, spec: OptimizerSpec | None = None) -> TrainingState:
+def state_of(model: nn.Module, spec: OptimizerSpec | None = None, *, cuts: bool = False) -> TrainingState:
     """The state of step 0 of a model, to which it can go back as often as wanted."""
-    blueprint = Blueprint(model, device=CPU)
+    blueprint = Blueprint(model, device=CPU, cuts=cuts)
     initial = {name: tensor.clone() for name, tensor in blueprint.initial.items()}
     return TrainingState(blueprint, spec or OptimizerSpec(), lambda: initial)
 

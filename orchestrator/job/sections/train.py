@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, Tag
 
 from orchestrator.job.fields import (
     CIRCUMSTANCES,
@@ -17,8 +17,10 @@ from orchestrator.job.fields import (
     PositiveInt,
     Section,
     named,
+    one_of,
     pair,
 )
+from strategies.objective.chunk import CHUNK_TOKENS
 from strategies.optim.spec import OPTIMIZERS
 
 
@@ -48,6 +50,12 @@ class Schedule(Section):
     and min_ratio would come one step after the last."""
 
 
+class EveryLayers(Section):
+    """All of every so many layers is computed again: of the first, and of each after `every` others."""
+
+    every: Annotated[PositiveInt, CIRCUMSTANCES]
+
+
 class Train(Section):
     steps: Annotated[PositiveInt, NUMBERS]
     global_batch: Annotated[PositiveInt, NUMBERS]
@@ -59,6 +67,14 @@ class Train(Section):
     clip_norm: Annotated[PositiveFloat | None, NUMBERS] = 1.0
     """The largest norm of the whole gradient. None: gradients are not clipped."""
     precision: Annotated[Literal["fp32", "bf16"], NUMBERS] = "fp32"
+    recompute: Annotated[
+        Annotated[Literal["none", "selective", "full"], Tag("str")] | Annotated[EveryLayers, Tag("dict")],
+        one_of("str", "dict", reason="must be none, selective, full, or a mapping with every: a number of layers"),
+        CIRCUMSTANCES,
+    ] = "none"
+    """What layers compute again in the backward pass, in place of keeping it."""
+    loss_chunk: Annotated[CountInt, NUMBERS_LATER] = CHUNK_TOKENS
+    """Positions that logits and their loss are computed for at a time. 0: all of a micro-batch."""
     compile: Annotated[bool, NUMBERS] = False
     seed: Annotated[CountInt, NUMBERS] = 0
     log_every: Annotated[PositiveInt, CIRCUMSTANCES] = 1

@@ -1,0 +1,212 @@
+"""What of a model runs before its layers, in them and after, found by one pass over two tokens.
+
+Where the layers are a model may say itself (`pp_plan`, in the vocabulary of transformers, names one list of them); else
+they are the longest list of modules that is in no other. The pass shows the rest: the layers stand aside, and what they
+are given depends on some parameters, what becomes of what they give on others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+HIDDEN = "hidden_states"
+"""What layers of transformers call their first argument."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a layer, and the whole model, gives for one micro-batch: sizes after [batch, length], and types."""
+
+    hidden_size: torch.Size
+    hidden_dtype: torch.dtype
+    logits_size: torch.Size
+    logits_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """`before` and `after` are the places of parameters (a shared one has several) on which depends what the first
+    layer is given, and what becomes of what the last one gives. `tuples` says that layers give a tuple, of which the
+    first element is passed on."""
+
+    before: frozenset[str]
+    after: frozenset[str]
+    tuples: bool
+    activations: Activations
+
+
+class CannotCut(ValueError):
+    """Why a model cannot be computed in parts."""
+
+
+def find_layers(model: nn.Module) -> tuple[str | None, str]:
+    """The name of the model's list of layers; or None, and why that is not known."""
+    name = type(model).__name__
+    plan: Iterable[str] = getattr(model, "pp_plan", None) or ()
+    named = [each for each in plan if isinstance(_part(model, each), nn.ModuleList)]
+    if len(named) == 1:
+        return named[0], ""
+    lists = sorted(_outermost_lists(model), key=lambda each: -len(model.get_submodule(each)))  # type: ignore[arg-type]
+    if not lists:
+        return None, f"{name} has no torch.nn.ModuleList of layers, and no pp_plan that names one"
+    return lists[0], ""
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            if len(child):
+                yield prefix + name
+        else:
+            yield from _outermost_lists(child, f"{prefix}{name}.")
+
+
+def representatives(layers: Sequence[nn.Module]) -> list[int]:
+    """The numbers of two layers of each kind, or of one where there are no more. Layers are of a kind when they are
+    made of the same modules, with parameters of the same shapes, and call themselves the same (a kind of attention)."""
+    kinds: dict[Any, list[int]] = {}
+    for number, layer in enumerate(layers):
+        parts = list(layer.named_modules())
+        said = [(owner, key, value) for owner, part in parts for key, value in vars(part).items() if type(value) is str]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
+        kinds.setdefault((type(layer), tuple(said), tuple(shapes)), []).append(number)
+    return sorted(number for numbers in kinds.values() for number in numbers[:2])
+
+
+class _Layers:
+    """Watches a pass: what the first layer is given and gives, and how often each is called. Only the first computes;
+    what it gives is handed on as a tensor that nothing is known of."""
+
+    def __init__(self, layers: nn.ModuleList, name: str) -> None:
+        self._name = name
+        self.calls: list[int] = []
+        self.given: torch.Tensor | None = None
+        self.handed_on: torch.Tensor | None = None
+        self.hidden: torch.Tensor | None = None
+        self.tuples = False
+        self.trained: list[str] = []
+        """The names of arguments beside hidden states that depend on parameters."""
+        self._layers = layers
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        real = list(self._layers)
+        handles = [
+            real[0].register_forward_pre_hook(self._enter, with_kwargs=True),
+            real[0].register_forward_hook(self._leave),
+        ]
+        try:
+            for number in range(1, len(real)):
+                self._layers[number] = _Aside(number, self)
+            yield
+        finally:
+            for number, layer in enumerate(real):
+                self._layers[number] = layer
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.calls.append(0)
+        hidden, more = hidden_of(given, named)
+        self.given = hidden
+        self.trained += [name for name, value in more.items() if _requires_grad(value)]
+
+    def _leave(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        self.tuples = isinstance(output, tuple)
+        hidden = output[0] if self.tuples else output
+        if not isinstance(hidden, torch.Tensor):
+            raise CannotCut(f"the layers of {self._name} do not hand on one tensor")
+        self.hidden = hidden
+        self.handed_on = torch.zeros_like(hidden).requires_grad_()
+        return (self.handed_on, *output[1:]) if self.tuples else self.handed_on
+
+
+class _Aside(nn.Module):
+    """Stands where a layer is that is not computed."""
+
+    def __init__(self, number: int, watch: _Layers) -> None:
+        super().__init__()
+        self._number, self._watch = number, watch
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        hidden, _ = hidden_of(given, named)
+        self._watch.calls.append(self._number)
+        return (hidden,) if self._watch.tuples else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        # What a model asks of its layers (a kind of attention, for example) it is told.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._watch._layers[0], name)
+
+
+def hidden_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The hidden states among a layer's arguments, and the others by name (or number)."""
+    if given:
+        return given[0], {str(number): value for number, value in enumerate(given) if number} | dict(named)
+    if HIDDEN in named:
+        return named[HIDDEN], {name: value for name, value in named.items() if name != HIDDEN}
+    raise CannotCut("its layers are given no hidden states")
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, (tuple, list)):
+        return any(map(_requires_grad, value))
+    return isinstance(value, dict) and any(map(_requires_grad, value.values()))
+
+
+def anatomy_of(
+    model: nn.Module, layers: str, compute: Callable[[], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+) -> Anatomy:
+    """What the pass that `compute` makes shows; it gives logits, and the values of parameters, by place, that it has
+    computed with. Raises CannotCut."""
+    found = model.get_submodule(layers)
+    assert isinstance(found, nn.ModuleList)
+    name = type(model).__name__
+    watch = _Layers(found, name)
+    with watch.watched(), torch.enable_grad():
+        logits, places = compute()
+    if watch.calls != list(range(len(found))):
+        raise CannotCut(f"the layers of {name} ({layers}) are not computed one after another, each once")
+    if watch.trained:
+        raise CannotCut(f"the layers of {name} are given what is trained outside of them ({', '.join(watch.trained)})")
+    assert watch.given is not None
+    assert watch.hidden is not None
+    assert watch.handed_on is not None
+    sizes = Activations(watch.hidden.shape[2:], watch.hidden.dtype, logits.shape[2:], logits.dtype)
+    before, _ = _depends_on(watch.given, places, None)
+    after, uses_layers = _depends_on(logits, places, watch.handed_on)
+    if not uses_layers:
+        raise CannotCut(f"what {name} gives does not depend on its layers ({layers})")
+    if both := before & after:
+        raise CannotCut(f"{name} uses {', '.join(sorted(both))} before its layers and again after them")
+    return Anatomy(before, after, watch.tuples, sizes)
+
+
+def _depends_on(
+    output: torch.Tensor, places: Mapping[str, torch.Tensor], leaf: torch.Tensor | None
+) -> tuple[frozenset[str], bool]:
+    """The places that a tensor depends on, and whether on `leaf`."""
+    if not output.requires_grad:
+        return frozenset(), False
+    names = [name for name, value in places.items() if value.requires_grad]
+    asked = [places[name] for name in names] + ([] if leaf is None else [leaf])
+    found = torch.autograd.grad(output, asked, torch.ones_like(output), retain_graph=True, allow_unused=True)
+    used = frozenset(name for name, gradient in zip(names, found, strict=False) if gradient is not None)
+    return used, leaf is not None and found[-1] is not None

@@ -1,0 +1,31 @@
+"""Whether a model, which may be without weights, can be cut into pipeline stages."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from strategies.model.anatomy import find_layers
+from strategies.model.parameters import Sites, sites_of, trained_parameters
+
+
+def check_cut(model: nn.Module, stages: int, parts: int) -> None:
+    """Raises ValueError when the model cannot be cut into `parts` model parts: those of all `stages`."""
+    layers, cannot_cut = find_layers(model)
+    refuse_cut(cannot_cut, sites_of(model, trained_parameters(model)), stages)
+    number = len(model.get_submodule(layers or ""))  # type: ignore[arg-type]
+    if parts > number:
+        raise ValueError(f"pipeline {stages} needs at least {parts} layers for its model parts; {layers} has {number}")
+
+
+def refuse_cut(cannot_cut: str, sites: Sites, stages: int) -> None:
+    if cannot_cut:
+        raise ValueError(f"pipeline {stages} needs to know where the model can be cut: {cannot_cut}")
+    if shared := [name for name, places in sites.items() if len(places) > 1]:
+        raise ValueError(shared_reason("pipeline", stages, shared))
+
+
+def shared_reason(what: str, degree: int, shared: list[str]) -> str:
+    return (
+        f"{what} {degree} cannot be used with parameters that two modules share: {', '.join(shared)}. "
+        "Untie them (for transformers: tie_word_embeddings: false; for a directory, model.untie: true)"
+    )

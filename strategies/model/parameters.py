@@ -1,0 +1,37 @@
+"""The parameters of a model: which are trained, and where each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+Sites = dict[str, list[tuple[str, str]]]
+"""The (module, attribute) that each parameter is at, by its one name: modules may share it."""
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def sites_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Sites:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: Sites = {name: [] for name in parameters}
+    for owner, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in names:
+                found[names[id(parameter)]].append((owner, key))
+    return found
+
+
+def made_up_values(shape: torch.Size, seed: int, device: torch.device) -> torch.Tensor:
+    """Numbers of about the size of weights, to try a model out with. No two rows of a matrix are alike, and yet it
+    takes the memory of a row and a column only, whatever the shape: element i, j is number i + j of a sequence. (Stacks
+    of matrices have memory of their own: operations on experts refuse others.)"""
+    generator = torch.Generator().manual_seed(seed)
+    sequence = torch.randn(sum(shape) - len(shape) + 1, generator=generator).to(device)
+    # Vectors scale what goes through: none of them is near zero.
+    sequence = sequence.mul_(0.05) if len(shape) > 1 else sequence.mul_(0.1).add_(1.0)
+    values = sequence.as_strided(shape, (1,) * len(shape))
+    return values if len(shape) < 3 else values.contiguous()
