@@ -77,7 +77,7 @@ class _Bench:
         torch.manual_seed(0)
         layers = max(1, round(millions * 1e6 / (WIDTH * WIDTH + WIDTH)))
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
-        self.state = TrainingState(Blueprint(model), OptimizerSpec(), dict)
+        self.state = TrainingState(Blueprint(model), OptimizerSpec())
         self.layout = ParallelLayout(data=ranks, assignment=tuple((index,) for index in range(ranks)))
         self.fabric = Fabric(rank=rank, layout=self.layout, device=torch.device("cpu"))
         # Their store is on the port of the process group; ours is another.

@@ -14,6 +14,7 @@ from orchestrator.job import Job
 from orchestrator.models.loading import build_model
 from orchestrator.models.weights import TensorInfo, WeightSource
 from strategies.model.frozen import FrozenWeights
+from strategies.model.values import BuiltValues
 
 PREFIX = "model."
 """Of parameters and buffers; the rest of a checkpoint is the optimizer's, and the update rule's."""
@@ -66,7 +67,8 @@ class _WithFrozen:
             return self._saved.read(name)
         if self._frozen is None:
             model = build_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
-            found = FrozenWeights({key: p for key, p in model.named_parameters() if not p.requires_grad})
+            values = BuiltValues(model)
+            found = FrozenWeights({key: p for key, p in model.named_parameters() if not p.requires_grad}, values)
             if found.digest != self._entry.xxh3_128:
                 raise UnusableCheckpoint(
                     f"{self.name} was trained beside other frozen parameters than those that the job gives now: "

@@ -155,12 +155,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
 def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingState:
     """The training state of step 0; raises like `build_blueprint`."""
 
-    def rebuild() -> dict[str, torch.Tensor]:
-        return Blueprint(build_model(job, vocab_size), tensor=job.strategy.tensor).initial
-
-    return TrainingState(
-        build_blueprint(job, vocab_size, device), optimizer_spec(job), rebuild, update_rule_of(job).kinds()
-    )
+    return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), update_rule_of(job).kinds())
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -53,7 +53,8 @@ def _has_same_frozen(checkpoint: StoredCheckpoint, frozen: FrozenWeights) -> boo
     # Earlier versions saved them. Nothing is read: what a chunk is must have the digest that it has here. Those of
     # encrypted chunks are of what cannot be made again; there the job's own digest has to do.
     saved = [chunk for chunk in manifest.chunks if chunk.tensor.removeprefix(PREFIX) in frozen]
-    return {chunk.tensor.removeprefix(PREFIX) for chunk in saved} == {n for n, t in frozen.items() if t.numel()} and (
+    wanted = {name for name in frozen if frozen.describe(name)[1].numel()}
+    return {chunk.tensor.removeprefix(PREFIX) for chunk in saved} == wanted and (
         manifest.encryption is not None or all(_is_of(chunk, frozen) for chunk in saved)
     )
 

@@ -225,7 +225,8 @@ def frozen_entry(frozen: FrozenWeights) -> FrozenEntry | None:
     """As a manifest has them; None where there are none."""
     if not frozen:
         return None
-    tensors = {name: TensorEntry(dtype=DTYPES[t.dtype], shape=list(t.shape)) for name, t in frozen.items()}
+    described = {name: frozen.describe(name) for name in frozen}
+    tensors = {name: TensorEntry(dtype=DTYPES[dtype], shape=list(shape)) for name, (dtype, shape) in described.items()}
     return FrozenEntry(xxh3_128=frozen.digest, tensors=tensors)
 
 

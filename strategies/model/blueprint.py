@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,19 @@ from strategies.model.randomness import stream_key, uninstall
 from strategies.model.recompute import forget
 from strategies.model.stage import Cut, PassThrough, Stage
 from strategies.model.tensor_plan import REDUCED, SPLIT, parallel_style, read_styles
+from strategies.model.values import BuiltValues, Values
+
+
+class _Constants(ChainMap[str, torch.Tensor]):
+    """Buffers, and frozen parameters, which are read when they are asked for."""
+
+    def __init__(self, buffers: dict[str, torch.Tensor], frozen: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(buffers, frozen)  # type: ignore[arg-type]
 
 
 class Blueprint:
-    """See the module. Takes `model` over: its trained parameters lose their values to `initial`, on the CPU.
+    """See the module. Takes `model` over: its parameters have no memory until they are computed with. First they have
+    these `values`, or if none are given those that they have in `model`.
 
     `buffers` are its persistent ones, which never change, and `frozen` its frozen parameters. Of a trial of the model
     it is known which trained parameters are `unused`, what `caches` it makes for itself, and which module is its `body`
@@ -53,6 +63,7 @@ class Blueprint:
         body: str | None = None,
         cuts: bool = False,
         dtype: torch.dtype = torch.float32,
+        values: Values | None = None,
     ) -> None:
         _refuse_running_statistics(model)
         self.body, self.dtype = body, dtype
@@ -74,14 +85,14 @@ class Blueprint:
             self._refuse_shared("tensor", tensor)
         self._anatomies: dict[bool, Anatomy] = {}
         self.initial_shapes = {name: p.shape for name, p in trained}
-        self.initial = {name: p.detach().to("cpu", torch.float32) for name, p in trained}
+        self.values = BuiltValues(model) if values is None else values
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = FrozenWeights(frozen, self.values, dtype)
         self._is_in_order = cuts or self._chain is not None
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
             ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused
         )
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self.frozen = FrozenWeights(frozen)
         across = _across_blocks(model, self.layers, frozen)
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
         """The names of the frozen parameters that can be sharded with the trained ones of their block."""
@@ -93,9 +104,9 @@ class Blueprint:
     # ------------------------------------------------------------------------------------ what it is made of
 
     @property
-    def constants(self) -> dict[str, torch.Tensor]:
+    def constants(self) -> Mapping[str, torch.Tensor]:
         """What training never changes, by name."""
-        return self.buffers | dict(self.frozen)
+        return _Constants(self.buffers, self.frozen)
 
     @property
     def num_layers(self) -> int:
@@ -225,7 +236,7 @@ class Blueprint:
         shared: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in self.model.buffers()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or name in own:
-                kind = dtype or self.dtype if parameter.requires_grad else parameter.dtype
+                kind = dtype or (self.dtype if parameter.requires_grad else parameter.dtype)
                 empty = torch.empty(parameter.shape, dtype=kind, device="meta")
                 shared[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             else:
@@ -313,12 +324,11 @@ class Blueprint:
 
     def _value(self, name: str, parameter: nn.Parameter, *, is_fake: bool) -> torch.Tensor:
         """Something to compute with in place of a parameter, which depends on nothing."""
+        dtype = self.dtype if name in self.initial_shapes else parameter.dtype
         if is_fake:
-            dtype = self.dtype if name in self.initial_shapes else parameter.dtype
             value = torch.empty(parameter.shape, dtype=dtype, device=self.device)
         else:
-            value = self.initial.get(name, parameter).detach().to(self.device).clone()
-            value = value.to(self.dtype) if name in self.initial else value
+            value = self.values.read(name).to(self.device, dtype, copy=True)
         return value.requires_grad_(value.is_floating_point())
 
     def bind(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -1,33 +1,52 @@
 """Frozen parameters: a kind of state that has one source, which every process can read again, and that no step changes.
 
-So they are never sent between ranks and never saved: who needs them has them, or makes them again, and a digest tells
-whether they are those that a checkpoint was trained beside.
+So they are never sent between ranks and never saved: who needs them reads them, as much of them as it needs, and a
+digest tells whether they are those that a checkpoint was trained beside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 import xxhash
 from torch import nn
 
+from strategies.model.values import Values
+
 
 class FrozenWeights(Mapping[str, torch.Tensor]):
-    """By name, full. `parameters` are those of the model, which computes with them."""
+    """By name, full, in the type that they have at their source, `values`, from which each is read when it is asked
+    for. `parameters` are those of the model, which computes with them in type `dtype`: where they are trained with in
+    another type than their own, floating ones are, too."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], values: Values, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._parameters = dict(sorted(parameters.items()))
+        self._values = values
+        self._types = {name: parameter.dtype for name, parameter in self._parameters.items()}
+        self._dtype = dtype
         self._digest: str | None = None
+        for parameter in self._parameters.values():
+            parameter.data = torch.empty(parameter.shape, dtype=self.computed_in(parameter.dtype), device="meta")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._parameters[name].data
+        return self._values.read(name).to(self._types[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+    def computed_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The type that a parameter of this type is computed with."""
+        return self._dtype if dtype == torch.float32 else dtype
+
+    def describe(self, name: str) -> tuple[torch.dtype, torch.Size]:
+        """Its type and shape, without reading it."""
+        return self._types[name], self._parameters[name].shape
 
     @property
     def digest(self) -> str:
@@ -36,23 +55,32 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
             digest = xxhash.xxh3_128()
             for name, tensor in self.items():
                 digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             self._digest = digest.hexdigest()
         return self._digest
 
     @property
     def divisible(self) -> list[str]:
         """The names of those that have rows, in the type of trained parameters: these can be sharded with them."""
-        return [name for name, tensor in self.items() if tensor.dim() and tensor.dtype == torch.float32]
+        return [name for name, p in self._parameters.items() if p.dim() and self._types[name] == torch.float32]
 
     def rows(self, name: str, index: int, count: int) -> torch.Tensor:
         """Part `index` of `count` of a parameter's rows, as torch.chunk divides them; the last may have none."""
-        parts = self[name].chunk(count)
-        return parts[index] if index < len(parts) else self[name][:0]
+        shape = self._parameters[name].shape
+        size = -(-shape[0] // count)
+        first, last = min(index * size, shape[0]), min((index + 1) * size, shape[0])
+        width = shape[1:].numel()
+        return self._values.read_range(name, first * width, last * width).view(last - first, *shape[1:])
 
-    def keep_on(self, device: torch.device, names: Iterable[str]) -> None:
-        """Moves the model's own values there: to where it computes, or off it where only shards are needed."""
+    def keep_on(self, device: torch.device, names: Collection[str]) -> None:
+        """Reads these, to compute with them there, unless they are there."""
         for name in names:
             parameter = self._parameters[name]
             if parameter.device.type != device.type:
-                parameter.data = parameter.data.to(device)
+                parameter.data = self._values.read(name).to(device, parameter.dtype, copy=True)
+
+    def drop(self, names: Collection[str]) -> None:
+        """These are not computed with any more."""
+        for name in names:
+            parameter = self._parameters[name]
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

@@ -18,7 +18,7 @@ import xxhash
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, Shard, place_state, trained_spans
-from strategies.layout.space import FlatRanges
+from strategies.layout.space import FlatRanges, Slot
 from strategies.layout.statemap import (
     NOTHING,
     Span,
@@ -69,25 +69,19 @@ class Arrangement:
     def begin(self) -> None:
         """It counts from now on. Before, this rank might have gone back to computing with all frozen parameters."""
         if self.part is not None:
-            self.part.blueprint.frozen.keep_on(torch.device("cpu"), self.part.own_frozen)
+            self.part.blueprint.frozen.drop(self.part.own_frozen)
 
 
 class TrainingState:
     """`held` is what this rank has of the state, whole and of one step; `updates` how many updates that has seen;
     `reads` is what is being copied of it.
 
-    `rebuild` makes the initial value of every parameter again. `blueprint` describes the model. `kept` are the kinds of
-    state of the update rule (`strategies.update.rule.UpdateRule.kinds`). All state is fp32. Raises ValueError for kinds
-    whose names are not an update rule's.
+    `blueprint` describes the model, and has the values of step 0. `kept` are the kinds of state of the update rule
+    (`strategies.update.rule.UpdateRule.kinds`). All state is fp32. Raises ValueError for kinds whose names are not an
+    update rule's.
     """
 
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        spec: OptimizerSpec,
-        rebuild: Callable[[], dict[str, torch.Tensor]],
-        kept: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, spec: OptimizerSpec, kept: Sequence[str] = ()) -> None:
         _check_names(kept)
         self.blueprint = blueprint
         self.space = blueprint.space
@@ -100,8 +94,6 @@ class TrainingState:
         self.collected: list[StateShard] = []
         self.is_initial = True
         """The state is that of step 0, every part of which can be made here."""
-        self._rebuild = rebuild
-        self._initial: dict[str, torch.Tensor] | None = blueprint.initial
         self._held = NOTHING
 
     # ------------------------------------------------------------------------------------ what is here
@@ -147,15 +139,15 @@ class TrainingState:
 
     def step_committed(self) -> None:
         """A step was committed: what is here is that of a later step than any copy beside it."""
-        self.collected, self._initial, self.is_initial = [], None, False
-        self.blueprint.initial = {}
+        self.collected, self.is_initial = [], False
+        self.blueprint.values.forget()
 
     def whole_part(self) -> ModelPart:
         """The whole model, with the weights of step 0, to compute with before there is a layout."""
         part = ModelPart(self.blueprint, 0, None)
         with torch.no_grad():
             for slot, offset in part.slots:
-                part.weights[offset : offset + slot.numel].copy_(self._initial_values()[slot.name].reshape(-1))
+                part.weights[offset : offset + slot.numel].copy_(self.blueprint.values.read(slot.name).reshape(-1))
         self.arrangement.part = part
         return part
 
@@ -164,7 +156,9 @@ class TrainingState:
         digest = xxhash.xxh3_128()
         for name in sorted(self.blueprint.unused):
             digest.update(f"unused {name}\n".encode())
-        for name, tensor in sorted((self._initial_values() | self.blueprint.constants).items()):
+        constants = self.blueprint.constants
+        for name in sorted([*self.blueprint.initial_shapes, *constants]):
+            tensor = constants[name] if name in constants else self.blueprint.values.read(name)
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -225,29 +219,33 @@ class TrainingState:
     def _kinds(self) -> tuple[str, ...]:
         return (WEIGHTS, *self.spec.moments, *self.kept)
 
-    def _initial_values(self) -> dict[str, torch.Tensor]:
-        if self._initial is None:
-            self._initial = self._rebuild()
-        return self._initial
-
     def _fill(self, state_shards: Sequence[StateShard]) -> None:
         """The state of step 0."""
-        values = self._initial_values()
         with torch.no_grad():
             for state_shard in state_shards:
                 for slot in self.space.slots:
-                    flat = None
-                    for start, offset, length in state_shard.flat.locate(slot.offset, slot.offset + slot.numel):
-                        if flat is None:
-                            flat = self.space.share(slot, values[slot.name], state_shard.coordinate).reshape(-1)
-                        first = start - slot.offset
-                        state_shard.weights[offset : offset + length].copy_(flat[first : first + length])
+                    self._fill_slot(state_shard, slot)
                 for buffer in (*state_shard.moments.values(), *state_shard.kept.values()):
                     buffer.zero_()
 
+    def _fill_slot(self, state_shard: StateShard, slot: Slot) -> None:
+        """What a shard has of a parameter; no more of it is in memory than that, or the parameter where it is split."""
+        values, whole_share = self.blueprint.values, None
+        for start, offset, length in state_shard.flat.locate(slot.offset, slot.offset + slot.numel):
+            first = start - slot.offset
+            if slot.dim is None:
+                found = values.read_range(slot.name, first, first + length)
+            else:
+                if whole_share is None:
+                    whole_share = self.space.share(slot, values.read(slot.name), state_shard.coordinate).reshape(-1)
+                found = whole_share[first : first + length]
+            state_shard.weights[offset : offset + length].copy_(found)
+
     def _make_initial(self) -> list[StateShard]:
         """The whole state of step 0."""
-        return self._whole_of({f"model.{name}": tensor for name, tensor in self._initial_values().items()})
+        made = self._whole_of({})
+        self._fill(made)
+        return made
 
     def _arrange(self, layout: ParallelLayout, fabric: Fabric, shards: Sequence[Shard]) -> Arrangement:
         """Room for what this rank is to have; what has the same shape as before is the same memory."""

@@ -44,7 +44,7 @@ def probe_layer(blueprint: Blueprint, spec: StepSpec, length: int) -> str:
     module = blueprint.stage((1, 2)).train()
     inner: nn.Module = module.module  # type: ignore[assignment]
     there = [blueprint.names[name] for name, p in inner.named_parameters(remove_duplicate=False) if p.is_meta]
-    values = {name: blueprint.initial[name].to(device, blueprint.dtype) for name in dict.fromkeys(there)}
+    values = {name: blueprint.values.read(name).to(device, blueprint.dtype) for name in dict.fromkeys(there)}
     weights = {name: torch.nn.Parameter(value) for name, value in values.items()}
     blueprint.bind(module, weights)
     generator = torch.Generator().manual_seed(spec.seed)

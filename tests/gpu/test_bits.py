@@ -148,7 +148,7 @@ def gpt(device: torch.device, large: bool, precision: str) -> tuple[StepEngine, 
     spec = StepSpec(
         seed=1, micro_batch=2, micro_batches=2, base_lr=1e-4, schedule=ScheduleSpec("constant"), precision=precision
     )  # fmt: skip
-    state = TrainingState(blueprint(), OptimizerSpec(), lambda: blueprint().initial)
+    state = TrainingState(blueprint(), OptimizerSpec())
     engine = StepEngine(state, spec, read)
     layout = ParallelLayout(1, ((0, 1),))
     fabric = Fabric(rank=0, layout=layout, device=device)

@@ -176,7 +176,7 @@ def make_engine(
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
-    state = TrainingState(blueprint(), kind, lambda: blueprint().initial, rule.kinds())
+    state = TrainingState(blueprint(), kind, rule.kinds())
     return StepEngine(state, spec, fetch, rule=rule)
 
 

@@ -164,7 +164,7 @@ def test_frozen_parameters_stay_where_they_are_until_all_ranks_have_the_layout()
 
 
 def moved_off(rank: int, address: Endpoint, layout: ParallelLayout) -> tuple[list[str], list[str]]:
-    """The frozen parameters with rows that were moved before an interrupted barrier, and after one that was passed."""
+    """The frozen parameters with rows that were dropped before an interrupted barrier, and after a passed one."""
     engine = make_engine(model="shared")
     state, frozen = engine.state, engine.state.blueprint.frozen
     fabric = Fabric(rank=rank, layout=layout, device=CPU)
@@ -173,13 +173,13 @@ def moved_off(rank: int, address: Endpoint, layout: ParallelLayout) -> tuple[lis
     nodes = [Domain("", "0"), Domain("", "1")]
     moved: list[str] = []
 
-    def keep_on(device: torch.device, names: Sequence[str]) -> None:
+    def drop(names: Sequence[str]) -> None:
         moved.extend(name for name in names if "embed" in name)
 
     def interrupted() -> None:
         raise RuntimeError("interrupted")
 
-    frozen.keep_on = keep_on  # type: ignore[method-assign, assignment]
+    frozen.drop = drop  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError, match="interrupted"):
         state.adopt_layout(layout, fabric, held, nodes, 2, 0, interrupted)
     before = list(moved)

@@ -193,7 +193,7 @@ def llama_engine(native: bool = False) -> StepEngine:
         clip_norm=0.5,
         native_reduction=native,
     )
-    return StepEngine(TrainingState(blueprint(), OptimizerSpec(), lambda: blueprint().initial), spec, fetch)
+    return StepEngine(TrainingState(blueprint(), OptimizerSpec()), spec, fetch)
 
 
 def fetch(step: int, virtual_worker: int) -> Batch:

@@ -36,7 +36,7 @@ def part_of(state: TrainingState, runs: Runs) -> ModelPart:
     part = ModelPart(state.blueprint, 0, runs)
     with torch.no_grad():
         for slot, offset in part.slots:
-            part.weights[offset : offset + slot.numel] = state.blueprint.initial[slot.name].reshape(-1)
+            part.weights[offset : offset + slot.numel] = state.blueprint.values.read(slot.name).reshape(-1)
     return part
 
 

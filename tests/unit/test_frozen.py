@@ -15,6 +15,7 @@ from orchestrator.checkpoint.parts import write_part
 from orchestrator.checkpoint.tensors import DTYPES
 from orchestrator.training.restoring import open_checkpoint
 from strategies.model.frozen import FrozenWeights
+from strategies.model.values import BuiltValues
 from strategies.state.training_state import TrainingState
 from tests.unit.checkpoints_in_tests import catalog_in, chunks_of
 from tests.unit.states_in_tests import save_state
@@ -30,7 +31,10 @@ def settled() -> TrainingState:
 
 
 def frozen(**tensors: torch.Tensor) -> FrozenWeights:
-    return FrozenWeights({name: torch.nn.Parameter(each, requires_grad=False) for name, each in tensors.items()})
+    model = torch.nn.Module()
+    for name, each in tensors.items():
+        model.register_parameter(name, torch.nn.Parameter(each, requires_grad=False))
+    return FrozenWeights(dict(model.named_parameters()), BuiltValues(model))
 
 
 def test_the_digest_tells_names_types_shapes_and_values() -> None:

@@ -17,6 +17,7 @@ from strategies.layout.space import ALIGNMENT
 from strategies.layout.statemap import NOTHING, NotCovered, whole
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart
+from strategies.model.values import BuiltValues
 from strategies.optim.adamw import ADAMW
 from strategies.optim.sgd import SGD
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
@@ -60,7 +61,7 @@ def saved(state: TrainingState) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kept", [("weights",), ("exp_avg",), ("update.a", "update.a")])
 def test_the_state_of_an_update_rule_has_names_of_its_own(kept: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r"must begin with 'update\.', and be there once"):
-        TrainingState(Blueprint(tiny(), device=CPU), OptimizerSpec(), dict, kept)
+        TrainingState(Blueprint(tiny(), device=CPU), OptimizerSpec(), kept)
 
 
 # ---------------------------------------------------------------------------------------- parameters and updates
@@ -218,7 +219,7 @@ class Split(nn.Module):
 def splittable(tensor: int, seed: int = 3) -> TrainingState:
     torch.manual_seed(seed)
     blueprint = Blueprint(Split(), tensor=tensor, device=CPU)
-    return TrainingState(blueprint, OptimizerSpec(), dict)
+    return TrainingState(blueprint, OptimizerSpec())
 
 
 @settings(deadline=None, print_blob=True, max_examples=40)
@@ -349,17 +350,19 @@ def test_the_same_place_again_is_the_same_memory() -> None:
 
 def test_initial_values_are_made_again_when_they_are_needed_again() -> None:
     made: list[int] = []
-    values = {name: tensor.clone() for name, tensor in Blueprint(tiny(), device=CPU).initial.items()}
 
-    def rebuild() -> dict[str, torch.Tensor]:
+    def build() -> nn.Module:
         made.append(1)
-        return values
+        return tiny()
 
-    state = TrainingState(Blueprint(tiny(), device=CPU), OptimizerSpec(), rebuild)
+    model = tiny()
+    state = TrainingState(Blueprint(model, device=CPU, values=BuiltValues(model, build)), OptimizerSpec())
     first = state_digest(state)
     settle(state)
     assert not made
     update(state, random_gradient(state, 1))
+    state_digest(state)
+    assert not made, "frozen parameters are kept"
     state.start_over()
     settle(state)
     assert state_digest(state) == first
@@ -369,7 +372,9 @@ def test_initial_values_are_made_again_when_they_are_needed_again() -> None:
 def test_not_all_of_a_state_has_no_names() -> None:
     state = settled()
     update(state, random_gradient(state, 1))
-    assert bits(dict(state.named())["model.head.bias"]) == bits(part_of(state).modules[0].get_parameter("head.bias"))
+    assert bits(dict(state.named())["model.head.bias"]) == bits(
+        part_of(state).modules[0].module.get_parameter("head.bias")
+    )
     state.invalidate()
     with pytest.raises(RuntimeError, match="not all of the state is on this rank"):
         state_digest(state)

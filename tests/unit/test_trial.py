@@ -339,7 +339,7 @@ def test_unused_parameters_are_left_alone_as_in_torch(spec: OptimizerSpec) -> No
     trial = tried(model)
     assert trial.unused == {"spare.weight", "spare.bias"}
     blueprint = Blueprint(model, device=CPU, unused=trial.unused)
-    state = TrainingState(blueprint, spec, dict)
+    state = TrainingState(blueprint, spec)
     engine = StepEngine(state, replace(SPEC, micro_batches=2), fetch_for(4))
     fabric = settle(state, 4)
     engine.bind(fabric, fabric.layout, 0)

@@ -30,7 +30,7 @@ def fetch(step, virtual_worker):
 
 blueprint = Blueprint(build(vocab_size=32, hidden_size=16, layers=1, heads=2, dropout=0.1))
 spec = StepSpec(seed=1, micro_batch=1, micro_batches=1, base_lr=1e-2, schedule=ScheduleSpec("constant"))
-engine = StepEngine(TrainingState(blueprint, OptimizerSpec(), lambda: blueprint.initial), spec, fetch)
+engine = StepEngine(TrainingState(blueprint, OptimizerSpec()), spec, fetch)
 import_for(tensor=1, pipeline=1, shard="none")
 warm_up(engine, keep=True)
 warm = set(sys.modules)

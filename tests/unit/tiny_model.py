@@ -62,8 +62,7 @@ def tiny(dropout: float = 0.0, seed: int = 3) -> TinyModel:
 def state_of(model: nn.Module, spec: OptimizerSpec | None = None, *, cuts: bool = False) -> TrainingState:
     """The state of step 0 of a model, to which it can go back as often as wanted."""
     blueprint = Blueprint(model, device=CPU, cuts=cuts)
-    initial = {name: tensor.clone() for name, tensor in blueprint.initial.items()}
-    return TrainingState(blueprint, spec or OptimizerSpec(), lambda: initial)
+    return TrainingState(blueprint, spec or OptimizerSpec())
 
 
 def make(dropout: float = 0.0, spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:
