@@ -11,10 +11,9 @@ from orchestrator.checkpoint.manifest import ChunkEntry, FrozenEntry, UnusableCh
 from orchestrator.checkpoint.tensors import TYPES, as_tensor
 from orchestrator.data import load_tokenizer
 from orchestrator.job import Job
-from orchestrator.models.loading import build_model
+from orchestrator.models.loading import prepare_model
 from orchestrator.models.weights import TensorInfo, WeightSource
 from strategies.model.frozen import FrozenWeights
-from strategies.model.values import BuiltValues
 
 PREFIX = "model."
 """Of parameters and buffers; the rest of a checkpoint is the optimizer's, and the update rule's."""
@@ -66,8 +65,7 @@ class _WithFrozen:
         if name not in self._entry.tensors:
             return self._saved.read(name)
         if self._frozen is None:
-            model = build_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
-            values = BuiltValues(model)
+            model, values = prepare_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
             found = FrozenWeights({key: p for key, p in model.named_parameters() if not p.requires_grad}, values)
             if found.digest != self._entry.xxh3_128:
                 raise UnusableCheckpoint(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import os
-import pickle
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
@@ -21,6 +20,9 @@ from orchestrator.models.problems import ModelError, reason_of, refused
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from orchestrator.models.reading import Account, DirectoryValues
+    from strategies.model.values import Values
 
 _LISTED = 12
 """Tensors of one kind that an error names one by one."""
@@ -47,27 +49,74 @@ def loaded_of(model: nn.Module, unused: Collection[str] = ()) -> dict[str, Any] 
     return (told | ({"unused": sorted(unused)} if unused else {})) or None
 
 
-def build_model(job: Job, vocab_size: int) -> nn.Module:
-    """The job's model on the CPU in fp32, in training mode, initialised from the job's seed alone or loaded.
+class Prepared(NamedTuple):
+    """A model in training mode whose parameters take no memory until they are wanted, and their first values."""
+
+    model: nn.Module
+    values: Values
+
+    def filled(self) -> nn.Module:
+        """The model with its values, whole, in fp32 on the CPU."""
+        from torch import nn
+
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        made: dict[str, nn.Parameter] = {}
+        for owner in self.model.modules():
+            for key, parameter in list(owner._parameters.items()):
+                if parameter is None or not parameter.is_meta:
+                    continue
+                name = names[id(parameter)]
+                if name not in made:
+                    made[name] = nn.Parameter(self.values.read(name).clone(), requires_grad=parameter.requires_grad)
+                owner._parameters[key] = made[name]
+        return self.model
+
+
+def prepare_model(job: Job, vocab_size: int) -> Prepared:
+    """The job's model, to be initialised from the job's seed alone or loaded.
 
     Raises ModelError, a ValueError, when the configuration does not fit (unknown model type or field, vocabulary
     smaller than the tokenizer's, a factory that cannot be imported or gives no module) or the weights do not.
     """
-    from strategies.model.randomness import seed_stream
-
-    seed_stream(job.train.seed, "initialisation")
     spec = job.model
     if spec.factory is not None:
-        model = from_factory(spec.factory, spec.args)
+        prepared = _from_factory(job)
     elif isinstance(spec.hf, str):
-        model = _from_directory(job, spec.hf)
+        prepared = _from_directory(job, spec.hf)
     else:
-        model = _from_config(job, config_from(dict(spec.hf or {}), vocab_size))
+        prepared = _at_random(job, config_from(dict(spec.hf or {}), vocab_size))
+    model = prepared.model
     check_vocabulary(job, model, vocab_size)
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False
-    return model.float().train()
+    model.train()
+    return prepared
+
+
+def build_model(job: Job, vocab_size: int) -> nn.Module:
+    """The same with its values, whole, in fp32 on the CPU. Raises ModelError."""
+    return prepare_model(job, vocab_size).filled()
+
+
+def _from_factory(job: Job) -> Prepared:
+    from strategies.model.randomness import seed_stream
+    from strategies.model.values import BuiltValues
+
+    def build() -> nn.Module:
+        seed_stream(job.train.seed, "initialisation")
+        return from_factory(str(job.model.factory), job.model.args).float()
+
+    model = build()
+    return Prepared(model, BuiltValues(model, build))
+
+
+def _at_random(job: Job, config: Any) -> Prepared:
+    from orchestrator.models.initialisation import KeyedValues, without_parameters
+
+    with without_parameters():
+        model = _from_config(job, config)
+    return Prepared(model, KeyedValues(model, job.train.seed, lambda: _from_config(job, config)))
 
 
 def empty_model(job: Job) -> Any:
@@ -132,40 +181,27 @@ def _from_config(job: Job, config: Any) -> nn.Module:
     return model
 
 
-def _from_directory(job: Job, name: str) -> nn.Module:
-    import torch
+def _from_directory(job: Job, name: str) -> Prepared:
+    from orchestrator.models.reading import DirectoryValues
+    from orchestrator.models.weights import saved_in
 
     if job.model.content is not None:
         with_content(job)  # This node's directory is the one that the run was started with.
     directory, config = config_in(job, name)
     if job.model.untie:
         _set_tied(config, True)
-    try:
-        model, info = _model_class(job).from_pretrained(
-            str(directory), config=config, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=False, local_files_only=True,
-        )  # fmt: skip
-    except pickle.UnpicklingError as error:
-        raise refused(
-            f"the weights of {name} are damaged, or pickled with more than tensors in them, which could be code and is "
-            "not loaded. Save them as safetensors (save_pretrained writes these)"
-        ) from error
-    except Exception as error:
-        # transformers, safetensors and torch raise all kinds for a file that is missing, cut short or damaged.
-        raise refused(f"the weights of {name} cannot be loaded: {reason_of(error)}") from error
-    loaded = _account(job, name, model, info)
+    model, new = _at_random(job, config)
+    values = DirectoryValues(model, saved_in(directory), new)
+    loaded = _checked(job, name, model, values.account)
     if job.model.untie:
-        loaded = Loaded(loaded.directory, loaded.new, loaded.left_out, _untie(name, model))
-    model._orchestrator_loaded = loaded
-    result: nn.Module = model
-    return result
+        loaded = Loaded(loaded.directory, loaded.new, loaded.left_out, _untie(name, model, values))
+    model._orchestrator_loaded = loaded  # type: ignore[assignment]
+    return Prepared(model, values)
 
 
-def _account(job: Job, name: str, model: Any, info: dict[str, Any]) -> Loaded:
+def _checked(job: Job, name: str, model: Any, account: Account) -> Loaded:
     """Whether the directory's tensors are the model's, less those that may be new. Raises ModelError."""
-    shapes = {key: (tuple(there), tuple(here)) for key, there, here in info["mismatched_keys"]}
-    missing = sorted(set(info["missing_keys"]) - shapes.keys())
-    unexpected = sorted(info["unexpected_keys"])
+    shapes, missing, unexpected = account.mismatched, account.missing, account.unexpected
     allowed = job.model.allow_new
 
     def refusable(names: Iterable[str]) -> list[str]:
@@ -178,7 +214,6 @@ def _account(job: Job, name: str, model: Any, info: dict[str, Any]) -> Loaded:
             for each in refusable(sorted(shapes))
         ]),
         _listed("has, but the model has no place for,", refusable(unexpected)),
-        _listed("gives errors for", sorted(info.get("error_msgs") or ())),
     ]  # fmt: skip
     if any(wrong):
         raise refused(
@@ -186,7 +221,7 @@ def _account(job: Job, name: str, model: Any, info: dict[str, Any]) -> Loaded:
             f"Nothing is made up in their place{_advice(model, refusable(missing))}; model.allow_new: [patterns] says "
             "which tensors may be new (initialised from train.seed) or left out",
         )
-    return Loaded(name, tuple(sorted({*missing, *shapes})), tuple(unexpected))
+    return Loaded(name, tuple(sorted({*missing, *shapes})), unexpected)
 
 
 def _advice(model: Any, missing: list[str]) -> str:
@@ -212,17 +247,16 @@ def _shape(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes)) or "scalar"
 
 
-def _untie(name: str, model: Any) -> tuple[str, ...]:
-    """Gives the head a copy of the embedding that it shares. Raises ModelError when it shares none."""
-    from torch import nn
-
+def _untie(name: str, model: Any, values: DirectoryValues) -> tuple[str, ...]:
+    """Gives the head a parameter of its own that begins with the values of the embedding, which it shares. Raises
+    ModelError when it shares none."""
     tokens, head = model.get_input_embeddings(), model.get_output_embeddings()
     if tokens is None or head is None or head.weight is not tokens.weight:
         raise refused(f"the model of {name} has no head that shares the embedding; leave untie out", "model.untie")
-    head.weight = nn.Parameter(tokens.weight.detach().clone())
+    apart = values.separate(head, "weight")
     _set_tied(model.config, False)
     model.all_tied_weights_keys = {}
-    return tuple(key for key, parameter in model.named_parameters() if parameter is head.weight)
+    return (apart,)
 
 
 def from_factory(path: str, args: dict[str, Any]) -> nn.Module:
@@ -268,4 +302,13 @@ def check_vocabulary(job: Job, model: nn.Module, vocab_size: int) -> None:
     raise refused(f"{found}: set vocab_size to {vocab_size} or more", "model.hf.vocab_size", "data.tokenizer")
 
 
-__all__ = ["Loaded", "ModelError", "build_model", "config_in", "empty_model", "from_factory", "loaded_of"]
+__all__ = [
+    "Loaded",
+    "ModelError",
+    "build_model",
+    "config_in",
+    "empty_model",
+    "from_factory",
+    "loaded_of",
+    "prepare_model",
+]

@@ -3,9 +3,10 @@ an export now, a service or an evaluation later."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,11 +36,25 @@ class WeightSource(Protocol):
         and what the source raises for one that is damaged or out of reach."""
 
 
-class DirectoryWeights:
-    """A directory in Hugging Face's format, with safetensors.
+class SavedWeights(WeightSource, Protocol):
+    """Those of a directory, under the names that the files have for them."""
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows first..last of a tensor that has some, without reading the others."""
+
+
+def saved_in(directory: Path) -> SavedWeights:
+    """The weights in a directory in Hugging Face's format: safetensors, or else what torch has pickled.
 
     Raises ModelError when there are none, or they cannot be read.
     """
+    if any(directory.glob("*.safetensors")):
+        return DirectoryWeights(directory)
+    return PickledWeights(directory)
+
+
+class DirectoryWeights:
+    """Of safetensors. Raises ModelError when there are none, or they cannot be read."""
 
     def __init__(self, directory: Path) -> None:
         self._files: dict[str, Path] = {}
@@ -70,14 +85,59 @@ class DirectoryWeights:
         return self._tensors
 
     def read(self, name: str) -> torch.Tensor:
+        return self._read(name, lambda content: content.get_tensor(name))
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self._read(name, lambda content: content.get_slice(name)[first:last])
+
+    def _read(self, name: str, what: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self._files[name], framework="pt") as content:
-                tensor: torch.Tensor = content.get_tensor(name)
+                return what(content)
         except (OSError, SafetensorError) as error:
             raise refused(f"{self._files[name]} cannot be read: {reason_of(error)}") from error
-        return tensor
+
+
+class PickledWeights:
+    """Of torch's own format, read without running what could be code in it; mapped into memory, so that a tensor is
+    read when it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        files = sorted(directory.glob("pytorch_model*.bin"))
+        if not files:
+            raise refused(f"{directory} has no weights: no *.safetensors, and no pytorch_model*.bin")
+        self._found: dict[str, torch.Tensor] = {}
+        for file in files:
+            self._found |= self._load(file)
+
+    def _load(self, file: Path) -> dict[str, torch.Tensor]:
+        try:
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise refused(
+                f"{file} is damaged, or pickled with more than tensors in it, which could be code and is not loaded. "
+                "Save the weights as safetensors (save_pretrained writes these)"
+            ) from error
+        except Exception as error:
+            # A file that is cut short, or saved by an early torch, fails in many ways.
+            raise refused(f"{file} cannot be read: {reason_of(error)}") from error
+        return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+    @property
+    def name(self) -> str:
+        return str(self._directory)
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._found.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._found[name]
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self._found[name][first:last]
 
 
 _DTYPES = {

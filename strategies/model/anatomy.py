@@ -8,7 +8,8 @@ are given depends on some parameters, what becomes of what they give on others.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,16 +75,41 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from _outermost_lists(child, f"{prefix}{name}.")
 
 
-def representatives(layers: Sequence[nn.Module]) -> list[int]:
-    """The numbers of two layers of each kind, or of one where there are no more. Layers are of a kind when they are
-    made of the same modules, with parameters of the same shapes, and call themselves the same (a kind of attention)."""
+def kinds_of(layers: Sequence[nn.Module]) -> list[list[int]]:
+    """The numbers of layers, those of a kind together. Layers are of a kind when they are made of the same modules,
+    with parameters of the same shapes, and call themselves the same (a kind of attention)."""
     kinds: dict[Any, list[int]] = {}
     for number, layer in enumerate(layers):
         parts = list(layer.named_modules())
         said = [(owner, key, value) for owner, part in parts for key, value in vars(part).items() if type(value) is str]
         shapes = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
         kinds.setdefault((type(layer), tuple(said), tuple(shapes)), []).append(number)
-    return sorted(number for numbers in kinds.values() for number in numbers[:2])
+    return list(kinds.values())
+
+
+def representatives(kinds: Sequence[Sequence[int]]) -> list[int]:
+    """Two layers of each kind, or one where there are no more: they stand for all."""
+    return sorted(number for numbers in kinds for number in numbers[:2])
+
+
+def set_aside(layers: nn.ModuleList, kept: Collection[int]) -> None:
+    """Takes out all layers but those, of which one is the first; what a model asks of the others it is told of that."""
+    like = _Like(layers[0])
+    for number in range(len(layers)):
+        if number not in kept:
+            layers[number] = _Aside(like)
+
+
+class _Like:
+    """What layers that stand aside know of the first one, and whom they tell that they were called."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.tuples = False
+        self.handle = layer.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        self.tuples = isinstance(output, tuple)
 
 
 class _Layers:
@@ -108,14 +134,15 @@ class _Layers:
             real[0].register_forward_pre_hook(self._enter, with_kwargs=True),
             real[0].register_forward_hook(self._leave),
         ]
+        like = _Like(real[0])
         try:
             for number in range(1, len(real)):
-                self._layers[number] = _Aside(number, self)
+                self._layers[number] = _Aside(like, functools.partial(self.calls.append, number))
             yield
         finally:
             for number, layer in enumerate(real):
                 self._layers[number] = layer
-            for handle in handles:
+            for handle in (*handles, like.handle):
                 handle.remove()
 
     def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -135,23 +162,22 @@ class _Layers:
 
 
 class _Aside(nn.Module):
-    """Stands where a layer is that is not computed."""
+    """Stands where a layer is that is not computed: hands on what it is given."""
 
-    def __init__(self, number: int, watch: _Layers) -> None:
+    def __init__(self, like: _Like, called: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self._number, self._watch = number, watch
+        self.__dict__.update(_like=like, _called=called)
 
     def forward(self, *given: Any, **named: Any) -> Any:
         hidden, _ = hidden_of(given, named)
-        self._watch.calls.append(self._number)
-        return (hidden,) if self._watch.tuples else hidden
+        self._called()
+        return (hidden,) if self._like.tuples else hidden
 
     def __getattr__(self, name: str) -> Any:
-        # What a model asks of its layers (a kind of attention, for example) it is told.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._watch._layers[0], name)
+            return getattr(self._like.layer, name)
 
 
 def hidden_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from strategies.layout.space import Space
-from strategies.model.anatomy import Activations, Anatomy, CannotCut, anatomy_of, find_layers, representatives
+from strategies.model.anatomy import Activations, Anatomy, CannotCut, anatomy_of, find_layers, kinds_of, representatives
 from strategies.model.cutting import refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
 from strategies.model.head import logits_of
@@ -166,7 +166,7 @@ class Blueprint:
     def _check_chain(self) -> None:
         """Computes with made-up values, in a chain of stages and whole; two layers of each kind stand for all. Raises
         ValueError when that differs; whether modules may be called one after another is found out, too."""
-        last, kept = self.num_layers + 2, representatives(list(self._layer_list(self.model)))
+        last, kept = self.num_layers + 2, representatives(kinds_of(list(self._layer_list(self.model))))
         runs = [(0, 1), *((number + 1, number + 2) for number in kept), (last - 1, last)]
         whole, *chain = (self._made_up(run, kept) for run in ((0, last), *runs))
         inputs = [torch.tensor([row], device=self.device) for row in ([0, 1, 2, 1], [2, 0, 1, 1])]
@@ -191,7 +191,7 @@ class Blueprint:
             for key, parameter in part._parameters.items():
                 if parameter is not None:
                     seed = stream_key("made up", owner, key)
-                    values = made_up_values(parameter.shape, seed, self.device).to(parameter.dtype)
+                    values = made_up_values(parameter.shape, seed, self.device, parameter.dtype)
                     part._parameters[key] = nn.Parameter(values, requires_grad=False)
         return stage
 

@@ -25,7 +25,9 @@ def sites_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Sites:
     return found
 
 
-def made_up_values(shape: torch.Size, seed: int, device: torch.device) -> torch.Tensor:
+def made_up_values(
+    shape: torch.Size, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Numbers of about the size of weights, to try a model out with. No two rows of a matrix are alike, and yet it
     takes the memory of a row and a column only, whatever the shape: element i, j is number i + j of a sequence. (Stacks
     of matrices have memory of their own: operations on experts refuse others.)"""
@@ -33,5 +35,5 @@ def made_up_values(shape: torch.Size, seed: int, device: torch.device) -> torch.
     sequence = torch.randn(sum(shape) - len(shape) + 1, generator=generator).to(device)
     # Vectors scale what goes through: none of them is near zero.
     sequence = sequence.mul_(0.05) if len(shape) > 1 else sequence.mul_(0.1).add_(1.0)
-    values = sequence.as_strided(shape, (1,) * len(shape))
+    values = sequence.to(dtype).as_strided(shape, (1,) * len(shape))
     return values if len(shape) < 3 else values.contiguous()

@@ -19,6 +19,9 @@ class Values(Protocol):
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop of a parameter laid flat: [stop - start]."""
 
+    def is_at_hand(self, name: str) -> bool:
+        """Whether it costs nothing to read it."""
+
     def forget(self) -> None:
         """Nobody will ask soon: what is kept in memory, and can be made again, need not be."""
 
@@ -41,6 +44,10 @@ class BuiltValues:
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See `Values`."""
         return self.read(name).reshape(-1)[start:stop]
+
+    def is_at_hand(self, name: str) -> bool:
+        """See `Values`."""
+        return name in self._tensors
 
     def forget(self) -> None:
         """See `Values`."""

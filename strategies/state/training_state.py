@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
 
 
+SAMPLED = 1 << 16
+"""Elements of a parameter that is read whenever what a model begins with is compared."""
+NEVER_SAMPLED = 1 << 26
+"""Those of one that takes too long."""
+
+
 def _check_names(kept: Sequence[str]) -> None:
     if len({*kept}) < len(kept) or not all(kind.startswith(KEPT) for kind in kept):
         raise ValueError(
@@ -152,14 +158,22 @@ class TrainingState:
         return part
 
     def initial_digest(self) -> str:
-        """Of all that the model is made of at step 0: names, values, buffers, and what of it is not used."""
+        """Of what the model is made of at step 0: names, shapes, what of it is not used, buffers; and values. Of large
+        parameters that take time to make or read, one of each shape stands for all."""
         digest = xxhash.xxh3_128()
         for name in sorted(self.blueprint.unused):
             digest.update(f"unused {name}\n".encode())
-        constants = self.blueprint.constants
-        for name in sorted([*self.blueprint.initial_shapes, *constants]):
-            tensor = constants[name] if name in constants else self.blueprint.values.read(name)
-            digest.update(name.encode())
+        constants, values = self.blueprint.constants, self.blueprint.values
+        shapes = self.blueprint.initial_shapes | {name: each.shape for name, each in self.blueprint.buffers.items()}
+        shapes |= {name: self.blueprint.frozen.describe(name)[1] for name in self.blueprint.frozen}
+        seen: set[torch.Size] = set()
+        for name, shape in sorted(shapes.items()):
+            digest.update(f"{name} {list(shape)}".encode())
+            if shape.numel() > SAMPLED and not values.is_at_hand(name):
+                if shape in seen or shape.numel() > NEVER_SAMPLED:
+                    continue
+                seen.add(shape)
+            tensor = constants[name] if name in constants else values.read(name)
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

@@ -9,10 +9,12 @@ masks) passes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +23,10 @@ import torch
 from torch import nn
 
 from strategies.gradient.spec import StepSpec, first_pass
-from strategies.model.anatomy import find_layers
+from strategies.model.anatomy import find_layers, kinds_of, representatives, set_aside
 from strategies.model.head import find_body
-from strategies.model.randomness import seed_stream
+from strategies.model.parameters import made_up_values
+from strategies.model.randomness import seed_stream, stream_key
 from strategies.model.stage import Stage, whole_model
 from strategies.objective.rows import Rows
 from strategies.trial.document_mask import refuse_leaks
@@ -66,7 +69,9 @@ def try_model(
     if where != device:
         length = min(length, _LONGEST_ON_CPU)
     states = random.getstate(), np.random.get_state()
-    model.to(where)
+    is_real = not any(parameter.is_meta for parameter in model.parameters())
+    if is_real:
+        model.to(where)
     try:
         with torch.random.fork_rng(), first_pass(model, length):
             return _try(model, spec, _inputs(vocabulary, length, where, spec, is_ragged=is_ragged))
@@ -75,12 +80,13 @@ def try_model(
         np.random.set_state(states[1])
         for parameter in model.parameters():
             parameter.grad = None
-        model.to("cpu")
+        if is_real:
+            model.to("cpu")
 
 
 def _place_for(model: nn.Module, device: torch.device) -> torch.device:
     """The device, or the processor where weights and gradients of the whole model would not fit on that."""
-    if device.type != "cuda":
+    if device.type != "cuda" or any(parameter.is_meta for parameter in model.parameters()):
         return device
     needed = sum(2.5 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return device if needed < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
@@ -104,12 +110,13 @@ def _inputs(
 def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:
     tokens, rows = inputs
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    one, other, watched = _copy(model, dtype), _copy(model, dtype), _copy(model, torch.float32)
+    copies = _Copies(model, tokens.device)
+    one, other, watched = copies.make(dtype), copies.make(dtype), copies.make(torch.float32)
     with nothing_hidden(watched):
-        body = find_body(watched, find_layers(watched)[0], tokens[:1])
+        body = find_body(watched, copies.layers, tokens[:1])
     passes = _Passes(spec, rows, body)
     before = footprint(one)
-    persistent, weights = set(one.state_dict()), _weights(model)
+    persistent, weights = set(one.state_dict()), _weights(watched)
     passes.run(one, 0)
     passes.run(one, 1)
     passes.run(one, 0)
@@ -119,27 +126,72 @@ def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows
     passes.run(other, 1)
     passes.run(other, 0)
     touched = set(changed(before, after)) | set(changed(before, settled))
-    _refuse_memory(model, [*changed(settled, after), *(touched & persistent), *changed(weights, _weights(model))])
+    _refuse_memory(model, [*changed(settled, after), *(touched & persistent), *changed(weights, _weights(watched))])
     _refuse_strange_numbers(model, passes)
     passes.refuse_differences(model, touched)
     if spec.document_mask:
         refuse_leaks(watched, tokens.device)
     if not spec.objective.sees_all:
         refuse_foresight(watched, tokens)
-    return Trial(unused=unused_of(model, passes.used), caches=frozenset(touched), body=body)
+    used = copies.everywhere(passes.used)
+    return Trial(unused=unused_of(model, used), caches=copies.everywhere(touched), body=body)
 
 
-def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """With the same parameters, those that are trained in type `dtype`, and buffers and attributes of its own. What
-    cannot be copied is tried as it is."""
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    if dtype != torch.float32:
-        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        shared |= {id(parameter): nn.Parameter(parameter.detach().to(dtype)) for parameter in trained}
-    try:
-        return copy.deepcopy(model, shared)
-    except Exception:  # Whatever a user's object raises.
-        return model
+class _Copies:
+    """Copies of a model to try, with buffers and attributes of their own. A model that has no values yet is tried with
+    made-up ones, and two layers of each kind stand for all; `everywhere` says of names in these what holds in all."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self.layers = find_layers(model)[0]
+        self._kinds: list[list[int]] = []
+        if self.layers is not None and any(parameter.is_meta for parameter in model.parameters()):
+            self._kinds = kinds_of(list(model.get_submodule(self.layers)))  # type: ignore[call-overload]
+
+    def make(self, dtype: torch.dtype) -> nn.Module:
+        """One whose trained parameters are of this type. What cannot be copied is tried as it is."""
+        kept = representatives(self._kinds)
+        layers: list[nn.Module] = list(self._model.get_submodule(self.layers or "")) if kept else []  # type: ignore
+        aside = [layer for number, layer in enumerate(layers) if number not in kept]
+        outside = {id(parameter) for layer in aside for parameter in layer.parameters()}
+        shared: dict[int, Any] = {
+            id(parameter): parameter if id(parameter) in outside else self._value(name, parameter, dtype)
+            for name, parameter in self._model.named_parameters()
+        }
+        try:
+            made = copy.deepcopy(self._model, shared)
+        except Exception:  # Whatever a user's object raises.
+            return self._model
+        if aside:
+            set_aside(made.get_submodule(self.layers or ""), kept)  # type: ignore[arg-type]
+        return made
+
+    def _value(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        if not parameter.is_meta and (dtype == torch.float32 or not parameter.requires_grad):
+            return parameter
+        if parameter.is_meta:
+            value = made_up_values(parameter.shape, stream_key("trial", name), self._device, dtype)
+        else:
+            value = parameter.detach().to(dtype)
+        return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+    def everywhere(self, names: Collection[str]) -> frozenset[str]:
+        """These names, and the same in the layers that the tried ones stand for."""
+        found = set(names)
+        for numbers in self._kinds:
+            for name in names:
+                prefix, rest = self._split(name)
+                if prefix in numbers[:2]:
+                    found.update(f"{self.layers}.{number}.{rest}" for number in numbers)
+        return frozenset(found)
+
+    def _split(self, name: str) -> tuple[int, str]:
+        start = f"{self.layers}."
+        if not name.startswith(start):
+            return -1, name
+        number, _, rest = name[len(start) :].partition(".")
+        return int(number), rest
 
 
 def _weights(model: nn.Module) -> Footprint:
@@ -164,14 +216,14 @@ class _Passes:
         before = _foreign_states()
         seed_stream(self._spec.seed, "trial", which)
         loss = self._spec.loss(whole_model(model, self._body), rows, rows.tokens.numel())
-        loss.backward()  # type: ignore[no-untyped-call]
+        gradients: dict[str, Any] = {}
+        with _taken_at_once(model, gradients):
+            loss.backward()  # type: ignore[no-untyped-call]
         for moved, one, two in zip(self.moved.values(), before, _foreign_states(), strict=True):
             moved.append(one != two)
         result: list[Any] = [value_sums(loss)]
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                self.used.add(name)
-                result.append((name, value_sums(parameter.grad)))
+        self.used |= gradients.keys()
+        result += sorted(gradients.items())
         self.results.setdefault(which, []).append(result)
 
     def refuse_differences(self, model: nn.Module, touched: Collection[str]) -> None:
@@ -184,6 +236,27 @@ class _Passes:
                     f"weights and random seed, depending on what it computed before.{kept} It remembers something, or "
                     f"draws random numbers that torch's seed does not decide: {ADVICE}"
                 )
+
+
+@contextlib.contextmanager
+def _taken_at_once(model: nn.Module, sums: dict[str, Any]) -> Iterator[None]:
+    """Of gradients only sums are kept, by name, so that no two have to be there at a time."""
+
+    def take(name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        sums[name] = value_sums(parameter.grad)
+        parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(functools.partial(take, name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not parameter.is_meta
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _foreign_states() -> tuple[Any, Any]:

@@ -1,0 +1,128 @@
+"""The first values of a model that begins at random: made parameter by parameter, each from a random stream of its own,
+by the model's own initialisers.
+
+A parameter's values are a function of (seed, name), so that a rank can make those that it needs and no others. The
+initialisers are transformers': each class initialises the parameters of a module with `_init_weights`, from the inside
+out, and leaves alone what is marked as initialised. Here all but one parameter are on the meta device, where
+initialising takes neither time nor memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from strategies.model.randomness import seed_stream
+from strategies.model.values import BuiltValues
+
+
+@contextlib.contextmanager
+def without_parameters() -> Iterator[None]:
+    """In here, what becomes a parameter of a module goes to the meta device at once. (Buffers, which a model computes
+    when it is made, stay.) Not for several threads at a time."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class KeyedValues:
+    """Of a transformers model without parameters, from `seed`. `build` makes the whole model, in a stream that is at
+    its beginning: for parameters that the class's initialisers do not know. See `strategies.model.values.Values`."""
+
+    def __init__(self, model: Any, seed: int, build: Callable[[], nn.Module]) -> None:
+        self._model = model
+        self._seed = seed
+        self._build = build
+        self._built: dict[str, BuiltValues] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def read(self, name: str) -> torch.Tensor:
+        """See `Values`."""
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._make(name))
+        return self._last[1]
+
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See `Values`."""
+        return self.read(name).reshape(-1)[start:stop]
+
+    def is_at_hand(self, name: str) -> bool:
+        """See `Values`."""
+        return False
+
+    def forget(self) -> None:
+        """See `Values`."""
+        self._last, self._built = None, {}
+
+    @torch.no_grad()
+    def _make(self, name: str) -> torch.Tensor:
+        owner, _, key = name.rpartition(".")
+        modules = _way_to(self._model, owner)
+        target = modules[-1]
+        empty = target._parameters[key]
+        assert empty is not None
+        marked = _mark_all(self._model)
+        value = nn.Parameter(torch.full(empty.shape, torch.nan), requires_grad=empty.requires_grad)
+        states = torch.get_rng_state()
+        try:
+            target._parameters[key] = value
+            seed_stream(self._seed, "initialisation", name)
+            _initialise(self._model, modules)
+            made = target._parameters[key]
+            assert made is not None
+            if made.isnan().any():
+                return self._of_whole(name)
+            return made.detach()
+        finally:
+            target._parameters[key] = empty
+            torch.set_rng_state(states)
+            for tensor in marked:
+                del tensor._is_hf_initialized
+
+    def _of_whole(self, name: str) -> torch.Tensor:
+        """A parameter that no initialiser knows has the values that the model's constructor gives it."""
+        if not self._built:
+            seed_stream(self._seed, "initialisation")
+            self._built[""] = BuiltValues(self._build())
+        return self._built[""].read(name)
+
+
+def _way_to(model: nn.Module, owner: str) -> list[nn.Module]:
+    """The modules from the model down to the one that is called `owner`."""
+    way = [model]
+    for part in owner.split(".") if owner else ():
+        way.append(way[-1]._modules[part])  # type: ignore[arg-type]
+    return way
+
+
+def _mark_all(model: nn.Module) -> list[Any]:
+    """Marks what a model has as initialised, where it is not; what has been marked."""
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    marked = [tensor for tensor in tensors if not getattr(tensor, "_is_hf_initialized", False)]
+    for tensor in marked:
+        tensor._is_hf_initialized = True
+    return marked
+
+
+def _initialise(model: Any, modules: list[nn.Module]) -> None:
+    """Has each of these modules, from the last to the first, initialised by the innermost model that it is in."""
+    from transformers import PreTrainedModel
+    from transformers.initialization import guard_torch_init_functions
+
+    with guard_torch_init_functions():
+        for depth in range(len(modules) - 1, -1, -1):
+            inside = next(part for part in reversed(modules[: depth + 1]) if isinstance(part, PreTrainedModel))
+            inside._init_weights(modules[depth])
