@@ -48,7 +48,7 @@ class DirectoryValues:
                 ) from error
             for name, tensor in found.items():
                 self._recipes[name], shapes[name] = recipe, tuple(tensor.shape)
-        plan.missing -= self._recipes.keys()
+        plan.missing.difference_update(self._recipes)
         self._tie(plan.missing)
         adjust(model, plan)
         state = model.state_dict()
@@ -81,7 +81,7 @@ class DirectoryValues:
                 self._recipes[other] = self._recipes[name]
             elif other in self._recipes:
                 self._recipes[name] = self._recipes[other]
-            missing -= self._recipes.keys()
+            missing.difference_update(self._recipes)
 
     def separate(self, owner: nn.Module, key: str) -> str:
         """Gives a place of a shared parameter one of its own, which begins with the same values; its name."""

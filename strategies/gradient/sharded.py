@@ -14,6 +14,7 @@ import torch
 
 from strategies.gradient.compute import Enter, prepare
 from strategies.gradient.context import WorkContext
+from strategies.gradient.tied import TiedRounds
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
 from strategies.objective.rows import Rows
@@ -127,8 +128,11 @@ class TreeCollector(_Buffered):
 class RoundCollector(_Buffered):
     """Hands every finished virtual worker's gradient to its owners (ZeRO stage 2)."""
 
-    def __init__(self, part: ModelPart, reducer: RoundReducer, micro_batches: int, *, computes_all: bool) -> None:
+    def __init__(
+        self, part: ModelPart, reducer: RoundReducer, tied: TiedRounds, micro_batches: int, *, computes_all: bool
+    ) -> None:  # fmt: skip
         super().__init__(part, micro_batches)
+        self._tied = tied
         self.num_rounds = reducer.num_rounds
         self.computes_all = computes_all
         self._reducer = reducer
@@ -137,15 +141,18 @@ class RoundCollector(_Buffered):
     def start(self) -> None:
         super().start()
         self._reducer.begin()
+        self._tied.begin()
 
     def _take(self, number: int, gradient: torch.Tensor) -> None:
         if number < self.num_rounds:
-            self._reducer.add(number, gradient)
+            self._reducer.add(number, gradient[: self._part.flat.size])
+            self._tied.add_round(number, gradient)
         self._pool.append(gradient)
 
     def skip(self, number: int) -> None:
         """A round that this replica has no virtual worker for."""
         self._reducer.add(number, self._empty)
+        self._tied.add_round(number, self._empty)
 
 
 class ShardedCollector:

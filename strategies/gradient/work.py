@@ -16,6 +16,7 @@ from strategies.gradient.context import WorkContext
 from strategies.gradient.sharded import Collector, RoundCollector, RoundGradients, ShardedCollector, TreeCollector
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
+from strategies.gradient.tied import TiedGradients, TiedRounds, TiedShards
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
 from strategies.reduction.hierarchy import HierarchicalReducer
@@ -76,19 +77,23 @@ class IdleWork:
 class _Replicated:
     """Weights are whole on every rank of the data-parallel group; slices are reduced at once (ZeRO stages 0 and 1)."""
 
-    def __init__(self, part: ModelPart, own: StateShard, reducer: Reducer, *, sharded: bool) -> None:
+    def __init__(
+        self, part: ModelPart, own: StateShard, reducer: Reducer, tied: TiedGradients, *, sharded: bool
+    ) -> None:  # fmt: skip
         self.part = part
         self.own = own
         self.reducer = reducer
+        self.tied = tied
         self.sharded = sharded
         self._is_nan_next = False
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         if self.sharded:
             enter("refresh")
-            self.reducer.gather(self.own.weights, self.part.weights)
-        elif self.part.weights is not self.own.weights:
-            self.part.weights.copy_(self.own.weights)
+            self.reducer.gather(self.own.weights, self.part.state_weights)
+        elif self.part.state_weights is not self.own.weights:
+            self.part.state_weights.copy_(self.own.weights)
+        self.tied.send_weights()
 
     def inject_nan(self) -> None:
         self._is_nan_next = True
@@ -102,12 +107,16 @@ class _Replicated:
                 piece[0] = torch.nan
         finish_queued(self.part.device, check)
         enter("reduce", step)
-        reduced = self.reducer.reduce(pieces)
-        if self.sharded:
-            self.own.gradient.copy_(self.reducer.own_slice(reduced) if self.reducer.native else reduced)
+        reduced = self.reducer.reduce({node: piece[: self.part.flat.size] for node, piece in pieces.items()})
+        gradient = self.own.gradient
+        if self.sharded or self.reducer.layout.data == 1:
+            # What one replica has reduced are its pieces, which stay as they are.
+            gradient.copy_(self.reducer.own_slice(reduced) if self.reducer.native and self.sharded else reduced)
+            self.tied.add(pieces, gradient)
         else:
+            self.tied.add(pieces, reduced)
             enter("gather", step)
-            self.reducer.gather(reduced, self.own.gradient)
+            self.reducer.gather(reduced, gradient)
 
 
 class LocalWork(_Replicated):
@@ -119,11 +128,12 @@ class LocalWork(_Replicated):
         part: ModelPart,
         own: StateShard,
         reducer: Reducer,
+        tied: TiedGradients,
         held: tuple[int, ...],
         *,
         sharded: bool,
     ) -> None:
-        super().__init__(part, own, reducer, sharded=sharded)
+        super().__init__(part, own, reducer, tied, sharded=sharded)
         self.local = local
         self.held = held
 
@@ -149,9 +159,9 @@ class PipelineWork(_Replicated):
 
     def __init__(
         self, pipeline: PipelineGradients, collector: TreeCollector, part: ModelPart, own: StateShard,
-        reducer: Reducer, *, sharded: bool,
+        reducer: Reducer, tied: TiedGradients, *, sharded: bool,
     ) -> None:  # fmt: skip
-        super().__init__(part, own, reducer, sharded=sharded)
+        super().__init__(part, own, reducer, tied, sharded=sharded)
         self._pipeline = pipeline
         self._collector = collector
 
@@ -240,7 +250,7 @@ def _replicated_work(
     part: ModelPart, own: StateShard, context: WorkContext, kept: LocalGradients | None, *, sharded: bool
 ) -> GradientWork:
     layout, spec, held = context.layout, context.spec, context.held
-    reducer = _reducer_for(part, context)
+    reducer, tied = _reducer_for(part, context), TiedGradients(part, context)
     if layout.pipeline == 1:
         if kept is not None and kept.part is part:
             local = kept
@@ -250,42 +260,52 @@ def _replicated_work(
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()
-        return LocalWork(local, part, own, reducer, held, sharded=sharded)
+        return LocalWork(local, part, own, reducer, tied, held, sharded=sharded)
     collector = TreeCollector(part, held, layout.virtual_workers, spec.micro_batches)
     from strategies.gradient.pipeline import PipelineGradients
 
     pipeline = PipelineGradients(part, collector, context)
-    return PipelineWork(pipeline, collector, part, own, reducer, sharded=sharded)
+    return PipelineWork(pipeline, collector, part, own, reducer, tied, sharded=sharded)
 
 
 def _reducer_for(part: ModelPart, context: WorkContext) -> Reducer:
     fabric, layout = context.fabric, context.layout
     if fabric.hierarchy is None or context.spec.native_reduction:
-        return Reducer(fabric.data_group, layout, part.size, part.device, native=context.spec.native_reduction)
-    return HierarchicalReducer(fabric.data_group, fabric.hierarchy, layout, part.size, part.device)
+        return Reducer(fabric.data_group, layout, part.flat.size, part.device, native=context.spec.native_reduction)
+    return HierarchicalReducer(fabric.data_group, fabric.hierarchy, layout, part.flat.size, part.device)
 
 
 def _round_work(part: ModelPart, own: StateShard, context: WorkContext) -> GradientWork:
     layout, group = context.layout, context.fabric.data_group
-    slices = Reducer(group, layout, part.size, part.device)
+    slices, tied = Reducer(group, layout, part.flat.size, part.device), TiedRounds(part, context)
     rounds = RoundReducer(group, layout, slices.slices, part.device)
-    collector = RoundCollector(part, rounds, context.spec.micro_batches, computes_all=layout.pipeline > 1)
+    collector = RoundCollector(part, rounds, tied, context.spec.micro_batches, computes_all=layout.pipeline > 1)
 
     def gather(enter: Callable[[str], None]) -> None:
         enter("refresh")
-        slices.gather(own.weights, part.weights)
+        slices.gather(own.weights, part.state_weights)
+        tied.send_weights()
 
-    gradients = _gradients(part, collector, context)
-    return RoundWork(gradients, collector, own, gather, lambda gradient: gradient.copy_(rounds.total()))
+    def take(gradient: torch.Tensor) -> None:
+        gradient.copy_(rounds.total())
+        tied.add(gradient)
+
+    return RoundWork(_gradients(part, collector, context), collector, own, gather, take)
 
 
 def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext) -> GradientWork:
     collector = ShardedCollector(part, context.layout, context.spec.micro_batches)
-    gradients = _gradients(part, collector, context)
-    return RoundWork(
-        gradients, collector, own,
-        lambda enter: part.load(own.weights, own.flat), lambda gradient: part.unload(gradient, own.flat),
-    )  # fmt: skip
+    tied = TiedShards(part, own, context)
+
+    def load(enter: Callable[[str], None]) -> None:
+        part.load(own.weights, own.flat)
+        tied.send_weights()
+
+    def unload(gradient: torch.Tensor) -> None:
+        part.unload(gradient, own.flat)
+        tied.add()
+
+    return RoundWork(_gradients(part, collector, context), collector, own, load, unload)
 
 
 def _gradients(

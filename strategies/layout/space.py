@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,17 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Alias:
+    """A parameter's second use, under another name: the head that shares the embedding. It is state once, in `slot`,
+    and has two gradients, which are summed apart and added when each is whole: so that it makes no difference whether
+    the two uses are on one rank. `block` is where the second use is."""
+
+    name: str
+    slot: Slot
+    block: int
+
+
+@dataclass(frozen=True)
 class Space:
     """The slots of a model at a tensor-parallel degree. `size` is in elements; `boundary` is where the parameters that
     are weight-decayed end."""
@@ -60,6 +71,7 @@ class Space:
     tensor: int
     size: int
     boundary: int
+    aliases: tuple[Alias, ...] = ()
 
     @classmethod
     def of(
@@ -67,9 +79,11 @@ class Space:
         parameters: Iterable[tuple[str, Sequence[int], int, int | None]],
         tensor: int,
         unused: Collection[str] = (),
+        aliases: Mapping[str, tuple[str, int]] | None = None,
     ) -> Space:
         """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
-        names of those that the loss does not depend on.
+        names of those that the loss does not depend on, `aliases` second uses by name: of which parameter, in which
+        block.
 
         Raises ValueError when a dimension does not divide by the degree, naming all that do not.
         """
@@ -90,7 +104,9 @@ class Space:
             boundary = offset if slot.decays else boundary
         if uneven:
             raise ValueError(f"tensor {tensor} does not divide {'; '.join(uneven[:5])}")
-        return cls(tuple(slots), tensor, offset, boundary)
+        by_name = {slot.name: slot for slot in slots}
+        second = tuple(Alias(name, by_name[of], block) for name, (of, block) in (aliases or {}).items())
+        return cls(tuple(slots), tensor, offset, boundary, second)
 
     def ranges_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
         """The (start, stop) of all slots in these runs of blocks (None: of all), as few as can be."""
@@ -98,6 +114,10 @@ class Space:
             return [(0, self.size)]
         inside = [slot for slot in self.slots if any(first <= slot.block < last for first, last in blocks)]
         return merge((slot.offset, slot.stop) for slot in inside)
+
+    def aliases_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[Alias]:
+        """The second uses in these runs of blocks (None: all)."""
+        return [a for a in self.aliases if blocks is None or any(first <= a.block < last for first, last in blocks)]
 
     def overlapping(self, start: int, stop: int) -> Iterator[Slot]:
         """The slots that have elements in start..stop, ascending."""

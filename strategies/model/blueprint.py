@@ -23,7 +23,7 @@ from strategies.model.anatomy import Activations, Anatomy, CannotCut, anatomy_of
 from strategies.model.cutting import refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
 from strategies.model.head import logits_of
-from strategies.model.parameters import made_up_values, sites_of, trained_parameters
+from strategies.model.parameters import made_up_values, sites_of, split_ties, trained_parameters
 from strategies.model.randomness import stream_key, uninstall
 from strategies.model.recompute import forget
 from strategies.model.stage import Cut, PassThrough, Stage
@@ -77,10 +77,12 @@ class Blueprint:
         trained = list(trained_parameters(model).items())
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
-        self._sites = sites_of(model, dict(trained))
+        self._sites, self._aliased = split_ties(model, sites_of(model, dict(trained)))
         one = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.names = {name: one[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-        """The one name of a parameter, by each that it has: modules may share it."""
+        names = {name: one[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.names = {name: name if name in self._aliased else known for name, known in names.items()}
+        """The one name of a parameter, by each that it has: modules may share it. A second use that has a gradient of
+        its own has a name of its own."""
         if tensor > 1:
             self._refuse_shared("tensor", tensor)
         self._anatomies: dict[bool, Anatomy] = {}
@@ -91,8 +93,9 @@ class Blueprint:
         self._is_in_order = cuts or self._chain is not None
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
-            ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused
-        )
+            ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused,
+            {alias: (name, self._block_of(alias)) for alias, name in self._aliased.items()},
+        )  # fmt: skip
         across = _across_blocks(model, self.layers, frozen)
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
         """The names of the frozen parameters that can be sharded with the trained ones of their block."""
@@ -324,11 +327,11 @@ class Blueprint:
 
     def _value(self, name: str, parameter: nn.Parameter, *, is_fake: bool) -> torch.Tensor:
         """Something to compute with in place of a parameter, which depends on nothing."""
-        dtype = self.dtype if name in self.initial_shapes else parameter.dtype
+        dtype = self.dtype if self._aliased.get(name, name) in self.initial_shapes else parameter.dtype
         if is_fake:
             value = torch.empty(parameter.shape, dtype=dtype, device=self.device)
         else:
-            value = self.values.read(name).to(self.device, dtype, copy=True)
+            value = self.values.read(self._aliased.get(name, name)).to(self.device, dtype, copy=True)
         return value.requires_grad_(value.is_floating_point())
 
     def bind(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

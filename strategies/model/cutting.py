@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from strategies.model.anatomy import find_layers
-from strategies.model.parameters import Sites, sites_of, trained_parameters
+from strategies.model.parameters import Sites, sites_of, split_ties, trained_parameters
 
 
 def check_cut(model: nn.Module, stages: int, parts: int) -> None:
     """Raises ValueError when the model cannot be cut into `parts` model parts: those of all `stages`."""
     layers, cannot_cut = find_layers(model)
-    refuse_cut(cannot_cut, sites_of(model, trained_parameters(model)), stages)
+    refuse_cut(cannot_cut, split_ties(model, sites_of(model, trained_parameters(model)))[0], stages)
     number = len(model.get_submodule(layers or ""))  # type: ignore[arg-type]
     if parts > number:
         raise ValueError(f"pipeline {stages} needs at least {parts} layers for its model parts; {layers} has {number}")

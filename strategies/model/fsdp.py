@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ class ShardedModelPart:
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         names = {id(parameter): self.blueprint.names[name] for name, parameter in inner.named_parameters()}
-        slots = {slot.name: slot for slot in self.blueprint.space.slots}
+        space = self.blueprint.space
+        slots = {slot.name: slot for slot in space.slots}
+        slots |= {a.name: replace(a.slot, name=a.name, block=a.block) for a in space.aliases}
         groups = []
         untrained = []
         sharded: list[Any] = [*blocks, inner]
@@ -113,6 +116,17 @@ class ShardedModelPart:
                     yield slot, parameter, group, offset
                     offset += parameter.padded_sharded_param_size.numel()
 
+    def rows_of(self, name: str) -> torch.Tensor:
+        """This rank's rows of a parameter, laid flat: fp32, what it computes with."""
+        parameter = next(parameter for slot, parameter, _, _ in self.rows() if slot.name == name)
+        rows: torch.Tensor = parameter.sharded_param._local_tensor.view(-1)
+        return rows
+
+    def gradient_rows_of(self, name: str) -> torch.Tensor:
+        """The same of the reduced gradient."""
+        group, start = next((group, start) for slot, _, group, start in self.rows() if slot.name == name)
+        return group.total()[start : start + self.rows_of(name).numel()]
+
     def load(self, weights: torch.Tensor, flat: FlatRanges) -> None:
         """Takes this rank's rows from `weights` [flat.size], which it trains."""
         with torch.no_grad():
@@ -123,9 +137,17 @@ class ShardedModelPart:
 
     def unload(self, gradient: torch.Tensor, flat: FlatRanges) -> None:
         """Puts this rank's rows of the reduced gradient into `gradient` [flat.size]."""
-        for slot, _, group, start in self.rows():
-            for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
-                gradient[offset : offset + length].copy_(group.total()[start : start + length])
+        second = {alias.name for alias in self.blueprint.space.aliases}
+        for is_second in (False, True):
+            for slot, _, group, start in self.rows():
+                if (slot.name in second) != is_second:
+                    continue
+                for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
+                    rows = group.total()[start : start + length]
+                    if is_second:
+                        gradient[offset : offset + length].add_(rows)
+                    else:
+                        gradient[offset : offset + length].copy_(rows)
 
     def close(self) -> None:
         """Gives the modules up."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from strategies.layout.space import FlatRanges, Slot
+from strategies.layout.space import FlatRanges, Slot, round_up
 from strategies.model.blueprint import Blueprint
 from strategies.model.stage import Stage
 
@@ -16,12 +17,24 @@ Runs = Sequence[tuple[int, int]] | None
 """The blocks start..stop of each model part; None: the whole model is one part."""
 
 
+class _Use(NamedTuple):
+    """A parameter of a module: what of the state it is, the block that uses it, where its gradient goes."""
+
+    name: str
+    slot: Slot
+    block: int
+    parameter: nn.Parameter
+    gradient_at: int
+
+
 class ModelPart:
-    """`modules` are the model parts of this rank, in model order. `weights` [flat.size] are their parameters, in the
-    type that the blueprint has for them.
+    """`modules` are the model parts of this rank, in model order. `weights` are their parameters, in the type that the
+    blueprint has for them: those that are state here, `flat`, and behind them what is `borrowed`: second uses (see
+    `strategies.layout.space.Alias`) of parameters that other ranks have.
 
     With a `tensor_mesh` the modules are split over it; with `weights`, that buffer is used. `size` and `device` are
-    those of the buffers, fp32 whatever the weights are, in which backward passes leave gradients.
+    those of the buffers, fp32 whatever the weights are, in which backward passes leave gradients: of what is state
+    here, and behind it of every second use, at `alias_offsets`.
     """
 
     is_sharded = False
@@ -43,10 +56,19 @@ class ModelPart:
         self.device = blueprint.device
         space = blueprint.space
         self.flat = FlatRanges.of(space.ranges_of(runs), space.boundary)
-        self.size = self.flat.size
+        aliases = space.aliases_of(runs)
+        starts = accumulate((round_up(alias.slot.numel) for alias in aliases), initial=self.flat.size)
+        *offsets, self.size = starts
+        self.alias_offsets = {alias.name: offset for alias, offset in zip(aliases, offsets, strict=True)}
+        borrowed = [each for each in aliases if next(self.flat.locate(each.slot.offset, each.slot.stop), None) is None]
+        places = accumulate((round_up(alias.slot.numel) for alias in borrowed), initial=self.flat.size)
+        *at, total = places
+        self.borrowed = {alias.name: offset for alias, offset in zip(borrowed, at, strict=True)}
         if weights is None:
-            weights = torch.zeros(self.size, dtype=blueprint.dtype, device=self.device)
+            weights = torch.zeros(total, dtype=blueprint.dtype, device=self.device)
         self.weights = weights
+        self.state_weights = weights if total == self.flat.size else weights[: self.flat.size]
+        """Those that are state here."""
         self.is_plain = runs is None and tensor_mesh is None
         self._mesh = tensor_mesh
         blueprint.frozen.keep_on(self.device, blueprint.frozen)
@@ -58,16 +80,18 @@ class ModelPart:
                 for module in self.modules:
                     blueprint.parallelize(module, tensor_mesh)
         self.slots: list[tuple[Slot, int]] = []
-        self._parameters: list[nn.Parameter] = []
+        self._uses: list[_Use] = []
         bound: dict[str, nn.Parameter] = {}
         for slot in space.slots:
             where = next(self.flat.locate(slot.offset, slot.stop), None)
             if where is not None:
-                parameter = nn.Parameter(self._wrap(self._view(self.weights, slot, where[1]), slot))
-                parameter.grad_dtype = torch.float32
-                bound[slot.name] = parameter
+                bound[slot.name] = self._use(slot.name, slot, slot.block, where[1], where[1])
                 self.slots.append((slot, where[1]))
-                self._parameters.append(parameter)
+        of_slot = {slot.name: offset for slot, offset in self.slots}
+        for alias in aliases:
+            weights_at = self.borrowed.get(alias.name, of_slot.get(alias.slot.name, 0))
+            gradient_at = self.alias_offsets[alias.name]
+            bound[alias.name] = self._use(alias.name, alias.slot, alias.block, weights_at, gradient_at)
         for module, names in self._names_by_module(bound):
             blueprint.bind(module, {name: bound[name] for name in names})
         for name, parameter in bound.items():
@@ -79,11 +103,17 @@ class ModelPart:
     def _names_by_module(self, bound: dict[str, nn.Parameter]) -> list[tuple[Stage, list[str]]]:
         if self.runs is None:
             return [(self.modules[0], list(bound))]
-        blocks = {slot.name: slot.block for slot, _ in self.slots}
+        blocks = {use.name: use.block for use in self._uses}
         return [
             (module, [name for name in bound if start <= blocks[name] < stop])
             for module, (start, stop) in zip(self.modules, self.runs, strict=True)
         ]
+
+    def _use(self, name: str, slot: Slot, block: int, weights_at: int, gradient_at: int) -> nn.Parameter:
+        parameter = nn.Parameter(self._wrap(self._view(self.weights, slot, weights_at), slot))
+        parameter.grad_dtype = torch.float32
+        self._uses.append(_Use(name, slot, block, parameter, gradient_at))
+        return parameter
 
     @staticmethod
     def _view(buffer: torch.Tensor, slot: Slot, offset: int) -> torch.Tensor:
@@ -108,20 +138,20 @@ class ModelPart:
         """Points every parameter's `.grad` (of all modules, or of one) into `buffer` [size]; backward passes add to it
         in place."""
         with torch.no_grad():
-            for (slot, offset), parameter in zip(self.slots, self._parameters, strict=True):
-                if module is None or self._is_in(slot, module):
-                    parameter.grad = self._wrap(self._view(buffer, slot, offset), slot)
+            for use in self._uses:
+                if module is None or self._is_in(use.block, module):
+                    use.parameter.grad = self._wrap(self._view(buffer, use.slot, use.gradient_at), use.slot)
 
-    def _is_in(self, slot: Slot, module: int) -> bool:
+    def _is_in(self, block: int, module: int) -> bool:
         if self.runs is None:
             return True
         start, stop = self.runs[module]
-        return start <= slot.block < stop
+        return start <= block < stop
 
     def release_gradients(self) -> None:
         """Unbinds the parameters from any accumulation buffer."""
-        for parameter in self._parameters:
-            parameter.grad = None
+        for use in self._uses:
+            use.parameter.grad = None
 
     def close(self) -> None:
         """Gives the modules up; the weights stay."""
@@ -129,7 +159,7 @@ class ModelPart:
         if self.is_plain:
             self.blueprint.release(self.blueprint.model)
         self.modules = []
-        self._parameters = []
+        self._uses = []
 
 
 def add_up(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -25,6 +25,20 @@ def sites_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Sites:
     return found
 
 
+def split_ties(model: nn.Module, sites: Sites) -> tuple[Sites, dict[str, str]]:
+    """The sites, those apart at which a table of tokens is the head, too: by names of their own, and of which parameter
+    they are the second use."""
+    found, aliased = dict(sites), {}
+    for name, places in sites.items():
+        tables = [each for each in places if isinstance(model.get_submodule(each[0]), nn.Embedding)]
+        others = [each for each in places if each not in tables]
+        if tables and others:
+            alias = ".".join(filter(None, others[0]))
+            found[name], found[alias] = tables, others
+            aliased[alias] = name
+    return found, aliased
+
+
 def made_up_values(
     shape: torch.Size, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from strategies.model.cutting import shared_reason
-from strategies.model.parameters import sites_of, trained_parameters
+from strategies.model.parameters import sites_of, split_ties, trained_parameters
 
 SPLIT: dict[str, tuple[int, int, int | None]] = {
     "colwise": (0, 1, 0),
@@ -46,7 +46,28 @@ def read_styles(model: nn.Module) -> dict[str, str]:
             )
         styles[name] = style
     _refuse_whole_layers(model, styles)
+    _agree_on_ties(model, styles)
     return styles
+
+
+def _agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
+    """A table that is the head, too, is split once: by tokens, which both can be. Raises ValueError for a plan that
+    wants it split in two ways."""
+    sites, aliased = split_ties(model, sites_of(model, trained_parameters(model)))
+    for alias, name in aliased.items():
+        tables, heads = ([owner for owner, _ in sites[each]] for each in (name, alias))
+        if not any(styles.get(owner) in SPLIT for owner in (*tables, *heads)):
+            continue
+        for owner in tables:
+            styles.setdefault(owner, "embedding_rowwise")
+        for owner in heads:
+            styles.setdefault(owner, "colwise_gather_output")
+        dims = {SPLIT[styles[owner]][1] for owner in tables} | {SPLIT[styles[owner]][0] for owner in heads}
+        if len(dims) > 1:
+            raise ValueError(
+                f"the tp_plan of {type(model).__name__} splits {name} by tokens in one of its two uses and by width in "
+                f"the other ({', '.join(f'{owner}: {styles[owner]}' for owner in (*tables, *heads))}); untie them"
+            )
 
 
 def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
@@ -77,6 +98,6 @@ def parallel_style(style: str, module: nn.Module) -> Any:
 def check_tensor(model: nn.Module, degree: int) -> None:
     """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
     read_styles(model)
-    shared = [names for names in sites_of(model, trained_parameters(model)).values() if len(names) > 1]
-    if shared:
+    sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
+    if shared := [names for names in sites.values() if len(names) > 1]:
         raise ValueError(shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))

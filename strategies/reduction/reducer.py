@@ -26,18 +26,20 @@ from strategies.reduction.tree_sum import TreeSum
 class Reducer:
     """Reduces gradients of `size` elements over the ranks of a data-parallel group, all virtual workers at once.
 
-    With `native`, the local sum goes through the backend's own all-reduce instead: equal on all ranks and within
-    rounding of the canonical result, but its bits depend on the ranks.
+    Each owns a slice, all of about the same size or of these `slices`, by rank. With `native`, the local sum goes
+    through the backend's own all-reduce instead: equal on all ranks and within rounding of the canonical result, but
+    its bits depend on the ranks.
     """
 
     def __init__(
-        self, groups: Groups, layout: ParallelLayout, size: int, device: torch.device, native: bool = False
-    ) -> None:
+        self, groups: Groups, layout: ParallelLayout, size: int, device: torch.device, native: bool = False,
+        slices: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.groups = groups
         self.layout = layout
         self.size = size
         self.native = native
-        self.slices = even(size, layout.data, ALIGNMENT)
+        self.slices = even(size, layout.data, ALIGNMENT) if slices is None else tuple(slices)
         self.covers = tuple(cover(held, layout.virtual_workers) for held in layout.assignment)
         self._start = sum(self.slices[: groups.rank])
         self._device = device

@@ -278,7 +278,7 @@ class TrainingState:
         else:
             part = self._part(place.tensor, runs, fabric)
             if kind == "none" and part.weights.dtype == torch.float32:
-                own = self._room(shard, part.flat, part.weights)
+                own = self._room(shard, part.flat, part.state_weights)
             elif kind == "none":
                 own = self._room(shard, part.flat)
             else:
@@ -299,13 +299,13 @@ class TrainingState:
         weights = None
         own = self.arrangement.own
         if isinstance(old, ModelPart) and (old.coordinate, old.runs) == (coordinate, runs):
-            weights = old.weights if own is not None and own.weights is old.weights else None
+            weights = old.weights if own is not None and own.weights is old.state_weights else None
         return ModelPart(self.blueprint, coordinate, runs, mesh, weights)
 
     def _room(self, shard: Shard, flat: FlatRanges, weights: torch.Tensor | None = None) -> StateShard:
         """A state shard with these `weights`, or with weights of its own, which nothing computes with."""
         part = self.arrangement.part
-        computed_with = part.weights if isinstance(part, ModelPart) else None
+        computed_with = part.state_weights if isinstance(part, ModelPart) else None
         for old in self.arrangement.state_shards:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
             if fits and old.coordinate == shard.coordinate and old.flat == flat:
