@@ -34,8 +34,8 @@ def look_at_model(job: Job, *, here: bool = True) -> None:
 
 
 def check_model(job: Job) -> None:
-    """Builds the job's model on torch's meta device, where it takes no memory, and checks what it is built for: the
-    tokenizer's vocabulary, the sequence length, the layout.
+    """Builds the job's model without the memory of its parameters, and checks what it is built for: the tokenizer's
+    vocabulary, the sequence length, the layout.
 
     A factory that does not work there is called as a worker calls it. Raises ModelError or DataError.
     """
@@ -52,11 +52,12 @@ def check_model(job: Job) -> None:
 def _build(job: Job) -> nn.Module:
     import torch
 
+    from orchestrator.models.initialisation import without_parameters
     from strategies.model.randomness import seed_stream
 
     seed_stream(job.train.seed, "initialisation")
     if job.model.factory is None:
-        with torch.device("meta"):
+        with without_parameters():
             model: nn.Module = empty_model(job)
         return model
     try:

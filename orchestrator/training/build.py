@@ -144,7 +144,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
     blueprint = Blueprint(
         model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches, body=trial.body,
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
-        values=values,
+        values=values, splits_logits=objective_of(job).takes_split_logits,
     )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))

@@ -72,7 +72,11 @@ class _Chunked(torch.autograd.Function):
             _add(sums, found)
             total = loss.detach() if total is None else total.add_(loss.detach())
         assert total is not None
-        ctx.gradients = (of_hidden, *sums)
+        # Of less than fp32 only the sum is rounded, as if it were of one product.
+        rounded = [
+            None if each is None else each.to(parameter.dtype) for each, parameter in zip(sums, parameters, strict=True)
+        ]
+        ctx.gradients = (of_hidden, *rounded)
         return total
 
     @staticmethod
@@ -86,4 +90,4 @@ def _add(sums: list[torch.Tensor | None], found: Sequence[torch.Tensor | None]) 
         if gradient is None:
             continue
         before = sums[number]
-        sums[number] = gradient if before is None else before.add_(gradient)
+        sums[number] = gradient.float() if before is None else before.add_(gradient)

@@ -109,14 +109,18 @@ class _Replicated:
         enter("reduce", step)
         reduced = self.reducer.reduce({node: piece[: self.part.flat.size] for node, piece in pieces.items()})
         gradient = self.own.gradient
-        if self.sharded or self.reducer.layout.data == 1:
-            # What one replica has reduced are its pieces, which stay as they are.
-            gradient.copy_(self.reducer.own_slice(reduced) if self.reducer.native and self.sharded else reduced)
+        if self.sharded:
+            gradient.copy_(self.reducer.own_slice(reduced) if self.reducer.native else reduced)
             self.tied.add(pieces, gradient)
-        else:
+            return
+        # What one replica has reduced are its pieces, which stay as they are.
+        is_alone = self.reducer.layout.data == 1
+        if not is_alone:
             self.tied.add(pieces, reduced)
-            enter("gather", step)
-            self.reducer.gather(reduced, gradient)
+        enter("gather", step)
+        self.reducer.gather(reduced, gradient)
+        if is_alone:
+            self.tied.add(pieces, gradient)
 
 
 class LocalWork(_Replicated):

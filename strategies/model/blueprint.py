@@ -21,7 +21,7 @@ from torch import nn
 from strategies.layout.space import Space
 from strategies.model.anatomy import Activations, Anatomy, CannotCut, anatomy_of, find_layers, kinds_of, representatives
 from strategies.model.cutting import refuse_cut, shared_reason
-from strategies.model.frozen import FrozenWeights
+from strategies.model.frozen import FrozenWeights, without_memory
 from strategies.model.head import logits_of
 from strategies.model.parameters import made_up_values, sites_of, split_ties, trained_parameters
 from strategies.model.randomness import stream_key, uninstall
@@ -44,7 +44,8 @@ class Blueprint:
 
     `buffers` are its persistent ones, which never change, and `frozen` its frozen parameters. Of a trial of the model
     it is known which trained parameters are `unused`, what `caches` it makes for itself, and which module is its `body`
-    (see `strategies.model.head`). Modules compute with trained parameters of type `dtype`.
+    (see `strategies.model.head`). Modules compute with trained parameters of type `dtype`. With `splits_logits` a head
+    that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
     `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
@@ -64,9 +65,10 @@ class Blueprint:
         cuts: bool = False,
         dtype: torch.dtype = torch.float32,
         values: Values | None = None,
+        splits_logits: bool = False,
     ) -> None:
         _refuse_running_statistics(model)
-        self.body, self.dtype = body, dtype
+        self.body, self.dtype, self.splits_logits = body, dtype, splits_logits
         self.unused, self.caches = frozenset(unused), frozenset(caches)
         self.device = torch.device("cpu") if device is None else device
         self.model = model
@@ -88,6 +90,7 @@ class Blueprint:
         self._anatomies: dict[bool, Anatomy] = {}
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.values = BuiltValues(model) if values is None else values
+        _take_frozen_from_meta(model)
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.frozen = FrozenWeights(frozen, self.values, dtype)
         self._is_in_order = cuts or self._chain is not None
@@ -101,7 +104,7 @@ class Blueprint:
         """The names of the frozen parameters that can be sharded with the trained ones of their block."""
         persistent = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
         self.release(model)
-        _move(model, self.device)
+        _move_buffers(model, self.device)
         self.buffers = {name: buffer.data for name, buffer in sorted(persistent.items())}
 
     # ------------------------------------------------------------------------------------ what it is made of
@@ -366,7 +369,8 @@ class Blueprint:
             except AttributeError:
                 continue  # Another stage's.
             if not isinstance(target, PassThrough) and style not in REDUCED:
-                plan[owner] = parallel_style(style, target)
+                is_head = self.body is not None and not owner.startswith(f"{self.body}.")
+                plan[owner] = parallel_style(style, target, stays_split=is_head and self.splits_logits)
         parallelize_module(inner, mesh, plan, src_data_rank=None)
 
     def is_reduced(self, name: str) -> bool:
@@ -380,15 +384,24 @@ def _in_turn(chain: Sequence[Stage], value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _move(model: nn.Module, device: torch.device) -> None:
-    """Everything but the trained parameters, which have no memory, to the device."""
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Parameters have no memory."""
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
-        for parameter in module._parameters.values():
-            if parameter is not None and not parameter.is_meta:
-                parameter.data = parameter.data.to(device)
+
+
+def _take_frozen_from_meta(model: nn.Module) -> None:
+    """Has frozen parameters without memory be of a kind that can be given some."""
+    made: dict[int, nn.Parameter] = {}
+    for part in model.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta and not parameter.requires_grad:
+                if id(parameter) not in made:
+                    zeros = without_memory(parameter.shape, parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
+                part._parameters[key] = made[id(parameter)]
 
 
 def _refuse_running_statistics(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from strategies.model.values import Values
 class FrozenWeights(Mapping[str, torch.Tensor]):
     """By name, full, in the type that they have at their source, `values`, from which each is read when it is asked
     for. `parameters` are those of the model, which computes with them in type `dtype`: where they are trained with in
-    another type than their own, floating ones are, too."""
+    another type than their own, floating ones are, too. None of them may be on the meta device."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], values: Values, dtype: torch.dtype = torch.float32
@@ -28,8 +28,8 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
         self._types = {name: parameter.dtype for name, parameter in self._parameters.items()}
         self._dtype = dtype
         self._digest: str | None = None
-        for parameter in self._parameters.values():
-            parameter.data = torch.empty(parameter.shape, dtype=self.computed_in(parameter.dtype), device="meta")
+        self._here: set[str] = set()
+        self.drop(self._parameters)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._values.read(name).to(self._types[name])
@@ -74,13 +74,19 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
 
     def keep_on(self, device: torch.device, names: Collection[str]) -> None:
         """Reads these, to compute with them there, unless they are there."""
-        for name in names:
-            parameter = self._parameters[name]
-            if parameter.device.type != device.type:
-                parameter.data = self._values.read(name).to(device, parameter.dtype, copy=True)
+        for name in set(names) - self._here:
+            value = self._values.read(name)
+            self._parameters[name].data = value.to(device, self.computed_in(value.dtype), copy=True)
+            self._here.add(name)
 
     def drop(self, names: Collection[str]) -> None:
-        """These are not computed with any more."""
+        """These are not computed with any more: they have zeros, which take no memory."""
         for name in names:
             parameter = self._parameters[name]
-            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            parameter.data = without_memory(parameter.shape, self.computed_in(self._types[name]))
+        self._here -= set(names)
+
+
+def without_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros that all share one element."""
+    return torch.zeros((), dtype=dtype).expand(shape)

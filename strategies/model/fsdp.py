@@ -39,6 +39,7 @@ class ShardedModelPart:
         self._data_group = fabric.data_group
         # Of frozen parameters that tensor parallelism splits, too, every rank has its split whole.
         sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
+        blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
         self.modules: list[Stage] = [
             blueprint.stage(run, sharded, torch.float32) for run in (self.runs if self.runs is not None else [None])
         ]
@@ -51,7 +52,6 @@ class ShardedModelPart:
             module.enter_by_root()
             self.groups.append(self._shard(module.module, fabric))
             module.train()
-        blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
         self.own_frozen = sharded
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:

@@ -82,8 +82,10 @@ def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
     )
 
 
-def parallel_style(style: str, module: nn.Module) -> Any:
-    from torch.distributed.tensor import Replicate
+def parallel_style(style: str, module: nn.Module, *, stays_split: bool) -> Any:
+    """What torch calls a style. With `stays_split` what a module of split columns gives is not put together, where
+    the style would have it so."""
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
     if style in ("embedding_rowwise", "rowwise_split_input"):
@@ -92,6 +94,8 @@ def parallel_style(style: str, module: nn.Module) -> Any:
         return RowwiseParallel()
     if style == "colwise":
         return ColwiseParallel()
+    if stays_split:
+        return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     return ColwiseParallel(output_layouts=Replicate())
 
 

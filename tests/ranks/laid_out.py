@@ -47,6 +47,8 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
         return own(dropout)
     if name == "llama of two layers":
         return family("llama", attention_dropout=dropout, num_hidden_layers=2)
+    if name == "tied":
+        return family("llama", attention_dropout=dropout, tie_word_embeddings=True)
     if name == "spare":
         return with_spares(dropout)
     if name == "frozen":
@@ -172,7 +174,8 @@ def make_engine(
         body = find_body(made.eval(), find_layers(made)[0], torch.zeros((1, 2), dtype=torch.int64))
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         return Blueprint(
-            made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype
+            made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype,
+            splits_logits=spec.objective.takes_split_logits,
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])

@@ -17,6 +17,7 @@ from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.placement import Domain
 from strategies.layout.schedule import SCHEDULES
 from strategies.layout.statemap import plan_transfers, whole
+from strategies.model.recompute import Recompute
 from strategies.state.reshard import WINDOW
 from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import (
@@ -89,6 +90,22 @@ def test_layouts_without_dropout_are_one_rank() -> None:
     layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
     layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
     assert_all_give(expected(), layouts)
+
+
+def test_layouts_of_a_model_whose_head_is_its_embedding_are_one_rank() -> None:
+    """In a pipeline its two uses are on two ranks, or with zero bubble on one; with shards each rank has rows of
+    both."""
+    layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
+    layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
+    layouts += [layout_of(1, 3), layout_of(2, 2, 1, "none", "zero-bubble")]
+    assert_all_give(expected(model="tied"), layouts, model="tied")
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_layers_that_recompute_give_what_they_give_otherwise(mode: Any) -> None:
+    layouts = [layout_of(), layout_of(2, 1, 1, "parameters"), layout_of(2, 2, 1, "gradients")]
+    layouts += [layout_of(1, 2, 1, "none", "zero-bubble"), layout_of(2, 2, 1, "parameters", "interleaved-1f1b")]
+    assert_all_give(expected(dropout=0.1), layouts, dropout=0.1, recompute=Recompute(mode))
 
 
 def uneven(pipeline: int, shard: str) -> ParallelLayout:
@@ -244,7 +261,7 @@ def rows_in(engine: StepEngine, fabric: Fabric, address: Endpoint) -> torch.Tens
     engine.state.adopt_layout(fabric.layout, fabric, held, nodes, 2, 0, lambda: barrier(fabric))
     part = engine.state.arrangement.part
     assert part is not None
-    weight: Any = part.modules[0].get_parameter("model.embed_tokens.weight")
+    weight: Any = part.modules[0].module.get_parameter("model.embed_tokens.weight")
     rows: torch.Tensor = weight.to_local().clone()
     fabric.drop()
     return rows

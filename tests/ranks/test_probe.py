@@ -66,7 +66,7 @@ def test_a_device_that_does_not_compute_the_same_twice_is_named_with_what_differ
 def compute_otherwise(directory: Path) -> None:
     """The second process that comes here has another kernel: its losses are larger by the least there is. It goes on
     when another is ready, which others are measured by."""
-    loss_of: Any = StepSpec.loss_of
+    score: Any = StepSpec.score
     for name in ("first", "second"):
         try:
             os.close(os.open(directory / name, os.O_CREAT | os.O_EXCL))
@@ -75,7 +75,7 @@ def compute_otherwise(directory: Path) -> None:
         if name == "second":
             while not (directory / "ready").exists():
                 time.sleep(0.01)
-            StepSpec.loss_of = lambda *arguments: loss_of(*arguments) * (1 + 2**-22)  # type: ignore[method-assign]
+            StepSpec.score = lambda *arguments: score(*arguments) * (1 + 2**-22)  # type: ignore[method-assign]
         return
 
 

@@ -244,16 +244,28 @@ def test_the_activations_are_found_with_one_layer_and_leave_all_where_they_were(
     assert all(now is before for now, before in zip(blueprint.model.get_submodule("blocks"), layers, strict=True))
 
 
-def test_tied_embeddings_cannot_be_cut_nor_split() -> None:
-    Blueprint(own(), device=CPU).check_pipeline(2)
+def test_a_head_that_is_the_embedding_is_a_use_of_its_own_and_what_else_is_shared_is_refused() -> None:
+    tied = Blueprint(family("llama", tie_word_embeddings=True), device=CPU, cuts=True)
+    tied.check_pipeline(2)
+    (alias,) = tied.space.aliases
+    assert (alias.name, alias.slot.name, alias.block) == ("lm_head.weight", "model.embed_tokens.weight", LAYERS + 1)
+    (alias,) = Blueprint(family("llama", tie_word_embeddings=True), tensor=2, device=CPU).space.aliases
+    assert alias.slot.dim == 0
+    assert not Blueprint(own(), device=CPU).space.aliases
+
+    def shared() -> nn.Module:
+        model: Any = own()
+        model.blocks[1].down.weight = model.blocks[0].down.weight
+        return model  # type: ignore[no-any-return]
+
     expected = (
-        r"{} 2 cannot be used with parameters that two modules share: model.embed_tokens.weight. "
+        r"{} 2 cannot be used with parameters that two modules share: blocks.0.down.weight. "
         r"Untie them \(for transformers: tie_word_embeddings: false; for a directory, model.untie: true\)"
     )
     with pytest.raises(ValueError, match=expected.format("pipeline")):
-        Blueprint(family("llama", tie_word_embeddings=True), device=CPU).check_pipeline(2)
+        Blueprint(shared(), device=CPU, cuts=True).check_pipeline(2)
     with pytest.raises(ValueError, match=expected.format("tensor")):
-        Blueprint(family("llama", tie_word_embeddings=True), tensor=2, device=CPU)
+        Blueprint(shared(), tensor=2, device=CPU)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *DO_MORE, "own"])

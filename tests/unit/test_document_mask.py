@@ -13,6 +13,7 @@ from torch import nn
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart
+from strategies.model.stage import whole_model
 from strategies.objective.batch import Batch, positions
 from strategies.optim.schedule import ScheduleSpec
 from strategies.trial.document_mask import refuse_leaks, refuse_without_positions
@@ -90,7 +91,7 @@ def test_the_loss_is_that_of_the_targets_that_count(mask: bool) -> None:
             if alone.shape[1] > 1:
                 given, labels = logits(model, alone[:, :-1])[0], torch.from_numpy(alone[0, 1:])
                 expected += float(nn.functional.cross_entropy(given, labels, reduction="sum").detach())
-    assert float(spec.loss(model, rows, 7).detach()) == pytest.approx(expected / 7, rel=1e-5)
+    assert float(spec.loss(whole_model(model), rows, 7).detach()) == pytest.approx(expected / 7, rel=1e-5)
 
 
 def test_what_does_not_count_changes_no_gradient() -> None:
@@ -99,7 +100,7 @@ def test_what_does_not_count_changes_no_gradient() -> None:
     def gradient(tokens: np.ndarray, documents: np.ndarray) -> list[torch.Tensor]:
         model = model_of("llama")
         (rows,) = SPEC.micro_batches_of(batch_of(tokens, documents), CPU)
-        SPEC.loss(model, rows, 10).backward()  # type: ignore[no-untyped-call]
+        SPEC.loss(whole_model(model), rows, 10).backward()  # type: ignore[no-untyped-call]
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     tokens = random_tokens()
@@ -114,7 +115,7 @@ def test_a_step_without_targets_has_no_loss_and_no_gradient() -> None:
     model = model_of("llama")
     nothing = batch_of(random_tokens(), np.tile(np.arange(20, dtype=np.int32), (2, 1)), targets=0)
     (rows,) = SPEC.micro_batches_of(nothing, CPU)
-    loss = SPEC.loss(model, rows, SPEC.divisor(nothing))
+    loss = SPEC.loss(whole_model(model), rows, SPEC.divisor(nothing))
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0.0
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
@@ -146,8 +147,8 @@ def check(model: nn.Module) -> None:
     refuse_without_positions(model)
     blueprint = Blueprint(model, device=CPU)
     part = ModelPart(blueprint, 0, None)
-    part.weights.copy_(0.1 * torch.randn(part.size, generator=torch.Generator().manual_seed(0)))
-    refuse_leaks(part.modules[0], CPU)
+    part.weights.copy_(0.1 * torch.randn(len(part.weights), generator=torch.Generator().manual_seed(0)))
+    refuse_leaks(part.modules[0].module, CPU)
     assert part.modules[0].training
 
 

@@ -284,11 +284,10 @@ def test_untie_begins_with_a_copy_of_the_embedding(tmp_path: Path) -> None:
     assert head is not tokens
     assert torch.equal(head, tokens)
     assert loaded_of(model) == {"directory": str(directory), "new": [], "left_out": [], "untied": ["lm_head.weight"]}
-    check_tensor(model, 2)
+    for either in (model, build_model(job_of(str(directory)), 257)):
+        check_tensor(either, 2)
     with torch.device("meta"):
         assert "lm_head.weight" in dict(empty_model(job).named_parameters())
-    with pytest.raises(ValueError, match=r"model\.untie"):
-        check_tensor(build_model(job_of(str(directory)), 257), 2)
 
 
 def test_untie_needs_a_head_that_shares_the_embedding(saved: Path) -> None:
@@ -309,7 +308,8 @@ def test_weights_that_cannot_be_read_are_told_in_our_words(copy: Path, kind: str
     else:
         data = (copy / "model.safetensors").read_bytes()
         (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ModelError, match=r"model\.hf: the weights of"):
+    expected = r"model\.hf: .*(pickled with more than tensors in it, which could be code|cannot be read: .*metadata)"
+    with pytest.raises(ModelError, match=expected):
         build_model(job_of(str(copy)), 257)
     assert not (copy / "evil").exists()
 
@@ -446,12 +446,12 @@ def cut(job: Job, pipeline: int, schedule: str = "1f1b") -> Job:
 
 def test_a_pipeline_that_the_model_cannot_be_cut_for_is_found_before_anything_is_started(tmp_path: Path) -> None:
     directory = tied_in(tmp_path / "tied")
-    assert "parameters that two modules share" in why(cut(job_of(str(directory)), 2))
+    check_model(cut(job_of(str(directory)), 2))
     untied = job_of(str(directory), untie=True)
     check_model(cut(untied, 2))
     assert "needs at least 3 layers for its model parts; model.layers has 2" in why(cut(untied, 3))
     assert "needs at least 4 layers" in why(cut(untied, 2, "zero-bubble"))
-    assert "no pp_plan" in why(cut(job_of({"model_type": "gpt2", **GPT2}), 2))
+    check_model(cut(job_of({"model_type": "gpt2", **GPT2}), 2))
 
 
 def test_parameters_that_no_loss_depends_on_are_told(tmp_path: Path) -> None:

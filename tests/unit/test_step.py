@@ -160,7 +160,7 @@ def test_dropout_differs_from_step_to_step() -> None:
 def test_the_gradient_is_that_of_the_mean_loss_over_the_batch() -> None:
     ours = engine(dropout=0.0)
     ours.prepare(0)
-    reference: nn.Module = copy.deepcopy(local_of(ours).part.modules[0])
+    reference: nn.Module = copy.deepcopy(local_of(ours).part.modules[0].module)
     for parameter in reference.parameters():
         parameter.grad = None
     rows = torch.from_numpy(np.concatenate([fetch(0, index).tokens for index in range(4)]))

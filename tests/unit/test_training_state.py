@@ -70,7 +70,7 @@ def test_the_state_of_an_update_rule_has_names_of_its_own(kept: tuple[str, ...])
 def test_parameters_become_aligned_views_and_keep_their_values() -> None:
     plain = dict(tiny().named_parameters())
     state = settled()
-    model = part_of(state).modules[0]
+    model = part_of(state).modules[0].module
     weights = own_of(state).weights
     start = weights.data_ptr()
     assert start % 64 == 0
@@ -94,7 +94,7 @@ def test_gradients_are_accumulated_in_the_buffer_given() -> None:
     ids = torch.tensor([[1, 2, 3]])
     for buffer in (first, second, second):
         part.accumulate_into(buffer)
-        part.modules[0](input_ids=ids).square().sum().backward()
+        part.modules[0](ids).square().sum().backward()
     assert first.any()
     assert torch.allclose(second, 2 * first)
     part.release_gradients()
@@ -113,7 +113,7 @@ def test_gradients_are_accumulated_in_the_buffer_given() -> None:
 def test_updates_are_those_of_torchs_own_optimizer(spec: OptimizerSpec) -> None:
     """Against the same optimizer over ordinary parameters: equal within rounding, of fused kernels and of others."""
     state = settled(spec)
-    model = part_of(state).modules[0]
+    model = part_of(state).modules[0].module
     rates = [1e-2, 3e-2, 1e-3, 5e-3]
     slots = {slot.name: slot for slot in state.space.slots}
     copies: dict[bool, dict[str, nn.Parameter]] = {}
