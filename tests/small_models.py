@@ -29,6 +29,8 @@ DO_MORE: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "mamba": {"state_size": 8},
+    "bloom": {"n_head": 4, "n_layer": LAYERS},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 """Those whose forward does more than call its modules one after another: caps logits, scales embeddings or logits; and
 those that do not say where they can be cut."""
