@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from orchestrator.job.parts import optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.schedule import PipelineSchedule
-from strategies.optim.optimizer import MOMENT_BYTES
 from strategies.optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def state_bytes(job: Job) -> StateBytes:
     """What training keeps of each parameter."""
     asked = job.train.optimizer
     spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_of(job))
-    kept = MOMENT_BYTES * len(update_rule_of(job).kinds())
+    kept = 4 * len(update_rule_of(job).kinds())
     return replace(ADAMW, optimizer=float(spec.state_bytes + kept))
 
 

@@ -186,7 +186,10 @@ def allocated_bytes(device: torch.device) -> int:
 
 def optimizer_spec(job: Job) -> OptimizerSpec:
     asked = job.train.optimizer
-    return OptimizerSpec(**asked.model_dump(exclude={"name"}), kind=optimizer_of(job))
+    return OptimizerSpec(
+        **asked.model_dump(exclude={"name"}), kind=optimizer_of(job), offload=job.train.offload == "optimizer",
+        seed=job.train.seed,
+    )  # fmt: skip
 
 
 def step_spec(job: Job) -> StepSpec:

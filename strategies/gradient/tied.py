@@ -212,7 +212,7 @@ class TiedShards:
             if not is_first:
                 self._exchange("recv", self._part.rows_of(alias.name), peer)
             elif (rows := self._rows(self._own.weights, alias)) is not None:
-                self._exchange("send", rows, peer)
+                self._exchange("send", rows.to(self._part.device), peer)
 
     def add(self) -> None:
         """Adds the second gradients, after the part has unloaded the first. Raises PeerLost."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     import torch
 
-MOMENT_BYTES = 4
-"""Of an element of a moment: all are fp32, as the buffers are that move, mirror and save them."""
+MOMENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Of an element of a moment, by the type that a job asks for. Whatever that is, they are moved and saved as fp32."""
 
 
 @dataclass(frozen=True)

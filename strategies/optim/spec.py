@@ -23,6 +23,12 @@ class OptimizerSpec(Settings):
     """What the job asks for."""
 
     kind: Optimizer = field(default=ADAMW, kw_only=True)
+    state: str = field(default="fp32", kw_only=True)
+    """The type of moments: fp32 or bf16."""
+    offload: bool = field(default=False, kw_only=True)
+    """Whether they are kept in host memory, and with them weights that nothing computes with."""
+    seed: int = field(default=0, kw_only=True)
+    """Of what is drawn where they are rounded."""
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -32,7 +38,13 @@ class OptimizerSpec(Settings):
     @property
     def state_bytes(self) -> int:
         """What is kept for each element of a parameter, beside the parameter itself."""
-        return MOMENT_BYTES * len(self.moments)
+        return MOMENT_BYTES[self.state] * len(self.moments)
+
+    @property
+    def moment_type(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.state == "bf16" else torch.float32
 
     def build(self, decayed: Sequence[torch.Tensor], undecayed: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """A torch optimizer over flat parameter tensors; weight decay applies to `decayed` only."""

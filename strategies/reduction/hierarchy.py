@@ -72,7 +72,7 @@ class HierarchicalReducer(Reducer):
         hierarchy = self._hierarchy
         rail = self._rails[hierarchy.place]
         sizes = [self.slices[rank] for rank in rail]
-        mine = mine.to(everything.dtype)
+        mine = mine.to(everything)
         of_rail = _exchange(hierarchy.rail, [mine] * len(rail), sizes, [len(mine)] * len(rail), self._device)
         lengths = [sum(self.slices[rank] for rank in ranks) for ranks in self._rails]
         count = len(lengths)

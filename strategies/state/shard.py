@@ -10,9 +10,14 @@ from torch import nn
 from strategies.compat import step
 from strategies.layout.space import FlatRanges
 from strategies.layout.statemap import Span, Spans, union
+from strategies.model.randomness import stream_key
+from strategies.optim.rounding import round_to_bf16
 from strategies.optim.spec import OptimizerSpec
 
 WEIGHTS = "weights"
+CHUNK_ELEMENTS = 1 << 24
+"""Elements that are updated at a time, where the optimizer's tensors are of another type or elsewhere: a multiple of
+`strategies.layout.space.ALIGNMENT`."""
 KEPT = "update."
 """What the names of an update rule's own kinds of state begin with."""
 
@@ -28,8 +33,11 @@ def name_of(kind: str, parameter: str) -> str:
 class StateShard:
     """Flat ranges of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [flat.size].
 
-    The optimizer's tensors are all fp32, and so are those that the update rule has `kept` (by kind). With `weights` (a
-    buffer of that size) those are used, not new ones. What is not filled is zero.
+    The optimizer's tensors are of the type that `spec` says, and those that the update rule has `kept` (by kind) fp32.
+    With `weights` (a buffer of that size) those are used, not new ones. What is not filled is zero.
+
+    With `spec.offload` all but weights that are given are kept in host memory, and come to `device` for an update, some
+    at a time; it is the same update.
     """
 
     def __init__(
@@ -45,9 +53,11 @@ class StateShard:
         self.flat = flat
         self.spec = spec
         self.device = device
-        self.weights = torch.zeros(flat.size, dtype=torch.float32, device=device) if weights is None else weights
-        self.moments = {name: torch.zeros_like(self.weights) for name in spec.moments}
-        self.kept = {kind: torch.zeros_like(self.weights) for kind in kept}
+        home = torch.device("cpu") if spec.offload else device
+        self.weights = torch.zeros(flat.size, dtype=torch.float32, device=home) if weights is None else weights
+        self.moments = {name: torch.zeros(flat.size, dtype=spec.moment_type, device=home) for name in spec.moments}
+        self.kept = {kind: torch.zeros(flat.size, dtype=torch.float32, device=home) for kind in kept}
+        self._in_place = not spec.offload and spec.moment_type == torch.float32
         self._gradient: torch.Tensor | None = None
         self._updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
@@ -57,7 +67,7 @@ class StateShard:
     def gradient(self) -> torch.Tensor:
         """The reduced gradient [flat.size], to be filled before `apply`."""
         if self._gradient is None:
-            self._gradient = torch.zeros_like(self.weights)
+            self._gradient = torch.zeros(self.flat.size, dtype=torch.float32, device=self.device)
         return self._gradient
 
     @property
@@ -67,7 +77,7 @@ class StateShard:
     @property
     def num_bytes(self) -> int:
         """Of weights, optimizer tensors and what the update rule keeps."""
-        return 4 * self.flat.size * len(self.kinds())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.kinds().values())
 
     def kinds(self) -> dict[str, torch.Tensor]:
         """All tensors that a span stands for, by kind, in a fixed order."""
@@ -88,6 +98,9 @@ class StateShard:
         """One optimizer update from `gradient` at learning rate `lr`; local, deterministic, no communication."""
         self._updates += 1
         if not self.flat.size:
+            return
+        if not self._in_place:
+            self._apply_in_chunks(lr)
             return
         if self._optimizer is None:
             self._optimizer = self._bind()
@@ -112,3 +125,43 @@ class StateShard:
                 state["step"] = counter
             optimizer.state[parameter] = state
         return optimizer
+
+    def _apply_in_chunks(self, lr: float) -> None:
+        """The same update of every element: where a buffer is cut makes no difference, as long as that is where vector
+        registers end."""
+        boundary = self.flat.boundary
+        for part, decays in ((range(boundary), True), (range(boundary, self.flat.size), False)):
+            for start in range(part.start, part.stop, CHUNK_ELEMENTS):
+                self._apply_chunk(slice(start, min(start + CHUNK_ELEMENTS, part.stop)), decays, lr)
+
+    def _apply_chunk(self, chunk: slice, decays: bool, lr: float) -> None:
+        with torch.no_grad():
+            weights = self.weights[chunk]
+            parameter = nn.Parameter(weights.to(self.device))
+            parameter.grad = self.gradient[chunk]
+            optimizer = self.spec.build([parameter] if decays else [], [] if decays else [parameter])
+            state = {
+                name: buffer[chunk].to(self.device, torch.float32, copy=True) for name, buffer in self.moments.items()
+            }
+            optimizer.state[parameter] = dict(state)
+            if self.spec.kind.counts_updates:
+                counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
+                optimizer.state[parameter]["step"] = counter
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step(optimizer)
+            if parameter.data_ptr() != weights.data_ptr():
+                weights.copy_(parameter)
+            for number, (name, buffer) in enumerate(self.moments.items()):
+                self._put_back(buffer, state[name], chunk, number)
+
+    def _put_back(self, buffer: torch.Tensor, values: torch.Tensor, chunk: slice, number: int) -> None:
+        """Takes the new values [chunk] of a moment, the `number`th of the optimizer's."""
+        if buffer.dtype == torch.float32:
+            buffer[chunk].copy_(values)
+            return
+        key = stream_key(self.spec.seed, "round", self._updates, number)
+        for start, stop in self.flat.cut(chunk.start, chunk.stop):
+            for first, offset, length in self.flat.locate(start, stop):
+                at = offset - chunk.start
+                buffer[offset : offset + length] = round_to_bf16(values[at : at + length], first, key)

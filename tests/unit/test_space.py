@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,12 @@ OPTIMIZERS = [
     OptimizerSpec(betas=(0.9, 0.99), weight_decay=0.1),
     OptimizerSpec(weight_decay=0.2, kind=SGD),
     OptimizerSpec(momentum=0.9, weight_decay=0.01, kind=SGD),
+    OptimizerSpec(betas=(0.9, 0.99), weight_decay=0.1, state="bf16"),
+    OptimizerSpec(momentum=0.9, weight_decay=0.01, kind=SGD, state="bf16", offload=True),
+    OptimizerSpec(betas=(0.9, 0.99), weight_decay=0.1, offload=True),
 ]
 """Every kind, each with weight decay, so that a wrong boundary shows."""
+IDS = ["adamw", "sgd", "momentum", "adamw in bf16", "momentum in bf16", "adamw offloaded"]
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(torch.Size)
 models = st.lists(st.tuples(shapes, st.integers(0, 4)), min_size=1, max_size=10)
@@ -231,7 +236,7 @@ def cut_at_rows(space: Space, rng: random.Random) -> list[list[tuple[int, int]]]
     return parts
 
 
-@pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
+@pytest.mark.parametrize("spec", OPTIMIZERS, ids=IDS)
 @pytest.mark.parametrize("seed", range(6))
 def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: OptimizerSpec) -> None:
     """In even slices as optimizer sharding makes them, in rows as FSDP makes them, and in rows of any number."""
@@ -251,12 +256,12 @@ def test_updates_have_the_same_bits_however_the_state_is_cut(seed: int, spec: Op
     for way, flats in ways.items():
         state_shards = [train(space, flat, spec, seed) for flat in flats]
         for kind in whole.kinds():
-            assert bits(gathered(space, state_shards, kind)) == bits(whole.kinds()[kind]), (
+            assert bits(gathered(space, state_shards, kind)) == bits(whole.kinds()[kind].float()), (
                 f"{kind} in {way}, seed {seed}"
             )
 
 
-@pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
+@pytest.mark.parametrize("spec", OPTIMIZERS, ids=IDS)
 def test_padding_stays_zero(spec: OptimizerSpec) -> None:
     space = random_space(random.Random(1))
     rows = FlatRanges.pieces(row_ranges(space, [(0, space.size)], 3, 1), space.boundary)
@@ -271,7 +276,7 @@ def test_padding_stays_zero(spec: OptimizerSpec) -> None:
         assert not any(buffer[~used].any() for buffer in state_shard.kinds().values())
 
 
-@pytest.mark.parametrize("spec", OPTIMIZERS, ids=["adamw", "sgd", "momentum"])
+@pytest.mark.parametrize("spec", OPTIMIZERS, ids=IDS)
 def test_updates_go_on_where_another_shard_stopped(spec: OptimizerSpec) -> None:
     """Bias correction counts updates, so a state shard must be told how many its state has seen."""
     space = random_space(random.Random(2))
@@ -287,7 +292,31 @@ def test_updates_go_on_where_another_shard_stopped(spec: OptimizerSpec) -> None:
         state_shard.gradient.copy_(gradient)
         state_shard.apply(1e-3)
     for kind, buffer in first.kinds().items():
-        assert bits(buffer) == bits(second.kinds()[kind]) == bits(third.kinds()[kind])
+        assert bits(buffer.float()) == bits(second.kinds()[kind].float()) == bits(third.kinds()[kind].float())
+
+
+def test_what_is_offloaded_is_updated_as_if_it_were_not(monkeypatch: Any) -> None:
+    """Some at a time, wherever that cuts."""
+    space = random_space(random.Random(3))
+    flat = FlatRanges.of([(0, space.size)], space.boundary)
+    expected = train(space, flat, OPTIMIZERS[0], 4)
+    for elements in (16, 48, 1 << 20):
+        monkeypatch.setattr("strategies.state.shard.CHUNK_ELEMENTS", elements)
+        found = train(space, flat, OPTIMIZERS[5], 4)
+        for kind, buffer in expected.kinds().items():
+            assert bits(found.kinds()[kind]) == bits(buffer), (kind, elements)
+
+
+def test_moments_in_bf16_are_rounded_and_take_half_the_memory() -> None:
+    space = random_space(random.Random(3))
+    flat = FlatRanges.of([(0, space.size)], space.boundary)
+    exact, rounded = train(space, flat, OPTIMIZERS[0], 4), train(space, flat, OPTIMIZERS[3], 4)
+    assert (exact.num_bytes, rounded.num_bytes) == (12 * flat.size, 8 * flat.size)
+    for name, moment in rounded.moments.items():
+        assert moment.dtype == torch.bfloat16
+        torch.testing.assert_close(moment.float(), exact.moments[name], rtol=0.05, atol=1e-8)
+    assert not torch.equal(rounded.weights, exact.weights)
+    torch.testing.assert_close(rounded.weights, exact.weights, rtol=1e-2, atol=1e-2)
 
 
 def test_a_shard_says_what_it_has() -> None:

@@ -37,6 +37,8 @@ class Optimizer(Section):
     weight_decay: Annotated[CountFloat, NUMBERS] = 0.1
     momentum: Annotated[Decay, NUMBERS] = 0.0
     """sgd only."""
+    state: Annotated[Literal["fp32", "bf16"], NUMBERS_LATER] = "fp32"
+    """The type of what it keeps for each parameter. bf16: rounded at random, by seed and place."""
 
 
 class Schedule(Section):
@@ -75,6 +77,8 @@ class Train(Section):
     """What layers compute again in the backward pass, in place of keeping it."""
     loss_chunk: Annotated[CountInt, NUMBERS_LATER] = CHUNK_TOKENS
     """Positions that logits and their loss are computed for at a time. 0: all of a micro-batch."""
+    offload: Annotated[Literal["none", "optimizer"], CIRCUMSTANCES] = "none"
+    """What is kept in host memory between steps: what the optimizer keeps, and weights that are not computed with."""
     compile: Annotated[bool, NUMBERS] = False
     seed: Annotated[CountInt, NUMBERS] = 0
     log_every: Annotated[PositiveInt, CIRCUMSTANCES] = 1
