@@ -314,7 +314,8 @@ def test_moments_in_bf16_are_rounded_and_take_half_the_memory() -> None:
     assert (exact.num_bytes, rounded.num_bytes) == (12 * flat.size, 8 * flat.size)
     for name, moment in rounded.moments.items():
         assert moment.dtype == torch.bfloat16
-        torch.testing.assert_close(moment.float(), exact.moments[name], rtol=0.05, atol=1e-8)
+        difference = (moment.float() - exact.moments[name]).abs()
+        assert float(difference.mean()) < 0.01 * float(exact.moments[name].abs().mean())
     assert not torch.equal(rounded.weights, exact.weights)
     torch.testing.assert_close(rounded.weights, exact.weights, rtol=1e-2, atol=1e-2)
 
