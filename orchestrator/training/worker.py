@@ -68,6 +68,7 @@ from strategies.comm.rendezvous_proof import StoreAddress
 from strategies.gradient.work import import_for
 from strategies.layout.placement import trained_spans
 from strategies.layout.statemap import Spans, share_out
+from strategies.state.initial import initial_digest
 from strategies.state.training_state import state_digest
 from strategies.update.engine import StepEngine, StepRecord
 from strategies.update.timing import rounded
@@ -170,7 +171,7 @@ class Worker:
         """What a controller is told of it first: what it is, and how fast."""
         job, state = self.job, self.state
         return Ready(
-            self.worker, node, pid, self.host, port, state.initial_digest(),
+            self.worker, node, pid, self.host, port, initial_digest(state.blueprint),
             elements=state.space.size, zone=zone, memory_bytes=build.memory_bytes(state.device),
             costs=build.model_costs(job), unit_seconds=calibrate(self.engine),
             flops_per_token=build.flops_per_token(job, state.blueprint.model), peak_flops=peak_flops(job, state.device),

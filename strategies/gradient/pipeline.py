@@ -65,7 +65,7 @@ class PipelineGradients:
         group = context.fabric.group("pipeline")
         self._stages = []
         batch = (spec.micro_batch, self.fetch(0, 0).tokens.shape[1] - 1)
-        sizes = part.blueprint.activations(spec.autocast(part.device))
+        sizes = part.blueprint.stages.activations(spec.autocast(part.device))
         for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
             stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, sizes, batch)
             self._stages.append(stage)

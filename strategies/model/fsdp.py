@@ -41,7 +41,7 @@ class ShardedModelPart:
         sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
         blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
         self.modules: list[Stage] = [
-            blueprint.stage(run, sharded, torch.float32) for run in (self.runs if self.runs is not None else [None])
+            blueprint.stages.make(run, sharded, torch.float32) for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
         self._untrained: list[list[Any]] = []

@@ -69,13 +69,12 @@ class ModelPart:
         self.weights = weights
         self.state_weights = weights if total == self.flat.size else weights[: self.flat.size]
         """Those that are state here."""
-        self.is_plain = runs is None and tensor_mesh is None
         self._mesh = tensor_mesh
         blueprint.frozen.keep_on(self.device, blueprint.frozen)
         if self.is_plain:
-            self.modules: list[Stage] = [blueprint.whole()]
+            self.modules: list[Stage] = [blueprint.stages.whole()]
         else:
-            self.modules = [blueprint.stage(run) for run in (runs if runs is not None else [None])]
+            self.modules = [blueprint.stages.make(run) for run in (runs if runs is not None else [None])]
             if tensor_mesh is not None:
                 for module in self.modules:
                     blueprint.parallelize(module, tensor_mesh)
@@ -99,6 +98,11 @@ class ModelPart:
                 parameter.register_hook(add_up(tensor_mesh))
         for module in self.modules:
             module.train()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it computes with the model itself."""
+        return self.runs is None and self._mesh is None
 
     def _names_by_module(self, bound: dict[str, nn.Parameter]) -> list[tuple[Stage, list[str]]]:
         if self.runs is None:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, Shard, place_state, trained_spans
-from strategies.layout.space import FlatRanges, Slot
+from strategies.layout.space import FlatRanges
 from strategies.layout.statemap import (
     NOTHING,
     Span,
@@ -36,17 +35,12 @@ from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
 from strategies.state.host_copies import SideCopies
+from strategies.state.initial import fill
 from strategies.state.reshard import Resharded, copy_within, execute
 from strategies.state.shard import KEPT, WEIGHTS, StateShard, name_of
 
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
-
-
-SAMPLED = 1 << 16
-"""Elements of a parameter that is read whenever what a model begins with is compared."""
-NEVER_SAMPLED = 1 << 26
-"""Those of one that takes too long."""
 
 
 def _check_names(kept: Sequence[str]) -> None:
@@ -150,32 +144,11 @@ class TrainingState:
 
     def whole_part(self) -> ModelPart:
         """The whole model, with the weights of step 0, to compute with before there is a layout."""
-        part = ModelPart(self.blueprint, 0, None)
+        self.arrangement.part = part = ModelPart(self.blueprint, 0, None)
         with torch.no_grad():
             for slot, offset in part.slots:
                 part.weights[offset : offset + slot.numel].copy_(self.blueprint.values.read(slot.name).reshape(-1))
-        self.arrangement.part = part
         return part
-
-    def initial_digest(self) -> str:
-        """Of what the model is made of at step 0: names, shapes, what of it is not used, buffers; and values. Of large
-        parameters that take time to make or read, one of each shape stands for all."""
-        digest = xxhash.xxh3_128()
-        for name in sorted(self.blueprint.unused):
-            digest.update(f"unused {name}\n".encode())
-        constants, values = self.blueprint.constants, self.blueprint.values
-        shapes = self.blueprint.initial_shapes | {name: each.shape for name, each in self.blueprint.buffers.items()}
-        shapes |= {name: self.blueprint.frozen.describe(name)[1] for name in self.blueprint.frozen}
-        seen: set[torch.Size] = set()
-        for name, shape in sorted(shapes.items()):
-            digest.update(f"{name} {list(shape)}".encode())
-            if shape.numel() > SAMPLED and not values.is_at_hand(name):
-                if shape in seen or shape.numel() > NEVER_SAMPLED:
-                    continue
-                seen.add(shape)
-            tensor = constants[name] if name in constants else values.read(name)
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------ a new layout
 
@@ -211,7 +184,7 @@ class TrainingState:
             read(ChunkLoader(self.space, new.state_shards, held[rank], self.blueprint.buffers))
             sources = new.state_shards
         elif self.is_initial and held[rank]:
-            self._fill(new.state_shards)
+            fill(new.state_shards, self.blueprint)
             sources = self._make_initial() if any(transfer.source == rank for transfer in plan) else []
         else:
             sources = self.state_shards
@@ -233,32 +206,10 @@ class TrainingState:
     def _kinds(self) -> tuple[str, ...]:
         return (WEIGHTS, *self.spec.moments, *self.kept)
 
-    def _fill(self, state_shards: Sequence[StateShard]) -> None:
-        """The state of step 0."""
-        with torch.no_grad():
-            for state_shard in state_shards:
-                for slot in self.space.slots:
-                    self._fill_slot(state_shard, slot)
-                for buffer in (*state_shard.moments.values(), *state_shard.kept.values()):
-                    buffer.zero_()
-
-    def _fill_slot(self, state_shard: StateShard, slot: Slot) -> None:
-        """What a shard has of a parameter; no more of it is in memory than that, or the parameter where it is split."""
-        values, whole_share = self.blueprint.values, None
-        for start, offset, length in state_shard.flat.locate(slot.offset, slot.offset + slot.numel):
-            first = start - slot.offset
-            if slot.dim is None:
-                found = values.read_range(slot.name, first, first + length)
-            else:
-                if whole_share is None:
-                    whole_share = self.space.share(slot, values.read(slot.name), state_shard.coordinate).reshape(-1)
-                found = whole_share[first : first + length]
-            state_shard.weights[offset : offset + length].copy_(found)
-
     def _make_initial(self) -> list[StateShard]:
         """The whole state of step 0."""
         made = self._whole_of({})
-        self._fill(made)
+        fill(made, self.blueprint)
         return made
 
     def _arrange(self, layout: ParallelLayout, fabric: Fabric, shards: Sequence[Shard]) -> Arrangement:

@@ -40,8 +40,8 @@ def probe_layer(blueprint: Blueprint, spec: StepSpec, length: int) -> str:
     """The same of the model's first layer alone, for hidden states of a micro-batch over `length` tokens: for a model
     that no rank has as a whole. Raises DeviceFailed, and ValueError for a model whose layer fails."""
     device = blueprint.device
-    sizes = blueprint.activations(spec.autocast(device))
-    module = blueprint.stage((1, 2)).train()
+    sizes = blueprint.stages.activations(spec.autocast(device))
+    module = blueprint.stages.make((1, 2)).train()
     inner: nn.Module = module.module  # type: ignore[assignment]
     there = [blueprint.names[name] for name, p in inner.named_parameters(remove_duplicate=False) if p.is_meta]
     values = {name: blueprint.values.read(name).to(device, blueprint.dtype) for name in dict.fromkeys(there)}

@@ -94,7 +94,7 @@ def test_stages_draw_the_random_numbers_of_the_model(name: str, dropouts: dict[s
 
 def test_stages_share_what_is_constant_and_have_no_parameters_of_others() -> None:
     blueprint = state_of(own()).blueprint
-    first, last = blueprint.stage((0, 3)), blueprint.stage((3, 6))
+    first, last = blueprint.stages.make((0, 3)), blueprint.stages.make((3, 6))
     memory = {stage.get_buffer("module.scale").data_ptr() for stage in (first, last)}
     assert memory == {blueprint.buffers["scale"].data_ptr()}
     assert not any(name.startswith(("module.head", "module.blocks.2")) for name, _ in first.named_parameters())
@@ -113,7 +113,7 @@ def test_activations_are_those_that_stages_hand_on(name: str, precision: str) ->
     state = state_of(own() if name == "own" else family(name))
     first, last = part_of(state, CUTS[0]).modules
     before = torch.get_rng_state()
-    sizes = state.blueprint.activations(context())
+    sizes = state.blueprint.stages.activations(context())
     assert torch.equal(torch.get_rng_state(), before)
     with context():
         hidden = first(tokens()[:, :-1])
@@ -125,7 +125,7 @@ def test_activations_are_those_that_stages_hand_on(name: str, precision: str) ->
 def test_blocks_are_numbered_from_the_embedding_to_the_head() -> None:
     blueprint = state_of(own()).blueprint
     blocks = {slot.name: slot.block for slot in blueprint.space.slots}
-    assert blueprint.num_layers == LAYERS
+    assert blueprint.stages.num_layers == LAYERS
     assert blocks["embedding.weight"] == 0
     assert [blocks[f"blocks.{number}.up.weight"] for number in range(LAYERS)] == [1, 2, 3, 4]
     assert blocks["norm.weight"] == blocks["head.weight"] == blocks["head.bias"] == 5
@@ -239,7 +239,7 @@ def test_the_activations_are_found_with_one_layer_and_leave_all_where_they_were(
     calls: list[int] = []
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *unused, number=number: calls.append(number))
-    blueprint.activations(torch.autocast("cpu", enabled=False))
+    blueprint.stages.activations(torch.autocast("cpu", enabled=False))
     assert calls == [0]
     assert all(now is before for now, before in zip(blueprint.model.get_submodule("blocks"), layers, strict=True))
 
