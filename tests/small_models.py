@@ -30,6 +30,20 @@ DO_MORE: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "mamba": {"state_size": 8},
     "bloom": {"n_head": 4, "n_layer": LAYERS},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+    },
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 """Those whose forward does more than call its modules one after another: caps logits, scales embeddings or logits; and
@@ -45,7 +59,7 @@ def family(name: str, **changes: Any) -> nn.Module:
         "use_cache": False, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(5)
-    config = AutoConfig.for_model(name, **{**usual, **(FAMILIES | DO_MORE)[name], **changes})
+    config = AutoConfig.for_model(name, **{**usual, **(FAMILIES | DO_MORE).get(name, {}), **changes})
     model: nn.Module = AutoModelForCausalLM.from_config(config).float().train()
     return model
 

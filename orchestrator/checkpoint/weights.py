@@ -65,7 +65,7 @@ class _WithFrozen:
         if name not in self._entry.tensors:
             return self._saved.read(name)
         if self._frozen is None:
-            model, values = prepare_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
+            model, values, _ = prepare_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
             found = FrozenWeights({key: p for key, p in model.named_parameters() if not p.requires_grad}, values)
             if found.digest != self._entry.xxh3_128:
                 raise UnusableCheckpoint(

@@ -36,9 +36,10 @@ _REFUSED = {
     "model.factory",
 }
 _ROUTER_LOSS = re.compile(r".*(aux|router|z)_(loss|z_loss)\w*")
-_ROUTER = (
-    "the loss that balances a mixture's experts is not supported yet, and leaving it out silently would train another "
-    "model"
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+_OTHER_LOSS = (
+    "this part of a model's loss is not supported, and leaving it out silently would train another model; leave it out "
+    "(train.router_loss has what there is for mixtures of experts)"
 )
 _ROPE_LEGACY = {"rope_scaling", "rope_theta", "partial_rotary_factor"}
 _ROPE = ("rope_parameters", "rope_scaling")
@@ -53,10 +54,8 @@ def check_by_name(config: dict[str, Any], prefix: str = "model.hf") -> list[Find
         field = f"{prefix}.{key}"
         if key in _REFUSED and value is not None:
             found.append(Finding((field,), _REFUSED[key]))
-        elif key == "output_router_logits" and value:
-            found.append(Finding((field,), f"{_ROUTER}; set it to false"))
-        elif isinstance(key, str) and _ROUTER_LOSS.fullmatch(key) and value:
-            found.append(Finding((field,), f"{_ROUTER}; leave it out"))
+        elif isinstance(key, str) and key not in COEFFICIENTS and _ROUTER_LOSS.fullmatch(key) and value:
+            found.append(Finding((field,), _OTHER_LOSS))
         elif isinstance(value, dict):
             found.extend(check_by_name(value, field))
     return found
@@ -80,15 +79,7 @@ def config_from(mapping: dict[str, Any], vocab_size: int) -> Any:
         field = f"model.hf.{said[1]}" if said and said[1] in given else "model.hf"
         reason = f"transformers cannot make a {model_type} configuration of this: {reason_of(error)}"
         raise refused(reason, field) from error
-    refuse_router_loss(config)
     return config
-
-
-def refuse_router_loss(config: Any, where: str = "model.hf") -> None:
-    """Raises ModelError for a configuration that asks for a mixture's router loss, also by default."""
-    for part in (config, config.get_text_config()):
-        if getattr(part, "output_router_logits", False):
-            raise refused(f"output_router_logits is true in {where}: {_ROUTER}; set it to false there")
 
 
 def _config_class(model_type: str) -> Any:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
-from orchestrator.models.configuration import check_model_type, config_from, refuse_router_loss
+from orchestrator.models.configuration import check_model_type, config_from
 from orchestrator.models.content import with_content
 from orchestrator.models.directory import find_directory, read_config
 from orchestrator.models.problems import ModelError, reason_of, refused
+from orchestrator.models.routers import keep_quiet, routers_of
+from strategies.model.routers import Routers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +56,7 @@ class Prepared(NamedTuple):
 
     model: nn.Module
     values: Values
+    routers: Routers | None = None
 
     def filled(self) -> nn.Module:
         """The model with its values, whole, in fp32 on the CPU."""
@@ -87,11 +90,13 @@ def prepare_model(job: Job, vocab_size: int) -> Prepared:
         prepared = _at_random(job, config_from(dict(spec.hf or {}), vocab_size))
     model = prepared.model
     check_vocabulary(job, model, vocab_size)
+    routers = routers_of(job, model)
+    keep_quiet(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False
     model.train()
-    return prepared
+    return prepared._replace(routers=routers)
 
 
 def build_model(job: Job, vocab_size: int) -> nn.Module:
@@ -146,7 +151,6 @@ def config_in(job: Job, name: str) -> tuple[Path, Any]:
     except Exception as error:
         # As for a mapping: whatever line first trips over the configuration.
         raise refused(f"the configuration in {name} cannot be used: {reason_of(error)}") from error
-    refuse_router_loss(config, str(directory / "config.json"))
     if getattr(config, "quantization_config", None):
         raise refused(f"{name} holds quantized weights, which cannot be trained; name a directory with the full ones")
     if job.model.untie:
@@ -190,7 +194,7 @@ def _from_directory(job: Job, name: str) -> Prepared:
     directory, config = config_in(job, name)
     if job.model.untie:
         _set_tied(config, True)
-    model, new = _at_random(job, config)
+    model, new, _ = _at_random(job, config)
     values = DirectoryValues(model, saved_in(directory), new)
     loaded = _checked(job, name, model, values.account)
     if job.model.untie:

@@ -8,6 +8,8 @@ now, projections apart that are one matrix now. Transformers keeps that as a lis
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,3 +100,45 @@ def untie(model: Any, name: str) -> None:
     """Says of a parameter that it is not tied any more."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     tied.pop(name, None)
+
+
+def router_places(model: Any) -> dict[str, int]:
+    """The modules of a model of transformers that give the logits by which a token's experts are chosen, by name, in
+    module order: as which element of what they give."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, int] = {}
+
+    def look(module: Any, name: str, recorders: list[Any]) -> None:
+        if isinstance(module, PreTrainedModel):
+            recorders = _recorders(module)
+        for recorder in recorders:
+            is_of_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
+            is_named = recorder.class_name is not None and name.endswith(recorder.class_name)
+            layer = recorder.layer_name
+            if (is_of_class or is_named) and (layer is None or f".{layer.strip('.')}." in f".{name}."):
+                found[name] = recorder.index
+        for key, child in module.named_children():
+            look(child, f"{name}.{key}" if name else key, recorders)
+
+    look(model, "", [])
+    order = [name for name, _ in model.named_modules() if name in found]
+    return {name: found[name] for name in order}
+
+
+def _recorders(model: Any) -> list[Any]:
+    """How a model records what its routers give."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
+
+    specs = _CAN_RECORD_REGISTRY.get(model).get("router_logits", [])
+    return [
+        each if isinstance(each, OutputRecorder) else OutputRecorder(target_class=each, index=1)
+        for each in (specs if isinstance(specs, list) else [specs])
+    ]
+
+
+def balances_as_usual(model: Any) -> bool:
+    """Whether the class adds to its loss that of its routers, in the form that most have: of all layers together."""
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    expected = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    return function is not None and list(inspect.signature(function).parameters) == expected

@@ -12,6 +12,7 @@ from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config
 from orchestrator.models.loading import check_vocabulary, config_in, empty_model, from_factory
 from orchestrator.models.problems import ModelError
+from orchestrator.models.routers import routers_of
 from strategies.layout.schedule import chunks_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def check_model(job: Job) -> None:
     check_sizes(job)
     model = _build(job)
     check_vocabulary(job, model, vocab_size)
+    routers_of(job, model)
     _check_layout(job, model)
 
 

@@ -18,6 +18,7 @@ from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.problems import reason_of
+from orchestrator.models.routers import router_loss_spec
 from orchestrator.training.peak import lacks_bf16
 from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
 from strategies.comm.interfaces import interface_of
@@ -124,7 +125,7 @@ def prepare_groups(job: Job, device: torch.device, host: str) -> None:
 def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprint:
     """The job's model, ready to be laid out. Raises ValueError like `prepare_model`, and when the model cannot be split
     or cut, or keep documents apart, as the job wants it to, or fails its trial (`strategies.trial.trial`)."""
-    model, values = prepare_model(job, vocab_size)
+    model, values, routers = prepare_model(job, vocab_size)
     if job.data.document_mask:
         refuse_without_positions(model)
     reason = too_long(job.data.sequence_length, getattr(model, "config", None))
@@ -144,7 +145,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
     blueprint = Blueprint(
         model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches, body=trial.body,
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
-        values=values, splits_logits=objective_of(job).takes_split_logits,
+        values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
     )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
@@ -213,6 +214,7 @@ def step_spec(job: Job) -> StepSpec:
         compile=train.compile,
         loss_chunk=train.loss_chunk,
         recompute=_recompute(train.recompute),
+        router_loss=router_loss_spec(job),
         document_mask=job.data.document_mask,
         objective=objective_of(job),
     )

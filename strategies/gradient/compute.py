@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from strategies.gradient.router_loss import RouterLoss
+from strategies.gradient.routing import RouterExchange, Routing
 from strategies.gradient.spec import StepSpec, first_pass
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.model.blueprint import Blueprint
+from strategies.model.head import Head
 from strategies.model.model_part import ModelPart
 from strategies.model.randomness import Streams, draws_random_numbers
 from strategies.model.recompute import recompute
@@ -25,6 +29,9 @@ from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
 from strategies.reduction.tree import Subtree
 from strategies.reduction.tree_sum import TreeSum
+
+if TYPE_CHECKING:
+    from strategies.model.fsdp import ShardedModelPart
 
 Fetch = Callable[[int, int], Batch]
 """(step, virtual worker) -> what it computes."""
@@ -62,6 +69,35 @@ def prepare(blueprint: Blueprint, modules: Sequence[Stage], spec: StepSpec) -> S
     return streams
 
 
+def routing_of(
+    part: ModelPart | ShardedModelPart, spec: StepSpec, exchange: RouterExchange | None = None
+) -> Routing | None:
+    """Watches the routers of a model part; None where they add nothing to the loss."""
+    loss = RouterLoss.of(part.blueprint.routers, spec.router_loss, spec.micro_batches)
+    if loss is None:
+        return None
+    routing = Routing(loss, exchange)
+    for module in part.modules:
+        routing.install(module.module)
+    return routing
+
+
+def watching(routing: Routing | None, virtual_worker: int, micro_batch: int) -> AbstractContextManager[None]:
+    """The context of passes of this micro-batch, forward and backward."""
+    return nullcontext() if routing is None else routing.train(virtual_worker, micro_batch)
+
+
+def no_loss(value: torch.Tensor, head: Head | None) -> torch.Tensor:
+    """A score for passes whose result nobody wants: the head is not computed."""
+    return value.new_zeros(())
+
+
+def choose(model: Stage, rows: Rows, spec: StepSpec) -> None:
+    """A forward pass for what its routers choose."""
+    with spec.autocast(rows.tokens.device):
+        model(rows.tokens[:, :-1], rows.positions, no_loss)
+
+
 class _UnderWay(NamedTuple):
     """A virtual worker of which the first `micro_batches` are in `gradient` and `loss`."""
 
@@ -85,6 +121,7 @@ class LocalGradients:
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
         self.streams = prepare(part.blueprint, part.modules, spec)
+        self.routing = routing_of(part, spec)
         self._pool: list[torch.Tensor] = []
         self._sums: TreeSum | None = None
         self._step: int | None = None
@@ -107,6 +144,8 @@ class LocalGradients:
         if not missing:
             enter("data", step)
             enter("compute", step)
+        if self.routing is not None:
+            self._count_choices(step, held, self.routing, enter, check)
         for index in missing:
             gradient = self._virtual_worker(step, index, enter, check)
             self._sums.add((index, index + 1), gradient)
@@ -118,13 +157,18 @@ class LocalGradients:
             self._sums.clear()
         if self._under_way is not None:
             self._pool.append(self._under_way.gradient)
+        if self.routing is not None:
+            self.routing.discard()
         self.losses, self.hashes = {}, {}
         self._step = self._under_way = self._sums = None
 
     def prepare_again(self) -> None:
         """To be called when another kind of work may have computed with the part since: its layers take their random
-        numbers from here again."""
+        numbers from here again, and its routers are watched."""
         self.streams = prepare(self.part.blueprint, self.part.modules, self.spec)
+        if self.routing is not None:
+            for module in self.part.modules:
+                self.routing.install(module.module)
 
     def warm_up(self) -> None:
         """Tries the model out before it is needed.
@@ -187,13 +231,35 @@ class LocalGradients:
             except BaseException:
                 self._under_way = _UnderWay(index, micro, gradient, total)
                 raise
-            with self.watch.on(index):
+            with self.watch.on(index), watching(self.routing, index, micro):
                 self.streams.enter(step, index, micro)
                 loss = self._loss(rows, weight)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
+        if self.routing is not None:
+            total += self.routing.all_losses([index])[index]
         self.losses[index], self.hashes[index] = total, batch.digest
         return gradient
+
+    def _count_choices(
+        self, step: int, held: Sequence[int], routing: Routing, enter: Enter, check: Callable[[], None]
+    ) -> None:
+        """Has routers choose, of all that is held, before anything is computed backward, where that has to be."""
+        routing.begin(step)
+        if not routing.counts_first:
+            return
+        for index in held:
+            if routing.is_counted(index):
+                continue
+            enter("data", step)
+            micro_batches = self.spec.micro_batches_of(self.fetch(step, index), self.part.device)
+            enter("compute", step)
+            for micro, rows in enumerate(micro_batches):
+                check()
+                self.streams.enter(step, index, micro)
+                with self.watch.on(index), routing.count(index, micro), torch.no_grad():
+                    choose(self.part.modules[0], rows, self.spec)
+        routing.settle(held)
 
     def _begin(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """How many micro-batches of a virtual worker are done, the gradient [size] and the loss they sum to."""

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from strategies.comm.fabric import Fabric
 from strategies.gradient.compute import Fetch
+from strategies.gradient.routing import RouterExchange
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.layout.parallel import Coordinates, ParallelLayout
+from strategies.model.routers import Routers
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class WorkContext:
     spec: StepSpec
     fetch: Fetch
     watch: Stopwatch
+
+    def router_exchange(self, routers: Routers | None) -> RouterExchange | None:
+        """How ranks tell each other what their routers chose, in this layout; None where they need not."""
+        return RouterExchange.where_needed(routers, self.spec, self.layout, self.fabric)
 
     @property
     def held(self) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ it is for. Sources of the schedules: docs/layouts.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +23,17 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from strategies.gradient.compute import Enter, prepare
+from strategies.gradient.compute import Enter, no_loss, prepare, routing_of, watching
 from strategies.gradient.context import WorkContext
+from strategies.gradient.forward import Chain, ForwardPasses
+from strategies.gradient.routing import Routing
 from strategies.gradient.sharded import MADE_UP, Collector
 from strategies.gradient.stopwatch import Stretch
 from strategies.layout.schedule import PipelineSchedule, chunks_of, parts_of
 from strategies.model.anatomy import Activations
 from strategies.model.head import Score
 from strategies.model.model_part import ModelPart
-from strategies.objective.batch import counting, positions
+from strategies.objective.batch import Batch, counting, positions
 from strategies.objective.rows import Rows
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class PipelineGradients:
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
         self.streams = prepare(part.blueprint, part.modules, spec)
+        self.routing = routing_of(part, spec, context.router_exchange(part.blueprint.routers))
         self.check: Callable[[], None] = lambda: None
         numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), place.stage)
         self.is_first = 0 in numbers
@@ -77,6 +81,7 @@ class PipelineGradients:
         self._numbers = (*self.held, *([0] * max(0, made_up)))
         kind = _SCHEDULES[layout.schedule]
         stages = self._stages if layout.schedule in ("interleaved-1f1b", "zero-bubble") else self._stages[0]
+        self._passes = ForwardPasses(part, spec, no_loss, Chain(context, part.device, sizes))
         self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
@@ -103,8 +108,32 @@ class PipelineGradients:
                 more["position_ids"] = self._joined([positions(each[:, :-1]) for each in documents])
         self._targets = target
         enter("compute", step)
+        if self.routing is not None:
+            self._count_choices(step, batches, self.routing)
         self.collector.start()
         self._schedule.step(*arguments, target=target if self.is_last else None, return_outputs=False, **more)
+        if self.routing is not None:
+            for index, of_routers in self.routing.all_losses(self.held).items():
+                if index in self.losses:
+                    self.losses[index] += of_routers
+
+    def _count_choices(self, step: int, batches: Sequence[Batch], routing: Routing) -> None:
+        """Has the routers of all stages choose, before anything is computed backward; all replicas make as many passes,
+        as in the schedule."""
+        routing.discard()
+        routing.begin(step)
+        rows = [each for batch in batches for each in self.spec.micro_batches_of(batch, self.part.device)]
+
+        @contextmanager
+        def enter(chunk: int) -> Iterator[None]:
+            self.enter_forward(chunk)
+            number, micro = self.locate(chunk)
+            is_real = number < len(self.held)
+            with self.busy_with(chunk), routing.count(self.held[number], micro) if is_real else nullcontext():
+                yield
+
+        self._passes.run(rows[: self.num_micro_batches], enter)
+        routing.settle(self.held)
 
     def _joined(self, arrays: list[np.ndarray]) -> torch.Tensor:
         """Rows of virtual workers end to end, as many as the schedule goes through."""
@@ -121,6 +150,11 @@ class PipelineGradients:
         """The stretch of work that a pass of this chunk is."""
         number, _ = self.locate(chunk)
         return self.watch.on(self.held[number] if number < len(self.held) else MADE_UP)
+
+    def watching(self, chunk: int) -> AbstractContextManager[None]:
+        """The context of passes of this chunk, for routers."""
+        number, micro = self.locate(chunk)
+        return watching(self.routing, self.held[number], micro) if number < len(self.held) else nullcontext()
 
     def enter_forward(self, chunk: int) -> None:
         self.check()
@@ -180,7 +214,8 @@ class _Stage(PipelineStage):
         if self.is_last:
             stage: Any = self.submod
             stage.score = self._owner.score_of(fwd_chunk_id)
-        with self._owner.busy_with(fwd_chunk_id), self._owner.spec.autocast(self._owner.part.device):
+        owner = self._owner
+        with owner.busy_with(fwd_chunk_id), owner.watching(fwd_chunk_id), owner.spec.autocast(owner.part.device):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
@@ -190,7 +225,7 @@ class _Stage(PipelineStage):
         if full_backward or not self._splits_backward:
             self._collect(bwd_chunk_id, lambda: backward(True, last_backward))
         else:
-            with self._owner.busy_with(bwd_chunk_id):
+            with self._owner.busy_with(bwd_chunk_id), self._owner.watching(bwd_chunk_id):
                 backward(False, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
@@ -202,6 +237,6 @@ class _Stage(PipelineStage):
         self._owner.check()
         number, micro = self._owner.locate(chunk)
         self._owner.collector.begin(number, micro, self._index)
-        with self._owner.busy_with(chunk):
+        with self._owner.busy_with(chunk), self._owner.watching(chunk):
             backward()
         self._owner.collector.end(number, micro, self._index)

@@ -8,12 +8,14 @@ add (or, where the collectives are inside the model, with made-up work whose res
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from strategies.gradient.compute import Enter, prepare
+from strategies.gradient.compute import Enter, choose, prepare, routing_of, watching
 from strategies.gradient.context import WorkContext
+from strategies.gradient.routing import Routing
 from strategies.gradient.tied import TiedRounds
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
@@ -200,10 +202,13 @@ class RoundGradients:
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
         self.streams = prepare(part.blueprint, part.modules, self.spec)
+        self.routing = routing_of(part, self.spec, context.router_exchange(part.blueprint.routers))
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
         """Runs all rounds of a step. Raises PeerLost."""
         self.losses, self.hashes = {}, {}
+        if self.routing is not None:
+            self._count_choices(step, self.routing, enter, check)
         self.collector.start()
         for number in range(self.collector.num_rounds):
             enter("data", step)
@@ -221,7 +226,8 @@ class RoundGradients:
             for micro, rows in enumerate(micro_batches):
                 check()
                 # Nobody looks at made-up work.
-                with self.watch.on(index if is_real else MADE_UP):
+                watched = watching(self.routing, index, micro) if is_real else nullcontext()
+                with self.watch.on(index if is_real else MADE_UP), watched:
                     self.streams.enter(step, index, micro)
                     loss = self.spec.loss(self.part.modules[0], rows if is_real else self._made_up(rows), weight)
                     self.collector.begin(number, micro, 0)
@@ -229,7 +235,29 @@ class RoundGradients:
                     self.collector.end(number, micro, 0)
                     total += loss.detach()
             if is_real:
+                if self.routing is not None:
+                    total += self.routing.all_losses([index])[index]
                 self.losses[index], self.hashes[index] = total, batch.digest
+
+    def _count_choices(self, step: int, routing: Routing, enter: Enter, check: Callable[[], None]) -> None:
+        """See `LocalGradients`: all replicas make as many passes where they compute together."""
+        routing.discard()
+        routing.begin(step)
+        if not routing.counts_first:
+            return
+        for number in range(self.collector.num_rounds if self.collector.computes_all else len(self.held)):
+            is_real = number < len(self.held)
+            index = self.held[number] if is_real else 0
+            enter("data", step)
+            micro_batches = self.spec.micro_batches_of(self.fetch(step, index), self.part.device)
+            enter("compute", step)
+            for micro, rows in enumerate(micro_batches):
+                check()
+                self.streams.enter(step, index, micro)
+                counting = routing.count(index, micro) if is_real else nullcontext()
+                with self.watch.on(index if is_real else MADE_UP), counting, torch.no_grad():
+                    choose(self.part.modules[0], rows if is_real else self._made_up(rows), self.spec)
+        routing.settle(self.held)
 
     def _made_up(self, rows: Rows) -> Rows:
         """One token is enough for a model to take part, if it takes rows of any length, as those of transformers do."""

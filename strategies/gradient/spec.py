@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from strategies.gradient.loss import loss_of
+from strategies.gradient.router_loss import RouterLossSpec
 from strategies.model.head import Head
 from strategies.model.recompute import NOTHING_AGAIN, Recompute
 from strategies.model.stage import Stage
@@ -42,6 +43,7 @@ class StepSpec:
     objective: Objective = CAUSAL_LM
     loss_chunk: int = CHUNK_TOKENS
     recompute: Recompute = NOTHING_AGAIN
+    router_loss: RouterLossSpec | None = None
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""

@@ -13,12 +13,14 @@ import torch
 from strategies.comm.fabric import Fabric
 from strategies.gradient.compute import Enter, Fetch, LocalGradients, finish_queued
 from strategies.gradient.context import WorkContext
+from strategies.gradient.routing import RouterExchange
 from strategies.gradient.sharded import Collector, RoundCollector, RoundGradients, ShardedCollector, TreeCollector
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.gradient.tied import TiedGradients, TiedRounds, TiedShards
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
+from strategies.model.routers import Routers
 from strategies.reduction.hierarchy import HierarchicalReducer
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
@@ -55,9 +57,10 @@ class GradientWork(Protocol):
 
 
 class IdleWork:
-    """A spare's: it has none."""
+    """A spare's: it has none, but for a `router_exchange` in which all ranks take part."""
 
-    def __init__(self) -> None:
+    def __init__(self, router_exchange: RouterExchange | None = None) -> None:
+        self._router_exchange = router_exchange
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
 
@@ -66,6 +69,8 @@ class IdleWork:
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         """Only waits for the vote."""
+        if self._router_exchange is not None:
+            self._router_exchange.take_part()
 
     def inject_nan(self) -> None:
         """No gradient is computed here."""
@@ -228,13 +233,13 @@ class RoundWork:
 
 def work_for(
     arrangement: Arrangement, layout: ParallelLayout, fabric: Fabric, spec: StepSpec, fetch: Fetch,
-    watch: Stopwatch, kept: LocalGradients | None,
+    watch: Stopwatch, kept: LocalGradients | None, routers: Routers | None,
 ) -> GradientWork:  # fmt: skip
     """This rank's work in `layout`, timed by `watch`. `kept` is what an earlier generation computed with the same part
-    of the model."""
+    of the model, which has these `routers`."""
     place, part, own = layout.place(fabric.rank), arrangement.part, arrangement.own
     if place is None or part is None or own is None:
-        return IdleWork()
+        return IdleWork(RouterExchange.where_needed(routers, spec, layout, fabric))
     context = WorkContext(layout, place, fabric, spec, fetch, watch)
     match layout.effective_shard:
         case "parameters":
@@ -261,6 +266,8 @@ def _replicated_work(
             local.prepare_again()
         else:
             local = LocalGradients(part, spec, context.fetch, context.watch)
+        if local.routing is not None:
+            local.routing.exchange = context.router_exchange(part.blueprint.routers)
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()

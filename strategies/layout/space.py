@@ -28,8 +28,9 @@ def round_up(value: int, multiple: int = ALIGNMENT) -> int:
 @dataclass(frozen=True)
 class Slot:
     """Where one parameter lives: `offset` and `numel` in elements, `shape` of a coordinate's share, `block` of the
-    model, and the dimension `dim` that tensor parallelism splits (None: every coordinate has the whole parameter).
-    `is_used` says whether the loss depends on it."""
+    model, and the dimension `dim` that tensor parallelism splits (None: every coordinate has the whole parameter). If
+    that dimension has several matrices end to end, `packs` of them, each is split. `is_used` says whether the loss
+    depends on it."""
 
     name: str
     offset: int
@@ -38,6 +39,7 @@ class Slot:
     block: int
     dim: int | None = None
     is_used: bool = True
+    packs: int = 1
 
     @property
     def stop(self) -> int:
@@ -80,10 +82,11 @@ class Space:
         tensor: int,
         unused: Collection[str] = (),
         aliases: Mapping[str, tuple[str, int]] | None = None,
+        packs: Mapping[str, int] | None = None,
     ) -> Space:
         """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
         names of those that the loss does not depend on, `aliases` second uses by name: of which parameter, in which
-        block.
+        block; `packs` says of which parameters the split dimension has several matrices.
 
         Raises ValueError when a dimension does not divide by the degree, naming all that do not.
         """
@@ -92,13 +95,17 @@ class Space:
         uneven = []
         ordered = sorted(parameters, key=lambda entry: (len(entry[1]) < 2 or entry[0] in unused, entry[2]))
         for name, whole, block, dim in ordered:
-            sizes = list(whole)
+            sizes, of_it = list(whole), (packs or {}).get(name, 1)
             if dim is not None and tensor > 1:
-                if sizes[dim] % tensor:
+                if sizes[dim] % (tensor * of_it):
                     uneven.append(f"{name} {list(whole)} in dimension {dim}")
                 sizes[dim] //= tensor
             shape = tuple(sizes)
-            slot = Slot(name, offset, math.prod(shape), shape, block, dim if tensor > 1 else None, name not in unused)
+            is_split = dim is not None and tensor > 1
+            slot = Slot(
+                name, offset, math.prod(shape), shape, block, dim if is_split else None, name not in unused,
+                of_it if is_split else 1,
+            )  # fmt: skip
             slots.append(slot)
             offset = slot.stop
             boundary = offset if slot.decays else boundary
@@ -129,8 +136,14 @@ class Space:
                 yield slots[index]
 
     def share(self, slot: Slot, whole: torch.Tensor, coordinate: int) -> torch.Tensor:
-        """A coordinate's share (a view) of a whole parameter."""
-        return whole if slot.dim is None else whole.chunk(self.tensor, slot.dim)[coordinate]
+        """A coordinate's share of a whole parameter; a view, unless it has parts of several matrices."""
+        if slot.dim is None:
+            return whole
+        if slot.packs == 1:
+            return whole.chunk(self.tensor, slot.dim)[coordinate]
+        matrices = whole.unflatten(slot.dim, (slot.packs, -1))
+        share: torch.Tensor = matrices.chunk(self.tensor, slot.dim + 1)[coordinate].flatten(slot.dim, slot.dim + 1)
+        return share
 
     def assemble(self, slot: Slot, shares: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole parameter from all coordinates' shares."""
@@ -140,8 +153,11 @@ class Space:
         shape = list(shares[0].shape)
         shape[slot.dim] = size * len(shares)
         whole = shares[0].new_empty(shape)
+        size //= slot.packs
+        matrices = whole.unflatten(slot.dim, (slot.packs, -1))
         for number, share in enumerate(shares):
-            whole.narrow(slot.dim, number * size, size).copy_(share)
+            part = matrices.narrow(slot.dim + 1, number * size, size)
+            part.copy_(share.unflatten(slot.dim, (slot.packs, -1)))
         return whole
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from strategies.model.anatomy import CannotCut, find_layers
 from strategies.model.cutting import refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights, without_memory
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
+from strategies.model.partial_sums import add_up_experts, add_up_rope
+from strategies.model.routers import Routers
 from strategies.model.stage import PassThrough, Stage
 from strategies.model.stages import Stages
-from strategies.model.tensor_plan import REDUCED, SPLIT, parallel_style, read_styles
+from strategies.model.tensor_plan import EXPERTS, SPLIT, WHOLE, TensorPlan, parallel_style, read_tensor_plan
 from strategies.model.values import BuiltValues, Values
 
 
@@ -41,7 +43,8 @@ class Blueprint:
     `buffers` are its persistent ones, which never change, and `frozen` its frozen parameters. Of a trial of the model
     it is known which trained parameters are `unused`, what `caches` it makes for itself, and which module is its `body`
     (see `strategies.model.head`). Modules compute with trained parameters of type `dtype`. With `splits_logits` a head
-    that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them.
+    that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them. `routers`
+    are those of a mixture of experts, where their choices are of interest.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
     `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
@@ -62,15 +65,16 @@ class Blueprint:
         dtype: torch.dtype = torch.float32,
         values: Values | None = None,
         splits_logits: bool = False,
+        routers: Routers | None = None,
     ) -> None:
         _refuse_running_statistics(model)
-        self.body, self.dtype, self.splits_logits = body, dtype, splits_logits
+        self.body, self.dtype, self.splits_logits, self.routers = body, dtype, splits_logits, routers
         self.unused, self.caches = frozenset(unused), frozenset(caches)
         self.device = torch.device("cpu") if device is None else device
         self.model = model
         self.tensor = tensor
         self.layers, self.cannot_cut = find_layers(model)
-        self.styles = read_styles(model) if tensor > 1 else {}
+        self.plan = read_tensor_plan(model) if tensor > 1 else TensorPlan()
         trained = list(trained_parameters(model).items())
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
@@ -92,7 +96,7 @@ class Blueprint:
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
             ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused,
-            {alias: (name, self._block_of(alias)) for alias, name in self._aliased.items()},
+            {alias: (name, self._block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
         )  # fmt: skip
         across = _across_blocks(model, self.layers, frozen)
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
@@ -135,14 +139,8 @@ class Blueprint:
         return frozenset(found)
 
     def _dim_of(self, name: str) -> int | None:
-        owner, _, key = name.rpartition(".")
-        style = self.styles.get(owner)
-        if style is None or style in REDUCED:
-            return None
-        linear, embedding, bias = SPLIT[style]
-        if key == "bias":
-            return bias
-        return embedding if isinstance(self.model.get_submodule(owner), nn.Embedding) else linear
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        return self.plan.dim_of(name, is_embedding=isinstance(owner, nn.Embedding))
 
     def _refuse_shared(self, what: str, degree: int) -> None:
         shared = [name for name, sites in self._sites.items() if len(sites) > 1]
@@ -211,19 +209,21 @@ class Blueprint:
 
         inner = module.module if isinstance(module, Stage) else module
         plan = {}
-        for owner, style in self.styles.items():
+        for owner, style in self.plan.styles.items():
             try:
                 target = inner.get_submodule(owner)
             except AttributeError:
                 continue  # Another stage's.
-            if not isinstance(target, PassThrough) and style not in REDUCED:
+            if isinstance(target, PassThrough):
+                continue
+            if style == EXPERTS:
+                add_up_experts(target, mesh)
+            elif style in WHOLE:
+                add_up_rope(target, mesh)
+            elif style in SPLIT:
                 is_head = self.body is not None and not owner.startswith(f"{self.body}.")
                 plan[owner] = parallel_style(style, target, stays_split=is_head and self.splits_logits)
         parallelize_module(inner, mesh, plan, src_data_rank=None)
-
-    def is_reduced(self, name: str) -> bool:
-        """Whether a parameter's gradient is only this coordinate's part of it."""
-        return self.styles.get(name.rpartition(".")[0]) in REDUCED
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -41,7 +41,8 @@ class ShardedModelPart:
         sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
         blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
         self.modules: list[Stage] = [
-            blueprint.stages.make(run, sharded, torch.float32) for run in (self.runs if self.runs is not None else [None])
+            blueprint.stages.make(run, sharded, torch.float32)
+            for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
         self._untrained: list[list[Any]] = []
@@ -82,7 +83,7 @@ class ShardedModelPart:
             if not entries:
                 untrained.append(block)
             if fabric.layout.tensor > 1:
-                parts = [slot.name for slot, _ in entries if self.blueprint.is_reduced(slot.name)]
+                parts = [slot.name for slot, _ in entries if self.blueprint.plan.is_reduced(slot.name)]
                 groups[-1].add_over(fabric.axis("tensor"), parts)
             block.set_custom_all_gather(_Gather(fabric.data_group))
             block.set_custom_reduce_scatter(groups[-1])

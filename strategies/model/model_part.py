@@ -94,7 +94,7 @@ class ModelPart:
         for module, names in self._names_by_module(bound):
             blueprint.bind(module, {name: bound[name] for name in names})
         for name, parameter in bound.items():
-            if tensor_mesh is not None and blueprint.is_reduced(name):
+            if tensor_mesh is not None and blueprint.plan.is_reduced(name):
                 parameter.register_hook(add_up(tensor_mesh))
         for module in self.modules:
             module.train()
@@ -125,9 +125,7 @@ class ModelPart:
 
     def _wrap(self, local: torch.Tensor, slot: Slot) -> torch.Tensor:
         """A tensor-parallel parameter is a distributed tensor around this rank's share."""
-        if self._mesh is None or self.blueprint.styles.get(slot.name.rpartition(".")[0]) is None:
-            return local
-        if self.blueprint.is_reduced(slot.name):
+        if self._mesh is None or not self.blueprint.plan.is_distributed(slot.name):
             return local
         from torch.distributed.tensor import DTensor, Replicate, Shard
 

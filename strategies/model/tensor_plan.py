@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -23,10 +24,59 @@ SPLIT: dict[str, tuple[int, int, int | None]] = {
 """The dimension that each style splits: of a Linear's weight, of an Embedding's weight, of a bias."""
 REDUCED = ("replicated_with_grad_allreduce",)
 """Styles of modules that are whole everywhere but see a part of the activations only: their gradients are added up."""
+EXPERTS = "moe_tp_experts"
+"""The style of a module of stacked experts: each rank has a part of every expert, as styles of its parameters say, and
+what it gives is a part of a sum."""
+STACKED: dict[str, tuple[int, int]] = {
+    "colwise": (-2, 1),
+    "rowwise": (-1, 1),
+    "packed_colwise": (-2, 2),
+    "packed_rowwise": (-1, 2),
+}
+"""Of a stack of experts' matrices, the dimension that a style splits, and how many matrices that has end to end, each
+of which is split."""
+WHOLE = ("mla_kv_a_proj",)
+"""Styles of modules that are whole everywhere, and of what they give a part goes into what is split without more ado
+(see `strategies.model.partial_sums`)."""
 
 
-def read_styles(model: nn.Module) -> dict[str, str]:
-    """The style of every module that the model's plan splits. Raises ValueError where it has none or an unknown one."""
+@dataclass(frozen=True)
+class TensorPlan:
+    """`styles` are those of modules, `stacks` what is split of parameters that the plan names themselves: the dimension
+    and how many matrices it has (see STACKED)."""
+
+    styles: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def is_distributed(self, name: str) -> bool:
+        """Whether modules compute with a parameter as a DTensor; otherwise with this rank's share as it is."""
+        return self.styles.get(name.rpartition(".")[0]) in SPLIT
+
+    def is_reduced(self, name: str) -> bool:
+        """Whether a parameter's gradient is only this coordinate's part of it."""
+        return self.styles.get(name.rpartition(".")[0]) in REDUCED
+
+    def dim_of(self, name: str, *, is_embedding: bool) -> int | None:
+        """The dimension that is split of a parameter."""
+        if name in self.stacks:
+            return self.stacks[name][0]
+        owner, _, key = name.rpartition(".")
+        style = self.styles.get(owner)
+        if style not in SPLIT:
+            return None
+        linear, embedding, bias = SPLIT[style]
+        if key == "bias":
+            return bias
+        return embedding if is_embedding else linear
+
+    @property
+    def packs(self) -> dict[str, int]:
+        """How many matrices the split dimension has end to end, where it has more than one."""
+        return {name: packs for name, (_, packs) in self.stacks.items() if packs > 1}
+
+
+def read_tensor_plan(model: nn.Module) -> TensorPlan:
+    """What the model's plan splits. Raises ValueError where it has none, or one with an unknown style."""
     plan: Mapping[str, str] | None = getattr(model, "tp_plan", None)
     if not plan:
         raise ValueError(
@@ -39,15 +89,35 @@ def read_styles(model: nn.Module) -> dict[str, str]:
         style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
         if style is None or not list(module.parameters(recurse=False)):
             continue
-        if style not in SPLIT and style not in REDUCED:
-            known = ", ".join((*SPLIT, *REDUCED))
+        if style not in SPLIT and style not in REDUCED and style != EXPERTS and style not in WHOLE:
+            known = ", ".join((*SPLIT, *REDUCED, EXPERTS, *WHOLE))
             raise ValueError(
                 f"the tp_plan gives {name} the style {style!r}, which is not supported; supported: {known}"
             )
         styles[name] = style
+    stacks = _read_stacks(model, patterns, styles)
     _refuse_whole_layers(model, styles)
     _agree_on_ties(model, styles)
-    return styles
+    return TensorPlan(styles, stacks)
+
+
+def _read_stacks(
+    model: nn.Module, patterns: list[tuple[re.Pattern[str], str]], styles: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    stacks: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
+        is_stacked = styles.get(name.rpartition(".")[0]) == EXPERTS
+        if style is None and not is_stacked:
+            continue
+        if not is_stacked or style not in STACKED or parameter.dim() != 3:
+            raise ValueError(
+                f"the tp_plan gives the parameter {name} {list(parameter.shape)} the style {style!r}; supported are "
+                f"{', '.join(STACKED)}, of stacks of matrices in a module with the style {EXPERTS}"
+            )
+        dim, packs = STACKED[style]
+        stacks[name] = (dim % parameter.dim(), packs)
+    return stacks
 
 
 def _agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
@@ -72,7 +142,7 @@ def _agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
 
 def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
     """A plan that splits the embedding or the head only would have every rank compute every layer."""
-    split = [name for name, style in styles.items() if style in SPLIT]
+    split = [name for name, style in styles.items() if style in SPLIT or style == EXPERTS]
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if any(name.startswith(f"{layers}.") for name in split for layers in lists) or (split and not lists):
         return
@@ -101,7 +171,7 @@ def parallel_style(style: str, module: nn.Module, *, stays_split: bool) -> Any:
 
 def check_tensor(model: nn.Module, degree: int) -> None:
     """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
-    read_styles(model)
+    read_tensor_plan(model)
     sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
     if shared := [names for names in sites.values() if len(names) > 1]:
         raise ValueError(shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))

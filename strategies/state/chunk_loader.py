@@ -37,7 +37,7 @@ class ChunkLoader:
     def _expect_range(self, space: Space, state_shard: StateShard, start: int, offset: int, length: int) -> None:
         for slot in space.overlapping(start, start + length):
             low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + length)
-            for piece in slot_pieces(slot, low, high, state_shard.coordinate, sys.maxsize):
+            for piece in slot_pieces(space, slot, low, high, state_shard.coordinate, sys.maxsize):
                 first = offset + piece.start - start
                 for kind, buffer in state_shard.kinds().items():
                     view = buffer[first : first + piece.box.numel].view(piece.box.sizes)

@@ -64,18 +64,44 @@ def pieces_of(space: Space, span: Span, max_elements: int = MAX_CHUNK) -> Iterat
     for slot in space.overlapping(span.start, span.stop):
         if slot.dim is not None or not span.tensor:
             low, high = max(slot.offset, span.start), min(slot.offset + slot.numel, span.stop)
-            yield from slot_pieces(slot, low, high, span.tensor, max_elements)
+            yield from slot_pieces(space, slot, low, high, span.tensor, max_elements)
 
 
 def slot_pieces(
-    slot: Slot, low: int, high: int, coordinate: int, max_elements: int = MAX_CHUNK
+    space: Space, slot: Slot, low: int, high: int, coordinate: int, max_elements: int = MAX_CHUNK
 ) -> Iterator[ChunkPiece]:
     """Elements low..high of the space, all of them in `slot`, as pieces of its full parameter."""
+    if slot.dim is not None and slot.packs > 1:
+        yield from _packed_pieces(space, slot, low - slot.offset, high - slot.offset, coordinate, max_elements)
+        return
     for box, first in _boxes(tuple(slot.shape), low - slot.offset, high - slot.offset, max_elements):
         offsets = list(box.offsets)
         if slot.dim is not None:
             offsets[slot.dim] += coordinate * slot.shape[slot.dim]
         yield ChunkPiece(slot, Box(tuple(offsets), box.sizes), slot.offset + first)
+
+
+def _packed_pieces(space: Space, slot: Slot, low: int, high: int, coordinate: int, most: int) -> Iterator[ChunkPiece]:
+    """The same where a share has parts of several matrices: of one at a time."""
+    assert slot.dim is not None
+    dim, shape = slot.dim, slot.shape
+    rows = shape[dim] // slot.packs
+    inner = (rows, *shape[dim + 1 :])
+    run = math.prod(inner)
+    for number in range(low // run, -(-high // run)):
+        outer, pack = divmod(number, slot.packs)
+        before: list[int] = []
+        for size in reversed(shape[:dim]):
+            outer, at = divmod(outer, size)
+            before.insert(0, at)
+        first = number * run
+        for box, start in _boxes(inner, max(low - first, 0), min(high - first, run), most):
+            row, *rest = box.offsets
+            # All coordinates' rows of a matrix, then the next matrix.
+            at = pack * rows * space.tensor + coordinate * rows + row
+            yield ChunkPiece(
+                slot, Box((*before, at, *rest), (*[1] * dim, *box.sizes)), slot.offset + first + start
+            )  # fmt: skip
 
 
 def full_shape(space: Space, slot: Slot) -> tuple[int, ...]:

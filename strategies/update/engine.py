@@ -152,7 +152,8 @@ class StepEngine:
         """Sets up this rank's work in `layout`, and what it tells in votes."""
         self.layout = layout
         self.work = work_for(
-            self.state.arrangement, layout, self.fabric, self.spec, self.loads.fetch, self.watch, self.local
+            self.state.arrangement, layout, self.fabric, self.spec, self.loads.fetch, self.watch, self.local,
+            self.state.blueprint.routers,
         )  # fmt: skip
         self.local = self.work.local if isinstance(self.work, LocalWork) else self.local
         self.polls = Polls(layout)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from orchestrator.models.transformers_internals import router_places
 from strategies.comm.fabric import Fabric
+from strategies.gradient.router_loss import RouterLossSpec
 from strategies.gradient.spec import StepSpec
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import ParallelLayout
@@ -21,6 +23,7 @@ from strategies.model.anatomy import find_layers
 from strategies.model.blueprint import Blueprint
 from strategies.model.head import find_body
 from strategies.model.recompute import NOTHING_AGAIN, Recompute
+from strategies.model.routers import Routers
 from strategies.objective.batch import Batch
 from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.objective.objective import Objective
@@ -175,7 +178,7 @@ def make_engine(
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         return Blueprint(
             made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype,
-            splits_logits=spec.objective.takes_split_logits,
+            splits_logits=spec.objective.takes_split_logits, routers=routers_in(made) if spec.router_loss else None,
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
@@ -183,17 +186,22 @@ def make_engine(
     return StepEngine(state, spec, fetch, rule=rule)
 
 
+def routers_in(model: Any) -> Routers:
+    """Those of a mixture of transformers, whose choices are weighed a lot."""
+    return Routers(router_places(model), model.num_experts, model.num_experts_per_tok, balance=0.3)
+
+
 def train(
     rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float = 0.0, copies: int = 2,
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
     objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
-    transport: str = "auto", recompute: Recompute = NOTHING_AGAIN,
+    transport: str = "auto", recompute: Recompute = NOTHING_AGAIN, router_loss: RouterLossSpec | None = None,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
         dropout, stretches[0].layout.tensor,
-        replace(SPEC, precision=precision, objective=objective, recompute=recompute), model=model, rule=rule,
-        device=device, cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
+        replace(SPEC, precision=precision, objective=objective, recompute=recompute, router_loss=router_loss),
+        model=model, rule=rule, device=device, cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
     )  # fmt: skip
     seen = Trained()
     step = 0

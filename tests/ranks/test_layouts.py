@@ -13,6 +13,7 @@ import torch
 
 import strategies.state.training_state
 from strategies.comm.fabric import Fabric
+from strategies.gradient.router_loss import RouterLossSpec
 from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.placement import Domain
 from strategies.layout.schedule import SCHEDULES
@@ -22,6 +23,7 @@ from strategies.state.reshard import WINDOW
 from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import (
     CPU,
+    VIRTUAL_WORKERS,
     Stretch,
     Trained,
     as_numbers,
@@ -42,11 +44,21 @@ Numbers = tuple[list[float], list[float], str]
 
 
 @functools.cache
-def expected(steps: int = 2, dropout: float = 0.0, precision: str = "fp32", model: str = "llama") -> Numbers:
+def expected(
+    steps: int = 2, dropout: float = 0.0, precision: str = "fp32", model: str = "llama",
+    router_loss: RouterLossSpec | None = None,
+) -> Numbers:  # fmt: skip
     """What one rank computes."""
-    (alone,) = run_ranks(1, train, [Stretch(layout_of(), steps)], dropout, 2, precision, None, model)
+    settings = {"precision": precision, "model": model, "router_loss": router_loss}
+    (alone,) = run_ranks(1, train_with, [Stretch(layout_of(), steps)], dropout, settings)
     assert len(set(alone.losses)) == steps
     return as_numbers(alone)  # type: ignore[return-value]
+
+
+def train_with(
+    rank: int, address: Endpoint, stretches: Sequence[Stretch], dropout: float, settings: dict[str, Any]
+) -> Trained:
+    return train(rank, address, stretches, dropout, **settings)
 
 
 def assert_all_give(numbers: Numbers, layouts: list[ParallelLayout], **settings: Any) -> None:
@@ -106,6 +118,19 @@ def test_layers_that_recompute_give_what_they_give_otherwise(mode: Any) -> None:
     layouts = [layout_of(), layout_of(2, 1, 1, "parameters"), layout_of(2, 2, 1, "gradients")]
     layouts += [layout_of(1, 2, 1, "none", "zero-bubble"), layout_of(2, 2, 1, "parameters", "interleaved-1f1b")]
     assert_all_give(expected(dropout=0.1), layouts, dropout=0.1, recompute=Recompute(mode))
+
+
+@pytest.mark.parametrize("over", ["micro-batch", "virtual-worker", "step"])
+def test_layouts_of_a_mixture_whose_routers_add_to_the_loss_are_one_rank(over: Any) -> None:
+    """Of the whole step, or of layers that other ranks have, choices are counted before; a spare takes part in that."""
+    loss = RouterLossSpec(VIRTUAL_WORKERS, over, z=0.05, is_asking=True)
+    settings: dict[str, Any] = {"dropout": 0.1, "model": "mixtral", "router_loss": loss}
+    layouts = [layout_of(3, spares=1), layout_of(2, 1, 1, "parameters"), layout_of(2, 2, 1, "gradients", "zero-bubble")]
+    layouts += [layout_of(1, 2, 1, "none", "interleaved-1f1b"), uneven(1, "parameters")]
+    alone = expected(dropout=0.1, model="mixtral", router_loss=loss)
+    assert alone != expected(dropout=0.1, model="mixtral")
+    assert_all_give(alone, layouts, **settings)
+    assert_all_give(alone, layouts[2:4], recompute=Recompute("full"), **settings)
 
 
 def uneven(pipeline: int, shard: str) -> ParallelLayout:
@@ -355,16 +380,28 @@ def test_layouts_of_all_axes_are_one_tensor_parallel_group(shard: str) -> None:
     assert_all_give(expected_split(), [layout_of(2, 2, 2, shard), layout_of(1, 2, 2, shard, "1f1b")])
 
 
-@pytest.mark.parametrize("model", ["gpt_neox", *nightly(["olmo2", "qwen3", "own"])])
+@pytest.mark.parametrize("model", ["gpt_neox", "mixtral", *nightly(["olmo2", "qwen3", "own", "deepseek_v3"])])
 def test_other_models_are_split_by_their_own_plans(model: str) -> None:
-    """Among them norms of single heads (qwen3) and of all heads (olmo2), and one matrix for all inputs of attention."""
+    """Among them norms of single heads (qwen3) and of all heads (olmo2), one matrix for all inputs of attention, a part
+    of each expert (mixtral), and keys of which a part is every head's (deepseek_v3)."""
     assert_all_give(expected_split(model), [layout_of(1, 2, 2)], model=model)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("model", ["gpt_neox", "olmo2", "qwen3", "own"])
+@pytest.mark.parametrize("model", ["gpt_neox", "olmo2", "qwen3", "own", "mixtral", "deepseek_v3"])
 def test_other_models_that_are_split_are_sharded(model: str) -> None:
     assert_all_give(expected_split(model), [layout_of(2, 1, 2, "parameters")], model=model)
+
+
+@pytest.mark.parametrize("over", ["step", *nightly(["micro-batch", "virtual-worker"])])
+def test_a_mixture_that_is_split_is_balanced_alike(over: Any) -> None:
+    loss = RouterLossSpec(VIRTUAL_WORKERS, over, z=0.05, is_asking=True)
+    alone, _ = run_ranks(2, train_with, [Stretch(layout_of(tensor=2))], 0.0, {"model": "mixtral", "router_loss": loss})
+    whole_model = expected(model="mixtral", router_loss=loss)
+    assert alone.losses == pytest.approx(whole_model[0], rel=1e-5)
+    assert alone.norms == pytest.approx(whole_model[1], rel=1e-4)
+    layouts = [layout_of(1, 2, 2), layout_of(2, 1, 2)]
+    assert_all_give(as_numbers(alone), layouts, model="mixtral", router_loss=loss)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", ["own", *nightly(["llama"])])

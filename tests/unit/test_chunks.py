@@ -23,11 +23,12 @@ from tests.unit.layouts_in_tests import num_elements
 SPEC = OptimizerSpec()
 CPU = torch.device("cpu")
 SHAPES = [("a.weight", (6, 4), 0, 0), ("b.weight", (4, 10), 1, 1), ("b.bias", (10,), 1, 0), ("c", (3, 2, 5), 2, None),
-          ("d", (1,), 2, None), ("e", (), 2, None)]  # fmt: skip
+          ("d", (1,), 2, None), ("e", (), 2, None), ("f", (2, 12, 3), 2, 1)]  # fmt: skip
+PACKS = {"f": 2}
 
 
 def space_of(tensor: int) -> Space:
-    return Space.of([(name, torch.Size(shape), block, dim) for name, shape, block, dim in SHAPES], tensor)
+    return Space.of([(name, torch.Size(shape), block, dim) for name, shape, block, dim in SHAPES], tensor, packs=PACKS)
 
 
 def contents(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -156,7 +157,7 @@ def test_a_box_outside_of_what_is_wanted_is_not() -> None:
     slot = space.slots[0]
     low, high = slot.offset, slot.offset + slot.numel // 2
     loader = ChunkLoader(space, [state_shard_of(space, 0, [(low, high)])], union([Span(0, low, high)]), {})
-    (piece,) = slot_pieces(slot, low, high, 0)
+    (piece,) = slot_pieces(space, slot, low, high, 0)
     assert loader.wants(f"model.{slot.name}", piece.box)
     assert not loader.wants(f"model.{slot.name}", Box((slot.shape[0] - 1, 0), (1, slot.shape[1])))
     assert not loader.wants("model.other", piece.box)

@@ -87,16 +87,21 @@ def test_within_a_block_slots_are_in_the_order_of_the_model() -> None:
     assert (space.boundary, space.size) == (64, 80)
 
 
+@pytest.mark.parametrize("packs", [1, 2])
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("tensor", [1, 2, 3])
-def test_the_shares_of_all_coordinates_make_the_whole(dim: int | None, tensor: int) -> None:
-    whole = torch.arange(72.0).reshape(6, 12)
-    space = Space.of([("w", whole.shape, 0, dim)], tensor)
+def test_the_shares_of_all_coordinates_make_the_whole(dim: int | None, tensor: int, packs: int) -> None:
+    whole = torch.arange(144.0).reshape(12, 12)
+    space = Space.of([("w", whole.shape, 0, dim)], tensor, packs={"w": packs})
     (slot,) = space.slots
     shares = [space.share(slot, whole, coordinate) for coordinate in range(tensor)]
     assert all(share.shape == slot.shape for share in shares)
     assert torch.equal(space.assemble(slot, shares), whole)
-    assert slot.numel == 72 // (tensor if dim is not None else 1)
+    assert slot.numel == 144 // (tensor if dim is not None else 1)
+    if dim is not None and packs == 2:
+        first, second = whole.chunk(2, dim)
+        halves = [half.chunk(tensor, dim)[0] for half in (first, second)]
+        assert torch.equal(shares[0], torch.cat(halves, dim)), "a part of each matrix"
 
 
 def test_dimensions_that_do_not_divide_are_all_named() -> None:

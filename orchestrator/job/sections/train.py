@@ -58,6 +58,17 @@ class EveryLayers(Section):
     every: Annotated[PositiveInt, CIRCUMSTANCES]
 
 
+class RouterLoss(Section):
+    """The loss of a mixture of experts' routers, added to that of the objective."""
+
+    over: Annotated[Literal["micro-batch", "virtual-worker", "step"], NUMBERS] = "micro-batch"
+    """Of which tokens experts are to be chosen about equally often."""
+    balance: Annotated[CountFloat | None, NUMBERS] = None
+    """What the load balancing loss is multiplied by. None: router_aux_loss_coef of the model."""
+    z: Annotated[CountFloat, NUMBERS] = 0.0
+    """What the mean square of the logsumexp of router logits is multiplied by."""
+
+
 class Train(Section):
     steps: Annotated[PositiveInt, NUMBERS]
     global_batch: Annotated[PositiveInt, NUMBERS]
@@ -77,6 +88,8 @@ class Train(Section):
     """What layers compute again in the backward pass, in place of keeping it."""
     loss_chunk: Annotated[CountInt, NUMBERS_LATER] = CHUNK_TOKENS
     """Positions that logits and their loss are computed for at a time. 0: all of a micro-batch."""
+    router_loss: Annotated[RouterLoss | None, NUMBERS_LATER] = None
+    """For mixtures of experts. None: as the model's output_router_logits says, over micro-batches."""
     offload: Annotated[Literal["none", "optimizer"], CIRCUMSTANCES] = "none"
     """What is kept in host memory between steps: what the optimizer keeps, and weights that are not computed with."""
     compile: Annotated[bool, NUMBERS] = False

@@ -1,0 +1,74 @@
+"""Modules that compute with plain tensors where tensor parallelism has split what they compute with: what they give is
+a part of a sum, or what they are given has a part of its gradient on each rank. All of it is added up, as in
+Megatron-LM (Shoeybi et al. 2019, section 3: its functions f and g).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def add_up_experts(module: nn.Module, mesh: Any) -> None:
+    """For a module of stacked experts, each rank with a part of every one: given hidden states, choices and weights, it
+    gives a part of a sum."""
+
+    def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return tuple(_shared(each, mesh) for each in given), {key: _shared(each, mesh) for key, each in named.items()}
+
+    def behind(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        return _Sum.apply(output, mesh)  # type: ignore[no-untyped-call]
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(behind)
+
+
+def add_up_rope(module: nn.Module, mesh: Any) -> None:
+    """For the projection of multi-head latent attention that also gives the rotated part of keys, its last columns:
+    that goes into the heads of each rank as it is. (The rest goes through a split projection, which adds up.)"""
+    width: int = module.config.qk_rope_head_dim  # type: ignore[union-attr, assignment]
+
+    def behind(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        latent, rope = output.split([output.shape[-1] - width, width], dim=-1)
+        return torch.cat([latent, _shared(rope, mesh)], dim=-1)
+
+    module.register_forward_hook(behind)
+
+
+def _shared(value: Any, mesh: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return _SumOfGradients.apply(value, mesh)  # type: ignore[no-untyped-call]
+    return value
+
+
+def _total(value: torch.Tensor, mesh: Any) -> torch.Tensor:
+    from strategies.compat import all_reduce
+
+    return all_reduce(value.contiguous(), "sum", mesh)  # type: ignore[no-any-return]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks of what each has."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, mesh: Any) -> torch.Tensor:
+        return _total(value, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """What all ranks have; each knows a part of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, mesh: Any) -> torch.Tensor:
+        ctx.mesh = mesh
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _total(gradients[0], ctx.mesh), None
