@@ -217,6 +217,7 @@ class Blueprint:
             if isinstance(target, PassThrough):
                 continue
             if style == EXPERTS:
+                self._split_stacks(owner, target, mesh)
                 add_up_experts(target, mesh)
             elif style in WHOLE:
                 add_up_rope(target, mesh)
@@ -224,6 +225,16 @@ class Blueprint:
                 is_head = self.body is not None and not owner.startswith(f"{self.body}.")
                 plan[owner] = parallel_style(style, target, stays_split=is_head and self.splits_logits)
         parallelize_module(inner, mesh, plan, src_data_rank=None)
+
+    def _split_stacks(self, owner: str, module: nn.Module, mesh: Any) -> None:
+        """Leaves a module of experts with this rank's share of their matrices."""
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            dim, packs = self.plan.stacks[self.names[f"{owner}.{key}"]]
+            matrices = parameter.detach().unflatten(dim, (packs, -1))
+            share = matrices.chunk(mesh.size(), dim + 1)[mesh.get_local_rank()].flatten(dim, dim + 1)
+            module._parameters[key] = nn.Parameter(share.contiguous(), requires_grad=parameter.requires_grad)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
