@@ -66,7 +66,7 @@ class _WithFrozen:
             return self._saved.read(name)
         if self._frozen is None:
             model, values, _ = prepare_model(self._job, load_tokenizer(self._job.data.tokenizer).vocab_size)
-            found = FrozenWeights({key: p for key, p in model.named_parameters() if not p.requires_grad}, values)
+            found = FrozenWeights.of(model, values)
             if found.digest != self._entry.xxh3_128:
                 raise UnusableCheckpoint(
                     f"{self.name} was trained beside other frozen parameters than those that the job gives now: "

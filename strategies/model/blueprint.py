@@ -19,12 +19,12 @@ from torch import nn
 from strategies.layout.space import Space
 from strategies.model.anatomy import CannotCut, find_layers
 from strategies.model.cutting import refuse_cut, shared_reason
-from strategies.model.frozen import FrozenWeights, without_memory
+from strategies.model.frozen import FrozenWeights
+from strategies.model.model_stages import Stages
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
 from strategies.model.partial_sums import add_up_experts, add_up_rope
 from strategies.model.routers import Routers
 from strategies.model.stage import PassThrough, Stage
-from strategies.model.stages import Stages
 from strategies.model.tensor_plan import EXPERTS, SPLIT, WHOLE, TensorPlan, parallel_style, read_tensor_plan
 from strategies.model.values import BuiltValues, Values
 
@@ -89,9 +89,8 @@ class Blueprint:
         self.stages = Stages(model, self.layers, self._value, body=body, dtype=dtype, device=self.device)
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.values = BuiltValues(model) if values is None else values
-        _take_frozen_from_meta(model)
+        self.frozen = FrozenWeights.of(model, self.values, dtype)
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self.frozen = FrozenWeights(frozen, self.values, dtype)
         self._is_in_order = cuts or self.stages.are_stated
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
@@ -243,18 +242,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
-
-
-def _take_frozen_from_meta(model: nn.Module) -> None:
-    """Has frozen parameters without memory be of a kind that can be given some."""
-    made: dict[int, nn.Parameter] = {}
-    for part in model.modules():
-        for key, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta and not parameter.requires_grad:
-                if id(parameter) not in made:
-                    zeros = without_memory(parameter.shape, parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
-                part._parameters[key] = made[id(parameter)]
 
 
 def _refuse_running_statistics(model: nn.Module) -> None:

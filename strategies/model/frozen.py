@@ -31,6 +31,12 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
         self._here: set[str] = set()
         self.drop(self._parameters)
 
+    @classmethod
+    def of(cls, model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -> FrozenWeights:
+        """Those of a model, whose frozen parameters may be on the meta device; then they are not afterwards."""
+        _take_from_meta(model)
+        return cls({name: p for name, p in model.named_parameters() if not p.requires_grad}, values, dtype)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._values.read(name).to(self._types[name])
 
@@ -90,3 +96,15 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
 def without_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of zeros that all share one element."""
     return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def _take_from_meta(model: nn.Module) -> None:
+    """Has frozen parameters without memory be of a kind that can be given some."""
+    made: dict[int, nn.Parameter] = {}
+    for part in model.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta and not parameter.requires_grad:
+                if id(parameter) not in made:
+                    zeros = without_memory(parameter.shape, parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
+                part._parameters[key] = made[id(parameter)]

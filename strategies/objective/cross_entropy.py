@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The sum (fp32, no dimensions) of the cross-entropy, in nats, of `logits` [rows, classes] in any floating type,
     split over classes or not, and `labels` int64 [rows], of which IGNORED ones do not count."""
-    if type(logits) is torch.Tensor:
+    if not hasattr(logits, "placements"):  # It is no DTensor.
         return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
     return _split_cross_entropy(logits, labels)  # type: ignore[arg-type]
 

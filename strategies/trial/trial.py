@@ -243,9 +243,10 @@ def _taken_at_once(model: nn.Module, sums: dict[str, Any]) -> Iterator[None]:
     """Of gradients only sums are kept, by name, so that no two have to be there at a time."""
 
     def take(name: str, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        sums[name] = value_sums(parameter.grad)
-        parameter.grad = None
+        # Torch also tells of a gradient that is none: of what a head has and does not use.
+        if parameter.grad is not None:
+            sums[name] = value_sums(parameter.grad)
+            parameter.grad = None
 
     handles = [
         parameter.register_post_accumulate_grad_hook(functools.partial(take, name))

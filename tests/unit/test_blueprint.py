@@ -303,8 +303,8 @@ def test_a_model_that_cannot_be_traced_is_computed_once() -> None:
             assert self.embedding.weight.sum().item() < 1e9
             return super().forward(input_ids)
 
-    sizes = Blueprint(Peeking(), device=CPU).activations(torch.autocast("cpu", enabled=False))
-    assert sizes == Blueprint(Own(), device=CPU).activations(torch.autocast("cpu", enabled=False))
+    sizes = Blueprint(Peeking(), device=CPU).stages.activations(torch.autocast("cpu", enabled=False))
+    assert sizes == Blueprint(Own(), device=CPU).stages.activations(torch.autocast("cpu", enabled=False))
 
 
 def test_layers_that_do_not_hand_on_one_tensor_cannot_be_cut() -> None:
@@ -365,5 +365,5 @@ def test_norms_of_single_heads_are_whole_and_their_gradients_added_up() -> None:
     blueprint = Blueprint(family("qwen3"), tensor=2, device=CPU)
     norms = [slot for slot in blueprint.space.slots if "q_norm" in slot.name]
     assert len(norms) == LAYERS
-    assert all(list(slot.shape) == [8] and blueprint.is_reduced(slot.name) for slot in norms)
-    assert not blueprint.is_reduced("model.layers.0.self_attn.q_proj.weight")
+    assert all(list(slot.shape) == [8] and blueprint.plan.is_reduced(slot.name) for slot in norms)
+    assert not blueprint.plan.is_reduced("model.layers.0.self_attn.q_proj.weight")

@@ -19,6 +19,7 @@ from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.weights import weights_of
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
+from orchestrator.models.loading import build_model
 from orchestrator.training import build
 from tests.unit.checkpoints_in_tests import SECRET, catalog_in
 from tests.unit.states_in_tests import save_state
@@ -54,7 +55,7 @@ def trained(hf: str, directory: Path, secret: Secret | None = None) -> tuple[Job
     catalog = catalog_in(directory, secret)
     save_state(state, catalog, Save(2, 1, 0))
     values = {name.removeprefix("model."): t for name, t in state.named() if name.startswith("model.")}
-    model = build.build_model(job, ByteTokenizer.vocab_size)
+    model = build_model(job, ByteTokenizer.vocab_size)
     model.load_state_dict(values)
     return job, model.eval(), catalog.open(2)
 
@@ -147,7 +148,7 @@ def test_a_run_begins_with_what_was_exported(tmp_path: Path, shard_bytes: int) -
     job, model, checkpoint = trained(MODELS["llama"], tmp_path / "checkpoints")
     export(weights_of(checkpoint, job), job, tmp_path / "exported", shard_bytes=shard_bytes)
     warm = Job.loads(JOB.format(hf=tmp_path / "exported"))
-    again = build.build_model(warm, ByteTokenizer.vocab_size)
+    again = build_model(warm, ByteTokenizer.vocab_size)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     # And what was begun so is exported again.
