@@ -108,6 +108,12 @@ def make_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any
     return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 
+def not_to_itself(messages: list[Any], rank: int) -> list[Any]:
+    """Those with which a pipeline stage of `rank` tries out its connections, but for those to itself: torch 2.11 has
+    two stages of one rank send to each other, which gloo cannot do; newer ones try them out in another way."""
+    return [message for message in messages if message.group_peer != rank]
+
+
 def hand_on_unused(block: Any) -> None:
     """Has FSDP2 reduce zeros in the place of gradients that a pass does not give. Torch 2.11 cannot do that; there such
     a pass is an error (`strategies.model.fsdp`)."""

@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def lane_of(nodeid: str) -> str:
     """The tests of a lane are run by one process, in their order: all with ranks, as their timing must not share
-    processors with themselves; all with a cluster, which share one; chaotic runs by tens, as a night has forty of them;
+    processors with themselves; all with a cluster, which share one; chaotic runs by tens, of a night's twenty;
     others by file."""
     path = nodeid.partition("::")[0].split("/")
     room = path[1] if len(path) > 2 else ""

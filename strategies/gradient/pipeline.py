@@ -23,6 +23,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from strategies.compat import not_to_itself
 from strategies.gradient.compute import Enter, no_loss, prepare, routing_of, watching
 from strategies.gradient.context import WorkContext
 from strategies.gradient.forward import Chain, ForwardPasses
@@ -208,6 +209,9 @@ class _Stage(PipelineStage):
         # FSDP2 hands gradients out at the end of a whole backward pass, and layers that recompute would do it for each
         # half: then zero bubble keeps its order only.
         self._splits_backward = not owner.part.is_sharded and owner.spec.recompute.mode == "none"
+
+    def _get_init_p2p_neighbors_ops(self) -> Any:
+        return not_to_itself(super()._get_init_p2p_neighbors_ops(), self.group_rank)  # type: ignore[no-untyped-call]
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._owner.enter_forward(fwd_chunk_id)

@@ -28,7 +28,7 @@ from tests.chaos.story import JOB, STEPS, Act, Story, draw
 
 ROOT = Path(__file__).parents[2]
 RAY_NICENESS = 15
-"""Of the processes that Ray starts for its actors."""
+"""Of the processes that Ray starts for its actors, unless it is told otherwise (its setting `worker_niceness`)."""
 PATIENCE_S = 180.0
 """For one life of a driver; a story takes some 30 s on a quiet machine."""
 COMMAND_PATIENCE_S = 120.0
@@ -323,7 +323,7 @@ def main(show: Callable[[str], None] = lambda line: print(line, flush=True)) -> 
     parser = argparse.ArgumentParser(description="Plays stories of faults and compares them with undisturbed runs.")
     parser.add_argument("--seeds", default="0-39", type=_seeds, help="N, N-M, or several with commas")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--loaded", action="store_true", help="all of them beside two busy processes")
+    how.add_argument("--loaded", action="store_true", help="all of them beside busy processes")
     how.add_argument("--quiet", action="store_true", help="none of them")
     parser.add_argument("--steps", type=int, default=STEPS, help="only the beginning of each story")
     parser.add_argument("--keep", type=Path, help="keep the run directories here")

@@ -63,7 +63,11 @@ def test_batches_fetched_ahead_change_nothing(job_text: str, alone: Outcome, tmp
     outcome = _run(job_text, tmp_path / "run", faults=faults, hooks=[read_ahead_always])
     assert (outcome.digest, outcome.samples) == (alone.digest, alone.samples)
     assert len(outcome.generations) >= 3, "the assignment has changed on the way"
-    assert NOTHING_AHEAD not in outcome.exits.values()
+    # Who came last may have had nothing left to read ahead of.
+    begun = {member.worker for member in outcome.generations[0].members}
+    read = {worker: code for worker, code in outcome.exits.items() if worker in begun}
+    assert read
+    assert NOTHING_AHEAD not in read.values()
 
 
 def test_a_mirror_takes_over_for_lost_shards(job_text: str, alone: Outcome, tmp_path: Path) -> None:

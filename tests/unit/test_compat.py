@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import pytest
+from torch.distributed.pipelining import PipelineStage
 
 from orchestrator.runtime.ray import compat as of_ray
 from strategies import compat as of_torch
@@ -38,6 +39,7 @@ def test_torchs_have_the_shape_that_is_used() -> None:
     assert of_torch.AllGather.__abstractmethods__ == {"allocate", "__call__"}
     assert parameters(of_torch.all_reduce)[:2] == ["reduceOp", "group"]
     assert "allow_non_fake_inputs" in parameters(of_torch.FakeTensorMode.__init__)
+    assert hasattr(PipelineStage, "_get_init_p2p_neighbors_ops")
     for method in ("get", "set", "wait", "check", "add", "delete_key", "num_keys", "set_timeout"):
         assert hasattr(of_torch.Store, method), method
 

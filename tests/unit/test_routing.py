@@ -106,9 +106,8 @@ def by_transformers(
     ]
     for rows in units:
         tokens = torch.cat(rows)
-            lambda module, given, output, index=index: logits.append(output[index])
-            total + model(input_ids=tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:].contiguous()).loss
-        )
+        labels = tokens[:, 1:].contiguous()
+        total = total + model(input_ids=tokens[:, :-1], labels=labels, shift_labels=labels).loss
     total = total / len(units) + z * torch.cat(logits).float().logsumexp(dim=-1).square().mean()
     total.backward()
     for handle in handles:
