@@ -86,7 +86,9 @@ class Blueprint:
         its own has a name of its own."""
         if tensor > 1:
             self._refuse_shared("tensor", tensor)
-        self.stages = Stages(model, self.layers, self._value, body=body, dtype=dtype, device=self.device)
+        self.stages = Stages(
+            model, self.layers, self._value, body=body, dtype=dtype, device=self.device, unused=self.unused
+        )  # fmt: skip
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.values = BuiltValues(model) if values is None else values
         self.frozen = FrozenWeights.of(model, self.values, dtype)

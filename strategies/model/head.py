@@ -7,7 +7,7 @@ that gives hidden states at hand, is the head alone, for as few positions as are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ class Head:
 
     @classmethod
     def behind(
-        cls, model: nn.Module, forward: Callable[..., Any], body: str, outputs: Any
+        cls, model: nn.Module, forward: Callable[..., Any], body: str, outputs: Any, unused: Collection[str] = ()
     ) -> tuple[torch.Tensor, Head]:
-        """The hidden states in the `outputs` of the module `body` of a model, and the head that takes them."""
+        """The hidden states in the `outputs` of the module `body` of a model, and the head that takes them. No loss
+        depends on the `unused` parameters."""
         inside = {id(part) for part in model.get_submodule(body).modules()}
         parameters = [
-            p for part in model.modules() if id(part) not in inside for p in part._parameters.values()
-            if p is not None and p.requires_grad
+            p for owner, part in model.named_modules() if id(part) not in inside
+            for p in trained_in(owner, part, unused)
         ]  # fmt: skip
 
         def compute(hidden: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,14 @@ class Head:
                 return logits_of(forward(input_ids=ids))
 
         return first_of(outputs), cls(compute, parameters)
+
+
+def trained_in(owner: str, module: nn.Module, unused: Collection[str]) -> Iterator[nn.Parameter]:
+    """The parameters of the module of this name itself, not of those inside, that are trained; without `unused` ones,
+    which have no place in a backward pass."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None and parameter.requires_grad and ".".join(filter(None, (owner, key))) not in unused:
+            yield parameter
 
 
 Score = Callable[[torch.Tensor, Head | None], torch.Tensor]

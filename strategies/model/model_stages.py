@@ -26,7 +26,8 @@ those it has first."""
 class Stages:
     """Stages of `model`, whose list of layers has the name `layers` (None: not known, then there is but the whole
     model). `body` is the module that gives the hidden states which the head makes logits of. Modules compute with
-    trained parameters of type `dtype`. `value_of` gives values to try the model out with.
+    trained parameters of type `dtype`; no loss depends on those that are `unused`. `value_of` gives values to try the
+    model out with.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Stages:
         body: str | None,
         dtype: torch.dtype,
         device: torch.device,
+        unused: frozenset[str],
     ) -> None:
         self._model, self._layers = model, layers
         self._value_of = value_of
-        self._body, self._dtype, self._device = body, dtype, device
+        self._body, self._dtype, self._device, self._unused = body, dtype, device, unused
         self._chain = _read_chain(model, layers)
         self._anatomies: dict[bool, Anatomy] = {}
 
@@ -67,7 +69,8 @@ class Stages:
     def _cut(self, run: tuple[int, int] | None) -> Cut:
         start, stop = (0, self.num_layers + 2) if run is None else run
         before, after = self._chain or (None, None)
-        return Cut(start, stop, self.num_layers, before, after, self._body, run is not None and self.anatomy().tuples)
+        tuples = run is not None and self.anatomy().tuples
+        return Cut(start, stop, self.num_layers, before, after, self._body, tuples, self._unused)
 
     def make(self, run: tuple[int, int] | None, own: Collection[str] = (), dtype: torch.dtype | None = None) -> Stage:
         """A copy with the blocks start..stop only (None: all). Buffers are shared, and so are frozen parameters but for

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from strategies.model.anatomy import HIDDEN
-from strategies.model.head import Head, Score, logits_of
+from strategies.model.head import Head, Score, logits_of, trained_in
 
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """What each layer is given beside hidden states."""
@@ -53,6 +53,7 @@ class Cut:
     modules `before` and `after` are called one after another around the layers where the stage has them; without them
     (None) the model does more there than call modules. `body` is the name of the module that gives the hidden states
     which the head makes logits of; None where that is not known. With `tuples` layers give their hidden states in one.
+    No loss depends on the parameters `unused`, by name.
     """
 
     start: int
@@ -62,6 +63,7 @@ class Cut:
     after: tuple[str, ...] | None = None
     body: str | None = None
     tuples: bool = False
+    unused: frozenset[str] = frozenset()
 
     @property
     def is_first(self) -> bool:
@@ -154,7 +156,10 @@ class Stage(nn.Module):
             return _not_a_view(head(value))
         if cut.body is None:
             return score(head(value), None)
-        return score(value, Head(head, [p for p in head.parameters() if p.requires_grad]))
+        name = (cut.after or ())[-1]
+        parts = ((f"{name}.{inner}".rstrip("."), part) for inner, part in head.named_modules())
+        parameters = [p for owner, part in parts for p in trained_in(owner, part, cut.unused)]
+        return score(value, Head(head, list(dict.fromkeys(parameters))))
 
     def _watched(self, value: torch.Tensor, score: Score | None) -> tuple[torch.Tensor, Arguments]:
         arguments: Arguments = []
@@ -194,7 +199,7 @@ class Stage(nn.Module):
             if cut.body is None:
                 return score(logits_of(self._forward(**given)), None)
             outputs = body(**given)
-        return score(*Head.behind(self.module, self._forward, cut.body, outputs))
+        return score(*Head.behind(self.module, self._forward, cut.body, outputs, cut.unused))
 
 
 def whole_model(model: nn.Module, body: str | None = None) -> Stage:
