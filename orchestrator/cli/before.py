@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,10 @@ def plan(
     workers: Annotated[
         str | None, typer.Option(metavar="N|N..M|N,M", help="How many workers; elastic.workers.max if not given.")
     ] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="H100", help="A100, H100, H200, B200 or L40S.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="A run's directory: plan for its machine.")
+    ] = None,
     gpu_memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Memory of a worker's GPU.")] = None,
     gpu_tflops: Annotated[float | None, typer.Option(help="Its peak TFLOP/s in the job's precision.")] = None,
     efficiency: Annotated[float | None, typer.Option(help="The fraction of the peak that is reached.")] = None,
@@ -49,11 +54,11 @@ def plan(
     from orchestrator.planning.assume import HardwareOptions
 
     hardware = HardwareOptions(
-        gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node
+        gpu, gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node
     )
     limits = command.LimitOptions(tensor, pipeline, shard, schedule)
     with pointing_into(job, set_ or []):
-        command.plan(job, workers, hardware, limits, set_ or [], as_json_=json_, everything=all_)
+        command.plan(job, workers, hardware, limits, set_ or [], as_json_=json_, everything=all_, run=from_)
 
 
 def doctor(

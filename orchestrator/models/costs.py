@@ -6,13 +6,15 @@ The only module of the planner that imports torch and transformers, and only ins
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PlanError
 from orchestrator.job.parts import objective_of
+from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.trace import CannotTrace, kept_bytes_per_sample
+from strategies.objective.objective import TokenObjective
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +27,13 @@ class Block:
     """A part of the network that no stage boundary goes through: the embedding, a decoder layer, or norm and head.
 
     Tokens are those of one sample in one forward pass. `kept` is what the forward pass keeps for the backward pass,
-    `kept_split` the part of it that tensor parallelism divides. `working` is needed only while the block runs.
+    `kept_split` the part of it that tensor parallelism divides. `working` is needed only while the block runs, and
+    `recomputed` while its backward pass does.
     """
 
     name: str
     parameters: int
-    """Elements, without those it borrows from another block."""
+    """Elements that are trained, without those it borrows from another block."""
     whole_parameters: int
     """Of these, the ones every tensor-parallel rank keeps: vectors, as in norms."""
     flops_per_token: int
@@ -40,6 +43,21 @@ class Block:
     kept_bytes_per_token: int
     kept_split_bytes_per_token: int
     working_bytes_per_token: int = 0
+    frozen_parameters: int = 0
+    frozen_flops_per_token: int = 0
+    """Of the forward pass, the products with frozen matrices, of which no gradient is made."""
+    recomputed_flops_per_token: int = 0
+    """What of the forward pass is computed again in the backward pass."""
+    recomputed_bytes_per_token: int = 0
+    kept_bytes: int = 0
+    """What is kept of a micro-batch whatever its tokens."""
+    working_bytes: int = 0
+    """What is needed while the block runs, whatever the tokens."""
+
+    @property
+    def training_flops_per_token(self) -> int:
+        """Forward, backward (the gradients of inputs, and of what is trained) and what is computed again."""
+        return 3 * self.flops_per_token - self.frozen_flops_per_token + self.recomputed_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,8 @@ class ModelCosts:
     value_bytes: int
     """Of an activation that is communicated or multiplied: 4 in fp32, 2 under bf16 autocast."""
     notes: tuple[str, ...] = ()
+    recomputes: bool = False
+    """Whether layers compute again in the backward pass what they do not keep."""
 
     @property
     def layers(self) -> int:
@@ -65,7 +85,7 @@ class ModelCosts:
     @property
     def parameters(self) -> int:
         """All elements, shared ones once."""
-        return sum(block.parameters for block in self.blocks)
+        return sum(block.parameters + block.frozen_parameters for block in self.blocks)
 
     @property
     def flops_per_token(self) -> int:
@@ -74,10 +94,16 @@ class ModelCosts:
 
 
 def describe_model(job: Job) -> ModelCosts:
-    """The costs of the job's network at its sequence length and precision.
+    """The costs of the job's network at its sequence length and precision, with what of it is computed twice.
 
     Raises PlanError when it cannot be built without weights or has no list of layers.
     """
+    (costs,) = describe_modes(job, [job.train.recompute])
+    return costs
+
+
+def describe_modes(job: Job, modes: Sequence[str | EveryLayers]) -> list[ModelCosts]:
+    """The same with each of these values of `train.recompute`."""
     build = _builder(job)
     module = _on_meta(job, build)
     layers, tokens, measure = _look_at(module, job)
@@ -88,14 +114,72 @@ def describe_model(job: Job) -> ModelCosts:
     notes = [] if heads else ["the network does not name its number of attention heads, so tensor stays 1"]
     try:
         kept = kept_bytes_per_sample(build, _layers, measure.sequence, measure.value_bytes == 2, objective_of(job))
-        blocks = [_with_kept(block, size / measure.sequence) for block, size in zip(blocks, kept, strict=True)]
     except CannotTrace as error:
         notes.append(f"activation memory is estimated from weight shapes, as the network cannot be traced: {error}")
-    return ModelCosts(
+        kept = None
+    if kept is not None:
+        blocks = [
+            _with_kept(block, each.everything / measure.sequence) for block, each in zip(blocks, kept, strict=True)
+        ]
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    if job.train.loss_chunk and isinstance(objective_of(job), TokenObjective) and head is not None:
+        blocks[-1] = _with_chunks(job, measure, blocks[-1], head.weight)
+    costs = ModelCosts(
         blocks=tuple(blocks), tied=tied, hidden_size=measure.hidden, vocab_size=tokens.num_embeddings, heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads, value_bytes=measure.value_bytes,
         notes=tuple(notes),
     )  # fmt: skip
+    selected = None if kept is None else [each.selected for each in kept]
+    return [
+        replace(costs, blocks=tuple(_with_recompute(mode, measure, blocks, selected)), recomputes=mode != "none")
+        for mode in modes
+    ]
+
+
+def _with_recompute(
+    asked: str | EveryLayers, measure: _Measure, blocks: list[Block], selected: Sequence[float] | None
+) -> list[Block]:
+    """What layers keep if they compute the rest again: what they are given, and `selected` bytes a sample, where it is
+    known what `selective` would keep."""
+    if asked == "none" or (asked == "selective" and selected is None):
+        return blocks
+    every = asked.every if isinstance(asked, EveryLayers) else 1
+    given = measure.hidden * measure.value_bytes
+    found = list(blocks)
+    for index in range(1, len(blocks) - 1, every):
+        block, more = blocks[index], 0
+        if asked == "selective":
+            assert selected is not None
+            more = int(selected[index] / measure.sequence)
+        share = block.kept_split_bytes_per_token / max(1, block.kept_bytes_per_token)
+        found[index] = replace(
+            block,
+            kept_bytes_per_token=given + more,
+            kept_split_bytes_per_token=int(more * share),
+            recomputed_bytes_per_token=max(0, block.kept_bytes_per_token - more),
+            recomputed_flops_per_token=0 if more else block.flops_per_token,
+        )
+    return found
+
+
+def _with_chunks(job: Job, measure: _Measure, head: Block, weight: Any) -> Block:
+    """With logits of some positions at a time (`strategies.gradient.loss`): the gradients of hidden states and of the
+    head are made in the forward pass."""
+    tokens = min(job.train.loss_chunk, job.train.micro_batch * measure.sequence)
+    logits = tokens * weight.shape[0]
+    trained = weight.numel() if weight.requires_grad else 0
+    return replace(
+        head,
+        # Logits, in fp32 too, the logarithms of probabilities and the gradients of both; the head's gradient of a
+        # chunk beside the sum.
+        working_bytes=logits * (12 + 2 * (measure.value_bytes < 4) * measure.value_bytes)
+        + trained * (4 + measure.value_bytes),
+        kept_bytes=trained * measure.value_bytes,
+        # What norm and head are given, and the gradient of that.
+        kept_bytes_per_token=3 * measure.hidden * measure.value_bytes,
+        kept_split_bytes_per_token=0,
+        working_bytes_per_token=0,
+    )
 
 
 def training_flops_per_token(job: Job, module: nn.Module | None = None) -> int:
@@ -105,7 +189,7 @@ def training_flops_per_token(job: Job, module: nn.Module | None = None) -> int:
     module = _on_meta(job, _builder(job)) if module is None else module
     layers, tokens, measure = _look_at(module, job)
     blocks, _ = _blocks(module, layers, tokens, measure)
-    return 3 * sum(block.flops_per_token for block in blocks)
+    return sum(block.training_flops_per_token for block in blocks)
 
 
 def _look_at(module: nn.Module, job: Job) -> tuple[nn.ModuleList, nn.Embedding, _Measure]:
@@ -193,13 +277,17 @@ class _Measure:
 
     def embedding(self, tables: list[Any]) -> Block:
         # A look-up keeps the token ids only.
-        return Block("embedding", sum(table.numel() for table in tables), 0, 0, 0, 8, 0)
+        trained, frozen = _numbers(tables)
+        return Block("embedding", trained, 0, 0, 0, 8, 0, frozen_parameters=frozen)
 
     def layer(self, name: str, named: list[tuple[str, Any]]) -> Block:
         matrices = [(part, self._active(part, parameter)) for part, parameter in named if parameter.dim() >= 2]
         shapes = {part: parameter.shape for part, parameter in named}
         attention = 4 * self.sequence * self.attention_width
         flops = sum(2 * shapes[part].numel() * active for part, active in matrices)
+        trains = {part: parameter.requires_grad for part, parameter in named}
+        frozen_flops = sum(2 * shapes[part].numel() * active for part, active in matrices if not trains[part])
+        trained, frozen = _numbers([parameter for _, parameter in named])
         # Every product keeps its input and its output (which is some operation's input). One side of each has the
         # network's width and is whole on every tensor-parallel rank, the other is split.
         sides = sum(sum(_sides(shapes[part])) * active for part, active in matrices)
@@ -209,20 +297,23 @@ class _Measure:
         split = int((sides - whole) * self.value_bytes)
         return Block(
             name,
-            parameters=sum(parameter.numel() for _, parameter in named),
-            whole_parameters=sum(parameter.numel() for _, parameter in named if parameter.dim() < 2),
+            parameters=trained,
+            whole_parameters=sum(p.numel() for _, p in named if p.dim() < 2 and p.requires_grad),
             flops_per_token=int(flops) + attention,
             attention_flops_per_token=attention,
             kept_bytes_per_token=int(whole * self.value_bytes) + norms + split,
             kept_split_bytes_per_token=split,
+            frozen_parameters=frozen,
+            frozen_flops_per_token=int(frozen_flops),
         )
 
     def head(self, parameters: list[Any], borrowed: Any, vocab_size: int) -> Block:
         matrices = [each for each in (*parameters, borrowed) if each is not None and each.dim() >= 2]
+        trained, frozen = _numbers(parameters)
         return Block(
             "norm and head",
-            parameters=sum(parameter.numel() for parameter in parameters),
-            whole_parameters=sum(parameter.numel() for parameter in parameters if parameter.dim() < 2),
+            parameters=trained,
+            whole_parameters=sum(p.numel() for p in parameters if p.dim() < 2 and p.requires_grad),
             flops_per_token=sum(2 * matrix.numel() for matrix in matrices),
             attention_flops_per_token=0,
             # The loss keeps the logarithms of all probabilities in fp32; around it the logits live in the products'
@@ -230,12 +321,20 @@ class _Measure:
             kept_bytes_per_token=2 * self.hidden * self.value_bytes + 4 * vocab_size,
             kept_split_bytes_per_token=0,
             working_bytes_per_token=(4 + self.value_bytes) * vocab_size,
+            frozen_parameters=frozen,
+            frozen_flops_per_token=sum(2 * matrix.numel() for matrix in matrices if not matrix.requires_grad),
         )
 
     def _active(self, name: str, parameter: Any) -> float:
         """The fraction of a parameter that one token goes through: less than 1 in a mixture's experts."""
         routed = "experts" in name and "shared" not in name
         return self.active_experts / self.experts if routed and self.active_experts and self.experts else 1.0
+
+
+def _numbers(parameters: Sequence[Any]) -> tuple[int, int]:
+    """Elements that are trained, and frozen ones."""
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in parameters) - trained
 
 
 def _copies(shape: Any) -> int:

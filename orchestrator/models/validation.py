@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
@@ -45,13 +45,14 @@ def check_model(job: Job) -> None:
 
     vocab_size = load_tokenizer(job.data.tokenizer).vocab_size
     check_sizes(job)
-    model = _build(job)
+    model = model_without_weights(job)
     check_vocabulary(job, model, vocab_size)
     routers_of(job, model)
     _check_layout(job, model)
 
 
-def _build(job: Job) -> nn.Module:
+def model_without_weights(job: Job) -> nn.Module:
+    """The job's model; a factory that does not work so is called as a worker calls it. Raises ModelError."""
     import torch
 
     from orchestrator.models.initialisation import without_parameters
@@ -140,19 +141,33 @@ def _field(job: Job, config: Any, name: str) -> str:
 
 
 def _check_layout(job: Job, model: nn.Module) -> None:
+    strategy = job.strategy
+    parts = strategy.pipeline * chunks_of(strategy.schedule) if strategy.pipeline > 1 else 1
+    for field, reason in _layout_reasons(model, strategy.tensor, strategy.pipeline, parts, strategy.shard):
+        raise ModelError([Finding((field,), reason)])
+
+
+def layout_reason(model: nn.Module, tensor: int, pipeline: int, parts: int, shard: str) -> str | None:
+    """Why a model, which may be without weights, cannot be split over `tensor` ranks, cut into `pipeline` stages of
+    `parts` model parts, or sharded so; None where it can."""
+    return next((reason for _, reason in _layout_reasons(model, tensor, pipeline, parts, shard)), None)
+
+
+def _layout_reasons(
+    model: nn.Module, tensor: int, pipeline: int, parts: int, shard: str
+) -> Iterator[tuple[str, str]]:  # fmt: skip
     from strategies.model.blueprint import check_sharded
     from strategies.model.cutting import check_cut
     from strategies.model.tensor_plan import check_tensor
 
-    tensor, pipeline = job.strategy.tensor, job.strategy.pipeline
     checks: dict[str, tuple[bool, Callable[[], None]]] = {
         "tensor": (tensor > 1, lambda: check_tensor(model, tensor)),
-        "pipeline": (pipeline > 1, lambda: check_cut(model, pipeline, pipeline * chunks_of(job.strategy.schedule))),
-        "shard": (job.strategy.shard == "parameters", lambda: check_sharded(model)),
+        "pipeline": (pipeline > 1, lambda: check_cut(model, pipeline, parts)),
+        "shard": (shard == "parameters", lambda: check_sharded(model)),
     }
     for name, (applies, check) in checks.items():
         try:
             if applies:
                 check()
         except ValueError as error:
-            raise ModelError([Finding((f"strategy.{name}",), str(error))]) from error
+            yield f"strategy.{name}", str(error)

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import PlanError
+from orchestrator.planning.gpus import GPUS, Gpu
 from orchestrator.planning.hardware import Hardware, Link
 from orchestrator.planning.units import parse_bytes, parse_rate, parse_seconds, show_bytes
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
 
-# NVIDIA A100 80 GB data sheet (dense bf16, TF32 off) and a node of eight of them with NVLink 3 and HDR InfiniBand.
-_GPU_TFLOPS = {"bf16": 312.0, "fp32": 19.5}
-_GPU_EFFICIENCY = {"bf16": 0.4, "fp32": 0.7}
 # A core of a cloud machine: what the quickstart's tokens per second on two cores (README) come to, in its own FLOPs.
 _CORE_TFLOPS = 0.05
 
@@ -32,6 +30,8 @@ CPU_CORE = Hardware(
 class HardwareOptions:
     """The options of `orchestrator plan`, as text where they have units; None: not given."""
 
+    gpu: str | None = None
+    """One of `orchestrator.planning.gpus.GPUS`."""
     gpu_memory: str | None = None
     gpu_tflops: float | None = None
     efficiency: float | None = None
@@ -44,7 +44,7 @@ class HardwareOptions:
 
 def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[str, ...]]:
     """The hardware, and a line for each thing that is assumed. Raises PlanError for values that make no sense."""
-    gpu = job.resources.gpu > 0
+    gpu = _gpu_of(job, options)
     if options.gpu_tflops is not None and not 0 < options.gpu_tflops < float("inf"):
         raise PlanError(f"--gpu-tflops must be more than 0, got {options.gpu_tflops:g}")
     if options.efficiency is not None and not 0 < options.efficiency <= 1:
@@ -58,17 +58,24 @@ def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[st
             assumed.append(f"{words} {otherwise}")
         return value or otherwise
 
+    if gpu is not None and options.gpu is None:
+        assumed.append("GPUs as A100 (--gpu says others)")
     tflops, efficiency = _arithmetic(job, options, gpu, assumed)
+    memory = options.gpu_memory
+    if memory is None and options.gpu is not None and gpu is not None:
+        memory = f"{gpu.memory_gib:g}GiB"
     hardware = Hardware(
         peak_flops=tflops * 1e12,
         efficiency=efficiency,
         inside=Link(
-            parse_rate(given(options.bandwidth, "300GB/s" if gpu else "2GB/s", "within a node"), "--bandwidth"),
+            parse_rate(
+                given(options.bandwidth, f"{gpu.inside:g}GB/s" if gpu else "2GB/s", "within a node"), "--bandwidth"
+            ),
             parse_seconds(given(options.latency, "5us" if gpu else "50us", "with a latency of"), "--latency"),
         ),
         between=Link(
             parse_rate(
-                given(options.node_bandwidth, "25GB/s" if gpu else "1GB/s", "between nodes (per rank)"),
+                given(options.node_bandwidth, f"{gpu.between:g}GB/s" if gpu else "1GB/s", "between nodes (per rank)"),
                 "--node-bandwidth",
             ),
             parse_seconds(
@@ -76,30 +83,43 @@ def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[st
             ),
         ),
         ranks_per_node=int(given(_text(options.ranks_per_node), "8", "ranks on a node:")),
-        memory_bytes=None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory"),
+        memory_bytes=None if memory is None else parse_bytes(memory, "--gpu-memory"),
+        overlaps=gpu is not None and job.strategy.transport != "gloo",
     )
     if hardware.usable_bytes is None:
         lines = ["memory per rank unknown, so no layout is refused for it; --gpu-memory says it"]
     else:
-        lines = [f"{show_bytes(hardware.usable_bytes)} of {options.gpu_memory} are planned with, the rest is held back"]
+        lines = [f"{show_bytes(hardware.usable_bytes)} of {memory} are planned with, the rest is held back"]
     if assumed:
         lines.append("assumed: " + ", ".join(assumed))
     return hardware, tuple(lines)
 
 
-def _arithmetic(job: Job, options: HardwareOptions, gpu: bool, assumed: list[str]) -> tuple[float, float]:
+def _gpu_of(job: Job, options: HardwareOptions) -> Gpu | None:
+    """The GPU that is planned for; None for a job without. Raises PlanError for a name that is not known."""
+    if options.gpu is None:
+        return GPUS["A100"] if job.resources.gpu > 0 else None
+    if options.gpu not in GPUS:
+        raise PlanError(
+            f"--gpu must be one of {', '.join(GPUS)}, got {options.gpu!r}; --gpu-tflops and others say more"
+        )
+    return GPUS[options.gpu]
+
+
+def _arithmetic(job: Job, options: HardwareOptions, gpu: Gpu | None, assumed: list[str]) -> tuple[float, float]:
     """Peak TFLOP/s of a rank and the fraction reached."""
-    if not gpu and options.gpu_tflops is None:
+    if gpu is None and options.gpu_tflops is None:
         tflops = _CORE_TFLOPS * job.resources.cpu
         if options.efficiency is None:
             assumed.append(f"{tflops:g} TFLOP/s reached by a rank of {job.resources.cpu:g} CPU cores")
         return tflops, options.efficiency or 1.0
-    precision = job.train.precision
+    precision, gpu = job.train.precision, gpu or GPUS["A100"]
+    peak, reached = gpu.tflops(precision), gpu.efficiency(precision, compiled=job.train.compile)
     if options.gpu_tflops is None:
-        assumed.append(f"{_GPU_TFLOPS[precision]:g} TFLOP/s peak in {precision} (an A100)")
+        assumed.append(f"{peak:g} TFLOP/s peak in {precision}")
     if options.efficiency is None:
-        assumed.append(f"{_GPU_EFFICIENCY[precision]:.0%} of the peak reached")
-    return options.gpu_tflops or _GPU_TFLOPS[precision], options.efficiency or _GPU_EFFICIENCY[precision]
+        assumed.append(f"{reached:.0%} of the peak reached")
+    return options.gpu_tflops or peak, options.efficiency or reached
 
 
 def _text(value: int | None) -> str | None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from monitoring.outside import json_text
 from orchestrator.errors import PlanError
 from orchestrator.job import Job
-from orchestrator.models.costs import describe_model
-from orchestrator.models.validation import check_sizes
+from orchestrator.job.sections.train import EveryLayers
+from orchestrator.models.costs import describe_modes
+from orchestrator.models.validation import check_sizes, model_without_weights
 from orchestrator.planning.assume import HardwareOptions, hardware_for
+from orchestrator.planning.calibrate import calibrated
+from orchestrator.planning.possible import possible
 from orchestrator.planning.refusals import nothing_fits, refusals
-from orchestrator.planning.search import Limits, Planner
+from orchestrator.planning.search import Limits, Planner, best_of
 from orchestrator.planning.tables import Answer, as_json, print_answers
 from orchestrator.planning.units import parse_counts
 from orchestrator.planning.work import work_of
@@ -36,25 +39,43 @@ class LimitOptions:
 
 def plan(
     path: Path, workers: str | None, hardware: HardwareOptions, limits: LimitOptions, overrides: Sequence[str] = (),
-    as_json_: bool = False, everything: bool = False,
+    as_json_: bool = False, everything: bool = False, run: Path | None = None,
 ) -> None:  # fmt: skip
-    """Prints the layouts. Raises JobError, ModelError, and PlanError for an option or if nothing fits."""
+    """Prints the layouts; for the machine of a `run`, if one is given. Raises JobError, ModelError, and PlanError for an option or if nothing fits."""
     counts = None if workers is None else parse_counts(workers, "--workers")
     job = Job.load(path, overrides)
     counts = counts or (job.elastic.workers.max,)
     chosen, assumptions = hardware_for(job, hardware)
+    if run is not None:
+        chosen, said = calibrated(run, chosen)
+        assumptions = (*assumptions, *said)
     allowed = limits_of(job, limits)
     check_sizes(job)
-    work = work_of(job, describe_model(job))
-    planner = Planner(work, chosen, allowed)
+    refuse = possible(job, model_without_weights(job))
+    modes = modes_of(job)
+    planners = [
+        Planner(work_of(job, costs), chosen, allowed, refuse, mode if len(modes) > 1 else "")
+        for costs, mode in zip(describe_modes(job, list(modes.values())), modes, strict=True)
+    ]
+    work, last = planners[0].work, planners[-1]
     keep = None if everything else 5 if len(counts) <= _FEW else 1
-    answers = [Answer(count, planner.best(count, keep), refusals(planner, count)) for count in counts]
+    # What needs least memory says what is out.
+    answers = [Answer(count, best_of(planners, count, keep), refusals(last, count)) for count in counts]
     if not any(answer.plans for answer in answers):
-        raise nothing_fits(planner, counts[-1])
+        raise nothing_fits(last, counts[-1])
     if as_json_:
         print(json_text(as_json(job.name, work, assumptions, answers)))
     else:
         print_answers(job.name, work, assumptions, answers, everything)
+
+
+def modes_of(job: Job) -> dict[str, str | EveryLayers]:
+    """What layers may compute again, by what that is called, least memory last: what the job says, or if it says
+    nothing any, as no bit depends on it."""
+    if "recompute" in job.train.model_fields_set:
+        asked = job.train.recompute
+        return {asked if isinstance(asked, str) else f"every {asked.every}": asked}
+    return {mode: mode for mode in ("none", "selective", "full")}
 
 
 def limits_of(job: Job, options: LimitOptions) -> Limits:

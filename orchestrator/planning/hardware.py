@@ -30,6 +30,10 @@ class Hardware:
     ranks_per_node: int
     memory_bytes: float | None = None
     held_back: float = 0.1
+    overlaps: bool = False
+    """Whether what layers exchange goes on beside what they compute."""
+    step_s: float = 0.0
+    """What a step takes beside arithmetic and messages."""
 
     def __post_init__(self) -> None:
         numbers = (self.peak_flops, self.inside.bytes_per_s, self.between.bytes_per_s, self.ranks_per_node)

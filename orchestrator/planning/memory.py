@@ -24,7 +24,7 @@ class Memory:
     copies: float
     """State of other ranks kept for them."""
     buffers: float
-    """Exchange buffers, gathered weights, bf16 copies of weights, logits around the loss."""
+    """Exchange buffers, gathered weights, what a backward pass computes again, logits around the loss."""
 
     @property
     def total(self) -> float:
@@ -50,8 +50,10 @@ def predict_memory(work: Work, stages: Stages, degrees: Degrees) -> Memory:
 def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) -> Memory:
     data, shard = degrees.data, degrees.shard
     state = zero_state(rank.parameters, shard, data, work.state)
-    # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level.
+    # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level. A second
+    # use of a parameter has gradients of its own.
     sums = held.bit_length()
+    second = rank.second_uses * work.state.gradients / (data if shard in ("gradients", "parameters") else 1)
     micro_batches = degrees.schedule.padded(held * work.micro_batches)
     activations = work.tokens * sum(
         kept * degrees.schedule.in_flight(place, part, micro_batches) for part, kept in rank.kept_bytes_per_token
@@ -59,32 +61,43 @@ def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) ->
     missing_optimizer, missing_weights = missing_copies(shard, data, degrees.ranks, work.state_copies)
     copied = work.state.optimizer * missing_optimizer + work.state.weights * missing_weights
     return Memory(
-        weights=state.weights,
-        gradients=state.gradients * sums,
-        optimizer=state.optimizer,
+        weights=_weights(work, rank, degrees),
+        gradients=(state.gradients + second) * sums,
+        optimizer=0.0 if work.offloads else state.optimizer,
         activations=activations,
         copies=copied * rank.parameters / data,
-        buffers=_buffers(work, rank, degrees) + work.tokens * rank.working_bytes_per_token,
+        buffers=_buffers(work, rank, degrees) + work.tokens * rank.working_bytes_per_token + rank.fixed_bytes,
     )
 
 
+def _weights(work: Work, rank: Rank, degrees: Degrees) -> float:
+    """What is computed with, and what is updated where that is another."""
+    is_sharded = degrees.shard == "parameters" and degrees.data > 1
+    whole = rank.frozen if is_sharded and degrees.tensor > 1 else 0
+    shared = degrees.data if is_sharded else 1
+    # Sharded weights are kept as they are updated, and gathered as they are computed with.
+    each = work.state.weights if is_sharded else work.computed_bytes
+    computed = each * (rank.parameters + rank.frozen - whole) / shared + work.computed_bytes * whole
+    if work.offloads and (work.has_copies or degrees.shard != "none"):
+        return computed
+    if degrees.shard == "none" or degrees.data == 1:
+        return computed + (work.state.weights * rank.parameters if work.has_copies else 0.0)
+    return computed + work.state.weights * rank.parameters / degrees.data
+
+
 def _buffers(work: Work, rank: Rank, degrees: Degrees) -> float:
-    """Whole gradients on their way, or one block's gathered weights and gradient; and weights cast to bf16."""
-    cast = work.model.value_bytes if work.model.value_bytes < 4 else 0
-    # Who trains a shard keeps its weights beside those that are computed with.
-    own = 0.0 if degrees.shard == "none" or degrees.data == 1 else work.state.weights * rank.parameters / degrees.data
+    """Whole gradients on their way, or one block's gathered weights and gradient."""
     if degrees.shard == "parameters" and degrees.data > 1:
         # One block is computed with while the next is gathered; its gradient is whole until it is reduced. Virtual
         # workers of several micro-batches, one of each replica, are summed side by side: a slice of each.
         beside = rank.parameters if work.micro_batches > 1 else 0
-        blocks = rank.largest_block * (2 * work.state.weights + work.state.gradients + cast)
-        return blocks + beside * work.state.gradients + own
-    exchange = 0.0
+        blocks = rank.largest_block * (2 * work.computed_bytes + work.state.gradients)
+        return blocks + beside * work.state.gradients
     if degrees.data > 1 and degrees.shard == "gradients":
         # The virtual worker under way, and a slice of that of every replica.
-        exchange = 2 * rank.parameters * work.state.gradients
-    elif degrees.data > 1:
+        return 2 * rank.parameters * work.state.gradients
+    if degrees.data > 1:
         # The reducer keeps what it receives, and with unsharded state what it sends back.
         whole = 2 if work.canonical and degrees.shard == "none" else 1
-        exchange = whole * rank.parameters * work.state.gradients
-    return exchange + rank.parameters * cast + own
+        return whole * rank.parameters * work.state.gradients
+    return 0.0

@@ -9,6 +9,7 @@ from orchestrator.planning.memory import Memory
 from orchestrator.planning.search import Planner
 from orchestrator.planning.units import show_bytes, show_runs
 from orchestrator.planning.work import Degrees
+from strategies.layout.schedule import PipelineSchedule
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,24 @@ def _of_pipelines(planner: Planner, workers: int, tensor: int) -> list[Refusal]:
         reason = f"more replicas than the {shares} virtual workers of a step; elastic.virtual_workers sets how many"
         found.append(Refusal(f"data above {shares}", reason))
     found.extend(_of_counts(planner, ranks))
+    found.extend(_of_rules(planner, ranks, tensor))
     found.extend(_of_memory(planner, ranks, tensor))
+    return found
+
+
+def _of_rules(planner: Planner, ranks: int, tensor: int) -> list[Refusal]:
+    """What the job or its model rules out, whatever the memory."""
+    by_reason: dict[str, list[tuple[PipelineSchedule, str]]] = {}
+    for schedule in planner.schedules_within(ranks):
+        for shard in planner.limits.shards:
+            if reason := planner.refuse(tensor, schedule, shard):
+                by_reason.setdefault(reason, []).append((schedule, shard))
+    found = []
+    for reason, of_it in by_reason.items():
+        stages = sorted({schedule.stages for schedule, _ in of_it})
+        shards = [shard for shard in planner.limits.shards if any(shard == other for _, other in of_it)]
+        which = f", shard {', '.join(shards)}" if len(shards) < len(planner.limits.shards) else ""
+        found.append(Refusal(f"pipeline {show_runs(stages)}{which}", reason))
     return found
 
 
@@ -90,6 +108,8 @@ def _of_memory(planner: Planner, ranks: int, tensor: int) -> list[Refusal]:
         groups: dict[str, tuple[list[int], Memory, Degrees]] = {}
         for schedule in planner.schedules_within(ranks):
             best = planner.least_memory(tensor, schedule, shard, ranks)
+            if planner.refuse(tensor, schedule, shard):
+                continue
             if best is None or best[0].total <= usable or (best[1].data == 1 and shard != planner.limits.shards[0]):
                 continue
             kind = f"{schedule.kind} " if schedule.stages > 1 else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
+from orchestrator.planning.possible import Refuse, anything
 from orchestrator.planning.stages import cut_model
 from orchestrator.planning.step_time import StepTime, compute_and_bubble, predict_step
 from orchestrator.planning.work import Degrees, Stages, Work, most_held
@@ -47,6 +48,8 @@ class Plan:
     memory: Memory
     idle: int
     moved_bytes: float = 0.0
+    recompute: str = ""
+    """What layers compute again, where that was open ("": as the job says)."""
 
     def assignment(self, virtual_workers: int) -> tuple[tuple[int, ...], ...]:
         """The virtual workers of each data-parallel replica."""
@@ -71,6 +74,8 @@ class Planner:
     work: Work
     hardware: Hardware
     limits: Limits = field(default_factory=Limits)
+    refuse: Refuse = anything
+    recompute: str = ""
     _stages: dict[tuple[int, PipelineSchedule], Stages] = field(default_factory=dict)
 
     def best(self, workers: int, keep: int | None = 5, current: Degrees | None = None) -> list[Plan]:
@@ -88,7 +93,8 @@ class Planner:
         for candidates in sorted(self.ranges(workers), key=lambda each: (each.bound_s, each.tensor, each.first)):
             if candidates.bound_s > cutoff:
                 break
-            for shard in self._shards(candidates.first):
+            shards = self._shards(candidates.first)
+            for shard in self.shards_of(candidates.tensor, candidates.schedule, shards):
                 if self._hopeless(candidates, shard, workers, hopeless) or self._time(candidates, shard).total > cutoff:
                     continue
                 plan = self._smallest_that_fits(candidates, shard, workers)
@@ -109,6 +115,8 @@ class Planner:
             if self.refuses_tensor(tensor):
                 continue
             for schedule in self.schedules_within(workers // tensor):
+                if not self.shards_of(tensor, schedule, self.limits.shards):
+                    continue
                 stages = self.stages(tensor, schedule)
                 for first, last in self.data_ranges(workers // (tensor * schedule.stages), schedule):
                     degrees = Degrees(first, tensor, schedule, self.limits.shards[0])
@@ -142,6 +150,10 @@ class Planner:
                 elif first * held == shares:
                     yield first, first
             first = last + 1
+
+    def shards_of(self, tensor: int, schedule: PipelineSchedule, shards: Sequence[str]) -> list[str]:
+        """Those of these shards with which the job can have such a pipeline."""
+        return [shard for shard in shards if self.refuse(tensor, schedule, shard) is None]
 
     def _shards(self, data: int) -> tuple[str, ...]:
         """With one replica there is nothing to shard over, so all shards are the same layout."""
@@ -209,6 +221,7 @@ class Planner:
             time=predict_step(self.work, self.hardware, stages, degrees),
             memory=predict_memory(self.work, stages, degrees),
             idle=workers - degrees.ranks,
+            recompute=self.recompute,
         )
 
     def stages(self, tensor: int, schedule: PipelineSchedule) -> Stages:
@@ -253,6 +266,14 @@ class Planner:
             degrees.tensor,
             degrees.pipeline,
         )
+
+
+def best_of(planners: Sequence[Planner], workers: int, keep: int | None = 5) -> list[Plan]:
+    """The best layouts of several planners, which differ in what layers compute again: of equal ones the one that
+    computes least again."""
+    found = [(plan, number) for number, planner in enumerate(planners) for plan in planner.best(workers, keep)]
+    found.sort(key=lambda each: (each[0].time.total, each[1], each[0].degrees.ranks, each[0].memory.total))
+    return [plan for plan, _ in found][:keep]
 
 
 def _listed(numbers: list[int]) -> str:

@@ -18,7 +18,7 @@ def cut_model(model: ModelCosts, schedule: PipelineSchedule, tensor: int) -> Sta
     if schedule.parts > model.layers:
         raise ValueError(f"{schedule.parts} model parts of {model.layers} layers")
     # Units are the layers and the head; unit 0 brings the embedding along.
-    bounds = cut([block.flops_per_token for block in model.blocks[1:]], schedule.parts)
+    bounds = cut([block.training_flops_per_token for block in model.blocks[1:]], schedule.parts)
     parts = [list(range(start + 1, stop + 1)) for start, stop in bounds]
     parts[0].insert(0, 0)
     return stages_of(model, schedule, tensor, parts)
@@ -31,22 +31,27 @@ def stages_of(model: ModelCosts, schedule: PipelineSchedule, tensor: int, parts:
     ranks = []
     for place in range(schedule.stages):
         mine = schedule.parts_of(place)
-        ranks.append(_rank(model, {part: list(parts[part]) for part in mine}, tensor, borrowed))
+        ranks.append(_rank(model, {part: list(parts[part]) for part in mine}, tensor))
     layers = tuple(sum(1 for block in part if 0 < block < head) for part in parts)
     return Stages(layers, tuple(ranks), borrowed)
 
 
-def _rank(model: ModelCosts, parts: dict[int, list[int]], tensor: int, borrowed: int) -> Rank:
+def _rank(model: ModelCosts, parts: dict[int, list[int]], tensor: int) -> Rank:
     head = len(model.blocks) - 1
     indices = [index for blocks in parts.values() for index in blocks]
     blocks = [model.blocks[index] for index in indices]
     sizes = [_parameters(block, tensor) for block in blocks]
-    if head in indices and borrowed:
-        sizes[indices.index(head)] += -(-borrowed // tensor)
+    frozen = [-(-block.frozen_parameters // tensor) for block in blocks]
+    second = -(-model.tied // tensor) if head in indices else 0
+    gathered = [trained + still for trained, still in zip(sizes, frozen, strict=True)]
+    if head in indices:
+        gathered[indices.index(head)] += second
     return Rank(
         parameters=sum(sizes),
-        largest_block=max(sizes),
-        flops_per_token=sum(block.flops_per_token for block in blocks) / tensor,
+        frozen=sum(frozen),
+        second_uses=second,
+        largest_block=max(gathered),
+        flops_per_token=sum(block.training_flops_per_token for block in blocks) / tensor,
         attention_flops_per_token=sum(block.attention_flops_per_token for block in blocks) / tensor,
         layers=sum(1 for index in indices if 0 < index < head),
         has_embedding=0 in indices,
@@ -54,12 +59,17 @@ def _rank(model: ModelCosts, parts: dict[int, list[int]], tensor: int, borrowed:
         kept_bytes_per_token=tuple(
             (part, sum(_kept(model.blocks[index], tensor) for index in inside)) for part, inside in parts.items()
         ),
-        working_bytes_per_token=max(block.working_bytes_per_token for block in blocks),
+        working_bytes_per_token=max(_working(block, tensor) for block in blocks),
+        fixed_bytes=sum(block.kept_bytes + block.working_bytes for block in blocks) / tensor,
     )
 
 
 def _parameters(block: Block, tensor: int) -> int:
     return block.whole_parameters + -(-(block.parameters - block.whole_parameters) // tensor)
+
+
+def _working(block: Block, tensor: int) -> float:
+    return block.working_bytes_per_token + block.recomputed_bytes_per_token / tensor
 
 
 def _kept(block: Block, tensor: int) -> float:

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from orchestrator.planning.hardware import Hardware, ring_all_reduce_s, scatter_s, send_s
 from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held
 
-BACKWARD = 2
-"""Arithmetic of a backward pass in forward passes: one for the inputs, one for the weights."""
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -26,20 +23,29 @@ class StepTime:
     data: float
     shard: float
     copies: float
+    rest: float = 0.0
+    """Everything else, where a run has shown how much that is."""
+
+    @property
+    def messages(self) -> float:
+        """What ranks wait for messages."""
+        return self.tensor + self.pipeline + self.data + self.shard + self.copies
 
     @property
     def total(self) -> float:
-        messages = self.tensor + self.pipeline + self.data + self.shard + self.copies
-        return self.compute + self.bubble + messages
+        return self.compute + self.bubble + self.messages + self.rest
 
 
 def compute_and_bubble(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> tuple[float, float]:
     """Seconds the slowest rank computes, and those it waits for others to fill and drain the pipeline."""
     micro_batches = degrees.schedule.padded(most_held(work.virtual_workers, degrees.data) * work.micro_batches)
     second = hardware.flops / work.tokens
-    passes = 1 + BACKWARD
-    bubble = degrees.schedule.bubble(stages.other_flops * passes / second, stages.other_attention_flops / second)
-    return micro_batches * stages.slowest_flops * passes / second, max(0.0, bubble)
+    attention = stages.other_attention_flops / second
+    if work.model.recomputes or degrees.shard == "parameters":
+        # Then zero bubble does not split the backward pass (`strategies.gradient.pipeline`).
+        attention = stages.other_flops / degrees.schedule.chunks / 3 / second
+    bubble = degrees.schedule.bubble(stages.other_flops / second, attention)
+    return micro_batches * stages.slowest_flops / second, max(0.0, bubble)
 
 
 def predict_step(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> StepTime:
@@ -48,6 +54,11 @@ def predict_step(work: Work, hardware: Hardware, stages: Stages, degrees: Degree
     micro_batches = degrees.schedule.padded(held * work.micro_batches)
     compute, bubble = compute_and_bubble(work, hardware, stages, degrees)
     data, shard = _reduction(work, hardware, stages, degrees, held)
+    if hardware.overlaps and degrees.shard == "parameters" and degrees.data > 1:
+        # All but what the first block waits for goes on beside arithmetic, gathers first.
+        first = (data + shard) / max(1, stages.most_blocks * held * work.micro_batches)
+        hidden = max(0.0, min(compute, data + shard) - first)
+        data, shard = data - max(0.0, hidden - shard), shard - min(shard, hidden)
     return StepTime(
         compute=compute,
         bubble=bubble,
@@ -56,6 +67,7 @@ def predict_step(work: Work, hardware: Hardware, stages: Stages, degrees: Degree
         data=data,
         shard=shard,
         copies=_copies_s(work, hardware, stages, degrees),
+        rest=hardware.step_s,
     )
 
 
@@ -74,15 +86,16 @@ def _tensor_s(work: Work, hardware: Hardware, stages: Stages, tensor: int) -> fl
 
 
 def _pipeline_s(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees, micro_batches: int) -> float:
-    """Activations forward and their gradients back, over every boundary; and the gradient of a tied embedding."""
+    """Activations forward and their gradients back, over every boundary; and what the second use of an embedding takes:
+    its gradient to where the first is, the weights back."""
     schedule = degrees.schedule
     if schedule.stages == 1:
         return 0.0
     link = hardware.link(degrees.tensor * schedule.stages)
     message = send_s(work.tokens * work.model.hidden_size * work.model.value_bytes, link)
-    tied = (
-        ring_all_reduce_s(stages.borrowed / degrees.tensor * work.state.gradients, 2, link) if stages.borrowed else 0.0
-    )
+    elements = stages.borrowed / degrees.tensor / degrees.data
+    tied = send_s(elements * work.state.gradients, link) + send_s(elements * degrees.data * work.computed_bytes, link)
+    tied = tied if stages.borrowed else 0.0
     return 2 * (micro_batches + schedule.stages - 1) * schedule.chunks * message + tied
 
 
@@ -94,7 +107,7 @@ def _reduction(
     if data == 1:
         return 0.0, 0.0
     link = hardware.link(degrees.ranks)
-    gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.state.weights
+    gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.computed_bytes
     if degrees.shard in ("none", "optimizer"):
         # Once a step. In canonical order a rank sends each of its partial sums by itself.
         sent = most_pieces(work.virtual_workers, data) if work.canonical else 1
@@ -106,7 +119,8 @@ def _reduction(
     reduce = held * scatter_s(gradient, data, link)
     if degrees.shard == "gradients":
         return reduce, scatter_s(weights, data, link)
-    gather = stages.most_blocks * scatter_s(weights / stages.most_blocks, data, link)
+    everything = weights + stages.most_frozen * work.computed_bytes
+    gather = stages.most_blocks * scatter_s(everything / stages.most_blocks, data, link)
     # Weights are let go of after the forward pass of a micro-batch and gathered again for its backward pass.
     return reduce, 2 * held * work.micro_batches * gather
 

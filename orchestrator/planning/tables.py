@@ -60,6 +60,7 @@ def _plan_json(plan: Plan, work: Work) -> dict[str, Any]:
         "shard": degrees.shard,
         "schedule": degrees.schedule.kind,
         "chunks": degrees.schedule.chunks,
+        "recompute": plan.recompute or None,
         "stages": list(plan.layers),
         "ranks": degrees.ranks,
         "idle": plan.idle,
@@ -95,9 +96,11 @@ def _print_table(answers: Sequence[Answer]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("workers", "data", "tensor", "pipe", "shard", "schedule", "layers", "idle", "step", "compute",
+    is_open = any(plan.recompute for answer in answers for plan in answer.plans)
+    again = ("recompute",) if is_open else ()
+    for name in ("workers", "data", "tensor", "pipe", "shard", "schedule", *again, "layers", "idle", "step", "compute",
                  "bubble", "messages", "memory"):  # fmt: skip
-        left = name in ("shard", "schedule", "layers")
+        left = name in ("shard", "schedule", "recompute", "layers")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "layers", min_width=len(name))
     for answer in answers:
         for plan in answer.plans:
@@ -110,11 +113,12 @@ def _print_table(answers: Sequence[Answer]) -> None:
 
 def _row(workers: int, plan: Plan) -> list[str]:
     degrees, time = plan.degrees, plan.time
-    messages = time.total - time.compute - time.bubble
+    again = [plan.recompute] if plan.recompute else []
     return [
         str(workers), str(degrees.data), str(degrees.tensor), str(degrees.pipeline), degrees.shard,
-        _schedule(plan), _cuts(plan.layers), str(plan.idle), show_seconds(time.total), show_seconds(time.compute),
-        show_seconds(time.bubble), show_seconds(max(0.0, messages)), show_bytes(plan.memory.total),
+        _schedule(plan), *again, _cuts(plan.layers), str(plan.idle), show_seconds(time.total),
+        show_seconds(time.compute), show_seconds(time.bubble), show_seconds(time.messages),
+        show_bytes(plan.memory.total),
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class StateBytes:
 
 
 ADAMW = StateBytes(weights=4.0, gradients=4.0, optimizer=8.0)
-"""With that optimizer: weights and gradients are fp32 in every precision (bf16 is autocast), and so are moments."""
+"""With that optimizer: weights that are updated, gradients and moments are fp32 in every precision."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Work:
     state: StateBytes
     state_copies: int = 2
     canonical: bool = True
+    offloads: bool = False
+    """Whether what only updates need is kept in host memory."""
+
+    @property
+    def computed_bytes(self) -> float:
+        """Of a weight that is computed with."""
+        return min(self.state.weights, self.model.value_bytes)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether the weights that are computed with are copies, of a smaller type."""
+        return self.computed_bytes < self.state.weights
 
 
 def work_of(job: Job, model: ModelCosts) -> Work:
@@ -51,13 +63,14 @@ def work_of(job: Job, model: ModelCosts) -> Work:
         state=state_bytes(job),
         state_copies=job.elastic.state_copies,
         canonical=job.strategy.reduction == "canonical",
+        offloads=job.train.offload == "optimizer",
     )
 
 
 def state_bytes(job: Job) -> StateBytes:
     """What training keeps of each parameter."""
     asked = job.train.optimizer
-    spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_of(job))
+    spec = OptimizerSpec(momentum=asked.momentum, kind=optimizer_of(job), state=asked.state)
     kept = 4 * len(update_rule_of(job).kinds())
     return replace(ADAMW, optimizer=float(spec.state_bytes + kept))
 
@@ -85,17 +98,25 @@ class Rank:
     """What one place in the pipeline has of the model, per tensor-parallel rank."""
 
     parameters: int
+    """That are trained."""
+    frozen: int
+    second_uses: int
+    """Elements of an embedding that its head uses too."""
     largest_block: int
     """Parameters of its largest block, which is what is gathered at once when parameters are sharded."""
     flops_per_token: float
-    """Forward."""
+    """Forward, backward, and what is computed again."""
     attention_flops_per_token: float
+    """Forward."""
     layers: int
     has_embedding: bool
     has_head: bool
     kept_bytes_per_token: tuple[tuple[int, float], ...]
     """For each model part it has: the part's number, and what its forward pass keeps."""
-    working_bytes_per_token: int
+    working_bytes_per_token: float
+    """Of the block that needs most while it runs, forward or backward."""
+    fixed_bytes: float
+    """What the head keeps of a micro-batch and needs meanwhile, whatever the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,7 @@ class Stages:
 
     @cached_property
     def slowest_flops(self) -> float:
-        """Forward FLOPs per token of the rank that computes longest."""
+        """FLOPs per token, of all passes, of the rank that computes longest."""
         return max(rank.flops_per_token for rank in self.ranks)
 
     @cached_property
@@ -127,6 +148,11 @@ class Stages:
     def most_parameters(self) -> int:
         """Of any rank."""
         return max(rank.parameters for rank in self.ranks)
+
+    @cached_property
+    def most_frozen(self) -> int:
+        """Of any rank."""
+        return max(rank.frozen for rank in self.ranks)
 
     @cached_property
     def most_blocks(self) -> int:

@@ -42,6 +42,12 @@ _KEPT = (
 """The operations whose results `selective` keeps."""
 
 
+def is_kept(operation: Any) -> bool:
+    """Whether `selective` keeps what an operation gives."""
+    name = operation.name() if hasattr(operation, "name") and callable(operation.name) else str(operation)
+    return name.partition(".")[0] in _KEPT
+
+
 def recompute(layers: Iterable[tuple[int, nn.Module]], spec: Recompute, *, draws: bool) -> None:
     """Has these numbered layers recompute what they are to, and no others. `draws` says that they draw random numbers,
     which are then drawn again."""
@@ -81,10 +87,8 @@ def _selective_contexts(draws: bool) -> Any:
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = operation.name() if hasattr(operation, "name") and callable(operation.name) else str(operation)
         # Numbers that are not drawn again would be drawn by what comes after.
         skips = draws and torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ())
-        kept = name.partition(".")[0] in _KEPT and not skips
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if is_kept(operation) and not skips else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
