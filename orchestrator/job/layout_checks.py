@@ -135,16 +135,6 @@ def _said(get: Get, *names: str) -> list[tuple[str, int]]:
     return [(name, hf[name]) for name in names if type(hf.get(name)) is int and hf[name] > 0][:1]
 
 
-def _tied(get: Get) -> Iterator[Finding]:
-    pipeline, hf = get("strategy.pipeline"), get("model.hf")
-    if pipeline > 1 and isinstance(hf, dict) and hf.get("tie_word_embeddings") is True:
-        yield Finding(
-            ("model.hf.tie_word_embeddings", "strategy.pipeline"),
-            f"tie_word_embeddings: true makes the first and the last stage of pipeline = {pipeline} share a tensor; "
-            "set tie_word_embeddings: false or pipeline: 1",
-        )
-
-
 def _native(get: Get) -> Iterator[Finding]:
     if get("strategy.reduction") != "native":
         return
@@ -194,7 +184,6 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     _micro_batches,
     _layers,
     _divisible,
-    _tied,
     _native,
     _compile,
     _padded,

@@ -143,11 +143,6 @@ class LayoutChooser:
         refused = planner.refuses_tensor(self.tensor)
         if refused:
             raise PlanError(refused)
-        if planner.work.model.tied:
-            raise PlanError(
-                f"pipeline {self.pipeline} cannot share the {planner.work.model.tied:,} elements of a tied embedding "
-                "between its first and last stage; set model.hf.tie_word_embeddings: false or strategy.pipeline: 1"
-            )
 
     def _own(self, planner: Planner, workers: int) -> Plan | None:
         """The job's own degrees, if they use every worker and fit."""

@@ -270,7 +270,6 @@ def test_of_equally_fast_layouts_the_one_that_moves_least_is_taken() -> None:
     ("tensor", "costs", "reason"),
     [
         (3, model(), "tensor 3 does not divide the model's 16 attention heads"),
-        (1, model(tied=True), "cannot share the 32,768,000 elements of a tied embedding"),
     ],
 )
 def test_a_model_that_cannot_be_split_so_is_refused(tensor: int, costs: ModelCosts, reason: str) -> None:

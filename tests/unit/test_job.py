@@ -623,11 +623,6 @@ def test_every_synchronous_layout_loads(strategy: str) -> None:
             "tensor = 4 does not divide hidden_size = 102, intermediate_size = 250; tensor 1 or 2 would fit",
         ),
         (
-            "{pipeline: 2}", ["model.hf.tie_word_embeddings=true"],
-            "tie_word_embeddings: true makes the first and the last stage of pipeline = 2 share a tensor; set "
-            "tie_word_embeddings: false or pipeline: 1",
-        ),
-        (
             "{pipeline: 2, reduction: native}", [],
             "reduction: native works with pipeline: 1 and shard: none or optimizer, got pipeline = 2 and shard = none; "
             "set reduction: canonical",
