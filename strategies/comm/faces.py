@@ -47,6 +47,12 @@ class Face(_ProcessGroup):  # type: ignore[misc]
         super().__init__(rank, world_size)
         self._name = self._about = ""
 
+    supports_coalescing = False
+
+    def _get_backend(self, device: torch.device) -> Any:
+        """Torch asks from 2.14 on, before it sends several messages at a time."""
+        return self
+
     def getBackendName(self) -> str:
         return "elastic"
 
