@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
     from torch.optim import Optimizer
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 PRIVATE = {
     "Store": "torch._C._distributed_c10d",
@@ -29,6 +30,7 @@ PRIVATE = {
     "AllGather": "torch.distributed.fsdp._fully_shard._fsdp_api",
     "ReduceScatter": "torch.distributed.fsdp._fully_shard._fsdp_api",
     "Work": "torch._C._distributed_c10d",
+    "TorchDispatchMode": "torch.utils._python_dispatch",
 }
 """Where each name is, and what torch calls it, where that is something else."""
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"

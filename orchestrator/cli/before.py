@@ -54,7 +54,7 @@ def plan(
     from orchestrator.planning.assume import HardwareOptions
 
     hardware = HardwareOptions(
-        gpu, gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node
+        gpu_memory, gpu_tflops, efficiency, bandwidth, node_bandwidth, latency, node_latency, ranks_per_node, gpu
     )
     limits = command.LimitOptions(tensor, pipeline, shard, schedule)
     with pointing_into(job, set_ or []):

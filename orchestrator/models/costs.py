@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PlanError
 from orchestrator.job.parts import objective_of
-from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.trace import CannotTrace, kept_bytes_per_sample
 from strategies.objective.objective import TokenObjective
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from orchestrator.job import Job
+    from orchestrator.job.sections.train import EveryLayers
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _with_recompute(
     known what `selective` would keep."""
     if asked == "none" or (asked == "selective" and selected is None):
         return blocks
-    every = asked.every if isinstance(asked, EveryLayers) else 1
+    every = 1 if isinstance(asked, str) else asked.every
     given = measure.hidden * measure.value_bytes
     found = list(blocks)
     for index in range(1, len(blocks) - 1, every):

@@ -45,6 +45,7 @@ def kept_bytes_per_sample(
     import torch
 
     from strategies.compat import FakeTensorMode
+    from strategies.model.anatomy import kinds_of, representatives, set_aside
 
     with _quiet():
         try:
@@ -54,24 +55,31 @@ def kept_bytes_per_sample(
                     _compute_with(module, torch.bfloat16)
                 if getattr(getattr(module, "config", None), "use_cache", None):
                     module.config.use_cache = False  # type: ignore[union-attr]
-                one, two = (_kept(module, layers_of(module), batch, length, bf16, objective) for batch in (1, 2))
+                layers = layers_of(module)
+                kinds = kinds_of(list(layers))
+                # Two of each kind stand for all.
+                set_aside(layers, representatives(kinds))
+                one, two = (_kept(module, layers, batch, length, bf16, objective) for batch in (1, 2))
         except Exception as error:
             # Any operator of any network may refuse; the caller says so and estimates instead.
             reason = str(error).strip().splitlines() or [""]
             raise CannotTrace(f"{type(error).__name__}: {reason[0]}") from error
-    return [
+    found = [
         Kept(after.everything - before.everything, after.selected - before.selected)
         for before, after in zip(one, two, strict=True)
     ]
+    for numbers in kinds:
+        for number in numbers[2:]:
+            found[1 + number] = found[1 + numbers[1]]
+    return found
 
 
 def _kept(
     module: nn.Module, layers: nn.ModuleList, batch: int, length: int, bf16: bool, objective: Objective
 ) -> list[Kept]:
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
+    from strategies.compat import TorchDispatchMode
     from strategies.model.recompute import is_kept
     from strategies.objective.rows import Rows
 
@@ -86,7 +94,8 @@ def _kept(
         def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found = operation(*args, **(kwargs or {}))
             if is_kept(operation):
-                sizes = [each.numel() * each.element_size() for each in tree_leaves(found) if torch.is_tensor(each)]
+                given = found if isinstance(found, (tuple, list)) else (found,)
+                sizes = [each.numel() * each.element_size() for each in given if torch.is_tensor(each)]
                 selected[at] += sum(sizes)
             return found
 
@@ -107,7 +116,7 @@ def _kept(
     ]
     hooks.append(layers[-1].register_forward_hook(lambda *_: enter(len(layers) + 1)))
     tokens = torch.zeros((batch, length + 1), dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Watch():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Watch():  # type: ignore[no-untyped-call]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             output = module(input_ids=tokens[:, :-1])
         logits = output if isinstance(output, torch.Tensor) else output.logits

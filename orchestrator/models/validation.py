@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
@@ -17,6 +17,8 @@ from strategies.layout.schedule import chunks_of
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from strategies.model.cutting import Cuts
 
 _OWN_HEAD_SIZES = ("head_dim", "qk_head_dim", "v_head_dim", "qk_nope_head_dim", "attention_head_dim", "kv_channels")
 
@@ -143,31 +145,53 @@ def _field(job: Job, config: Any, name: str) -> str:
 def _check_layout(job: Job, model: nn.Module) -> None:
     strategy = job.strategy
     parts = strategy.pipeline * chunks_of(strategy.schedule) if strategy.pipeline > 1 else 1
-    for field, reason in _layout_reasons(model, strategy.tensor, strategy.pipeline, parts, strategy.shard):
-        raise ModelError([Finding((field,), reason)])
+    reasons = LayoutReasons(model)
+    for field, reason in (
+        ("tensor", reasons.of_tensor(strategy.tensor)),
+        ("pipeline", reasons.of_pipeline(strategy.pipeline, parts)),
+        ("shard", reasons.of_shard(strategy.shard)),
+    ):
+        if reason is not None:
+            raise ModelError([Finding((f"strategy.{field}",), reason)])
 
 
-def layout_reason(model: nn.Module, tensor: int, pipeline: int, parts: int, shard: str) -> str | None:
-    """Why a model, which may be without weights, cannot be split over `tensor` ranks, cut into `pipeline` stages of
-    `parts` model parts, or sharded so; None where it can."""
-    return next((reason for _, reason in _layout_reasons(model, tensor, pipeline, parts, shard)), None)
+class LayoutReasons:
+    """Why a model, which may be without weights, cannot be laid out so; None where it can. Remembers what it said."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._cuts: Cuts | None = None
+        self._said: dict[tuple[Any, ...], str | None] = {}
 
-def _layout_reasons(
-    model: nn.Module, tensor: int, pipeline: int, parts: int, shard: str
-) -> Iterator[tuple[str, str]]:  # fmt: skip
-    from strategies.model.blueprint import check_sharded
-    from strategies.model.cutting import check_cut
-    from strategies.model.tensor_plan import check_tensor
+    def of_tensor(self, tensor: int) -> str | None:
+        """Why it cannot be split over so many ranks."""
+        from strategies.model.tensor_plan import check_tensor
 
-    checks: dict[str, tuple[bool, Callable[[], None]]] = {
-        "tensor": (tensor > 1, lambda: check_tensor(model, tensor)),
-        "pipeline": (pipeline > 1, lambda: check_cut(model, pipeline, parts)),
-        "shard": (shard == "parameters", lambda: check_sharded(model)),
-    }
-    for name, (applies, check) in checks.items():
-        try:
-            if applies:
-                check()
-        except ValueError as error:
-            yield f"strategy.{name}", str(error)
+        return self._reason(("tensor", tensor), tensor > 1, lambda: check_tensor(self._model, tensor))
+
+    def of_pipeline(self, pipeline: int, parts: int) -> str | None:
+        """Why it cannot be cut into so many stages with so many model parts together."""
+        return self._reason(("pipeline", pipeline, parts), pipeline > 1, lambda: self._check_cut(pipeline, parts))
+
+    def of_shard(self, shard: str) -> str | None:
+        """Why it cannot be sharded so."""
+        from strategies.model.blueprint import check_sharded
+
+        return self._reason(("shard", shard), shard == "parameters", lambda: check_sharded(self._model))
+
+    def _check_cut(self, pipeline: int, parts: int) -> None:
+        from strategies.model.cutting import Cuts
+
+        if self._cuts is None:
+            self._cuts = Cuts(self._model)
+        self._cuts.check(pipeline, parts)
+
+    def _reason(self, key: tuple[Any, ...], applies: bool, check: Callable[[], None]) -> str | None:
+        if key not in self._said:
+            self._said[key] = None
+            try:
+                if applies:
+                    check()
+            except ValueError as error:
+                self._said[key] = str(error)
+        return self._said[key]

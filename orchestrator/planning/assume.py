@@ -30,8 +30,6 @@ CPU_CORE = Hardware(
 class HardwareOptions:
     """The options of `orchestrator plan`, as text where they have units; None: not given."""
 
-    gpu: str | None = None
-    """One of `orchestrator.planning.gpus.GPUS`."""
     gpu_memory: str | None = None
     gpu_tflops: float | None = None
     efficiency: float | None = None
@@ -40,6 +38,8 @@ class HardwareOptions:
     latency: str | None = None
     node_latency: str | None = None
     ranks_per_node: int | None = None
+    gpu: str | None = None
+    """One of `orchestrator.planning.gpus.GPUS`."""
 
 
 def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[str, ...]]:
@@ -58,7 +58,8 @@ def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[st
             assumed.append(f"{words} {otherwise}")
         return value or otherwise
 
-    if gpu is not None and options.gpu is None:
+    known = (options.gpu_tflops, options.efficiency, options.bandwidth, options.node_bandwidth)
+    if gpu is not None and options.gpu is None and None in known:
         assumed.append("GPUs as A100 (--gpu says others)")
     tflops, efficiency = _arithmetic(job, options, gpu, assumed)
     memory = options.gpu_memory

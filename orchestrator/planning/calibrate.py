@@ -1,9 +1,9 @@
 """What a real run says of its machine: how fast it computes, what messages and the rest of a step take there.
 
-Of the last stretch of steps in one layout, without the first ones: arithmetic by the busiest rank's passes, messages by
-what the rank that waits least waits (the others wait for it, too), and what is left of a step beside them. The run's own
-job says what there was to do, so another job, or another layout, can be predicted from it. What depends on the number
-of ranks on a machine, as processors that they share, is that of this run.
+Of the last stretch of steps in one layout, without the first ones: arithmetic by the busiest rank's passes, messages
+by what the rank that waits least waits (the others wait for it, too), and what is left of a step beside them. The run's
+own job says what there was to do, so another job, or another layout, can be predicted from it. What depends on the
+number of ranks on a machine, as processors that they share, is that of this run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,7 +102,7 @@ def _last_stretch(run: Path) -> Stretch:
 
 
 def _stretch(layout: dict[str, Any], steps: Sequence[dict[str, Any]]) -> Stretch:
-    between = [after["committed_at"] - before["committed_at"] for before, after in zip(steps, steps[1:], strict=False)]
+    between = [after["committed_at"] - before["committed_at"] for before, after in pairwise(steps)]
     busy = [max(sum(rank[0]) for rank in each["ranks"]) for each in steps]
     waits = [min(rank[2] for rank in each["ranks"]) for each in steps]
     return Stretch(layout, len(steps), median(between), median(busy), median(waits))

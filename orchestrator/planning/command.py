@@ -41,7 +41,8 @@ def plan(
     path: Path, workers: str | None, hardware: HardwareOptions, limits: LimitOptions, overrides: Sequence[str] = (),
     as_json_: bool = False, everything: bool = False, run: Path | None = None,
 ) -> None:  # fmt: skip
-    """Prints the layouts; for the machine of a `run`, if one is given. Raises JobError, ModelError, and PlanError for an option or if nothing fits."""
+    """Prints the layouts; for the machine of a `run`, if one is given. Raises JobError, ModelError, and PlanError for
+    an option or if nothing fits."""
     counts = None if workers is None else parse_counts(workers, "--workers")
     job = Job.load(path, overrides)
     counts = counts or (job.elastic.workers.max,)

@@ -4,8 +4,8 @@ Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX) a
 tensor cores, fp32 without TF32; NVLink by direction), and networks as such nodes usually have: HDR InfiniBand beside
 A100, NDR (400 Gb/s a GPU) beside H100 and later, 100 Gb/s Ethernet a GPU beside L40S, whose GPUs share PCIe 4.0.
 What is reached in bf16 is that of torchtitan's Llama 3.1 8B (its docs/performance.md: 33 % in eager mode, 39 %
-compiled, on H100 at 500 W) and, for A100, of its Llama 3 8B on 64 (58 % compiled), less what compiling gives; that of other models
-differs.
+compiled, on H100 at 500 W) and, for A100, of its Llama 3 8B on 64 (58 % compiled), less what compiling gives; that of
+other models differs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Gpu:
     """Peaks in TFLOP/s; memory in GiB; links in GB/s, by direction: inside of a node, and between nodes for each GPU.
-    `reached` is the fraction of the bf16 peak that training reaches, eager and compiled; of the fp32 peak it is 70 %."""
+    `reached` is the fraction of the bf16 peak that training reaches, eager and compiled; of the fp32 peak 70 %."""
 
     bf16: float
     fp32: float

@@ -7,12 +7,12 @@ layout which is recommended can be had.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.layout_checks import RULES_OF_DEGREES
-from orchestrator.models.validation import layout_reason
+from orchestrator.models.validation import LayoutReasons
+from orchestrator.planning.search import Refuse
 from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule
 
 if TYPE_CHECKING:
@@ -20,21 +20,11 @@ if TYPE_CHECKING:
 
     from orchestrator.job import Job
 
-Refuse = Callable[[int, PipelineSchedule, str], str | None]
-"""(tensor degree, schedule, shard) -> why a job cannot have it, or None."""
-
-
-def anything(tensor: int, schedule: PipelineSchedule, shard: str) -> str | None:
-    """For a job whose layouts have been checked."""
-    return None
-
 
 def possible(job: Job, model: nn.Module) -> Refuse:
     """What says no to layouts of this job, whose `model` has been built without weights; it remembers."""
 
-    @cache
-    def of_model(tensor: int, pipeline: int, parts: int, shard: str) -> str | None:
-        return layout_reason(model, tensor, pipeline, parts, shard)
+    reasons = LayoutReasons(model)
 
     @cache
     def refuse(tensor: int, schedule: PipelineSchedule, shard: str) -> str | None:
@@ -48,7 +38,8 @@ def possible(job: Job, model: nn.Module) -> Refuse:
             return degrees[path] if path in degrees else _value(job, path)
 
         found = [finding.reason for rule in RULES_OF_DEGREES for finding in _findings(rule, get)]
-        return next(iter(found), None) or of_model(tensor, schedule.stages, schedule.parts, shard)
+        said = next(iter(found), None) or reasons.of_tensor(tensor)
+        return said or reasons.of_pipeline(schedule.stages, schedule.parts) or reasons.of_shard(shard)
 
     return refuse
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
-from orchestrator.planning.possible import Refuse, anything
 from orchestrator.planning.stages import cut_model
 from orchestrator.planning.step_time import StepTime, compute_and_bubble, predict_step
 from orchestrator.planning.work import Degrees, Stages, Work, most_held
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS
 from strategies.layout.schedule import NO_PIPELINE, SCHEDULES, PipelineSchedule, schedules
+
+Refuse = Callable[[int, PipelineSchedule, str], str | None]
+"""(tensor degree, schedule, shard) -> why a job cannot have it, or None (`orchestrator.planning.possible`)."""
+
+
+def anything(tensor: int, schedule: PipelineSchedule, shard: str) -> str | None:
+    """For a job whose layouts have been checked."""
+    return None
+
 
 SAME_TIME = 1.01
 """Given a layout to come from, those within 1 % of the fastest count as equally fast: the model is no better."""
