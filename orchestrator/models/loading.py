@@ -92,6 +92,10 @@ def prepare_model(job: Job, vocab_size: int) -> Prepared:
     check_vocabulary(job, model, vocab_size)
     routers = routers_of(job, model)
     keep_quiet(model)
+    if hasattr(model, "set_attn_implementation"):
+        from orchestrator.models.attention import choose_attention
+
+        choose_attention(model, job)
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False

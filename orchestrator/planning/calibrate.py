@@ -58,9 +58,12 @@ def calibrated(run: Path, hardware: Hardware) -> tuple[Hardware, tuple[str, ...]
     if layout.get("stages"):
         stages = stages_of(work.model, schedule, degrees.tensor, [range(*part) for part in layout["stages"]])
     predicted = predict_step(work, planner.hardware, stages, degrees)
-    flops = hardware.flops * predicted.compute / stretch.busy_s
+    # Gathering is part of passes.
+    gathers = predicted.shard - predict_step(work, replace(planner.hardware, gather_s=0.0), stages, degrees).shard
+    busy_s = max(stretch.busy_s - gathers, stretch.busy_s / 10)
+    flops = hardware.flops * predicted.compute / busy_s
     found = replace(hardware, peak_flops=flops / hardware.efficiency)
-    messages = predicted.messages
+    messages = predicted.messages - gathers
     said = f"{flops / 1e12:.4g} TFLOP/s reached"
     if messages and stretch.message_s:
         factor = messages / stretch.message_s
@@ -69,7 +72,7 @@ def calibrated(run: Path, hardware: Hardware) -> tuple[Hardware, tuple[str, ...]
         said += f", messages {show_seconds(stretch.message_s)} a step"
     else:
         said += ", messages as assumed (that run had none)"
-    bubble = predicted.bubble * stretch.busy_s / predicted.compute if predicted.compute else 0.0
+    bubble = predicted.bubble * busy_s / predicted.compute if predicted.compute else 0.0
     rest = stretch.step_s - stretch.busy_s - bubble - (stretch.message_s if messages else 0.0)
     found = replace(found, step_s=max(0.0, rest))
     said += f", {show_seconds(found.step_s)} a step for the rest"
@@ -93,7 +96,8 @@ def _last_stretch(run: Path) -> Stretch:
     layouts = {each["generation"]: each["layout"] for each in generations if not each.get("collect")}
     records = [each for each in read_records(run / "metrics.jsonl") if each["generation"] in layouts]
     for generation in sorted({each["generation"] for each in records}, reverse=True):
-        steps = [each for each in records if each["generation"] == generation and not each["deal"]][WARM_UP:]
+        of_it = [each for each in records if each["generation"] == generation and not each["deal"] and each["ranks"]]
+        steps = of_it[WARM_UP:]
         if len(steps) > FEWEST:
             return _stretch(layouts[generation], steps)
     raise PlanError(

@@ -32,6 +32,8 @@ class Hardware:
     held_back: float = 0.1
     overlaps: bool = False
     """Whether what layers exchange goes on beside what they compute."""
+    gather_s: float = 0.0
+    """What gathering a block of sharded weights takes a rank, beside its message."""
     step_s: float = 0.0
     """What a step takes beside arithmetic and messages."""
 

@@ -122,6 +122,7 @@ def _reduction(
     everything = weights + stages.most_frozen * work.computed_bytes
     gather = stages.most_blocks * scatter_s(everything / stages.most_blocks, data, link)
     # Weights are let go of after the forward pass of a micro-batch and gathered again for its backward pass.
+    gather += stages.most_blocks * hardware.gather_s
     return reduce, 2 * held * work.micro_batches * gather
 
 

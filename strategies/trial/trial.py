@@ -10,7 +10,6 @@ masks) passes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import random
 import re
@@ -23,12 +22,11 @@ import torch
 from torch import nn
 
 from strategies.gradient.spec import StepSpec, first_pass
-from strategies.model.anatomy import find_layers, kinds_of, representatives, set_aside
 from strategies.model.head import find_body
-from strategies.model.parameters import made_up_values
-from strategies.model.randomness import seed_stream, stream_key
+from strategies.model.randomness import seed_stream
 from strategies.model.stage import Stage, whole_model
 from strategies.objective.rows import Rows
+from strategies.trial.copies import Copies
 from strategies.trial.document_mask import refuse_leaks
 from strategies.trial.footprint import Footprint, changed, footprint, own_attributes, value_sums
 from strategies.trial.leaks import nothing_hidden, refuse_foresight
@@ -110,7 +108,7 @@ def _inputs(
 def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:
     tokens, rows = inputs
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    copies = _Copies(model, tokens.device)
+    copies = Copies(model, tokens.device)
     one, other, watched = copies.make(dtype), copies.make(dtype), copies.make(torch.float32)
     with nothing_hidden(watched):
         body = find_body(watched, copies.layers, tokens[:1])
@@ -135,63 +133,6 @@ def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows
         refuse_foresight(watched, tokens)
     used = copies.everywhere(passes.used)
     return Trial(unused=unused_of(model, used), caches=copies.everywhere(touched), body=body)
-
-
-class _Copies:
-    """Copies of a model to try, with buffers and attributes of their own. A model that has no values yet is tried with
-    made-up ones, and two layers of each kind stand for all; `everywhere` says of names in these what holds in all."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self.layers = find_layers(model)[0]
-        self._kinds: list[list[int]] = []
-        if self.layers is not None and any(parameter.is_meta for parameter in model.parameters()):
-            self._kinds = kinds_of(list(model.get_submodule(self.layers)))  # type: ignore[call-overload]
-
-    def make(self, dtype: torch.dtype) -> nn.Module:
-        """One whose trained parameters are of this type. What cannot be copied is tried as it is."""
-        kept = representatives(self._kinds)
-        layers: list[nn.Module] = list(self._model.get_submodule(self.layers or "")) if kept else []  # type: ignore
-        aside = [layer for number, layer in enumerate(layers) if number not in kept]
-        outside = {id(parameter) for layer in aside for parameter in layer.parameters()}
-        shared: dict[int, Any] = {
-            id(parameter): parameter if id(parameter) in outside else self._value(name, parameter, dtype)
-            for name, parameter in self._model.named_parameters()
-        }
-        try:
-            made = copy.deepcopy(self._model, shared)
-        except Exception:  # Whatever a user's object raises.
-            return self._model
-        if aside:
-            set_aside(made.get_submodule(self.layers or ""), kept)  # type: ignore[arg-type]
-        return made
-
-    def _value(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        if not parameter.is_meta and (dtype == torch.float32 or not parameter.requires_grad):
-            return parameter
-        if parameter.is_meta:
-            value = made_up_values(parameter.shape, stream_key("trial", name), self._device, dtype)
-        else:
-            value = parameter.detach().to(dtype)
-        return nn.Parameter(value, requires_grad=parameter.requires_grad)
-
-    def everywhere(self, names: Collection[str]) -> frozenset[str]:
-        """These names, and the same in the layers that the tried ones stand for."""
-        found = set(names)
-        for numbers in self._kinds:
-            for name in names:
-                prefix, rest = self._split(name)
-                if prefix in numbers[:2]:
-                    found.update(f"{self.layers}.{number}.{rest}" for number in numbers)
-        return frozenset(found)
-
-    def _split(self, name: str) -> tuple[int, str]:
-        start = f"{self.layers}."
-        if not name.startswith(start):
-            return -1, name
-        number, _, rest = name[len(start) :].partition(".")
-        return int(number), rest
 
 
 def _weights(model: nn.Module) -> Footprint:

@@ -59,7 +59,7 @@ def job_of(drawn: dict[str, Any], **layout: Any) -> Job:
     })  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(jobs, st.integers(1, 12), st.sampled_from([(1,), (1, 2), (2,)]))
 def test_whatever_is_recommended_can_be_had(drawn: dict[str, Any], workers: int, tensor: tuple[int, ...]) -> None:
     try:

@@ -14,6 +14,7 @@ from orchestrator.planning.possible import possible
 from orchestrator.planning.search import Limits, Plan, Planner, best_of
 from orchestrator.planning.work import Degrees, work_of
 from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule
+from tests.selection import nightly
 
 GIB = 2**30
 LLAMA_8B: dict[str, Any] = {
@@ -98,7 +99,7 @@ MEGATRON = [
 hidden size, tensor and pipeline degree, GPUs, batch."""
 
 
-@pytest.mark.parametrize("row", MEGATRON, ids=lambda row: f"{row[0]}B")
+@pytest.mark.parametrize("row", [MEGATRON[3], *nightly((row,) for row in (*MEGATRON[:3], *MEGATRON[4:]))], ids=str)
 def test_the_rows_of_megatrons_table_fit_where_they_ran(row: tuple[Any, ...]) -> None:
     billions, heads, layers, hidden, tensor, pipeline, gpus, batch = row
     hf = {
