@@ -8,7 +8,6 @@ number of ranks on a machine, as processors that they share, is that of this run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,9 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from monitoring.events import GenerationFormed
 from monitoring.records import read_records
 from orchestrator.errors import PlanError
-from orchestrator.job import Job
+from orchestrator.job import Job, JobError
 from orchestrator.models.costs import describe_model
 from orchestrator.planning.hardware import Hardware, Link
 from orchestrator.planning.search import Limits, Planner
@@ -26,6 +26,7 @@ from orchestrator.planning.stages import stages_of
 from orchestrator.planning.step_time import predict_step
 from orchestrator.planning.units import show_seconds
 from orchestrator.planning.work import Degrees, work_of
+from orchestrator.rundir import RunDirectory, RunDirectoryError
 from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule, chunks_of
 
 WARM_UP = 5
@@ -86,13 +87,17 @@ def _faster(link: Link, factor: float) -> Link:
 
 def _job_of(run: Path) -> Job:
     try:
-        return Job.model_validate(json.loads((run / "job.resolved.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"--from {run}: this is no directory of a run, or its job cannot be read ({error})") from error
+        resolved = RunDirectory(run).read_json("job.resolved.json")
+        if resolved is None:
+            raise PlanError(f"--from {run}: this is no directory of a run")
+        return Job.model_validate(resolved)
+    except (OSError, RunDirectoryError, JobError) as error:
+        raise PlanError(f"--from {run}: its job cannot be read: {error}") from error
 
 
 def _last_stretch(run: Path) -> Stretch:
-    generations = [each for each in read_records(run / "events.jsonl") if each.get("kind") == "generation"]
+    events = read_records(run / "events.jsonl")
+    generations = [each for each in events if each.get("kind") == GenerationFormed.kind]
     layouts = {each["generation"]: each["layout"] for each in generations if not each.get("collect")}
     records = [each for each in read_records(run / "metrics.jsonl") if each["generation"] in layouts]
     for generation in sorted({each["generation"] for each in records}, reverse=True):

@@ -35,24 +35,29 @@ def planner_for(hardware: Hardware) -> Planner:
 def record(directory: Path, busy: list[float], wait: float, step: float, steps: int = 20, **layout: Any) -> Path:
     """A run's directory with such steps."""
     directory.mkdir()
-    (directory / "job.resolved.json").write_text(json.dumps(quickstart().resolved()))
+    (directory / "job.resolved.json").write_text(json.dumps(quickstart().resolved()), encoding="utf-8")
     laid_out = {"data": len(busy), "tensor": 1, "pipeline": 1, "shard": "none", **layout}
     events = [{
         "time": 0.0, "clock": 0.0, "kind": "generation", "generation": 0, "start_step": 0, "cause": "start",
         "workers": [{"worker": 0, "incarnation": 0, "node": "n", "pid": 1}], "layout": laid_out, "dealt": [4, 4],
         "restore": None, "source": "peers", "steps_lost": 0,
     }]  # fmt: skip
-    (directory / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
+    _write(directory / "events.jsonl", events)
     ranks = [[[each], 0.0, wait + number, 0.0, 1.0, 1, 0] for number, each in enumerate(busy)]
     records = [
         # The first steps are slow.
         {"time": 0.0, "step": number, "generation": 0, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 1,
-         "samples": "642339c651f141534d530dade5a404da", "skipped": False, "committed_at": number * step, "seconds": step, "phase_seconds": {},
+         "samples": "642339c651f141534d530dade5a404da", "skipped": False, "committed_at": number * step,
+         "seconds": step, "phase_seconds": {},
          "padding": 0, "ranks": ranks if number > 2 else [], "deal": 0}
         for number in range(steps)
     ]  # fmt: skip
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    _write(directory / "metrics.jsonl", records)
     return directory
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
 
 
 def test_other_layouts_are_predicted_as_if_measured_on_that_machine(tmp_path: Path) -> None:
