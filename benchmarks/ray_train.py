@@ -56,14 +56,14 @@ def train_loop(config: dict[str, Any]) -> None:
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
-    from orchestrator.training import build
+    from orchestrator.models.loading import build_model
 
     torch.set_num_threads(1)
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     job = Job.load(config["job"])
     dataset = dataset_of(job, prepare_stores(job, verify=False))
-    model: Any = prepare_model(build.build_model(job, dataset.vocab_size))
+    model: Any = prepare_model(build_model(job, dataset.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr)
     first = 0
     if (checkpoint := train.get_checkpoint()) is not None:

@@ -99,6 +99,7 @@ def ddp(start: Start, text: str, factor: Callable[[int, int], float], padded: bo
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
+    from orchestrator.models.loading import build_model
     from orchestrator.training import build
 
     store = start.store or dist.TCPStore("127.0.0.1", start.port, is_master=False)
@@ -106,7 +107,7 @@ def ddp(start: Start, text: str, factor: Callable[[int, int], float], padded: bo
     job = Job.loads(text)
     data = dataset_of(job, prepare_stores(job, verify=False))
     (cut,) = data._cuts
-    model = build.build_model(job, data.vocab_size)
+    model = build_model(job, data.vocab_size)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     spec = build.optimizer_spec(job)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)

@@ -73,13 +73,14 @@ def _ddp_rank(rank: int, world_size: int, port: int, job_path: str, steps: int, 
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.job import Job
+    from orchestrator.models.loading import build_model
     from orchestrator.training import build
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     job = Job.load(job_path)
     dataset = dataset_of(job, prepare_stores(job, verify=False))
-    model = build.build_model(job, dataset.vocab_size)
+    model = build_model(job, dataset.vocab_size)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     spec = build.optimizer_spec(job)
     decayed = [p for p in model.parameters() if p.ndim >= 2]

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.job import Job
+from orchestrator.models.loading import build_model
 from orchestrator.training import build
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.schedule import parts_of
@@ -175,7 +176,7 @@ def _ddp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh, 
     from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
     from torch.nn.parallel import DistributedDataParallel
 
-    model: Any = build.build_model(job, batches.vocab_size)
+    model: Any = build_model(job, batches.vocab_size)
     split: set[str] = set()
     if layout.tensor > 1:
         _split(model, model.tp_plan, mesh["tensor"])
@@ -215,7 +216,7 @@ def _fsdp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh,
 
     # Transformers returns a view of the logits, of which nothing here makes anything in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    model: Any = build.build_model(job, batches.vocab_size)
+    model: Any = build_model(job, batches.vocab_size)
     split: set[str] = set()
     if layout.tensor > 1:
         plain = {id(p) for p in model.parameters()}
@@ -285,7 +286,7 @@ def _pipelining(job: Job, batches: _Batches, layout: ParallelLayout, mesh: Devic
         "1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved-1f1b": ScheduleInterleaved1F1B,
         "zero-bubble": ScheduleZBVZeroBubble,
     }  # fmt: skip
-    model: Any = build.build_model(job, batches.vocab_size)
+    model: Any = build_model(job, batches.vocab_size)
     at = mesh.get_local_rank("pipeline")
     numbers = parts_of(layout.schedule, layout.pipeline, len(layout.parts), at)
     modules = [_Stage(model, *layout.parts[number]) for number in numbers]

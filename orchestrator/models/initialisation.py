@@ -10,6 +10,7 @@ initialising takes neither time nor memory.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,9 @@ class KeyedValues:
     its beginning: for parameters that the class's initialisers do not know. See `strategies.model.values.Values`."""
 
     def __init__(self, model: Any, seed: int, build: Callable[[], nn.Module]) -> None:
-        self._model = model
+        # Of its own: an initialiser may change, or skip, others than the one that it is asked for, where they have
+        # values, as those of a model have that is computed with.
+        self._model = copy.deepcopy(model)
         self._seed = seed
         self._build = build
         self._built: dict[str, BuiltValues] = {}

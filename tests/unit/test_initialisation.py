@@ -73,6 +73,20 @@ def test_values_depend_on_seed_and_name_and_on_nothing_else() -> None:
     assert torch.equal(found, first[names[0]].reshape(-1)[5:40])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_the_same_while_the_model_is_computed_with(name: str) -> None:
+    """Initialisers of mamba change a parameter beside that which is asked for, in place."""
+    model = skeleton(name)
+    made = KeyedValues(model, 3, lambda: family(name))
+    names = [key for key, _ in model.named_parameters()]
+    first = {key: made.read(key).clone() for key in names}
+    for key in names:
+        owner, _, inner = key.rpartition(".")
+        model.get_submodule(owner)._parameters[inner] = nn.Parameter(first[key].clone())
+    assert all(torch.equal(made.read(key), first[key]) for key in names)
+    assert all(torch.equal(parameter, first[key]) for key, parameter in model.named_parameters())
+
+
 def test_the_model_is_left_without_memory_and_without_marks() -> None:
     model = skeleton("llama")
     made = KeyedValues(model, 3, lambda: family("llama"))

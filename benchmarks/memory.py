@@ -1,0 +1,224 @@
+"""What a rank needs in memory, beside FSDP2 and torch's own checkpointing, and what saving memory costs in time.
+
+A model of 100 million parameters, whose ranks each have a share of it (`shard: parameters`). Memory is the most that a
+process has had resident, less what it had before it made anything, by phase: while it starts, and in a step. Both sides
+do the same work in processes of their own, forked alike. Times are those of our own steps, in turn: layers that
+recompute beside layers that do not, and a loss in chunks beside a loss at once. Ratios are taken round by round.
+
+    python benchmarks/memory.py [--ranks 2] [--rounds 4] [--steps 2] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import layouts
+import torch_layouts
+from paired import Done, Side, Start
+
+from orchestrator.job import Job
+from strategies.layout.parallel import ParallelLayout
+
+JOB = """
+name: memory
+model:
+  hf:
+    model_type: llama
+    hidden_size: 768
+    intermediate_size: 2048
+    num_hidden_layers: 12
+    num_attention_heads: 12
+    num_key_value_heads: 12
+    vocab_size: 16384
+    max_position_embeddings: 512
+    tie_word_embeddings: false
+data: {source: python-stdlib, tokenizer: bytes, sequence_length: 512}
+train: {steps: 1000, global_batch: %d, micro_batch: 1, precision: fp32}
+elastic: {virtual_workers: %d, workers: {min: %d, max: %d}, state_copies: 1}
+strategy: {shard: parameters}
+"""
+MIB = 2**20
+
+
+def job_file(home: str, ranks: int) -> str:
+    path = Path(home) / "memory.yaml"
+    path.write_text(JOB % (ranks, ranks, ranks, ranks), encoding="utf-8")
+    return str(path)
+
+
+def job_of(path: str, ranks: int, recompute: str, chunk: int | None = None) -> tuple[Job, ParallelLayout]:
+    overrides = [f"train.recompute={recompute}"] + ([] if chunk is None else [f"train.loss_chunk={chunk}"])
+    _, layout = layouts.layout_of(path, f"dp{ranks}.parameters")
+    return Job.load(path, overrides=overrides), layout
+
+
+# -------------------------------------------------------------------------------------------- what a process has
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return _of_status("VmRSS")
+
+
+def peak() -> int:
+    """The most since `forget_peak`."""
+    return _of_status("VmHWM")
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _of_status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"this system does not say {name}")
+
+
+def watched(start: Start, make: Callable[..., Any], *arguments: Any) -> Callable[[int], Done]:
+    """A side whose steps say how much memory its process had: in `phases`, bytes."""
+    # What is imported and tried first is nobody's.
+    before = resident()
+    forget_peak()
+    step = make(start, *arguments)
+    started = peak() - before
+
+    def measured(number: int) -> Done:
+        forget_peak()
+        done = step(number)
+        return Done(done.loss, {"start-up": started, "step": peak() - before, "between steps": resident() - before})
+
+    return measured
+
+
+def ours(start: Start, job: Job, layout: ParallelLayout) -> Any:
+    return layouts.ours(start, job, layout, 1)
+
+
+def theirs(start: Start, job: Job, layout: ParallelLayout, recompute: str) -> Any:
+    """FSDP2, with torch's own wrapper around each layer where it is to recompute."""
+    if recompute == "none":
+        return torch_layouts.make(start, job, layout, "FSDP2 sync")
+    with _checkpointed():
+        return torch_layouts.make(start, job, layout, "FSDP2 sync")
+
+
+@contextlib.contextmanager
+def _checkpointed() -> Any:
+    """Has the layers of models that are built meanwhile recompute."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    build = torch_layouts.build_model
+
+    def built(*arguments: Any) -> Any:
+        model: Any = build(*arguments)
+        for number, layer in enumerate(model.model.layers):
+            model.model.layers[number] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+        return model
+
+    torch_layouts.build_model = built  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch_layouts.build_model = build  # type: ignore[attr-defined]
+
+
+def share_of(job: Job, ranks: int) -> tuple[int, int]:
+    """Bytes that a rank keeps of the state (weights as they are updated, as they are gathered from, and moments), and
+    of the largest tensor."""
+    from orchestrator.models.costs import describe_model
+    from orchestrator.models.loading import empty_model
+
+    parameters = describe_model(job).parameters
+    largest = max(parameter.numel() for parameter in empty_model(job).parameters())
+    return (4 + 4 + 8) * parameters // ranks, 4 * largest
+
+
+# -------------------------------------------------------------------------------------------- rounds
+
+
+def memory(path: str, ranks: int, recompute: str) -> dict[str, dict[str, int]]:
+    """Bytes by side and phase, of the rank that has most. One side after the other: no process sees the other's."""
+    job, layout = job_of(path, ranks, recompute)
+    found = {}
+    sides: dict[str, tuple[Any, ...]] = {
+        "ours": (layouts.serve, watched, ours, job, layout),
+        "FSDP2": (torch_layouts.serve, watched, theirs, job, layout, recompute),
+    }
+    for name, (serve, make, *arguments) in sides.items():
+        side = Side(name, ranks, serve, make, *arguments)
+        try:
+            turn = side.turn(0, 3)
+        finally:
+            side.close()
+        found[name] = {phase: int(max(rank[phase] for rank in turn.phases)) for phase in turn.phases[0]}
+    return found
+
+
+def times(path: str, ranks: int, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of a step by side and round."""
+    kinds = {"plain": ("none", None), "recompute: full": ("full", None), "loss at once": ("none", 0)}
+    sides = []
+    try:
+        for name, (recompute, chunk) in kinds.items():
+            job, layout = job_of(path, ranks, recompute, chunk)
+            sides.append(Side(name, ranks, layouts.serve, ours, job, layout))
+        for side in sides:
+            side.turn(0, 1)
+        found: dict[str, list[float]] = {name: [] for name in kinds}
+        for number in range(rounds):
+            for side in sides if number % 2 == 0 else reversed(sides):
+                found[side.name].append(side.turn(2 + number * (steps + 1), steps).seconds)
+    finally:
+        for side in sides:
+            side.close()
+    return found
+
+
+def show(figures: dict[str, Any]) -> None:
+    share, largest = figures["share_bytes"], figures["largest_tensor_bytes"]
+    print(f"\n{'recompute':<12}{'phase':<16}{'ours, MiB':>12}{'FSDP2, MiB':>12}{'ratio':>8}")
+    for recompute, by_side in figures["memory"].items():
+        for phase, own in by_side["ours"].items():
+            other = by_side["FSDP2"][phase]
+            print(f"{recompute:<12}{phase:<16}{own / MIB:>12,.0f}{other / MIB:>12,.0f}{own / other:>8.2f}")
+    print(f"a rank's share of the state {share / MIB:,.0f} MiB, the largest tensor {largest / MIB:,.0f} MiB")
+    seconds = figures["seconds"]
+    for name, beside in (("recompute: full", "plain"), ("plain", "loss at once")):
+        ratios = [one / other for one, other in zip(seconds[name], seconds[beside], strict=True)]
+        print(
+            f"{name} / {beside}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
+            f"{statistics.median(seconds[name]):.3f} s a step"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        path = job_file(home, asked.ranks)
+        share, largest = share_of(Job.load(path), asked.ranks)
+        figures = {
+            "benchmark": "memory", "ranks": asked.ranks, "share_bytes": share, "largest_tensor_bytes": largest,
+            "memory": {recompute: memory(path, asked.ranks, recompute) for recompute in ("none", "full")},
+            "seconds": times(path, asked.ranks, asked.rounds, asked.steps),
+        }  # fmt: skip
+    show(figures)
+    if asked.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
