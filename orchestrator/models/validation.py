@@ -165,7 +165,7 @@ class LayoutReasons:
 
     def of_tensor(self, tensor: int) -> str | None:
         """Why it cannot be split over so many ranks."""
-        from strategies.model.tensor_plan import check_tensor
+        from strategies.trial.derive import check_tensor
 
         return self._reason(("tensor", tensor), tensor > 1, lambda: check_tensor(self._model, tensor))
 

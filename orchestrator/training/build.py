@@ -31,6 +31,7 @@ from strategies.objective.batch import Batch
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.training_state import TrainingState
+from strategies.trial.derive import tensor_plan_of
 from strategies.trial.document_mask import refuse_without_positions
 from strategies.trial.trial import try_model
 
@@ -146,6 +147,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches, body=trial.body,
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
         values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
+        plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None,
     )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))

@@ -22,7 +22,7 @@ from strategies.model.cutting import refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
 from strategies.model.model_stages import Stages
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
-from strategies.model.partial_sums import add_up_experts, add_up_rope
+from strategies.model.partial_sums import SumOfParts, add_up_experts, add_up_rope, share_input
 from strategies.model.routers import Routers
 from strategies.model.stage import PassThrough, Stage
 from strategies.model.tensor_plan import EXPERTS, SPLIT, WHOLE, TensorPlan, parallel_style, read_tensor_plan
@@ -44,7 +44,8 @@ class Blueprint:
     it is known which trained parameters are `unused`, what `caches` it makes for itself, and which module is its `body`
     (see `strategies.model.head`). Modules compute with trained parameters of type `dtype`. With `splits_logits` a head
     that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them. `routers`
-    are those of a mixture of experts, where their choices are of interest.
+    are those of a mixture of experts, where their choices are of interest. With a `plan` it is split by that, otherwise
+    by the model's own.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
     `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
@@ -66,6 +67,7 @@ class Blueprint:
         values: Values | None = None,
         splits_logits: bool = False,
         routers: Routers | None = None,
+        plan: TensorPlan | None = None,
     ) -> None:
         _refuse_running_statistics(model)
         self.body, self.dtype, self.splits_logits, self.routers = body, dtype, splits_logits, routers
@@ -74,7 +76,7 @@ class Blueprint:
         self.model = model
         self.tensor = tensor
         self.layers, self.cannot_cut = find_layers(model)
-        self.plan = read_tensor_plan(model) if tensor > 1 else TensorPlan()
+        self.plan = TensorPlan() if tensor == 1 else read_tensor_plan(model) if plan is None else plan
         trained = list(trained_parameters(model).items())
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
@@ -226,16 +228,42 @@ class Blueprint:
                 is_head = self.body is not None and not owner.startswith(f"{self.body}.")
                 plan[owner] = parallel_style(style, target, stays_split=is_head and self.splits_logits)
         parallelize_module(inner, mesh, plan, src_data_rank=None)
+        self._split_linears(inner, mesh)
+
+    def _split_linears(self, inner: nn.Module, mesh: Any) -> None:
+        """Those that no style says how to split."""
+        for owner in (*self.plan.split_linears, *self.plan.sums):
+            target: Any = _part_of(inner, owner)
+            if target is None:
+                continue
+            self._split_stacks(owner, target, mesh)
+            if owner in self.plan.sums:
+                target.forward = SumOfParts(target, mesh)
+            else:
+                share_input(target, mesh)
+        for owner, attributes in self.plan.counts.items():
+            target = _part_of(inner, owner)
+            for attribute in attributes if target is not None else ():
+                setattr(target, attribute, getattr(target, attribute) // mesh.size())
 
     def _split_stacks(self, owner: str, module: nn.Module, mesh: Any) -> None:
         """Leaves a module of experts with this rank's share of their matrices."""
         for key, parameter in list(module._parameters.items()):
-            if parameter is None:
+            if parameter is None or f"{owner}.{key}" not in self.plan.stacks:
                 continue
-            dim, packs = self.plan.stacks[self.names[f"{owner}.{key}"]]
+            dim, packs = self.plan.stacks[f"{owner}.{key}"]
             matrices = parameter.detach().unflatten(dim, (packs, -1))
             share = matrices.chunk(mesh.size(), dim + 1)[mesh.get_local_rank()].flatten(dim, dim + 1)
             module._parameters[key] = nn.Parameter(share.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def _part_of(module: nn.Module, name: str) -> nn.Module | None:
+    """None where another stage has it."""
+    try:
+        found = module.get_submodule(name)
+    except AttributeError:
+        return None
+    return None if isinstance(found, PassThrough) else found
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

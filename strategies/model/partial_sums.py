@@ -37,6 +37,32 @@ def add_up_rope(module: nn.Module, mesh: Any) -> None:
     module.register_forward_hook(behind)
 
 
+def share_input(module: nn.Module, mesh: Any) -> None:
+    """For a linear module of which each rank has a part of what it gives."""
+
+    def before(module: nn.Module, given: tuple[Any, ...]) -> Any:
+        return tuple(_shared(each, mesh) for each in given)
+
+    module.register_forward_pre_hook(before)
+    if hasattr(module, "nf"):
+        module.nf = module.nf // mesh.size()  # type: ignore[assignment, operator]
+
+
+class SumOfParts:
+    """Stands for the `forward` of a linear module of which each rank has a part of what it is given."""
+
+    def __init__(self, module: nn.Module, mesh: Any) -> None:
+        self._module, self._mesh = module, mesh
+        self._is_transposed = not isinstance(module, nn.Linear)
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        weight: Any = self._module._parameters["weight"]
+        part = value @ (weight if self._is_transposed else weight.t())
+        total: torch.Tensor = _Sum.apply(part, self._mesh)  # type: ignore[no-untyped-call]
+        bias = self._module._parameters.get("bias")
+        return total if bias is None else total + bias
+
+
 def _shared(value: Any, mesh: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.requires_grad:
         return _SumOfGradients.apply(value, mesh)  # type: ignore[no-untyped-call]

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from strategies.model.cutting import shared_reason
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
 
 SPLIT: dict[str, tuple[int, int, int | None]] = {
@@ -40,13 +39,26 @@ WHOLE = ("mla_kv_a_proj",)
 (see `strategies.model.partial_sums`)."""
 
 
+class NothingSaid(ValueError):
+    """A model has no plan, or one that splits next to nothing."""
+
+
 @dataclass(frozen=True)
 class TensorPlan:
-    """`styles` are those of modules, `stacks` what is split of parameters that the plan names themselves: the dimension
-    and how many matrices it has (see STACKED)."""
+    """`styles` are those of modules, `stacks` what is split of parameters that are computed with as they are, by name:
+    the dimension and how many matrices it has (see STACKED). The outputs of linear modules in `sums` are parts of a
+    sum; `counts` are whole numbers that modules have, which are divided by the degree."""
 
     styles: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    sums: frozenset[str] = frozenset()
+    counts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def split_linears(self) -> list[str]:
+        """The linear modules that are split by what they give, though not by a style."""
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.stacks)
+        return [owner for owner in owners if owner not in self.sums and self.styles.get(owner) != EXPERTS]
 
     def is_distributed(self, name: str) -> bool:
         """Whether modules compute with a parameter as a DTensor; otherwise with this rank's share as it is."""
@@ -79,7 +91,7 @@ def read_tensor_plan(model: nn.Module) -> TensorPlan:
     """What the model's plan splits. Raises ValueError where it has none, or one with an unknown style."""
     plan: Mapping[str, str] | None = getattr(model, "tp_plan", None)
     if not plan:
-        raise ValueError(
+        raise NothingSaid(
             f"{type(model).__name__} has no tp_plan, which says how its modules are split: use tensor: 1, or a model "
             "with one (the decoder models of transformers have it; a model.factory may give its module one)"
         )
@@ -97,7 +109,7 @@ def read_tensor_plan(model: nn.Module) -> TensorPlan:
         styles[name] = style
     stacks = _read_stacks(model, patterns, styles)
     _refuse_whole_layers(model, styles)
-    _agree_on_ties(model, styles)
+    agree_on_ties(model, styles)
     return TensorPlan(styles, stacks)
 
 
@@ -120,7 +132,7 @@ def _read_stacks(
     return stacks
 
 
-def _agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
+def agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
     """A table that is the head, too, is split once: by tokens, which both can be. Raises ValueError for a plan that
     wants it split in two ways."""
     sites, aliased = split_ties(model, sites_of(model, trained_parameters(model)))
@@ -146,10 +158,25 @@ def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if any(name.startswith(f"{layers}.") for name in split for layers in lists) or (split and not lists):
         return
-    raise ValueError(
+    raise NothingSaid(
         f"the tp_plan of {type(model).__name__} splits {', '.join(split) or 'no module'} and nothing in its layers, "
         "which every rank would compute whole; use tensor: 1"
     )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Also GPT-2's kind, whose weight is the other way round (transformers.pytorch_utils.Conv1D)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def out_dim(module: nn.Module) -> int:
+    """The dimension of a linear module's weight that counts what it gives."""
+    return 0 if isinstance(module, nn.Linear) else 1
+
+
+def in_dim(module: nn.Module) -> int:
+    """The one that counts what it is given."""
+    return 1 - out_dim(module)
 
 
 def parallel_style(style: str, module: nn.Module, *, stays_split: bool) -> Any:
@@ -167,11 +194,3 @@ def parallel_style(style: str, module: nn.Module, *, stays_split: bool) -> Any:
     if stays_split:
         return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     return ColwiseParallel(output_layouts=Replicate())
-
-
-def check_tensor(model: nn.Module, degree: int) -> None:
-    """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
-    read_tensor_plan(model)
-    sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
-    if shared := [names for names in sites.values() if len(names) > 1]:
-        raise ValueError(shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))

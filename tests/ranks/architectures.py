@@ -234,7 +234,8 @@ def as_markdown(rows: dict[str, dict[str, str]]) -> str:
 def read_table() -> dict[str, dict[str, str]]:
     """The rows of the document: yes, no or -."""
     rows = {}
-    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+    text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 1 + len(COLUMNS) and cells[1].split()[0] in (YES, "no", "-"):
             rows[cells[0]] = dict(zip(COLUMNS, (cell.split()[0] for cell in cells[1:]), strict=True))

@@ -30,6 +30,7 @@ from strategies.objective.objective import Objective
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
 from strategies.state.training_state import TrainingState, state_digest
+from strategies.trial.derive import tensor_plan_of
 from strategies.trial.trial import Trial, try_model
 from strategies.update.engine import StepEngine
 from strategies.update.rule import SYNCHRONOUS, UpdateRule
@@ -179,6 +180,7 @@ def make_engine(
         return Blueprint(
             made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype,
             splits_logits=spec.objective.takes_split_logits, routers=routers_in(made) if spec.router_loss else None,
+            plan=tensor_plan_of(made) if tensor > 1 else None,
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])

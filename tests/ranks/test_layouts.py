@@ -397,7 +397,9 @@ def test_layouts_of_all_axes_are_one_tensor_parallel_group(shard: str) -> None:
     assert_all_give(expected_split(), [layout_of(2, 2, 2, shard), layout_of(1, 2, 2, shard, "1f1b")])
 
 
-@pytest.mark.parametrize("model", ["mixtral", *nightly(["gpt_neox", "olmo2", "qwen3", "own", "deepseek_v3"])])
+@pytest.mark.parametrize(
+    "model", ["mixtral", *nightly(["gpt_neox", "olmo2", "qwen3", "own", "deepseek_v3", "opt", "gpt2"])]
+)
 def test_other_models_are_split_by_their_own_plans(model: str) -> None:
     """Among them norms of single heads (qwen3) and of all heads (olmo2), one matrix for all inputs of attention, a part
     of each expert (mixtral), and keys of which a part is every head's (deepseek_v3)."""
@@ -405,7 +407,7 @@ def test_other_models_are_split_by_their_own_plans(model: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("model", ["gpt_neox", "olmo2", "qwen3", "own", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("model", ["gpt_neox", "olmo2", "qwen3", "own", "mixtral", "deepseek_v3", "gpt2", "opt"])
 def test_other_models_that_are_split_are_sharded(model: str) -> None:
     assert_all_give(expected_split(model), [layout_of(2, 1, 2, "parameters")], model=model)
 

@@ -22,7 +22,7 @@ from orchestrator.models.content import content_of, with_content
 from orchestrator.models.loading import build_model, empty_model, loaded_of
 from orchestrator.models.problems import ModelError
 from orchestrator.models.validation import check_model
-from strategies.model.tensor_plan import check_tensor
+from strategies.trial.derive import check_tensor
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
