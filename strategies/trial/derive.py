@@ -36,6 +36,7 @@ PACKS = (1, 3, 2)
 """How many matrices may stand end to end in one: queries, keys and values; the two of a gated network."""
 _CLOSE = 1e-4
 _TOKENS = (1, 2, 3, 1, 2, 0)
+_LARGEST = 300_000_000
 _EASILY_SPLIT = 64
 """A vocabulary that is a multiple of it is split, as any usual degree divides it."""
 
@@ -84,6 +85,7 @@ def derive(model: nn.Module) -> TensorPlan:
     name, why = find_layers(model)
     if name is None:
         raise CannotDerive(why)
+    _refuse_large(model, name)
     tried: Any = Copies(model, torch.device("cpu")).make(torch.float32)
     if tried is model:
         raise CannotDerive("the model cannot be copied")
@@ -109,6 +111,16 @@ def derive(model: nn.Module) -> TensorPlan:
     styles = _vocabulary(model)
     agree_on_ties(model, styles)
     return TensorPlan(styles, stacks, frozenset(sums), counts)
+
+
+def _refuse_large(model: nn.Module, layers: str) -> None:
+    """Raises CannotDerive for what takes too long to try: it is computed here, many times."""
+    for layer in model.get_submodule(layers):  # type: ignore[union-attr]
+        parameters = list(layer.parameters())
+        if any(parameter.dim() == 3 for parameter in parameters):
+            raise CannotDerive("its layers have stacks of experts")
+        if sum(parameter.numel() for parameter in parameters) > _LARGEST:
+            raise CannotDerive(f"its layers have more than {_LARGEST:,} parameters")
 
 
 def _note(

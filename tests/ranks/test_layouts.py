@@ -115,7 +115,7 @@ def test_layouts_of_a_model_whose_head_is_its_embedding_are_one_rank() -> None:
     assert_all_give(expected(model="tied"), layouts, model="tied")
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", *nightly(["selective"])])
 def test_layers_that_recompute_give_what_they_give_otherwise(mode: Any) -> None:
     layouts = [layout_of(), layout_of(2, 1, 1, "parameters"), layout_of(2, 2, 1, "gradients")]
     layouts += [layout_of(1, 2, 1, "none", "zero-bubble"), layout_of(2, 2, 1, "parameters", "interleaved-1f1b")]
@@ -164,7 +164,7 @@ def test_stages_may_have_any_blocks(shard: str) -> None:
     assert_all_give(expected(dropout=0.1), layouts, dropout=0.1)
 
 
-@pytest.mark.parametrize("model", ["qwen3", "own"])
+@pytest.mark.parametrize("model", ["own", *nightly(["qwen3"])])
 def test_layouts_of_other_models_are_one_rank(model: str) -> None:
     layouts = [layout_of(2, 2, 1, "parameters"), layout_of(2, 2, 1, "gradients", "zero-bubble"), layout_of(3)]
     assert_all_give(expected(dropout=0.1, model=model), layouts, dropout=0.1, model=model)
@@ -397,9 +397,8 @@ def test_layouts_of_all_axes_are_one_tensor_parallel_group(shard: str) -> None:
     assert_all_give(expected_split(), [layout_of(2, 2, 2, shard), layout_of(1, 2, 2, shard, "1f1b")])
 
 
-@pytest.mark.parametrize(
-    "model", ["mixtral", *nightly(["gpt_neox", "olmo2", "qwen3", "own", "deepseek_v3", "opt", "gpt2"])]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", ["mixtral", "gpt_neox", "olmo2", "qwen3", "own", "deepseek_v3", "opt", "gpt2"])
 def test_other_models_are_split_by_their_own_plans(model: str) -> None:
     """Among them norms of single heads (qwen3) and of all heads (olmo2), one matrix for all inputs of attention, a part
     of each expert (mixtral), and keys of which a part is every head's (deepseek_v3)."""
