@@ -115,7 +115,8 @@ def derive(model: nn.Module) -> TensorPlan:
 
 def _refuse_large(model: nn.Module, layers: str) -> None:
     """Raises CannotDerive for what takes too long to try: it is computed here, many times."""
-    for layer in model.get_submodule(layers):  # type: ignore[union-attr]
+    found: Any = model.get_submodule(layers)
+    for layer in found:
         parameters = list(layer.parameters())
         if any(parameter.dim() == 3 for parameter in parameters):
             raise CannotDerive("its layers have stacks of experts")
