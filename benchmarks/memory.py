@@ -39,7 +39,7 @@ model:
     vocab_size: 16384
     max_position_embeddings: 512
     tie_word_embeddings: false
-data: {source: python-stdlib, tokenizer: bytes, sequence_length: 512}
+data: {source: python-stdlib, tokenizer: bytes, sequence_length: 256}
 train: {steps: 1000, global_batch: %d, micro_batch: 1, precision: fp32}
 elastic: {virtual_workers: %d, workers: {min: %d, max: %d}, state_copies: 1}
 strategy: {shard: parameters}

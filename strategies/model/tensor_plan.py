@@ -99,7 +99,7 @@ def read_tensor_plan(model: nn.Module) -> TensorPlan:
     styles = {}
     for name, module in model.named_modules():
         style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
-        if style is None or not list(module.parameters(recurse=False)):
+        if style in (None, "replicate") or not list(module.parameters(recurse=False)):
             continue
         if style not in SPLIT and style not in REDUCED and style != EXPERTS and style not in WHOLE:
             known = ", ".join((*SPLIT, *REDUCED, EXPERTS, *WHOLE))
