@@ -29,6 +29,7 @@ def routers_of(job: Job, model: nn.Module) -> Routers | None:
         known: Any = model
         _refuse_unused(job, asks=asks)
         if places and balances_as_usual(model) and hasattr(model, "num_experts"):
+            _refuse_padding(job, asks=asks)
             balance = float(next((getattr(known, key) for key in COEFFICIENTS if hasattr(known, key)), 0.0))
             return Routers(places, known.num_experts, known.num_experts_per_tok, balance, are_balanced=asks)
     name = type(model).__name__
@@ -52,6 +53,15 @@ def _refuse_unused(job: Job, *, asks: bool) -> None:
             "it is used only with output_router_logits: true beside it, or with train.router_loss; set one of them",
             f"model.hf.{given[0]}",
         )
+
+
+def _refuse_padding(job: Job, *, asks: bool) -> None:
+    if job.data.packing == "pad" and (asks or job.train.router_loss is not None):
+        raise refused(
+            "packing: pad makes micro-batches of many lengths, and a mixture's router loss is the mean over those of "
+            "one; use packing: pack, or do without the loss",
+            "data.packing", "train.router_loss",
+        )  # fmt: skip
 
 
 def keep_quiet(model: nn.Module) -> None:

@@ -105,10 +105,14 @@ class Routing:
         """Whether all of its choices are known."""
         return (virtual_worker, self.loss.micro_batches - 1) in self._counted
 
-    def count(self, virtual_worker: int, micro_batch: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def count(self, virtual_worker: int, micro_batch: int) -> Iterator[None]:
         """In a forward pass of this micro-batch choices are counted, and nothing else."""
-        at = self._counted[virtual_worker, micro_batch] = Pass()
-        return self.watch(at, only_counts=True)
+        at = Pass()
+        with self.watch(at, only_counts=True):
+            yield
+        # A pass that failed is not known, and made again.
+        self._counted[virtual_worker, micro_batch] = at
 
     def settle(self, held: Iterable[int]) -> None:
         """The virtual workers of this replica have been counted. With an exchange: raises PeerLost."""

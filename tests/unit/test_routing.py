@@ -49,11 +49,11 @@ def mixture(name: str, **changes: Any) -> Any:
     return family(name, **MIXTURES[name], router_aux_loss_coef=COEFFICIENT, **changes)
 
 
-def job_of(hf: Any = None, **train: Any) -> Job:
+def job_of(hf: Any = None, data: Any = None, **train: Any) -> Job:
     return Job.model_validate({
         "name": "routing",
         "model": {"hf": {"model_type": "llama"} if hf is None else hf},
-        "data": {"source": "python-stdlib", "tokenizer": "bytes", "sequence_length": 8},
+        "data": {"source": "python-stdlib", "tokenizer": "bytes", "sequence_length": 8, **(data or {})},
         "train": {"steps": 1, "global_batch": 2, **train},
         "elastic": {"virtual_workers": 2, "workers": {"max": 2}},
     })  # fmt: skip
@@ -192,6 +192,19 @@ def test_the_routers_of_a_model_are_those_that_it_would_record() -> None:
     assert router_places(family("llama")) == {}
 
 
+def test_a_pass_that_failed_is_not_taken_for_counted() -> None:
+    """Memory may be short once: the step is then run again, with what is known of it."""
+    loss = RouterLoss({"r": 0}, 3, 1, virtual_workers=1, micro_batches=1, over="step", balance=1.0)
+    routing = Routing(loss)
+    routing.begin(0)
+    with pytest.raises(MemoryError), routing.count(0, 0):
+        raise MemoryError
+    assert not routing.is_counted(0)
+    with routing.count(0, 0):
+        routing.see(0, torch.eye(3), [])
+    assert routing.is_counted(0)
+
+
 def why(job: Job, model: Any) -> str:
     with pytest.raises(ModelError) as caught:
         routers_of(job, model)
@@ -200,6 +213,8 @@ def why(job: Job, model: Any) -> str:
 
 def test_what_a_model_has_not_is_refused_by_name() -> None:
     assert "LlamaForCausalLM has no routers" in why(job_of(router_loss={"over": "step"}), family("llama"))
+    padded = job_of(router_loss={"over": "step"}, data={"packing": "pad"})
+    assert "packing: pad" in why(padded, mixture("mixtral"))
     hf = {"model_type": "mixtral", "router_aux_loss_coef": 0.1}
     assert "output_router_logits: true" in why(job_of(hf), mixture("mixtral"))
 
