@@ -70,9 +70,9 @@ class Chain:
 
 
 class ForwardPasses:
-    """Of one rank's part of the model; in the layout of a `chain`, or without one of all of it."""
+    """Of one rank's part of the model, in a `chain`."""
 
-    def __init__(self, part: ModelPart | ShardedModelPart, spec: StepSpec, score: Score, chain: Chain | None) -> None:
+    def __init__(self, part: ModelPart | ShardedModelPart, spec: StepSpec, score: Score, chain: Chain) -> None:
         self._part, self._spec, self._score, self._chain = part, spec, score, chain
 
     @torch.no_grad()
@@ -82,15 +82,11 @@ class ForwardPasses:
         for number, rows in enumerate(micro_batches):
             with enter(number), self._spec.autocast(rows.tokens.device):
                 self._through(rows)
-        if self._chain is not None:
-            self._chain.finish()
+        self._chain.finish()
 
     def _through(self, rows: Rows) -> None:
-        tokens = rows.tokens[:, :-1]
-        if self._chain is None:
-            self._part.modules[0](tokens, rows.positions, self._score)
-            return
-        chain, value = self._chain, tokens
+        chain = self._chain
+        tokens = value = rows.tokens[:, :-1]
         for number, module in zip(chain.own, self._part.modules, strict=True):
             if number > 0 and number - 1 not in chain.own:
                 value = chain.take(number, (tokens.shape[0], tokens.shape[1]))
