@@ -164,13 +164,13 @@ class LayoutReasons:
         self._said: dict[tuple[Any, ...], str | None] = {}
 
     def of_tensor(self, tensor: int) -> str | None:
-        """Why it cannot be split over so many ranks."""
+        """Why it cannot be split over `tensor` ranks."""
         from strategies.trial.derive import check_tensor
 
         return self._reason(("tensor", tensor), tensor > 1, lambda: check_tensor(self._model, tensor))
 
     def of_pipeline(self, pipeline: int, parts: int) -> str | None:
-        """Why it cannot be cut into so many stages with so many model parts together."""
+        """Why it cannot be cut into `pipeline` stages of `parts` model parts together."""
         return self._reason(("pipeline", pipeline, parts), pipeline > 1, lambda: self._check_cut(pipeline, parts))
 
     def of_shard(self, shard: str) -> str | None:

@@ -27,7 +27,7 @@ class RouterLossSpec:
 class RouterLoss:
     """`balance` and `z` are what the two losses are multiplied by. `routers` are the modules that give logits, by name,
     as this element of what they give; each token has `top_k` of `experts`. Both are means over all tokens of a step,
-    which has so many `virtual_workers` with `micro_batches` each, all of one size, and over all routers."""
+    which has `virtual_workers` with `micro_batches` each, all of one size, and over all routers."""
 
     routers: Mapping[str, int]
     experts: int

@@ -175,7 +175,7 @@ class Routing:
     # ------------------------------------------------------------------------------------ numbers
 
     def fractions(self, counts: torch.Tensor, tokens: int) -> torch.Tensor:
-        """f, fp32, of `counts` int64 [experts] of so many tokens, summed over all routers."""
+        """f, fp32, of `counts` int64 [experts] of `tokens` tokens, summed over all routers."""
         return (counts.double() / (tokens * len(self.loss.routers))).float()
 
     def factors(self, at: Pass) -> tuple[torch.Tensor, float]:
