@@ -74,23 +74,28 @@ class KeyedValues:
     def _make(self, name: str) -> torch.Tensor:
         owner, _, key = name.rpartition(".")
         modules = _way_to(self._model, owner)
-        target = modules[-1]
-        empty = target._parameters[key]
-        assert empty is not None
+        own = modules[-1]._parameters
+        before = dict(own)
         marked = _mark_all(self._model)
-        value = nn.Parameter(torch.full(empty.shape, torch.nan), requires_grad=empty.requires_grad)
         states = torch.get_rng_state()
         try:
-            target._parameters[key] = value
+            own[key] = _without_value(before[key])
             seed_stream(self._seed, "initialisation", name)
-            _initialise(self._model, modules)
-            made = target._parameters[key]
+            try:
+                _initialise(self._model, modules)
+            except (NotImplementedError, RuntimeError):
+                # It copies what it has made where the module's other parameters are.
+                own.update((other, _skipped(each)) for other, each in before.items() if other != key)
+                own[key] = _without_value(before[key])
+                seed_stream(self._seed, "initialisation", name)
+                _initialise(self._model, modules)
+            made = own[key]
             assert made is not None
             if made.isnan().any():
                 return self._of_whole(name)
             return made.detach()
         finally:
-            target._parameters[key] = empty
+            own.update(before)
             torch.set_rng_state(states)
             for tensor in marked:
                 del tensor._is_hf_initialized
@@ -101,6 +106,21 @@ class KeyedValues:
             seed_stream(self._seed, "initialisation")
             self._built[""] = BuiltValues(self._build())
         return self._built[""].read(name)
+
+
+def _without_value(like: nn.Parameter | None) -> nn.Parameter:
+    """Of this size, with memory."""
+    assert like is not None
+    return nn.Parameter(torch.full(like.shape, torch.nan), requires_grad=like.requires_grad)
+
+
+def _skipped(like: nn.Parameter | None) -> nn.Parameter | None:
+    """The same, marked as one that has been initialised."""
+    if like is None:
+        return None
+    made: Any = _without_value(like)
+    made._is_hf_initialized = True
+    return made  # type: ignore[no-any-return]
 
 
 def _way_to(model: nn.Module, owner: str) -> list[nn.Module]:

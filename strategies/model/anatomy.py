@@ -33,12 +33,12 @@ class Activations:
 @dataclass(frozen=True)
 class Anatomy:
     """`before` and `after` are the places of parameters (a shared one has several) on which depends what the first
-    layer is given, and what becomes of what the last one gives. `tuples` says that layers give a tuple, of which the
-    first element is passed on."""
+    layer is given, and what becomes of what the last one gives. `elements` says of how many elements the tuple is that
+    layers give, of which the first is passed on; 0 where they give hidden states as they are."""
 
     before: frozenset[str]
     after: frozenset[str]
-    tuples: bool
+    elements: int
     activations: Activations
 
 
@@ -105,11 +105,11 @@ class _Like:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.tuples = False
+        self.gave: Any = None
         self.handle = layer.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        self.tuples = isinstance(output, tuple)
+        self.gave = output
 
 
 class _Layers:
@@ -122,7 +122,7 @@ class _Layers:
         self.given: torch.Tensor | None = None
         self.handed_on: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None
-        self.tuples = False
+        self.elements = 0
         self.trained: list[str] = []
         """The names of arguments beside hidden states that depend on parameters."""
         self._layers = layers
@@ -152,17 +152,17 @@ class _Layers:
         self.trained += [name for name, value in more.items() if _requires_grad(value)]
 
     def _leave(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
-        self.tuples = isinstance(output, tuple)
-        hidden = output[0] if self.tuples else output
+        self.elements = len(output) if isinstance(output, (tuple, list)) else 0
+        hidden = output[0] if self.elements else output
         if not isinstance(hidden, torch.Tensor):
             raise CannotCut(f"the layers of {self._name} do not hand on one tensor")
         self.hidden = hidden
         self.handed_on = torch.zeros_like(hidden).requires_grad_()
-        return (self.handed_on, *output[1:]) if self.tuples else self.handed_on
+        return (self.handed_on, *output[1:]) if self.elements else self.handed_on
 
 
 class _Aside(nn.Module):
-    """Stands where a layer is that is not computed: hands on what it is given."""
+    """Stands where a layer is that is not computed: hands on what it is given, with what the first one gave beside."""
 
     def __init__(self, like: _Like, called: Callable[[], None] = lambda: None) -> None:
         super().__init__()
@@ -171,7 +171,8 @@ class _Aside(nn.Module):
     def forward(self, *given: Any, **named: Any) -> Any:
         hidden, _ = hidden_of(given, named)
         self._called()
-        return (hidden,) if self._like.tuples else hidden
+        gave = self._like.gave
+        return (hidden, *gave[1:]) if isinstance(gave, (tuple, list)) else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -222,7 +223,7 @@ def anatomy_of(
         raise CannotCut(f"what {name} gives does not depend on its layers ({layers})")
     if both := before & after:
         raise CannotCut(f"{name} uses {', '.join(sorted(both))} before its layers and again after them")
-    return Anatomy(before, after, watch.tuples, sizes)
+    return Anatomy(before, after, watch.elements, sizes)
 
 
 def _depends_on(

@@ -22,10 +22,19 @@ from strategies.model.cutting import refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
 from strategies.model.model_stages import Stages
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
-from strategies.model.partial_sums import SumOfParts, add_up_experts, add_up_rope, share_input
+from strategies.model.partial_sums import SumOfParts, add_up_experts, add_up_rope, divide_input, share_input
 from strategies.model.routers import Routers
 from strategies.model.stage import PassThrough, Stage
-from strategies.model.tensor_plan import EXPERTS, SPLIT, WHOLE, TensorPlan, parallel_style, read_tensor_plan
+from strategies.model.tensor_plan import (
+    ADDED_UP,
+    IDENTITY,
+    LOCAL,
+    SPLIT,
+    WHOLE,
+    TensorPlan,
+    parallel_style,
+    read_tensor_plan,
+)
 from strategies.model.values import BuiltValues, Values
 
 
@@ -219,11 +228,15 @@ class Blueprint:
                 continue  # Another stage's.
             if isinstance(target, PassThrough):
                 continue
-            if style == EXPERTS:
+            if style in ADDED_UP or style == LOCAL:
                 self._split_stacks(owner, target, mesh)
-                add_up_experts(target, mesh)
+                if style != LOCAL:
+                    add_up_experts(target, mesh)
+            elif style == IDENTITY:
+                divide_input(target, mesh)
             elif style in WHOLE:
-                add_up_rope(target, mesh)
+                attention: Any = inner.get_submodule(owner.rpartition(".")[0])
+                add_up_rope(target, attention.qk_rope_head_dim, mesh)
             elif style in SPLIT:
                 is_head = self.body is not None and not owner.startswith(f"{self.body}.")
                 plan[owner] = parallel_style(style, target, stays_split=is_head and self.splits_logits)
@@ -247,7 +260,7 @@ class Blueprint:
                 setattr(target, attribute, getattr(target, attribute) // mesh.size())
 
     def _split_stacks(self, owner: str, module: nn.Module, mesh: Any) -> None:
-        """Leaves a module of experts with this rank's share of their matrices."""
+        """Leaves a module with this rank's share of its own parameters, where they are split."""
         for key, parameter in list(module._parameters.items()):
             if parameter is None or f"{owner}.{key}" not in self.plan.stacks:
                 continue

@@ -69,8 +69,8 @@ class Stages:
     def _cut(self, run: tuple[int, int] | None) -> Cut:
         start, stop = (0, self.num_layers + 2) if run is None else run
         before, after = self._chain or (None, None)
-        tuples = run is not None and self.anatomy().tuples
-        return Cut(start, stop, self.num_layers, before, after, self._body, tuples, self._unused)
+        elements = 0 if run is None else self.anatomy().elements
+        return Cut(start, stop, self.num_layers, before, after, self._body, elements, self._unused)
 
     def make(self, run: tuple[int, int] | None, own: Collection[str] = (), dtype: torch.dtype | None = None) -> Stage:
         """A copy with the blocks start..stop only (None: all). Buffers are shared, and so are frozen parameters but for
@@ -97,7 +97,7 @@ class Stages:
             assert layers is not None
             for index in range(cut.num_layers):
                 if not cut.start <= index + 1 < cut.stop:
-                    layers[index] = PassThrough(in_tuple=cut.tuples)
+                    layers[index] = PassThrough(cut.elements)
             anatomy = self.anatomy()
             if not cut.is_first:
                 self._set_aside(module, anatomy.before)
@@ -192,7 +192,7 @@ class Stages:
         layers = self.layer_list(stage.module)
         for number in range(self.num_layers):
             if number not in kept and not isinstance(layers[number], PassThrough):
-                layers[number] = PassThrough(in_tuple=self.anatomy().tuples)
+                layers[number] = PassThrough(self.anatomy().elements)
         for owner, part in stage.module.named_modules():
             for key, parameter in part._parameters.items():
                 if parameter is not None:

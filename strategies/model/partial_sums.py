@@ -25,10 +25,10 @@ def add_up_experts(module: nn.Module, mesh: Any) -> None:
     module.register_forward_hook(behind)
 
 
-def add_up_rope(module: nn.Module, mesh: Any) -> None:
-    """For the projection of multi-head latent attention that also gives the rotated part of keys, its last columns:
-    that goes into the heads of each rank as it is. (The rest goes through a split projection, which adds up.)"""
-    width: int = module.config.qk_rope_head_dim  # type: ignore[union-attr, assignment]
+def add_up_rope(module: nn.Module, width: int, mesh: Any) -> None:
+    """For the projection of multi-head latent attention that also gives the rotated part of keys, its last columns, of
+    this width: that goes into the heads of each rank as it is. (The rest goes through a split projection, which adds
+    up.)"""
 
     def behind(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         latent, rope = output.split([output.shape[-1] - width, width], dim=-1)
@@ -46,6 +46,15 @@ def share_input(module: nn.Module, mesh: Any) -> None:
     module.register_forward_pre_hook(before)
     if hasattr(module, "nf"):
         module.nf = module.nf // mesh.size()  # type: ignore[assignment, operator]
+
+
+def divide_input(module: nn.Module, mesh: Any) -> None:
+    """For an expert that every rank computes whole, in a module whose outputs are added up."""
+
+    def before(module: nn.Module, given: tuple[Any, ...]) -> Any:
+        return given[0] / mesh.size(), *given[1:]
+
+    module.register_forward_pre_hook(before)
 
 
 class SumOfParts:

@@ -27,15 +27,16 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class PassThrough(nn.Module):
-    """Stands where another pipeline stage has a module: gives its first argument back; in a tuple, where layers do."""
+    """Stands where another pipeline stage has a module: gives its first argument back; where layers do, in a tuple of
+    so many `elements`, in which nothing else is."""
 
-    def __init__(self, *, in_tuple: bool = False) -> None:
+    def __init__(self, elements: int = 0) -> None:
         super().__init__()
-        self._in_tuple = in_tuple
+        self._elements = elements
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         value = args[0] if args else kwargs[HIDDEN]
-        return (value,) if self._in_tuple else value
+        return _in_tuple(value, self._elements)
 
 
 @dataclass
@@ -52,8 +53,8 @@ class Cut:
     """What of a model a stage is: blocks `start` to `stop` of `num_layers` layers and the two blocks around them. The
     modules `before` and `after` are called one after another around the layers where the stage has them; without them
     (None) the model does more there than call modules. `body` is the name of the module that gives the hidden states
-    which the head makes logits of; None where that is not known. With `tuples` layers give their hidden states in one.
-    No loss depends on the parameters `unused`, by name.
+    which the head makes logits of; None where that is not known. Layers give their hidden states in a tuple of so many
+    `elements`, or as they are (0). No loss depends on the parameters `unused`, by name.
     """
 
     start: int
@@ -62,7 +63,7 @@ class Cut:
     before: tuple[str, ...] | None = None
     after: tuple[str, ...] | None = None
     body: str | None = None
-    tuples: bool = False
+    elements: int = 0
     unused: frozenset[str] = frozenset()
 
     @property
@@ -143,12 +144,12 @@ class Stage(nn.Module):
             value = self.module.get_submodule(name)(value)
         for layer, (more, named) in zip(self._own, arguments, strict=True):
             output = layer(value, *more, **named)
-            value = output[0] if cut.tuples else output
+            value = output[0] if cut.elements else output
         if not cut.is_last:
             return _not_a_view(value)
         if not self._own:
             value = self._layers[-1](value)  # What is hung up there is run.
-            value = value[0] if cut.tuples else value
+            value = value[0] if cut.elements else value
         *between, head = [self.module.get_submodule(name) for name in cut.after or ()]
         for module in between:
             value = module(value)
@@ -248,13 +249,18 @@ class _Crossing:
         return ((self._value, *given[1:]), named) if given else (given, {**named, HIDDEN: self._value})
 
     def _put_out(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
-        return (self._value,) if self._cut.tuples else self._value
+        return _in_tuple(self._value, self._cut.elements)
 
     def _take_output(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        self._taken = output[0] if self._cut.tuples else output
+        self._taken = output[0] if self._cut.elements else output
 
     def _take_input(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._taken = given[0] if given else named[HIDDEN]
+
+
+def _in_tuple(hidden: Any, elements: int) -> Any:
+    """As layers give it."""
+    return (hidden, *[None] * (elements - 1)) if elements else hidden
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -19,24 +19,31 @@ SPLIT: dict[str, tuple[int, int, int | None]] = {
     "rowwise_split_input": (1, 0, None),
     "embedding_rowwise": (1, 0, None),
     "embedding_colwise": (0, 1, None),
+    "rowwise_rep": (1, 0, None),
 }
 """The dimension that each style splits: of a Linear's weight, of an Embedding's weight, of a bias."""
 REDUCED = ("replicated_with_grad_allreduce",)
 """Styles of modules that are whole everywhere but see a part of the activations only: their gradients are added up."""
 EXPERTS = "moe_tp_experts"
-"""The style of a module of stacked experts: each rank has a part of every expert, as styles of its parameters say, and
-what it gives is a part of a sum."""
+ADDED_UP = (EXPERTS, "all_reduce")
+"""Styles of modules of stacked experts: each rank has a part of every expert, as styles of their parameters say, and
+what they give is a part of a sum."""
+LOCAL = "local_params"
+"""The style of a module that has parameters of its own beside those of modules inside, one for each head, say."""
+IDENTITY = "moe_identity_expert"
+"""The style of an expert that gives what it is given, on every rank, and so has too large a part of the sum."""
 STACKED: dict[str, tuple[int, int]] = {
     "colwise": (-2, 1),
     "rowwise": (-1, 1),
     "packed_colwise": (-2, 2),
     "packed_rowwise": (-1, 2),
 }
-"""Of a stack of experts' matrices, the dimension that a style splits, and how many matrices that has end to end, each
-of which is split."""
+"""Of a stack of matrices, one for each expert, the dimension that a style splits, and how many matrices that has end to
+end, each of which is split."""
 WHOLE = ("mla_kv_a_proj",)
 """Styles of modules that are whole everywhere, and of what they give a part goes into what is split without more ado
 (see `strategies.model.partial_sums`)."""
+KNOWN = (*SPLIT, *REDUCED, *ADDED_UP, *WHOLE, LOCAL, IDENTITY, "replicate")
 
 
 class NothingSaid(ValueError):
@@ -58,7 +65,7 @@ class TensorPlan:
     def split_linears(self) -> list[str]:
         """The linear modules that are split by what they give, though not by a style."""
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.stacks)
-        return [owner for owner in owners if owner not in self.sums and self.styles.get(owner) != EXPERTS]
+        return [owner for owner in owners if owner not in self.sums and owner not in self.styles]
 
     def is_distributed(self, name: str) -> bool:
         """Whether modules compute with a parameter as a DTensor; otherwise with this rank's share as it is."""
@@ -99,18 +106,29 @@ def read_tensor_plan(model: nn.Module) -> TensorPlan:
     styles = {}
     for name, module in model.named_modules():
         style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
-        if style in (None, "replicate") or not list(module.parameters(recurse=False)):
+        if style in (None, "replicate"):
             continue
-        if style not in SPLIT and style not in REDUCED and style != EXPERTS and style not in WHOLE:
-            known = ", ".join((*SPLIT, *REDUCED, EXPERTS, *WHOLE))
+        if style not in KNOWN:
             raise ValueError(
-                f"the tp_plan gives {name} the style {style!r}, which is not supported; supported: {known}"
+                f"the tp_plan gives {name} the style {style!r}, which is not supported; supported: {', '.join(KNOWN)}"
             )
-        styles[name] = style
+        if style in SPLIT and list(module.children()):
+            _refuse_more(name, module, style)
+        elif style == IDENTITY or list(module.parameters(recurse=False)):
+            styles[name] = style
     stacks = _read_stacks(model, patterns, styles)
     _refuse_whole_layers(model, styles)
     agree_on_ties(model, styles)
     return TensorPlan(styles, stacks)
+
+
+def _refuse_more(name: str, module: nn.Module, style: str) -> None:
+    """A table that does more than to look up is left whole; a linear module that does more is not known."""
+    if not isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"the tp_plan gives {name} ({type(module).__name__}) the style {style!r}, but it has modules inside, which "
+            "would see a part of the activations; use tensor: 1"
+        )
 
 
 def _read_stacks(
@@ -119,13 +137,18 @@ def _read_stacks(
     stacks: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         style = next((style for pattern, style in patterns if pattern.fullmatch(name)), None)
-        is_stacked = styles.get(name.rpartition(".")[0]) == EXPERTS
-        if style is None and not is_stacked:
+        owner = styles.get(name.rpartition(".")[0])
+        is_stacked, is_local = owner in ADDED_UP, owner == LOCAL
+        if style == "replicate" or (style is None and not is_stacked):
+            continue
+        if is_local and style == "colwise" and parameter.dim() == 1:
+            stacks[name] = (0, 1)
             continue
         if not is_stacked or style not in STACKED or parameter.dim() != 3:
             raise ValueError(
                 f"the tp_plan gives the parameter {name} {list(parameter.shape)} the style {style!r}; supported are "
-                f"{', '.join(STACKED)}, of stacks of matrices in a module with the style {EXPERTS}"
+                f"{', '.join(STACKED)}, of stacks of matrices in a module with the style "
+                f"{' or '.join(ADDED_UP)}, and colwise, of a vector in one with the style {LOCAL}"
             )
         dim, packs = STACKED[style]
         stacks[name] = (dim % parameter.dim(), packs)
@@ -154,7 +177,7 @@ def agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
 
 def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:
     """A plan that splits the embedding or the head only would have every rank compute every layer."""
-    split = [name for name, style in styles.items() if style in SPLIT or style == EXPERTS]
+    split = [name for name, style in styles.items() if style in SPLIT or style in ADDED_UP]
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if any(name.startswith(f"{layers}.") for name in split for layers in lists) or (split and not lists):
         return
@@ -185,7 +208,7 @@ def parallel_style(style: str, module: nn.Module, *, stays_split: bool) -> Any:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    if style in ("embedding_rowwise", "rowwise_split_input"):
+    if style in ("embedding_rowwise", "rowwise_split_input", "rowwise_rep"):
         return RowwiseParallel(input_layouts=Replicate())
     if style == "rowwise":
         return RowwiseParallel()

@@ -16,14 +16,16 @@ from strategies.model.randomness import stream_key
 
 class Copies:
     """Copies of a model to try, with buffers and attributes of their own. A model that has no values yet is tried with
-    made-up ones, and two layers of each kind stand for all; `everywhere` says of names in these what holds in all."""
+    made-up ones, and two layers of each kind stand for all, or with `all_layers` each for itself; `everywhere` says of
+    names in these what holds in all."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, *, all_layers: bool = False) -> None:
         self._model = model
         self._device = device
         self.layers = find_layers(model)[0]
         self._kinds: list[list[int]] = []
-        if self.layers is not None and any(parameter.is_meta for parameter in model.parameters()):
+        self.stand_for_others = any(parameter.is_meta for parameter in model.parameters()) and not all_layers
+        if self.layers is not None and self.stand_for_others:
             self._kinds = kinds_of(list(model.get_submodule(self.layers)))  # type: ignore[call-overload]
 
     def make(self, dtype: torch.dtype) -> nn.Module:

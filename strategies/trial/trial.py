@@ -108,10 +108,8 @@ def _inputs(
 def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:
     tokens, rows = inputs
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    copies = Copies(model, tokens.device)
-    one, other, watched = copies.make(dtype), copies.make(dtype), copies.make(torch.float32)
-    with nothing_hidden(watched):
-        body = find_body(watched, copies.layers, tokens[:1])
+    copies, watched, body = _copies(model, tokens)
+    one, other = copies.make(dtype), copies.make(dtype)
     passes = _Passes(spec, rows, body)
     before = footprint(one)
     persistent, weights = set(one.state_dict()), _weights(watched)
@@ -133,6 +131,22 @@ def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows
         refuse_foresight(watched, tokens)
     used = copies.everywhere(passes.used)
     return Trial(unused=unused_of(model, used), caches=copies.everywhere(touched), body=body)
+
+
+def _copies(model: nn.Module, tokens: torch.Tensor) -> tuple[Copies, nn.Module, str | None]:
+    """Copies of a model, one of them in fp32, and its body."""
+    copies = Copies(model, tokens.device)
+    watched = copies.make(torch.float32)
+    try:
+        with nothing_hidden(watched):
+            return copies, watched, find_body(watched, copies.layers, tokens[:1])
+    except Exception:  # Whatever a model raises that cannot be computed without some of its layers.
+        if not copies.stand_for_others:
+            raise
+    copies = Copies(model, tokens.device, all_layers=True)
+    watched = copies.make(torch.float32)
+    with nothing_hidden(watched):
+        return copies, watched, find_body(watched, copies.layers, tokens[:1])
 
 
 def _weights(model: nn.Module) -> Footprint:

@@ -40,10 +40,46 @@ USUAL: dict[str, Any] = {
     "mamba_d_conv": 4, "lru_width": 32, "attention_window_size": 16, "sliding_window": 16, "is_decoder": True,
     "dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    "activation_dropout": 0.0, "layerdrop": 0.0, "decoder_layerdrop": 0.0,
+    "activation_dropout": 0.0, "layerdrop": 0.0, "decoder_layerdrop": 0.0, "pad_token_id": 0, "rotary_dim": 4,
+    "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "n_shared_experts": 1, "n_inner": 64,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0,
 }  # fmt: skip
 """Small sizes, by the names that configurations have for them."""
-SPECIAL: dict[str, dict[str, Any]] = {}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_INDEXER = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32},
+        "encoder_hash_byte_group_vocab": 64,
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dots3_note": {
+        "text_config": {"head_dim": 16},
+        "vision_config": {"per_layer_config": None, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "dots3_note_text": {"head_dim": 16},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "fuyu": {"text_config": {"model_type": "persimmon"}},
+    "got_ocr2": {"text_config": {"model_type": "qwen2"}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "moss_transcribe_diarize": {"text_config": {"model_type": "qwen3"}},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [2, 4]},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 """What the smallest configuration of a type needs beside, or instead."""
 
 
@@ -51,18 +87,24 @@ def tiny(kind: str) -> dict[str, Any]:
     """`model.hf` of a small model of this type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return {"model_type": kind} | _sizes(CONFIG_MAPPING[kind]) | SPECIAL.get(kind, {})
+    return {"model_type": kind} | _sizes(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
 
 
-def _sizes(config_class: Any) -> dict[str, Any]:
+def _sizes(config_class: Any, special: dict[str, Any]) -> dict[str, Any]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     taken = {config_class.attribute_map.get(name, name): value for name, value in USUAL.items() if name in names}
-    nested = {
-        name: _sizes(inner)
-        for name, inner in config_class.sub_configs.items()
-        if name == "text_config" and dataclasses.is_dataclass(inner)
-    }
-    return taken | nested
+    if "kv_lora_rank" in names and "num_key_value_heads" in names:
+        taken["num_key_value_heads"] = USUAL["num_attention_heads"]
+    taken |= special
+    for name, inner in config_class.sub_configs.items():
+        nested = special.get(name, {})
+        if "model_type" in nested:
+            inner = CONFIG_MAPPING[nested["model_type"]]
+        if dataclasses.is_dataclass(inner):
+            taken[name] = _sizes(inner, nested)
+    return taken
 
 
 def kinds() -> list[str]:
