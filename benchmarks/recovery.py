@@ -1,9 +1,11 @@
-"""What a SIGKILL costs: ten of them, spread over a run of four workers, beside Ray Train under the same schedule.
+"""What a SIGKILL costs: ten of them, spread over a run of four workers, beside peers under the same schedule: torchft
+0.2, and Ray Train 2.60 as it is by default and with its TorchftConfig.
 
 A kill is sent from outside to the process of a rank that is training; its cost is the time from the signal to the
-next *new* committed step, less one median step, and the steps that had to be done again.
+next *new* committed step, less one median step, the steps that had to be done again, and those that were done with
+fewer samples than the job says.
 
-    python benchmarks/recovery.py [--kills 10] [--every 20] [--skip-ray-train]
+    python benchmarks/recovery.py [--kills 10] [--every 20] [--sides ours torchft ...]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import random
 import signal
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
@@ -165,14 +168,124 @@ def ray_train(job_path: str, schedule: list[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+REPLICAS = 4
+
+
+def torchft(job_path: str, schedule: list[int]) -> dict[str, Any]:
+    """See `benchmarks.torchft_train`. Replicas are processes, started anew as soon as they are gone."""
+    from torchft_train import Replicas, lighthouse
+
+    kills: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        log = Path(home) / "steps.jsonl"
+        replicas = Replicas(job_path, log, schedule[-1] + 20, REPLICAS)
+        started = time.time()
+        with (
+            lighthouse() as address,
+            replicas.running(address) as thread,
+            _killing_replicas(log, schedule, lambda: list(replicas.pids.values()), kills),
+        ):
+            thread.join()
+        return _of_replicas(log, kills) | {"wall_seconds": time.time() - started}
+
+
+def ray_train_torchft(job_path: str, schedule: list[int]) -> dict[str, Any]:
+    """The same replicas as workers of Ray Train, which starts them anew."""
+    import ray
+    from torchft_train import fit_in_ray
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    kills: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        log = Path(home) / "steps.jsonl"
+
+        def pids() -> list[int]:
+            newest = {e["replica"]: e["pid"] for e in read_records(log) if "pid" in e}
+            return list(newest.values())
+
+        ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            started = time.time()
+            with _killing_replicas(log, schedule, pids, kills):
+                fit_in_ray(job_path, Path(home), log, schedule[-1] + 20, REPLICAS)
+            wall = time.time() - started
+        finally:
+            ray.shutdown()
+        return _of_replicas(log, kills) | {"wall_seconds": wall}
+
+
+def _commits(log: Path) -> list[dict[str, Any]]:
+    """The first record of each step."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in sorted((e for e in read_records(log) if "step" in e), key=lambda e: e["at"]):
+        found.setdefault(record["step"], record)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _killing_replicas(
+    log: Path, schedule: list[int], pids: Callable[[], list[int]], kills: list[dict[str, Any]]
+) -> Iterator[None]:
+    """Each kill when all are there again, so that each is of the same kind."""
+
+    def victims() -> list[int]:
+        done = _commits(log)
+        return pids() if done and done[-1]["participants"] == REPLICAS else []
+
+    def progress() -> int:
+        return max((e["step"] for e in _commits(log)), default=-1) + 1
+
+    with killer(schedule, progress, victims, kills):
+        yield
+
+
+def _of_replicas(log: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
+    done = _commits(log)
+    stalls, redone, median = costs(kills, [(e["step"], e["at"]) for e in done])
+    first = next(e["step"] for e in done if e["participants"] == REPLICAS)
+    smaller = sum(e["participants"] < REPLICAS for e in done if e["step"] > first)
+    full = []
+    for kill in kills:
+        missed = next((e["at"] for e in done if e["at"] > kill["at"] and e["participants"] < REPLICAS), None)
+        back = next((e["at"] for e in done if missed and e["at"] > missed and e["participants"] == REPLICAS), None)
+        if back is not None:
+            full.append(back - kill["at"])
+    return {
+        "stalls": stalls, "redone": redone, "median_step": median, "survivors_kept_their_pids": True,
+        "batch": f"smaller in {smaller} of {len(done)} steps", "kills": len(kills), "full_strength": full,
+        "smaller_steps": smaller, "steps": len(done),
+    }  # fmt: skip
+
+
+SIDES: dict[str, Callable[[str, list[int]], dict[str, Any]]] = {
+    "ours": ours, "torchft": torchft, "Ray Train + torchft": ray_train_torchft, "Ray Train": ray_train,
+}  # fmt: skip
+_NEEDS_TORCHFT = ("torchft", "Ray Train + torchft")
+
+
+def measure(side: str, job_path: str, schedule: list[int]) -> dict[str, Any]:
+    """One of `SIDES`, in an environment that has it."""
+    if side not in _NEEDS_TORCHFT:
+        return SIDES[side](job_path, schedule)
+    from environments import python_with
+    from torchft_train import REQUIREMENTS
+
+    python = python_with(*REQUIREMENTS, sees_ours=True)
+    found = subprocess.run(
+        [python, __file__, "--job", job_path, "--only", side, "--schedule", json.dumps(schedule)], check=True,
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    return dict(json.loads(found.stdout.splitlines()[-1]))
+
+
 def show(name: str, figures: dict[str, Any]) -> None:
     stalls = sorted(figures["stalls"])
     if not stalls:
-        print(f"{name:<14} no recovery was measured ({figures['kills']} kills)")
+        print(f"{name:<20} no recovery was measured ({figures['kills']} kills)")
         return
     p95 = stalls[min(len(stalls) - 1, round(0.95 * (len(stalls) - 1)))]
     print(
-        f"{name:<14}{len(stalls):>6}{statistics.median(stalls):>12.3f}{p95:>10.3f}{max(stalls):>10.3f}"
+        f"{name:<20}{len(stalls):>6}{statistics.median(stalls):>12.3f}{p95:>10.3f}{max(stalls):>10.3f}"
         f"{sum(figures['redone']):>12}{statistics.median(figures['redone']):>12.0f}"
         f"{figures['survivors_kept_their_pids']!s:>12}{figures['median_step']:>12.3f}  {figures['batch']}"
     )
@@ -183,27 +296,32 @@ def main() -> None:
     parser.add_argument("--job", default="examples/quickstart.yaml")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--every", type=int, default=20, help="steps between kills")
-    parser.add_argument("--skip-ray-train", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--only", choices=SIDES, help="this side in this process, as JSON; for the benchmark itself")
+    parser.add_argument("--schedule", type=json.loads, help="the steps of the kills, as JSON")
     options = parser.parse_args()
-    schedule = [options.every * (index + 1) for index in range(options.kills)]
-    sides = {"ours": ours(options.job, schedule)}
-    # Without a standby the run goes on with three, and the replacement joins when it has started: a growth per kill.
-    growing = ours(options.job, [30 * (index + 1) for index in range(3)], standby=0)
-    if not options.skip_ray_train:
-        sides["Ray Train"] = ray_train(options.job, schedule)
+    schedule = options.schedule or [options.every * (index + 1) for index in range(options.kills)]
+    if options.only:
+        print(json.dumps(SIDES[options.only](options.job, schedule)))
+        return
+    sides = {side: measure(side, options.job, schedule) for side in options.sides}
     print(
-        f"{'':<14}{'kills':>6}{'median s':>12}{'p95 s':>10}{'max s':>10}{'steps redone':>12}{'per kill':>12}"
+        f"{'':<20}{'kills':>6}{'median s':>12}{'p95 s':>10}{'max s':>10}{'steps redone':>12}{'per kill':>12}"
         f"{'same pids':>12}{'step s':>12}  batch"
     )
     for name, figures in sides.items():
         show(name, figures)
-    mine = sides["ours"]
-    print(f"kill to full strength (standby): median {statistics.median(mine['full_strength']):.3f} s, "
-          f"max {max(mine['full_strength']):.3f} s")  # fmt: skip
-    pauses = growing["growth_pauses"]
-    print(f"pause when a worker joins a running job ({len(pauses)} times): median {statistics.median(pauses):.3f} s, "
-          f"max {max(pauses):.3f} s beyond a step")  # fmt: skip
-    print(json.dumps({"benchmark": "recovery", **sides, "ours without standby": growing}))
+    for name, figures in sides.items():
+        if found := figures.get("full_strength"):
+            print(f"kill to full strength, {name}: median {statistics.median(found):.3f} s, max {max(found):.3f} s")
+    if "ours" in sides:
+        # Without a standby the run goes on with three, and the replacement joins when it has started.
+        growing = ours(options.job, [30 * (index + 1) for index in range(3)], standby=0)
+        sides["ours without standby"] = growing
+        pauses = growing["growth_pauses"]
+        print(f"pause when a worker joins a running job ({len(pauses)} times): median "
+              f"{statistics.median(pauses):.3f} s, max {max(pauses):.3f} s beyond a step")  # fmt: skip
+    print(json.dumps({"benchmark": "recovery", **sides}))
 
 
 if __name__ == "__main__":

@@ -73,11 +73,10 @@ def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) ->
 def _weights(work: Work, rank: Rank, degrees: Degrees) -> float:
     """What is computed with, and what is updated where that is another."""
     is_sharded = degrees.shard == "parameters" and degrees.data > 1
-    whole = rank.frozen if is_sharded and degrees.tensor > 1 else 0
     shared = degrees.data if is_sharded else 1
     # Sharded weights are kept as they are updated, and gathered as they are computed with.
     each = work.state.weights if is_sharded else work.computed_bytes
-    computed = each * (rank.parameters + rank.frozen - whole) / shared + work.computed_bytes * whole
+    computed = each * (rank.parameters + rank.frozen) / shared
     if work.offloads and (work.has_copies or degrees.shard != "none"):
         return computed
     if degrees.shard == "none" or degrees.data == 1:

@@ -26,6 +26,25 @@ def round_up(value: int, multiple: int = ALIGNMENT) -> int:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A coordinate's share of a parameter that tensor parallelism splits over so many ranks: along a dimension that has
+    `packs` matrices end to end, a part of each."""
+
+    dim: int
+    packs: int
+    coordinate: int
+    ranks: int
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """A view, unless it has parts of several matrices."""
+        if self.packs == 1:
+            return whole.chunk(self.ranks, self.dim)[self.coordinate]
+        matrices = whole.unflatten(self.dim, (self.packs, -1))
+        share: torch.Tensor = matrices.chunk(self.ranks, self.dim + 1)[self.coordinate].flatten(self.dim, self.dim + 1)
+        return share
+
+
+@dataclass(frozen=True)
 class Slot:
     """Where one parameter lives: `offset` and `numel` in elements, `shape` of a coordinate's share, `block` of the
     model, and the dimension `dim` that tensor parallelism splits (None: every coordinate has the whole parameter). If
@@ -139,11 +158,7 @@ class Space:
         """A coordinate's share of a whole parameter; a view, unless it has parts of several matrices."""
         if slot.dim is None:
             return whole
-        if slot.packs == 1:
-            return whole.chunk(self.tensor, slot.dim)[coordinate]
-        matrices = whole.unflatten(slot.dim, (slot.packs, -1))
-        share: torch.Tensor = matrices.chunk(self.tensor, slot.dim + 1)[coordinate].flatten(slot.dim, slot.dim + 1)
-        return share
+        return Cut(slot.dim, slot.packs, coordinate, self.tensor).of(whole)
 
     def assemble(self, slot: Slot, shares: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole parameter from all coordinates' shares."""

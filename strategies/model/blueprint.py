@@ -107,8 +107,8 @@ class Blueprint:
         self._is_in_order = cuts or self.stages.are_stated
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
-            ((name, p.shape, self._block_of(name), self._dim_of(name)) for name, p in trained), tensor, self.unused,
-            {alias: (name, self._block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
+            ((name, p.shape, self.block_of(name), self.dim_of(name)) for name, p in trained), tensor, self.unused,
+            {alias: (name, self.block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
         )  # fmt: skip
         across = _across_blocks(model, self.layers, frozen)
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
@@ -125,7 +125,7 @@ class Blueprint:
         """What training never changes, by name."""
         return _Constants(self.buffers, self.frozen)
 
-    def _block_of(self, name: str) -> int:
+    def block_of(self, name: str) -> int:
         """0 for the embedding, then the layers, then norm and head; all 0 where that is not known."""
         if self.layers is None:
             return 0
@@ -150,7 +150,8 @@ class Blueprint:
             found.append(name)
         return frozenset(found)
 
-    def _dim_of(self, name: str) -> int | None:
+    def dim_of(self, name: str) -> int | None:
+        """The dimension that tensor parallelism splits of a parameter."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
         return self.plan.dim_of(name, is_embedding=isinstance(owner, nn.Embedding))
 

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import nn
 
+from strategies.layout.space import Cut
 from strategies.model.values import Values
 
 
@@ -70,11 +71,24 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
         """The names of those that have rows, in the type of trained parameters: these can be sharded with them."""
         return [name for name, p in self._parameters.items() if p.dim() and self._types[name] == torch.float32]
 
-    def rows(self, name: str, index: int, count: int) -> torch.Tensor:
-        """Part `index` of `count` of a parameter's rows, as torch.chunk divides them; the last may have none."""
+    def share(self, name: str, cut: Cut) -> torch.Tensor:
+        """A coordinate's share of a parameter."""
+        if cut.dim == 0 and cut.packs == 1:
+            return self.rows(name, cut.coordinate, cut.ranks)
+        return cut.of(self._values.read(name))
+
+    def rows(self, name: str, index: int, count: int, cut: Cut | None = None) -> torch.Tensor:
+        """Part `index` of `count` of a parameter's rows, or of those of a share of it, as torch.chunk divides them; the
+        last may have none."""
         shape = self._parameters[name].shape
+        share = None
+        if cut is not None:
+            share = self.share(name, cut)
+            shape = share.shape
         size = -(-shape[0] // count)
         first, last = min(index * size, shape[0]), min((index + 1) * size, shape[0])
+        if share is not None:
+            return share[first:last]
         width = shape[1:].numel()
         return self._values.read_range(name, first * width, last * width).view(last - first, *shape[1:])
 

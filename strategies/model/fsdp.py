@@ -22,6 +22,7 @@ from strategies.comm.groups import Groups
 from strategies.compat import AllGather, ReduceScatter, hand_on_unused
 from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
+from strategies.model.frozen_parts import FrozenParts
 from strategies.model.model_part import Runs, add_up
 from strategies.model.stage import Stage
 from strategies.reduction.tree_sum import TreeSum
@@ -37,11 +38,13 @@ class ShardedModelPart:
         self.runs = None if runs is None else tuple(runs)
         self.device = blueprint.device
         self._data_group = fabric.data_group
-        # Of frozen parameters that tensor parallelism splits, too, every rank has its split whole.
-        sharded = blueprint.divisible_frozen if fabric.layout.tensor == 1 else []
-        blueprint.frozen.keep_on(self.device, blueprint.frozen.keys() - set(sharded))
+        self._frozen = FrozenParts(blueprint, self.runs, fabric.layout.tensor)
+        sharded = self._frozen.needed.intersection(blueprint.divisible_frozen) - self._frozen.in_both_ways
+        self.kept_frozen = self._frozen.whole - sharded
+        """The frozen parameters that it computes with as the model has them."""
+        blueprint.frozen.keep_on(self.device, self.kept_frozen)
         self.modules: list[Stage] = [
-            blueprint.stages.make(run, sharded, torch.float32)
+            blueprint.stages.make(run, sharded | self._frozen.split, torch.float32)
             for run in (self.runs if self.runs is not None else [None])
         ]
         self.groups: list[list[_Group]] = []
@@ -49,11 +52,11 @@ class ShardedModelPart:
         for module in self.modules:
             if fabric.layout.tensor > 1:
                 blueprint.parallelize(module, fabric.axis("tensor"))
+                self._frozen.fill(module.module, self._frozen.split - sharded, fabric.axis("tensor"))
             # FSDP2 gathers what no block has when the model is called as a module.
             module.enter_by_root()
             self.groups.append(self._shard(module.module, fabric))
             module.train()
-        self.own_frozen = sharded
 
     def _shard(self, inner: nn.Module, fabric: Fabric) -> list[_Group]:
         blocks = self.blueprint.blocks(inner)
@@ -65,7 +68,8 @@ class ShardedModelPart:
         inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        names = {id(parameter): self.blueprint.names[name] for name, parameter in inner.named_parameters()}
+        places = {id(parameter): place for place, parameter in inner.named_parameters()}
+        names = {key: self.blueprint.names[place] for key, place in places.items()}
         space = self.blueprint.space
         slots = {slot.name: slot for slot in space.slots}
         slots |= {a.name: replace(a.slot, name=a.name, block=a.block) for a in space.aliases}
@@ -78,7 +82,8 @@ class ShardedModelPart:
                 continue
             params = [(names[id(p.sharded_param)], p) for p in group.fsdp_params if id(p.sharded_param) in names]
             entries = [(slots[name], p) for name, p in params if name in slots]
-            self._read_frozen([(name, p) for name, p in params if name not in slots], fabric.data_group)
+            frozen = [(places[id(p.sharded_param)], p) for name, p in params if name not in slots]
+            self._read_frozen(frozen, fabric)
             groups.append(_Group(entries, fabric.data_group))
             if not entries:
                 untrained.append(block)
@@ -94,11 +99,13 @@ class ShardedModelPart:
         self._untrained.append(untrained)
         return groups
 
-    def _read_frozen(self, params: Sequence[tuple[str, Any]], data_group: Groups) -> None:
-        """This rank's rows of frozen parameters, from their source."""
+    def _read_frozen(self, params: Sequence[tuple[str, Any]], fabric: Fabric) -> None:
+        """This rank's rows of the frozen parameters in these places, from their source."""
+        group, coordinate = fabric.data_group, fabric.axis("tensor").get_local_rank() if fabric.layout.tensor > 1 else 0
         with torch.no_grad():
-            for name, parameter in params:
-                rows = self.blueprint.frozen.rows(name, data_group.rank, data_group.world_size)
+            for place, parameter in params:
+                name, cut = self.blueprint.names[place], self._frozen.cut(place, coordinate)
+                rows = self.blueprint.frozen.rows(name, group.rank, group.world_size, cut)
                 parameter.sharded_param._local_tensor.copy_(rows)
 
     def backward_is_over(self, module: int) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from strategies.layout.space import FlatRanges, Slot, round_up
 from strategies.model.blueprint import Blueprint
+from strategies.model.frozen_parts import FrozenParts
 from strategies.model.stage import Stage
 
 Runs = Sequence[tuple[int, int]] | None
@@ -39,8 +40,6 @@ class ModelPart:
 
     is_sharded = False
     """Whether it has only its rows of the parameters (`strategies.model.fsdp`)."""
-    own_frozen: Sequence[str] = ()
-    """The frozen parameters of which it has a copy, so that the model's own are not computed with."""
 
     def __init__(
         self,
@@ -70,14 +69,18 @@ class ModelPart:
         self.state_weights = weights if total == self.flat.size else weights[: self.flat.size]
         """Those that are state here."""
         self._mesh = tensor_mesh
-        blueprint.frozen.keep_on(self.device, blueprint.frozen)
+        frozen = FrozenParts(blueprint, self.runs, 1 if tensor_mesh is None else tensor_mesh.size())
+        self.kept_frozen = frozen.whole
+        """The frozen parameters that it computes with as the model has them."""
+        blueprint.frozen.keep_on(self.device, self.kept_frozen)
         if self.is_plain:
             self.modules: list[Stage] = [blueprint.stages.whole()]
         else:
-            self.modules = [blueprint.stages.make(run) for run in (runs if runs is not None else [None])]
+            self.modules = [blueprint.stages.make(run, frozen.split) for run in (runs if runs is not None else [None])]
             if tensor_mesh is not None:
                 for module in self.modules:
                     blueprint.parallelize(module, tensor_mesh)
+                    frozen.fill(module.module, frozen.split, tensor_mesh)
         self.slots: list[tuple[Slot, int]] = []
         self._uses: list[_Use] = []
         bound: dict[str, nn.Parameter] = {}

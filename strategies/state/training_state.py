@@ -69,7 +69,8 @@ class Arrangement:
     def begin(self) -> None:
         """It counts from now on. Before, this rank might have gone back to computing with all frozen parameters."""
         if self.part is not None:
-            self.part.blueprint.frozen.drop(self.part.own_frozen)
+            frozen = self.part.blueprint.frozen
+            frozen.drop(frozen.keys() - self.part.kept_frozen)
 
 
 class TrainingState:

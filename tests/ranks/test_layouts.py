@@ -208,6 +208,67 @@ def test_frozen_parameters_are_sharded_and_change_nothing() -> None:
     assert_all_give(expected(dropout=0.1, model="frozen"), layouts, dropout=0.1, model="frozen")
 
 
+def test_frozen_parameters_are_split_in_tensor_parallel_groups_and_change_nothing() -> None:
+    layouts = possible([layout_of(tensor=2), layout_of(2, tensor=2, shard="parameters"), layout_of(1, 2, 2)])
+    split = run_ranks(4, train, [Stretch(layout) for layout in layouts], 0.0, 2, "fp32", None, "frozen")
+    once = run_ranks(2, train, [Stretch(layout_of(tensor=2), 2 * len(layouts))], 0.0, 2, "fp32", None, "frozen")
+    assert as_numbers(split[0]) == as_numbers(once[0])
+    alone = expected(model="frozen")[0]
+    assert as_numbers(split[0])[0][: len(alone)] == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shares"),
+    [
+        (layout_of(tensor=2), {"model.embed_tokens": 2, "model.layers.0.mlp.down_proj": 2}),
+        (layout_of(1, 2), {"model.embed_tokens": 1, "model.layers.0.mlp.down_proj": 1}),
+        (layout_of(2, tensor=2, shard="parameters"), {"model.embed_tokens": 4, "model.layers.0.mlp.down_proj": 4}),
+    ],
+)
+def test_a_rank_has_no_more_of_frozen_parameters_than_it_computes_with(
+    layout: ParallelLayout, shares: dict[str, int]
+) -> None:
+    """The second stage has none of those of the first. Rows that do not divide are padded."""
+    (layout,) = possible([layout])
+    found = run_ranks(layout.world_size, frozen_sizes, layout, list(shares))
+    model = model_of("frozen")
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in shares}
+    first = {name: -(-len(each) // shares[name]) * each.shape[1] for name, each in weights.items()}
+    second = first if layout.pipeline == 1 else dict.fromkeys(shares, 1)
+    assert found == [first if layout.place(rank).stage == 0 else second for rank in range(layout.world_size)]
+
+
+def frozen_sizes(rank: int, address: Endpoint, layout: ParallelLayout, names: Sequence[str]) -> dict[str, int]:
+    """The elements that this rank has in memory of the weights of frozen modules, in the model and what it computes
+    with."""
+    engine = make_engine(model="frozen", tensor=layout.tensor, cuts=layout.pipeline > 1)
+    fabric = Fabric(rank=rank, layout=layout, device=CPU)
+    fabric.form(store_address=address, prefix="sizes", host=HOST, timeout_s=PATIENCE_S)
+    held = [whole(engine.state.space.size, engine.state.space.tensor)] * layout.world_size
+    nodes = [Domain("", str(each)) for each in range(layout.world_size)]
+    engine.state.adopt_layout(layout, fabric, held, nodes, 2, 0, lambda: barrier(fabric))
+    part = engine.state.arrangement.part
+    assert part is not None
+    models = [engine.state.blueprint.model, *(stage.module for stage in part.modules)]
+    sizes = {name: max(_elements(model, name) for model in models) for name in names}
+    fabric.drop()
+    return sizes
+
+
+def _elements(model: torch.nn.Module, name: str) -> int:
+    weight: Any = getattr(_module_in(model, name), "weight", None)
+    while hasattr(weight, "_local_tensor"):
+        weight = weight._local_tensor
+    return 0 if weight is None or weight.is_meta else weight.untyped_storage().nbytes() // weight.element_size()
+
+
+def _module_in(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def test_frozen_parameters_may_be_shared_and_be_all_that_a_stage_has() -> None:
     """By two layers, by the first and the last stage, and with nothing trained in the first."""
     parts = ((0, 2), (2, 6))
