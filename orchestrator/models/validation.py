@@ -175,16 +175,21 @@ class LayoutReasons:
 
     def of_shard(self, shard: str) -> str | None:
         """Why it cannot be sharded so."""
-        from strategies.model.blueprint import check_sharded
+        from strategies.model.sharding import check_sharded
 
-        return self._reason(("shard", shard), shard == "parameters", lambda: check_sharded(self._model))
+        return self._reason(
+            ("shard", shard), shard == "parameters", lambda: check_sharded(self._model, self._known_cuts().order)
+        )
 
     def _check_cut(self, pipeline: int, parts: int) -> None:
+        self._known_cuts().check(pipeline, parts)
+
+    def _known_cuts(self) -> Cuts:
         from strategies.model.cutting import Cuts
 
         if self._cuts is None:
             self._cuts = Cuts(self._model)
-        self._cuts.check(pipeline, parts)
+        return self._cuts
 
     def _reason(self, key: tuple[Any, ...], applies: bool, check: Callable[[], None]) -> str | None:
         if key not in self._said:

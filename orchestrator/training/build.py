@@ -147,7 +147,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         model, tensor=job.strategy.tensor, device=device, unused=trial.unused, caches=trial.caches, body=trial.body,
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
         values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
-        plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None,
+        plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None, order=trial.order, draws=trial.draws,
     )  # fmt: skip
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))

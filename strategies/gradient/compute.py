@@ -22,7 +22,7 @@ from strategies.gradient.stopwatch import Stopwatch
 from strategies.model.blueprint import Blueprint
 from strategies.model.head import Head
 from strategies.model.model_part import ModelPart
-from strategies.model.randomness import Streams, draws_random_numbers
+from strategies.model.randomness import Streams
 from strategies.model.recompute import recompute
 from strategies.model.stage import Stage
 from strategies.objective.batch import Batch
@@ -57,10 +57,9 @@ def prepare(blueprint: Blueprint, modules: Sequence[Stage], spec: StepSpec) -> S
     """Has the layers of model parts recompute what the job says. Their random numbers: by layer, and after the last,
     where the model draws any."""
     streams = Streams(spec.seed)
-    draws = draws_random_numbers(blueprint.model)
     for module in modules:
-        recompute(enumerate(module.layers), spec.recompute, draws=draws)
-    if draws:
+        recompute(enumerate(module.layers), spec.recompute, draws=blueprint.draws)
+    if blueprint.draws:
         for module in modules:
             for number, layer in blueprint.numbered_layers(module):
                 streams.install(layer, number)

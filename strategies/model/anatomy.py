@@ -46,6 +46,14 @@ class CannotCut(ValueError):
     """Why a model cannot be computed in parts."""
 
 
+class NotInTurn(CannotCut):
+    """Its layers are not computed one after another, each once, but as `calls` says, by number."""
+
+    def __init__(self, model: str, layers: str, calls: Sequence[int]) -> None:
+        super().__init__(f"the layers of {model} ({layers}) are not computed one after another, each once")
+        self.calls = tuple(calls)
+
+
 def find_layers(model: nn.Module) -> tuple[str | None, str]:
     """The name of the model's list of layers; or None, and why that is not known."""
     name = type(model).__name__
@@ -210,7 +218,7 @@ def anatomy_of(
     with watch.watched(), torch.enable_grad():
         logits, places = compute()
     if watch.calls != list(range(len(found))):
-        raise CannotCut(f"the layers of {name} ({layers}) are not computed one after another, each once")
+        raise NotInTurn(name, layers, watch.calls)
     if watch.trained:
         raise CannotCut(f"the layers of {name} are given what is trained outside of them ({', '.join(watch.trained)})")
     assert watch.given is not None

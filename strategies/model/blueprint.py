@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import ChainMap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch import nn
 
 from strategies.layout.space import Space
 from strategies.model.anatomy import CannotCut, find_layers
-from strategies.model.cutting import refuse_cut, shared_reason
+from strategies.model.cutting import check_cut, refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
 from strategies.model.model_stages import Stages
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
 from strategies.model.partial_sums import SumOfParts, add_up_experts, add_up_rope, divide_input, share_input
+from strategies.model.randomness import draws_random_numbers
 from strategies.model.routers import Routers
+from strategies.model.sharding import across_blocks, blocks_of, check_sharded
 from strategies.model.stage import PassThrough, Stage
 from strategies.model.tensor_plan import (
     ADDED_UP,
@@ -34,6 +36,7 @@ from strategies.model.tensor_plan import (
     TensorPlan,
     parallel_style,
     read_tensor_plan,
+    split_in_two,
 )
 from strategies.model.values import BuiltValues, Values
 
@@ -54,7 +57,8 @@ class Blueprint:
     (see `strategies.model.head`). Modules compute with trained parameters of type `dtype`. With `splits_logits` a head
     that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them. `routers`
     are those of a mixture of experts, where their choices are of interest. With a `plan` it is split by that, otherwise
-    by the model's own.
+    by the model's own. `order` are the numbers of its layers as a pass computes them, where that was tried. A pass
+    `draws` random numbers if that is said, or the model has dropout.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
     `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
@@ -77,6 +81,8 @@ class Blueprint:
         splits_logits: bool = False,
         routers: Routers | None = None,
         plan: TensorPlan | None = None,
+        order: Sequence[int] | None = None,
+        draws: bool = False,
     ) -> None:
         _refuse_running_statistics(model)
         self.body, self.dtype, self.splits_logits, self.routers = body, dtype, splits_logits, routers
@@ -95,8 +101,8 @@ class Blueprint:
         self.names = {name: name if name in self._aliased else known for name, known in names.items()}
         """The one name of a parameter, by each that it has: modules may share it. A second use that has a gradient of
         its own has a name of its own."""
-        if tensor > 1:
-            self._refuse_shared("tensor", tensor)
+        if tensor > 1 and (shared := split_in_two(model, self.plan)):
+            raise ValueError(shared_reason("tensor", tensor, shared))
         self.stages = Stages(
             model, self.layers, self._value, body=body, dtype=dtype, device=self.device, unused=self.unused
         )  # fmt: skip
@@ -104,13 +110,16 @@ class Blueprint:
         self.values = BuiltValues(model) if values is None else values
         self.frozen = FrozenWeights.of(model, self.values, dtype)
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self._is_in_order = cuts or self.stages.are_stated
+        self._order = order
+        self.draws = draws or draws_random_numbers(model)
+        in_turn = list(range(self.stages.num_layers))
+        self._is_in_order = cuts or self.stages.are_stated if order is None else list(order) == in_turn
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
             ((name, p.shape, self.block_of(name), self.dim_of(name)) for name, p in trained), tensor, self.unused,
             {alias: (name, self.block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
         )  # fmt: skip
-        across = _across_blocks(model, self.layers, frozen)
+        across = across_blocks(model, self.layers, frozen)
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
         """The names of the frozen parameters that can be sharded with the trained ones of their block."""
         persistent = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
@@ -155,28 +164,20 @@ class Blueprint:
         owner = self.model.get_submodule(name.rpartition(".")[0])
         return self.plan.dim_of(name, is_embedding=isinstance(owner, nn.Embedding))
 
-    def _refuse_shared(self, what: str, degree: int) -> None:
-        shared = [name for name, sites in self._sites.items() if len(sites) > 1]
-        if shared:
-            raise ValueError(shared_reason(what, degree, shared))
-
     def check_pipeline(self, stages: int, context: contextlib.AbstractContextManager[Any] | None = None) -> None:
         """Raises ValueError when the network, computed in `context` (autocast), cannot be cut into stages."""
-        refuse_cut(self.cannot_cut, self._sites, stages)
-        with contextlib.nullcontext() if context is None else context, torch.random.fork_rng():
-            try:
-                self.stages.check()
-            except ValueError as error:
-                name = type(self.model).__name__
-                raise ValueError(f"pipeline {stages} cannot be used with {name}: {error}") from error
+        refuse_cut(self.cannot_cut, self._sites, self.layers, stages)
+        with contextlib.nullcontext() if context is None else context:
+            check_cut(self.stages, self._sites, type(self.model).__name__, stages)
 
     def check_sharded(self) -> None:
-        """Raises ValueError when two blocks share a trained parameter: each gathers and reduces its own."""
-        check_sharded(self.model)
+        """Raises ValueError when two blocks share a trained parameter, or one is not computed once in a pass: each
+        gathers and reduces its own, once."""
+        check_sharded(self.model, self._order)
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
-        """The layers that `module` (the model, or a stage of it) has; the model's largest list where it has no plan."""
-        return _blocks(module, self.layers)
+        """The layers that `module` (the model, or a stage of it) has."""
+        return blocks_of(module, self.layers)
 
     def numbered_layers(self, module: nn.Module) -> list[tuple[int, nn.Module]]:
         """(number, layer) for those that `module` has; none where it is not known that each is computed once."""
@@ -295,36 +296,3 @@ def _refuse_running_statistics(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) keeps running statistics, which depend on which rank "
                 "saw which data; use a normalisation without them (layer, group or RMS norm)"
             )
-
-
-def _blocks(module: nn.Module, layers: str | None) -> list[nn.Module]:
-    """See `Blueprint.blocks`."""
-    if layers is None:
-        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-        return list(max(lists, key=len, default=[]))
-    found: Any = module.get_submodule(layers)
-    return [layer for layer in found if not isinstance(layer, PassThrough)]
-
-
-def check_sharded(model: nn.Module) -> None:
-    """Raises ValueError when the parameters of the model, which may be without weights, cannot be sharded: two blocks
-    share a trained one, and each gathers and reduces its own."""
-    layers, _ = find_layers(model)
-    for places in _across_blocks(model, layers, trained_parameters(model)).values():
-        raise ValueError(
-            "shard: parameters cannot be used with a trained parameter that two layers share, as each layer gathers "
-            f"its own: {', '.join(places)}. Use another shard, which computes with whole parameters"
-        )
-
-
-def _across_blocks(
-    model: nn.Module, layers: str | None, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, list[str]]:
-    """The parameters that two blocks, or a block and what is in none, share, with all the names that each has."""
-    blocks = _blocks(model, layers)
-    block_of = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
-    return {
-        name: [".".join(filter(None, site)) for site in sites]
-        for name, sites in sites_of(model, parameters).items()
-        if len({block_of.get(id(model.get_submodule(owner)), -1) for owner, _ in sites}) > 1
-    }

@@ -114,7 +114,8 @@ class _Given(nn.Module):
 def find_body(model: nn.Module, layers: str | None, tokens: torch.Tensor) -> str | None:
     """The name of the module that gives the hidden states which the head makes logits of: found by trying on `tokens`
     int64 [batch, length], whose logits must be the same to the last bit when they are made of hidden states that were
-    computed before. None when there is none, or its hidden states are of other positions."""
+    computed before. None when there is none, its hidden states are of other positions, or the head computes with
+    parameters of the body, too."""
     if layers is None:
         return None
     parts = layers.split(".")[:-1]
@@ -129,6 +130,18 @@ def find_body(model: nn.Module, layers: str | None, tokens: torch.Tensor) -> str
                 same = same and not torch.equal(head(hidden * 0.5), expected)
             except Exception:  # Whatever a module raises that is called in another way than its own model does.
                 continue
-            if same:
+            if same and not _uses_inside(head, hidden, model.get_submodule(name)):
                 return name
     return None
+
+
+def _uses_inside(head: Head, hidden: torch.Tensor, body: nn.Module) -> bool:
+    inside = [parameter for parameter in body.parameters() if parameter.requires_grad and not parameter.is_meta]
+    own = {id(parameter) for parameter in head.parameters}
+    inside = [parameter for parameter in inside if id(parameter) not in own]
+    if not inside:
+        return False
+    with torch.enable_grad():
+        logits = head(hidden.detach().requires_grad_())
+        found = torch.autograd.grad(logits, inside, torch.ones_like(logits), allow_unused=True)
+    return any(gradient is not None for gradient in found)

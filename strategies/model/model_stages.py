@@ -16,7 +16,7 @@ from strategies.model.head import logits_of
 from strategies.model.parameters import made_up_values
 from strategies.model.randomness import stream_key, uninstall
 from strategies.model.recompute import forget
-from strategies.model.stage import Cut, PassThrough, Stage
+from strategies.model.stage import Cut, PassThrough, Resized, Stage
 
 ValueOf = Callable[[str, nn.Parameter, bool], torch.Tensor]
 """Something to compute with in place of a parameter, by its place, which depends on nothing: without values, or with
@@ -87,6 +87,10 @@ class Stages:
                 shared[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             else:
                 shared[id(parameter)] = parameter
+        for part in self._model.modules():
+            # What a model keeps of a pass is no leaf, and cannot be copied.
+            kept = (value for value in vars(part).values() if isinstance(value, torch.Tensor) and not value.is_leaf)
+            shared |= {id(value): value.detach() for value in kept}
         module: nn.Module = copy.deepcopy(self._model, shared)  # type: ignore[arg-type]
         for part in module.modules():
             uninstall(part)
@@ -97,7 +101,7 @@ class Stages:
             assert layers is not None
             for index in range(cut.num_layers):
                 if not cut.start <= index + 1 < cut.stop:
-                    layers[index] = PassThrough(cut.elements)
+                    layers[index] = PassThrough(cut.elements, layers[index])
             anatomy = self.anatomy()
             if not cut.is_first:
                 self._set_aside(module, anatomy.before)
@@ -114,7 +118,7 @@ class Stages:
             part = module.get_submodule(owner)
             is_table = isinstance(part, nn.Embedding) and (takes_hidden or not self._is_first_table(owner))
             stays = not owner or is_table or bool(list(part.children()))
-            stand_in = part if stays else PassThrough()
+            stand_in = part if stays else _stand_in(part)
             for key, parameter in list(part._parameters.items()):
                 if parameter is not None and (f"{owner}.{key}" if owner else key) in places:
                     del part._parameters[key]
@@ -156,8 +160,14 @@ class Stages:
         assert self._layers is not None
 
         def compute() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            there = dict(self._model.named_parameters(remove_duplicate=False))
-            places = {place: self._value_of(place, parameter, is_fake) for place, parameter in there.items()}
+            there = self._model.named_parameters(remove_duplicate=False)
+            # Only the first layer computes.
+            others = [f"{self._layers}.{number}." for number in range(1, self.num_layers)]
+            places = {
+                place: self._value_of(place, parameter, is_fake)
+                for place, parameter in there
+                if not place.startswith(tuple(others))
+            }
             tokens = torch.zeros((1, 2), dtype=torch.int64, device=self._device)
             output = torch.func.functional_call(
                 self._model, places, kwargs={"input_ids": tokens}, tie_weights=False
@@ -192,7 +202,7 @@ class Stages:
         layers = self.layer_list(stage.module)
         for number in range(self.num_layers):
             if number not in kept and not isinstance(layers[number], PassThrough):
-                layers[number] = PassThrough(self.anatomy().elements)
+                layers[number] = PassThrough(self.anatomy().elements, layers[number])
         for owner, part in stage.module.named_modules():
             for key, parameter in part._parameters.items():
                 if parameter is not None:
@@ -200,6 +210,11 @@ class Stages:
                     values = made_up_values(parameter.shape, seed, self._device, parameter.dtype)
                     part._parameters[key] = nn.Parameter(values, requires_grad=False)
         return stage
+
+
+def _stand_in(part: nn.Module) -> nn.Module:
+    is_resized = isinstance(part, nn.Linear) and part.in_features != part.out_features
+    return Resized(part.out_features) if is_resized else PassThrough()  # type: ignore[arg-type]
 
 
 def _in_turn(chain: Sequence[Stage], value: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,10 @@ def split_ties(model: nn.Module, sites: Sites) -> tuple[Sites, dict[str, str]]:
         tables = [each for each in places if isinstance(model.get_submodule(each[0]), nn.Embedding)]
         others = [each for each in places if each not in tables]
         if tables and others:
-            alias = ".".join(filter(None, others[0]))
-            found[name], found[alias] = tables, others
+            # Its name is that of the use that the model has first.
+            first, second = (tables, others) if places[0] in tables else (others, tables)
+            alias = ".".join(filter(None, second[0]))
+            found[name], found[alias] = first, second
             aliased[alias] = name
     return found, aliased
 

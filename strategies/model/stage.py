@@ -28,11 +28,15 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 class PassThrough(nn.Module):
     """Stands where another pipeline stage has a module: gives its first argument back; where layers do, in a tuple of
-    so many `elements`, in which nothing else is."""
+    so many `elements`, in which nothing else is. What a model asks of a layer (its kind) it says like the one that it
+    stands for."""
 
-    def __init__(self, elements: int = 0) -> None:
+    def __init__(self, elements: int = 0, stands_for: nn.Module | None = None) -> None:
         super().__init__()
         self._elements = elements
+        for key, value in vars(stands_for).items() if stands_for is not None else ():
+            if isinstance(value, (str, int, float)) and not key.startswith("_"):
+                setattr(self, key, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         value = args[0] if args else kwargs[HIDDEN]
@@ -92,6 +96,7 @@ class Stage(nn.Module):
         self.may_call_directly = not (cut.is_first and cut.is_last)
         self.score = None
         takes = inspect.signature(module.forward).parameters
+        self._embedding_size = _embedding_size(module)
         self._argument = "inputs_embeds" if not cut.is_first and "inputs_embeds" in takes else "input_ids"
         self._forward = module.forward
         self._by_root = False
@@ -190,7 +195,7 @@ class Stage(nn.Module):
     def _inside(self, value: torch.Tensor, score: Score | None, **more: torch.Tensor) -> torch.Tensor:
         cut = self.cut
         body: Any = self._forward if cut.body is None else self.module.get_submodule(cut.body)
-        given = {self._argument: value if cut.is_first else value.detach(), **more}
+        given = {self._argument: value if cut.is_first else self._like_embeddings(value.detach()), **more}
         with self._crossing.of(value) as crossing:
             if not cut.is_last:
                 body(**given)
@@ -202,10 +207,37 @@ class Stage(nn.Module):
             outputs = body(**given)
         return score(*Head.behind(self.module, self._forward, cut.body, outputs, cut.unused))
 
+    def _like_embeddings(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states, or zeros where the model makes these of something of another size."""
+        if self._argument == "input_ids" or (self._embedding_size in (None, hidden.shape[-1]) and hidden.dim() == 3):
+            return hidden
+        return hidden.new_zeros((*hidden.shape[:2], self._embedding_size or hidden.shape[-1]))
+
 
 def whole_model(model: nn.Module, body: str | None = None) -> Stage:
     """A model that nobody has cut, as it is; for its `body` see `strategies.model.head`."""
     return Stage(model, None, Cut(0, 2, 0, body=body))
+
+
+class Resized(PassThrough):
+    """Stands where another pipeline stage has a linear module that what is given does not go through: gives zeros of
+    its size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = super().forward(*args, **kwargs)
+        return given.new_zeros((*given.shape[:-1], self._size))
+
+
+def _embedding_size(model: Any) -> int | None:
+    """The width of what the model looks up for tokens; None where that is not known."""
+    try:
+        return int(model.get_input_embeddings().embedding_dim)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 class _Crossing:

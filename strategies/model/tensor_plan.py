@@ -160,7 +160,9 @@ def agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
     wants it split in two ways."""
     sites, aliased = split_ties(model, sites_of(model, trained_parameters(model)))
     for alias, name in aliased.items():
-        tables, heads = ([owner for owner, _ in sites[each]] for each in (name, alias))
+        owners = [owner for each in (name, alias) for owner, _ in sites[each]]
+        tables = [owner for owner in owners if isinstance(model.get_submodule(owner), nn.Embedding)]
+        heads = [owner for owner in owners if owner not in tables]
         if not any(styles.get(owner) in SPLIT for owner in (*tables, *heads)):
             continue
         for owner in tables:
@@ -173,6 +175,23 @@ def agree_on_ties(model: nn.Module, styles: dict[str, str]) -> None:
                 f"the tp_plan of {type(model).__name__} splits {name} by tokens in one of its two uses and by width in "
                 f"the other ({', '.join(f'{owner}: {styles[owner]}' for owner in (*tables, *heads))}); untie them"
             )
+
+
+def split_in_two(model: nn.Module, plan: TensorPlan) -> list[str]:
+    """The trained parameters that modules share, but for an embedding that is the head, and the plan splits."""
+    sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
+    return [
+        ".".join(filter(None, places[0]))
+        for places in sites.values()
+        if len(places) > 1
+        and any(
+            plan.dim_of(
+                ".".join(filter(None, site)), is_embedding=isinstance(model.get_submodule(site[0]), nn.Embedding)
+            )
+            is not None
+            for site in places
+        )
+    ]
 
 
 def _refuse_whole_layers(model: nn.Module, styles: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ from strategies.model.tensor_plan import (
     is_linear,
     out_dim,
     read_tensor_plan,
+    split_in_two,
 )
 from strategies.trial.copies import Copies
 
@@ -58,10 +59,8 @@ def tensor_plan_of(model: nn.Module) -> TensorPlan:
 
 def check_tensor(model: nn.Module, degree: int) -> None:
     """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
-    tensor_plan_of(model)
-    sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
-    if shared := [names for names in sites.values() if len(names) > 1]:
-        raise ValueError(shared_reason("tensor", degree, [".".join(filter(None, site)) for site in shared[0]]))
+    if shared := split_in_two(model, tensor_plan_of(model)):
+        raise ValueError(shared_reason("tensor", degree, shared))
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ def _refuse_large(model: nn.Module, layers: str) -> None:
     found: Any = model.get_submodule(layers)
     for layer in found:
         parameters = list(layer.parameters())
-        if any(parameter.dim() == 3 for parameter in parameters):
+        convolutions = {id(p) for part in layer.modules() if isinstance(part, nn.Conv1d) for p in part.parameters()}
+        if any(parameter.dim() == 3 and id(parameter) not in convolutions for parameter in parameters):
             raise CannotDerive("its layers have stacks of experts")
         if sum(parameter.numel() for parameter in parameters) > _LARGEST:
             raise CannotDerive(f"its layers have more than {_LARGEST:,} parameters")
@@ -150,10 +150,15 @@ def _vocabulary(model: Any) -> dict[str, str]:
         (head, nn.Linear, "colwise_gather_output"),
         (table, nn.Embedding, "embedding_rowwise"),
     ]
+    sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
+    shared = {owner for places in sites.values() if len(places) > 1 for owner, _ in places}
     return {
         names[id(part)]: style
         for part, kind, style in parts
-        if isinstance(part, kind) and id(part) in names and part.weight.shape[0] % _EASILY_SPLIT == 0
+        if isinstance(part, kind)
+        and id(part) in names
+        and part.weight.shape[0] % _EASILY_SPLIT == 0
+        and names[id(part)] not in shared
     }
 
 

@@ -45,11 +45,14 @@ _MOST_NAMES = 5
 class Trial:
     """What was found out. `unused` are the trained parameters that the loss does not depend on; `caches` what the model
     makes for itself and that proved to be a function of its input; `body` the module that gives the hidden states which
-    the head makes logits of (see `strategies.model.head`)."""
+    the head makes logits of (see `strategies.model.head`); `order` the numbers of the layers as a pass computes them,
+    where the model has a list of them; `draws` whether a pass draws random numbers."""
 
     unused: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
     body: str | None = None
+    order: tuple[int, ...] | None = None
+    draws: bool = False
 
 
 def try_model(
@@ -108,7 +111,7 @@ def _inputs(
 def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:
     tokens, rows = inputs
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    copies, watched, body = _copies(model, tokens)
+    copies, watched, order, body = _copies(model, tokens)
     one, other = copies.make(dtype), copies.make(dtype)
     passes = _Passes(spec, rows, body)
     before = footprint(one)
@@ -130,23 +133,41 @@ def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows
     if not spec.objective.sees_all:
         refuse_foresight(watched, tokens)
     used = copies.everywhere(passes.used)
-    return Trial(unused=unused_of(model, used), caches=copies.everywhere(touched), body=body)
+    return Trial(unused_of(model, used), copies.everywhere(touched), body, order, passes.draws)
 
 
-def _copies(model: nn.Module, tokens: torch.Tensor) -> tuple[Copies, nn.Module, str | None]:
-    """Copies of a model, one of them in fp32, and its body."""
+def _copies(
+    model: nn.Module, tokens: torch.Tensor
+) -> tuple[Copies, nn.Module, tuple[int, ...] | None, str | None]:  # fmt: skip
+    """Copies of a model, one of them in fp32, the order in which that computes its layers, and its body."""
     copies = Copies(model, tokens.device)
-    watched = copies.make(torch.float32)
     try:
-        with nothing_hidden(watched):
-            return copies, watched, find_body(watched, copies.layers, tokens[:1])
+        return copies, *_look(copies, tokens)
     except Exception:  # Whatever a model raises that cannot be computed without some of its layers.
         if not copies.stand_for_others:
             raise
     copies = Copies(model, tokens.device, all_layers=True)
+    return copies, *_look(copies, tokens)
+
+
+def _look(copies: Copies, tokens: torch.Tensor) -> tuple[nn.Module, tuple[int, ...] | None, str | None]:
     watched = copies.make(torch.float32)
+    order: list[int] = []
+    layers: Any = watched.get_submodule(copies.layers) if copies.layers else []
+    handles = [
+        layer.register_forward_pre_hook(lambda *unused, number=number: order.append(number))
+        for number, layer in enumerate(layers)
+    ]
+
+    def see_no_more(*unused: Any) -> None:
+        for handle in handles:
+            handle.remove()
+
+    handles.append(watched.register_forward_hook(see_no_more))
     with nothing_hidden(watched):
-        return copies, watched, find_body(watched, copies.layers, tokens[:1])
+        body = find_body(watched, copies.layers, tokens[:1])
+    see_no_more()
+    return watched, tuple(order) if copies.layers else None, body
 
 
 def _weights(model: nn.Module) -> Footprint:
@@ -162,6 +183,7 @@ class _Passes:
         self._rows = rows
         self.results: dict[int, list[Any]] = {}
         self.used: set[str] = set()
+        self.draws = False
         self.moved: dict[str, list[bool]] = {"Python's module random": [], "numpy.random": []}
 
     def run(self, model: nn.Module, which: int) -> None:
@@ -170,10 +192,13 @@ class _Passes:
             parameter.grad = None
         before = _foreign_states()
         seed_stream(self._spec.seed, "trial", which)
+        device = rows.tokens.device
+        seeded = _torch_states(device)
         loss = self._spec.loss(whole_model(model, self._body), rows, rows.tokens.numel())
         gradients: dict[str, Any] = {}
         with _taken_at_once(model, gradients):
             loss.backward()  # type: ignore[no-untyped-call]
+        self.draws |= seeded != _torch_states(device)
         for moved, one, two in zip(self.moved.values(), before, _foreign_states(), strict=True):
             moved.append(one != two)
         result: list[Any] = [value_sums(loss)]
@@ -219,6 +244,12 @@ def _foreign_states() -> tuple[Any, Any]:
     """Of the process-wide generators that are not torch's."""
     _, keys, position, *_ = np.random.get_state()
     return hash(random.getstate()), (np.asarray(keys).tobytes(), position)
+
+
+def _torch_states(device: torch.device) -> list[bytes]:
+    """Of the generators that are seeded for each micro-batch."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [state.numpy().tobytes() for state in states]
 
 
 def _refuse_memory(model: nn.Module, names: Sequence[str]) -> None:
