@@ -21,6 +21,7 @@ from strategies.gradient.spec import StepSpec, first_pass
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.model.blueprint import Blueprint
 from strategies.model.head import Head
+from strategies.model.joined import join_inputs
 from strategies.model.model_part import ModelPart
 from strategies.model.randomness import Streams
 from strategies.model.recompute import recompute
@@ -54,11 +55,15 @@ def finish_queued(device: torch.device, check: Callable[[], None]) -> None:
 
 
 def prepare(blueprint: Blueprint, modules: Sequence[Stage], spec: StepSpec) -> Streams:
-    """Has the layers of model parts recompute what the job says. Their random numbers: by layer, and after the last,
-    where the model draws any."""
+    """Has the layers of model parts recompute what the job says, and take gradients as in every layout. Their random
+    numbers: by layer, and after the last, where the model draws any."""
     streams = Streams(spec.seed)
     for module in modules:
         recompute(enumerate(module.layers), spec.recompute, draws=blueprint.draws)
+    if not (blueprint.stages.are_stated or spec.compile):
+        for module in modules:
+            for layer in blueprint.blocks(module.module):
+                join_inputs(layer)
     if blueprint.draws:
         for module in modules:
             for number, layer in blueprint.numbered_layers(module):

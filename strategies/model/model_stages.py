@@ -13,6 +13,7 @@ from torch import nn
 
 from strategies.model.anatomy import Activations, Anatomy, anatomy_of, kinds_of, representatives
 from strategies.model.head import logits_of
+from strategies.model.joined import part_inputs
 from strategies.model.parameters import made_up_values
 from strategies.model.randomness import stream_key, uninstall
 from strategies.model.recompute import forget
@@ -94,6 +95,7 @@ class Stages:
         module: nn.Module = copy.deepcopy(self._model, shared)  # type: ignore[arg-type]
         for part in module.modules():
             uninstall(part)
+            part_inputs(part)
             forget(part)
         layers = None if self._layers is None else self.layer_list(module)
         cut = self._cut(run)
