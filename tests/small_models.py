@@ -103,6 +103,48 @@ def own(dropout: float = 0.0, vocabulary: int = VOCABULARY, layers: int = LAYERS
     return Own(dropout, vocabulary, layers).train()
 
 
+class NoisyLayer(OwnLayer):
+    """Draws, and gives more than hidden states, as layers of some transformers do."""
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        noise = torch.rand_like(hidden) if self.training else torch.ones_like(hidden)
+        return super().forward(hidden) * noise, None
+
+
+class Noisy(Own):
+    """Says nothing of its order, and has no dropout, but draws random numbers."""
+
+    pp_plan = ()  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(NoisyLayer() for _ in range(LAYERS))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden, _ = block(hidden)
+        output: torch.Tensor = self.head(self.norm(hidden))
+        return output
+
+
+class Remembering(Own):
+    """What each layer gives is used again at the end, in three ways."""
+
+    pp_plan = ()  # type: ignore[assignment]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        kept = []
+        for block in self.blocks:
+            kept.append(hidden)
+            hidden = block(hidden)
+        for each in kept:
+            hidden = hidden + 0.1 * each + torch.tanh(each) * torch.sigmoid(each)
+        output: torch.Tensor = self.head(self.norm(hidden))
+        return output
+
+
 class Leisurely(Own):
     """Waits in every forward pass: a run takes its time without taking anybody's processor."""
 

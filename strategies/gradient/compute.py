@@ -201,7 +201,7 @@ class LocalGradients:
         scratch = self._pool.pop() if self._pool else self.part.new_gradient()
         self.part.accumulate_into(scratch.zero_())
         self.streams.enter(0, 0, 0)
-        with first_pass(self.part.blueprint.model, rows.tokens.shape[1] - 1):
+        with first_pass(self.part.blueprint.model, rows.tokens.shape[1] - 1, self.part.blueprint.tensor):
             self._loss(rows, self.spec.divisor(batch)).backward()  # type: ignore[no-untyped-call]
         self.part.release_gradients()
         self._pool.append(scratch)

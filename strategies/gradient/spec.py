@@ -91,20 +91,22 @@ class StepSpec:
 
 
 @contextlib.contextmanager
-def first_pass(model: nn.Module, length: int) -> Iterator[None]:
-    """Turns what goes wrong in a model's first passes, over rows of `length` tokens, into a ValueError in our words: it
-    is the job's fault, and would go wrong wherever it is tried. Only memory that is short may be there elsewhere."""
+def first_pass(model: nn.Module, length: int, tensor: int = 1) -> Iterator[None]:
+    """Turns what goes wrong in the first passes of a model, split over `tensor` ranks, over rows of `length` tokens,
+    into a ValueError in our words: it is the job's fault, and would go wrong wherever it is tried. Only memory that is
+    short may be there elsewhere."""
     try:
         yield
     except (ValueError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # A model can fail with anything.
         said = (str(error).strip().splitlines() or [""])[0]
-        text = f"the model {type(model).__name__} fails in its first pass, over {length} tokens: {type(error).__name__}"
+        split = f", split over {tensor} tensor-parallel ranks by its tp_plan," if tensor > 1 else ""
+        text = f"the model {type(model).__name__}{split} fails in its first pass, over {length} tokens"
         hint = ""
         if isinstance(error, IndexError) or "index out of" in said:
             hint = (
                 f". Has it positions for the {length} tokens of data.sequence_length, and a vocabulary as large as the "
                 "tokenizer's?"
             )
-        raise ValueError(f"{text}: {said}{hint}") from error
+        raise ValueError(f"{text}: {type(error).__name__}: {said}{hint}") from error

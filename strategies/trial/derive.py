@@ -32,6 +32,7 @@ from strategies.model.tensor_plan import (
     split_in_two,
 )
 from strategies.trial.copies import Copies
+from strategies.trial.stacks import with_tried_stacks
 
 PACKS = (1, 3, 2)
 """How many matrices may stand end to end in one: queries, keys and values; the two of a gated network."""
@@ -47,9 +48,10 @@ class CannotDerive(ValueError):
 
 
 def tensor_plan_of(model: nn.Module) -> TensorPlan:
-    """What the model says, or what is found out. Raises ValueError where there is neither."""
+    """What the model says, its experts tried, or what is found out. Raises ValueError where there is neither, or what
+    it says of experts is wrong."""
     try:
-        return read_tensor_plan(model)
+        return with_tried_stacks(model, read_tensor_plan(model))
     except NothingSaid as error:
         try:
             return derive(model)

@@ -161,11 +161,13 @@ def _try(rank: int, address: Endpoint, kind: str, column: str) -> Any:
     if rank not in members_of(stretch):
         return None
     journey = Journey(engine_of(kind, **strategy), address)
-    space = journey.engine.state.space
+    from strategies.gradient.spec import first_pass
     from strategies.layout.statemap import whole
 
-    held = dict.fromkeys(members_of(stretch), whole(space.size, space.tensor))
-    journey.go(rank, stretch, held, 0)
+    state = journey.engine.state
+    held = dict.fromkeys(members_of(stretch), whole(state.space.size, state.space.tensor))
+    with first_pass(state.blueprint.model, LENGTH, strategy.get("tensor", 1)):
+        journey.go(rank, stretch, held, 0)
     return _numbers(journey.seen)
 
 
@@ -219,8 +221,11 @@ def _run(kind: str, column: str) -> Any:
 def _judge(column: str, found: Any, expected: Any) -> str:
     losses, norms, digest = found
     if column == "tensor":
-        is_close = losses == pytest.approx(expected[0], rel=1e-4) and norms == pytest.approx(expected[1], rel=1e-3)
-        return YES if is_close else f"no: other losses than whole, {losses[1]:.5f} and {expected[0][1]:.5f}"
+        # Of the second step the loss only: a first step of Adam goes as far for a gradient of nearly 0 as for any.
+        first = (losses[0], norms[0]) == pytest.approx((expected[0][0], expected[1][0]), rel=5e-5)
+        second = losses[1] == pytest.approx(expected[0][1], rel=1e-4)
+        said = f"other numbers than whole: losses {losses} and {expected[0]}, norms {norms} and {expected[1]}"
+        return YES if first and second else f"no: {said}"
     if not all(map(_is_number, losses)):
         return "no: the loss is not finite"
     return YES if (losses, norms, digest) == expected else "no: other bits than alone"

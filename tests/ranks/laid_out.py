@@ -37,18 +37,23 @@ from strategies.update.rule import SYNCHRONOUS, UpdateRule
 from strategies.update.vote import exchange
 from tests.batches import plain_batch
 from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint
-from tests.small_models import LAYERS, VOCABULARY, family, own
+from tests.small_models import LAYERS, VOCABULARY, Noisy, Remembering, family, own
 
 CPU = torch.device("cpu")
 LENGTH = 8
 VIRTUAL_WORKERS = 8
 MICRO_BATCHES = 2
+UNUSUAL = {"noisy": Noisy, "remembering": Remembering}
+"""Of these, and of one with spare parameters, a trial has to tell what a job would be told."""
 
 
 def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
     """A model of tests.small_models; dropout in its attention, or where it has any."""
     if name == "own":
         return own(dropout)
+    if name in UNUSUAL:
+        torch.manual_seed(5)
+        return UNUSUAL[name]().train()
     if name == "llama of two layers":
         return family("llama", attention_dropout=dropout, num_hidden_layers=2)
     if name == "tied":
@@ -174,13 +179,14 @@ def make_engine(
 ) -> StepEngine:  # fmt: skip
     def blueprint() -> Blueprint:
         made = model_of(model, dropout)
-        trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if model == "spare" else Trial()
+        is_tried = model == "spare" or model in UNUSUAL
+        trial = try_model(made, spec, vocabulary=VOCABULARY, length=LENGTH, device=CPU) if is_tried else Trial()
         body = find_body(made.eval(), find_layers(made)[0], torch.zeros((1, 2), dtype=torch.int64))
         dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         return Blueprint(
             made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype,
             splits_logits=spec.objective.takes_split_logits, routers=routers_in(made) if spec.router_loss else None,
-            plan=tensor_plan_of(made) if tensor > 1 else None,
+            plan=tensor_plan_of(made) if tensor > 1 else None, order=trial.order, draws=trial.draws,
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])

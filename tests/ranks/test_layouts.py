@@ -203,6 +203,18 @@ def test_parameters_that_no_loss_depends_on_stay_what_they_were_in_tensor_parall
     assert as_numbers(split[0]) == as_numbers(once[0])
 
 
+def test_random_numbers_belong_to_layers_though_the_model_says_neither_that_it_draws_nor_its_order() -> None:
+    """Its layers give more than hidden states, too."""
+    layouts = [layout_of(3), layout_of(1, 2), layout_of(2, shard="parameters")]
+    assert_all_give(expected(model="noisy"), layouts, model="noisy")
+
+
+def test_gradients_of_what_many_layers_use_are_added_up_alike() -> None:
+    assert_all_give(
+        expected(model="remembering"), [layout_of(3, shard="parameters"), layout_of(2)], model="remembering"
+    )
+
+
 def test_frozen_parameters_are_sharded_and_change_nothing() -> None:
     layouts = [layout_of(3), layout_of(3, shard="parameters"), layout_of(2, 2, 1, "parameters")]
     assert_all_give(expected(dropout=0.1, model="frozen"), layouts, dropout=0.1, model="frozen")

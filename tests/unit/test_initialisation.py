@@ -13,7 +13,8 @@ from torch import nn
 from orchestrator.models.initialisation import KeyedValues, without_parameters
 from tests.small_models import family
 
-NAMES = ("llama", "gpt2", "mixtral", "mamba", "opt", "gpt_neox")
+NAMES = ("llama", "gpt2", "mixtral", "mamba", "opt", "gpt_neox", "rwkv")
+"""(The initialisers of rwkv make values where the module's other parameters are.)"""
 
 
 def skeleton(name: str) -> Any:
