@@ -22,7 +22,7 @@ from strategies.model.cutting import check_cut, refuse_cut, shared_reason
 from strategies.model.frozen import FrozenWeights
 from strategies.model.model_stages import Stages
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
-from strategies.model.partial_sums import SumOfParts, add_up_experts, add_up_rope, divide_input, share_input
+from strategies.model.partial_sums import SumOfParts, add_up_experts, add_up_rope, divide_input, own_output, share_input
 from strategies.model.randomness import draws_random_numbers
 from strategies.model.routers import Routers
 from strategies.model.sharding import across_blocks, blocks_of, check_sharded
@@ -243,6 +243,8 @@ class Blueprint:
                 is_head = self.body is not None and not owner.startswith(f"{self.body}.")
                 plan[owner] = parallel_style(style, target, stays_split=is_head and self.splits_logits)
         parallelize_module(inner, mesh, plan, src_data_rank=None)
+        for owner in plan:
+            own_output(inner.get_submodule(owner))
         self._split_linears(inner, mesh)
 
     def _split_linears(self, inner: nn.Module, mesh: Any) -> None:

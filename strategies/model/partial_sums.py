@@ -48,6 +48,17 @@ def share_input(module: nn.Module, mesh: Any) -> None:
         module.nf = module.nf // mesh.size()  # type: ignore[assignment, operator]
 
 
+def own_output(module: nn.Module) -> None:
+    """For a module of whose distributed output the local tensor is handed on: torch takes that for a view of another,
+    in which a model may not change anything in place, as some add to what a module gave. It is there at once."""
+
+    def behind(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        is_local = isinstance(output, torch.Tensor) and not hasattr(output, "to_local")
+        return _Own.apply(output) if is_local else None  # type: ignore[no-untyped-call]
+
+    module.register_forward_hook(behind)
+
+
 def divide_input(module: nn.Module, mesh: Any) -> None:
     """For an expert that every rank computes whole, in a module whose outputs are added up."""
 
@@ -82,6 +93,20 @@ def _total(value: torch.Tensor, mesh: Any) -> torch.Tensor:
     from strategies.compat import all_reduce
 
     return all_reduce(value.contiguous(), "sum", mesh)  # type: ignore[no-any-return]
+
+
+class _Own(torch.autograd.Function):
+    """The same values, in the same memory, as a tensor that is no view."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Any) -> torch.Tensor:
+        # What ranks exchange comes as a tensor that waits for it in its first use.
+        arrived: torch.Tensor = value.trigger_wait() if hasattr(value, "trigger_wait") else value
+        return arrived.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
 
 
 class _Sum(torch.autograd.Function):

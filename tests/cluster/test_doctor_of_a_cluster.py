@@ -211,6 +211,7 @@ def test_a_storage_that_no_node_can_write_to_and_one_that_is_not_shared(cluster:
     assert "is not shared" in problem["found"]
 
 
+@pytest.mark.nightly
 def test_a_command_that_is_ended_in_the_middle_leaves_nothing(cluster: Live, tmp_path: Path) -> None:
     process = start(cluster.environment(), "--address", cluster.address, "--storage", str(tmp_path))
     wait_for(lambda: any(tmp_path.glob("doctor-*/*")), what="a file in the storage")

@@ -90,6 +90,7 @@ def test_the_gcs_is_killed_and_started_again_on_the_same_tables(
     assert [event["epoch"] for event in run.events("controller")] == [1, 2]
 
 
+@pytest.mark.nightly
 def test_a_worker_that_dies_while_there_is_no_gcs_costs_no_step_and_is_replaced_when_there_is(
     cluster: DurableCluster, tmp_path: Path, cache: Path
 ) -> None:

@@ -34,6 +34,7 @@ def result_of(command: CommandLine) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.nightly
 def test_a_run_whose_output_nobody_reads_any_more_stops_with_a_checkpoint(command: CommandLine) -> None:
     """`mkdir run && orchestrator run JOB --run-dir run | head`"""
     command.run_dir.mkdir()

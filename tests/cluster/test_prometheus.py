@@ -25,6 +25,8 @@ from tests.cluster.conftest import PATIENCE_S, wait_for
 from tests.in_process import orchestrator
 from tests.prometheus_tools import Prometheus, running_prometheus
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[2]
 DID_NOT_HAPPEN = {NO_GPU, NO_PEAK, "Every run answers."}
 """Of all that may leave a panel empty, what is so here: the run below has incidents, resizes and checkpoints."""

@@ -42,6 +42,7 @@ def test_sharded_parameters_with_a_killed_controller(runner: Runner, undisturbed
     assert_nothing_lost(outcome, gone={0})
 
 
+@pytest.mark.nightly
 def test_tensor_parallel_groups_share_a_placement_group_and_are_mended_in_place(runner: Runner) -> None:
     split = (*SHORT, "strategy.tensor=2", "elastic.workers.min=2")
     calm = runner(*split, "elastic.workers.max=2")

@@ -18,6 +18,7 @@ def records(run_dir: str, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.nightly
 def test_the_story_of_a_kill_is_in_the_logs_of_all_who_took_part(runner: Runner) -> None:
     outcome = runner(
         "elastic.workers={min: 2, max: 2}", "train.steps=40", "monitoring.logs=json", "monitoring.tensorboard=true",
