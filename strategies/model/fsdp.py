@@ -232,13 +232,16 @@ class _Group(ReduceScatter):
         received = torch.empty_like(input_tensor)
         self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks, at_once=False)
         parts = received.split(length) if length else [received] * ranks
+        assert self._sums is not None
         for replica, worker in self._workers:
+            if self._is_last and worker not in self._open:
+                self._sums.add_from((worker, worker + 1), parts[replica])
+                continue
             if worker not in self._open:
                 own = self._pool.pop() if self._pool else torch.empty(length, device=received.device)
                 self._open[worker] = own.zero_()
             self._open[worker].add_(parts[replica])
             if self._is_last:
-                assert self._sums is not None
                 self._sums.add((worker, worker + 1), self._open.pop(worker))
         output_tensor.zero_()
 

@@ -18,12 +18,32 @@ class TreeSum:
 
     def add(self, node: Subtree, tensor: torch.Tensor) -> None:
         """Adds a finished subtree, and joins it with its sibling for as long as that one is complete too."""
+        self._join(node, tensor, self._above(node))
+
+    def add_from(self, node: Subtree, tensor: torch.Tensor) -> None:
+        """The same of a tensor that is not taken over: where its sibling is there, no other is needed."""
+        parents = self._above(node)
+        if parents:
+            left, right = split(parents[-1])
+            if (other := self.pieces.pop(left if node == right else right, None)) is not None:
+                # Which of two summands comes first makes no difference.
+                self._join(parents.pop(), other.add_(tensor), parents)
+                return
+        own = self._pool.pop() if self._pool else torch.empty_like(tensor)
+        # As if it were added to zeros: what is -0 is 0.
+        self._join(node, torch.add(tensor, 0.0, out=own), parents)
+
+    def _above(self, node: Subtree) -> list[Subtree]:
+        """The subtrees that it is in, from the whole tree down."""
         parents: list[Subtree] = []
         at: Subtree = (0, self.virtual_workers)
         while at != node:
             parents.append(at)
             left, right = split(at)
             at = left if node[1] <= left[1] else right
+        return parents
+
+    def _join(self, node: Subtree, tensor: torch.Tensor, parents: list[Subtree]) -> None:
         while parents:
             left, right = split(parents[-1])
             sibling = left if node == right else right

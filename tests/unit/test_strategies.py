@@ -21,6 +21,7 @@ from strategies.model.randomness import Streams, stream_key
 from strategies.optim.schedule import ScheduleSpec
 from strategies.reduction.reducer import Reducer
 from strategies.reduction.tree import Subtree, cover, fold, split
+from strategies.reduction.tree_sum import TreeSum
 from tests.unit.tiny_model import (
     CPU,
     bits,
@@ -244,6 +245,23 @@ def test_every_pass_and_every_layer_in_it_draw_numbers_of_their_own() -> None:
             layer(torch.zeros(1))
             drawn.append(float(torch.rand(())))
     assert len(set(drawn)) == len(drawn) == 36
+
+
+@given(st.integers(1, 9).flatmap(lambda count: st.permutations(range(count))), st.data())
+def test_what_is_added_from_a_buffer_of_another_is_added_to_the_same_bits(order: Sequence[int], data: Any) -> None:
+    """Also that a zero has no sign, as in what is accumulated into zeros."""
+    generator = torch.Generator().manual_seed(len(order))
+    leaves = [torch.randn(5, generator=generator) * torch.tensor([1.0, -0.0, 0.0, 1e-8, 1e8]) for _ in order]
+    taken, left = TreeSum(len(order), []), TreeSum(len(order), pool := [])
+    for worker in order:
+        taken.add((worker, worker + 1), leaves[worker] + 0.0)
+        if data.draw(st.booleans()):
+            left.add_from((worker, worker + 1), leaves[worker])
+        else:
+            left.add((worker, worker + 1), leaves[worker] + 0.0)
+    assert torch.equal(taken.total().view(torch.int32), left.total().view(torch.int32))
+    own = {leaf.data_ptr() for leaf in leaves}
+    assert own.isdisjoint(buffer.data_ptr() for buffer in (*pool, left.total())), "what is not taken over stays"
 
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:
