@@ -123,6 +123,13 @@ def hand_on_unused(block: Any) -> None:
         tell(True, recurse=False)
 
 
+def keep_in(parameter: Any, rows: Any) -> None:
+    """Has FSDP2 gather a parameter from these rows [elements, padding included], and from no copy of them."""
+    local = parameter.sharded_param._local_tensor
+    parameter._sharded_param_data = rows
+    parameter.sharded_param._local_tensor = rows.view(local.shape)
+
+
 HANDS_ON_UNUSED = "set_reduce_scatter_unused_params"
 REGISTRIES = (
     "pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_to_tag", "tags_to_pg", "pg_coalesce_state",

@@ -50,9 +50,13 @@ def predict_memory(work: Work, stages: Stages, degrees: Degrees) -> Memory:
 def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) -> Memory:
     data, shard = degrees.data, degrees.shard
     state = zero_state(rank.parameters, shard, data, work.state)
-    # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level. A second
-    # use of a parameter has gradients of its own.
+    # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level; slices of
+    # those of all replicas are added up as they come, to a sibling where it is there. A second use of a parameter has
+    # gradients of its own.
     sums = held.bit_length()
+    if shard in ("gradients", "parameters") and data > 1:
+        # What is added up for an update is kept with `gradients`, and else there when activations are not.
+        sums = max(1, sums - 1) + (shard == "gradients")
     second = rank.second_uses * work.state.gradients / (data if shard in ("gradients", "parameters") else 1)
     micro_batches = degrees.schedule.padded(held * work.micro_batches)
     activations = work.tokens * sum(
@@ -77,7 +81,7 @@ def _weights(work: Work, rank: Rank, degrees: Degrees) -> float:
     # Sharded weights are kept as they are updated, and gathered as they are computed with.
     each = work.state.weights if is_sharded else work.computed_bytes
     computed = each * (rank.parameters + rank.frozen) / shared
-    if work.offloads and (work.has_copies or degrees.shard != "none"):
+    if is_sharded or (work.offloads and (work.has_copies or degrees.shard != "none")):
         return computed
     if degrees.shard == "none" or degrees.data == 1:
         return computed + (work.state.weights * rank.parameters if work.has_copies else 0.0)

@@ -307,6 +307,9 @@ def _round_work(part: ModelPart, own: StateShard, context: WorkContext) -> Gradi
 def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext) -> GradientWork:
     collector = ShardedCollector(part, context.layout, context.spec.micro_batches)
     tied = TiedShards(part, own, context)
+    part.keep_in(own.weights, own.flat)
+    # In a step it is there when activations are not.
+    own.keeps_gradient = False
 
     def load(enter: Callable[[str], None]) -> None:
         part.load(own.weights, own.flat)
@@ -315,6 +318,7 @@ def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext)
     def unload(gradient: torch.Tensor) -> None:
         part.unload(gradient, own.flat)
         tied.add()
+        part.free_sums()
 
     return RoundWork(_gradients(part, collector, context), collector, own, load, unload)
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import Groups
-from strategies.compat import AllGather, ReduceScatter, hand_on_unused
+from strategies.compat import AllGather, ReduceScatter, hand_on_unused, keep_in
 from strategies.layout.space import FlatRanges, Slot
 from strategies.model.blueprint import Blueprint
 from strategies.model.frozen_parts import FrozenParts
@@ -49,6 +49,7 @@ class ShardedModelPart:
         ]
         self.groups: list[list[_Group]] = []
         self._untrained: list[list[Any]] = []
+        self._in_place: set[str] = set()
         for module in self.modules:
             if fabric.layout.tensor > 1:
                 blueprint.parallelize(module, fabric.axis("tensor"))
@@ -135,10 +136,23 @@ class ShardedModelPart:
         group, start = next((group, start) for slot, _, group, start in self.rows() if slot.name == name)
         return group.total()[start : start + self.rows_of(name).numel()]
 
+    def keep_in(self, weights: torch.Tensor, flat: FlatRanges) -> None:
+        """Has this rank's rows gathered from where they are in `weights` [flat.size], which it trains: all that need no
+        padding, and are on the device that is computed on."""
+        for slot, parameter, _, _ in self.rows() if weights.device == self.device else ():
+            pieces = list(flat.locate(slot.offset, slot.offset + slot.numel))
+            padded = parameter.padded_sharded_param_size.numel()
+            if len(pieces) == 1 and pieces[0][2] == padded == parameter.sharded_param._local_tensor.numel():
+                _, offset, length = pieces[0]
+                keep_in(parameter, weights[offset : offset + length])
+                self._in_place.add(slot.name)
+
     def load(self, weights: torch.Tensor, flat: FlatRanges) -> None:
-        """Takes this rank's rows from `weights` [flat.size], which it trains."""
+        """Takes this rank's other rows from `weights` [flat.size], which it trains."""
         with torch.no_grad():
             for slot, parameter, _, _ in self.rows():
+                if slot.name in self._in_place:
+                    continue
                 local = parameter.sharded_param._local_tensor.view(-1)
                 for _, offset, length in flat.locate(slot.offset, slot.offset + slot.numel):
                     local[:length].copy_(weights[offset : offset + length])
@@ -156,6 +170,12 @@ class ShardedModelPart:
                         gradient[offset : offset + length].add_(rows)
                     else:
                         gradient[offset : offset + length].copy_(rows)
+
+    def free_sums(self) -> None:
+        """Gives up the memory of the reduced gradient."""
+        for groups in self.groups:
+            for group in groups:
+                group.free()
 
     def close(self) -> None:
         """Gives the modules up."""
@@ -233,16 +253,19 @@ class _Group(ReduceScatter):
         self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks, at_once=False)
         parts = received.split(length) if length else [received] * ranks
         assert self._sums is not None
+        done = []
         for replica, worker in self._workers:
-            if self._is_last and worker not in self._open:
-                self._sums.add_from((worker, worker + 1), parts[replica])
+            if self._is_last:
+                if (before := self._open.pop(worker, None)) is not None:
+                    parts[replica].add_(before)
+                    self._pool.append(before)
+                done.append(((worker, worker + 1), parts[replica]))
                 continue
             if worker not in self._open:
                 own = self._pool.pop() if self._pool else torch.empty(length, device=received.device)
                 self._open[worker] = own.zero_()
             self._open[worker].add_(parts[replica])
-            if self._is_last:
-                self._sums.add((worker, worker + 1), self._open.pop(worker))
+        self._sums.add_round(done)
         output_tensor.zero_()
 
     def _complete(self, gradients: torch.Tensor) -> None:
@@ -257,6 +280,12 @@ class _Group(ReduceScatter):
                 padded[: slot.numel] = self._add_up(padded[: slot.numel].view(slot.shape)).reshape(-1)
                 rows.copy_(padded.view_as(rows))
             offset += size
+
+    def free(self) -> None:
+        """Gives up the memory of sums, which are over."""
+        if self._sums is not None:
+            self._sums.clear()
+        self._pool.clear()
 
     def total(self) -> torch.Tensor:
         """The sum over all virtual workers of this rank's rows, padding included."""

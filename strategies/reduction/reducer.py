@@ -141,10 +141,8 @@ class RoundReducer:
         outgoing = gradient if number < len(self.layout.assignment[rank]) else gradient[:0]
         self.groups.all_to_all(received, outgoing, [sizes[rank] for sizes in brings], list(brings[rank]))
         workers = [held[number] for held in self.layout.assignment if number < len(held)]
-        for worker, part in zip(workers, received.split(length) if length else [received] * len(workers), strict=True):
-            own = self._pool.pop() if self._pool else torch.empty(length, device=self._device)
-            own.copy_(part)
-            self._sums.add((worker, worker + 1), own)
+        parts = received.split(length) if length else [received] * len(workers)
+        self._sums.add_round([((worker, worker + 1), part) for worker, part in zip(workers, parts, strict=True)])
 
     def total(self) -> torch.Tensor:
         """This rank's slice of the sum over all virtual workers."""

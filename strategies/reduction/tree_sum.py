@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from strategies.reduction.tree import Subtree, split
@@ -32,6 +34,22 @@ class TreeSum:
         own = self._pool.pop() if self._pool else torch.empty_like(tensor)
         # As if it were added to zeros: what is -0 is 0.
         self._join(node, torch.add(tensor, 0.0, out=own), parents)
+
+    def add_round(self, found: Sequence[tuple[Subtree, torch.Tensor]]) -> None:
+        """Adds what is there at once, in tensors that are changed but not taken over: siblings among them need no
+        other."""
+        joined: list[tuple[Subtree, torch.Tensor]] = []
+        for node, tensor in sorted(found, key=lambda each: each[0]):
+            while joined and self._are_siblings(joined[-1][0], node):
+                left, total = joined.pop()
+                node, tensor = (left[0], node[1]), total.add_(tensor)
+            joined.append((node, tensor))
+        for node, tensor in joined:
+            self.add_from(node, tensor)
+
+    def _are_siblings(self, left: Subtree, right: Subtree) -> bool:
+        parents = self._above(left)
+        return bool(parents) and split(parents[-1]) == (left, right)
 
     def _above(self, node: Subtree) -> list[Subtree]:
         """The subtrees that it is in, from the whole tree down."""

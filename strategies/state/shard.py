@@ -59,9 +59,12 @@ class StateShard:
         self.kept = {kind: torch.zeros(flat.size, dtype=torch.float32, device=home) for kind in kept}
         self._in_place = not spec.offload and spec.moment_type == torch.float32
         self._gradient: torch.Tensor | None = None
+        self.keeps_gradient = True
+        """Whether the memory of the gradient is kept from one update to the next."""
         self._updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
         self._counters: list[torch.Tensor] = []
+        self._bound: list[tuple[nn.Parameter, slice]] = []
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -99,14 +102,24 @@ class StateShard:
         self._updates += 1
         if not self.flat.size:
             return
-        if not self._in_place:
+        if self._in_place:
+            self._apply_in_place(lr)
+        else:
             self._apply_in_chunks(lr)
-            return
+        if not self.keeps_gradient:
+            self._gradient = None
+
+    def _apply_in_place(self, lr: float) -> None:
         if self._optimizer is None:
             self._optimizer = self._bind()
+        for parameter, part in self._bound:
+            parameter.grad = self.gradient[part]
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         step(self._optimizer)
+        if not self.keeps_gradient:
+            for parameter, _ in self._bound:
+                parameter.grad = None
 
     def _bind(self) -> torch.optim.Optimizer:
         boundary = self.flat.boundary
@@ -117,7 +130,7 @@ class StateShard:
         for parameter, part in zip(parameters, parts, strict=True):
             if not parameter.numel():
                 continue
-            parameter.grad = self.gradient[part]
+            self._bound.append((parameter, part))
             state = {name: buffer[part] for name, buffer in self.moments.items()}
             if self.spec.kind.counts_updates:
                 counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)

@@ -61,7 +61,7 @@ def test_llama_8b_is_predicted_as_torchtitan_has_measured_it(
     layout = Degrees(gpus, 1, PipelineSchedule(NO_PIPELINE, 1), "parameters")
     found = Planner(work_of(job, describe_model(job)), hardware).predict(layout, gpus)
     assert 2 * 8192 / found.time.total == pytest.approx(speed, rel=0.2)
-    assert found.memory.total / GIB == pytest.approx(gibibytes, rel=0.15 if not compiled else 0.21)
+    assert found.memory.total / GIB == pytest.approx(gibibytes, rel=0.15 if not compiled else 0.16)
 
 
 def best(job: Job, workers: int, gpu: str, memory: str) -> list[Plan]:

@@ -255,13 +255,31 @@ def test_what_is_added_from_a_buffer_of_another_is_added_to_the_same_bits(order:
     taken, left = TreeSum(len(order), []), TreeSum(len(order), pool := [])
     for worker in order:
         taken.add((worker, worker + 1), leaves[worker] + 0.0)
-        if data.draw(st.booleans()):
+        how = data.draw(st.sampled_from(["taken over", "from another", "in a round"]))
+        if how == "in a round":
+            left.add_round([((worker, worker + 1), leaves[worker] + 0.0)])
+        elif how == "from another":
             left.add_from((worker, worker + 1), leaves[worker])
         else:
             left.add((worker, worker + 1), leaves[worker] + 0.0)
     assert torch.equal(taken.total().view(torch.int32), left.total().view(torch.int32))
     own = {leaf.data_ptr() for leaf in leaves}
     assert own.isdisjoint(buffer.data_ptr() for buffer in (*pool, left.total())), "what is not taken over stays"
+
+
+@given(st.integers(1, 12), st.integers(1, 4))
+def test_what_comes_in_rounds_is_added_to_the_same_bits_with_few_buffers(replicas: int, held: int) -> None:
+    count = replicas * held
+    leaves = torch.randn((count, 3), generator=torch.Generator().manual_seed(count))
+    one, rounds = TreeSum(count, []), TreeSum(count, pool := [])
+    for worker in range(count):
+        one.add((worker, worker + 1), leaves[worker].clone())
+    for number in range(held):
+        workers = range(number * replicas, (number + 1) * replicas)  # As they are dealt in turn.
+        rounds.add_round([((worker, worker + 1), leaves[worker].clone()) for worker in workers])
+    assert torch.equal(one.total(), rounds.total())
+    if replicas & (replicas - 1) == 0:
+        assert len(pool) + 1 <= max(1, held.bit_length() - 1), "as is planned with"
 
 
 def test_a_reducer_refuses_other_pieces_than_its_own() -> None:
