@@ -27,7 +27,7 @@ def round_up(value: int, multiple: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """A coordinate's share of a parameter that tensor parallelism splits over so many ranks: along a dimension that has
+    """A coordinate's share of a parameter that tensor parallelism splits over `ranks`: along a dimension that has
     `packs` matrices end to end, a part of each."""
 
     dim: int

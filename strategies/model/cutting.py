@@ -83,6 +83,8 @@ def check_cut(stages: Stages, sites: Sites, name: str, degree: int, *, computes:
                     shared.append(each)
             if computes and not shared:
                 stages.check()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # There may be more elsewhere: it says nothing of the model.
         except NotInTurn as error:
             raise ValueError(f"pipeline {degree} needs to know where the model can be cut: {error}") from error
         except Exception as error:  # Whatever a model raises that is given something else than by itself.

@@ -28,8 +28,8 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 class PassThrough(nn.Module):
     """Stands where another pipeline stage has a module: gives its first argument back; where layers do, in a tuple of
-    so many `elements`, in which nothing else is. What a model asks of a layer (its kind) it says like the one that it
-    stands for."""
+    that length (`elements`), in which nothing else is. What a model asks of a layer (its kind) it says like the one
+    that it stands for."""
 
     def __init__(self, elements: int = 0, stands_for: nn.Module | None = None) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class Cut:
     """What of a model a stage is: blocks `start` to `stop` of `num_layers` layers and the two blocks around them. The
     modules `before` and `after` are called one after another around the layers where the stage has them; without them
     (None) the model does more there than call modules. `body` is the name of the module that gives the hidden states
-    which the head makes logits of; None where that is not known. Layers give their hidden states in a tuple of so many
-    `elements`, or as they are (0). No loss depends on the parameters `unused`, by name.
+    which the head makes logits of; None where that is not known. Layers give their hidden states in a tuple of
+    length `elements`, or as they are (0). No loss depends on the parameters `unused`, by name.
     """
 
     start: int

@@ -31,10 +31,10 @@ def with_tried_stacks(model: nn.Module, plan: TensorPlan) -> TensorPlan:
     stacks = dict(plan.stacks)
     known: dict[Any, Mapping[str, int]] = {}
     for owner, style in plan.styles.items():
-        if style not in ADDED_UP:
-            continue
         module = model.get_submodule(owner)
         own = {key: plan.stacks[f"{owner}.{key}"] for key in module._parameters if f"{owner}.{key}" in plan.stacks}
+        if style not in ADDED_UP or not own:
+            continue
         kind = (type(module), tuple((key, module._parameters[key].shape) for key in own))  # type: ignore[union-attr]
         if kind not in known:
             identities = [key for key in module._modules if plan.styles.get(f"{owner}.{key}") == IDENTITY]

@@ -143,6 +143,8 @@ def _copies(
     copies = Copies(model, tokens.device)
     try:
         return copies, *_look(copies, tokens)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # All layers would need more.
     except Exception:  # Whatever a model raises that cannot be computed without some of its layers.
         if not copies.stand_for_others:
             raise
@@ -164,9 +166,11 @@ def _look(copies: Copies, tokens: torch.Tensor) -> tuple[nn.Module, tuple[int, .
             handle.remove()
 
     handles.append(watched.register_forward_hook(see_no_more))
-    with nothing_hidden(watched):
-        body = find_body(watched, copies.layers, tokens[:1])
-    see_no_more()
+    try:
+        with nothing_hidden(watched):
+            body = find_body(watched, copies.layers, tokens[:1])
+    finally:
+        see_no_more()  # What cannot be copied is the model itself.
     return watched, tuple(order) if copies.layers else None, body
 
 

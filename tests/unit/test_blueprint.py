@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from orchestrator.models.validation import LayoutReasons
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart, Runs
 from strategies.model.randomness import Streams
@@ -231,6 +233,22 @@ def test_a_trained_parameter_of_two_layers_cannot_be_sharded_and_any_other_can()
     assert kept_whole.frozen.divisible == ["blocks.0.down.weight"]
     assert kept_whole.divisible_frozen == [], "each layer would gather its own"
     Blueprint(family("llama", tie_word_embeddings=True), device=CPU).check_sharded()
+
+
+def test_layers_that_are_not_computed_once_in_a_pass_are_not_sharded_whether_it_is_known_or_tried() -> None:
+    class Twice(Own):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(input_ids)
+            for block in (*self.blocks, self.blocks[0]):
+                hidden = block(hidden)
+            output: torch.Tensor = self.head(self.norm(hidden))
+            return output
+
+    expected = r"Twice, which does not compute each of its layers \(blocks\) once in a pass"
+    with pytest.raises(ValueError, match=expected):
+        Blueprint(Twice(), device=CPU, order=(0, 1, 2, 3, 0)).check_sharded()
+    assert re.search(expected, LayoutReasons(Twice()).of_shard("parameters") or "")
+    assert LayoutReasons(own()).of_shard("parameters") is None
 
 
 def test_the_activations_are_found_with_one_layer_and_leave_all_where_they_were() -> None:
