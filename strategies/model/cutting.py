@@ -9,7 +9,7 @@ from torch import nn
 
 from strategies.model.anatomy import NotInTurn, find_layers
 from strategies.model.model_stages import Stages
-from strategies.model.parameters import Sites, made_up_values, sites_of, split_ties, trained_parameters
+from strategies.model.parameters import Sites, made_up_values, place_of, sites_of, split_ties, trained_parameters
 from strategies.model.randomness import stream_key
 
 _LARGEST = 50_000_000
@@ -78,7 +78,7 @@ def check_cut(stages: Stages, sites: Sites, name: str, degree: int, *, computes:
         try:
             anatomy = stages.anatomy()
             for each, places in sites.items():
-                used = {".".join(filter(None, site)) for site in places}
+                used = {place_of(site) for site in places}
                 if used & anatomy.before and used & anatomy.after:
                     shared.append(each)
             if computes and not shared:

@@ -11,6 +11,11 @@ Sites = dict[str, list[tuple[str, str]]]
 """The (module, attribute) that each parameter is at, by its one name: modules may share it."""
 
 
+def place_of(site: tuple[str, str]) -> str:
+    """The name of the parameter that a module has under this attribute; the model itself has no name."""
+    return ".".join(filter(None, site))
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -35,7 +40,7 @@ def split_ties(model: nn.Module, sites: Sites) -> tuple[Sites, dict[str, str]]:
         if tables and others:
             # Its name is that of the use that the model has first.
             first, second = (tables, others) if places[0] in tables else (others, tables)
-            alias = ".".join(filter(None, second[0]))
+            alias = place_of(second[0])
             found[name], found[alias] = first, second
             aliased[alias] = name
     return found, aliased

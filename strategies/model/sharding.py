@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from strategies.model.anatomy import find_layers
-from strategies.model.parameters import sites_of, trained_parameters
+from strategies.model.parameters import place_of, sites_of, trained_parameters
 from strategies.model.stage import PassThrough
 
 
@@ -45,7 +45,7 @@ def across_blocks(model: nn.Module, layers: str | None, parameters: Mapping[str,
     blocks = blocks_of(model, layers)
     block_of = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
     return {
-        name: [".".join(filter(None, site)) for site in sites]
+        name: [place_of(site) for site in sites]
         for name, sites in sites_of(model, parameters).items()
         if len({block_of.get(id(model.get_submodule(owner)), -1) for owner, _ in sites}) > 1
     }

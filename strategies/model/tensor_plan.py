@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from strategies.model.parameters import sites_of, split_ties, trained_parameters
+from strategies.model.parameters import place_of, sites_of, split_ties, trained_parameters
 
 SPLIT: dict[str, tuple[int, int, int | None]] = {
     "colwise": (0, 1, 0),
@@ -181,14 +181,11 @@ def split_in_two(model: nn.Module, plan: TensorPlan) -> list[str]:
     """The trained parameters that modules share, but for an embedding that is the head, and the plan splits."""
     sites, _ = split_ties(model, sites_of(model, trained_parameters(model)))
     return [
-        ".".join(filter(None, places[0]))
+        place_of(places[0])
         for places in sites.values()
         if len(places) > 1
         and any(
-            plan.dim_of(
-                ".".join(filter(None, site)), is_embedding=isinstance(model.get_submodule(site[0]), nn.Embedding)
-            )
-            is not None
+            plan.dim_of(place_of(site), is_embedding=isinstance(model.get_submodule(site[0]), nn.Embedding)) is not None
             for site in places
         )
     ]
