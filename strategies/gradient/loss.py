@@ -50,7 +50,8 @@ def _in_chunks(
 
 class _Chunked(torch.autograd.Function):
     """`compute` gives the loss of hidden states [positions, width] from a position on. The gradients are made in the
-    forward pass; a backward pass multiplies them with that of the loss, which is 1."""
+    forward pass; a backward pass multiplies them with that of the loss, which is the same in each of its halves, where
+    it is cut in two (first for what comes in, then for the parameters)."""
 
     @staticmethod
     def forward(
@@ -76,13 +77,19 @@ class _Chunked(torch.autograd.Function):
         rounded = [
             None if each is None else each.to(parameter.dtype) for each, parameter in zip(sums, parameters, strict=True)
         ]
-        ctx.gradients = (of_hidden, *rounded)
+        ctx.gradients, ctx.is_multiplied = (of_hidden, *rounded), False
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = gradients
-        return (None, None, *(None if each is None else each * gradient for each in ctx.gradients))
+        if not ctx.is_multiplied:
+            # In place, as the head's may be the largest of all.
+            for each in ctx.gradients:
+                if each is not None:
+                    each.mul_(gradient)
+            ctx.is_multiplied = True
+        return None, None, *ctx.gradients
 
 
 def _add(sums: list[torch.Tensor | None], found: Sequence[torch.Tensor | None]) -> None:

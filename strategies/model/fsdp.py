@@ -66,7 +66,8 @@ class ShardedModelPart:
         whole = {p for p in inner.parameters() if not (p.requires_grad or p.is_meta)}
         for block in (*blocks, inner):
             fully_shard(block, mesh=fabric.axis("data"), ignored_params=whole, mp_policy=policy)
-        inner._apply(lambda t: torch.zeros_like(t, device=self.device) if t.is_meta else t)
+        # Not touched before rows are loaded, or never where they are gathered from elsewhere (`keep_in`).
+        inner._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t)
         # Transformers returns a view of the logits, of which nothing here makes anything in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         places = {id(parameter): place for place, parameter in inner.named_parameters()}
@@ -85,6 +86,8 @@ class ShardedModelPart:
             entries = [(slots[name], p) for name, p in params if name in slots]
             frozen = [(places[id(p.sharded_param)], p) for name, p in params if name not in slots]
             self._read_frozen(frozen, fabric)
+            for _, parameter in entries:
+                parameter.sharded_param.register_post_accumulate_grad_hook(_forget_gradient)
             groups.append(_Group(entries, fabric.data_group))
             if not entries:
                 untrained.append(block)
@@ -182,6 +185,11 @@ class ShardedModelPart:
         self.modules, self.groups = [], []
 
 
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    """What FSDP2 takes for the reduced gradient of its rows says nothing (`_Group`)."""
+    parameter.grad = None
+
+
 class _Gather(AllGather):
     """An all-gather by groups of ours."""
 
@@ -198,7 +206,8 @@ class _Gather(AllGather):
 
 
 class _Group(ReduceScatter):
-    """What FSDP2 treats as one: a block's parameters. Adds up this rank's rows of their gradients."""
+    """What FSDP2 treats as one: a block's parameters. Adds up this rank's rows of their gradients, and leaves what
+    FSDP2 gives it for the result as it is."""
 
     def __init__(self, entries: list[tuple[Slot, Any]], data_group: Groups) -> None:
         self.entries = entries
@@ -227,8 +236,6 @@ class _Group(ReduceScatter):
         if self._sums is not None:
             self._sums.clear()
         self._sums = TreeSum(virtual_workers, self._pool)
-        for _, parameter in self.entries:
-            parameter.sharded_param.grad = None
 
     def expect(self, workers: list[tuple[int, int]], *, is_last: bool) -> None:
         """The next backward pass is of these (replica, virtual worker), for the last time if `is_last`; other replicas'
@@ -266,7 +273,6 @@ class _Group(ReduceScatter):
                 self._open[worker] = own.zero_()
             self._open[worker].add_(parts[replica])
         self._sums.add_round(done)
-        output_tensor.zero_()
 
     def _complete(self, gradients: torch.Tensor) -> None:
         """Adds up, in place, what tensor-parallel ranks have only parts of; `gradients` [ranks, rows of each] is padded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 
@@ -19,10 +20,17 @@ def warm_up(engine: StepEngine, *, keep: bool) -> str:
     (in every layout of the job a rank computes with all of it), and else through a layer of it, as the whole may not
     fit. The digest of what they compute (see `strategies.trial.probe`).
 
-    An optimizer makes an update, too: whatever it imports with its first one, no step should wait for.
+    An optimizer makes an update, too: whatever it imports with its first one, no step should wait for. Memory of this
+    host that is free afterwards is given back, before the state comes.
 
     Raises as `LocalGradients.warm_up` does, and DeviceFailed for a device that does not compute the same twice.
     """
+    found = _warm_up(engine, keep=keep)
+    _give_back_memory()
+    return found
+
+
+def _warm_up(engine: StepEngine, *, keep: bool) -> str:
     state = engine.state
     one = FlatRanges.of([(0, 1)], state.space.boundary)
     StateShard(0, one, state.spec, state.device).apply(engine.spec.base_lr)
@@ -40,6 +48,13 @@ def warm_up(engine: StepEngine, *, keep: bool) -> str:
         part.close()
         state.arrangement.part = None
     return found
+
+
+def _give_back_memory() -> None:
+    """Trials of a model leave hundreds of megabytes that the C library would keep; other ones give them back by
+    themselves, or cannot."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def calibrate(engine: StepEngine) -> float:

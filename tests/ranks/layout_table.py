@@ -1,8 +1,10 @@
 """A table of layouts and shards: loss, digest, and what a killed rank costs in each. Not a test; prints markdown.
 
-    python -m tests.ranks.layout_table [--steps 50] [--kill-at 20] [--only dp4,pp4]
+    python -m tests.ranks.layout_table [--steps 50] [--kill-at 20] [--only dp4,pp4] [--shards none,parameters]
+                                       [--set train.recompute=full ...]
 
-Real workers in forked processes and the real controller, without Ray; the quickstart's model on shorter samples.
+Real workers in forked processes and the real controller, without Ray; the quickstart's model on shorter samples, or
+what the job becomes with other settings.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from tests.ranks.local_cluster import LocalCluster, Outcome
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 LAYOUTS = {
+    "dp2": (2, 1, 1),
+    "dp3": (3, 1, 1),
     "dp4": (4, 1, 1),
     "dp2·tp2": (4, 2, 1),
+    "pp2": (2, 1, 2),
     "dp2·pp2": (4, 1, 2),
     "pp4": (4, 1, 4),
     "tp2·pp2": (4, 2, 2),
@@ -26,8 +31,12 @@ LAYOUTS = {
 SHARDS = ("none", "optimizer", "gradients", "parameters")
 
 
-def run(directory: Path, steps: int, workers: int, tensor: int, pipeline: int, shard: str, kill_at: int) -> Outcome:
+def run(
+    directory: Path, changes: list[str], steps: int, degrees: tuple[int, int, int], shard: str, kill_at: int
+) -> Outcome:
+    workers, tensor, pipeline = degrees
     overrides = [
+        *changes,
         f"train.steps={steps}", "train.global_batch=16", "data.sequence_length=64", "elastic.virtual_workers=8",
         f"elastic.workers.max={workers}", f"elastic.workers.min={tensor}", "elastic.standby=0",
         f"strategy.tensor={tensor}", f"strategy.pipeline={pipeline}", f"strategy.shard={shard}",
@@ -44,22 +53,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--kill-at", type=int, default=20)
     parser.add_argument("--only", default=",".join(LAYOUTS))
+    parser.add_argument("--shards", default=",".join(SHARDS))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the job")
     options = parser.parse_args()
     print("| layout | shard | loss | digest | against the reference | killed: lost | stall s | from | digest | then |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         here = Path(directory)
-        one = run(here, options.steps, 1, 1, 1, "none", 0)
+        one = run(here, options.set, options.steps, (1, 1, 1), "none", 0)
         print(f"| 1 worker | none | {one.losses[-1]:.9f} | {short(one)} | reference | | | | | |", flush=True)
         split: Outcome | None = None
         for name in options.only.split(","):
-            workers, tensor, pipeline = LAYOUTS[name]
-            for shard in SHARDS:
-                calm = run(here, options.steps, workers, tensor, pipeline, shard, 0)
-                if tensor > 1 and split is None:
+            degrees = LAYOUTS[name]
+            for shard in options.shards.split(","):
+                calm = run(here, options.set, options.steps, degrees, shard, 0)
+                if degrees[1] > 1 and split is None:
                     split = calm
-                reference = one if tensor == 1 or split is None else split
-                hurt = run(here, options.steps, workers, tensor, pipeline, shard, options.kill_at)
+                reference = one if degrees[1] == 1 or split is None else split
+                hurt = run(here, options.set, options.steps, degrees, shard, options.kill_at)
                 print(f"| {name} | {shard} | {row(calm, hurt, one, reference)} |", flush=True)
 
 

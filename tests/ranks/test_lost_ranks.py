@@ -93,18 +93,19 @@ def held_after(engine: StepEngine, stretch: Stretch) -> dict[int, Spans]:
 
 
 class Journey:
-    """One process from layout to layout."""
+    """One process from layout to layout. Several of the same ranks need a `name` each."""
 
-    def __init__(self, engine: StepEngine, address: Endpoint) -> None:
+    def __init__(self, engine: StepEngine, address: Endpoint, name: str = "") -> None:
         self.engine = engine
         self.address = address
+        self.name = name
         self.seen = Trained()
         self.legs = 0
 
     def form(self, rank: int, stretch: Stretch) -> Fabric:
         self.legs += 1
         fabric = Fabric(rank=members_of(stretch).index(rank), layout=stretch.layout, device=CPU)
-        fabric.form(store_address=self.address, prefix=f"leg{self.legs}", host=HOST, timeout_s=PATIENCE_S)
+        fabric.form(store_address=self.address, prefix=f"{self.name}leg{self.legs}", host=HOST, timeout_s=PATIENCE_S)
         return fabric
 
     def go(self, rank: int, stretch: Stretch, held_by: dict[int, Spans], step: int) -> None:
