@@ -20,6 +20,7 @@ from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.placement import Domain
 from strategies.layout.schedule import SCHEDULES
 from strategies.layout.statemap import plan_transfers, whole
+from strategies.model.fsdp import ShardedModelPart
 from strategies.model.recompute import Recompute
 from strategies.state.reshard import WINDOW
 from strategies.update.engine import StepEngine
@@ -265,6 +266,36 @@ def frozen_sizes(rank: int, address: Endpoint, layout: ParallelLayout, names: Se
     sizes = {name: max(_elements(model, name) for model in models) for name in names}
     fabric.drop()
     return sizes
+
+
+def test_sharded_parameters_are_gathered_from_where_they_are_trained_and_no_gradient_stays() -> None:
+    """Between steps a rank has its share of weights and moments; only the last one, whose rows may have to be padded to
+    be as many as the others', has some twice."""
+    found = run_ranks(3, left_over, layout_of(3, shard="parameters"))
+    assert [twice > 0 for _, twice, _ in found] == [False, False, True]
+    assert found[2][1] < found[2][0]
+    assert [gradients for *_, gradients in found] == [[], [], []]
+    whole_model = sum(parameter.numel() for parameter in model_of("llama").parameters())
+    assert sum(rows for rows, _, _ in found) == whole_model
+
+
+def left_over(rank: int, address: Endpoint, layout: ParallelLayout) -> tuple[int, int, list[str]]:
+    """After a step: the elements of this rank's share, those of them that it has twice, and which parameters have a
+    gradient."""
+    engine = make_engine()
+    state = engine.state
+    fabric = Fabric(rank=rank, layout=layout, device=CPU)
+    fabric.form(store_address=address, prefix="left over", host=HOST, timeout_s=PATIENCE_S)
+    held = [whole(state.space.size, state.space.tensor)] * 3
+    run_stretch(engine, fabric, Stretch(layout, 1), held, [Domain("", str(each)) for each in range(3)], 1, 0, Trained())
+    part, own = state.arrangement.part, state.arrangement.own
+    assert isinstance(part, ShardedModelPart)
+    assert own is not None
+    trained = own.weights.untyped_storage().data_ptr()
+    rows = {slot.name: part.rows_of(slot.name) for slot, *_ in part.rows()}
+    twice = sum(each.numel() for each in rows.values() if each.untyped_storage().data_ptr() != trained)
+    of_stages = [p for stage in part.modules for p in stage.module.named_parameters()]
+    return sum(each.numel() for each in rows.values()), twice, [name for name, p in of_stages if p.grad is not None]
 
 
 def _elements(model: torch.nn.Module, name: str) -> int:

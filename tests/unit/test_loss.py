@@ -100,6 +100,21 @@ def test_a_head_that_is_frozen_or_that_hidden_states_do_not_need_is_left_alone()
     assert trained.grad is not None
 
 
+def test_a_backward_pass_may_be_made_in_two_halves_and_of_a_multiple() -> None:
+    """As zero bubble makes it: for what comes in first. The gradients are multiplied once."""
+    hidden, weight = torch.randn(1, 6, 8, requires_grad=True), torch.nn.Parameter(torch.randn(VOCABULARY, 8))
+
+    def loss() -> torch.Tensor:
+        head = Head(lambda states: F.linear(states, weight), [weight])
+        return loss_of(CAUSAL_LM, hidden, head, rows(1, 6), 1.0, 4)
+
+    once = torch.autograd.grad(loss(), [hidden, weight])
+    again = 3.0 * loss()
+    halves = [*torch.autograd.grad(again, [hidden], retain_graph=True), *torch.autograd.grad(again, [weight])]
+    for one, half in zip(once, halves, strict=True):
+        assert torch.equal(3.0 * one, half)
+
+
 def test_targets_that_do_not_count_have_no_loss_and_no_gradient() -> None:
     logits = torch.randn(3, 5, requires_grad=True)
     labels = torch.tensor([1, IGNORED, 4])
