@@ -3,7 +3,8 @@
 Logits of a whole micro-batch in fp32 take more memory than anything else in a small model: 2 GiB for 4,096 tokens of a
 vocabulary of 128,000. So they are made for some positions at a time, and of each chunk at once the gradients, as in
 Liger (Hsu et al. 2024, arXiv:2410.10989): what is kept for the backward pass has the size of hidden states and head.
-Every logit is computed once, as without chunks.
+Every logit is computed once, as without chunks. What fits into one chunk, and goes back as soon as it is computed,
+autograd does as well, to the same bits and with less to do.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ from strategies.objective.rows import Rows
 
 
 def loss_of(
-    objective: Objective, value: torch.Tensor, head: Head | None, rows: Rows, weight: float | torch.Tensor, chunk: int
-) -> torch.Tensor:
+    objective: Objective, value: torch.Tensor, head: Head | None, rows: Rows, weight: float | torch.Tensor, chunk: int,
+    *, waits: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """The sum of losses of `rows`, divided by `weight`: from hidden states [batch, length, width] and their head, or
-    without one from logits. `chunk` is how many positions are looked at at a time (0: all)."""
+    without one from logits. `chunk` is how many positions are looked at at a time (0: all). It `waits` for its backward
+    pass if others are computed forward before."""
     if head is None:
         whole: torch.Tensor = objective.loss(value, rows) / weight
         return whole
     if not isinstance(objective, TokenObjective) or not chunk or not torch.is_grad_enabled():
         at_once: torch.Tensor = objective.loss(head(value), rows) / weight
         return at_once
-    return _in_chunks(objective, value, head, objective.labels(rows), weight, chunk)
+    return _in_chunks(objective, value, head, objective.labels(rows), weight, chunk, waits)
 
 
 @leave_uncompiled
 def _in_chunks(
     objective: TokenObjective, hidden: torch.Tensor, head: Head, labels: torch.Tensor, weight: float | torch.Tensor,
-    chunk: int,
+    chunk: int, waits: bool,
 ) -> torch.Tensor:  # fmt: skip
     flat = labels.flatten()
 
@@ -44,6 +47,8 @@ def _in_chunks(
         logits = head(hidden[None])
         return objective.token_loss(logits.flatten(0, 1), flat[start : start + len(hidden)]) / weight
 
+    if len(flat) <= chunk and not waits:
+        return compute(hidden.flatten(0, 1), 0)
     found: torch.Tensor = _Chunked.apply(compute, chunk, hidden.flatten(0, 1), *head.parameters)  # type: ignore[no-untyped-call]
     return found
 

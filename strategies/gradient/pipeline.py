@@ -83,6 +83,8 @@ class PipelineGradients:
         kind = _SCHEDULES[layout.schedule]
         stages = self._stages if layout.schedule in ("interleaved-1f1b", "zero-bubble") else self._stages[0]
         self._passes = ForwardPasses(part, spec, no_loss, Chain(context, part.device, sizes))
+        # Elsewhere logits would be kept, of several micro-batches or between the halves of a backward pass.
+        self._waits = layout.schedule != "1f1b"
         self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
@@ -168,7 +170,7 @@ class PipelineGradients:
         size = self.spec.micro_batch
         target = self._targets[chunk * size : (chunk + 1) * size]
         rows = Rows(target) if target.dim() == 2 else Rows(target[:, 0], target[:, 1, 1:].bool())
-        return lambda value, head: self.spec.score(value, head, rows, self._weight)
+        return lambda value, head: self.spec.score(value, head, rows, self._weight, waits=self._waits)
 
     def _loss(self, loss: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """What the last stage gives is a loss already; here it is noted whose it is."""

@@ -76,10 +76,11 @@ class StepSpec:
         return loss
 
     def score(
-        self, value: torch.Tensor, head: Head | None, rows: Rows, weight: float | torch.Tensor
+        self, value: torch.Tensor, head: Head | None, rows: Rows, weight: float | torch.Tensor, *, waits: bool = False
     ) -> torch.Tensor:  # fmt: skip
-        """The same from hidden states and head, or without a head from logits."""
-        return loss_of(self.objective, value, head, rows, weight, self.loss_chunk)
+        """The same from hidden states and head, or without a head from logits. It `waits` for its backward pass if
+        others are computed forward before."""
+        return loss_of(self.objective, value, head, rows, weight, self.loss_chunk, waits=waits)
 
     def divisor(self, batch: Batch) -> float | torch.Tensor:
         """The weight of the step that a batch is of, to divide by: 1 for a step in which nothing counts, whose loss is
