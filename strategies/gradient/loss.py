@@ -64,7 +64,8 @@ class _Chunked(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         wanted = [hidden.requires_grad, *(parameter.requires_grad for parameter in parameters)]
-        of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        is_whole = len(hidden) <= chunk
+        of_hidden = torch.empty_like(hidden) if hidden.requires_grad and not is_whole else None
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         total: torch.Tensor | None = None
         for start in range(0, len(hidden), chunk):
@@ -75,6 +76,8 @@ class _Chunked(torch.autograd.Function):
             found = list(torch.autograd.grad(loss, asked, allow_unused=True))
             if of_hidden is not None:
                 of_hidden[start : start + chunk] = found.pop(0)
+            elif hidden.requires_grad:
+                of_hidden = found.pop(0)
             _add(sums, found)
             total = loss.detach() if total is None else total.add_(loss.detach())
         assert total is not None
