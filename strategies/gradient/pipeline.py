@@ -84,7 +84,7 @@ class PipelineGradients:
         stages = self._stages if layout.schedule in ("interleaved-1f1b", "zero-bubble") else self._stages[0]
         self._passes = ForwardPasses(part, spec, no_loss, Chain(context, part.device, sizes))
         # Elsewhere logits would be kept, of several micro-batches or between the halves of a backward pass.
-        self._waits = layout.schedule != "1f1b"
+        self._waits = layout.schedule not in ("1f1b", "interleaved-1f1b")
         self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
@@ -211,6 +211,8 @@ class _Stage(PipelineStage):
         # FSDP2 hands gradients out at the end of a whole backward pass, and layers that recompute would do it for each
         # half: then zero bubble keeps its order only.
         self._splits_backward = not owner.part.is_sharded and owner.spec.recompute.mode == "none"
+        if self._splits_backward:
+            module.hold_parameters()
 
     def _get_init_p2p_neighbors_ops(self) -> Any:
         return not_to_itself(super()._get_init_p2p_neighbors_ops(), self.group_rank)  # type: ignore[no-untyped-call]

@@ -105,6 +105,15 @@ class Stage(nn.Module):
         self._prepared: dict[tuple[torch.Size, torch.dtype], _Prepared] = {}
         self._crossing = _Crossing(cut)
         self._is_watched = False
+        self._held: list[nn.Parameter] | None = None
+
+    def hold_parameters(self) -> None:
+        """They stay those that they are now: pipelining asks for them with every half of a backward pass."""
+        self._held = list(self.module.parameters())
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of every module."""
+        return super().parameters(recurse) if self._held is None else iter(self._held)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
