@@ -27,8 +27,8 @@ class Block:
     """A part of the network that no stage boundary goes through: the embedding, a decoder layer, or norm and head.
 
     Tokens are those of one sample in one forward pass. `kept` is what the forward pass keeps for the backward pass,
-    `kept_split` the part of it that tensor parallelism divides. `working` is needed only while the block runs, and
-    `recomputed` while its backward pass does.
+    `recomputed` what is needed while the backward pass runs, and `split` the part of either that tensor parallelism
+    divides. `working` is needed only while the block runs; it is the head's, whose classes are divided.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Block:
     recomputed_flops_per_token: int = 0
     """What of the forward pass is computed again in the backward pass."""
     recomputed_bytes_per_token: int = 0
+    recomputed_split_bytes_per_token: int = 0
     kept_bytes: int = 0
     """What is kept of a micro-batch whatever its tokens."""
     working_bytes: int = 0
@@ -157,6 +158,7 @@ def _with_recompute(
             kept_bytes_per_token=given + more,
             kept_split_bytes_per_token=int(more * share),
             recomputed_bytes_per_token=max(0, block.kept_bytes_per_token - more),
+            recomputed_split_bytes_per_token=max(0, block.kept_split_bytes_per_token - int(more * share)),
             recomputed_flops_per_token=0 if more else block.flops_per_token,
         )
     return found
@@ -317,9 +319,9 @@ class _Measure:
             flops_per_token=sum(2 * matrix.numel() for matrix in matrices),
             attention_flops_per_token=0,
             # The loss keeps the logarithms of all probabilities in fp32; around it the logits live in the products'
-            # precision and again in fp32. Logits are gathered: tensor parallelism does not divide them.
+            # precision and again in fp32. Tensor-parallel ranks have those of their own classes.
             kept_bytes_per_token=2 * self.hidden * self.value_bytes + 4 * vocab_size,
-            kept_split_bytes_per_token=0,
+            kept_split_bytes_per_token=4 * vocab_size,
             working_bytes_per_token=(4 + self.value_bytes) * vocab_size,
             frozen_parameters=frozen,
             frozen_flops_per_token=sum(2 * matrix.numel() for matrix in matrices if not matrix.requires_grad),

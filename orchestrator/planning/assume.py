@@ -13,7 +13,8 @@ from orchestrator.planning.units import parse_bytes, parse_rate, parse_seconds, 
 if TYPE_CHECKING:
     from orchestrator.job import Job
 
-# A core of a cloud machine: what the quickstart's tokens per second on two cores (README) come to, in its own FLOPs.
+# A core of a cloud machine: what the quickstart's 17,000 to 18,000 tokens per second on two cores (docs/benchmarks.md)
+# come to in its own FLOPs, rounded down. A machine may have half of that: `--from` measures it.
 _CORE_TFLOPS = 0.05
 # What FSDP2 takes there for a block of the quickstart, twice in each micro-batch: measured beside `shard: none`.
 _GATHER_S = 2.9e-3
@@ -64,12 +65,15 @@ def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[st
     known = (options.gpu_tflops, options.efficiency, options.bandwidth, options.node_bandwidth)
     if gpu is not None and options.gpu is None and None in known:
         assumed.append("GPUs as A100 (--gpu says others)")
+    share = min(1.0, job.resources.gpu) if gpu is not None and job.resources.gpu > 0 else 1.0
+    if share < 1:
+        assumed.append(f"{share:g} of a GPU's memory and arithmetic for each worker")
     tflops, efficiency = _arithmetic(job, options, gpu, assumed)
     memory = options.gpu_memory
     if memory is None and options.gpu is not None and gpu is not None:
         memory = f"{gpu.memory_gib:g}GiB"
     hardware = Hardware(
-        peak_flops=tflops * 1e12,
+        peak_flops=tflops * share * 1e12,
         efficiency=efficiency,
         inside=Link(
             parse_rate(
@@ -87,7 +91,7 @@ def hardware_for(job: Job, options: HardwareOptions) -> tuple[Hardware, tuple[st
             ),
         ),
         ranks_per_node=int(given(_text(options.ranks_per_node), "8", "ranks on a node:")),
-        memory_bytes=None if memory is None else parse_bytes(memory, "--gpu-memory"),
+        memory_bytes=None if memory is None else share * parse_bytes(memory, "--gpu-memory"),
         gather_s=0.0 if gpu else _GATHER_S,
         overlaps=gpu is not None and job.strategy.transport != "gloo",
     )

@@ -34,7 +34,7 @@ def stage_shares(layout: ParallelLayout, costs: ModelCosts | None) -> tuple[floa
         return (1.0,)
     if costs is None:
         return (1 / layout.pipeline,) * layout.pipeline
-    flops = [block.flops_per_token for block in costs.blocks]
+    flops = [block.training_flops_per_token for block in costs.blocks]
     runs = [layout.blocks_of(stage) or () for stage in range(layout.pipeline)]
     return tuple(sum(sum(flops[start:stop]) for start, stop in run) / sum(flops) for run in runs)
 
@@ -126,7 +126,7 @@ def best_parts(layout: ParallelLayout, costs: ModelCosts, rates: Sequence[float]
     for stage, rate in enumerate(stages):
         for part in parts_of(layout.schedule, layout.pipeline, len(layout.parts), stage):
             rate_of[part] = rate
-    flops = [block.flops_per_token for block in costs.blocks]
+    flops = [block.training_flops_per_token for block in costs.blocks]
     units = [flops[0] + flops[1], *flops[2:-2], flops[-2] + flops[-1]] if costs.layers > 1 else [sum(flops)]
     ordered = [rate_of[part] for part in range(len(layout.parts))]
     low, high = 0.0, sum(units) * max(ordered)

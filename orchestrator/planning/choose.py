@@ -62,6 +62,7 @@ class LayoutChooser:
     state: StateBytes = ADAMW
     state_copies: int = 2
     canonical: bool = True
+    offloads: bool = False
     hardware: Hardware = CPU_CORE
     """What ranks and links are assumed to do; only what it says relative to itself matters."""
 
@@ -80,6 +81,7 @@ class LayoutChooser:
             state=state_bytes(job),
             state_copies=job.elastic.state_copies,
             canonical=strategy.reduction == "canonical",
+            offloads=job.train.offload == "optimizer",
             hardware=hardware_for(job, HardwareOptions())[0],
         )
 
@@ -128,8 +130,9 @@ class LayoutChooser:
             # A module of the user's own that says how it is split need not have heads to count.
             costs = replace(costs, heads=self.tensor, key_value_heads=self.tensor)
         work = Work(
-            costs, self.virtual_workers, self.micro_batches, self.tokens, self.state, self.state_copies, self.canonical
-        )
+            costs, self.virtual_workers, self.micro_batches, self.tokens, self.state, self.state_copies,
+            self.canonical, self.offloads,
+        )  # fmt: skip
         hardware = replace(self.hardware, memory_bytes=memory_bytes or None, ranks_per_node=per_node)
         limits = Limits(
             tensor=(self.tensor,),

@@ -11,6 +11,7 @@ from orchestrator.errors import PlanError
 from orchestrator.job import Job
 from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.costs import describe_modes
+from orchestrator.models.routers import routers_of
 from orchestrator.models.validation import check_sizes, model_without_weights
 from orchestrator.planning.assume import HardwareOptions, hardware_for
 from orchestrator.planning.calibrate import calibrated
@@ -52,7 +53,9 @@ def plan(
         assumptions = (*assumptions, *said)
     allowed = limits_of(job, limits)
     check_sizes(job)
-    refuse = possible(job, model_without_weights(job))
+    model = model_without_weights(job)
+    routers_of(job, model)
+    refuse = possible(job, model)
     modes = modes_of(job)
     planners = [
         Planner(work_of(job, costs), chosen, allowed, refuse, mode if len(modes) > 1 else "")

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import attrgetter
 
-from orchestrator.planning.work import Degrees, Rank, Stages, StateBytes, Work, missing_copies, most_held
+from orchestrator.planning.work import Degrees, Rank, Stages, StateBytes, Work, missing_copies, most_held, pieces
+
+_KEEP_HEADS = ("gpipe", "zero-bubble")
+"""Schedules in which the loss of a micro-batch, with the head's gradient, waits for its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -43,44 +46,57 @@ def zero_state(parameters: float, shard: str, data: int, per_parameter: StateByt
 def predict_memory(work: Work, stages: Stages, degrees: Degrees) -> Memory:
     """The memory of the fullest rank."""
     held = most_held(work.virtual_workers, degrees.data)
-    of_ranks = (_of_rank(work, rank, place, degrees, held) for place, rank in enumerate(stages.ranks))
+    of_ranks = (_of_rank(work, stages, place, degrees, held) for place in range(len(stages.ranks)))
     return max(of_ranks, key=attrgetter("total"))
 
 
-def _of_rank(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) -> Memory:
-    data, shard = degrees.data, degrees.shard
+def _of_rank(work: Work, stages: Stages, place: int, degrees: Degrees, held: int) -> Memory:
+    data, shard, rank = degrees.data, degrees.shard if degrees.data > 1 else "none", stages.ranks[place]
     state = zero_state(rank.parameters, shard, data, work.state)
     # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level; slices of
     # those of all replicas are added up as they come, to a sibling where it is there. A second use of a parameter has
     # gradients of its own.
     sums = held.bit_length()
-    if shard in ("gradients", "parameters") and data > 1:
-        # What is added up for an update is kept with `gradients`, and else there when activations are not.
-        sums = max(1, sums - 1) + (shard == "gradients")
+    if shard in ("gradients", "parameters"):
+        sums = max(1, sums - 1)
     second = rank.second_uses * work.state.gradients / (data if shard in ("gradients", "parameters") else 1)
-    micro_batches = degrees.schedule.padded(held * work.micro_batches)
-    activations = work.tokens * sum(
-        kept * degrees.schedule.in_flight(place, part, micro_batches) for part, kept in rank.kept_bytes_per_token
-    )
-    missing_optimizer, missing_weights = missing_copies(shard, data, degrees.ranks, work.state_copies)
-    copied = work.state.optimizer * missing_optimizer + work.state.weights * missing_weights
+    # The gradient of an update is kept where it is whole; a share of it is there when activations are not.
+    updated = state.gradients if shard == "none" else 0.0
+    activations = _activations(work, rank, place, degrees, held)
+    working = work.tokens * rank.working_bytes_per_token + rank.fixed_working_bytes
+    # A copy has weights of its own, also where all replicas compute with all of them.
+    copied = 0.0 if work.offloads else work.state.optimizer + work.state.weights
+    kept, sent = _buffers(work, rank, degrees)
     return Memory(
-        weights=_weights(work, rank, degrees),
-        gradients=(state.gradients + second) * sums,
+        weights=_weights(work, rank, degrees, is_borrowed=stages.borrowed > 0),
+        gradients=(state.gradients + second) * sums + updated,
         optimizer=0.0 if work.offloads else state.optimizer,
         activations=activations,
-        copies=copied * rank.parameters / data,
-        buffers=_buffers(work, rank, degrees) + work.tokens * rank.working_bytes_per_token + rank.fixed_bytes,
+        copies=copied * missing_copies(shard, data, degrees.ranks, work.state_copies) * rank.parameters / data,
+        # What is sent comes when activations are gone.
+        buffers=kept + working + max(0.0, sent - activations - working),
     )
 
 
-def _weights(work: Work, rank: Rank, degrees: Degrees) -> float:
-    """What is computed with, and what is updated where that is another."""
+def _activations(work: Work, rank: Rank, place: int, degrees: Degrees, held: int) -> float:
+    schedule, found = degrees.schedule, 0.0
+    micro_batches = schedule.padded(held * work.micro_batches)
+    for part, kept in rank.kept_bytes_per_token:
+        found += work.tokens * kept * schedule.in_flight(place, part, micro_batches)
+    for part, kept in rank.fixed_kept_bytes:
+        found += kept * (schedule.in_flight(place, part, micro_batches) if schedule.kind in _KEEP_HEADS else 1)
+    return found
+
+
+def _weights(work: Work, rank: Rank, degrees: Degrees, *, is_borrowed: bool) -> float:
+    """What is computed with, and what is updated where that is another. An embedding that is borrowed of another stage
+    is there a second time."""
     is_sharded = degrees.shard == "parameters" and degrees.data > 1
     shared = degrees.data if is_sharded else 1
     # Sharded weights are kept as they are updated, and gathered as they are computed with.
     each = work.state.weights if is_sharded else work.computed_bytes
-    computed = each * (rank.parameters + rank.frozen) / shared
+    second = rank.second_uses if is_borrowed else 0
+    computed = each * (rank.parameters + rank.frozen + second) / shared
     if is_sharded or (work.offloads and (work.has_copies or degrees.shard != "none")):
         return computed
     if degrees.shard == "none" or degrees.data == 1:
@@ -88,19 +104,23 @@ def _weights(work: Work, rank: Rank, degrees: Degrees) -> float:
     return computed + work.state.weights * rank.parameters / degrees.data
 
 
-def _buffers(work: Work, rank: Rank, degrees: Degrees) -> float:
-    """Whole gradients on their way, or one block's gathered weights and gradient."""
+def _buffers(work: Work, rank: Rank, degrees: Degrees) -> tuple[float, float]:
+    """Whole gradients on their way and weights to be sent, or one block's gathered weights and gradient: what is there
+    in all of a step, and what only when gradients are sent."""
+    gradient = rank.parameters * work.state.gradients
     if degrees.shard == "parameters" and degrees.data > 1:
         # One block is computed with while the next is gathered; its gradient is whole until it is reduced. Virtual
         # workers of several micro-batches, one of each replica, are summed side by side: a slice of each.
-        beside = rank.parameters if work.micro_batches > 1 else 0
-        blocks = rank.largest_block * (2 * work.computed_bytes + work.state.gradients)
-        return blocks + beside * work.state.gradients
-    if degrees.data > 1 and degrees.shard == "gradients":
+        beside = gradient if work.micro_batches > 1 else 0.0
+        return rank.largest_block * (2 * work.computed_bytes + work.state.gradients) + beside, 0.0
+    if degrees.data == 1:
+        return 0.0, 0.0
+    if not work.canonical:
+        return gradient, 0.0
+    # What is sent back (the reduced gradient, or the weights of those who update them) is kept as it is received.
+    back = gradient if degrees.shard == "none" else rank.parameters * work.computed_bytes
+    if degrees.shard == "gradients":
         # The virtual worker under way, and a slice of that of every replica.
-        return 2 * rank.parameters * work.state.gradients
-    if degrees.data > 1:
-        # The reducer keeps what it receives, and with unsharded state what it sends back.
-        whole = 2 if work.canonical and degrees.shard == "none" else 1
-        return whole * rank.parameters * work.state.gradients
-    return 0.0
+        return 2 * gradient + back, 0.0
+    most, total = pieces(work.virtual_workers, degrees.data)
+    return gradient * total / degrees.data + back, gradient * most if most > 1 else 0.0

@@ -44,9 +44,8 @@ def _of_pipelines(planner: Planner, workers: int, tensor: int) -> list[Refusal]:
         reason = f"more stages than the model's {layers} layers"
         found.append(Refusal(f"pipeline {show_runs(deep) if wanted else f'above {layers}'}", reason))
     if wanted and (many := [p for p in wanted if ranks < p <= layers]):
-        found.append(
-            Refusal(f"pipeline {show_runs(many)}", f"needs tensor {tensor} times as many workers, there are {workers}")
-        )
+        by = f" times tensor {tensor}" if tensor > 1 else ""
+        found.append(Refusal(f"pipeline {show_runs(many)}", f"needs as many workers{by}, there are {workers}"))
     if ranks > shares:
         reason = f"more replicas than the {shares} virtual workers of a step; elastic.virtual_workers sets how many"
         found.append(Refusal(f"data above {shares}", reason))

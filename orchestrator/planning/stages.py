@@ -60,7 +60,10 @@ def _rank(model: ModelCosts, parts: dict[int, list[int]], tensor: int) -> Rank:
             (part, sum(_kept(model.blocks[index], tensor) for index in inside)) for part, inside in parts.items()
         ),
         working_bytes_per_token=max(_working(block, tensor) for block in blocks),
-        fixed_bytes=sum(block.kept_bytes + block.working_bytes for block in blocks) / tensor,
+        fixed_working_bytes=sum(block.working_bytes for block in blocks) / tensor,
+        fixed_kept_bytes=tuple(
+            (part, sum(model.blocks[index].kept_bytes for index in inside) / tensor) for part, inside in parts.items()
+        ),
     )
 
 
@@ -69,7 +72,8 @@ def _parameters(block: Block, tensor: int) -> int:
 
 
 def _working(block: Block, tensor: int) -> float:
-    return block.working_bytes_per_token + block.recomputed_bytes_per_token / tensor
+    split = block.recomputed_split_bytes_per_token
+    return block.working_bytes_per_token / tensor + block.recomputed_bytes_per_token - split + split / tensor
 
 
 def _kept(block: Block, tensor: int) -> float:

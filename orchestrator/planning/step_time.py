@@ -1,7 +1,8 @@
 """How long a step of a layout takes: arithmetic, waiting in the pipeline, and messages by size.
 
 Messages follow the alpha-beta model (Hockney 1994), collectives rings; the communication of tensor parallelism is
-that of Shoeybi et al. 2019 (Megatron-LM), of sharding that of ZeRO. Nothing is taken to overlap.
+that of Shoeybi et al. 2019 (Megatron-LM), of sharding that of ZeRO. Nothing is taken to overlap but what FSDP2 exchanges
+on GPUs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.planning.hardware import Hardware, ring_all_reduce_s, scatter_s, send_s
-from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held
+from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held, pieces
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def compute_and_bubble(work: Work, hardware: Hardware, stages: Stages, degrees: 
     micro_batches = degrees.schedule.padded(most_held(work.virtual_workers, degrees.data) * work.micro_batches)
     second = hardware.flops / work.tokens
     attention = stages.other_attention_flops / second
-    if work.model.recomputes or degrees.shard == "parameters":
+    if work.model.recomputes or (degrees.shard == "parameters" and degrees.data > 1):
         # Then zero bubble does not split the backward pass (`strategies.gradient.pipeline`).
         attention = stages.other_flops / degrees.schedule.chunks / 3 / second
     bubble = degrees.schedule.bubble(stages.other_flops / second, attention)
@@ -77,8 +78,9 @@ def _tensor_s(work: Work, hardware: Hardware, stages: Stages, tensor: int) -> fl
         return 0.0
     link = hardware.link(tensor)
     hidden = ring_all_reduce_s(work.tokens * work.model.hidden_size * work.model.value_bytes, tensor, link)
-    logits = scatter_s(work.tokens * work.model.vocab_size * work.model.value_bytes, tensor, link)
-    # The embedding sums its output, the head sums its input's gradient and gathers its output.
+    # Of each row of logits: its maximum, the sum of its exponentials, and what its target has.
+    logits = 3 * ring_all_reduce_s(4.0 * work.tokens, tensor, link)
+    # The embedding sums its output, the head sums its input's gradient and what its loss is made of.
     return max(
         (4 * rank.layers + rank.has_embedding + rank.has_head) * hidden + rank.has_head * logits
         for rank in stages.ranks
@@ -110,7 +112,7 @@ def _reduction(
     gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.computed_bytes
     if degrees.shard in ("none", "optimizer"):
         # Once a step. In canonical order a rank sends each of its partial sums by itself.
-        sent = most_pieces(work.virtual_workers, data) if work.canonical else 1
+        sent = pieces(work.virtual_workers, data)[0] if work.canonical else 1
         reduce = scatter_s(sent * gradient, data, link)
         if degrees.shard == "none":
             return reduce + scatter_s(gradient, data, link), 0.0
@@ -128,20 +130,8 @@ def _reduction(
 
 def _copies_s(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> float:
     """The reduced gradient of what is copied goes to each of its other holders."""
-    missing = max(missing_copies(degrees.shard, degrees.data, degrees.ranks, work.state_copies))
+    missing = missing_copies(degrees.shard, degrees.data, degrees.ranks, work.state_copies)
     if not missing:
         return 0.0
     share = stages.most_parameters * work.state.gradients / degrees.data
     return missing * send_s(share, hardware.link(degrees.ranks))
-
-
-def most_pieces(virtual_workers: int, data: int) -> int:
-    """An upper bound on the whole subtrees that one replica's virtual workers make up (see
-    `strategies.reduction.tree`).
-
-    1 when every replica has the same power of two; otherwise a run of n needs at most 2 log2(n) subtrees.
-    """
-    held = most_held(virtual_workers, data)
-    if virtual_workers % data == 0 and held & (held - 1) == 0:
-        return 1
-    return min(held, max(1, 2 * (held.bit_length() - 1)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from orchestrator.job.parts import optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts
+from strategies.layout.assignment import deal
 from strategies.layout.schedule import PipelineSchedule
 from strategies.optim.spec import OptimizerSpec
+from strategies.reduction.tree import cover
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -115,8 +117,10 @@ class Rank:
     """For each model part it has: the part's number, and what its forward pass keeps."""
     working_bytes_per_token: float
     """Of the block that needs most while it runs, forward or backward."""
-    fixed_bytes: float
-    """What the head keeps of a micro-batch and needs meanwhile, whatever the number of tokens."""
+    fixed_working_bytes: float
+    """What the head needs while it runs, whatever the number of tokens."""
+    fixed_kept_bytes: tuple[tuple[int, float], ...]
+    """For each model part it has: the part's number, and what is kept of a micro-batch whatever its tokens."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,28 @@ def most_held(virtual_workers: int, data: int) -> int:
     return -(-virtual_workers // data)
 
 
-def missing_copies(shard: str, data: int, ranks: int, wanted: int) -> tuple[int, int]:
-    """How many more holders the (optimizer state, weights) need to have `wanted` each, as far as there are ranks.
+_FEW = 256
+"""Up to so many virtual workers are dealt out to be counted."""
+
+
+@lru_cache(maxsize=4096)
+def pieces(virtual_workers: int, data: int) -> tuple[int, int]:
+    """The whole subtrees of the summation tree (`strategies.reduction.tree`) that the virtual workers of `data` equal
+    replicas make up: at most of one replica, and all together. Upper bounds for many virtual workers."""
+    held = most_held(virtual_workers, data)
+    if virtual_workers % data == 0 and held & (held - 1) == 0:
+        return 1, data
+    if virtual_workers > _FEW:
+        # A run of n needs at most 2 log2(n) subtrees.
+        most = min(held, max(1, 2 * (held.bit_length() - 1)))
+        return most, data * most
+    counts = [len(cover(each, virtual_workers)) for each in deal(virtual_workers, [1.0] * data)]
+    return max(counts), sum(counts)
+
+
+def missing_copies(shard: str, data: int, ranks: int, wanted: int) -> int:
+    """How many more holders than it has a share of the state needs to have `wanted`, as far as there are ranks.
 
     What is not sharded has a holder in every replica; what is sharded, or in a layout of one replica, has one.
     """
-    wanted = min(wanted, ranks)
-    of_optimizer = data if shard == "none" else 1
-    of_weights = 1 if shard == "parameters" else data
-    return max(0, wanted - of_optimizer), max(0, wanted - of_weights)
+    return max(0, min(wanted, ranks) - (data if shard == "none" else 1))

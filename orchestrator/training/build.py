@@ -162,9 +162,12 @@ def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingStat
     return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), update_rule_of(job).kinds())
 
 
-def memory_bytes(device: torch.device) -> int:
-    """What a worker on this device may use; 0 where that is not known (on a CPU, whose memory others share)."""
-    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+def memory_bytes(device: torch.device, job: Job) -> int:
+    """What a worker on this device may use, which others have a part of where `resources.gpu` is less than 1; 0 where
+    that is not known (on a CPU, whose memory others share)."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory * min(1.0, job.resources.gpu or 1.0))
 
 
 def model_costs(job: Job) -> ModelCosts | None:

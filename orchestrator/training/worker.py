@@ -172,7 +172,7 @@ class Worker:
         job, state = self.job, self.state
         return Ready(
             self.worker, node, pid, self.host, port, initial_digest(state.blueprint),
-            elements=state.space.size, zone=zone, memory_bytes=build.memory_bytes(state.device),
+            elements=state.space.size, zone=zone, memory_bytes=build.memory_bytes(state.device, job),
             costs=build.model_costs(job), unit_seconds=calibrate(self.engine),
             flops_per_token=build.flops_per_token(job, state.blueprint.model), peak_flops=peak_flops(job, state.device),
             loaded=loaded_of(state.blueprint.model, state.blueprint.unused),

@@ -238,6 +238,9 @@ def work_for(
     """This rank's work in `layout`, timed by `watch`. `kept` is what an earlier generation computed with the same part
     of the model, which has these `routers`."""
     place, part, own = layout.place(fabric.rank), arrangement.part, arrangement.own
+    for shard in arrangement.state_shards:
+        # A share of the gradient, and what is for others, is there in an update only, when activations are not.
+        shard.keeps_gradient = shard is own and layout.effective_shard == "none"
     if place is None or part is None or own is None:
         return IdleWork(RouterExchange.where_needed(routers, spec, layout, fabric))
     context = WorkContext(layout, place, fabric, spec, fetch, watch)
@@ -308,8 +311,6 @@ def _sharded_work(part: ShardedModelPart, own: StateShard, context: WorkContext)
     collector = ShardedCollector(part, context.layout, context.spec.micro_batches)
     tied = TiedShards(part, own, context)
     part.keep_in(own.weights, own.flat)
-    # In a step it is there when activations are not.
-    own.keeps_gradient = False
 
     def load(enter: Callable[[str], None]) -> None:
         part.load(own.weights, own.flat)

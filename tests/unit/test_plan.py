@@ -22,8 +22,7 @@ from orchestrator.planning.memory import predict_memory, zero_state
 from orchestrator.planning.partition import bottleneck, cut
 from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.search import Limits, Plan, Planner
-from orchestrator.planning.step_time import most_pieces
-from orchestrator.planning.work import Degrees, StateBytes, Work, most_held
+from orchestrator.planning.work import Degrees, StateBytes, Work, most_held, pieces
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.schedule import SCHEDULES, PipelineSchedule, chunks_of, schedules
@@ -112,10 +111,11 @@ def test_state_memory_is_that_of_the_zero_paper(shard: str, gigabytes: float) ->
 
 
 def test_our_state_takes_16_bytes_a_parameter_too() -> None:
-    """fp32 weights and gradients and two fp32 moments: 4 + 4 + 8, in every precision."""
+    """fp32 weights and gradients and two fp32 moments: 4 + 4 + 8, in every precision; and the gradient of an update
+    beside that of the virtual worker."""
     plan = Planner(work(virtual_workers=1), hardware()).predict(Degrees(1, 1, PipelineSchedule("none", 1), "none"), 1)
     state = plan.memory.weights + plan.memory.gradients + plan.memory.optimizer
-    assert state == 16 * model().parameters
+    assert state == (16 + 4) * model().parameters
     assert plan.memory.copies == 0
 
 
@@ -167,7 +167,7 @@ def test_a_layout_of_one_replica_pays_for_copies_and_a_replicated_one_does_not()
     assert alone.memory.copies == pytest.approx(alone.memory.weights + alone.memory.optimizer)
     assert alone.time.copies > 0
     assert (twice.memory.copies, twice.time.copies) == (0, 0)
-    assert sharded.memory.copies == sharded.memory.optimizer
+    assert sharded.memory.copies == pytest.approx(1.5 * sharded.memory.optimizer), "weights and two moments"
 
 
 # ---------------------------------------------------------------------------------------- time
@@ -223,7 +223,17 @@ def test_a_replica_never_sends_more_partial_sums_than_predicted(virtual_workers:
     data = min(data, virtual_workers)
     dealt = deal(virtual_workers, [1.0] * data)
     assert max(len(held) for held in dealt) == most_held(virtual_workers, data)
-    assert max(len(cover(held, virtual_workers)) for held in dealt) <= most_pieces(virtual_workers, data)
+    counts = [len(cover(held, virtual_workers)) for held in dealt]
+    assert pieces(virtual_workers, data) == (max(counts), sum(counts))
+
+
+@quick
+@given(st.integers(257, 2000), st.integers(1, 40))
+def test_of_many_virtual_workers_there_is_a_bound(virtual_workers: int, data: int) -> None:
+    counts = [len(cover(held, virtual_workers)) for held in deal(virtual_workers, [1.0] * data)]
+    most, total = pieces(virtual_workers, data)
+    assert max(counts) <= most
+    assert sum(counts) <= total
 
 
 # ---------------------------------------------------------------------------------------- the search
