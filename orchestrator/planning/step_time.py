@@ -1,8 +1,8 @@
 """How long a step of a layout takes: arithmetic, waiting in the pipeline, and messages by size.
 
 Messages follow the alpha-beta model (Hockney 1994), collectives rings; the communication of tensor parallelism is
-that of Shoeybi et al. 2019 (Megatron-LM), of sharding that of ZeRO. Nothing is taken to overlap but what FSDP2 exchanges
-on GPUs.
+that of Shoeybi et al. 2019 (Megatron-LM), of sharding that of ZeRO. Nothing is taken to overlap but what FSDP2
+exchanges on GPUs.
 """
 
 from __future__ import annotations

@@ -111,6 +111,18 @@ class _UnderWay(NamedTuple):
     loss: torch.Tensor
 
 
+def loss_of_part(
+    part: ModelPart | ShardedModelPart, spec: StepSpec
+) -> Callable[[Rows, float | torch.Tensor], torch.Tensor]:
+    """What gives the loss of a micro-batch, where one stage has the whole model: compiled if the job says so, in every
+    layout, as that decides what the kernels are."""
+
+    def loss(rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
+        return spec.loss(part.modules[0], rows, weight)
+
+    return torch.compile(loss) if spec.compile else loss
+
+
 class LocalGradients:
     """Computes and keeps a replica's share of one step, where the replica has one pipeline stage.
 
@@ -130,7 +142,7 @@ class LocalGradients:
         self._sums: TreeSum | None = None
         self._step: int | None = None
         self._under_way: _UnderWay | None = None
-        self._loss = torch.compile(self._micro_loss) if spec.compile else self._micro_loss
+        self._loss = loss_of_part(part, spec)
 
     def compute(
         self, step: int, held: Sequence[int], virtual_workers: int, *, enter: Enter, check: Callable[[], None]
@@ -274,6 +286,3 @@ class LocalGradients:
         gradient = self._pool.pop() if self._pool else self.part.new_gradient()
         gradient.zero_()
         return 0, gradient, torch.zeros((), dtype=torch.float64, device=self.part.device)
-
-    def _micro_loss(self, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
-        return self.spec.loss(self.part.modules[0], rows, weight)

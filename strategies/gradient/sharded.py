@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from strategies.gradient.compute import Enter, choose, prepare, routing_of, watching
+from strategies.gradient.compute import Enter, choose, loss_of_part, prepare, routing_of, watching
 from strategies.gradient.context import WorkContext
 from strategies.gradient.routing import Routing
 from strategies.gradient.tied import TiedRounds
@@ -203,6 +203,7 @@ class RoundGradients:
         self.hashes: dict[int, int] = {}
         self.streams = prepare(part.blueprint, part.modules, self.spec)
         self.routing = routing_of(part, self.spec, context.router_exchange(part.blueprint.routers))
+        self._loss = loss_of_part(part, self.spec)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
         """Runs all rounds of a step. Raises PeerLost."""
@@ -229,7 +230,7 @@ class RoundGradients:
                 watched = watching(self.routing, index, micro) if is_real else nullcontext()
                 with self.watch.on(index if is_real else MADE_UP), watched:
                     self.streams.enter(step, index, micro)
-                    loss = self.spec.loss(self.part.modules[0], rows if is_real else self._made_up(rows), weight)
+                    loss = self._loss(rows if is_real else self._made_up(rows), weight)
                     self.collector.begin(number, micro, 0)
                     loss.backward()  # type: ignore[no-untyped-call]
                     self.collector.end(number, micro, 0)

@@ -63,7 +63,8 @@ class Tie:
         self._fabric, self._part = context.fabric, part
         self._first = layout.rank_of(place.data, self.ends.first, place.tensor)
         self._second = layout.rank_of(place.data, self.ends.second, place.tensor)
-        self.owned = overlaps(alias, space, layout, is_whole=context.spec.native_reduction)
+        is_whole = context.spec.native_reduction and layout.effective_shard == "none"
+        self.owned = overlaps(alias, space, layout, is_whole=is_whole)
         """What of the parameter each replica owns: (position in its slice of the gradient, elements)."""
         self.start, self.length = self.owned[place.data]
 
@@ -153,6 +154,8 @@ class TiedGradients:
             if (reducer := self._reducers.get(tie.alias.name)) is not None:
                 own = {node: piece[tie.second_gradients] for node, piece in pieces.items()}
                 second = reducer.reduce(own)
+                if reducer.native and second.numel() != tie.length:
+                    second = reducer.own_slice(second)
             tie.add(second, slice_)
 
 

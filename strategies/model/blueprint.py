@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.layout.space import Space
+from strategies.layout.space import Cut, Space
 from strategies.model.anatomy import CannotCut, find_layers
-from strategies.model.cutting import check_cut, refuse_cut, shared_reason
+from strategies.model.cutting import check_cut, check_split, refuse_cut
 from strategies.model.frozen import FrozenWeights
 from strategies.model.model_stages import Stages
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
@@ -36,7 +36,6 @@ from strategies.model.tensor_plan import (
     TensorPlan,
     parallel_style,
     read_tensor_plan,
-    split_in_two,
 )
 from strategies.model.values import BuiltValues, Values
 
@@ -101,8 +100,8 @@ class Blueprint:
         self.names = {name: name if name in self._aliased else known for name, known in names.items()}
         """The one name of a parameter, by each that it has: modules may share it. A second use that has a gradient of
         its own has a name of its own."""
-        if tensor > 1 and (shared := split_in_two(model, self.plan)):
-            raise ValueError(shared_reason("tensor", tensor, shared))
+        if tensor > 1:
+            check_split(model, self.plan, tensor)
         self.stages = Stages(
             model, self.layers, self._value, body=body, dtype=dtype, device=self.device, unused=self.unused
         )  # fmt: skip
@@ -128,6 +127,13 @@ class Blueprint:
         self.buffers = {name: buffer.data for name, buffer in sorted(persistent.items())}
 
     # ------------------------------------------------------------------------------------ what it is made of
+
+    @property
+    def found(self) -> str:
+        """What a trial has found out of the model and how it is split, on which all ranks are to agree."""
+        plan, order = self.plan, None if self._order is None else list(self._order)
+        splits = [sorted(each.items()) for each in (plan.styles, plan.stacks, plan.counts)]
+        return repr((self.body, order, self.draws, sorted(self.caches), splits, sorted(plan.sums)))
 
     @property
     def constants(self) -> Mapping[str, torch.Tensor]:
@@ -269,8 +275,7 @@ class Blueprint:
             if parameter is None or f"{owner}.{key}" not in self.plan.stacks:
                 continue
             dim, packs = self.plan.stacks[f"{owner}.{key}"]
-            matrices = parameter.detach().unflatten(dim, (packs, -1))
-            share = matrices.chunk(mesh.size(), dim + 1)[mesh.get_local_rank()].flatten(dim, dim + 1)
+            share = Cut(dim, packs, mesh.get_local_rank(), mesh.size()).of(parameter.detach())
             module._parameters[key] = nn.Parameter(share.contiguous(), requires_grad=parameter.requires_grad)
 
 

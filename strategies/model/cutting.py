@@ -1,4 +1,4 @@
-"""Whether a model, which may be without weights, can be cut into pipeline stages."""
+"""Whether a model, which may be without weights, can be cut into pipeline stages, and split as a plan says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from strategies.model.anatomy import NotInTurn, find_layers
 from strategies.model.model_stages import Stages
 from strategies.model.parameters import Sites, made_up_values, place_of, sites_of, split_ties, trained_parameters
 from strategies.model.randomness import stream_key
+from strategies.model.tensor_plan import TensorPlan, check_divides, split_in_two
 
 _LARGEST = 50_000_000
 """Parameters of a model that is quickly computed with made-up values."""
@@ -49,6 +50,8 @@ class Cuts:
             self._stages.anatomy()
         except NotInTurn as error:
             return error.calls
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # Whatever a model raises that is computed without some of its layers.
             return None
         return range(self._stages.num_layers)
@@ -93,6 +96,13 @@ def check_cut(stages: Stages, sites: Sites, name: str, degree: int, *, computes:
             raise ValueError(f"pipeline {degree} cannot be used with {name}: {said}") from error
     if shared:
         raise ValueError(shared_reason("pipeline", degree, shared))
+
+
+def check_split(model: nn.Module, plan: TensorPlan, degree: int) -> None:
+    """Raises ValueError for a model that cannot be split by the plan over `degree` ranks."""
+    if shared := split_in_two(model, plan):
+        raise ValueError(shared_reason("tensor", degree, shared))
+    check_divides(model, plan, degree)
 
 
 def _layer_of(owner: str, layers: str | None) -> str:

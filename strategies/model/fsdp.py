@@ -50,6 +50,8 @@ class ShardedModelPart:
         self.groups: list[list[_Group]] = []
         self._untrained: list[list[Any]] = []
         self._in_place: set[str] = set()
+        self.swapped: set[str] = set()
+        """The frozen parameters, by their places in modules, where FSDP2 puts gathered ones and rows in turn."""
         for module in self.modules:
             if fabric.layout.tensor > 1:
                 blueprint.parallelize(module, fabric.axis("tensor"))
@@ -86,6 +88,7 @@ class ShardedModelPart:
             entries = [(slots[name], p) for name, p in params if name in slots]
             frozen = [(places[id(p.sharded_param)], p) for name, p in params if name not in slots]
             self._read_frozen(frozen, fabric)
+            self.swapped.update(place for place, _ in frozen)
             for _, parameter in entries:
                 parameter.sharded_param.register_post_accumulate_grad_hook(_forget_gradient)
             groups.append(_Group(entries, fabric.data_group))

@@ -19,7 +19,8 @@ class Head:
 
     def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
         self._compute = compute
-        self.parameters = tuple(parameters)
+        # Two modules may share one.
+        self.parameters = tuple(dict.fromkeys(parameters))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._compute(hidden)
@@ -129,6 +130,8 @@ def find_body(model: nn.Module, layers: str | None, tokens: torch.Tensor) -> str
                 same = hidden.shape[:2] == expected.shape[:2] and torch.equal(head(hidden), expected)
                 same = same and not torch.equal(head(hidden * 0.5), expected)
                 same = same and not _uses_inside(head, hidden, model.get_submodule(name))
+            except (MemoryError, torch.OutOfMemoryError):
+                raise  # Others may have more, and all are to find the same.
             except Exception:  # Whatever a module raises that is called in another way than its own model does.
                 continue
             if same:

@@ -103,6 +103,11 @@ class ModelPart:
             module.train()
 
     @property
+    def swapped(self) -> frozenset[str]:
+        """See `ShardedModelPart`."""
+        return frozenset()
+
+    @property
     def is_plain(self) -> bool:
         """Whether it computes with the model itself."""
         return self.runs is None and self._mesh is None

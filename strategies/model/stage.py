@@ -173,8 +173,7 @@ class Stage(nn.Module):
             return score(head(value), None)
         name = (cut.after or ())[-1]
         parts = ((f"{name}.{inner}".rstrip("."), part) for inner, part in head.named_modules())
-        parameters = [p for owner, part in parts for p in trained_in(owner, part, cut.unused)]
-        return score(value, Head(head, list(dict.fromkeys(parameters))))
+        return score(value, Head(head, [p for owner, part in parts for p in trained_in(owner, part, cut.unused)]))
 
     def _watched(self, value: torch.Tensor, score: Score | None) -> tuple[torch.Tensor, Arguments]:
         arguments: Arguments = []

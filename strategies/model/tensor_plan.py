@@ -94,6 +94,23 @@ class TensorPlan:
         return {name: packs for name, (_, packs) in self.stacks.items() if packs > 1}
 
 
+def check_divides(model: nn.Module, plan: TensorPlan, degree: int) -> None:
+    """Raises ValueError where what the plan splits, trained or not, does not divide by the degree, naming that."""
+    uneven = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        dim = plan.dim_of(name, is_embedding=isinstance(owner, nn.Embedding))
+        if dim is not None and parameter.shape[dim] % (degree * plan.packs.get(name, 1)):
+            uneven.append(f"{name} {list(parameter.shape)} in dimension {dim % parameter.dim()}")
+    for owner_name, attributes in plan.counts.items():
+        module = model.get_submodule(owner_name)
+        counts = ((attribute, getattr(module, attribute)) for attribute in attributes)
+        uneven += [f"{owner_name}.{attribute} = {value}" for attribute, value in counts if value % degree]
+    if uneven:
+        more = f" and {len(uneven) - 5} more" if len(uneven) > 5 else ""
+        raise ValueError(f"tensor {degree} does not divide {'; '.join(uneven[:5])}{more}")
+
+
 def read_tensor_plan(model: nn.Module) -> TensorPlan:
     """What the model's plan splits. Raises ValueError where it has none, or one with an unknown style."""
     plan: Mapping[str, str] | None = getattr(model, "tp_plan", None)

@@ -18,9 +18,10 @@ NEVER_SAMPLED = 1 << 26
 
 
 def initial_digest(blueprint: Blueprint) -> str:
-    """Of what the model is made of at step 0: names, shapes, what of it is not used, buffers; and values. Of large
-    parameters that take time to make or read, one of each shape stands for all."""
+    """Of what the model is made of at step 0: names, shapes, what a trial has found out, how it is split, buffers; and
+    values. Of large parameters that take time to make or read, one of each shape stands for all."""
     digest = xxhash.xxh3_128()
+    digest.update(f"{blueprint.found}\n".encode())
     for name in sorted(blueprint.unused):
         digest.update(f"unused {name}\n".encode())
     constants, values = blueprint.constants, blueprint.values

@@ -16,11 +16,14 @@ from strategies.model.randomness import stream_key
 
 class Copies:
     """Copies of a model to try, with buffers and attributes of their own. A model that has no values yet is tried with
-    made-up ones, and two layers of each kind stand for all, or with `all_layers` each for itself; `everywhere` says of
-    names in these what holds in all."""
+    made-up ones, and so is any that `makes_up`; of one without values two layers of each kind stand for all, or with
+    `all_layers` each for itself; `everywhere` says of names in these what holds in all."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, all_layers: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, all_layers: bool = False, makes_up: bool = False
+    ) -> None:
         self._model = model
+        self._makes_up = makes_up
         self._device = device
         self.layers = find_layers(model)[0]
         self._kinds: list[list[int]] = []
@@ -47,9 +50,10 @@ class Copies:
         return made
 
     def _value(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        if not parameter.is_meta and (dtype == torch.float32 or not parameter.requires_grad):
+        is_made_up = parameter.is_meta or (self._makes_up and parameter.is_floating_point())
+        if not is_made_up and (dtype == torch.float32 or not parameter.requires_grad):
             return parameter
-        if parameter.is_meta:
+        if is_made_up:
             value = made_up_values(parameter.shape, stream_key("trial", name), self._device, dtype)
         else:
             value = parameter.detach().to(dtype)

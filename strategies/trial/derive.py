@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.layout.space import Cut
 from strategies.model.anatomy import find_layers, kinds_of
-from strategies.model.cutting import shared_reason
+from strategies.model.cutting import check_split
 from strategies.model.head import logits_of
 from strategies.model.parameters import sites_of, split_ties, trained_parameters
 from strategies.model.tensor_plan import (
@@ -29,7 +30,6 @@ from strategies.model.tensor_plan import (
     is_linear,
     out_dim,
     read_tensor_plan,
-    split_in_two,
 )
 from strategies.trial.copies import Copies
 from strategies.trial.stacks import with_tried_stacks
@@ -61,8 +61,7 @@ def tensor_plan_of(model: nn.Module) -> TensorPlan:
 
 def check_tensor(model: nn.Module, degree: int) -> None:
     """Raises ValueError when the model, which may be without weights, cannot be split over `degree` ranks."""
-    if shared := split_in_two(model, tensor_plan_of(model)):
-        raise ValueError(shared_reason("tensor", degree, shared))
+    check_split(model, tensor_plan_of(model), degree)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ def derive(model: nn.Module) -> TensorPlan:
     if name is None:
         raise CannotDerive(why)
     _refuse_large(model, name)
-    tried: Any = Copies(model, torch.device("cpu")).make(torch.float32)
+    # With made-up values: of a module whose own are zeros, as those of the last in a layer may be, all ways work.
+    tried: Any = Copies(model, torch.device("cpu"), makes_up=True).make(torch.float32)
     if tried is model:
         raise CannotDerive("the model cannot be copied")
     tried.eval()
@@ -103,7 +103,7 @@ def derive(model: nn.Module) -> TensorPlan:
                 if way is not None:
                     for number in numbers:
                         _note(f"{name}.{number}", layer, group, way, stacks, sums, counts)
-    except CannotDerive:
+    except (CannotDerive, MemoryError):
         raise
     except Exception as error:  # Whatever a model raises that is computed in another way than its own.
         raise CannotDerive(f"{type(error).__name__}: {error}") from error
@@ -228,8 +228,8 @@ class _Trial:
         return None
 
     def _is_used_between(self, layer: nn.Module, group: _Group) -> bool:
-        """Whether trained parameters of others are computed with between the first and the last: each rank would know
-        a part of their gradients only."""
+        """Whether trained parameters of others are computed with between the first and the last, or what these gave
+        before: each rank would know a part of their gradients only."""
         leaves = []
 
         def cut(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ class _Trial:
         finally:
             for handle in handles:
                 handle.remove()
-        parameters = [p for p in layer.parameters() if p.requires_grad]
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
         if not seen or not seen[0].requires_grad:
             return True
         found = torch.autograd.grad(seen[0].sum(), [*parameters, *leaves], allow_unused=True)
@@ -276,6 +276,8 @@ class _Trial:
                 self._logits()
         except _Stop:
             pass
+        except MemoryError:
+            raise  # It says nothing of the model.
         except Exception:  # Whatever comes of numbers of heads that do not fit.
             return False
         if not parts:
@@ -283,6 +285,8 @@ class _Trial:
         try:
             with _split(layer, group, way, 0, add):
                 found = self._logits()
+        except MemoryError:
+            raise
         except Exception:
             return False
         scale = float(self._expected.abs().max())
@@ -346,9 +350,7 @@ def _split(
 
 
 def _share(parameter: torch.Tensor, dim: int, packs: int, coordinate: int) -> nn.Parameter:
-    matrices = parameter.detach().unflatten(dim, (packs, -1))
-    share = matrices.chunk(2, dim + 1)[coordinate].flatten(dim, dim + 1)
-    return nn.Parameter(share.contiguous(), requires_grad=False)
+    return nn.Parameter(Cut(dim, packs, coordinate, 2).of(parameter.detach()).contiguous(), requires_grad=False)
 
 
 def _swap(mapping: Any, key: str, value: Any, undo: list[Callable[[], None]]) -> None:

@@ -35,9 +35,10 @@ def with_tried_stacks(model: nn.Module, plan: TensorPlan) -> TensorPlan:
         own = {key: plan.stacks[f"{owner}.{key}"] for key in module._parameters if f"{owner}.{key}" in plan.stacks}
         if style not in ADDED_UP or not own:
             continue
-        kind = (type(module), tuple((key, module._parameters[key].shape) for key in own))  # type: ignore[union-attr]
+        identities = tuple(key for key in module._modules if plan.styles.get(f"{owner}.{key}") == IDENTITY)
+        shapes = tuple((key, module._parameters[key].shape, said) for key, said in own.items())  # type: ignore[union-attr]
+        kind = (type(module), shapes, identities)
         if kind not in known:
-            identities = [key for key in module._modules if plan.styles.get(f"{owner}.{key}") == IDENTITY]
             known[kind] = _packs_of(module, own, owner, identities)
         stacks |= {f"{owner}.{key}": (own[key][0], packs) for key, packs in known[kind].items()}
     return replace(plan, stacks=stacks)

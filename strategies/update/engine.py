@@ -143,9 +143,8 @@ class StepEngine:
         self._deal_work(layout)
         # A step that was interrupted has not been looked at.
         self._constancy.check()
-        self._constancy = Constancy(
-            [] if arrangement.part is None else arrangement.part.modules, self.state.blueprint.caches
-        )
+        part, caches = arrangement.part, self.state.blueprint.caches
+        self._constancy = Constancy([], caches) if part is None else Constancy(part.modules, caches | part.swapped)
         self._counted = counted(self.state.space, arrangement.own, layout, self.place)
 
     def _deal_work(self, layout: ParallelLayout) -> None:

@@ -35,7 +35,11 @@ def _warm_up(engine: StepEngine, *, keep: bool) -> str:
     one = FlatRanges.of([(0, 1)], state.space.boundary)
     StateShard(0, one, state.spec, state.device).apply(engine.spec.base_lr)
     if not keep and state.blueprint.layers is not None and not state.blueprint.cannot_cut:
-        return probe_layer(state.blueprint, engine.spec, engine.loads.source(0, 0).tokens.shape[1] - 1)
+        try:
+            return probe_layer(state.blueprint, engine.spec, engine.loads.source(0, 0).tokens.shape[1] - 1)
+        except (ValueError, AttributeError, LookupError, TypeError):
+            # No layer of it can be computed by itself, and no layout of the job asks for that.
+            return ""
     if state.space.tensor > 1:
         return ""
     part = state.whole_part()
