@@ -123,7 +123,10 @@ class _Replicated:
         if not is_alone:
             self.tied.add(pieces, reduced)
         enter("gather", step)
-        self.reducer.gather(reduced, gradient)
+        if self.reducer.native:
+            gradient.copy_(reduced)
+        else:
+            self.reducer.gather(reduced, gradient)
         if is_alone:
             self.tied.add(pieces, gradient)
 

@@ -102,7 +102,7 @@ class Reducer:
         """Brings every rank's slice together into `everything` [size] on every rank, in the type of that. Raises
         PeerLost."""
         ranks = self.layout.data
-        if self.native or ranks == 1:
+        if ranks == 1:
             everything.copy_(mine)
             return
         if self._outgoing.numel() != ranks * len(mine) or self._outgoing.dtype != everything.dtype:

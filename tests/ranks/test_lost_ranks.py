@@ -61,9 +61,9 @@ class Survivor:
 Legs = tuple[Stretch, Stretch, Stretch]
 
 
-def survive(rank: int, address: Endpoint, legs: Legs, loss: Loss, tensor: int) -> Survivor:
+def survive(rank: int, address: Endpoint, legs: Legs, loss: Loss, tensor: int, model: str) -> Survivor:
     """A step in the first layout, an attempt in the second, and the rest without the victim in the third."""
-    engine = make_engine(0.0 if tensor > 1 else 0.1, tensor, model="own")
+    engine = make_engine(0.0 if tensor > 1 else 0.1, tensor, model=model)
     first, second, third = legs
     held_by = dict.fromkeys(range(len(members_of(first))), whole(engine.state.space.size, tensor))
     journey = Journey(engine, address)
@@ -190,17 +190,17 @@ def without(victim: int, members: tuple[int, ...], layout: ParallelLayout) -> St
 
 
 @functools.cache
-def one_rank(tensor: int) -> Trained:
+def one_rank(tensor: int, model: str) -> Trained:
     stretch = Stretch(layout_of(tensor=tensor), STEPS)
     dropout = 0.0 if tensor > 1 else 0.1
-    return run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, "own")[0]  # type: ignore[no-any-return]
+    return run_ranks(tensor, train, [stretch], dropout, 2, "fp32", None, model)[0]  # type: ignore[no-any-return]
 
 
-def assert_survived(legs: Legs, loss: Loss, tensor: int = 1) -> None:
-    expected = one_rank(tensor)
+def assert_survived(legs: Legs, loss: Loss, tensor: int = 1, model: str = "own") -> None:
+    expected = one_rank(tensor, model)
     world = 1 + max(member for stretch in legs for member in members_of(stretch))
     print(loss, [(*stretch.layout.describe().values(), members_of(stretch)) for stretch in legs])
-    by_process = run_ranks(world, survive, legs, loss, tensor, timeout_s=240.0, lost={loss.victim})
+    by_process = run_ranks(world, survive, legs, loss, tensor, model, timeout_s=240.0, lost={loss.victim})
     for process in members_of(legs[1]):
         if process == loss.victim:
             continue
@@ -249,6 +249,14 @@ def test_a_rank_lost_in_the_middle_of_computing(name: str, victim: int, how: str
     after = layout_of(1, 1, tensor, spares=1) if tensor > 1 else layout_of(1, 3)
     legs = (Stretch(layout, 1, (0, 1, 2, 3)), Stretch(layout, 1, RANKS), without(victim, RANKS, after))
     assert_survived(legs, Loss(victim, how, check=4), tensor)
+
+
+@pytest.mark.parametrize("check", [4, *nightly([2, 9, 14])])
+def test_a_rank_lost_while_frozen_rows_are_gathered(check: int) -> None:
+    """In the middle of a pass FSDP2 has put whole parameters in the places of rows: nothing has changed the model."""
+    layout = layout_of(3, 1, 1, "parameters")
+    legs = (Stretch(layout, 1, (0, 1, 2)), Stretch(layout, 1, (0, 1, 2)), Stretch(layout_of(2), STEPS - 1, (0, 2)))
+    assert_survived(legs, Loss(1, "killed", check=check), model="frozen")
 
 
 @pytest.mark.parametrize(("victim", "how"), [(1, "killed"), (2, "stopped")])

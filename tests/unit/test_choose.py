@@ -22,7 +22,7 @@ from orchestrator.planning.assume import CPU_CORE, HardwareOptions, hardware_for
 from orchestrator.planning.choose import LayoutChooser, NoLayoutFits, blocks_of
 from orchestrator.planning.hardware import Link
 from orchestrator.planning.search import Limits, Planner
-from orchestrator.planning.work import Degrees, Work
+from orchestrator.planning.work import Degrees, Work, work_of
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.schedule import SCHEDULES, PipelineSchedule, chunks_of
@@ -38,6 +38,18 @@ def chooser(
     micro_batches: int = 4, max_workers: int = 64,
 ) -> LayoutChooser:  # fmt: skip
     return LayoutChooser(tensor, pipeline, shard, schedule, virtual_workers, micro_batches, max_workers)
+
+
+def test_the_controller_plans_the_same_work_as_the_command() -> None:
+    overrides = [
+        "train.offload=optimizer",
+        "train.micro_batch=2",
+        "elastic.state_copies=1",
+        "strategy.reduction=native",
+    ]
+    job = Job.load(ROOT / "examples/quickstart.yaml", overrides)
+    costs = model()
+    assert LayoutChooser.for_job(job)._planner(costs, 0).work == work_of(job, costs)
 
 
 def degrees(layout: ParallelLayout | None) -> tuple[int, int, int]:

@@ -64,7 +64,8 @@ class Crossing(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.embedding = nn.Embedding(8, 8)
-        self.blocks = nn.ModuleList(CrossingLayer(kind) for _ in range(2))
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.blocks = nn.ModuleList(CrossingLayer(kind, self.temperature) for _ in range(2))
         self.head = nn.Linear(8, 8)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -76,14 +77,18 @@ class Crossing(nn.Module):
 
 
 class CrossingLayer(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, temperature: nn.Parameter) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.temperature = kind, [temperature]
         self.up, self.norm, self.down = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         wide = self.up(hidden)
         wide = self.norm(wide) if self.kind == "norm" else wide.softmax(-1) if self.kind == "mix" else torch.tanh(wide)
+        if self.kind == "gate":
+            wide = wide * hidden[..., :1]
+        if self.kind == "shared":
+            wide = wide * self.temperature[0]
         output: torch.Tensor = hidden + self.down(wide)
         return output
 
@@ -91,9 +96,41 @@ class CrossingLayer(nn.Module):
 def test_what_mixes_or_has_weights_between_is_not_split() -> None:
     torch.manual_seed(0)
     assert derive(Crossing("plain")).sums == {"blocks.0.down", "blocks.1.down"}
-    for kind in ("mix", "norm"):
+    for kind in ("mix", "norm", "gate", "shared"):
         with pytest.raises(CannotDerive, match="no linear modules"):
             derive(Crossing(kind))
+
+
+def test_a_way_is_not_found_by_what_is_zero_at_first() -> None:
+    """Queries, keys and values in one, behind which a projection begins with zeros: any way to split it gives zeros."""
+    model: Any = family("gpt2")
+    for layer in model.transformer.h:
+        nn.init.zeros_(layer.attn.c_proj.weight)
+        nn.init.zeros_(layer.mlp.c_proj.weight)
+    plan = tensor_plan_of(model)
+    assert plan.stacks["transformer.h.0.attn.c_attn.weight"] == (1, 3)
+    assert "num_heads" in plan.counts["transformer.h.0.attn"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "degree", "said"),
+    [
+        ({"num_attention_heads": 2}, 4, r"tensor 4 does not divide .*num_heads = 2"),
+        ({"num_attention_heads": 2, "ffn_dim": 42}, 2, None),
+        ({"ffn_dim": 42}, 4, r"tensor 4 does not divide .*fc1.weight \[42, 32\] in dimension 0"),
+    ],
+)
+def test_a_degree_that_does_not_divide_what_is_split_is_refused(
+    changes: dict[str, Any], degree: int, said: str | None
+) -> None:
+    model: Any = family("opt", **changes)
+    model.requires_grad_(False)
+    model.model.decoder.final_layer_norm.weight.requires_grad_()
+    if said is None:
+        check_tensor(model, degree)
+        return
+    with pytest.raises(ValueError, match=said):
+        check_tensor(model, degree)
 
 
 def test_trying_leaves_the_model_as_it_was() -> None:

@@ -61,6 +61,20 @@ def test_of_every_model_of_transformers_the_head_is_known_apart(name: str) -> No
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
+def test_a_parameter_that_two_modules_of_a_head_share_has_its_gradient_once() -> None:
+    """Bert's head has a bias of its own that its linear module has, too."""
+    model = family("bert", is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    body = body_of(model.eval())
+    assert body is not None
+    whole, expected = gradients(model, None, 0, rows())
+    for chunk, waits in ((22, False), (1000, True), (5, False)):
+        loss, found = gradients(model, body, chunk, rows(), waits=waits)
+        torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=2e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("part", [False, True], ids=["all count", "some count"])
 @pytest.mark.parametrize("chunk", [1, 4, 21])
 def test_chunks_of_any_size_add_up_to_the_same(chunk: int, part: bool) -> None:

@@ -22,6 +22,7 @@ from orchestrator.planning.memory import predict_memory, zero_state
 from orchestrator.planning.partition import bottleneck, cut
 from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.search import Limits, Plan, Planner
+from orchestrator.planning.stages import stages_of
 from orchestrator.planning.work import Degrees, StateBytes, Work, most_held, pieces
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS, ParallelLayout
@@ -157,6 +158,42 @@ def test_schedules_keep_activations_as_their_papers_say() -> None:
     assert kept["zero-bubble", 2] == pytest.approx(4, rel=0.01)
     # Megatron-LM: 1 + (p-1)/(p v) times that of 1F1B.
     assert kept["interleaved-1f1b", 2] == pytest.approx(4 * (1 + 3 / (4 * 2)), rel=0.02)
+
+
+def test_the_heads_gradient_is_kept_for_each_micro_batch_that_waits() -> None:
+    plain = model(layers=16)
+    head = replace(plain.blocks[-1], kept_bytes=10**9)
+    planner = Planner(work(1, 16, replace(plain, blocks=(*plain.blocks[:-1], head))), hardware())
+    without = Planner(work(1, 16, plain), hardware())
+
+    def more(kind: str) -> float:
+        degrees = Degrees(1, 1, PipelineSchedule(kind, 4, chunks_of(kind)), "none")
+        kept = [predict_memory(each.work, each.stages(1, degrees.schedule), degrees) for each in (planner, without)]
+        return kept[0].activations / 10**9
+
+    assert more("gpipe") > 15
+    assert more("1f1b") < 2
+
+
+def test_a_borrowed_embedding_is_there_twice() -> None:
+    def weights(*, tied: bool) -> float:
+        """Of the fuller of two stages, each with an end of the model and half of the layers."""
+        planner = Planner(work(1, 16, model(layers=8, vocab=8_000, tied=tied)), hardware())
+        stages = stages_of(planner.work.model, PipelineSchedule("1f1b", 2), 1, [range(5), range(5, 10)])
+        last = replace(stages, ranks=(stages.ranks[1],) * 2)
+        return predict_memory(planner.work, last, Degrees(1, 1, PipelineSchedule("1f1b", 2), "none")).weights
+
+    assert weights(tied=True) == weights(tied=False)
+
+
+def test_uneven_replicas_exchange_more_pieces() -> None:
+    even, uneven = (
+        Planner(work(64), hardware()).predict(Degrees(data, 1, PipelineSchedule("none", 1), "none"), data).memory
+        for data in (8, 6)
+    )
+    assert pieces(64, 8) == (1, 8)
+    assert pieces(64, 6) == (4, 19)
+    assert uneven.buffers > 2 * even.buffers - model().blocks[-1].working_bytes_per_token
 
 
 def test_a_layout_of_one_replica_pays_for_copies_and_a_replicated_one_does_not() -> None:

@@ -121,6 +121,25 @@ def test_a_machine_that_cannot_be_is_refused(options: HardwareOptions, reason: s
         hardware_for(Job.load(QUICKSTART), options)
 
 
+def test_workers_that_share_a_gpu_are_planned_with_their_part_of_it() -> None:
+    whole, half = (
+        hardware_for(
+            Job.load(ROOT / "examples/llama-7b.yaml", [f"resources.gpu={gpu}", "strategy.transport=gloo"]),
+            HardwareOptions(gpu="H100"),
+        )
+        for gpu in (1, 0.5)
+    )
+    assert half[0].memory_bytes == whole[0].memory_bytes / 2  # type: ignore[operator]
+    assert half[0].flops == whole[0].flops / 2
+    assert "0.5 of a GPU" in " ".join(half[1])
+
+
+def test_what_validate_says_of_routers_plan_says_too() -> None:
+    done = plan("examples/quickstart.yaml", "--set", "train.router_loss={balance: 0.1}")
+    assert done.returncode == 2
+    assert "router" in done.stderr
+
+
 def test_the_job_decides_tensor_and_what_else_it_says() -> None:
     silent = limits_of(Job.load(QUICKSTART), LimitOptions())
     assert (silent.tensor, silent.pipeline, silent.shards) == ((1,), None, SHARDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,16 @@ from tests.unit.layouts_in_tests import MODEL, layouts
 from tests.unit.simulation import Node, World
 
 NEVER = 1e9
+
+
+def test_stages_are_compared_by_what_they_compute_in_training() -> None:
+    """Frozen layers take two thirds of what others take, and their stages are no slower for it."""
+    first = [replace(block, frozen_flops_per_token=block.flops_per_token) for block in MODEL.blocks[:5]]
+    costs = replace(MODEL, blocks=(*first, *MODEL.blocks[5:]))
+    layout = ParallelLayout(1, deal(8, [1.0]), 1, 2, "none", "1f1b", ((0, 5), (5, 10)))
+    shares = stage_shares(layout, costs)
+    assert shares[0] / shares[1] == pytest.approx(2 / 3, rel=0.01)
+    assert best_parts(layout, costs, [1.0, 1.0])[0][1] > 5
 
 
 def make(
