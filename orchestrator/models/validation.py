@@ -50,7 +50,19 @@ def check_model(job: Job) -> None:
     model = model_without_weights(job)
     check_vocabulary(job, model, vocab_size)
     routers_of(job, model)
+    if (reason := why_not_recomputed(job, model)) is not None:
+        raise ModelError([Finding(("train.recompute",), reason)])
     _check_layout(job, model)
+
+
+def why_not_recomputed(job: Job, model: nn.Module) -> str | None:
+    """Why layers of this model cannot compute again what the job says; None where they can, or need not."""
+    from strategies.model.anatomy import find_layers
+
+    layers, reason = find_layers(model)
+    if job.train.recompute == "none" or layers is not None:
+        return None
+    return f"train.recompute is of layers, and it is not known which the model has: {reason}; set recompute: none"
 
 
 def model_without_weights(job: Job) -> nn.Module:

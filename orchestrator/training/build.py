@@ -19,6 +19,7 @@ from orchestrator.models.costs import ModelCosts, describe_model, training_flops
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.problems import reason_of
 from orchestrator.models.routers import router_loss_spec
+from orchestrator.models.validation import why_not_recomputed
 from orchestrator.training.peak import lacks_bf16
 from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
 from strategies.comm.interfaces import interface_of
@@ -149,6 +150,8 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
         plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None, order=trial.order, draws=trial.draws,
     )  # fmt: skip
+    if (unknown := why_not_recomputed(job, model)) is not None:
+        raise ValueError(unknown)
     if job.strategy.pipeline > 1:
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     if job.strategy.shard == "parameters":

@@ -132,6 +132,7 @@ def engine_of(kind: str, *, document_mask: bool = False, **strategy: Any) -> Any
     from orchestrator.job import Job
     from orchestrator.training import build
     from strategies.update.engine import StepEngine
+    from strategies.update.warm_up import warm_up
 
     group = strategy.get("tensor", 1) * strategy.get("pipeline", 1)
     job = Job.model_validate({
@@ -144,7 +145,9 @@ def engine_of(kind: str, *, document_mask: bool = False, **strategy: Any) -> Any
         "strategy": strategy,
     })  # fmt: skip
     state = build.build_state(job, tiny(kind).get("vocab_size", 96), CPU)
-    return StepEngine(state, build.step_spec(job), fetch)
+    engine = StepEngine(state, build.step_spec(job), fetch)
+    warm_up(engine, keep=job.strategy.keeps_model_whole)
+    return engine
 
 
 def try_columns(rank: int, address: Endpoint, kind: str, columns: tuple[str, ...]) -> dict[str, Any]:

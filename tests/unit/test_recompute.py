@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from orchestrator.job import Job
+from orchestrator.models.validation import why_not_recomputed
 from strategies.model.recompute import NOTHING_AGAIN, Recompute, recompute
 from tests.small_models import LAYERS, VOCABULARY, family
 
@@ -92,3 +96,13 @@ def test_layers_can_be_told_to_keep_all_again() -> None:
     assert ["forward" in vars(layer) for _, layer in layers] == [True, False, True, False]
     recompute(layers, NOTHING_AGAIN, draws=False)
     assert not any("forward" in vars(layer) for _, layer in layers)
+
+
+def test_a_model_whose_layers_are_not_known_cannot_compute_them_again() -> None:
+    """It would need as much memory as before, and nobody would say so."""
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    path = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+    job = Job.load(path, ["train.recompute=full"])
+    assert "has no torch.nn.ModuleList" in str(why_not_recomputed(job, model))
+    assert why_not_recomputed(job, family("llama")) is None
+    assert why_not_recomputed(Job.load(path), model) is None
