@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from strategies.state.reshard import WINDOW
 from strategies.update.engine import StepEngine
 from tests.ranks.laid_out import (
     CPU,
+    SPEC,
     VIRTUAL_WORKERS,
     Stretch,
     Trained,
@@ -310,6 +312,36 @@ def _module_in(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+@pytest.mark.nightly
+def test_a_compiled_model_is_compiled_in_every_layout() -> None:
+    """Its kernels are others, and so are its bits."""
+    layouts = [layout_of(2), layout_of(2, shard="optimizer"), layout_of(2, shard="gradients")]
+    plain, alone = (run_ranks(1, compiled, [layout_of()], compiles)[0][0] for compiles in (False, True))
+    assert alone != plain
+    for rank in run_ranks(2, compiled, layouts, True):
+        for losses, norms, _ in rank:
+            assert (losses, norms) == alone[:2]
+        assert {digest for *_, digest in rank} <= {alone[2], ""}
+
+
+def compiled(rank: int, address: Endpoint, layouts: Sequence[ParallelLayout], compiles: bool) -> list[Numbers]:
+    # Ranks of tests may have no processes of their own, which the compiler would have for its work.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    spec = replace(SPEC, compile=compiles, loss_chunk=1024)
+    found = []
+    for number, layout in enumerate(layouts):
+        engine = make_engine(spec=spec, model="llama of two layers")
+        fabric = Fabric(rank=rank, layout=layout, device=CPU)
+        fabric.form(store_address=address, prefix=f"compiled{number}", host=HOST, timeout_s=PATIENCE_S)
+        held = [whole(engine.state.space.size, 1)] * layout.world_size
+        nodes = [Domain("", str(each)) for each in range(layout.world_size)]
+        seen = Trained()
+        run_stretch(engine, fabric, Stretch(layout, 2), held, nodes, 2, 0, seen)
+        fabric.drop()
+        found.append(as_numbers(seen))
+    return found  # type: ignore[return-value]
 
 
 def test_frozen_parameters_may_be_shared_and_be_all_that_a_stage_has() -> None:
