@@ -3,7 +3,8 @@
 
 A kill is sent from outside to the process of a rank that is training; its cost is the time from the signal to the
 next *new* committed step, less one median step, the steps that had to be done again, and those that were done with
-fewer samples than the job says.
+fewer samples than the job says. Ours has a warm standby, and once more none; the others start a replacement. One side
+runs after the other.
 
     python benchmarks/recovery.py [--kills 10] [--every 20] [--sides ours torchft ...]
 """
@@ -115,8 +116,9 @@ def ours(job_path: str, schedule: list[int], standby: int = 1) -> dict[str, Any]
     )
     full = []
     for kill in kills:
-        back = next((e["time"] for e in events if e["kind"] == "generation" and e["time"] > kill["at"]
-                     and len(e["workers"]) == job.elastic.workers.max), None)  # fmt: skip
+        formed = next((e["time"] for e in events if e["kind"] == "generation" and e["time"] > kill["at"]
+                       and len(e["workers"]) == job.elastic.workers.max), None)  # fmt: skip
+        back = next((at for _, at in steps if formed is not None and at > formed), None)
         if back is not None:
             full.append(back - kill["at"])
     growth = [e["pause_seconds"] for e in events if e["kind"] == "recovery" and e["incident"] == "grow"]
@@ -160,10 +162,14 @@ def ray_train(job_path: str, schedule: list[int]) -> dict[str, Any]:
         finally:
             ray.shutdown()
         steps = [(e["step"], e["at"]) for e in entries() if "step" in e]
-        worlds = sorted({e["world"] for e in entries() if "pid" in e})
+        starts = [e for e in entries() if "pid" in e]
+    worlds = sorted({e["world"] for e in starts})
+    by_session = [{e["pid"] for e in starts if e["session"] == each} for each in sorted({e["session"] for e in starts})]
+    killed = {kill["pid"] for kill in kills}
     stalls, redone, median = costs(kills, steps)
     return {
-        "stalls": stalls, "redone": redone, "median_step": median, "survivors_kept_their_pids": False,
+        "stalls": stalls, "redone": redone, "median_step": median,
+        "survivors_kept_their_pids": all(before - killed <= after for before, after in itertools.pairwise(by_session)),
         "batch": f"world sizes {worlds}", "kills": len(kills), "wall_seconds": wall,
     }  # fmt: skip
 
@@ -241,7 +247,17 @@ def _killing_replicas(
 
 def _of_replicas(log: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
     done = _commits(log)
-    stalls, redone, median = costs(kills, [(e["step"], e["at"]) for e in done])
+    stalls, _, median = costs(kills, [(e["step"], e["at"]) for e in done])
+    records = list(read_records(log))
+    ends = [*(kill["at"] for kill in kills[1:]), float("inf")]
+    # Each replica notes what all of them have computed in vain.
+    redone = [
+        max(sum("discarded" in e and e["replica"] == replica and kill["at"] < e["at"] < end for e in records)
+            for replica in range(REPLICAS))
+        for kill, end in zip(kills, ends, strict=True)
+    ]  # fmt: skip
+    killed = {kill["pid"] for kill in kills}
+    pids = [[e["pid"] for e in records if "pid" in e and e["replica"] == replica] for replica in range(REPLICAS)]
     first = next(e["step"] for e in done if e["participants"] == REPLICAS)
     smaller = sum(e["participants"] < REPLICAS for e in done if e["step"] > first)
     full = []
@@ -251,7 +267,8 @@ def _of_replicas(log: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
         if back is not None:
             full.append(back - kill["at"])
     return {
-        "stalls": stalls, "redone": redone, "median_step": median, "survivors_kept_their_pids": True,
+        "stalls": stalls, "redone": redone, "median_step": median,
+        "survivors_kept_their_pids": all(killed.issuperset(each[:-1]) for each in pids),
         "batch": f"smaller in {smaller} of {len(done)} steps", "kills": len(kills), "full_strength": full,
         "smaller_steps": smaller, "steps": len(done),
     }  # fmt: skip
@@ -304,7 +321,13 @@ def main() -> None:
     if options.only:
         print(json.dumps(SIDES[options.only](options.job, schedule)))
         return
-    sides = {side: measure(side, options.job, schedule) for side in options.sides}
+    sides = {}
+    for side in options.sides:
+        sides[side] = measure(side, options.job, schedule)
+        print(json.dumps({side: sides[side]}), flush=True)
+    if "ours" in sides:
+        # The run goes on with three, and the replacement joins when it has started.
+        sides["ours, no standby"] = ours(options.job, [30 * (index + 1) for index in range(3)], standby=0)
     print(
         f"{'':<20}{'kills':>6}{'median s':>12}{'p95 s':>10}{'max s':>10}{'steps redone':>12}{'per kill':>12}"
         f"{'same pids':>12}{'step s':>12}  batch"
@@ -314,11 +337,8 @@ def main() -> None:
     for name, figures in sides.items():
         if found := figures.get("full_strength"):
             print(f"kill to full strength, {name}: median {statistics.median(found):.3f} s, max {max(found):.3f} s")
-    if "ours" in sides:
-        # Without a standby the run goes on with three, and the replacement joins when it has started.
-        growing = ours(options.job, [30 * (index + 1) for index in range(3)], standby=0)
-        sides["ours without standby"] = growing
-        pauses = growing["growth_pauses"]
+    if "ours, no standby" in sides:
+        pauses = sides["ours, no standby"]["growth_pauses"]
         print(f"pause when a worker joins a running job ({len(pauses)} times): median "
               f"{statistics.median(pauses):.3f} s, max {max(pauses):.3f} s beyond a step")  # fmt: skip
     print(json.dumps({"benchmark": "recovery", **sides}))

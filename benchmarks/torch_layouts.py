@@ -225,6 +225,7 @@ def _fsdp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh,
     reshard = layout.shard == "parameters"
     for block in (*model.model.layers, model):
         fully_shard(block, mesh=mesh["data"], reshard_after_forward=reshard)
+    _fill(model)
     optimizer = _adamw(job, model.parameters())
     first = mesh.get_local_rank("tensor") == 0
     counted = [p for name, p in model.named_parameters() if name in split or first]
@@ -245,6 +246,18 @@ def _fsdp(job: Job, batches: _Batches, layout: ParallelLayout, mesh: DeviceMesh,
         return Done(float(total) if first else 0.0, {})
 
     return step
+
+
+def _fill(model: nn.Module) -> None:
+    """Gives parameters that have no memory some for their rows, with made-up values."""
+    empty = [parameter for parameter in model.parameters() if parameter.is_meta]
+    if not empty:
+        return
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            rows = _local(parameter)
+            _ = rows.normal_(std=0.02) if parameter.ndim > 1 else rows.fill_(1.0)
 
 
 # -------------------------------------------------------------------------------------------- with a pipeline

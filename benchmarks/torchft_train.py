@@ -31,7 +31,7 @@ _ADDRESS = "TORCHFT_LIGHTHOUSE"
 
 def train(job_path: str, log: str, steps: int, replica: int, replicas: int) -> None:
     """One replica, until that many steps are done. `log` gets a line when it starts and one for each step that it
-    commits, as `benchmarks.ray_train` writes them."""
+    commits, as `benchmarks.ray_train` writes them, or computes in vain."""
     import torch
     import torch.nn.functional as F
     from torch.distributed import TCPStore
@@ -80,9 +80,11 @@ def train(job_path: str, log: str, steps: int, replica: int, replicas: int) -> N
             manager.allreduce(gradient).wait()
             torch.nn.utils.clip_grad_norm_(inner.parameters(), 1.0)
             optimizer.step()
+            about = {"at": time.time(), "replica": replica, "participants": manager.num_participants()}
             if manager.current_step() > step:
-                note(log, {"step": manager.current_step() - 1, "at": time.time(), "replica": replica,
-                           "participants": manager.num_participants()})  # fmt: skip
+                note(log, {"step": manager.current_step() - 1, **about})
+            else:
+                note(log, {"discarded": step, **about})
     finally:
         manager.shutdown(wait=False)
 

@@ -66,13 +66,15 @@ def calibrated(run: Path, hardware: Hardware) -> tuple[Hardware, tuple[str, ...]
     found = replace(hardware, peak_flops=flops / hardware.efficiency)
     messages = predicted.messages - gathers
     said = f"{flops / 1e12:.4g} TFLOP/s reached"
-    if messages and stretch.message_s:
+    is_hidden = hardware.overlaps and degrees.shard == "parameters" and degrees.data > 1
+    if messages and stretch.message_s and not is_hidden:
         factor = messages / stretch.message_s
         inside, between = (_faster(link, factor) for link in (hardware.inside, hardware.between))
         found = replace(found, inside=inside, between=between)
         said += f", messages {show_seconds(stretch.message_s)} a step"
     else:
-        said += ", messages as assumed (that run had none)"
+        why = "they went on beside arithmetic" if is_hidden else "that run had none"
+        said += f", messages as assumed ({why})"
     bubble = predicted.bubble * busy_s / predicted.compute if predicted.compute else 0.0
     rest = stretch.step_s - stretch.busy_s - bubble - (stretch.message_s if messages else 0.0)
     found = replace(found, step_s=max(0.0, rest))

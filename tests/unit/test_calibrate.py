@@ -84,6 +84,15 @@ def test_a_run_without_messages_says_nothing_of_links(tmp_path: Path) -> None:
     assert found.step_s == pytest.approx(0.1)
 
 
+def test_messages_that_went_on_beside_arithmetic_say_nothing_of_links(tmp_path: Path) -> None:
+    """What ranks wait for is not what their messages took."""
+    assumed = replace(hardware_for(quickstart(), HardwareOptions())[0], overlaps=True, gather_s=0.0)
+    run = record(tmp_path / "run", [2.0, 2.0], 0.001, 2.1, shard="parameters")
+    found, (said,) = calibrated(run, assumed)
+    assert found.inside == assumed.inside
+    assert "beside arithmetic" in said
+
+
 def test_what_is_too_little_to_tell_is_refused(tmp_path: Path) -> None:
     assumed, _ = hardware_for(quickstart(), HardwareOptions())
     with pytest.raises(PlanError, match=r"no directory of a run"):

@@ -907,3 +907,21 @@ def test_a_job_made_of_a_mapping_tells_every_mistake_in_our_words(make: Any) -> 
 def test_a_job_made_of_something_else_says_so() -> None:
     with pytest.raises(JobError, match="must be a mapping"):
         Job.model_validate([1])
+
+
+def test_the_documents_list_what_may_change_between_two_starts() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "job-file.md").read_text(encoding="utf-8")
+    paragraph = text.split("Others may change", 1)[1].split("\n\n", 1)[0]
+    listed = set(re.findall(r"`([a-z_.]+)`", paragraph))
+    found: set[str] = set()
+    decide: set[str] = set()
+    for section, field in Job.model_fields.items():
+        inner: Any = getattr(field.annotation, "model_fields", {})
+        if not decides_of(field).numbers:
+            found.add(section)
+            continue
+        for name, one in inner.items():
+            (decide if decides_of(one).numbers else found).add(f"{section}.{name}")
+    # Of this section what decides the numbers is the exception.
+    found = {name for name in found if not name.startswith("elastic.")} | {"elastic"}
+    assert listed == found | {name for name in decide if name.startswith("elastic.")}

@@ -55,9 +55,10 @@ batch 2, selective activation checkpointing: GPUs, compiled, tokens/s a GPU, GiB
 def test_llama_8b_is_predicted_as_torchtitan_has_measured_it(
     gpus: int, compiled: bool, speed: float, gibibytes: float
 ) -> None:
-    """Memory within 15 %, time within 20 %. Compiling fuses what is kept, which is not predicted."""
+    """Memory within 15 %, time within 20 %: of 8 GPUs because what is reached of the peak is fitted to them, of 128
+    because of what their messages take. Compiling fuses what is kept, which is not predicted."""
     job = job_of(LLAMA_8B, 8192, gpus, micro_batch=2, copies=1, recompute="selective", loss_chunk=0)
-    hardware, _ = hardware_for(job, HardwareOptions(gpu="H100", efficiency=0.42 if compiled else None))
+    hardware, _ = hardware_for(job, HardwareOptions(gpu="H100", efficiency=0.39 if compiled else None))
     layout = Degrees(gpus, 1, PipelineSchedule(NO_PIPELINE, 1), "parameters")
     found = Planner(work_of(job, describe_model(job)), hardware).predict(layout, gpus)
     assert 2 * 8192 / found.time.total == pytest.approx(speed, rel=0.2)
@@ -106,6 +107,7 @@ def test_the_rows_of_megatrons_table_fit_where_they_ran(row: tuple[Any, ...]) ->
         "model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 51200,
         "n_positions": 2048, "tie_word_embeddings": True,
     }  # fmt: skip
+    """With the optimizer's state sharded: they kept 18 bytes a parameter whole, we would need a gradient's buffers."""
     data = gpus // tensor // pipeline
     job = job_of(hf, 2048, data, batch=batch, copies=1, recompute="full")
     costs = describe_model(job)
@@ -114,3 +116,5 @@ def test_the_rows_of_megatrons_table_fit_where_they_ran(row: tuple[Any, ...]) ->
     kind = PipelineSchedule("1f1b", pipeline) if pipeline > 1 else PipelineSchedule(NO_PIPELINE, 1)
     found = Planner(work_of(job, costs), hardware).predict(Degrees(data, tensor, kind, "optimizer"), gpus)
     assert found.memory.total < 80 * GIB
+    # bf16 weights that are computed with, and an fp32 gradient: nothing that trains needs less.
+    assert found.memory.total > 6 * costs.parameters / tensor / pipeline
