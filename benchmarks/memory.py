@@ -2,7 +2,7 @@
 
 A model of 100 million parameters, whose ranks each have a share of it (`shard: parameters`), one copy of the state, and
 one micro-batch or several for each virtual worker. Memory is the most that a process has had resident, less what it
-had before it made anything but had run a tiny model, by phase: while it starts, in any of four steps, and between them.
+had before it made anything but had run a tiny model, by phase: while it starts, in any of five steps, and between them.
 Both sides do the same work in processes of their own, forked alike, and give free memory back when they have started.
 FSDP2's model begins without memory and is filled when it is sharded; ours has its moments from the start.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import statistics
 import tempfile
@@ -31,6 +30,7 @@ from paired import Done, Side, Start, Turn
 
 from orchestrator.job import Job
 from strategies.layout.parallel import ParallelLayout
+from strategies.update.warm_up import give_back_memory
 
 JOB = """
 name: memory
@@ -97,7 +97,8 @@ def watched(start: Start, make: Callable[..., Any], *arguments: Any) -> Callable
     forget_peak()
     step = make(start, *arguments)
     started = peak() - before
-    _give_back_memory()  # As a worker of ours does once more than this.
+    # Ours has done so before its state came; from here on neither side does.
+    give_back_memory()
     found = {"start-up": started, "step": 0, "between steps": 0}
 
     def measured(number: int) -> Done:
@@ -108,10 +109,6 @@ def watched(start: Start, make: Callable[..., Any], *arguments: Any) -> Callable
         return Done(done.loss, dict(found))
 
     return measured
-
-
-def _give_back_memory() -> None:
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _load_code() -> None:

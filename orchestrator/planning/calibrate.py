@@ -23,7 +23,7 @@ from orchestrator.models.costs import describe_model
 from orchestrator.planning.hardware import Hardware, Link
 from orchestrator.planning.search import Limits, Planner
 from orchestrator.planning.stages import stages_of
-from orchestrator.planning.step_time import predict_step
+from orchestrator.planning.step_time import hides_messages, predict_step
 from orchestrator.planning.units import show_seconds
 from orchestrator.planning.work import Degrees, work_of
 from orchestrator.rundir import RunDirectory, RunDirectoryError
@@ -66,7 +66,7 @@ def calibrated(run: Path, hardware: Hardware) -> tuple[Hardware, tuple[str, ...]
     found = replace(hardware, peak_flops=flops / hardware.efficiency)
     messages = predicted.messages - gathers
     said = f"{flops / 1e12:.4g} TFLOP/s reached"
-    is_hidden = hardware.overlaps and degrees.shard == "parameters" and degrees.data > 1
+    is_hidden = hides_messages(hardware, degrees)
     if messages and stretch.message_s and not is_hidden:
         factor = messages / stretch.message_s
         inside, between = (_faster(link, factor) for link in (hardware.inside, hardware.between))

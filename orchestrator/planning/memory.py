@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from orchestrator.planning.work import Degrees, Rank, Stages, StateBytes, Work, missing_copies, most_held, pieces
-
-_KEEP_HEADS = ("gpipe", "zero-bubble")
-"""Schedules in which the loss of a micro-batch, with the head's gradient, waits for its backward pass."""
+from strategies.layout.schedule import LOSS_WAITS
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def predict_memory(work: Work, stages: Stages, degrees: Degrees) -> Memory:
 
 
 def _of_rank(work: Work, stages: Stages, place: int, degrees: Degrees, held: int) -> Memory:
-    data, shard, rank = degrees.data, degrees.shard if degrees.data > 1 else "none", stages.ranks[place]
+    data, shard, rank = degrees.data, degrees.effective_shard, stages.ranks[place]
     state = zero_state(rank.parameters, shard, data, work.state)
     # Finished virtual workers wait as partial sums for their siblings in the summation tree, one per level; slices of
     # those of all replicas are added up as they come, to a sibling where it is there. A second use of a parameter has
@@ -84,22 +82,22 @@ def _activations(work: Work, rank: Rank, place: int, degrees: Degrees, held: int
     for part, kept in rank.kept_bytes_per_token:
         found += work.tokens * kept * schedule.in_flight(place, part, micro_batches)
     for part, kept in rank.fixed_kept_bytes:
-        found += kept * (schedule.in_flight(place, part, micro_batches) if schedule.kind in _KEEP_HEADS else 1)
+        found += kept * (schedule.in_flight(place, part, micro_batches) if schedule.kind in LOSS_WAITS else 1)
     return found
 
 
 def _weights(work: Work, rank: Rank, degrees: Degrees, *, is_borrowed: bool) -> float:
     """What is computed with, and what is updated where that is another. An embedding that is borrowed of another stage
     is there a second time."""
-    is_sharded = degrees.shard == "parameters" and degrees.data > 1
+    shard, is_sharded = degrees.effective_shard, degrees.effective_shard == "parameters"
     shared = degrees.data if is_sharded else 1
     # Sharded weights are kept as they are updated, and gathered as they are computed with.
     each = work.state.weights if is_sharded else work.computed_bytes
     second = rank.second_uses if is_borrowed else 0
     computed = each * (rank.parameters + rank.frozen + second) / shared
-    if is_sharded or (work.offloads and (work.has_copies or degrees.shard != "none")):
+    if is_sharded or (work.offloads and (work.has_copies or shard != "none")):
         return computed
-    if degrees.shard == "none" or degrees.data == 1:
+    if shard == "none":
         return computed + (work.state.weights * rank.parameters if work.has_copies else 0.0)
     return computed + work.state.weights * rank.parameters / degrees.data
 
@@ -107,19 +105,20 @@ def _weights(work: Work, rank: Rank, degrees: Degrees, *, is_borrowed: bool) -> 
 def _buffers(work: Work, rank: Rank, degrees: Degrees) -> tuple[float, float]:
     """Whole gradients on their way and weights to be sent, or one block's gathered weights and gradient: what is there
     in all of a step, and what only when gradients are sent."""
-    gradient = rank.parameters * work.state.gradients
-    if degrees.shard == "parameters" and degrees.data > 1:
+    gradient, shard = rank.parameters * work.state.gradients, degrees.effective_shard
+    if shard == "parameters":
         # One block is computed with while the next is gathered; its gradient is whole until it is reduced. Virtual
         # workers of several micro-batches, one of each replica, are summed side by side: a slice of each.
         beside = gradient if work.micro_batches > 1 else 0.0
         return rank.largest_block * (2 * work.computed_bytes + work.state.gradients) + beside, 0.0
     if degrees.data == 1:
         return 0.0, 0.0
-    if not work.canonical:
-        return gradient, 0.0
     # What is sent back (the reduced gradient, or the weights of those who update them) is kept as it is received.
-    back = gradient if degrees.shard == "none" else rank.parameters * work.computed_bytes
-    if degrees.shard == "gradients":
+    back = gradient if shard == "none" else rank.parameters * work.computed_bytes
+    if not work.canonical:
+        # The backend adds up in one buffer, where the whole sum then is.
+        return gradient + (back if shard != "none" else 0.0), 0.0
+    if shard == "gradients":
         # The virtual worker under way, and a slice of that of every replica.
         return 2 * gradient + back, 0.0
     most, total = pieces(work.virtual_workers, degrees.data)

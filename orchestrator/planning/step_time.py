@@ -37,12 +37,17 @@ class StepTime:
         return self.compute + self.bubble + self.messages + self.rest
 
 
+def hides_messages(hardware: Hardware, degrees: Degrees) -> bool:
+    """Whether gathers and reductions go on beside arithmetic."""
+    return hardware.overlaps and degrees.effective_shard == "parameters"
+
+
 def compute_and_bubble(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> tuple[float, float]:
     """Seconds the slowest rank computes, and those it waits for others to fill and drain the pipeline."""
     micro_batches = degrees.schedule.padded(most_held(work.virtual_workers, degrees.data) * work.micro_batches)
     second = hardware.flops / work.tokens
     attention = stages.other_attention_flops / second
-    if work.model.recomputes or (degrees.shard == "parameters" and degrees.data > 1):
+    if work.model.recomputes or degrees.effective_shard == "parameters":
         # Then zero bubble does not split the backward pass (`strategies.gradient.pipeline`).
         attention = stages.other_flops / degrees.schedule.chunks / 3 / second
     bubble = degrees.schedule.bubble(stages.other_flops / second, attention)
@@ -55,7 +60,7 @@ def predict_step(work: Work, hardware: Hardware, stages: Stages, degrees: Degree
     micro_batches = degrees.schedule.padded(held * work.micro_batches)
     compute, bubble = compute_and_bubble(work, hardware, stages, degrees)
     data, shard = _reduction(work, hardware, stages, degrees, held)
-    if hardware.overlaps and degrees.shard == "parameters" and degrees.data > 1:
+    if hides_messages(hardware, degrees):
         # All but what the first block waits for goes on beside arithmetic, gathers first.
         first = (data + shard) / max(1, stages.most_blocks * held * work.micro_batches)
         hidden = max(0.0, min(compute, data + shard) - first)

@@ -91,6 +91,11 @@ class Degrees:
         return self.schedule.stages
 
     @property
+    def effective_shard(self) -> str:
+        """`shard`, or "none" for one replica, which has nobody to shard with."""
+        return self.shard if self.data > 1 else "none"
+
+    @property
     def ranks(self) -> int:
         return self.data * self.tensor * self.pipeline
 
@@ -170,7 +175,7 @@ def most_held(virtual_workers: int, data: int) -> int:
 
 
 _FEW = 256
-"""Up to so many virtual workers are dealt out to be counted."""
+"""Up to this number of virtual workers pieces are counted, by dealing them out."""
 
 
 @lru_cache(maxsize=4096)

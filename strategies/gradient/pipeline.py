@@ -30,7 +30,7 @@ from strategies.gradient.forward import Chain, ForwardPasses
 from strategies.gradient.routing import Routing
 from strategies.gradient.sharded import MADE_UP, Collector
 from strategies.gradient.stopwatch import Stretch
-from strategies.layout.schedule import PipelineSchedule, chunks_of, parts_of
+from strategies.layout.schedule import LOSS_WAITS, PipelineSchedule, chunks_of, parts_of
 from strategies.model.anatomy import Activations
 from strategies.model.head import Score
 from strategies.model.model_part import ModelPart
@@ -83,8 +83,8 @@ class PipelineGradients:
         kind = _SCHEDULES[layout.schedule]
         stages = self._stages if layout.schedule in ("interleaved-1f1b", "zero-bubble") else self._stages[0]
         self._passes = ForwardPasses(part, spec, no_loss, Chain(context, part.device, sizes))
-        # Elsewhere logits would be kept, of several micro-batches or between the halves of a backward pass.
-        self._waits = layout.schedule not in ("1f1b", "interleaved-1f1b")
+        # Then logits would be kept, of several micro-batches or between the halves of a backward pass.
+        self._waits = layout.schedule in LOSS_WAITS
         self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:

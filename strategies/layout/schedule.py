@@ -23,6 +23,8 @@ def parts_of(schedule: str, stages: int, num_parts: int, stage: int) -> tuple[in
     return tuple(range(stage, num_parts, stages))
 
 
+LOSS_WAITS = ("gpipe", "zero-bubble")
+"""Those in which the backward pass of a micro-batch, or a half of it, does not come next after its loss."""
 NO_PIPELINE = "none"
 
 

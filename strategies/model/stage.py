@@ -112,7 +112,7 @@ class Stage(nn.Module):
         self._held = list(self.module.parameters())
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As of every module."""
+        """Those of the module, or those that were held."""
         return super().parameters(recurse) if self._held is None else iter(self._held)
 
     @property

@@ -26,7 +26,7 @@ def warm_up(engine: StepEngine, *, keep: bool) -> str:
     Raises as `LocalGradients.warm_up` does, and DeviceFailed for a device that does not compute the same twice.
     """
     found = _warm_up(engine, keep=keep)
-    _give_back_memory()
+    give_back_memory()
     return found
 
 
@@ -54,7 +54,7 @@ def _warm_up(engine: StepEngine, *, keep: bool) -> str:
     return found
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Trials of a model leave hundreds of megabytes that the C library would keep; other ones give them back by
     themselves, or cannot."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:

@@ -44,6 +44,7 @@ def test_the_controller_plans_the_same_work_as_the_command() -> None:
     overrides = [
         "train.offload=optimizer",
         "train.micro_batch=2",
+        "train.optimizer.state=bf16",
         "elastic.state_copies=1",
         "strategy.reduction=native",
     ]
