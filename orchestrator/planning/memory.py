@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import attrgetter
 
-from orchestrator.planning.work import Degrees, Rank, Stages, StateBytes, Work, missing_copies, most_held, pieces
+from orchestrator.planning.work import Degrees, Rank, Stages, StateBytes, Work, missing_copies, most_held, most_pieces
 from strategies.layout.schedule import LOSS_WAITS
 
 
@@ -121,5 +121,6 @@ def _buffers(work: Work, rank: Rank, degrees: Degrees) -> tuple[float, float]:
     if shard == "gradients":
         # The virtual worker under way, and a slice of that of every replica.
         return 2 * gradient + back, 0.0
-    most, total = pieces(work.virtual_workers, degrees.data)
-    return gradient * total / degrees.data + back, gradient * most if most > 1 else 0.0
+    # Slices of what all send, and where that is several partial sums, these end to end.
+    most = most_pieces(work.virtual_workers, degrees.data)
+    return gradient * most + back, gradient * most if most > 1 else 0.0

@@ -11,7 +11,7 @@ from orchestrator.planning.memory import Memory, predict_memory
 from orchestrator.planning.moved import moved_bytes
 from orchestrator.planning.stages import cut_model
 from orchestrator.planning.step_time import StepTime, compute_and_bubble, predict_step
-from orchestrator.planning.work import Degrees, Stages, Work, most_held
+from orchestrator.planning.work import Degrees, Stages, Work, most_held, most_pieces
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS
 from strategies.layout.schedule import NO_PIPELINE, SCHEDULES, PipelineSchedule, schedules
@@ -183,14 +183,14 @@ class Planner:
     ) -> tuple[Memory, Degrees] | None:  # fmt: skip
         """The least memory this pipeline needs on `ranks` / tensor ranks, and where; None where no rule allows it.
 
-        More replicas share the same state and have fewer partial sums, so it is at the most replicas, or at one, which
-        exchanges nothing.
+        More replicas share the same state and have fewer partial sums, so it is at the most replicas; or at one, which
+        exchanges nothing; or at the most that are even, which exchange one partial sum each.
         """
         ranges = list(self.data_ranges(ranks // schedule.stages, schedule))
         if not ranges:
             return None
-        ends = {ranges[0][0], ranges[-1][1]}
-        tried = [Degrees(data, tensor, schedule, shard) for data in sorted(ends)]
+        even = [first for first, _ in ranges if most_pieces(self.work.virtual_workers, first) == 1]
+        tried = [Degrees(data, tensor, schedule, shard) for data in sorted({ranges[0][0], ranges[-1][1], *even[-1:]})]
         stages = self.stages(tensor, schedule)
         return min(((predict_memory(self.work, stages, each), each) for each in tried), key=lambda each: each[0].total)
 

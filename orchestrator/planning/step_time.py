@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.planning.hardware import Hardware, ring_all_reduce_s, scatter_s, send_s
-from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held, pieces
+from orchestrator.planning.work import Degrees, Stages, Work, missing_copies, most_held, most_pieces
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _reduction(
     gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.computed_bytes
     if degrees.shard in ("none", "optimizer"):
         # Once a step. In canonical order a rank sends each of its partial sums by itself.
-        sent = pieces(work.virtual_workers, data)[0] if work.canonical else 1
+        sent = most_pieces(work.virtual_workers, data) if work.canonical else 1
         reduce = scatter_s(sent * gradient, data, link)
         if degrees.shard == "none":
             return reduce + scatter_s(gradient, data, link), 0.0

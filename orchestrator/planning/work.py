@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from orchestrator.job.parts import optimizer_of, update_rule_of
 from orchestrator.models.costs import ModelCosts
-from strategies.layout.assignment import deal
 from strategies.layout.schedule import PipelineSchedule
 from strategies.optim.spec import OptimizerSpec
-from strategies.reduction.tree import cover
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -174,23 +172,15 @@ def most_held(virtual_workers: int, data: int) -> int:
     return -(-virtual_workers // data)
 
 
-_FEW = 256
-"""Up to this number of virtual workers pieces are counted, by dealing them out."""
-
-
-@lru_cache(maxsize=4096)
-def pieces(virtual_workers: int, data: int) -> tuple[int, int]:
-    """The whole subtrees of the summation tree (`strategies.reduction.tree`) that the virtual workers of `data` equal
-    replicas make up: at most of one replica, and all together. Upper bounds for many virtual workers."""
+def most_pieces(virtual_workers: int, data: int) -> int:
+    """An upper bound on the whole subtrees of the summation tree (`strategies.reduction.tree`) that one replica's
+    virtual workers make up: 1 when every replica has the same power of two; otherwise a run of n needs at most
+    2 log2(n). The same for all data degrees with equally many virtual workers on the fullest replica, but for those
+    even ones: the search relies on that."""
     held = most_held(virtual_workers, data)
     if virtual_workers % data == 0 and held & (held - 1) == 0:
-        return 1, data
-    if virtual_workers > _FEW:
-        # A run of n needs at most 2 log2(n) subtrees.
-        most = min(held, max(1, 2 * (held.bit_length() - 1)))
-        return most, data * most
-    counts = [len(cover(each, virtual_workers)) for each in deal(virtual_workers, [1.0] * data)]
-    return max(counts), sum(counts)
+        return 1
+    return min(held, max(1, 2 * (held.bit_length() - 1)))
 
 
 def missing_copies(shard: str, data: int, ranks: int, wanted: int) -> int:
