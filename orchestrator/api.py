@@ -12,6 +12,7 @@ import yaml
 
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.checkpoint.of_run import job_of
+from orchestrator.data.of_job import with_steps
 from orchestrator.job import Job
 from orchestrator.job.kinds import sink_named
 from orchestrator.models.content import with_content
@@ -43,6 +44,8 @@ class RunResult:
     generations: list[dict[str, Any]] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     faults_not_fired: list[int] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    """The `last` and the `best` evaluation: step and metrics of each."""
     model: dict[str, Any] | None = None
     """Of a model's directory: which tensors are new, left out or untied; of any model: which are unused."""
 
@@ -66,6 +69,7 @@ def run(
     ClusterError or SinkProblem when the run cannot start; one that started and failed is a result with status "failed".
     """
     directory = RunDirectory(run_dir or runs_root() / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    job = with_steps(job)
     previous = _previous(job, directory)
     if previous is not None:
         return _result(previous, directory)

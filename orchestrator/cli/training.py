@@ -76,7 +76,9 @@ def _run(
     """Trains, shows how it goes and what came of it, and exits."""
     from orchestrator.api import run as run_job
     from orchestrator.cli.page import page_of
+    from orchestrator.data.of_job import with_steps
 
+    job = with_steps(job)
     if json_:
         with page_of(directory.path, page, page_port, lambda text: print(text, file=sys.stderr, flush=True)):
             result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes, ephemeral=ephemeral)

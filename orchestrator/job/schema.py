@@ -22,9 +22,11 @@ from orchestrator.job import checks
 from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, Name, Section
 from orchestrator.job.load import load_file, load_text, mistakes_in
 from orchestrator.job.rules import ACROSS_FIELDS
+from orchestrator.job.sections.adapter import Adapter
 from orchestrator.job.sections.checkpoint import Checkpoint
 from orchestrator.job.sections.data import Data
 from orchestrator.job.sections.elastic import Elastic
+from orchestrator.job.sections.evaluation import Evaluation
 from orchestrator.job.sections.faults import Fault
 from orchestrator.job.sections.model import Model
 from orchestrator.job.sections.monitoring import Monitoring
@@ -42,6 +44,8 @@ class Job(Section):
     data: Annotated[Data, NUMBERS]
     train: Annotated[Train, NUMBERS]
     objective: Annotated[Objective, NUMBERS_LATER] = Field(default_factory=Objective)
+    adapter: Annotated[Adapter | None, NUMBERS_LATER] = None
+    evaluation: Annotated[Evaluation | None, NUMBERS_LATER] = None
     strategy: Annotated[Strategy, NUMBERS] = Field(default_factory=Strategy)
     elastic: Annotated[Elastic, NUMBERS] = Field(default_factory=Elastic)
     resources: Annotated[Resources, NUMBERS] = Field(default_factory=Resources)

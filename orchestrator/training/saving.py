@@ -52,6 +52,8 @@ class Saver:
         self.worker = worker
         self.catalog = catalog
         self.last_part: PartSaved | None = None
+        self.best_step = -1
+        """The checkpoint of this step stays, however many newer ones there are; -1: there is none."""
         self._last_reports: dict[int, StepReport] = {}
         self._job = job
         self._state = state
@@ -186,7 +188,7 @@ class Saver:
     def _prune(self, newest: int) -> None:
         settings = self._job.checkpoint
         try:
-            self.catalog.prune(newest, settings.keep, settings.keep_every)
+            self.catalog.prune(newest, settings.keep, settings.keep_every, spare={self.best_step})
         except (OSError, CheckpointError) as error:
             # They take room, and that is all; the next one tries again.
             log.warning("old checkpoints could not be removed: %s", error)

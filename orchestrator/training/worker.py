@@ -25,6 +25,9 @@ from orchestrator.control.core.orders import Leave, Order
 from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.data import Dataset, step_hash
+from orchestrator.data.held_out import HeldOut
+from orchestrator.evaluation.judge import EvaluationRules
+from orchestrator.evaluation.report import report_of
 from orchestrator.job import Job
 from orchestrator.job.parts import update_rule_of
 from orchestrator.lateness import Lateness
@@ -35,6 +38,7 @@ from orchestrator.training.fingerprint import fingerprint
 from orchestrator.training.gpu_watch import GpuWatch, gpu_of
 from orchestrator.training.leaving import cause_of, release_memory
 from orchestrator.training.messages import (
+    EvaluationReport,
     Finalized,
     Generation,
     GpuAction,
@@ -58,6 +62,7 @@ from orchestrator.training.orders import (
     StartGeneration,
 )
 from orchestrator.training.peak import peak_flops
+from orchestrator.training.references import References
 from orchestrator.training.reporting import Reporter, Rhythm, resident_bytes
 from orchestrator.training.saving import Saver
 from orchestrator.training.state_keeper import StateKeeper
@@ -71,6 +76,7 @@ from strategies.layout.statemap import Spans, share_out
 from strategies.state.initial import initial_digest
 from strategies.state.training_state import state_digest
 from strategies.update.engine import StepEngine, StepRecord
+from strategies.update.evaluation import Evaluation
 from strategies.update.timing import rounded
 from strategies.update.vote import Agreement
 from strategies.update.warm_up import calibrate, warm_up
@@ -101,6 +107,7 @@ class Worker:
         pid: int,
         host: str,
         dataset: Dataset,
+        held_out: HeldOut | None,
         catalog: Catalog,
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
@@ -125,8 +132,14 @@ class Worker:
         """For the protocol, and which groups belong to its generation."""
         self.fabric: Fabric | None = None
         self._shares: list[Spans] | None = None
-        self._held_up_s = 0.0
-        """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
+        self._held_up_s = self._evaluated_s = 0.0
+        """For how long the last step boundary was held up: to save or to see that there is nothing to save, and to
+        evaluate."""
+        self._rules = EvaluationRules.of(job)
+        self._held_out = held_out
+        self._evaluation: Evaluation | None = None
+        self._saved_at = -1
+        """The step of the last state of this generation that was saved."""
         self._spoken = 0
         self._phase, self._phase_step = "idle", 0
 
@@ -161,6 +174,12 @@ class Worker:
         )
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase, update_rule_of(job))
         self._keeper = StateKeeper(self.state, self.engine, self._catalog, job.elastic.state_copies)
+        self._references = References.of(job, dataset, self._held_out, self.engine.spec, self._catalog.storage)
+        if self._references is not None:
+            self.engine.loads.source = self._references.joined_to(self._fetch)
+        if self._held_out is not None:
+            samples = self._held_out if self._references is None else self._references.held_out
+            self._evaluation = Evaluation(samples, self.engine.spec)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
         self._probe = warm_up(self.engine, keep=job.strategy.keeps_model_whole)
@@ -329,14 +348,19 @@ class Worker:
             return "complete"
         moved = self._keeper.bring(generation, rank, fabric, on_restore=lambda: self._enter("restore"))
         self.engine.bind(fabric, generation.layout, generation.number)
-        self._shares, self._held_up_s = None, 0.0
+        self._shares, self._held_up_s, self._evaluated_s, self._saved_at = None, 0.0, 0.0, -1
         self.protocol.is_joined = True
         self._reporter.send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         log.info(
             "joined generation %d of %d ranks (%s) with the state of %d steps, %.1f MB of it received",
             generation.number, len(generation.members), generation.cause, self.committed, moved.received_bytes / 1e6,
         )  # fmt: skip
-        while self.committed < self.job.train.steps:
+        if self._references is not None:
+            self._references.bring(self.engine, fabric, self.committed)
+        while True:
+            self._evaluate_if_due(generation, rank)
+            if self.protocol.judged.stops or self.committed >= self.job.train.steps:
+                return "complete"
             record, agreement = self.engine.run(self.committed)
             self._keeper.committed += 1
             self._note(record, rank)
@@ -345,7 +369,35 @@ class Worker:
             self._held_up_s = time.perf_counter() - started
             if agreement.pause:
                 return "pause"
-        return "complete"
+
+    def _evaluate_if_due(self, generation: Generation, rank: int) -> None:
+        """Evaluates the weights that there are, unless that was done. All ranks find alike what it comes to. Raises
+        PeerLost."""
+        rules, protocol = self._rules, self.protocol
+        if rules is None or self.committed <= protocol.judged.step or not rules.is_due(self.committed):
+            return
+        started = time.perf_counter()
+        assert self._held_out is not None
+        assert self._evaluation is not None
+        metrics = report_of(self.job, self.engine.evaluate(self.committed, self._evaluation))
+        seconds = time.perf_counter() - started
+        self._held_up_s += seconds
+        self._evaluated_s += seconds
+        report = EvaluationReport(
+            self.committed, generation.number, metrics, self._held_out.num_samples, round(seconds, 4)
+        )
+        judged = protocol.evaluated(report, rules)
+        self._saver.best_step = judged.best_step if rules.keeps_best else -1
+        if rules.keeps_best and judged.is_best:
+            self._save_best(generation, rank)
+
+    def _save_best(self, generation: Generation, rank: int) -> None:
+        """Saves these weights, unless they have just been saved, as all ranks know."""
+        if self.committed in (self._saved_at, 0):
+            return
+        # Any earlier one has to be written first; the ranks of a generation wait for it together.
+        self._saver.wait()
+        self._save_now(generation, rank)
 
     def _note(self, record: StepRecord, rank: int) -> None:
         self.protocol.reports.append(
@@ -362,11 +414,13 @@ class Worker:
                 committed_at=record.committed_at,
                 seconds=record.seconds,
                 phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()}
-                | {"save": round(self._held_up_s, 5)},
+                | {"save": round(self._held_up_s - self._evaluated_s, 5)}
+                | ({"evaluate": round(self._evaluated_s, 5)} if self._evaluated_s else {}),
                 ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
             )
         )
+        self._evaluated_s = 0.0
 
     def _enter(self, phase: str) -> None:
         self._phase = phase
@@ -406,9 +460,13 @@ class Worker:
         self.engine.save_requested = self.protocol.save_requested
         if tells and rank == 0:
             self._reporter.send(SaveDelayed(self.worker, self.committed))
-        if not saves:
-            return
+        if saves:
+            self._save_now(generation, rank)
+
+    def _save_now(self, generation: Generation, rank: int) -> None:
+        """Saves this rank's share of the state, with all others."""
         layout = generation.layout
+        self._saved_at = self.committed
         if self._shares is None:  # Once in a generation: training waits for this.
             self._shares = share_out(trained_spans(layout, self.state.arrangement.shards))
         writers = [member.worker for member in generation.members]
@@ -466,7 +524,11 @@ class Worker:
             lateness_s=round(self._lateness.recent_s(), 3),
             gpu=self.gpu.reading,
             trouble=self._gpu_trouble,
-            moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves),
+            moves=self._keeper.moves
+            + (0 if (fabric := self.fabric) is None else fabric.moves)
+            + (0 if self._evaluation is None else self._evaluation.moves)
+            + (0 if self._references is None else self._references.moves),
+            evaluations=self.protocol.untold(),
         )
 
     def _heed(self, reply: Reply) -> bool:
