@@ -61,6 +61,7 @@ from orchestrator.control.training.protocol import Action, Event, TakeOver
 from orchestrator.control.training.views import ControllerConfig, RunState
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.choose import LayoutChooser
+from orchestrator.planning.work import StepSettings
 from orchestrator.training.messages import Generation, Heartbeat, Joined, Left, LeftCause, Ready, Status, StepReport
 from orchestrator.training.orders import Interrupt, Pause, StartGeneration
 from strategies.layout.parallel import ParallelLayout
@@ -104,9 +105,8 @@ def chooser_of(name: str, workers: int) -> LayoutChooser:
     pipeline = 8 if name == "pipeline-8" else 1
     shard = name.removesuffix("-tp8") if tensor == 8 else "none"
     return LayoutChooser(
-        tensor, pipeline, shard, "1f1b", virtual_workers=workers // tensor, micro_batches=16,
-        max_workers=workers, tokens=4096,
-    )  # fmt: skip
+        tensor, pipeline, shard, "1f1b", workers, StepSettings(workers // tensor, micro_batches=16, tokens=4096)
+    )
 
 
 def held_by_rank(layout: ParallelLayout) -> list[Spans]:

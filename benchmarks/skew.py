@@ -416,11 +416,12 @@ def policy_seconds(ranks: int) -> float:
     from orchestrator.control.training.rebalance import Rebalancer
     from orchestrator.control.training.views import ControllerConfig, RebalanceRules, WorkerView
     from orchestrator.planning.choose import LayoutChooser
+    from orchestrator.planning.work import StepSettings
     from orchestrator.training.messages import Generation, Member, StepReport
     from strategies.layout.parallel import ParallelLayout
     from strategies.update.timing import RankTimes
 
-    chooser = LayoutChooser(1, 1, "none", "1f1b", 4 * ranks, 1, ranks)
+    chooser = LayoutChooser(1, 1, "none", "1f1b", ranks, StepSettings(4 * ranks, 1))
     config = ControllerConfig(total_steps=10**6, chooser=chooser, min_workers=1, max_workers=ranks)
     layout = ParallelLayout.fit(ranks, 4 * ranks)
     members = tuple(Member(WorkerId(slot, 0), "node", 1, "host", 1) for slot in range(ranks))

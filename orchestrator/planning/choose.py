@@ -20,7 +20,7 @@ from orchestrator.planning.memory import predict_memory
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.stages import stages_of
 from orchestrator.planning.units import show_bytes
-from orchestrator.planning.work import ADAMW, Degrees, StateBytes, Work, state_bytes
+from orchestrator.planning.work import Degrees, StepSettings, Work, step_settings
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule, chunks_of
@@ -53,16 +53,8 @@ class LayoutChooser:
     pipeline: int
     shard: str
     schedule: str
-    virtual_workers: int
-    micro_batches: int
-    """Of each virtual worker."""
     max_workers: int
-    tokens: int = 1024
-    """Of a micro-batch."""
-    state: StateBytes = ADAMW
-    state_copies: int = 2
-    canonical: bool = True
-    offloads: bool = False
+    step: StepSettings
     hardware: Hardware = CPU_CORE
     """What ranks and links are assumed to do; only what it says relative to itself matters."""
 
@@ -74,21 +66,15 @@ class LayoutChooser:
             pipeline=strategy.pipeline,
             shard=strategy.shard,
             schedule=strategy.schedule,
-            virtual_workers=job.elastic.virtual_workers,
-            micro_batches=job.micro_batches_per_virtual_worker,
             max_workers=job.elastic.workers.max,
-            tokens=job.train.micro_batch * job.data.sequence_length,
-            state=state_bytes(job),
-            state_copies=job.elastic.state_copies,
-            canonical=strategy.reduction == "canonical",
-            offloads=job.train.offload == "optimizer",
+            step=step_settings(job),
             hardware=hardware_for(job, HardwareOptions())[0],
         )
 
     @property
     def most_workers(self) -> int:
         """The most workers that can have something to do: a replica for each virtual worker, up to `workers.max`."""
-        return min(self.max_workers, self.virtual_workers * self.pipeline * self.tensor)
+        return min(self.max_workers, self.step.virtual_workers * self.pipeline * self.tensor)
 
     def choose(
         self, workers: int, costs: ModelCosts | None, memory_bytes: int, current: ParallelLayout | None
@@ -104,7 +90,7 @@ class LayoutChooser:
         if workers < self.tensor:
             return None
         if self.pipeline == 1 or costs is None:
-            data = min(workers // self.tensor, self.virtual_workers)
+            data = min(workers // self.tensor, self.step.virtual_workers)
             return self._layout(Degrees(data, self.tensor, PipelineSchedule(NO_PIPELINE, 1), self.shard), ())
         planner = self._planner(costs, memory_bytes)
         self._check_model(planner)
@@ -129,10 +115,6 @@ class LayoutChooser:
         if costs.heads is None:
             # A module of the user's own that says how it is split need not have heads to count.
             costs = replace(costs, heads=self.tensor, key_value_heads=self.tensor)
-        work = Work(
-            costs, self.virtual_workers, self.micro_batches, self.tokens, self.state, self.state_copies,
-            self.canonical, self.offloads,
-        )  # fmt: skip
         hardware = replace(self.hardware, memory_bytes=memory_bytes or None, ranks_per_node=per_node)
         limits = Limits(
             tensor=(self.tensor,),
@@ -140,7 +122,7 @@ class LayoutChooser:
             schedules=(self.schedule,),
             chunks=(1, chunks_of(self.schedule)),
         )
-        return _planner(work, hardware, limits)
+        return _planner(Work.of(self.step, costs), hardware, limits)
 
     def _check_model(self, planner: Planner) -> None:
         refused = planner.refuses_tensor(self.tensor)
@@ -151,7 +133,7 @@ class LayoutChooser:
         """The job's own degrees, if they use every worker and fit."""
         data, over = divmod(workers, self.tensor * self.pipeline)
         schedule = PipelineSchedule(self.schedule, self.pipeline, chunks_of(self.schedule))
-        if over or not 1 <= data <= self.virtual_workers or schedule.parts > planner.work.model.layers:
+        if over or not 1 <= data <= self.step.virtual_workers or schedule.parts > planner.work.model.layers:
             return None
         plan = planner.predict(Degrees(data, self.tensor, schedule, self.shard), workers)
         usable = planner.hardware.usable_bytes
@@ -198,9 +180,9 @@ class LayoutChooser:
         # What is sharded while it is computed is added up as it comes: owners fold early when neighbours come together.
         in_turn = self.shard in ("gradients", "parameters")
         dealt = (
-            deal_in_turn(self.virtual_workers, degrees.data)
+            deal_in_turn(self.step.virtual_workers, degrees.data)
             if in_turn
-            else deal(self.virtual_workers, [1.0] * degrees.data)
+            else deal(self.step.virtual_workers, [1.0] * degrees.data)
         )
         parts = blocks_of(layers) if degrees.pipeline > 1 else ()
         return ParallelLayout(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,18 +29,30 @@ ADAMW = StateBytes(weights=4.0, gradients=4.0, optimizer=8.0)
 
 
 @dataclass(frozen=True)
-class Work:
-    """One step of a job. `micro_batches` is per virtual worker, `tokens` per micro-batch."""
+class StepSettings:
+    """What a job says of a step, whatever its model is. `micro_batches` is per virtual worker, `tokens` per
+    micro-batch."""
 
-    model: ModelCosts
     virtual_workers: int
     micro_batches: int
-    tokens: int
-    state: StateBytes
+    tokens: int = 1024
+    state: StateBytes = ADAMW
     state_copies: int = 2
     canonical: bool = True
     offloads: bool = False
     """Whether what only updates need is kept in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(StepSettings):
+    """One step of a job."""
+
+    model: ModelCosts
+
+    @classmethod
+    def of(cls, settings: StepSettings, model: ModelCosts) -> Work:
+        """A step with these settings of this model."""
+        return cls(model=model, **{each.name: getattr(settings, each.name) for each in fields(StepSettings)})
 
     @property
     def computed_bytes(self) -> float:
@@ -54,9 +66,13 @@ class Work:
 
 
 def work_of(job: Job, model: ModelCosts) -> Work:
+    """The job's step of this model."""
+    return Work.of(step_settings(job), model)
+
+
+def step_settings(job: Job) -> StepSettings:
     """The job's step."""
-    return Work(
-        model=model,
+    return StepSettings(
         virtual_workers=job.elastic.virtual_workers,
         micro_batches=job.micro_batches_per_virtual_worker,
         tokens=job.train.micro_batch * job.data.sequence_length,

@@ -111,4 +111,6 @@ def first_pass(model: nn.Module, length: int, tensor: int = 1) -> Iterator[None]
                 f". Has it positions for the {length} tokens of data.sequence_length, and a vocabulary as large as the "
                 "tokenizer's?"
             )
+        elif "being modified inplace" in said:
+            hint = ". Has it a layer that changes what it is given in place? Let that make a new tensor"
         raise ValueError(f"{text}: {type(error).__name__}: {said}{hint}") from error

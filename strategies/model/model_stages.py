@@ -45,7 +45,7 @@ class Stages:
         self._model, self._layers = model, layers
         self._value_of = value_of
         self._body, self._dtype, self._device, self._unused = body, dtype, device, unused
-        self._chain = _read_chain(model, layers)
+        self._chain = read_chain(model, layers)
         self._anatomies: dict[bool, Anatomy] = {}
 
     @property
@@ -225,7 +225,7 @@ def _in_turn(chain: Sequence[Stage], value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _read_chain(model: nn.Module, layers: str | None) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def read_chain(model: nn.Module, layers: str | None) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The modules before the layers and after them, by the model's plan; None when it has none."""
     plan: Iterable[str] = getattr(model, "pp_plan", None) or ()
     names = [name for name in plan if _has(model, name)]

@@ -23,6 +23,8 @@ from torch import nn
 
 from strategies.gradient.spec import StepSpec, first_pass
 from strategies.model.head import find_body
+from strategies.model.joined import join_inputs, part_inputs
+from strategies.model.model_stages import read_chain
 from strategies.model.randomness import seed_stream
 from strategies.model.stage import Stage, whole_model
 from strategies.objective.rows import Rows
@@ -116,14 +118,16 @@ def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows
     passes = _Passes(spec, rows, body)
     before = footprint(one)
     persistent, weights = set(one.state_dict()), _weights(watched)
-    passes.run(one, 0)
-    passes.run(one, 1)
-    passes.run(one, 0)
-    settled = footprint(one)
-    passes.run(one, 0)
-    after = footprint(one)
-    passes.run(other, 1)
-    passes.run(other, 0)
+    is_joined = not (spec.compile or read_chain(model, copies.layers))
+    with _inputs_joined([one, other], copies.layers if is_joined else None):
+        passes.run(one, 0)
+        passes.run(one, 1)
+        passes.run(one, 0)
+        settled = footprint(one)
+        passes.run(one, 0)
+        after = footprint(one)
+        passes.run(other, 1)
+        passes.run(other, 0)
     touched = set(changed(before, after)) | set(changed(before, settled))
     _refuse_memory(model, [*changed(settled, after), *(touched & persistent), *changed(weights, _weights(watched))])
     _refuse_strange_numbers(model, passes)
@@ -172,6 +176,19 @@ def _look(copies: Copies, tokens: torch.Tensor) -> tuple[nn.Module, tuple[int, .
     finally:
         see_no_more()  # What cannot be copied is the model itself.
     return watched, tuple(order) if copies.layers else None, body
+
+
+@contextlib.contextmanager
+def _inputs_joined(models: Sequence[nn.Module], layers: str | None) -> Iterator[None]:
+    """Layers as they are trained, which a layer that changes what it is given is not fit for."""
+    found: list[Any] = [layer for model in models if layers for layer in model.get_submodule(layers)]  # type: ignore
+    for layer in found:
+        join_inputs(layer)
+    try:
+        yield
+    finally:
+        for layer in found:  # What cannot be copied is the model itself.
+            part_inputs(layer)
 
 
 def _weights(model: nn.Module) -> Footprint:

@@ -204,11 +204,15 @@ def train(
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
     objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
     transport: str = "auto", recompute: Recompute = NOTHING_AGAIN, router_loss: RouterLossSpec | None = None,
+    loss_chunk: int = SPEC.loss_chunk,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
         dropout, stretches[0].layout.tensor,
-        replace(SPEC, precision=precision, objective=objective, recompute=recompute, router_loss=router_loss),
+        replace(
+            SPEC, precision=precision, objective=objective, recompute=recompute, router_loss=router_loss,
+            loss_chunk=loss_chunk,
+        ),
         model=model, rule=rule, device=device, cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
     )  # fmt: skip
     seen = Trained()

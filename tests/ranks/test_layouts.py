@@ -51,10 +51,10 @@ Numbers = tuple[list[float], list[float], str]
 @functools.cache
 def expected(
     steps: int = 2, dropout: float = 0.0, precision: str = "fp32", model: str = "llama",
-    router_loss: RouterLossSpec | None = None,
+    router_loss: RouterLossSpec | None = None, loss_chunk: int = SPEC.loss_chunk,
 ) -> Numbers:  # fmt: skip
     """What one rank computes."""
-    settings = {"precision": precision, "model": model, "router_loss": router_loss}
+    settings = {"precision": precision, "model": model, "router_loss": router_loss, "loss_chunk": loss_chunk}
     (alone,) = run_ranks(1, train_with, [Stretch(layout_of(), steps)], dropout, settings)
     assert len(set(alone.losses)) == steps
     return as_numbers(alone)  # type: ignore[return-value]
@@ -107,6 +107,17 @@ def test_layouts_without_dropout_are_one_rank() -> None:
     layouts = [layout_of(3, 1, 1, shard) for shard in SHARDS]
     layouts += [layout_of(2, 2, 1, shard, schedule) for shard, schedule in zip(SHARDS, SCHEDULES, strict=True)]
     assert_all_give(expected(), layouts)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layouts_whose_losses_fit_into_one_chunk_are_one_rank(precision: str) -> None:
+    """As with the default chunk and short rows. Autograd has such a loss where its backward pass comes next; where it
+    waits (gpipe, zero bubble) its gradients are made at once, to the same bits."""
+    chunk = 1024
+    layouts = [layout_of(3), layout_of(2, shard="parameters")]
+    layouts += [layout_of(1, 2, 1, "none", schedule) for schedule in SCHEDULES]
+    layouts += [layout_of(2, 2, 1, "gradients", "gpipe"), layout_of(2, 2, 1, "parameters", "zero-bubble")]
+    assert_all_give(expected(precision=precision, loss_chunk=chunk), layouts, precision=precision, loss_chunk=chunk)
 
 
 def test_layouts_of_a_model_whose_head_is_its_embedding_are_one_rank() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.models.costs import Block, ModelCosts
 from orchestrator.planning.choose import LayoutChooser
+from orchestrator.planning.work import StepSettings
 from strategies.layout.statemap import Spans
 
 
@@ -25,9 +26,7 @@ MODEL = ModelCosts(
 def layouts(
     virtual_workers: int = 8, tensor: int = 1, pipeline: int = 1, shard: str = "none", max_workers: int = 1000
 ) -> LayoutChooser:
-    return LayoutChooser(
-        tensor, pipeline, shard, "1f1b", virtual_workers, micro_batches=4, max_workers=max_workers
-    )  # fmt: skip
+    return LayoutChooser(tensor, pipeline, shard, "1f1b", max_workers, StepSettings(virtual_workers, micro_batches=4))
 
 
 def num_elements(spans: Spans) -> int:

@@ -22,7 +22,7 @@ from orchestrator.planning.assume import CPU_CORE, HardwareOptions, hardware_for
 from orchestrator.planning.choose import LayoutChooser, NoLayoutFits, blocks_of
 from orchestrator.planning.hardware import Link
 from orchestrator.planning.search import Limits, Planner
-from orchestrator.planning.work import Degrees, Work, work_of
+from orchestrator.planning.work import Degrees, StepSettings, Work, work_of
 from strategies.layout.assignment import deal, deal_in_turn
 from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.schedule import SCHEDULES, PipelineSchedule, chunks_of
@@ -37,7 +37,7 @@ def chooser(
     tensor: int = 1, pipeline: int = 1, shard: str = "none", schedule: str = "1f1b", virtual_workers: int = 8,
     micro_batches: int = 4, max_workers: int = 64,
 ) -> LayoutChooser:  # fmt: skip
-    return LayoutChooser(tensor, pipeline, shard, schedule, virtual_workers, micro_batches, max_workers)
+    return LayoutChooser(tensor, pipeline, shard, schedule, max_workers, StepSettings(virtual_workers, micro_batches))
 
 
 def test_the_controller_plans_the_same_work_as_the_command() -> None:
@@ -70,8 +70,9 @@ def test_a_job_says_what_it_wants() -> None:
     job = Job.load(ROOT / "examples/quickstart.yaml", overrides)
     chosen = LayoutChooser.for_job(job)
     assert (chosen.tensor, chosen.pipeline, chosen.shard, chosen.schedule) == (2, 2, "optimizer", "zero-bubble")
-    assert (chosen.virtual_workers, chosen.micro_batches, chosen.max_workers, chosen.tokens) == (8, 4, 8, 256)
-    assert (chosen.state.optimizer, chosen.state_copies, chosen.canonical) == (4, 3, True)
+    step = chosen.step
+    assert (step.virtual_workers, step.micro_batches, chosen.max_workers, step.tokens) == (8, 4, 8, 256)
+    assert (step.state.optimizer, step.state_copies, step.canonical) == (4, 3, True)
     assert pickle.loads(pickle.dumps(chosen)) == chosen
 
 
@@ -171,7 +172,7 @@ def test_what_is_chosen_keeps_the_rules_and_none_that_does_is_predicted_faster(
     chosen = chooser(tensor, pipeline, shard, schedule, virtual_workers, micro_batches)
     costs, memory = model(layers=layers), memory_gib * GIB
     limits = Limits((tensor,), None, (shard,), (schedule,), (1, chunks_of(schedule)))
-    work = Work(costs, virtual_workers, micro_batches, chosen.tokens, chosen.state)
+    work = Work.of(chosen.step, costs)
     planner = Planner(work, replace(chosen.hardware, memory_bytes=memory or None), limits)
     best = planner.best(workers, 1)
     try:
@@ -322,8 +323,9 @@ def test_choosing_needs_neither_torch_nor_ray() -> None:
         "import sys\n"
         "from orchestrator.planning.choose import LayoutChooser\n"
         "from orchestrator.models.costs import Block, ModelCosts\n"
+        "from orchestrator.planning.work import StepSettings\n"
         "costs = ModelCosts((Block('b', 9, 1, 2, 0, 4, 0),) * 6, 0, 8, 8, None, None, 4)\n"
-        "assert LayoutChooser(1, 2, 'none', '1f1b', 8, 4, 8).choose(5, costs, 0, None)\n"
+        "assert LayoutChooser(1, 2, 'none', '1f1b', 8, StepSettings(8, 4)).choose(5, costs, 0, None)\n"
         "heavy = {'ray', 'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -53,7 +53,7 @@ def model(
 
 
 def work(virtual_workers: int = 8, micro_batches: int = 4, of: ModelCosts | None = None, copies: int = 2) -> Work:
-    return Work(of or model(), virtual_workers, micro_batches, 1024, StateBytes(4, 4, 8), copies)
+    return Work(virtual_workers, micro_batches, 1024, StateBytes(4, 4, 8), copies, model=of or model())
 
 
 def hardware(memory_gib: float | None = None, ranks_per_node: int = 8) -> Hardware:

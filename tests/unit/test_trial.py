@@ -286,6 +286,32 @@ def test_positions_are_read_from_any_configuration() -> None:
     assert "data.sequence_length 33 is more than the 32 positions of the model" in reason
 
 
+class Halving(small_models.OwnLayer):
+    """Changes what it is given, which by itself autograd allows."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden *= 0.5
+        return super().forward(hidden)
+
+
+@pytest.mark.parametrize("says_its_order", [True, False])
+def test_a_layer_that_changes_what_it_is_given_is_refused_where_that_cannot_be(says_its_order: bool) -> None:
+    """Where a model does not say the order of its modules, gradients of what layers are given are taken as one."""
+    model = own()
+    for number, layer in enumerate(model.blocks):
+        changing = Halving()
+        changing.load_state_dict(layer.state_dict())
+        model.blocks[number] = changing
+    if says_its_order:
+        assert tried(model).order == (0, 1, 2, 3)
+        return
+    model.pp_plan = ()
+    with pytest.raises(ValueError, match=r"fails in its first pass.* Let that make a new tensor"):
+        tried(model)
+    model.blocks = torch.nn.ModuleList(small_models.OwnLayer() for _ in model.blocks)
+    assert tried(model).order == (0, 1, 2, 3), "nothing of it is left"
+
+
 # ---------------------------------------------------------------------------------------- while it trains
 
 
