@@ -23,7 +23,7 @@ def evaluate(
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Loss and metrics of a checkpoint or a model on held-out data, computed here; the numbers that a run would have."""
+    """Loss and metrics of a checkpoint or a model on held-out data, computed here; the numbers that a run has."""
     from orchestrator.evaluation.alone import evaluate_model, evaluate_run
     from orchestrator.job.overrides import as_mapping
     from orchestrator.rundir import find_run

@@ -22,7 +22,8 @@ _LONGEST = 1024
 
 def evaluate_run(directory: RunDirectory, step: int | None, changes: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Of the weights in a checkpoint of a run (the newest), on what the run evaluates on or what `changes` of its job
-    say: of how many steps they are, and their metrics. Raises RunDirectoryError, DataError, JobError, CheckpointError."""
+    say: of how many steps they are, and their metrics. Raises RunDirectoryError, DataError, JobError,
+    CheckpointError."""
     job = _changed(job_of(directory), changes)
     catalog = catalog_of(directory, job, secret_of(job))
     steps = catalog.steps()

@@ -3,7 +3,6 @@ by momentum that is made orthogonal, everything else by AdamW."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,22 +36,21 @@ class Muon(Optimizer):
             """Two optimizers as one: `param_groups` are theirs, and what `state` has is given to them."""
 
             def __init__(self) -> None:
-                self.state = defaultdict(dict)
-                self._adamw = None if not others else torch.optim.AdamW(
-                    others, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-                )  # fmt: skip
-                self._matrices = [(group, p) for group in whole for p in group["params"]]
-                for group in whole:
-                    group.setdefault("lr", settings.lr)
-                self.param_groups = [*whole, *([] if self._adamw is None else self._adamw.param_groups)]
-                self.defaults = {}
+                super().__init__([*whole, *others], {"lr": settings.lr, "weight_decay": 0.0})
+                self._adamw = None
+                if others:
+                    # Of the same groups, so that it has the rates that are set here.
+                    self._adamw = torch.optim.AdamW(
+                        others, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+                    )
 
             @torch.no_grad()
             def step(self, closure: Any = None) -> None:  # type: ignore[override]
                 """One update."""
-                for group, parameter in self._matrices:
-                    if parameter.grad is not None:
-                        _update(parameter, self.state[parameter]["exp_avg"], group, settings)
+                for group in whole:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            _update(parameter, self.state[parameter]["exp_avg"], group, settings)
                 if self._adamw is not None:
                     for group in self._adamw.param_groups:
                         for parameter in group["params"]:

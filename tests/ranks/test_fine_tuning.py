@@ -49,7 +49,10 @@ def assert_all_alike(name: str, directory: Path, layouts: list[ParallelLayout], 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_is_one_ranks_in_every_layout(name: str, tmp_path: Path) -> None:
-    losses, _, _, metrics = assert_all_alike(name, tmp_path, LAYOUTS, evaluation=EVALUATION)
+    layouts = LAYOUTS
+    if name == "embedding":  # It has a micro-batch for each virtual worker, which are few for some schedules.
+        layouts = [each for each in layouts if each.schedule != "zero-bubble"] + [laid_out(2, 2, 1, "gradients")]
+    losses, _, _, metrics = assert_all_alike(name, tmp_path, layouts, evaluation=EVALUATION)
     assert len(set(losses)) == len(losses)
     assert metrics[0]["loss"] != metrics[-1]["loss"]
 

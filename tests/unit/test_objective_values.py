@@ -49,7 +49,7 @@ def test_a_step_is_a_mean_over_its_tokens_and_no_mean_of_means() -> None:
     """As transformers has it with `num_items_in_batch`."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    few, many = rows_of(1, 12, 0.1), rows_of(1, 12, 0.9)
+    few, many = rows_of(1, 12, 0.3), rows_of(1, 12, 0.9)
     given = [logits(1, 12, seed=seed) for seed in (1, 2)]
     total = sum(int(each.counting.sum()) for each in (few, many) if each.counting is not None)
     ours = sum(SFT.loss(values, rows) for values, rows in zip(given, (few, many), strict=True)) / total
@@ -261,6 +261,6 @@ def test_schedules_are_those_of_transformers(name: str, theirs: str, more: dict[
 
 def test_wsd_and_polynomial_end_at_the_least() -> None:
     wsd = ScheduleSpec("wsd", 10, 0.1, 101, decay_ratio=0.2)
-    assert [round(wsd.factor(step), 3) for step in (9, 10, 79, 90, 100)] == [1.0, 1.0, 1.0, 0.554, 0.1]
+    assert [round(wsd.factor(step), 3) for step in (9, 10, 79, 90, 100)] == [1.0, 1.0, 1.0, 0.546, 0.1]
     power = ScheduleSpec("polynomial", 0, 0.0, 11, power=2.0)
     assert [round(power.factor(step), 3) for step in (0, 5, 10)] == [1.0, 0.25, 0.0]

@@ -326,9 +326,9 @@ def test_a_side_of_a_split_has_what_the_other_has_not_and_keeps_it(tmp_path: Pat
 
 
 def test_packed_chats_count_what_they_count_alone(tmp_path: Path) -> None:
-    made = spec("messages", length=65, chat_template=CHATML)
+    made = spec("messages", length=257, chat_template=CHATML)
     store = stored(write(tmp_path / "c.jsonl", chats(30)), tmp_path / "cache", records=made)
-    plans = [DataPlan(64, 4, 2, 2, 0, packing=packing) for packing in ("pack", "pad")]
+    plans = [DataPlan(256, 4, 2, 2, 0, packing=packing) for packing in ("pack", "pad")]
     together, apart = (Dataset([store], plan) for plan in plans)
     ids = [np.arange(each.num_samples, dtype=np.int64) for each in (together, apart)]
     targets = [int(each._line.targets(i).sum()) for each, i in zip((together, apart), ids, strict=True)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator.errors import PluginError
@@ -47,8 +47,11 @@ class Objective(Section):
                     OWN_WORDS, "{reason}", {"reason": f"has the field {key}, which {kind.name} does not know{known}"}
                 )
         # What it raises names the field.
-        settings = _adapter(kind.Settings).validate_python({**given}, strict=True)
-        kind.with_settings({key: getattr(settings, key) for key in given})
+        checked = _fields_of(kind.Settings).model_validate(given)
+        try:
+            kind.with_settings({key: getattr(checked, key) for key in given})
+        except (ValueError, TypeError) as error:
+            raise PydanticCustomError(OWN_WORDS, "{reason}", {"reason": str(error)}) from error
         return self
 
     def numerics(self) -> dict[str, Any]:
@@ -62,12 +65,20 @@ class Objective(Section):
 
 
 def _requires(kind: Kind) -> bool:
-    return any(
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        for field in dataclasses.fields(kind.Settings)
-    )
+    """Whether there is something that a job has to say."""
+    return any(map(_is_required, dataclasses.fields(kind.Settings)))
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 @cache
-def _adapter(settings: type) -> TypeAdapter[Any]:
-    return TypeAdapter(settings)
+def _fields_of(settings: type) -> type[BaseModel]:
+    """The fields of a dataclass, with their types, as a schema. (Of a dataclass itself pydantic would want one.)"""
+    types = get_type_hints(settings)
+    fields: dict[str, Any] = {
+        field.name: (types[field.name], ... if _is_required(field) else None) for field in dataclasses.fields(settings)
+    }
+    strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return create_model(settings.__name__, __config__=strict, **fields)
