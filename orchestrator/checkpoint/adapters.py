@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from monitoring.outside import json_text
 from orchestrator.checkpoint.export import ExportError, new_directory, write_tensors, write_tokenizer
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
@@ -29,7 +29,7 @@ def export_adapter(weights: WeightSource, job: Job, target: Path, dtype: str | N
         trained = _Adapter(weights, job)
         write_tensors(trained, target, list(trained.tensors()), dtype, file="adapter_model.safetensors")
         config = _config(weights, job, job.adapter)
-        (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        (target / "adapter_config.json").write_text(json_text(config, indent=2, sort_keys=True) + "\n", "utf-8")
         write_tokenizer(job.data.tokenizer, target)
     return sorted(target.iterdir())
 

@@ -24,9 +24,9 @@ def evaluate(
     json_: AsJson = False,
 ) -> None:
     """Loss and metrics of a checkpoint or a model on held-out data, computed here; the numbers that a run has."""
-    from orchestrator.evaluation.alone import evaluate_model, evaluate_run
     from orchestrator.job.overrides import as_mapping
     from orchestrator.rundir import find_run
+    from orchestrator.training.evaluate_alone import evaluate_model, evaluate_run
 
     changes: dict[str, Any] = as_mapping(set_ or [])
     evaluation: dict[str, Any] = changes.setdefault("evaluation", {})

@@ -77,9 +77,10 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
+            more: dict[str, Any] = dict(self.special)
             found: Any = render_jinja_template(
                 [list(messages)], tools=tools or None, chat_template=self.text, add_generation_prompt=ask,
-                return_assistant_tokens_mask=marks, **self.special,
+                return_assistant_tokens_mask=marks, **more,
             )  # fmt: skip
         except Exception as error:  # A template can fail with anything, and raises what it wants for bad roles.
             raise BadConversation(f"the chat template fails: {type(error).__name__}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +92,14 @@ def _of_tokens(wanted: Encoded, tokenizer: Tokenizer) -> Iterator[NDArray[np.uin
 
 
 def _content_of(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    # Values that JSON has no words for (times, bytes, numbers that are not finite) are told as Python does.
+    return repr(_in_order(record)).encode("utf-8", "surrogatepass")
+
+
+def _in_order(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, _in_order(inner)) for key, inner in sorted(value.items())]
+    return [_in_order(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _of_records(wanted: Encoded, encoder: Encoder) -> Iterator[NDArray[np.uint32]]:

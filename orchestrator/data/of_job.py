@@ -107,6 +107,12 @@ def held_out_sources(job: Job) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _sources_of_side(job: Job, *, is_held_out: bool) -> tuple[list[dict[str, Any]], Side | None]:
+    """Of what is trained on, or evaluated on."""
+    sources = held_out_sources(job) if is_held_out else sources_of(job)
+    return sources, _side_of(job, is_held_out=is_held_out)
+
+
 def _side_of(job: Job, *, is_held_out: bool) -> Side | None:
     share = None if job.evaluation is None else job.evaluation.share
     return None if share is None else Side(share, is_held_out)
@@ -189,12 +195,11 @@ def open_stores(
     that the sources need not be looked at again; else prepared here. signatures: of each store, as for `TokenStore`.
     Raises DataError."""
     stores = []
-    prepare_again = prepare_held_out if is_held_out else prepare_stores
-    digests = [digest for _, digest, _ in told]
+    sources, side = _sources_of_side(job, is_held_out=is_held_out)
     for number, (path, digest, verified) in enumerate(told):
         found = open_store(Path(path), digest, mirrors_of(job, number), verified)
         if found is None:
-            return prepare_again(job, expect=digests, verify=False)
+            found = _prepare(job, number, sources[number], side, None, digest, False)
         stores.append(found)
     return stores
 

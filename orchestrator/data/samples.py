@@ -60,7 +60,9 @@ class Line:
         found = np.empty(len(ids), dtype=np.int64)
         for cut, where, inside in self._by_cut(ids):
             assert isinstance(cut, Examples), "samples with labels are records, each by itself"
-            found[where] = cut.labels(inside)
+            labels = cut.labels(inside)
+            assert labels is not None
+            found[where] = labels
         return found
 
     def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
@@ -77,7 +79,8 @@ class Line:
                 if found[number] is None:
                     found[number] = np.empty((len(ids), each, *values.shape[1:]), dtype=values.dtype)
                 found[number][where] = values.reshape(len(where), each, *values.shape[1:])
-        return Rows(*(None if each is None else each.reshape(-1, *each.shape[2:]) for each in found))
+        whole: list[Any] = [None if each is None else each.reshape(-1, *each.shape[2:]) for each in found]
+        return Rows(*whole)
 
     def _by_cut(self, ids: NDArray[np.int64]) -> Iterator[tuple[Cut, NDArray[np.int64], NDArray[np.int64]]]:
         """(cut, places in `ids`, ids in it) of each cut that has any of them."""

@@ -357,9 +357,9 @@ def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: st
         else:
             files.append(SourceFile(prefix + name, url, size_bytes, inferred))
     problems = []
-    if unknown:
-        suffix = _suffix(_unpacked(unknown[0]))
-        problems.append(f"{_listed(unknown)}: cannot tell a format from the suffix {suffix!r}; {_OTHERWISE}")
+    for suffix in dict.fromkeys(_suffix(_unpacked(url)) for url in unknown):
+        several = [url for url in unknown if _suffix(_unpacked(url)) == suffix]
+        problems.append(f"{_listed(several)}: cannot tell a format from the suffix {suffix!r}; {_OTHERWISE}")
     if packed:
         problems.append(
             f"{_listed(packed)}: not read, whatever data.format says: of compressed files only "

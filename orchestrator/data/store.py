@@ -32,7 +32,7 @@ from orchestrator.data.reading import Library, join
 from orchestrator.data.records import RecordSpec
 from orchestrator.data.shards import TRAINING_PATIENCE, Shards, Signature, read_manifest
 from orchestrator.data.sources import DataError, SourceFile
-from orchestrator.data.tokenizers import BYTES, Tokenizer, load_tokenizer
+from orchestrator.data.tokenizers import BYTES, load_tokenizer
 
 T = TypeVar("T")
 RunTasks = Callable[[Callable[..., T], list[tuple[Any, ...]]], list[T]]
@@ -262,6 +262,27 @@ def _compare(store: TokenStore, expect: str | None, described: str, target: Path
         )
 
 
+def _refuse_an_empty_side(store: TokenStore, side: Side | None, described: str) -> None:
+    if side is not None and not store.num_tokens:
+        what = "held out" if side.is_held_out else "left to train on"
+        raise DataError(
+            f"evaluation.share: {side.share:g} of {described} leaves nothing {what}: it has too few documents; give "
+            "more, or name what to evaluate on (evaluation.data)"
+        )
+
+
+def _recipe(
+    library: Library, files: Sequence[SourceFile], field: str | None, document: str | None, tokenizer: str,
+    records: RecordSpec | None, side: Side | None,
+) -> Recipe:  # fmt: skip
+    contents = [library.examine(file) for file in files]
+    loaded = load_tokenizer(tokenizer)
+    encoder_of(records, loaded)
+    if tokenizer != BYTES:
+        tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
+    return Recipe(files, contents, field, document, library, tokenizer, loaded, records, side)
+
+
 def prepare(
     *,
     source: str | list[str],
@@ -302,15 +323,10 @@ def prepare(
     for file in files:
         document_of(file, document)
     check_field(files, field, source)
-    contents = [library.examine(file) for file in files]
-    loaded = load_tokenizer(tokenizer)
-    encoder_of(records, loaded)
+    recipe = _recipe(library, files, field, document, tokenizer, records, side)
+    key = _key(recipe)
     # Tasks may run in another working directory, so what they are given must not depend on it.
     directory = default_cache() if cache is None else Path(cache).expanduser().absolute()
-    if tokenizer != BYTES:
-        tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
-    recipe = Recipe(files, contents, field, document, library, tokenizer, loaded, records, side)
-    key = _key(files, [content.fingerprint for content in contents], field, document, loaded, records, side)
     target = directory / f"tokens-{key}"
     copies = [join(mirror, target.name) for mirror in library.mirrors]
     described = described_source(source)
@@ -323,12 +339,7 @@ def prepare(
         return store if store.manifest.key == key else None
 
     store = open_store() or _build(target, key, recipe, open_store, run_tasks or _run_here)
-    if side is not None and not store.num_tokens:
-        what = "held out" if side.is_held_out else "left to train on"
-        raise DataError(
-            f"evaluation.share: {side.share:g} of {described} leaves nothing {what}: it has too few documents; give "
-            "more, or name what to evaluate on (evaluation.data)"
-        )
+    _refuse_an_empty_side(store, side, described)
     _compare(store, expect, described, target)
     return store
 
@@ -348,27 +359,20 @@ def _run_here(function: Callable[..., T], arguments: list[tuple[Any, ...]]) -> l
     return [function(*one) for one in arguments]
 
 
-def _key(
-    files: Sequence[SourceFile],
-    fingerprints: Sequence[str],
-    field: str | None,
-    document: str | None,
-    tokenizer: Tokenizer,
-    records: RecordSpec | None,
-    side: Side | None,
-) -> str:
+def _key(recipe: Recipe) -> str:
     """32 hex digits over everything that decides a store's content, and no path of this machine."""
     digest = xxhash.xxh3_128()
+    tokenizer, records, side = recipe.loaded, recipe.records, recipe.side
     parts: list[object] = [FORMAT_VERSION, tokenizer.identity]
     if records is not None:
         # A template is no part of what identifies a tokenizer, as texts do without it.
         parts += [f"records: {records!r}", records.chat_template or getattr(tokenizer, "chat_template", "")]
     if side is not None:
         parts.append(f"side: {side!r}")
-    for file, content in zip(files, fingerprints, strict=True):
-        parts += [file.name, file.size_bytes, file.format, content]
-        parts.append("" if file.format == "text" else field or DEFAULT_FIELD)
-        if (kind := document_of(file, document)) != DOCUMENTS[file.format][0]:
+    for file, content in zip(recipe.files, recipe.contents, strict=True):
+        parts += [file.name, file.size_bytes, file.format, content.fingerprint]
+        parts.append("" if file.format == "text" else recipe.field or DEFAULT_FIELD)
+        if (kind := document_of(file, recipe.document)) != DOCUMENTS[file.format][0]:
             parts.append(f"document: {kind}")
     for part in parts:
         encoded = str(part).encode("utf-8", "surrogateescape")  # file names may be any bytes

@@ -31,10 +31,15 @@ def peft_config(adapter: Adapter, *, targets: list[str] | str | None, saved: lis
     except ImportError:
         raise refused("needs the package peft (pip install 'peft>=0.21,<0.22')", "adapter") from None
     return LoraConfig(
-        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=targets,
+        r=adapter.r, lora_alpha=_whole(adapter.alpha), lora_dropout=adapter.dropout, target_modules=targets,
         use_dora=adapter.name == "dora", use_rslora=adapter.name == "rslora", bias="none",
         modules_to_save=saved or None,
     )  # fmt: skip
+
+
+def _whole(value: float) -> Any:
+    """As an integer, which is what peft's files have, where it is one."""
+    return int(value) if value == int(value) else value
 
 
 def add_adapter(model: nn.Module, adapter: Adapter, also: Iterable[str] = ()) -> None:
@@ -119,7 +124,8 @@ class AdaptedValues:
         if "lora_magnitude_vector" in name:
             # The norms of rows of the frozen matrix (Liu et al. 2024, DoRA, section 4).
             weight = self._base.read(f"{name.split('.lora_magnitude_vector')[0]}.weight")
-            return torch.linalg.norm(weight.float(), dim=1).reshape(shape)
+            norms: torch.Tensor = torch.linalg.norm(weight.float(), dim=1).reshape(shape)
+            return norms
         values = torch.zeros(shape)
         is_random = ".lora_A." in name or ".lora_embedding_B." in name
         if is_random:

@@ -229,8 +229,10 @@ def _from_config(job: Job, config: Any) -> nn.Module:
         ) from error
     objective = objective_of(job)
     if objective.gives_hidden_states:
-        return give_hidden_states(model)
-    return model if objective.num_outputs is None else give_every_position(model)
+        model = give_hidden_states(model)
+    elif objective.num_outputs is not None:
+        model = give_every_position(model)
+    return model
 
 
 def _with_outputs(job: Job, config: Any) -> Any:

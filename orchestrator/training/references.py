@@ -86,7 +86,8 @@ class References:
             return np.zeros(len(ids) * each, dtype=np.float32)
         places = ids if among is None else among.places_of(ids)
         numbers = (places[:, None] * each + np.arange(each)).reshape(-1)
-        return self._table[first + numbers]
+        found: NDArray[np.float32] = self._table[first + numbers]
+        return found
 
     # ------------------------------------------------------------------------------------ having it
 

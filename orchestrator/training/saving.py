@@ -33,7 +33,8 @@ MAX_STEPS_KEPT = 10_000
 
 
 class Saver:
-    """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own.
+    """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own. More than 15
+    attributes: what two threads know of what is under way.
 
     `position` says where in its data's epochs a run is after this many samples, `send` tells the controller, and
     `reports` has the last steps that this worker took part in.

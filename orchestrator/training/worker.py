@@ -26,19 +26,17 @@ from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.data import Dataset, step_hash
 from orchestrator.data.held_out import HeldOut
-from orchestrator.evaluation.judge import EvaluationRules
-from orchestrator.evaluation.report import report_of
 from orchestrator.job import Job
 from orchestrator.job.parts import update_rule_of
 from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
+from orchestrator.training.evaluator import Evaluator
 from orchestrator.training.fault_injector import FaultInjector
 from orchestrator.training.fingerprint import fingerprint
 from orchestrator.training.gpu_watch import GpuWatch, gpu_of
 from orchestrator.training.leaving import cause_of, release_memory
 from orchestrator.training.messages import (
-    EvaluationReport,
     Finalized,
     Generation,
     GpuAction,
@@ -62,7 +60,6 @@ from orchestrator.training.orders import (
     StartGeneration,
 )
 from orchestrator.training.peak import peak_flops
-from orchestrator.training.references import References
 from orchestrator.training.reporting import Reporter, Rhythm, resident_bytes
 from orchestrator.training.saving import Saver
 from orchestrator.training.state_keeper import StateKeeper
@@ -76,7 +73,6 @@ from strategies.layout.statemap import Spans, share_out
 from strategies.state.initial import initial_digest
 from strategies.state.training_state import state_digest
 from strategies.update.engine import StepEngine, StepRecord
-from strategies.update.evaluation import Evaluation
 from strategies.update.timing import rounded
 from strategies.update.vote import Agreement
 from strategies.update.warm_up import calibrate, warm_up
@@ -122,8 +118,7 @@ class Worker:
         self.job = job
         self.run = run
         self.host = host
-        self._on_shutdown = on_shutdown
-        self._on_broken = on_broken
+        self._on_shutdown, self._on_broken = on_shutdown, on_broken
         self._secret = secret
         self._catalog = catalog
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
@@ -132,12 +127,8 @@ class Worker:
         """For the protocol, and which groups belong to its generation."""
         self.fabric: Fabric | None = None
         self._shares: list[Spans] | None = None
-        self._held_up_s = self._evaluated_s = 0.0
-        """For how long the last step boundary was held up: to save or to see that there is nothing to save, and to
-        evaluate."""
-        self._rules = EvaluationRules.of(job)
-        self._held_out = held_out
-        self._evaluation: Evaluation | None = None
+        self._held_up_s = 0.0
+        """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
         self._saved_at = -1
         """The step of the last state of this generation that was saved."""
         self._spoken = 0
@@ -159,11 +150,11 @@ class Worker:
         self.gpu.start()
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
-        self._build(dataset, device)
+        self._build(dataset, held_out, device)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
 
-    def _build(self, dataset: Dataset, device: torch.device) -> None:
+    def _build(self, dataset: Dataset, held_out: HeldOut | None, device: torch.device) -> None:
         """Model, state, and what works with them; then a first pass."""
         job = self.job
         self.state = build.build_state(job, dataset.vocab_size, device)
@@ -174,12 +165,7 @@ class Worker:
         )
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase, update_rule_of(job))
         self._keeper = StateKeeper(self.state, self.engine, self._catalog, job.elastic.state_copies)
-        self._references = References.of(job, dataset, self._held_out, self.engine.spec, self._catalog.storage)
-        if self._references is not None:
-            self.engine.loads.source = self._references.joined_to(self._fetch)
-        if self._held_out is not None:
-            samples = self._held_out if self._references is None else self._references.held_out
-            self._evaluation = Evaluation(samples, self.engine.spec)
+        self._evaluator = Evaluator(job, dataset, held_out, self.engine, self._catalog.storage)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
         self._probe = warm_up(self.engine, keep=job.strategy.keeps_model_whole)
@@ -348,15 +334,14 @@ class Worker:
             return "complete"
         moved = self._keeper.bring(generation, rank, fabric, on_restore=lambda: self._enter("restore"))
         self.engine.bind(fabric, generation.layout, generation.number)
-        self._shares, self._held_up_s, self._evaluated_s, self._saved_at = None, 0.0, 0.0, -1
+        self._shares, self._held_up_s, self._saved_at = None, 0.0, -1
         self.protocol.is_joined = True
         self._reporter.send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         log.info(
             "joined generation %d of %d ranks (%s) with the state of %d steps, %.1f MB of it received",
             generation.number, len(generation.members), generation.cause, self.committed, moved.received_bytes / 1e6,
         )  # fmt: skip
-        if self._references is not None:
-            self._references.bring(self.engine, fabric, self.committed)
+        self._evaluator.prepare(fabric, self.committed)
         while True:
             self._evaluate_if_due(generation, rank)
             if self.protocol.judged.stops or self.committed >= self.job.train.steps:
@@ -373,19 +358,10 @@ class Worker:
     def _evaluate_if_due(self, generation: Generation, rank: int) -> None:
         """Evaluates the weights that there are, unless that was done. All ranks find alike what it comes to. Raises
         PeerLost."""
-        rules, protocol = self._rules, self.protocol
-        if rules is None or self.committed <= protocol.judged.step or not rules.is_due(self.committed):
+        rules, protocol = self._evaluator.rules, self.protocol
+        report = self._evaluator.evaluate(self.committed, generation.number, protocol.judged)
+        if report is None or rules is None:
             return
-        started = time.perf_counter()
-        assert self._held_out is not None
-        assert self._evaluation is not None
-        metrics = report_of(self.job, self.engine.evaluate(self.committed, self._evaluation))
-        seconds = time.perf_counter() - started
-        self._held_up_s += seconds
-        self._evaluated_s += seconds
-        report = EvaluationReport(
-            self.committed, generation.number, metrics, self._held_out.num_samples, round(seconds, 4)
-        )
         judged = protocol.evaluated(report, rules)
         self._saver.best_step = judged.best_step if rules.keeps_best else -1
         if rules.keeps_best and judged.is_best:
@@ -400,6 +376,7 @@ class Worker:
         self._save_now(generation, rank)
 
     def _note(self, record: StepRecord, rank: int) -> None:
+        evaluated_s = self._evaluator.take_seconds()
         self.protocol.reports.append(
             StepReport(
                 step=record.step,
@@ -414,13 +391,12 @@ class Worker:
                 committed_at=record.committed_at,
                 seconds=record.seconds,
                 phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()}
-                | {"save": round(self._held_up_s - self._evaluated_s, 5)}
-                | ({"evaluate": round(self._evaluated_s, 5)} if self._evaluated_s else {}),
+                | {"save": round(self._held_up_s, 5)}
+                | ({"evaluate": round(evaluated_s, 5)} if evaluated_s else {}),
                 ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
             )
         )
-        self._evaluated_s = 0.0
 
     def _enter(self, phase: str) -> None:
         self._phase = phase
@@ -524,10 +500,7 @@ class Worker:
             lateness_s=round(self._lateness.recent_s(), 3),
             gpu=self.gpu.reading,
             trouble=self._gpu_trouble,
-            moves=self._keeper.moves
-            + (0 if (fabric := self.fabric) is None else fabric.moves)
-            + (0 if self._evaluation is None else self._evaluation.moves)
-            + (0 if self._references is None else self._references.moves),
+            moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves) + self._evaluator.moves,
             evaluations=self.protocol.untold(),
         )
 

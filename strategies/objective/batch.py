@@ -26,6 +26,8 @@ class Batch:
     targets, step_padding: of the whole step, the targets that count and the positions computed without one;
     num_targets, num_padding: of this batch; step_samples: how many samples the whole step has. cost: predicted, in
     units of an average virtual worker of the job. Samples of several `sequences` have as many rows, one after another.
+
+    More than 15 attributes: whatever an objective computes with is here, so that none has to read data itself.
     """
 
     tokens: NDArray[np.int64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from strategies.objective.objective import Sums, TokenObjective
 from strategies.objective.rows import IGNORED, Rows
@@ -38,7 +38,7 @@ class CausalLm(TokenObjective):
     name = "causal-lm"
     loss_unit = "nats per token"
     model_class = "AutoModelForCausalLM"
-    Settings: type = CausalLmSettings
+    Settings: ClassVar[type] = CausalLmSettings
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)

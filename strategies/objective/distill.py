@@ -87,7 +87,8 @@ class Distill(CausalLm):
         each = divergence(student, teacher, settings.beta)
         if rows.counting is not None:
             each = each.masked_fill(~rows.counting.flatten(), 0.0)
-        return settings.alpha * usual + (1 - settings.alpha) * each.sum()
+        found: torch.Tensor = settings.alpha * usual + (1 - settings.alpha) * each.sum()
+        return found
 
 
 DISTILL = Distill()

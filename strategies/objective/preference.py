@@ -111,15 +111,17 @@ class Dpo(Preference):
         """Of what chosen and rejected answers have gained, [pairs] each, the loss of each pair."""
         import torch.nn.functional as F
 
-        beta, smoothing = self.settings.beta, self.settings.label_smoothing
+        beta: float = self.settings.beta
+        smoothing: float = self.settings.label_smoothing
         delta = chosen - rejected
+        right, wrong = -F.logsigmoid(beta * delta), -F.logsigmoid(-beta * delta)
         match self.settings.loss:
             case "sigmoid":
-                return -F.logsigmoid(beta * delta) * (1 - smoothing) - F.logsigmoid(-beta * delta) * smoothing
+                return right * (1 - smoothing) + wrong * smoothing
             case "robust":
-                kept = -F.logsigmoid(beta * delta) * (1 - smoothing) + F.logsigmoid(-beta * delta) * smoothing
-                return kept / (1 - 2 * smoothing)
-        return (delta - 1 / (2 * beta)) ** 2
+                return (right * (1 - smoothing) - wrong * smoothing) / (1 - 2 * smoothing)
+        found: torch.Tensor = (delta - 1 / (2 * beta)) ** 2
+        return found
 
     def loss(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
         """See `Objective`."""
@@ -256,7 +258,9 @@ class Reward(Preference):
         """Of the rewards [pairs] of answers."""
         import torch.nn.functional as F
 
-        return -F.logsigmoid(chosen - rejected) + self.settings.center * (chosen + rejected) ** 2
+        center: float = self.settings.center
+        found: torch.Tensor = -F.logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2
+        return found
 
     def loss(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
         """See `Objective`."""

@@ -43,7 +43,7 @@ def parts_of(
 
     Without either there are two at most: what is weight-decayed, and the rest.
     """
-    if not groups and not wholes:
+    if not slots or not (groups or wholes):
         found = [Part(0, flat.boundary, 1.0, weight_decay), Part(flat.boundary, flat.size, 1.0, 0.0)]
         return [part for part in found if part.start < part.stop]
     last = max((slot.block for slot in slots), default=0)

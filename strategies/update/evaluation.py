@@ -210,7 +210,8 @@ def reference(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows
 
 def _whole(logits: torch.Tensor) -> torch.Tensor:
     """Where tensor parallelism has split logits over classes, all of them."""
-    found: torch.Tensor = logits.full_tensor() if hasattr(logits, "placements") else logits
+    split: Any = logits
+    found: torch.Tensor = split.full_tensor() if hasattr(logits, "placements") else logits
     return found
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.data.of_job import dataset_of, held_out_of, open_stores, prepare_held_out, prepare_stores
-from orchestrator.evaluation.report import report_of
+from orchestrator.evaluation.judge import NOT_YET
 from orchestrator.job import Job
 from orchestrator.job.parts import update_rule_of
 from orchestrator.storage import open_storage
 from orchestrator.training import build
-from orchestrator.training.references import References
+from orchestrator.training.evaluator import Evaluator
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain
 from strategies.layout.statemap import whole
 from strategies.update.engine import StepEngine
-from strategies.update.evaluation import Evaluation
 from tests.ranks.laid_out import CPU, Trained, as_numbers, barrier, layout_of
 from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint
 from tests.records_in_tests import CHATML, chats, completions, labelled, liked, preferences, scored, together, write
@@ -72,7 +71,7 @@ def job_of(name: str, directory: Path, layout: ParallelLayout | None = None, **s
     return Job.model_validate(base)
 
 
-def engine_of(job: Job, storage: Path) -> tuple[StepEngine, References | None, Evaluation | None]:
+def engine_of(job: Job, storage: Path) -> tuple[StepEngine, Evaluator]:
     """A worker's."""
     stores = [(store.directory, store.digest, ()) for store in prepare_stores(job, verify=False)]
     held = [(store.directory, store.digest, ()) for store in prepare_held_out(job, verify=False)]
@@ -81,11 +80,7 @@ def engine_of(job: Job, storage: Path) -> tuple[StepEngine, References | None, E
     state = build.build_state(job, dataset.vocab_size, CPU)
     engine = StepEngine(state, build.step_spec(job), dataset.batch, rule=update_rule_of(job))
     catalog = Catalog(open_storage(str(storage)), "test")
-    references = References.of(job, dataset, held_out, engine.spec, catalog.storage)
-    if references is not None:
-        engine.loads.source = references.joined_to(dataset.batch)
-    samples = held_out if references is None or held_out is None else references.held_out
-    return engine, references, None if samples is None else Evaluation(samples, engine.spec)
+    return engine, Evaluator(job, dataset, held_out, engine, catalog.storage)
 
 
 def tune(
@@ -97,7 +92,7 @@ def tune(
         if rank >= layout.world_size:
             found.append(None)
             continue
-        engine, references, evaluation = engine_of(job, directory / f"storage{number}")
+        engine, evaluator = engine_of(job, directory / f"storage{number}")
         fabric = Fabric(rank=rank, layout=layout, device=CPU)
         seen, metrics = Trained(), []
         try:
@@ -106,21 +101,23 @@ def tune(
             nodes = [Domain("", str(each)) for each in range(layout.world_size)]
             engine.state.adopt_layout(layout, fabric, held, nodes, 2, 0, lambda fabric=fabric: barrier(fabric))
             engine.bind(fabric, layout, 0)
-            if references is not None:
-                references.bring(engine, fabric, 0)
+            evaluator.prepare(fabric, 0)
             for step in range(steps):
-                if evaluation is not None:
-                    metrics.append(report_of(job, engine.evaluate(step, evaluation)))
+                metrics += _evaluated(evaluator, step)
                 record, _ = engine.run(step)
                 seen.losses.append(record.loss)
                 seen.norms.append(record.grad_norm)
+            metrics += _evaluated(evaluator, steps)
             finish(engine, fabric, layout, seen)
-            if evaluation is not None:
-                metrics.append(report_of(job, engine.evaluate(steps, evaluation)))
         finally:
             fabric.drop()
         found.append((*as_numbers(seen), metrics))
     return found
+
+
+def _evaluated(evaluator: Evaluator, step: int) -> list[dict[str, Any]]:
+    report = evaluator.evaluate(step, 0, NOT_YET)
+    return [] if report is None else [report.metrics]
 
 
 def finish(engine: StepEngine, fabric: Fabric, layout: ParallelLayout, seen: Trained) -> None:

@@ -35,7 +35,9 @@ class MixEntry(Section):
 
 
 class Data(Section):
-    """What is read, and how it becomes samples of `sequence_length` tokens: exactly one of `source` and `mix`."""
+    """What is read, and how it becomes samples of `sequence_length` tokens: exactly one of `source` and `mix`.
+
+    More than 15 attributes: each is a question that data of some kind raises, and people look for all of them here."""
 
     source: Annotated[Source | None, NUMBERS] = None
     """Relative paths start at the current working directory."""

@@ -101,7 +101,9 @@ class Ema(Section):
 
 
 class Train(Section):
-    """Exactly one of `steps` and `epochs`."""
+    """Exactly one of `steps` and `epochs`.
+
+    More than 15 attributes: what decides a step is all looked for here."""
 
     steps: Annotated[CountInt, NUMBERS] = 0
     epochs: Annotated[PositiveFloat | None, NUMBERS_LATER] = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from monitoring.outside import parse
 from orchestrator.checkpoint.of_run import catalog_of, job_of, secret_of
 from orchestrator.checkpoint.weights import weights_of
 from orchestrator.data import load_tokenizer
@@ -15,6 +16,7 @@ from orchestrator.job import Job
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.weights import WeightSource
 from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.training.build import make_deterministic, step_spec
 
 _LONGEST = 1024
 """Tokens of a row, where neither the model nor the user says fewer."""
@@ -37,9 +39,7 @@ def evaluate_run(directory: RunDirectory, step: int | None, changes: Mapping[str
 def evaluate_model(path: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Of a model in a directory, as a language model of its own tokenizer's, unless `changes` say otherwise. Raises
     ModelError, DataError, JobError."""
-    import json
-
-    config = json.loads((path / "config.json").read_text("utf-8"))
+    config = parse((path / "config.json").read_text("utf-8"))
     most = config.get("max_position_embeddings") or config.get("n_positions") or _LONGEST
     job = Job.model_validate(
         _merged(
@@ -70,7 +70,6 @@ def _merged(given: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
     import torch
 
-    from orchestrator.training.build import make_deterministic, step_spec
     from strategies.model.anatomy import find_layers
     from strategies.model.head import find_body
     from strategies.update.evaluation import evaluate_alone
