@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from monitoring.events import Evaluated, RolledBack
+from monitoring.evaluations import Evaluations
 from monitoring.records import read_records
 from orchestrator.checkpoint.of_run import job_of
 from orchestrator.evaluation.judge import NOT_YET, EvaluationRules, Judgement, judge
@@ -14,13 +14,7 @@ from orchestrator.rundir import RunDirectory
 
 def evaluations_in(events: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """The metrics of each that stands, by the number of steps that its weights had seen."""
-    found: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["kind"] == Evaluated.kind:
-            found[event["step"]] = dict(event["metrics"])
-        elif event["kind"] == RolledBack.kind:
-            found = {step: metrics for step, metrics in found.items() if step <= event["committed"]}
-    return dict(sorted(found.items()))
+    return {event["step"]: dict(event["metrics"]) for event in Evaluations(events).standing}
 
 
 def judged(evaluations: Mapping[int, Mapping[str, Any]], rules: EvaluationRules | None) -> Judgement:

@@ -205,10 +205,26 @@ def fault_kind(get: Get, fault: str) -> list[Finding]:
 
 def _fault_step(get: Get, fault: str) -> list[Finding]:
     step, steps = get(f"{fault}step"), get("train.steps")
+    if get(f"{fault}phase") in ("evaluate", "tally"):
+        return _fault_evaluation(get, fault, step, steps)
     if step < steps or not steps:
         return []
     reason = f"the fault's step = {step} never comes: train.steps = {steps}, so the last step is {steps - 1}"
     return [Finding((f"{fault}step", "train.steps"), reason)]
+
+
+def _fault_evaluation(get: Get, fault: str, step: int, steps: int) -> list[Finding]:
+    phase = get(f"{fault}phase")
+    if get("evaluation") is None:
+        reason = f"is {phase}, which is a part of evaluations, and the job makes none: give it an evaluation section"
+        return [Finding((f"{fault}phase",), reason)]
+    every, at_start = get("evaluation.every_steps"), get("evaluation.at_start")
+    if (at_start if step == 0 else step == steps or (step % every == 0 and step < steps)) or not steps:
+        return []
+    reason = (
+        f"the weights after {step} steps are not evaluated: evaluation.every_steps = {every}, train.steps = {steps}"
+    )
+    return [Finding((f"{fault}step", "evaluation.every_steps"), reason)]
 
 
 def _accelerators(get: Get) -> Iterator[Finding]:

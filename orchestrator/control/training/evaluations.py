@@ -33,6 +33,10 @@ class Evaluations:
         """After which step the run is to end early; None: it is not."""
         return self.judged.step if self.judged.stops else None
 
+    def lacks(self, committed: int) -> bool:
+        """Whether the weights after so many steps are to be evaluated, and no evaluation of them is on record."""
+        return self._rules is not None and self._rules.is_due(committed) and self.judged.step < committed
+
     def take(self, report: EvaluationReport, committed: int) -> list[Evaluated]:
         """One more, of a state that is on record; nothing happens for one that is known."""
         if self._rules is None or not self.judged.step < report.step <= committed:

@@ -359,7 +359,7 @@ class Lifecycle:
         run.out += state.refuse_unrecorded(run.roster.idle(), progress.committed)
         self._end_raisers(lefts)
         final = state.final_state(run.roster.idle(), progress, run.last_step, stopping=run.stop is not None)
-        if final is not None:
+        if final is not None and (run.stop is not None or not run.record.evaluations.lacks(final.committed)):
             self._finalize(final, lefts, now)
             return
         if run.stop is not None:
