@@ -14,7 +14,7 @@ from monitoring.sinks.feeder import check_sinks
 from orchestrator.checkpoint.of_run import job_of
 from orchestrator.data.of_job import with_steps
 from orchestrator.job import Job
-from orchestrator.job.kinds import sink_named
+from orchestrator.job.kinds import hooks_from, sink_named
 from orchestrator.models.content import with_content
 from orchestrator.models.validation import look_at_model
 from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
@@ -74,6 +74,8 @@ def run(
     if previous is not None:
         return _result(previous, directory)
     check_sinks(job.monitoring.model_dump(), sink_named)
+    if job.hooks is not None:
+        hooks_from(job.hooks)
     look_at_model(job)
     job = with_content(job)
 

@@ -79,13 +79,21 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Happened:
+    """An event as it is on record, for sinks that want those of its kind."""
+
+    at: float
+    record: Json
+
+
+@dataclass(frozen=True)
 class Redone:
     """Steps from `step` on do not count any more: they are done again."""
 
     step: int
 
 
-Item = Scalars | Note | Redone
+Item = Scalars | Note | Happened | Redone
 
 
 @dataclass
@@ -109,10 +117,12 @@ class Position:
 
 @dataclass
 class Stream:
-    """Gives what is new in a run directory since last asked, beginning at `position`."""
+    """Gives what is new in a run directory since last asked, beginning at `position`; events of the kinds in `wants`
+    whole, too."""
 
     run_dir: Path
     position: Position = field(default_factory=Position)
+    wants: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._events = Tail(self.run_dir / "events.jsonl")
@@ -139,6 +149,8 @@ class Stream:
                 self._to_skip -= 1
                 continue
             self.position.events += 1
+            if event["kind"] in self.wants:
+                yield Happened(event["time"], event)
             if event["kind"] == Evaluated.kind:
                 numbers = {f"evaluation/{name}": value for name, value in numbers_in(event["metrics"]).items()}
                 yield Scalars(int(event["step"]), event["time"], numbers, of_evaluation=True)

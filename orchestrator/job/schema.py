@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from monitoring.outside import without_secrets
 from orchestrator.job import checks
-from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, Name, Section
+from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, FactoryPath, Name, Section
 from orchestrator.job.load import load_file, load_text, mistakes_in
 from orchestrator.job.rules import ACROSS_FIELDS
 from orchestrator.job.sections.adapter import Adapter
@@ -51,6 +51,8 @@ class Job(Section):
     resources: Annotated[Resources, NUMBERS] = Field(default_factory=Resources)
     checkpoint: Annotated[Checkpoint, CIRCUMSTANCES] = Field(default_factory=Checkpoint)
     monitoring: Annotated[Monitoring, CIRCUMSTANCES] = Field(default_factory=Monitoring)
+    hooks: Annotated[FactoryPath | None, CIRCUMSTANCES] = None
+    """`package.module:Class` of `monitoring.sinks.hooks.Hooks`, told of what happens."""
     faults: Annotated[list[Fault], CIRCUMSTANCES] = Field(default_factory=list)
 
     @model_validator(mode="after")

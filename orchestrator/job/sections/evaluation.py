@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.job.fields import (
-    CIRCUMSTANCES,
     NUMBERS,
     CountFloat,
     PositiveInt,
@@ -20,11 +19,11 @@ from orchestrator.job.sections.data import Format, Source
 class EvaluationData(Section):
     """What is read; the rest (tokenizer, lengths, packing) is as in `data`, and so is what is not given here."""
 
-    source: Annotated[Source, CIRCUMSTANCES]
-    format: Annotated[Format | None, CIRCUMSTANCES] = None
-    field: Annotated[Text | None, CIRCUMSTANCES] = None
-    include: Annotated[list[Text] | None, CIRCUMSTANCES] = None
-    fields: Annotated[dict[str, Text] | None, CIRCUMSTANCES] = None
+    source: Annotated[Source, NUMBERS]
+    format: Annotated[Format | None, NUMBERS] = None
+    field: Annotated[Text | None, NUMBERS] = None
+    include: Annotated[list[Text] | None, NUMBERS] = None
+    fields: Annotated[dict[str, Text] | None, NUMBERS] = None
 
 
 class Best(Section):
@@ -49,12 +48,12 @@ class Evaluation(Section):
     share: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NUMBERS] = None
     """Of the documents or records of `data`, which are then not trained on: told by a digest of what is in them, so
     that one never changes sides."""
-    data: Annotated[EvaluationData | None, CIRCUMSTANCES] = None
+    data: Annotated[EvaluationData | None, NUMBERS] = None
     every_steps: Annotated[PositiveInt, NUMBERS] = 50
     """Also after the last."""
-    at_start: Annotated[bool, CIRCUMSTANCES] = False
+    at_start: Annotated[bool, NUMBERS] = False
     """Also before the first."""
-    samples: Annotated[PositiveInt | None, CIRCUMSTANCES] = None
+    samples: Annotated[PositiveInt | None, NUMBERS] = None
     """No more than this many, always the same. None: all."""
     best: Annotated[Best | None, NUMBERS] = None
     early_stop: Annotated[EarlyStop | None, NUMBERS] = None

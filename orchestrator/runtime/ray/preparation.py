@@ -90,9 +90,9 @@ def controller_spec(
     dataset, held_out = _prepare(job, environment, on_note)
     if dataset.padding:
         on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
-    _same_data(directory, dataset)
+    _same_data(directory, dataset, held_out)
     data = dataset.describe(directory.path, directory.forked_at)
-    directory.write_json("environment.json", _environment(job, data, dataset))
+    directory.write_json("environment.json", _environment(job, data, dataset, held_out))
     return {
         "secret": secret,
         # Told to the run's own processes only, over Ray's connections, and written down nowhere.
@@ -175,8 +175,8 @@ def _run_on_ray(
     return [results[index] for index in range(len(arguments))]
 
 
-def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
-    """Refuses to go on with other data than a run has begun with."""
+def _same_data(directory: RunDirectory, dataset: Dataset, held_out: Sequence[TokenStore]) -> None:
+    """Refuses to go on with other data than a run has begun with, or has been evaluated on."""
     known = directory.read_json("environment.json")
     if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
         return
@@ -190,9 +190,14 @@ def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
             f"{dataset.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
             "restore it, or choose another --run-dir"
         )
+    if known.get("held_out", []) != [store.digest for store in held_out]:
+        raise RunDirectoryError(
+            f"{directory.path} was begun with other data to evaluate on: what evaluation.share or evaluation.data "
+            "names has changed since; restore it, or choose another --run-dir"
+        )
 
 
-def _environment(job: Job, data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _environment(job: Job, data: dict[str, Any], dataset: Dataset, held_out: Sequence[TokenStore]) -> dict[str, Any]:
     packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
     versions = {}
     for name in packages:
@@ -213,6 +218,7 @@ def _environment(job: Job, data: dict[str, Any], dataset: Dataset) -> dict[str, 
             "padding": round(dataset.padding, 6),
             "parts": [{"location": store.location, "digest": store.digest} for store in dataset.stores],
         },
+        "held_out": [store.digest for store in held_out],
     }
 
 
