@@ -21,6 +21,7 @@ from monitoring.terminal.lines import (
     checkpoint_lines,
     counts_text,
     describe_state,
+    evaluation_lines,
     goodput_lines,
     layout_text,
     open_incident_lines,
@@ -36,7 +37,7 @@ class _Terminal(Console):
         raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 
-ROWS_BELOW = 14
+ROWS_BELOW = 15
 """Rows of the panel that are not workers."""
 
 
@@ -156,7 +157,7 @@ class Display:
             rows += [("", line) for line in lines[:room]]
             if len(lines) > room:
                 rows.append(("", f"and {len(lines) - room} lines more; `orchestrator status` shows them"))
-        rows += goodput_lines(facts) + checkpoint_lines(facts, now)
+        rows += evaluation_lines(facts) + goodput_lines(facts) + checkpoint_lines(facts, now)
         rows += open_incident_lines(facts, now) or [("incidents", f"none open, {facts.num_incidents} so far")]
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)

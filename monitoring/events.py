@@ -490,6 +490,20 @@ class RolledBack(RunEvent):
     lost: Annotated[list[dict[str, Any]], many(_LOST)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(RunEvent):
+    """The weights after `step` steps were evaluated on `samples` samples, which took `seconds`; `best` says whether
+    they are the best so far."""
+
+    kind = "evaluation"
+    step: Needed[Count]
+    generation: Needed[Whole]
+    metrics: Needed[Thing]
+    samples: Count
+    seconds: Seconds
+    best: Flag
+
+
 # ---------------------------------------------------------------------------------------- checkpoints
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from monitoring.evaluations import as_text, describe_evaluation
 from monitoring.events import (
     CheckpointComplete,
     CheckpointDelayed,
@@ -14,6 +15,7 @@ from monitoring.events import (
     CheckpointInvalid,
     ControllerRestarted,
     DrainNoticed,
+    Evaluated,
     Evicted,
     EvictionWithdrawn,
     GaveWay,
@@ -214,6 +216,7 @@ _TOLD: dict[str, Callable[[dict[str, Any]], str]] = {
     Evicted.kind: _eviction,
     EvictionWithdrawn.kind: _eviction_withdrawn,
     ControllerRestarted.kind: _controller_restarted,
+    Evaluated.kind: describe_evaluation,
     DrainNoticed.kind: lambda event: f"worker {event['worker']} must leave: {event['reason']}",
     Shortage.kind: _shortage,
     ShortageOver.kind: lambda event: "no worker waits for room any more",
@@ -265,6 +268,12 @@ def summary(result: dict[str, Any], run_dir: str) -> list[str]:
         lines.append(f"{event['kind']:<11}{where}: {describe_recovery(event)}")
     for index in result.get("faults_not_fired", []):
         lines.append(f"{'note':<11}fault {index} of the job never happened: its worker was not there at that step")
+    for which, found in result.get("evaluation", {}).items():
+        step = found["step"]
+        if which == "last" or step != result["evaluation"]["last"]["step"]:
+            rest = {name: value for name, value in found.items() if name != "step"}
+            best = "the best, " if which == "best" else ""
+            lines.append(f"{'evaluation':<11}{best}after {step} steps: {as_text(rest)}")
     if result.get("state_digest"):
         lines.append(f"{'weights':<11}{result['state_digest']}")
     if result.get("data_digest"):

@@ -33,7 +33,7 @@ from monitoring.stretches import uncovered
 REASONS = (
     "initialisation", "training_preparation", "data_loading", "checkpoint_save", "checkpoint_restore", "wasted_steps",
     "detection", "recovery", "resize", "waiting_for_resources", "straggler_wait", "rebalance", "interrupted",
-    "finalisation", "other",
+    "evaluation", "finalisation", "other",
 )  # fmt: skip
 """Why time was not spent training."""
 

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 from prometheus_client.exposition import generate_latest
 
 from monitoring.clock import when
+from monitoring.evaluations import SHOWN
 from monitoring.events import (
     CheckpointComplete,
     CheckpointDelayed,
@@ -24,6 +25,7 @@ from monitoring.events import (
     CheckpointInvalid,
     ControllerBegan,
     ControllerRestarted,
+    Evaluated,
     Evicted,
     GenerationFormed,
     GenerationRunning,
@@ -46,12 +48,12 @@ from monitoring.stretches import as_done
 
 _BUCKETS = {
     "orchestrator_step_duration_seconds": (
-        0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+        0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
     ),
     "orchestrator_detection_seconds": (0.1, 0.5, 1.0, 5.0, 15.0, 60.0),
     "orchestrator_recovery_seconds": (0.25, 1.0, 3.0, 10.0, 60.0, 300.0),
-    "orchestrator_resize_duration_seconds": (0.1, 0.5, 1.0, 5.0, 30.0, 120.0),
-    "orchestrator_checkpoint_duration_seconds": (0.01, 0.1, 1.0, 10.0, 60.0, 300.0),
+    "orchestrator_resize_duration_seconds": (0.1, 0.5, 1.0, 5.0, 30.0),
+    "orchestrator_checkpoint_duration_seconds": (0.01, 0.1, 1.0, 10.0, 60.0),
 }  # fmt: skip
 """Few, as a run is to have at most 200 series beside those of its ranks."""
 
@@ -204,6 +206,8 @@ class RunMetrics:
                 self._one("skew_findings", finding=event["finding"]).dec()
             case ControllerRestarted.kind:
                 self._one("controller_restarts_total").inc()
+            case Evaluated.kind:
+                self._on_evaluation(event)
             case CheckpointComplete.kind | CheckpointFailed.kind | CheckpointDelayed.kind | CheckpointInvalid.kind:
                 self._on_checkpoint(event)
 
@@ -266,6 +270,14 @@ class RunMetrics:
                 self._one("checkpoints_delayed_total").inc()
             case CheckpointInvalid.kind:
                 self._one("checkpoint_verify_failures_total").inc()
+
+    def _on_evaluation(self, event: Mapping[str, Any]) -> None:
+        single = [(name, value) for name, value in event["metrics"].items() if not isinstance(value, dict | list)]
+        for name, value in single[:SHOWN]:
+            self._one("evaluation_metric", metric=name).set(_number(value))
+        self._one("evaluation_step").set(event["step"])
+        if event.get("best"):
+            self._one("evaluation_best_step").set(event["step"])
 
     # ------------------------------------------------------------------------------------ how things are
 

@@ -97,6 +97,11 @@ RUN_SERIES: tuple[Series, ...] = (
     _gauge("grad_norm", "", "Gradient norm of the newest committed step before clipping; NaN when it was not finite."),
     _gauge("learning_rate", "", "Learning rate of the newest committed step."),
     _counter("nonfinite", "steps", "Steps whose update was skipped because the gradient was not finite."),
+    # What evaluations gave.
+    _gauge("evaluation_metric", "", "What the newest evaluation gave, the first six metrics; NaN if not finite.",
+           "metric"),
+    _gauge("evaluation_step", "steps", "Steps that the weights of the newest evaluation had seen."),
+    _gauge("evaluation_best_step", "steps", "Steps that the best weights so far had seen."),
     # Data, and who does how much work.
     _gauge("data_skew_ratio", "", "Largest by mean predicted cost of what ranks were dealt."),
     _gauge("token_skew_ratio", "", "Largest by mean tokens of what ranks were dealt."),

@@ -96,7 +96,9 @@ JOB = fields(
     elastic=fields({}, workers=fields({"min": count, "max": count})),
 )
 FORK = fields({"step": count, "url": text, "run": text})
-ENVIRONMENT = fields({}, data=thing, store=fields({"digest": text, "tokens": count}), packages=by_name(text))
+ENVIRONMENT = fields(
+    {}, data=thing, store=fields({"digest": text, "tokens": count}), held_out=many(text), packages=by_name(text)
+)
 
 LINES: Mapping[str, Check] = {"events.jsonl": event, "metrics.jsonl": STEP}
 """What each line must be, by the name of the file."""

@@ -12,7 +12,7 @@ from typing import Any
 from monitoring.clock import when
 from monitoring.events import RolledBack, RunStarted, StepsCommitted
 
-PARTS = ("productive", "data_loading", "straggler_wait", "checkpoint_save", "other")
+PARTS = ("productive", "data_loading", "straggler_wait", "checkpoint_save", "evaluation", "other")
 STRETCH_S = 10.0
 """How long a stretch may get, so that what a lost controller had not written down is little."""
 
@@ -78,6 +78,7 @@ class Stretches:
         for part, seconds in divide(record).items():
             stretch["seconds"][part] += seconds
         stretch["seconds"]["checkpoint_save"] += float(record["phase_seconds"].get("save", 0.0))
+        stretch["seconds"]["evaluation"] += float(record["phase_seconds"].get("evaluate", 0.0))
         stretch["last"], stretch["tokens"] = record["step"], stretch["tokens"] + int(record["tokens"])
         stretch["ended"] = max(committed_at, stretch["began"])
         self._next, self._generation, self._ended = record["step"] + 1, record["generation"], stretch["ended"]

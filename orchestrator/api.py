@@ -12,8 +12,9 @@ import yaml
 
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.checkpoint.of_run import job_of
+from orchestrator.data.of_job import with_steps
 from orchestrator.job import Job
-from orchestrator.job.kinds import sink_named
+from orchestrator.job.kinds import hooks_from, sink_named
 from orchestrator.models.content import with_content
 from orchestrator.models.validation import look_at_model
 from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
@@ -43,6 +44,8 @@ class RunResult:
     generations: list[dict[str, Any]] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     faults_not_fired: list[int] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    """The `last` and the `best` evaluation: step and metrics of each."""
     model: dict[str, Any] | None = None
     """Of a model's directory: which tensors are new, left out or untied; of any model: which are unused."""
 
@@ -66,10 +69,13 @@ def run(
     ClusterError or SinkProblem when the run cannot start; one that started and failed is a result with status "failed".
     """
     directory = RunDirectory(run_dir or runs_root() / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    job = with_steps(job)
     previous = _previous(job, directory)
     if previous is not None:
         return _result(previous, directory)
     check_sinks(job.monitoring.model_dump(), sink_named)
+    if job.hooks is not None:
+        hooks_from(job.hooks)
     look_at_model(job)
     job = with_content(job)
 

@@ -11,6 +11,7 @@ NO_PEAK = "The peak of the devices is unknown."
 NO_RESIZE = "The number of workers was not changed."
 NO_INCIDENT = "Nothing went wrong."
 NO_CHECKPOINT = "No checkpoint is complete yet."
+NO_EVALUATION = "The job evaluates nothing."
 
 _MEMBERS = now("world_size", 'state="member"')
 _WALL = of_run("run_wall_seconds_total")
@@ -82,6 +83,16 @@ _LEARNING = Row(
         ),
         Panel("Skipped updates", "Steps whose gradient was not finite, so far.",
               (Target(count("nonfinite_total"), "skipped"),), "none", "stat", 2, 8, (Threshold(1, "red"),)),
+        Panel("Evaluation", "What the newest evaluation gave, by metric.",
+              (Target(now("evaluation_metric"), "{{metric}}", may_be_empty=NO_EVALUATION),), "none"),
+        Panel(
+            "Weights evaluated", "How many steps the newest weights that were evaluated had seen, and the best ones.",
+            (
+                Target(now("evaluation_step"), "newest", may_be_empty=NO_EVALUATION),
+                Target(now("evaluation_best_step"), "best", may_be_empty=NO_EVALUATION),
+            ),
+            "none",
+        ),
     ),
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from monitoring.clock import Line, on_line
+from monitoring.evaluations import Evaluations, numbers_in
 from monitoring.events import CheckpointComplete, CheckpointFailed, CheckpointInvalid, GenerationFormed
 from monitoring.page.run_status import RunStatus
 from monitoring.page.timeline import Timeline
@@ -18,6 +19,7 @@ from monitoring.report.steps import Point, StepSeries
 MAX_GENERATIONS = 500
 """This many generations back the number of workers is shown."""
 MAX_CHECKPOINTS = 50
+MAX_EVALUATIONS = 50
 
 
 class View:
@@ -36,6 +38,7 @@ class View:
         self._damaged: set[str] = set()
         self._world: list[tuple[float, int, int, int]] = []
         self._checkpoints: list[dict[str, Any]] = []
+        self._evaluations = Evaluations()
         self._goodput: dict[str, Any] | None = None
         self._findings: list[dict[str, Any]] = []
         self._sent: dict[str, Any] = {}
@@ -55,7 +58,14 @@ class View:
         event = on_line(event)
         if self._start is None:
             self._start = float(event["time"])
-        for take in (self.status.on_event, self.workers.on_event, self.timeline.on_event, self._fold):
+        takes = (
+            self.status.on_event,
+            self.workers.on_event,
+            self.timeline.on_event,
+            self._evaluations.take,
+            self._fold,
+        )
+        for take in takes:
             try:
                 take(event)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -138,6 +148,7 @@ class View:
             "workers": self.workers.shown(now),
             "timeline": self.timeline.entries(),
             "checkpoints": self._checkpoints,
+            "evaluations": self._shown_evaluations(),
             "goodput": self._goodput,
             "findings": self._findings,
         }
@@ -169,12 +180,27 @@ class View:
             ("start", self._start),
             ("world", [list(entry) for entry in self._world]),
             ("checkpoints", self._checkpoints),
+            ("evaluations", self._shown_evaluations()),
             ("goodput", self._goodput),
             ("findings", self._findings),
         ):
             if value != self._sent.get(key):
                 found[key] = self._sent[key] = value
         return {"now": round(now, 2), **found} if found else None
+
+    def _shown_evaluations(self) -> list[dict[str, Any]]:
+        """Newest first."""
+        best = self._evaluations.best
+        return [
+            {
+                "step": event["step"],
+                "samples": event.get("samples"),
+                "seconds": event.get("seconds"),
+                "best": event is best,
+                "metrics": {name: _digits(value, 5) for name, value in numbers_in(event["metrics"]).items()},
+            }
+            for event in reversed(self._evaluations.standing[-MAX_EVALUATIONS:])
+        ]
 
     def _since_start(self, at: float) -> float:
         return round(at - (self._start or at), 2)

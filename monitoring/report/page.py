@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.clock import Line, on_line
+from monitoring.evaluations import Evaluations, numbers_in
 from monitoring.events import (
     CheckpointComplete,
     CheckpointFailed,
@@ -119,6 +120,7 @@ class _Report:
             self._head(name),
             self._goodput(),
             self._over_time(marks),
+            self._evaluations(),
             self._incident_table(),
             self._speed_map(),
             self._generations(),
@@ -216,6 +218,21 @@ class _Report:
         )
         note = '<p class="note">Dashed lines are incidents; time since the run began, as minutes or hours.</p>'
         return section("Over time", figures + (note if marks else ""))
+
+    def _evaluations(self) -> str:
+        evaluations = Evaluations(self.events)
+        found = evaluations.standing
+        if not found:
+            return ""
+        names = list(numbers_in(found[-1]["metrics"]))
+        rows = []
+        for event in found[-MAX_ROWS:]:
+            numbers = numbers_in(event["metrics"])
+            step = f"{event['step']:,}" + (" <small>best</small>" if event is evaluations.best else "")
+            cells = [f"{numbers[name]:.5g}" if name in numbers else "–" for name in names]
+            rows.append([step, elapsed(event["time"] - self.start), *cells, f"{event.get('seconds', 0.0):.2f}"])
+        head = ["after steps", "at", *map(words, names), "took, s"]
+        return section("Evaluations", left_out(found) + table(head, rows))
 
     def _incident_table(self) -> str:
         if not self.incidents:

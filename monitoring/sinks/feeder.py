@@ -19,6 +19,7 @@ from typing import Any
 from monitoring.outside import json_text, read_json
 from monitoring.shapes import RESULT, SINK
 from monitoring.sinks.base import Sink, SinkProblem, SinkRun
+from monitoring.sinks.hooks import HookSink
 from monitoring.sinks.mlflow_sink import MLflowSink
 from monitoring.sinks.stream import Item, Position, Stream
 from monitoring.sinks.tensorboard import TensorBoardSink
@@ -116,7 +117,7 @@ class Feeder:
         self.is_given_up = False
         known = self._remembered()
         run.memory = known.get("memory", {})
-        self._stream = Stream(run.directory, Position.read(known))
+        self._stream = Stream(run.directory, Position.read(known), getattr(sink, "wants", frozenset()))
         self._thread = threading.Thread(target=self._loop, name=f"sink {field}", daemon=True)
 
     def start(self) -> None:
@@ -190,15 +191,20 @@ class Feeder:
 
 @contextmanager
 def feeding(
-    settings: Mapping[str, Any], run: str, directory: Path, job: dict[str, Any], maker: Maker
+    settings: Mapping[str, Any],
+    run: str,
+    directory: Path,
+    job: dict[str, Any],
+    maker: Maker,
+    hooks: Callable[[SinkRun], Any] | None = None,
 ) -> Iterator[None]:
     """Feeds the sinks that `settings` (the job's `monitoring`, as plain values) ask for while the block runs, unless
-    another process that follows the run does already."""
+    another process that follows the run does already. `hooks` makes those of the job."""
     with _alone(directory) as alone:
-        feeders = [
-            Feeder(field, sink, SinkRun(run, directory.name, directory, job))
-            for field, sink in (make_sinks(settings, maker) if alone else ())
-        ]
+        sinks = make_sinks(settings, maker) if alone else []
+        if alone and hooks is not None:
+            sinks.append(("hooks", HookSink(hooks)))
+        feeders = [Feeder(field, sink, SinkRun(run, directory.name, directory, job)) for field, sink in sinks]
         for feeder in feeders:
             feeder.start()
         try:

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from monitoring.evaluations import numbers_in
 from monitoring.events import (
     CheckpointFailed,
     CheckpointInvalid,
     ControllerRestarted,
     DrainNoticed,
+    Evaluated,
     Evicted,
     GaveWay,
     GenerationFormed,
@@ -57,11 +59,13 @@ TOLD = frozenset(
 
 @dataclass(frozen=True)
 class Scalars:
-    """Numbers of one committed step; `at` in seconds since the epoch."""
+    """Numbers of one committed step; `at` in seconds since the epoch. With `of_evaluation` they are those of an
+    evaluation after so many steps, which stay right when steps are done again."""
 
     step: int
     at: float
     values: dict[str, float]
+    of_evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,21 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Happened:
+    """An event as it is on record, for sinks that want those of its kind."""
+
+    at: float
+    record: Json
+
+
+@dataclass(frozen=True)
 class Redone:
     """Steps from `step` on do not count any more: they are done again."""
 
     step: int
 
 
-Item = Scalars | Note | Redone
+Item = Scalars | Note | Happened | Redone
 
 
 @dataclass
@@ -105,10 +117,12 @@ class Position:
 
 @dataclass
 class Stream:
-    """Gives what is new in a run directory since last asked, beginning at `position`."""
+    """Gives what is new in a run directory since last asked, beginning at `position`; events of the kinds in `wants`
+    whole, too."""
 
     run_dir: Path
     position: Position = field(default_factory=Position)
+    wants: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._events = Tail(self.run_dir / "events.jsonl")
@@ -122,12 +136,12 @@ class Stream:
     def new(self) -> list[Item]:
         """New items: of events, then of steps, each in their order."""
         items: list[Item] = [*self._new_notes(), *self._new_steps()]
-        newest = next((item for item in reversed(items) if isinstance(item, Scalars)), None)
+        newest = next((item for item in reversed(items) if isinstance(item, Scalars) and not item.of_evaluation), None)
         if newest is not None and (goodput := self._goodput()) is not None:
             newest.values["goodput"] = goodput
         return items
 
-    def _new_notes(self) -> Iterator[Note]:
+    def _new_notes(self) -> Iterator[Item]:
         for event in self._events.new():
             if event["kind"] == GenerationFormed.kind:
                 self._world[event["generation"]] = len(event["workers"])
@@ -135,6 +149,11 @@ class Stream:
                 self._to_skip -= 1
                 continue
             self.position.events += 1
+            if event["kind"] in self.wants:
+                yield Happened(event["time"], event)
+            if event["kind"] == Evaluated.kind:
+                numbers = {f"evaluation/{name}": value for name, value in numbers_in(event["metrics"]).items()}
+                yield Scalars(int(event["step"]), event["time"], numbers, of_evaluation=True)
             if event["kind"] in TOLD and (text := _described(event)) is not None:
                 step = event.get("step")
                 yield Note(self.position.step if step is None else int(step), event["time"], event["kind"], text)

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from monitoring.clock import Line, on_line
+from monitoring.evaluations import Evaluations
 from monitoring.events import (
     CheckpointComplete,
     ControllerBegan,
@@ -65,6 +66,7 @@ class RunFacts:
         self._num_incidents = 0
         self._findings: dict[tuple[str, str], Json] = {}
         self._checkpoint: Json | None = None
+        self.evaluations = Evaluations()
         self._ledger = Ledger()
         self._line = Line()
         self.refresh_files()
@@ -110,6 +112,7 @@ class RunFacts:
 
     def _take(self, event: Json) -> None:
         self._ledger.add(event)
+        self.evaluations.take(event)
         match event["kind"]:
             case RunStarted.kind:
                 self.started, self.run = event["time"], event.get("run", self.run)
@@ -239,6 +242,7 @@ class RunFacts:
             "step": self.step,
             "steps": self.steps,
             "loss": None if record is None else record["loss"],
+            "evaluation": self.evaluations.last,
             "generation": self.generation,
             "recoveries": self.recoveries,
             "result": self.result,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from monitoring.evaluations import as_text as metrics_text
 from monitoring.follow import describe_recovery, summary
 from monitoring.terminal.clean import clean
 from monitoring.terminal.facts import Json, RunFacts
@@ -27,6 +28,7 @@ def status_lines(facts: RunFacts, alive: bool, now: float | None = None) -> Line
         lines += [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in _closing(facts)]
         return lines + goodput_lines(facts)
     lines += step_lines(facts)
+    lines += evaluation_lines(facts)
     lines += _workers(facts, now) if alive else _last_generation(facts)
     lines += goodput_lines(facts)
     lines += checkpoint_lines(facts, now)
@@ -90,6 +92,19 @@ def step_lines(facts: RunFacts) -> Lines:
                       + (f", {mfu:.1%} of the peak FLOP/s (MFU)" if mfu is not None else ""))
         )  # fmt: skip
     return lines
+
+
+def evaluation_lines(facts: RunFacts) -> Lines:
+    """The newest evaluation, and the best where that is another."""
+    last, best = facts.evaluations.last, facts.evaluations.best
+    if last is None:
+        return []
+    text = f"after {last['step']} steps: {metrics_text(last['metrics'])}"
+    if last is best:
+        text += "; the best so far"
+    elif best is not None:
+        text += f"; the best was after {best['step']}: {metrics_text(best['metrics'])}"
+    return [("evaluation", text)]
 
 
 def layout_text(facts: RunFacts) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -389,13 +389,17 @@ class Catalog:
         with contextlib.suppress(FileExistsError):
             self.storage.put(f"{directory_name(committed)}/{INVALID}", lambda: [reason.encode() + b"\n"])
 
-    def prune(self, newest: int, keep: int, keep_every: int | None) -> list[int]:
-        """Removes checkpoints up to that of `newest` which need not stay: all but the `keep` last of them and those of
-        every `keep_every` steps; and what never became one. Returns the steps of those removed. Raises OSError."""
+    def prune(
+        self, newest: int, keep: int, keep_every: int | None, spare: Collection[int] = ()
+    ) -> list[int]:  # fmt: skip
+        """Removes checkpoints up to that of `newest` which need not stay: all but the `keep` last of them, those of
+        every `keep_every` steps and of the steps to `spare`; and what never became one. Returns the steps of those
+        removed. Raises OSError."""
         known = [(step, names) for step, names in self._all() if step <= newest]
         valid = [step for step, names in known if COMMIT in names and INVALID not in names]
         kept = set(valid[:keep]) | {step for step in valid if keep_every and step % keep_every == 0}
         oldest = min(kept, default=newest)
+        kept |= set(spare)
         removed = []
         for step, names in known:
             is_broken = INVALID in names and step >= oldest

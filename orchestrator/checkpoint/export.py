@@ -6,6 +6,7 @@ than the largest one is in memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shutil
@@ -50,21 +51,26 @@ def export(
     `transformers.AutoModelForCausalLM.from_pretrained` loads it. Raises ExportError, OSError, and what the weights
     raise: CheckpointError.
     """
-    if dtype is not None and dtype not in EXPORT_TYPES:
-        raise ExportError(f"--dtype {dtype!r}: one of {', '.join(EXPORT_TYPES)}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"--to {target}: there is something already; name a new directory")
     skeleton = _skeleton(job)
     names = _exported_names(skeleton, weights)
+    with new_directory(target):
+        write_tensors(weights, target, names, dtype, shard_bytes)
+        _write_config(skeleton, job, target, dtype)
+        write_tokenizer(job.data.tokenizer, target)
+    return sorted(target.iterdir())
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[None]:
+    """Makes it, for what is written there meanwhile; whatever goes wrong, nothing is left of it. Raises ExportError."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"--to {target}: there is something already; name a new directory")
     target.mkdir(parents=True, exist_ok=True)
     try:
-        _write_weights(weights, target, names, dtype, shard_bytes)
-        _write_config(skeleton, job, target, dtype)
-        _write_tokenizer(job.data.tokenizer, target)
+        yield
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    return sorted(target.iterdir())
 
 
 def _skeleton(job: Job) -> nn.Module:
@@ -91,9 +97,13 @@ def _exported_names(skeleton: nn.Module, weights: WeightSource) -> list[str]:
     return [name for name in wanted if name in there]
 
 
-def _write_weights(
-    weights: WeightSource, target: Path, names: Sequence[str], dtype: str | None, shard_bytes: int
-) -> None:
+def write_tensors(
+    weights: WeightSource, target: Path, names: Sequence[str], dtype: str | None, shard_bytes: int = SHARD_BYTES,
+    *, file: str = "model.safetensors",
+) -> None:  # fmt: skip
+    """Writes these to `file`, or several and an index where it would be too large. Raises ExportError."""
+    if dtype is not None and dtype not in EXPORT_TYPES:
+        raise ExportError(f"--dtype {dtype!r}: one of {', '.join(EXPORT_TYPES)}")
     types, sizes = {}, {}
     for name in names:
         stored, shape = weights.tensors()[name]
@@ -103,12 +113,14 @@ def _write_weights(
     storage = LocalStorage(target)
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        index |= dict.fromkeys(shard, file)
-        storage.put(file, functools.partial(_contents, weights, shard, types, sizes))
+        part = file
+        if len(shards) > 1:
+            part = f"{file.removesuffix('.safetensors')}-{number:05d}-of-{len(shards):05d}.safetensors"
+        index |= dict.fromkeys(shard, part)
+        storage.put(part, functools.partial(_contents, weights, shard, types, sizes))
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        (target / "model.safetensors.index.json").write_text(
+        (target / f"{file}.index.json").write_text(
             json_text(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
 
@@ -161,7 +173,8 @@ def _write_config(skeleton: Any, job: Job, target: Path, dtype: str | None) -> N
         generation.save_pretrained(target)
 
 
-def _write_tokenizer(name: str, target: Path) -> None:
+def write_tokenizer(name: str, target: Path) -> None:
+    """As Hugging Face's libraries load it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from orchestrator.data.tokenizers import BYTES, byte_backend

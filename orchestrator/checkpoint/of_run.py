@@ -50,8 +50,9 @@ def open_catalog(spec: Mapping[str, Any], secret: Secret | None = None) -> Catal
     return Catalog(open_storage(spec["url"]), spec["run"], secret, other)
 
 
-def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | None) -> int:
-    """Makes `target` a run of `job` that goes on from the newest valid checkpoint of another run; returns its step.
+def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | None, at: int | None = None) -> int:
+    """Makes `target` a run of `job` that goes on from the newest valid checkpoint of another run, or from the one after
+    `at` steps; returns its step.
 
     The steps until then come along in its metrics. Raises RunDirectoryError.
     """
@@ -59,7 +60,11 @@ def fork(parent: RunDirectory, target: RunDirectory, job: Job, secret: Secret | 
     catalog = catalog_of(parent, there, secret)
     on_record = _unbroken(read_records(parent.metrics))
     reasons = []
-    for step in catalog.steps():
+    there_are = catalog.steps()
+    if at is not None and at not in there_are:
+        steps = ", ".join(map(str, there_are)) or "none"
+        raise RunDirectoryError(f"{parent.path} has no checkpoint of {at} steps to fork from (there: {steps})")
+    for step in there_are if at is None else [at]:
         try:
             catalog.open(step)
         except CheckpointError as error:

@@ -14,6 +14,7 @@ from orchestrator.job import Job
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.weights import TensorInfo, WeightSource
 from strategies.model.frozen import FrozenWeights
+from strategies.update.ema import EMA
 
 PREFIX = "model."
 """Of parameters and buffers; the rest of a checkpoint is the optimizer's, and the update rule's."""
@@ -37,11 +38,11 @@ def read_tensor(checkpoint: StoredCheckpoint, name: str) -> torch.Tensor:
     return whole
 
 
-def weights_of(checkpoint: StoredCheckpoint, job: Job) -> WeightSource:
-    """All weights of the model that a run of `job` trained: those in the checkpoint, and the frozen parameters beside
-    it, from where the job has them."""
-    frozen = checkpoint.manifest.frozen
-    return CheckpointWeights(checkpoint) if frozen is None else _WithFrozen(CheckpointWeights(checkpoint), frozen, job)
+def weights_of(checkpoint: StoredCheckpoint, job: Job, *, ema: bool = False) -> WeightSource:
+    """All weights of the model that a run of `job` trained: those in the checkpoint (with `ema` their mean, where there
+    is one), and the frozen parameters beside it, from where the job has them."""
+    frozen, saved = checkpoint.manifest.frozen, CheckpointWeights(checkpoint, ema=ema)
+    return saved if frozen is None else _WithFrozen(saved, frozen, job)
 
 
 class _WithFrozen:
@@ -79,13 +80,18 @@ class _WithFrozen:
 class CheckpointWeights:
     """Put together from chunks of whatever layout they were saved in, each verified when it is read."""
 
-    def __init__(self, checkpoint: StoredCheckpoint) -> None:
+    def __init__(self, checkpoint: StoredCheckpoint, *, ema: bool = False) -> None:
         self._checkpoint = checkpoint
+        there = checkpoint.manifest.tensors
         self._tensors = {
             name.removeprefix(PREFIX): TensorInfo(TYPES[entry.dtype], tuple(entry.shape))
-            for name, entry in checkpoint.manifest.tensors.items()
+            for name, entry in there.items()
             if name.startswith(PREFIX)
         }
+        self._names = {name: PREFIX + name for name in self._tensors}
+        if ema:
+            # Buffers have no mean: they never change.
+            self._names |= {name: f"{EMA}.{name}" for name in self._tensors if f"{EMA}.{name}" in there}
 
     @property
     def name(self) -> str:
@@ -98,4 +104,4 @@ class CheckpointWeights:
         """Raises CheckpointError, OSError, and KeyError when there is no such tensor."""
         if name not in self._tensors:
             raise KeyError(name)
-        return read_tensor(self._checkpoint, PREFIX + name)
+        return read_tensor(self._checkpoint, self._names[name])

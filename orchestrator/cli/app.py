@@ -13,7 +13,7 @@ import typer.core
 from monitoring.errors import UserError
 from monitoring.redaction import redact
 from monitoring.terminal.clean import clean_lines
-from orchestrator.cli import before, looking, machines, saved, steering, training
+from orchestrator.cli import before, evaluating, looking, machines, saved, steering, training
 from orchestrator.cli.monitoring import app as monitoring_app
 from orchestrator.cli.outcome import EXIT_FAILED
 
@@ -61,6 +61,7 @@ app.command()(machines.drain)
 app.command("node-watcher")(machines.node_watcher)
 app.command()(saved.audit)
 app.command()(before.doctor)
+app.command()(evaluating.evaluate)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,24 +45,52 @@ def export(
         int | None, typer.Option(min=1, help="The checkpoint after that many steps; else the newest.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="bf16|fp16|fp32", help="Type of the weights.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint that evaluation found best.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Of a run with an adapter: the whole model.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The mean of the weights (train.ema).")] = False,
 ) -> None:
-    """Write the model of a checkpoint for `transformers` to load."""
+    """Write the model of a checkpoint for `transformers` to load; of a run with an adapter that, for peft."""
     from orchestrator.checkpoint import of_run
+    from orchestrator.checkpoint.adapters import MergedWeights, export_adapter
     from orchestrator.checkpoint.export import export as write
     from orchestrator.checkpoint.weights import weights_of
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
     job = of_run.job_of(directory)
+    if merge and job.adapter is None:
+        refuse("--merge: the job has no adapter; leave it out")
+    if ema and job.train.ema is None:
+        refuse("--ema: the job keeps no mean of its weights (train.ema); leave it out")
+    if best:
+        step = _best_of(directory, step)
     catalog = of_run.catalog_of(directory, job, of_run.secret_of(job))
     steps = catalog.steps()
     if not steps or (step is not None and step not in steps):
         there = ", ".join(map(str, steps)) or "none"
         refuse(f"{directory.path} has no checkpoint{'' if step is None else f' of {step} steps'} (there: {there})")
     chosen = steps[0] if step is None else step
-    files = write(weights_of(catalog.open(chosen), job), job, to, dtype)
+    weights = weights_of(catalog.open(chosen), job, ema=ema)
+    if job.adapter is None:
+        files, what = write(weights, job, to, dtype), "model"
+    elif merge:
+        files, what = write(MergedWeights(weights, job.adapter), job, to, dtype), "model"
+    else:
+        files, what = export_adapter(weights, job, to, dtype), "adapter"
     size = sum(file.stat().st_size for file in files)
-    print(f"{to}: the model after {chosen} steps, {len(files)} files, {size / 1e6:.1f} MB")
+    print(f"{to}: the {what} after {chosen} steps, {len(files)} files, {size / 1e6:.1f} MB")
+
+
+def _best_of(directory: Any, step: int | None) -> int:
+    """Of which step the best weights of a run are."""
+    from orchestrator.evaluation.record import judged_of
+
+    if step is not None:
+        refuse("--best and --step: each names a checkpoint; give one of them")
+    judged = judged_of(directory)
+    if judged.best_step < 0:
+        refuse(f"--best: {directory.path} has no evaluation on record (evaluation.best)")
+    return judged.best_step
 
 
 def audit(run: Run, json_: AsJson = False) -> None:

@@ -22,6 +22,9 @@ def run(
     fork: Annotated[
         bool, typer.Option("--fork", help="A new run beside --run-dir, from its newest checkpoint, with this job.")
     ] = False,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="With --fork: from the checkpoint after that many steps.")
+    ] = None,
     ephemeral: Ephemeral = False,
     shared: Shared = False,
     page: Page = False,
@@ -39,8 +42,10 @@ def run(
         look_at_model(loaded)
     name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = RunDirectory(run_dir if run_dir is not None else _unused(runs_root() / name))
+    if step is not None and not fork:
+        refuse("--step: says from which checkpoint to --fork; leave it out, or give both")
     if fork:
-        directory = _fork(loaded, directory)
+        directory = _fork(loaded, directory, step)
     if shared:
         directory.make(shared=True)
     _run(
@@ -49,16 +54,17 @@ def run(
     )  # fmt: skip
 
 
-def _fork(job: Any, parent: Any) -> Any:
-    """The directory of a new run that goes on where another one is."""
+def _fork(job: Any, parent: Any, step: int | None) -> Any:
+    """The directory of a new run that goes on where another one is, or was after `step` steps."""
     from orchestrator.checkpoint import of_run
+    from orchestrator.data.of_job import with_steps
     from orchestrator.rundir import RunDirectory
 
     if parent.read_json("job.resolved.json") is None:
         refuse(f"--fork: {parent.path} is not a run directory; say with --run-dir which run to fork")
     target = RunDirectory(_unused(parent.path.with_name(f"{parent.path.name}-fork")))
-    step = of_run.fork(parent, target, job, of_run.secret_of(job))
-    print(f"forked from {parent.path} after {step} steps: {target.path}", file=sys.stderr)
+    begun = of_run.fork(parent, target, with_steps(job), of_run.secret_of(job), step)
+    print(f"forked from {parent.path} after {begun} steps: {target.path}", file=sys.stderr)
     return target
 
 
@@ -76,7 +82,9 @@ def _run(
     """Trains, shows how it goes and what came of it, and exits."""
     from orchestrator.api import run as run_job
     from orchestrator.cli.page import page_of
+    from orchestrator.data.of_job import with_steps
 
+    job = with_steps(job)
     if json_:
         with page_of(directory.path, page, page_port, lambda text: print(text, file=sys.stderr, flush=True)):
             result = run_job(job, directory.path, job_text=text, local_nodes=local_nodes, ephemeral=ephemeral)

@@ -22,15 +22,29 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from orchestrator.data.formats import ByteSpan, can_be_cut, documents, no_document, row_groups
+from orchestrator.data.encoding import Encoded, Side, encoder_of, sequences_of
+from orchestrator.data.formats import DEFAULT_FIELD, can_be_cut, no_document, row_groups
 from orchestrator.data.locations import Patience
-from orchestrator.data.manifest import DTYPES, MANIFEST_NAME, RANGE_BYTES, FileEntry, ShardEntry, StoreManifest
+from orchestrator.data.manifest import (
+    COUNTED_SHIFT,
+    DTYPES,
+    MANIFEST_NAME,
+    RANGE_BYTES,
+    FileEntry,
+    RecordsEntry,
+    ShardEntry,
+    StoreManifest,
+)
+from orchestrator.data.opening import ByteSpan
 from orchestrator.data.reading import Content, Library
+from orchestrator.data.records import MARK, RecordSpec
 from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.task_split import cut
 from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
 
 MAX_TASKS = 16
+SKIPPED_TOLD = 10
+"""Bad records that are named one by one."""
 
 # What renaming a directory onto something that is there already can answer.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -55,6 +69,18 @@ class ShardTask:
     spans: tuple[ByteSpan, ...]
     mirrors: tuple[str, ...]
     patience: Patience
+    records: RecordSpec | None = None
+    side: Side | None = None
+
+
+@dataclass(frozen=True)
+class ShardWritten:
+    """A shard, its part of each file, and the bad records that were left out, of which the first are told."""
+
+    shard: ShardEntry
+    files: list[FileEntry]
+    skipped: int = 0
+    first_skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,10 +94,14 @@ class Recipe:
     library: Library
     tokenizer: str
     loaded: Tokenizer
+    records: RecordSpec | None = None
+    side: Side | None = None
 
     @property
     def dtype(self) -> str:
         """The type of a token in the store."""
+        if self.records is not None:
+            return "uint32"  # With marks.
         return "uint16" if self.loaded.vocab_size <= 1 << 16 else "uint32"
 
     def by_ranges(self) -> Recipe:
@@ -105,6 +135,8 @@ class Recipe:
                 spans=tuple(piece.span for piece in pieces),
                 mirrors=self.library.mirrors,
                 patience=self.library.patience,
+                records=self.records,
+                side=self.side,
             )
             for number, pieces in enumerate(groups)
         ]
@@ -131,14 +163,16 @@ def build_store(
     tasks = recipe.tasks(build)
     build.mkdir()
     try:
-        results: list[tuple[ShardEntry, list[FileEntry]]] = run_tasks(write_shard, [(task,) for task in tasks])
+        written: list[ShardWritten] = run_tasks(write_shard, [(task,) for task in tasks])
+        results = [(each.shard, each.files) for each in written]
         assert [shard.name for shard, _ in results] == [task.shard for task in tasks], "run_tasks changed the order"
         manifest = StoreManifest(
             key=key,
             dtype=recipe.dtype,
             vocab_size=recipe.loaded.vocab_size,
-            files=_whole_files(build, recipe.dtype, recipe.files, results),
+            files=_whole_files(build, recipe.dtype, recipe.files, results, may_be_empty=recipe.side is not None),
             shards=tuple(shard for shard, _ in results if shard.tokens),
+            records=_records_entry(recipe.records, written),
         )
         for shard, _ in results:
             if not shard.tokens:  # no document begins in what was the task's share
@@ -154,18 +188,28 @@ def build_store(
     return build
 
 
+def _records_entry(spec: RecordSpec | None, written: Sequence[ShardWritten]) -> RecordsEntry | None:
+    if spec is None:
+        return None
+    told = [text for each in written for text in each.first_skipped]
+    return RecordsEntry(
+        spec.sequences, spec.label_words, sum(each.skipped for each in written), tuple(told[:SKIPPED_TOLD])
+    )  # fmt: skip
+
+
 def _grain(
     file: SourceFile, content: Content, field: str | None, document: str | None, library: Library
 ) -> Callable[[], Sequence[int]]:
     """Where a file can be cut, for `cut`."""
     if file.format == "parquet":
-        return lambda: row_groups(file, field, library, content)
+        return lambda: row_groups(file, DEFAULT_FIELD if field is None else field, library, content)
     return lambda: ()
 
 
 def _whole_files(
-    build: Path, dtype: str, files: Sequence[SourceFile], results: Sequence[tuple[ShardEntry, list[FileEntry]]]
-) -> tuple[FileEntry, ...]:
+    build: Path, dtype: str, files: Sequence[SourceFile], results: Sequence[tuple[ShardEntry, list[FileEntry]]],
+    *, may_be_empty: bool,
+) -> tuple[FileEntry, ...]:  # fmt: skip
     """The entries of whole files, from those of their parts: the same however they were cut.
 
     The digest of a file that was cut is made from the shards that hold it. Raises DataError for a file without any
@@ -196,13 +240,13 @@ def _whole_files(
                 raise OSError(errno.EIO, "it is shorter than what was written", str(build / name))
         num_documents = sum(entry.documents for *_, entry in found)
         num_tokens = sum(entry.tokens for *_, entry in found)
-        if not num_documents:
+        if not (num_documents or may_be_empty):
             raise no_document(file)
         whole.append(FileEntry(file.name, first.fingerprint, num_documents, num_tokens, digest.hexdigest()))
     return tuple(whole)
 
 
-def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
+def write_shard(task: ShardTask) -> ShardWritten:
     """Tokenise the files (or parts of files) of one task, in order, into one shard, synced to disk; and an entry for
     each of them.
 
@@ -216,6 +260,7 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
             "the cache must be on storage that every task shares"
         )
     tokenizer = _load(task.tokenizer, task.tokenizer_identity)
+    encoder = encoder_of(task.records, tokenizer)
     shard_digest = xxhash.xxh3_128()
     entries = []
     lengths: list[int] = []
@@ -225,15 +270,15 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
         for file, content, span in zip(task.files, task.contents, task.spans, strict=True):
             num_documents = num_tokens = 0
             file_digest = xxhash.xxh3_128()
-            for document in documents(file, task.field, task.document, library=library, content=content, span=span):
-                tokens = np.append(tokenizer.encode(document), np.uint32(tokenizer.end_of_document))
+            wanted = Encoded(file, library, content, span, task.field, task.document, task.side)
+            for tokens in sequences_of(wanted, tokenizer, encoder):
                 data = tokens.astype(np.dtype(task.dtype).newbyteorder("<")).tobytes()
                 stream.write(data)
                 file_digest.update(data)
                 shard_digest.update(data)
                 num_documents += 1
                 num_tokens += len(tokens)
-                lengths.append(len(tokens))
+                lengths.append(_length_entry(tokens, encoder is not None))
             library.confirm(file, content)
             entries.append(
                 FileEntry(file.name, content.fingerprint, num_documents, num_tokens, file_digest.hexdigest())
@@ -244,13 +289,20 @@ def write_shard(task: ShardTask) -> tuple[ShardEntry, list[FileEntry]]:
         ranges = "".join(xxhash.xxh3_64_hexdigest(data) for data in iter(lambda: written.read(RANGE_BYTES), b""))
     sizes = np.array(lengths, dtype="<i8").tobytes()
     shard = ShardEntry(
-        task.shard, sum(lengths), size_bytes, shard_digest.hexdigest(), len(lengths), xxhash.xxh3_128_hexdigest(sizes),
-        ranges,
+        task.shard, sum(file.tokens for file in entries), size_bytes, shard_digest.hexdigest(), len(lengths),
+        xxhash.xxh3_128_hexdigest(sizes), ranges,
     )  # fmt: skip
     with open(os.path.join(task.directory, shard.documents_name), "wb") as stream:
         stream.write(sizes)
         _finish(stream)
-    return shard, entries
+    skipped = (0, ()) if encoder is None else (encoder.skipped, tuple(encoder.first_skipped))
+    return ShardWritten(shard, entries, *skipped)
+
+
+def _length_entry(tokens: np.ndarray, is_marked: bool) -> int:
+    """A sequence's length, and above it how many of its tokens count as targets, where that is told."""
+    counted = int(np.count_nonzero(tokens[1:] & MARK)) if is_marked else 0
+    return len(tokens) | counted << COUNTED_SHIFT
 
 
 def _finish(stream: IO[Any]) -> None:

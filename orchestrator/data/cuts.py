@@ -5,7 +5,7 @@ A `Cut` knows the samples of a store by their ids, and no step, seed or virtual 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,18 @@ from orchestrator.data.sources import DataError
 from orchestrator.data.store import TokenStore
 
 Packing = Literal["stream", "pack", "pad"]
-Rows = tuple[NDArray[np.int64], NDArray[np.int32] | None]
-"""Tokens int64 [n, width + 1], and of which document of its row each is: int32 of that shape, -1 for padding. None when
-all are of one."""
+
+
+class Rows(NamedTuple):
+    """Samples as rows, one each, or of records that have several sequences as many. `tokens` int64 [n, width + 1];
+    `documents`: of which document of its row each is, int32 of that shape, -1 for padding (None: all are of one);
+    `marks`: which tokens a model is trained to predict, bool of that shape (None: all); `labels` int64 [samples] of
+    records that have some, as `orchestrator.data.labels` decodes them."""
+
+    tokens: NDArray[np.int64]
+    documents: NDArray[np.int32] | None = None
+    marks: NDArray[np.bool_] | None = None
+    labels: NDArray[np.int64] | None = None
 
 
 class Cut(Protocol):
@@ -53,10 +62,10 @@ class Stream:
         """See `Cut`; the width is always the length."""
         tokens = self._store.samples(ids, width)
         if self._starts is None:
-            return tokens, None
+            return Rows(tokens)
         places = ids[:, None] * self._length + np.arange(width + 1)
         documents = np.searchsorted(self._starts, places, side="right")
-        return tokens, (documents - documents[:, :1]).astype(np.int32)
+        return Rows(tokens, (documents - documents[:, :1]).astype(np.int32))
 
 
 class Packed:
@@ -96,7 +105,7 @@ class Packed:
                 self._store.read(start, tokens[index, at : at + length])
                 documents[index, at : at + length] = number if self._mask else 0
                 at += length
-        return tokens, documents
+        return Rows(tokens, documents)
 
 
 class Padded:
@@ -121,14 +130,7 @@ class Padded:
         for index, (start, length) in enumerate(zip(self._starts[ids], self.lengths[ids], strict=True)):
             self._store.read(int(start), tokens[index, :length])
             documents[index, :length] = 0
-        return tokens, documents
-
-
-def cut_of(store: TokenStore, packing: Packing, length: int, *, mask: bool) -> Cut:
-    """The samples of a store. Raises DataError when there are none."""
-    if packing == "stream":
-        return Stream(store, length, mask=mask)
-    return Packed(store, length, mask=mask) if packing == "pack" else Padded(store, length)
+        return Rows(tokens, documents)
 
 
 def _need(pieces: int, store: TokenStore) -> None:

@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.compose import Composer
-from orchestrator.data.cuts import Packed, Packing, Padded, Rows, cut_of
+from orchestrator.data.cuts import Packing
+from orchestrator.data.labels import LabelSpec
 from orchestrator.data.ledger import virtual_worker_hash, write_lengths
 from orchestrator.data.mix import MixedSampler
 from orchestrator.data.sampler import Sampler
+from orchestrator.data.samples import Line, cut_of
 from orchestrator.data.store import TokenStore
 from strategies.objective.batch import Batch
 
@@ -44,6 +46,10 @@ class DataPlan:
     document_mask: bool = False
     weights: tuple[float, ...] | None = None
     token_cost: int = 1
+    labels: LabelSpec | None = None
+    """Of records that have some."""
+    is_full: bool = False
+    """Whether rows that are padded have the length of a row, all of them, and not that of the longest beside them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,17 @@ class _Step:
     num_positions: list[int]
     costs: list[float] | None
     widths: list[tuple[int, ...]] | None
+    labels: NDArray[np.int64] | None = None
+    """Of the samples, in order, int64 [samples], where they have some."""
+
+
+def line_of(stores: Sequence[TokenStore], plan: DataPlan) -> Line:
+    """All samples of these stores, as `plan` cuts them. Raises DataError when a store has none."""
+    cuts = [
+        cut_of(store, plan.packing, plan.sequence_length, mask=plan.document_mask, labels=plan.labels)
+        for store in stores
+    ]
+    return Line(cuts)
 
 
 class Dataset:
@@ -68,11 +85,9 @@ class Dataset:
         """Raises DataError when a store has no sample or a weight is too small, ValueError like `Sampler`."""
         self.stores = tuple(stores)
         self.plan = plan
-        length = plan.sequence_length
-        self._cuts = [cut_of(store, plan.packing, length, mask=plan.document_mask) for store in self.stores]
-        self.sizes = [each.num_samples for each in self._cuts]
+        self._line = line_of(self.stores, plan)
+        self.sizes = self._line.sizes
         self.num_samples = sum(self.sizes)
-        self._offsets = np.cumsum([0, *self.sizes[:-1]])
         common = (plan.global_batch, plan.virtual_workers, plan.seed, plan.shuffle)
         self.sampler: Sampler | MixedSampler
         if plan.weights is None:
@@ -94,6 +109,11 @@ class Dataset:
         return self.plan.virtual_workers
 
     @property
+    def sequences(self) -> int:
+        """Rows of a sample."""
+        return self._line.sequences
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(store.vocab_size for store in self.stores)
@@ -113,15 +133,12 @@ class Dataset:
     @property
     def padding(self) -> float:
         """The share of padding in packed rows; 0 where rows are not packed."""
-        packed = [each for each in self._cuts if isinstance(each, Packed)]
-        rows = sum(each.num_samples for each in packed)
-        return sum(each.padding * each.num_samples for each in packed) / rows if rows else 0.0
+        return self._line.padding
 
     @cached_property
     def sample_lengths(self) -> NDArray[np.int64] | None:
         """In tokens, by global id, int64 [num_samples]; None where all samples have one length."""
-        padded = [each.lengths for each in self._cuts if isinstance(each, Padded)]
-        return np.concatenate(padded) if padded else None
+        return None if self.plan.is_full else self._line.lengths
 
     def describe(self, directory: Path, first_step: int = 0) -> dict[str, Any]:
         """What `audit` is given, for environment.json in `directory`; writes a file there where samples differ in
@@ -158,21 +175,26 @@ class Dataset:
         plan = self.plan
         if plan.packing == "stream" and not plan.document_mask:
             ids = self.sampler.sample_ids(step, virtual_worker)
-            tokens, _ = self._rows(ids, plan.sequence_length)
+            tokens = self._line.rows(ids, plan.sequence_length).tokens
             targets = plan.global_batch * plan.sequence_length
-            return Batch(tokens, ids, virtual_worker_hash(ids), None, targets, len(ids) * plan.sequence_length)
+            return Batch(
+                tokens, ids, virtual_worker_hash(ids), None, targets, len(ids) * plan.sequence_length,
+                step_samples=plan.global_batch,
+            )  # fmt: skip
         found = self._step(step)
         if not 0 <= virtual_worker < plan.virtual_workers:
             raise ValueError(f"virtual worker {virtual_worker} is outside range({plan.virtual_workers})")
         ids, num_targets = found.ids[virtual_worker], found.num_targets[virtual_worker]
         widths = None if found.widths is None else found.widths[virtual_worker]
-        tokens, documents = self._rows(ids, plan.sequence_length if widths is None else max(widths))
+        rows = self._line.rows(ids, plan.sequence_length if widths is None else max(widths))
         return Batch(
-            tokens, ids, virtual_worker_hash(ids), documents,
+            rows.tokens, ids, virtual_worker_hash(ids), rows.documents,
             targets=found.targets, num_targets=num_targets,
             num_padding=found.num_positions[virtual_worker] - num_targets,
             step_padding=found.positions - found.targets,
             cost=1.0 if found.costs is None else found.costs[virtual_worker], widths=widths,
+            marks=rows.marks, labels=rows.labels, step_labels=found.labels, step_samples=plan.global_batch,
+            sequences=self._line.sequences,
         )  # fmt: skip
 
     def _step(self, step: int) -> _Step:
@@ -190,17 +212,19 @@ class Dataset:
         costs: list[float] | None = None
         widths: list[tuple[int, ...]] | None = None
         if self._composer is None:
-            ids, positions = line, [plan.sequence_length * (len(line) // plan.virtual_workers)] * plan.virtual_workers
+            positions_of_each = self._line.sequences * plan.sequence_length * (len(line) // plan.virtual_workers)
+            ids, positions = line, [positions_of_each] * plan.virtual_workers
         else:
             composed = self._composer.compose(line)
             ids = composed.ids
             costs = [cost / self._usual_cost for cost in composed.costs]
             widths = [tuple(row) for row in composed.widths.tolist()]
-            positions = [plan.micro_batch * sum(row) for row in widths]
+            positions = [plan.micro_batch * self._line.sequences * sum(row) for row in widths]
         ids = ids.reshape(plan.virtual_workers, -1)
-        num_targets: list[int] = self._targets(ids.reshape(-1)).reshape(ids.shape).sum(axis=1).tolist()
+        num_targets: list[int] = self._line.targets(ids.reshape(-1)).reshape(ids.shape).sum(axis=1).tolist()
         # A step may be without any target (documents of one token); its loss is then the sum of none, 0.
-        return _Step(ids, sum(num_targets), sum(positions), num_targets, positions, costs, widths)
+        labels = self._line.labels(ids.reshape(-1)) if plan.labels is not None else None
+        return _Step(ids, sum(num_targets), sum(positions), num_targets, positions, costs, widths, labels)
 
     @cached_property
     def _usual_cost(self) -> float:
@@ -209,29 +233,6 @@ class Dataset:
         assert self.sample_lengths is not None
         cost = self._composer.cost(self.sample_lengths - 1)
         weights = (1.0,) if self.plan.weights is None else self.plan.weights
-        means = [float(part.mean()) for part in np.split(cost, self._offsets[1:])]
+        means = [float(part.mean()) for part in np.split(cost, self._line.offsets[1:])]
         mean = sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights)
         return mean * self.plan.global_batch / self.plan.virtual_workers
-
-    def _targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        found = np.empty(len(ids), dtype=np.int64)
-        for source, where in self._by_source(ids):
-            found[where] = self._cuts[source].targets(ids[where] - self._offsets[source])
-        return found
-
-    def _rows(self, ids: NDArray[np.int64], width: int) -> Rows:
-        if len(self._cuts) == 1:
-            return self._cuts[0].rows(ids, width)
-        tokens = np.empty((len(ids), width + 1), dtype=np.int64)
-        documents: NDArray[np.int32] | None = None
-        for source, where in self._by_source(ids):
-            tokens[where], part = self._cuts[source].rows(ids[where] - self._offsets[source], width)
-            if part is not None:
-                documents = np.empty(tokens.shape, dtype=np.int32) if documents is None else documents
-                documents[where] = part
-        return tokens, documents
-
-    def _by_source(self, ids: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-        """(source, places in `ids`) of each source that has any of them."""
-        owners = np.searchsorted(self._offsets, ids, side="right") - 1
-        return [(source, np.flatnonzero(owners == source)) for source in np.unique(owners).tolist()]

@@ -6,39 +6,21 @@ file.
 
 from __future__ import annotations
 
-import codecs
-import io
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from orchestrator.data.reading import Content, Library, SourceReader
-from orchestrator.data.sources import DataError, SourceFile
+from orchestrator.data.opening import WHOLE, ByteSpan, OpenFile
+from orchestrator.data.reading import Content, Library
+from orchestrator.data.sources import TABLES, TOKENS, DataError, SourceFile
+from orchestrator.data.tables import parquet_file, records
 
 DEFAULT_FIELD = "text"
 
-DOCUMENTS = {"text": ("file", "line"), "jsonl": ("record",), "parquet": ("record",)}
+DOCUMENTS: dict[str, tuple[str, ...]] = {
+    "text": ("file", "line"),
+    **dict.fromkeys(TABLES, ("record",)),
+    **dict.fromkeys(TOKENS, ("tokens",)),
+}
 """By format, what can be one document; the first is the default."""
-
-_BUFFER_BYTES = 1 << 16
-_COUNT_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ByteSpan:
-    """A part of a file: bytes start..stop where documents are lines (a line belongs to the part in which it begins),
-    row groups start..stop in parquet. None: to the end."""
-
-    start: int = 0
-    stop: int | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.start == 0 and self.stop is None
-
-
-WHOLE = ByteSpan()
 
 
 def document_of(file: SourceFile, document: str | None) -> str:
@@ -66,7 +48,9 @@ def check_field(files: Sequence[SourceFile], field: str | None, source: str | li
 
 def can_be_cut(file: SourceFile, document: str | None) -> bool:
     """Whether several tasks can share the documents of a file."""
-    return document_of(file, document) != "file" and file.size_bytes >= 0
+    if file.size_bytes < 0 or file.compression:
+        return False
+    return file.format in ("jsonl", "parquet") or (file.format == "text" and document_of(file, document) == "line")
 
 
 def documents(
@@ -80,20 +64,26 @@ def documents(
 ) -> Iterator[str]:
     """The documents of one file, or of a part of it, in order.
 
-    field: the key (jsonl) or column (parquet) that holds the text, `text` when None; text files have none.
-    document: what one document is: `file` (text files, their default), `line` (text files: every line that is not
-    blank, without its end) or `record` (jsonl, parquet). library, content: as for `Library.open`.
+    field: the key or column that holds the text, `text` when None; text files have none. document: what one document
+    is: `file` (text files, their default), `line` (text files: every line that is not blank, without its end) or
+    `record` (formats with fields). library, content: as for `Library.open`.
 
     Raises DataError (while iterating) naming the file, and the line, row or byte offset, when it cannot be read, is not
     UTF-8, is no text (it has a NUL byte), is not valid in its format, lacks the field, or (read as a whole) holds no
     document.
     """
     kind = document_of(file, document)
-    reader = _Reader(file, DEFAULT_FIELD if field is None else field, library or Library(), content, span)
-    found = {"file": reader.whole, "line": reader.lines}.get(kind) or getattr(reader, file.format)
+    opened = OpenFile(file, library or Library(), content, span)
+    match kind:
+        case "file":
+            found = _whole(opened)
+        case "line":
+            found = _lines(opened)
+        case _:
+            found = _texts(opened, DEFAULT_FIELD if field is None else field)
     empty = True
     try:
-        for text in found():
+        for text in found:
             empty = False
             yield text
     except OSError as error:
@@ -108,146 +98,49 @@ def no_document(file: SourceFile) -> DataError:
 
 
 def row_groups(file: SourceFile, field: str | None, library: Library, content: Content | None) -> list[int]:
-    """For each row group of a parquet file how much text it has: the bytes of the field's column, uncompressed.
+    """For each row group of a parquet file how much text it has: the bytes of the field's column, uncompressed; of all
+    columns where no field is named.
 
     Raises DataError as `documents` does.
     """
-    reader = _Reader(file, DEFAULT_FIELD if field is None else field, library, content, WHOLE)
-    with library.open(file, content) as stream:
-        metadata = reader.table(stream).metadata
+    opened = OpenFile(file, library, content)
+    with opened.stream() as stream:
+        metadata = parquet_file(opened, stream, None if field is None else [field]).metadata
         sizes = []
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             columns = [group.column(i) for i in range(group.num_columns)]
-            sizes.append(sum(int(c.total_uncompressed_size) for c in columns if c.path_in_schema == reader.field))
+            wanted = (c for c in columns if field is None or c.path_in_schema == field)
+            sizes.append(sum(int(c.total_uncompressed_size) for c in wanted))
         return sizes
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """One file being read."""
-
-    file: SourceFile
-    field: str
-    library: Library
-    content: Content | None
-    span: ByteSpan
-
-    def whole(self) -> Iterator[str]:
-        with self._open() as stream:
-            data = stream.readall()
-        if data:
-            yield self._decode(data, 0)
-
-    def lines(self) -> Iterator[str]:
-        for _, text in self._lines():
-            yield text.removesuffix("\n").removesuffix("\r")
-
-    def jsonl(self) -> Iterator[str]:
-        for offset, text in self._lines():
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                where = self._line(offset)
-                raise DataError(f"{where}: not valid JSON: {error}; each line must be one JSON object") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{self._line(offset)}: a {type(record).__name__} where a JSON object was expected")
-            if self.field not in record:
-                raise DataError(
-                    f"{self._line(offset)}: no field {self.field!r}, only {sorted(record)[:10]}; set data.field"
-                )
-            value = record[self.field]
-            if (problem := _problem(self.field, value)) is not None:
-                raise DataError(f"{self._line(offset)}: {problem}")
-            yield value
-
-    def parquet(self) -> Iterator[str]:
-        import pyarrow
-
-        row = 0
-        try:
-            with self._open() as stream:
-                table = self.table(stream)
-                metadata = table.metadata
-                rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-                stop = len(rows) if self.span.stop is None else self.span.stop
-                row = sum(rows[: self.span.start])
-                for batch in table.iter_batches(columns=[self.field], row_groups=list(range(self.span.start, stop))):
-                    for scalar in batch.column(0):
-                        value = scalar.as_py()
-                        if (problem := _problem(self.field, value)) is not None:
-                            raise DataError(f"{self.file.url}: row {row}: {problem}")
-                        yield value
-                        row += 1
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{self.file.url}: row {row}: not readable as parquet: {error}") from error
-
-    def table(self, stream: SourceReader) -> Any:
-        """The file as pyarrow.parquet knows it. Raises DataError when it is none, or lacks the field."""
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.ParquetFile(stream)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{self.file.url}: row 0: not readable as parquet: {error}") from error
-        columns = list(table.schema_arrow.names)
-        if self.field not in columns:
-            raise DataError(f"{self.file.url}: no column {self.field!r}, only {columns[:10]}; set data.field")
-        return table
-
-    def _open(self) -> SourceReader:
-        is_bytes = self.file.format != "parquet"
-        return self.library.open(self.file, self.content, self.span.stop if is_bytes else None)
-
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """(byte offset, text) of every line of this part that is not blank; blank ones, commonly the last, are no
-        records."""
-        with self._open() as raw, io.BufferedReader(raw, _BUFFER_BYTES) as stream:
-            offset = 0
-            if self.span.start:
-                # The line that goes on into this part belongs to the one before.
-                offset = stream.seek(self.span.start - 1)
-                offset += len(stream.readline())
-            stop = self.span.stop
-            while (stop is None or offset < stop) and (line := stream.readline()):
-                text = self._decode(line, offset)
-                if text.strip():
-                    yield offset, text
-                offset += len(line)
-
-    def _line(self, offset: int) -> str:
-        """`file:line` of the line that begins at a byte. Counted only now that something is wrong with it."""
-        newlines = 0
-        with self.library.open(self.file, self.content, offset) as stream:
-            left = offset
-            while left and (data := stream.read(min(left, _COUNT_BYTES))):
-                newlines += data.count(b"\n")
-                left -= len(data)
-        return f"{self.file.url}:{newlines + 1}"
-
-    def _decode(self, data: bytes, offset: int) -> str:
-        if not offset:
-            data = data.removeprefix(codecs.BOM_UTF8)  # a mark of some editors, no character of the text
-            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise DataError(
-                    f"{self.file.url}: it begins with the byte order mark of UTF-16; convert it to UTF-8 (iconv -f "
-                    "UTF-16 -t UTF-8) or leave it out of data.source"
-                )
-        if self.file.format == "text" and (at := data.find(b"\0")) >= 0:
-            raise DataError(
-                f"{self.file.url}: a NUL byte at byte offset {offset + at}: this is no text, whatever data.format "
-                "says; leave the file out of data.source"
-            )
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.file.url}: not UTF-8 at byte offset {offset + error.start} (0x{data[error.start]:02x}); "
-                "convert the file to UTF-8 or leave it out of data.source"
-            ) from error
+def _whole(opened: OpenFile) -> Iterator[str]:
+    with opened.stream() as stream:
+        data = stream.read()
+    if data:
+        yield opened.decode(data, 0)
 
 
-def _problem(field: str, value: object) -> str | None:
+def _lines(opened: OpenFile) -> Iterator[str]:
+    for _, text in opened.lines():
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def _texts(opened: OpenFile, field: str) -> Iterator[str]:
+    # What has columns says once which it has; of the rest each record is asked.
+    columns = [field] if opened.file.format in ("parquet", "arrow", "csv", "tsv") else None
+    for where, record, wrong in records(opened, columns):
+        problem: str | None = wrong
+        if not problem and field not in record:
+            problem = f"no field {field!r}, only {sorted(record)[:10]}; set data.field"
+        problem = problem or text_problem(field, record[field])
+        if problem is not None:
+            raise DataError(f"{where()}: {problem}")
+        yield record[field]
+
+
+def text_problem(field: str, value: object) -> str | None:
     """Why a value is no text; None when it is."""
     if not isinstance(value, str):
         return f"field {field!r} is {type(value).__name__}, not a string; set data.field"

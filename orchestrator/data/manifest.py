@@ -22,6 +22,8 @@ _CONTENT_VERSION = 1
 """Of how tokens lie in a store, which is what its digest is of."""
 MANIFEST_NAME = "MANIFEST.json"
 
+COUNTED_SHIFT = 40
+"""Of a sequence of a record, the bits of its length above these say how many of its tokens count."""
 DTYPES = {"uint16": 2, "uint32": 4}
 LENGTH_BYTES = 8
 RANGE_BYTES = 4 << 20
@@ -34,6 +36,7 @@ def _shard_name(value: Any) -> str | None:
     return None if is_plain else "is no name of a file in the store"
 
 
+_RECORDS = fields({"sequences": count, "label_words": count, "skipped": count, "first_skipped": many(text)})
 _SHAPE = fields(
     {
         "key": text, "dtype": text, "vocab_size": count, "total_tokens": count, "digest": text,
@@ -91,6 +94,17 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class RecordsEntry:
+    """Of a store of records (`orchestrator.data.records`): how many sequences each is, how many words of label follow a
+    sequence, and how many bad ones were left out, of which the first are told."""
+
+    sequences: int
+    label_words: int
+    skipped: int = 0
+    first_skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StoreManifest:
     """The content of a store. dtype: uint16 or uint32, little-endian; files and shards are in token order."""
 
@@ -99,6 +113,7 @@ class StoreManifest:
     vocab_size: int
     files: tuple[FileEntry, ...]
     shards: tuple[ShardEntry, ...]
+    records: RecordsEntry | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -118,6 +133,8 @@ class StoreManifest:
             "total_tokens": self.total_tokens,
             "digest": self.digest,
         }
+        if self.records is None:
+            del content["records"]
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
@@ -135,6 +152,7 @@ class StoreManifest:
                 vocab_size=int(content["vocab_size"]),
                 files=tuple(FileEntry(**entry) for entry in content["files"]),
                 shards=tuple(ShardEntry(**entry) for entry in content["shards"]),
+                records=_records_of(content.get("records")),
             )
             width = DTYPES[manifest.dtype]
             consistent = (
@@ -151,6 +169,14 @@ class StoreManifest:
         if not consistent:
             raise BrokenStoreError("manifest contradicts itself")
         return manifest
+
+
+def _records_of(content: Any) -> RecordsEntry | None:
+    if content is None:
+        return None
+    if (wrong := _RECORDS(content)) is not None:
+        raise BrokenStoreError(f"torn manifest: records: {wrong}")
+    return RecordsEntry(**{**content, "first_skipped": tuple(content["first_skipped"])})
 
 
 def store_digest(dtype: str, vocab_size: int, files: Sequence[FileEntry]) -> str:

@@ -61,9 +61,11 @@ class Library:
         self.patience = patience or Patience()
         self._first = 0
 
-    def files(self, source: str | list[str], format: str | None) -> list[SourceFile]:
+    def files(
+        self, source: str | list[str], format: str | None, include: Sequence[str] = ()
+    ) -> list[SourceFile]:  # fmt: skip
         """The files of a source (see `resolve_files`), also of those named outright that only a mirror has."""
-        return resolve_files(source, format, self._size_in_a_mirror)
+        return resolve_files(source, format, self._size_in_a_mirror, include)
 
     def _size_in_a_mirror(self, name: str) -> int | None:
         for mirror in self.mirrors:

@@ -6,6 +6,7 @@ agree on the order and on the token store built from them. Knows nothing of toke
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -21,27 +22,29 @@ from orchestrator.urls import UrlProblem, expand
 
 STANDARD_LIBRARY = "python-stdlib"
 
-_FORMATS = ("text", "jsonl", "parquet")
+FORMATS = ("text", "jsonl", "json", "parquet", "csv", "tsv", "arrow", "npy", "bin")
+TABLES = ("jsonl", "json", "parquet", "csv", "tsv", "arrow")
+"""Those that have records, with fields."""
+TOKENS = ("npy", "bin")
+"""Those that have the ids of tokens."""
 _SUFFIXES = {
     **dict.fromkeys([".txt", ".text", ".md", ".rst", ".py", ".pyi", ".tex", ".html", ".xml"], "text"),
     **dict.fromkeys([".c", ".h", ".cc", ".cpp", ".hpp", ".go", ".rs", ".java", ".js", ".ts", ".sh"], "text"),
     **dict.fromkeys([".jsonl", ".ndjson"], "jsonl"),
-    ".parquet": "parquet",
+    **{f".{name}": name for name in FORMATS if name not in ("text", "jsonl")},
 }
-_ADVICE = {
-    **dict.fromkeys(
-        [".csv", ".tsv"], "tables are not read: write one JSON object a row into a .jsonl file, or parquet"
-    ),
-    ".json": "read only with an object on each line, if data.format: jsonl says so; else write it like that",
-    **dict.fromkeys(
-        [".bin", ".npy", ".idx", ".arrow"], "tokens and tables are not read: give the text that they were made from"
-    ),
-}
-_PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
-_OTHERWISE = "set data.format if they all have one format, or leave them out with a pattern like DIR/**/*.jsonl"
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+"""Suffixes of files that are read through, whatever they hold."""
+_PACKED = (".lz4", ".br", ".zip", ".7z", ".tar", ".tgz")
+_OTHERWISE = (
+    "set data.format if they all have one format, or leave them out with data.include or a pattern like DIR/**/*.jsonl"
+)
 _TOLD = 5
 # What Hadoop, Spark and Dask leave beside the files of a table, which no reader of such directories takes for data.
-_MARKERS = re.compile(r"_SUCCESS|_metadata|_common_metadata|_started_.*|_committed_.*|.*\.crc")
+_MARKERS = re.compile(r"_SUCCESS|_metadata|_common_metadata|_started_.*|_committed_.*|.*\.crc|.*\.idx")
+# What `datasets.save_to_disk` writes beside its .arrow files.
+_OF_DATASETS = ("dataset_info.json", "state.json")
+_SPLITS = "dataset_dict.json"
 _ABOUT = re.compile(r"(readme|license|licence|notice|changelog|contributing|dataset_card)\b", re.IGNORECASE)
 # Test packages are left out because slim images and distributions strip them, so that the same Python version
 # gives the same text in most places; the build's own configuration is left out because it differs from build
@@ -66,14 +69,19 @@ class SourceFile:
     """One file of a source.
 
     name: where it is relative to the source (machine-independent, unique in the source, decides the order);
-    url: local path or fsspec URL; size_bytes: its size, -1 when a remote end does not say; format: text,
-    jsonl or parquet.
+    url: local path or fsspec URL; size_bytes: its size, -1 when a remote end does not say; format: one of FORMATS.
     """
 
     name: str
     url: str
     size_bytes: int
     format: str
+
+    @property
+    def compression(self) -> str:
+        """The suffix that says how it is compressed; "" where it is not."""
+        suffix = _suffix(self.name)
+        return suffix if suffix in COMPRESSIONS else ""
 
     @property
     def is_standard_library(self) -> bool:
@@ -85,19 +93,21 @@ def resolve_files(
     source: str | list[str],
     format: str | None = None,
     size_elsewhere: Callable[[str], int | None] = lambda name: None,
+    include: Sequence[str] = (),
 ) -> list[SourceFile]:
     """The files of a source in their order.
 
     source: `python-stdlib`, or a path, directory (all its files, hidden ones and markers like _SUCCESS aside), glob
-    (`**` allowed) or fsspec URL, or a list of those, kept in the list's order. format: text, jsonl or parquet for every
-    file, or None to infer it from each file's suffix. size_elsewhere: the size in bytes (-1: not known) of a file of
-    some name (as in SourceFile) in another place, or None; asked for a file that the source names outright and
-    that is not there. What a directory or pattern holds is never told by another place: it may hold more, or less.
+    (`**` allowed) or fsspec URL, or a list of those, kept in the list's order. format: one of FORMATS for every
+    file, or None to infer it from each file's suffix. include: patterns, of which the name of a file in a directory
+    must fit one. size_elsewhere: the size in bytes (-1: not known) of a file of some name (as in SourceFile) in another
+    place, or None; asked for a file that the source names outright and that is not there. What a directory or pattern
+    holds is never told by another place: it may hold more, or less.
 
     Raises DataError when nothing is found, a file is empty or there by two names, or its format is unknown.
     """
-    if format is not None and format not in _FORMATS:
-        raise DataError(f"data.format: {format!r} is unknown; use one of {', '.join(_FORMATS)}")
+    if format is not None and format not in FORMATS:
+        raise DataError(f"data.format: {format!r} is unknown; use one of {', '.join(FORMATS)}")
     sources = [source] if isinstance(source, str) else list(source)
     if not sources:
         raise DataError("data.source: the list is empty; name at least one path, glob or URL")
@@ -107,7 +117,7 @@ def resolve_files(
         # order.
         prefix = f"{position:04d}/" if len(sources) > 1 else ""
         try:
-            found = sorted(_find(one, format))
+            found = _included(one, sorted(_find(one, format)), include)
         except SecretMissing:
             raise
         except DataError:
@@ -118,6 +128,17 @@ def resolve_files(
         _refuse_strays(one, files[-len(found) :])
     _refuse_twice(files)
     return files
+
+
+def _included(source: str, found: list[tuple[str, str, int]], include: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Those of a directory that are asked for, by their names in it; of what is named outright, all."""
+    if not include or len(found) == 1 or glob.has_magic(source):
+        return found
+    kept = [one for one in found if any(fnmatch.fnmatchcase(one[0], pattern) for pattern in include)]
+    if not kept:
+        names = _listed([name for name, *_ in found])
+        raise DataError(f"data.include: no file of {source} fits {', '.join(include)}; it holds {names}")
+    return kept
 
 
 def _refuse_twice(files: Sequence[SourceFile]) -> None:
@@ -142,7 +163,7 @@ def _refuse_twice(files: Sequence[SourceFile]) -> None:
 def _refuse_strays(source: str, files: Sequence[SourceFile]) -> None:
     """What a directory of records says about itself (README.md, LICENSE) is no data of it, whatever data.format is."""
     about = [file for file in files if _ABOUT.match(file.name.rpartition("/")[2])]
-    strays = [file.name for file in about if _SUFFIXES.get(_suffix(file.name), "text") == "text"]
+    strays = [file.name for file in about if _SUFFIXES.get(_suffix(_unpacked(file.name)), "text") == "text"]
     if strays and any(file.format != "text" for file in files if file.name not in strays):
         raise DataError(
             f"data.source: {source} holds {_listed(strays)} beside files of records; leave the text out with a pattern "
@@ -170,7 +191,7 @@ def _named_outright(
     """What `_find` would have found of a file that is in another place only."""
     source = source.removeprefix("file://")
     name = _without_query(source.rsplit("/", 1)[-1], source)
-    if glob.has_magic(source) or (format is None and os.path.splitext(name)[1].lower() not in _SUFFIXES):
+    if glob.has_magic(source) or (format is None and _suffix(_unpacked(name)) not in _SUFFIXES):
         return []
     size_bytes = size_elsewhere(prefix + name)
     url = source if "://" in source else os.path.abspath(os.path.expanduser(source))
@@ -182,6 +203,15 @@ def _find_local(source: str) -> list[tuple[str, str, int]]:
         paths, root = [source], os.path.dirname(source)
     elif os.path.isdir(source):
         paths, root = list(_walk(source, _is_aside)), source
+        if os.path.isfile(os.path.join(source, _SPLITS)):
+            arrows = [os.path.relpath(path, source) for path in paths if path.endswith(".arrow")]
+            splits = sorted({path.split(os.sep)[0] for path in arrows})
+            raise DataError(
+                f"data.source: {source} holds several splits of a dataset ({', '.join(splits)}); name one of them: "
+                f"{os.path.join(source, splits[0] if splits else 'train')}"
+            )
+        if any(path.endswith(".arrow") for path in paths):
+            paths = [path for path in paths if os.path.basename(path) not in _OF_DATASETS]
     else:
         root, pattern = _split_pattern(source, os.path.isdir)
         found = glob.glob(os.path.join(glob.escape(root), pattern), recursive=True)
@@ -317,7 +347,7 @@ def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: st
     files, unknown, packed, empty = [], [], [], []
     for name, url, size_bytes in found:
         is_packed = _suffix(name) in _PACKED
-        inferred = None if is_packed else format or _SUFFIXES.get(_suffix(name))
+        inferred = None if is_packed else format or _SUFFIXES.get(_suffix(_unpacked(name)))
         if is_packed:
             packed.append(url)
         elif inferred is None:
@@ -327,11 +357,14 @@ def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: st
         else:
             files.append(SourceFile(prefix + name, url, size_bytes, inferred))
     problems = []
-    for advice in dict.fromkeys(_ADVICE.get(_suffix(url), _OTHERWISE) for url in unknown):
-        several = [url for url in unknown if _ADVICE.get(_suffix(url), _OTHERWISE) == advice]
-        problems.append(f"{_listed(several)}: cannot tell a format from the suffix {_suffix(several[0])!r}; {advice}")
+    for suffix in dict.fromkeys(_suffix(_unpacked(url)) for url in unknown):
+        several = [url for url in unknown if _suffix(_unpacked(url)) == suffix]
+        problems.append(f"{_listed(several)}: cannot tell a format from the suffix {suffix!r}; {_OTHERWISE}")
     if packed:
-        problems.append(f"{_listed(packed)}: compressed files are not read, whatever data.format says: unpack them")
+        problems.append(
+            f"{_listed(packed)}: not read, whatever data.format says: of compressed files only "
+            f"{', '.join(COMPRESSIONS)} are; unpack them"
+        )
     if empty:
         problems.append(f"{_listed(empty)}: the file is empty; remove it from data.source")
     if problems:
@@ -341,6 +374,11 @@ def _source_files(prefix: str, found: Sequence[tuple[str, str, int]], format: st
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+def _unpacked(name: str) -> str:
+    """The name less the suffix of a compression."""
+    return os.path.splitext(name)[0] if _suffix(name) in COMPRESSIONS else name
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +18,18 @@ import xxhash
 from numpy.typing import NDArray
 
 from orchestrator.data.build import Recipe, build_store, building_lock, publish
+from orchestrator.data.encoding import Side, encoder_of
 from orchestrator.data.formats import DEFAULT_FIELD, DOCUMENTS, check_field, document_of
 from orchestrator.data.locations import Patience
-from orchestrator.data.manifest import FORMAT_VERSION, BrokenStoreError, store_digest
+from orchestrator.data.manifest import (
+    COUNTED_SHIFT,
+    FORMAT_VERSION,
+    BrokenStoreError,
+    RecordsEntry,
+    store_digest,
+)
 from orchestrator.data.reading import Library, join
+from orchestrator.data.records import RecordSpec
 from orchestrator.data.shards import TRAINING_PATIENCE, Shards, Signature, read_manifest
 from orchestrator.data.sources import DataError, SourceFile
 from orchestrator.data.tokenizers import BYTES, load_tokenizer
@@ -80,6 +89,11 @@ class TokenStore:
     def signatures(self) -> list[Signature | None]:
         """By which another process that opens the store can tell that it is still what was verified here."""
         return self._shards.signatures
+
+    @property
+    def records(self) -> RecordsEntry | None:
+        """What it says of records, where it was made of such."""
+        return self.manifest.records
 
     @property
     def vocab_size(self) -> int:
@@ -142,10 +156,19 @@ class TokenStore:
 
         Raises DataError when they cannot be read anywhere, or are not what was written.
         """
-        lengths = self._shards.document_lengths()
+        lengths = self._length_entries & ((1 << COUNTED_SHIFT) - 1)
         if (len(lengths) and lengths.min() < 1) or int(lengths.sum()) != self.num_tokens:
             raise BrokenStoreError(f"{self.location}: its documents' lengths do not add up to its tokens; remove it")
         return lengths
+
+    def counted(self) -> NDArray[np.int64]:
+        """Of a store of records, how many tokens of every sequence count as targets: int64 [sequences]. Raises
+        DataError."""
+        return self._length_entries >> COUNTED_SHIFT
+
+    @cached_property
+    def _length_entries(self) -> NDArray[np.int64]:
+        return self._shards.document_lengths()
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
         """Fill out [n] with the tokens of the line from `start` on. Safe to call from several threads at once.
@@ -239,6 +262,27 @@ def _compare(store: TokenStore, expect: str | None, described: str, target: Path
         )
 
 
+def _refuse_an_empty_side(store: TokenStore, side: Side | None, described: str) -> None:
+    if side is not None and not store.num_tokens:
+        what = "held out" if side.is_held_out else "left to train on"
+        raise DataError(
+            f"evaluation.share: {side.share:g} of {described} leaves nothing {what}: it has too few documents; give "
+            "more, or name what to evaluate on (evaluation.data)"
+        )
+
+
+def _recipe(
+    library: Library, files: Sequence[SourceFile], field: str | None, document: str | None, tokenizer: str,
+    records: RecordSpec | None, side: Side | None,
+) -> Recipe:  # fmt: skip
+    contents = [library.examine(file) for file in files]
+    loaded = load_tokenizer(tokenizer)
+    encoder_of(records, loaded)
+    if tokenizer != BYTES:
+        tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
+    return Recipe(files, contents, field, document, library, tokenizer, loaded, records, side)
+
+
 def prepare(
     *,
     source: str | list[str],
@@ -252,10 +296,15 @@ def prepare(
     expect: str | None = None,
     verify: bool = True,
     patience: Patience | None = None,
+    include: Sequence[str] = (),
+    records: RecordSpec | None = None,
+    side: Side | None = None,
 ) -> TokenStore:
     """Find the token store of a source in the cache, or build it.
 
-    source, format: as for `resolve_files`; field, document: as for `documents`; tokenizer: as for `load_tokenizer`.
+    source, format, include: as for `resolve_files`; field, document: as for `documents`; tokenizer: as for
+    `load_tokenizer`; records: what is made of records, where it is not a text that is wanted of them; side: which side
+    of a split is kept.
     mirrors: directories or URLs that hold the same files under the same relative names, and the same stores under
     theirs; they are read where the source, or the store, fails.
     cache: a directory, by default `$XDG_CACHE_HOME/elastic-orchestrator` or `~/.cache/elastic-orchestrator`.
@@ -270,18 +319,14 @@ def prepare(
     changes meanwhile, or the digest is not the expected one.
     """
     library = Library(mirrors, patience)
-    files = library.files(source, format)
+    files = library.files(source, format, include)
     for file in files:
         document_of(file, document)
     check_field(files, field, source)
-    contents = [library.examine(file) for file in files]
-    loaded = load_tokenizer(tokenizer)
+    recipe = _recipe(library, files, field, document, tokenizer, records, side)
+    key = _key(recipe)
     # Tasks may run in another working directory, so what they are given must not depend on it.
     directory = default_cache() if cache is None else Path(cache).expanduser().absolute()
-    if tokenizer != BYTES:
-        tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
-    recipe = Recipe(files, contents, field, document, library, tokenizer, loaded)
-    key = _key(files, [content.fingerprint for content in contents], field, document, loaded.identity)
     target = directory / f"tokens-{key}"
     copies = [join(mirror, target.name) for mirror in library.mirrors]
     described = described_source(source)
@@ -294,6 +339,7 @@ def prepare(
         return store if store.manifest.key == key else None
 
     store = open_store() or _build(target, key, recipe, open_store, run_tasks or _run_here)
+    _refuse_an_empty_side(store, side, described)
     _compare(store, expect, described, target)
     return store
 
@@ -313,20 +359,20 @@ def _run_here(function: Callable[..., T], arguments: list[tuple[Any, ...]]) -> l
     return [function(*one) for one in arguments]
 
 
-def _key(
-    files: Sequence[SourceFile],
-    fingerprints: Sequence[str],
-    field: str | None,
-    document: str | None,
-    tokenizer_identity: str,
-) -> str:
+def _key(recipe: Recipe) -> str:
     """32 hex digits over everything that decides a store's content, and no path of this machine."""
     digest = xxhash.xxh3_128()
-    parts: list[object] = [FORMAT_VERSION, tokenizer_identity]
-    for file, content in zip(files, fingerprints, strict=True):
-        parts += [file.name, file.size_bytes, file.format, content]
-        parts.append("" if file.format == "text" else field or DEFAULT_FIELD)
-        if (kind := document_of(file, document)) != DOCUMENTS[file.format][0]:
+    tokenizer, records, side = recipe.loaded, recipe.records, recipe.side
+    parts: list[object] = [FORMAT_VERSION, tokenizer.identity]
+    if records is not None:
+        # A template is no part of what identifies a tokenizer, as texts do without it.
+        parts += [f"records: {records!r}", records.chat_template or getattr(tokenizer, "chat_template", "")]
+    if side is not None:
+        parts.append(f"side: {side!r}")
+    for file, content in zip(recipe.files, recipe.contents, strict=True):
+        parts += [file.name, file.size_bytes, file.format, content.fingerprint]
+        parts.append("" if file.format == "text" else recipe.field or DEFAULT_FIELD)
+        if (kind := document_of(file, recipe.document)) != DOCUMENTS[file.format][0]:
             parts.append(f"document: {kind}")
     for part in parts:
         encoded = str(part).encode("utf-8", "surrogateescape")  # file names may be any bytes

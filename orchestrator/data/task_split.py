@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from orchestrator.data.formats import WHOLE, ByteSpan
+from orchestrator.data.opening import WHOLE, ByteSpan
 
 MIN_PART_BYTES = 1 << 20
 """No part is smaller than this unless its file is: a task has a cost of its own."""

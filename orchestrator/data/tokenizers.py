@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +42,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text, uint32 [tokens], with no special token added, so no end of document either."""
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """The same ids, and the character of the text that each begins at, int64 [tokens]. Raises DataError for a
+        tokenizer that does not know."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -84,6 +90,12 @@ class ByteTokenizer:
         """The UTF-8 bytes of the text, uint32 [bytes]."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
 
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See `Tokenizer`."""
+        ids = self.encode(text)
+        # A byte 10xxxxxx goes on with a character.
+        return ids, np.cumsum((ids & 0xC0) != 0x80, dtype=np.int64) - 1
+
 
 def byte_backend() -> tuple[Any, str]:
     """The same ids from the `tokenizers` library, which other tools can load: its tokenizer, and the token that ends a
@@ -108,10 +120,20 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
+@dataclass(frozen=True)
+class Conventions:
+    """What a tokenizer's files say beside how text becomes ids: its chat template ("": none), the special tokens that a
+    template may name, and the one that begins a text, if there is one."""
+
+    chat_template: str = ""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    begin: int | None = None
+
+
 class FastTokenizer:
     """A `tokenizers.Tokenizer` (transformers calls these fast)."""
 
-    def __init__(self, backend: Any, end_of_document: int) -> None:
+    def __init__(self, backend: Any, end_of_document: int, conventions: Conventions | None = None) -> None:
         import tokenizers
 
         # Both would silently change the ids: a saved tokenizer may still carry its model's truncation and
@@ -122,10 +144,19 @@ class FastTokenizer:
         self.end_of_document = end_of_document
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.identity = _identity("fast", tokenizers.__version__, end_of_document, backend.to_str().encode())
+        found = conventions or Conventions()
+        self.chat_template, self.special_tokens = found.chat_template, found.special_tokens
+        self.begin_of_document = found.begin
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """The ids of the text, uint32 [tokens]."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See `Tokenizer`."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        starts = np.array([first for first, _ in found.offsets], dtype=np.int64)
+        return np.array(found.ids, dtype=np.uint32), starts
 
 
 class SlowTokenizer:
@@ -148,6 +179,13 @@ class SlowTokenizer:
         """The ids of the text, uint32 [tokens]."""
         ids = self._tokenizer.encode(text, add_special_tokens=False, truncation=False, verbose=False)
         return np.array(ids, dtype=np.uint32)
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """It does not know. Raises DataError."""
+        raise DataError(
+            "data.tokenizer: it is not one of the tokenizers library, and does not tell which part of a text a token "
+            "is of, which records with parts that count need; convert it (tokenizer.json)"
+        )
 
 
 def _from_directory(name: str, path: Path) -> Tokenizer:
@@ -184,7 +222,15 @@ def _from_directory(name: str, path: Path) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return SlowTokenizer(tokenizer, path)
-    return FastTokenizer(backend, int(tokenizer.eos_token_id))
+    return FastTokenizer(backend, int(tokenizer.eos_token_id), _conventions_of(tokenizer))
+
+
+def _conventions_of(tokenizer: Any) -> Conventions:
+    """Of a tokenizer of transformers."""
+    template = getattr(tokenizer, "chat_template", None)
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    begin = tokenizer.bos_token_id
+    return Conventions(template if isinstance(template, str) else "", special, None if begin is None else int(begin))
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
@@ -212,7 +258,23 @@ def _from_file(name: str, path: Path) -> Tokenizer:
             f"data.tokenizer: {name} must have one end-of-sequence token, which marks the end of a document, "
             f"but has {said}; name it as eos_token in {path.with_name('tokenizer_config.json')}"
         )
-    return FastTokenizer(backend, next(iter(found.values())))
+    return FastTokenizer(backend, next(iter(found.values())), _conventions_beside(path, backend))
+
+
+def _conventions_beside(path: Path, backend: Any) -> Conventions:
+    """What the files beside a tokenizer.json say."""
+    config = _tokenizer_config(path.parent)
+    special = {}
+    for name, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(token, str):
+            special[name] = token
+    template = config.get("chat_template")
+    beside = path.with_name("chat_template.jinja")
+    if beside.is_file():
+        template = beside.read_text("utf-8")
+    begin = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
+    return Conventions(template if isinstance(template, str) else "", special, begin)
 
 
 def _identity(kind: str, version: str, end_of_document: int, *content: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.errors import PluginError
 from orchestrator.faults import KINDS
-from orchestrator.job.kinds import fault_kind_named, objective_named, optimizer_named, update_rule_named
+from orchestrator.job.kinds import fault_kind_named, objective_from, objective_named, optimizer_named, update_rule_named
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
 from orchestrator.urls import VARIABLE
@@ -135,9 +135,18 @@ def _fitting(field: str, document: str | None, kind_field: str, kind: str | None
         yield Finding((field, kind_field), f"{document} does not go with {kind}, which takes {' or '.join(fitting)}")
 
 
+def _steps(get: Get) -> Iterator[Finding]:
+    steps, epochs = get("train.steps"), get("train.epochs")
+    if not steps and epochs is None:
+        yield Finding(("train.steps",), "is required, but missing; or give train.epochs")
+
+
 def _warmup(get: Get) -> Iterator[Finding]:
     warmup, steps = get("train.schedule.warmup_steps"), get("train.steps")
-    if warmup > steps:
+    if warmup and get("train.schedule.warmup_ratio"):
+        fields = ("train.schedule.warmup_ratio", "train.schedule.warmup_steps")
+        yield Finding(fields, "and warmup_steps say the same in two ways; give one of them")
+    if steps and warmup > steps:
         yield Finding(
             ("train.schedule.warmup_steps", "train.steps"),
             f"warmup_steps = {warmup} is more than train.steps = {steps}; it can be at most {steps}",
@@ -196,10 +205,26 @@ def fault_kind(get: Get, fault: str) -> list[Finding]:
 
 def _fault_step(get: Get, fault: str) -> list[Finding]:
     step, steps = get(f"{fault}step"), get("train.steps")
-    if step < steps:
+    if get(f"{fault}phase") in ("evaluate", "tally"):
+        return _fault_evaluation(get, fault, step, steps)
+    if step < steps or not steps:
         return []
     reason = f"the fault's step = {step} never comes: train.steps = {steps}, so the last step is {steps - 1}"
     return [Finding((f"{fault}step", "train.steps"), reason)]
+
+
+def _fault_evaluation(get: Get, fault: str, step: int, steps: int) -> list[Finding]:
+    phase = get(f"{fault}phase")
+    if get("evaluation") is None:
+        reason = f"is {phase}, which is a part of evaluations, and the job makes none: give it an evaluation section"
+        return [Finding((f"{fault}phase",), reason)]
+    every, at_start = get("evaluation.every_steps"), get("evaluation.at_start")
+    if (at_start if step == 0 else step == steps or (step % every == 0 and step < steps)) or not steps:
+        return []
+    reason = (
+        f"the weights after {step} steps are not evaluated: evaluation.every_steps = {every}, train.steps = {steps}"
+    )
+    return [Finding((f"{fault}step", "evaluation.every_steps"), reason)]
 
 
 def _accelerators(get: Get) -> Iterator[Finding]:
@@ -325,20 +350,85 @@ def _document_mask(get: Get) -> Iterator[Finding]:
         )
 
 
+def _evaluation(get: Get) -> Iterator[Finding]:
+    if get("evaluation") is None:
+        return
+    given = [key for key in ("share", "data") if get(f"evaluation.{key}") is not None]
+    if len(given) != 1:
+        what = "has both" if given else "has neither"
+        yield Finding(("evaluation",), f"must have exactly one of share and data, and {what}")
+
+
 def _objective(get: Get) -> Iterator[Finding]:
+    name, factory = get("objective.name"), get("objective.factory")
     try:
-        objective_named(get("objective.name"))
+        kind = objective_named(name) if factory is None else objective_from(factory)
     except PluginError as error:
-        yield Finding(("objective.name",), str(error))
+        yield Finding(("objective.name" if factory is None else "objective.factory",), str(error))
+        return
+    if kind.whole_virtual_workers:
+        batch, shares, micro = get("train.global_batch"), get("elastic.virtual_workers"), get("train.micro_batch")
+        if batch != shares * micro:
+            yield Finding(
+                ("train.micro_batch", "train.global_batch", "elastic.virtual_workers"),
+                f"objective {kind.name} compares the samples of a virtual worker, so these must be one micro-batch: "
+                f"global_batch = virtual_workers * micro_batch, got {batch}, {shares} and {micro}",
+            )
+    if kind.needs_teacher:
+        yield from _teacher(get)
+    if not kind.shapes:
+        yield from _texts_only(get, kind.name)
+    elif get("data.packing") == "stream":
+        only = "pad" if kind.sequences > 1 or kind.labels_of_records or kind.counts == "last" else "pack or pad"
+        yield Finding(
+            ("data.packing", "objective.name"),
+            f"is stream, which cuts documents anywhere, and objective {kind.name} is about whole records; use {only}",
+        )
+    elif get("data.packing") == "pack" and (kind.sequences > 1 or kind.labels_of_records or kind.counts == "last"):
+        reason = f"is pack, and objective {kind.name} reads each record by itself; use pad"
+        yield Finding(("data.packing", "objective.name"), reason)
+
+
+def _teacher(get: Get) -> Iterator[Finding]:
+    if get("strategy.tensor") > 1:
+        reason = (
+            f"a teacher is not split over tensor-parallel ranks; got tensor = {get('strategy.tensor')}: set it to 1"
+        )
+        yield Finding(("strategy.tensor",), reason)
+
+
+def _texts_only(get: Get, name: str) -> Iterator[Finding]:
+    """What is about records says nothing where the objective takes texts."""
+    for field in ("fields", "chat_template", "add_bos", "truncate", "on_bad_record"):
+        if get(f"data.{field}") != default_of_data(field):
+            yield Finding(
+                (f"data.{field}", "objective.name"),
+                f"is about records with fields, and objective {name} takes texts; leave it out, or use sft",
+            )
+
+
+def default_of_data(field: str) -> Any:
+    """The value of a field of records that says nothing."""
+    return {"fields": {}, "chat_template": None, "add_bos": False, "truncate": "end", "on_bad_record": "error"}[field]
 
 
 def _optimizer(get: Get) -> Iterator[Finding]:
     try:
-        if optimizer_named(get("train.optimizer.name")).scope == "matrix":
-            reason = "needs whole matrices, which no layout keeps together yet; one of scope element is needed"
-            yield Finding(("train.optimizer.name",), reason)
+        kind = optimizer_named(get("train.optimizer.name"))
     except PluginError as error:
         yield Finding(("train.optimizer.name",), str(error))
+        return
+    if kind.scope != "matrix":
+        return
+    if get("strategy.shard") == "parameters":
+        reason = (
+            f"is {kind.name}, which updates whole matrices, and shard: parameters gives each rank rows of them; use "
+            "shard: gradients or optimizer"
+        )
+        yield Finding(("train.optimizer.name", "strategy.shard"), reason)
+    if (tensor := get("strategy.tensor")) > 1:
+        reason = f"is {kind.name}, which updates whole matrices, and tensor = {tensor} splits them; use tensor: 1"
+        yield Finding(("train.optimizer.name", "strategy.tensor"), reason)
 
 
 def _update_rule(get: Get) -> Iterator[Finding]:
@@ -357,6 +447,8 @@ _RULES: tuple[Rule, ...] = (
     _model,
     _data,
     _document_mask,
+    _evaluation,
+    _steps,
     _of_directories,
     _hf_model_type,
     _free_form,

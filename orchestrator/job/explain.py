@@ -105,6 +105,8 @@ def _unknown_field(root: type[BaseModel], path: Path) -> str:
     here = list(model.model_fields) if model else []
     everywhere = list(_all_fields(root))
     exact = [dotted for dotted in everywhere if dotted.split(".")[-1] == key]
+    # Of several places the nearest to the top, and none in entries of lists where there is another.
+    exact = [dotted for dotted in exact if ".0." not in dotted] or exact
     # A clear typo first, then a field in the wrong section, then whatever is closest.
     for names in (
         close(key, here, 0.75),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import plugins
+from orchestrator.errors import PluginError
 from orchestrator.faults import KINDS, FaultKind
 from strategies.objective.known import OBJECTIVES
 from strategies.objective.objective import Objective
@@ -14,7 +18,7 @@ from strategies.optim.spec import OPTIMIZERS
 from strategies.update.rule import RULES, UpdateRule
 
 if TYPE_CHECKING:
-    from monitoring.sinks.base import Sink
+    from monitoring.sinks.base import Sink, SinkRun
 
 
 def optimizer_named(name: str) -> Optimizer:
@@ -25,6 +29,39 @@ def optimizer_named(name: str) -> Optimizer:
 def objective_named(name: str) -> Objective:
     """Raises PluginError."""
     return plugins.find("objectives", name, OBJECTIVES, Objective)  # type: ignore[type-abstract]
+
+
+def objective_from(path: str) -> Objective:
+    """The one that a class of the user's own makes. Raises PluginError."""
+    made = _at(path)
+    try:
+        found = made()
+    except Exception as error:  # A user's code can fail with anything.
+        raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Objective):
+        raise PluginError(f"{path} makes a {type(found).__name__}, not an Objective (strategies.objective.objective)")
+    return found
+
+
+def hooks_from(path: str) -> Callable[[SinkRun], Any]:
+    """What makes the hooks of a job, by the path of their class. Raises PluginError."""
+    found = _at(path)
+    if not callable(found):
+        raise PluginError(
+            f"{path} is a {type(found).__name__}, and a class of hooks is wanted (monitoring.sinks.hooks)"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _at(path: str) -> Any:
+    """What stands at `package.module:name`, of the user's own. Raises PluginError."""
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # As for a model's factory.
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # A user's code can fail with anything.
+        raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
 
 
 def fault_kind_named(name: str) -> FaultKind:

@@ -160,24 +160,33 @@ def _compile(get: Get) -> Iterator[Finding]:
 
 
 def _padded(get: Get) -> Iterator[Finding]:
-    if get("data.packing") != "pad":
+    if get("data.packing") != "pad" or get("data.pad_to") == "sequence_length":
         return
     pipeline = get("strategy.pipeline")
     if pipeline > 1:
         yield Finding(
             ("data.packing", "strategy.pipeline"),
             f"packing: pad makes micro-batches of many lengths, and the stages of pipeline = {pipeline} hand on "
-            "activations of one size; use packing: pack, or pipeline: 1",
+            "activations of one size; use packing: pack, pad_to: sequence_length, or pipeline: 1",
         )
     if get("train.compile"):
         yield Finding(
             ("data.packing", "train.compile"),
             "packing: pad makes micro-batches of many lengths, and compile: true would compile the model for each; "
-            "use packing: pack, or compile: false",
+            "use packing: pack, pad_to: sequence_length, or compile: false",
         )
 
 
-RULES_OF_DEGREES: tuple[Rule, ...] = (_layers, _divisible, _native, _compile, _padded)
+def _adapter(get: Get) -> Iterator[Finding]:
+    if get("adapter") is not None and get("strategy.tensor") > 1:
+        reason = (
+            f"an adapter is not split over tensor-parallel ranks yet; got tensor = {get('strategy.tensor')}: set it to "
+            "1, and shard the frozen weights instead (strategy.shard: parameters)"
+        )
+        yield Finding(("adapter", "strategy.tensor"), reason)
+
+
+RULES_OF_DEGREES: tuple[Rule, ...] = (_adapter, _layers, _divisible, _native, _compile, _padded)
 """Those about degrees, shard and schedule alone, whatever the number of workers."""
 LAYOUT_RULES: tuple[Rule, ...] = (
     _group_of_workers,

@@ -6,6 +6,7 @@ so that whatever is wrong with it is reported under that option.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,21 @@ def parse_override(text: str, option: int) -> Override | Mistake:
         first = tree.mistakes[0]
         return Mistake(place, path + first.path, first.reason)
     return Override(path, tree, place)
+
+
+def as_mapping(texts: Sequence[str]) -> dict[str, Any]:
+    """What several of them set, as nested mappings. Raises JobError."""
+    tree = Tree(data={}, values={(): Position("--set")})
+    for option, text in enumerate(texts, 1):
+        override = parse_override(text, option)
+        if isinstance(override, Mistake):
+            tree.mistakes.append(override)
+        else:
+            apply_override(tree, override)
+    if tree.mistakes:
+        raise JobError([problem_of(mistake) for mistake in tree.mistakes])
+    found: dict[str, Any] = tree.data
+    return found
 
 
 def apply_override(tree: Tree, override: Override) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.job.kinds import objective_named, optimizer_named, update_rule_named
+from orchestrator.job.kinds import optimizer_named, update_rule_named
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
+from strategies.update.ema import WithEma
 from strategies.update.rule import UpdateRule
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ def optimizer_of(job: Job) -> Optimizer:
 
 
 def objective_of(job: Job) -> Objective:
-    return objective_named(job.objective.name)
+    return job.objective.made()
 
 
 def update_rule_of(job: Job) -> UpdateRule:
-    return update_rule_named(job.strategy.update)
+    rule = update_rule_named(job.strategy.update)
+    return rule if job.train.ema is None else WithEma(rule, job.train.ema.decay)

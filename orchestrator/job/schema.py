@@ -19,12 +19,14 @@ from pydantic_core import PydanticCustomError
 
 from monitoring.outside import without_secrets
 from orchestrator.job import checks
-from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, Name, Section
+from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, FactoryPath, Name, Section
 from orchestrator.job.load import load_file, load_text, mistakes_in
 from orchestrator.job.rules import ACROSS_FIELDS
+from orchestrator.job.sections.adapter import Adapter
 from orchestrator.job.sections.checkpoint import Checkpoint
 from orchestrator.job.sections.data import Data
 from orchestrator.job.sections.elastic import Elastic
+from orchestrator.job.sections.evaluation import Evaluation
 from orchestrator.job.sections.faults import Fault
 from orchestrator.job.sections.model import Model
 from orchestrator.job.sections.monitoring import Monitoring
@@ -42,11 +44,15 @@ class Job(Section):
     data: Annotated[Data, NUMBERS]
     train: Annotated[Train, NUMBERS]
     objective: Annotated[Objective, NUMBERS_LATER] = Field(default_factory=Objective)
+    adapter: Annotated[Adapter | None, NUMBERS_LATER] = None
+    evaluation: Annotated[Evaluation | None, NUMBERS_LATER] = None
     strategy: Annotated[Strategy, NUMBERS] = Field(default_factory=Strategy)
     elastic: Annotated[Elastic, NUMBERS] = Field(default_factory=Elastic)
     resources: Annotated[Resources, NUMBERS] = Field(default_factory=Resources)
     checkpoint: Annotated[Checkpoint, CIRCUMSTANCES] = Field(default_factory=Checkpoint)
     monitoring: Annotated[Monitoring, CIRCUMSTANCES] = Field(default_factory=Monitoring)
+    hooks: Annotated[FactoryPath | None, CIRCUMSTANCES] = None
+    """`package.module:Class` of `monitoring.sinks.hooks.Hooks`, told of what happens."""
     faults: Annotated[list[Fault], CIRCUMSTANCES] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -5,7 +5,6 @@ The only module of the planner that imports torch and transformers, and only ins
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import PlanError
 from orchestrator.job.parts import objective_of
 from orchestrator.models.trace import CannotTrace, kept_bytes_per_sample
-from strategies.objective.objective import TokenObjective
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,7 +121,7 @@ def describe_modes(job: Job, modes: Sequence[str | EveryLayers]) -> list[ModelCo
             _with_kept(block, each.everything / measure.sequence) for block, each in zip(blocks, kept, strict=True)
         ]
     head = getattr(module, "get_output_embeddings", lambda: None)()
-    if job.train.loss_chunk and isinstance(objective_of(job), TokenObjective) and head is not None:
+    if job.train.loss_chunk and objective_of(job).by_token and head is not None:
         blocks[-1] = _with_chunks(job, measure, blocks[-1], head.weight)
     costs = ModelCosts(
         blocks=tuple(blocks), tied=tied, hidden_size=measure.hidden, vocab_size=tokens.num_embeddings, heads=heads,
@@ -402,8 +400,10 @@ def _on_meta(job: Job, build: Callable[[], nn.Module]) -> nn.Module:
 
 def _builder(job: Job) -> Callable[[], nn.Module]:
     """A function that builds the job's network as the worker does, in fp32, wherever torch is told to put it."""
-    from orchestrator.models.loading import empty_model, from_factory
+    from orchestrator.models.loading import choose_trained, empty_model, from_factory
 
-    if job.model.factory is not None:
-        return functools.partial(from_factory, job.model.factory, job.model.args)
-    return functools.partial(empty_model, job)
+    def build() -> nn.Module:
+        factory = job.model.factory
+        return choose_trained(job, empty_model(job) if factory is None else from_factory(factory, job.model.args))
+
+    return build

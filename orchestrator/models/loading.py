@@ -6,7 +6,7 @@ import fnmatch
 import importlib
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from orchestrator.job.parts import objective_of
 from orchestrator.models.configuration import check_model_type, config_from
 from orchestrator.models.content import with_content
 from orchestrator.models.directory import find_directory, read_config
+from orchestrator.models.heads import LEFT_OUT, NEW, give_every_position, give_hidden_states
 from orchestrator.models.problems import ModelError, reason_of, refused
 from orchestrator.models.routers import keep_quiet, routers_of
 from strategies.model.routers import Routers
@@ -87,7 +88,8 @@ def prepare_model(job: Job, vocab_size: int) -> Prepared:
     elif isinstance(spec.hf, str):
         prepared = _from_directory(job, spec.hf)
     else:
-        prepared = _at_random(job, config_from(dict(spec.hf or {}), vocab_size))
+        prepared = _at_random(job, _with_outputs(job, config_from(dict(spec.hf or {}), vocab_size)))
+    prepared = _with_what_is_trained(job, prepared)
     model = prepared.model
     check_vocabulary(job, model, vocab_size)
     routers = routers_of(job, model)
@@ -101,6 +103,44 @@ def prepare_model(job: Job, vocab_size: int) -> Prepared:
         config.use_cache = False
     model.train()
     return prepared._replace(routers=routers)
+
+
+def _with_what_is_trained(job: Job, prepared: Prepared) -> Prepared:
+    """With the job's adapter, and without what it freezes. Raises ModelError."""
+    model = choose_trained(job, prepared.model)
+    if job.adapter is None:
+        return prepared
+    from orchestrator.models.adapters import AdaptedValues
+
+    return prepared._replace(values=AdaptedValues(prepared.values, model, job.train.seed))
+
+
+def choose_trained(job: Job, model: nn.Module) -> nn.Module:
+    """The model with the job's adapter, of which what the job freezes is not trained. Raises ModelError."""
+    if job.adapter is not None:
+        from orchestrator.models.adapters import add_adapter
+
+        # A new head is as good as none until it is trained.
+        add_adapter(model, job.adapter, ("score",) if objective_of(job).num_outputs else ())
+    freeze(model, job.train.freeze)
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Takes the parameters whose names fit from training. Raises ModelError for a pattern that fits none, and where
+    nothing is left."""
+    names = [name for name, _ in model.named_parameters()]
+    for number, pattern in enumerate(patterns):
+        fitting = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not fitting:
+            shown = ", ".join(names[:3])
+            raise refused(
+                f"{pattern!r} fits none of the {len(names)} parameters ({shown}, ...)", f"train.freeze.{number}"
+            )
+        for name in fitting:
+            model.get_parameter(name).requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise refused("freezes every parameter, and nothing is left to train", "train.freeze")
 
 
 def build_model(job: Job, vocab_size: int) -> nn.Module:
@@ -140,7 +180,7 @@ def empty_model(job: Job) -> Any:
     given = dict(job.model.hf or {})
     # A plan is made where the tokenizer need not be yet.
     size = 0 if "vocab_size" in given else load_tokenizer(job.data.tokenizer).vocab_size
-    return _from_config(job, config_from(given, size))
+    return _from_config(job, _with_outputs(job, config_from(given, size)))
 
 
 def config_in(job: Job, name: str) -> tuple[Path, Any]:
@@ -155,6 +195,7 @@ def config_in(job: Job, name: str) -> tuple[Path, Any]:
     except Exception as error:
         # As for a mapping: whatever line first trips over the configuration.
         raise refused(f"the configuration in {name} cannot be used: {reason_of(error)}") from error
+    _with_outputs(job, config)
     if getattr(config, "quantization_config", None):
         raise refused(f"{name} holds quantized weights, which cannot be trained; name a directory with the full ones")
     if job.model.untie:
@@ -186,7 +227,24 @@ def _from_config(job: Job, config: Any) -> nn.Module:
         raise refused(
             f"transformers cannot build {config.model_type!r} from this configuration: {reason_of(error)}"
         ) from error
+    objective = objective_of(job)
+    if objective.gives_hidden_states:
+        model = give_hidden_states(model)
+    elif objective.num_outputs is not None:
+        model = give_every_position(model)
     return model
+
+
+def _with_outputs(job: Job, config: Any) -> Any:
+    """The configuration, for as many outputs as the objective wants, and their names."""
+    objective = objective_of(job)
+    if objective.num_outputs is not None:
+        config.num_labels = objective.num_outputs
+        labels = objective.labels_of_records
+        if labels is not None and labels.names:
+            config.id2label = dict(enumerate(labels.names))
+            config.label2id = {name: number for number, name in enumerate(labels.names)}
+    return config
 
 
 def _from_directory(job: Job, name: str) -> Prepared:
@@ -210,7 +268,10 @@ def _from_directory(job: Job, name: str) -> Prepared:
 def _checked(job: Job, name: str, model: Any, account: Account) -> Loaded:
     """Whether the directory's tensors are the model's, less those that may be new. Raises ModelError."""
     shapes, missing, unexpected = account.mismatched, account.missing, account.unexpected
-    allowed = job.model.allow_new
+    allowed = list(job.model.allow_new)
+    if objective_of(job).num_outputs is not None or objective_of(job).gives_hidden_states:
+        # A language model gets another head, or none, which is told.
+        allowed += [*NEW, *LEFT_OUT]
 
     def refusable(names: Iterable[str]) -> list[str]:
         return [each for each in names if not any(fnmatch.fnmatchcase(each, pattern) for pattern in allowed)]

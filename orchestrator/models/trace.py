@@ -118,9 +118,10 @@ def _kept(
     tokens = torch.zeros((batch, length + 1), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Watch():  # type: ignore[no-untyped-call]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            output = module(input_ids=tokens[:, :-1])
+            rows = objective.invented(Rows(tokens))
+            output = module(input_ids=rows.tokens[:, :-1])
         logits = output if isinstance(output, torch.Tensor) else output.logits
-        objective.loss(logits, Rows(tokens))
+        objective.loss(logits, rows)
     for hook in hooks:
         hook.remove()
     return [

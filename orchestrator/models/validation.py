@@ -10,7 +10,7 @@ from orchestrator.job.lengths import limit_of
 from orchestrator.job.rules import Finding
 from orchestrator.models.configuration import check_by_name, config_from
 from orchestrator.models.directory import find_directory, read_config
-from orchestrator.models.loading import check_vocabulary, config_in, empty_model, from_factory
+from orchestrator.models.loading import check_vocabulary, choose_trained, config_in, empty_model, from_factory
 from orchestrator.models.problems import ModelError
 from orchestrator.models.routers import routers_of
 from strategies.layout.schedule import chunks_of
@@ -76,12 +76,13 @@ def model_without_weights(job: Job) -> nn.Module:
     if job.model.factory is None:
         with without_parameters():
             model: nn.Module = empty_model(job)
-        return model
-    try:
-        with torch.device("meta"):
-            return from_factory(job.model.factory, job.model.args)
-    except ModelError:
-        return from_factory(job.model.factory, job.model.args)
+    else:
+        try:
+            with torch.device("meta"):
+                model = from_factory(job.model.factory, job.model.args)
+        except ModelError:
+            model = from_factory(job.model.factory, job.model.args)
+    return choose_trained(job, model)
 
 
 def check_sizes(job: Job) -> None:

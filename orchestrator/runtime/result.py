@@ -11,6 +11,8 @@ from typing import Any
 from monitoring.records import read_records
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
+from orchestrator.evaluation.judge import EvaluationRules
+from orchestrator.evaluation.record import evaluations_in, judged
 from orchestrator.job import Job
 from orchestrator.job.parts import update_rule_of
 from orchestrator.rundir import RunDirectory
@@ -84,7 +86,18 @@ def compose(
         "generations": run_log.generations,
         "recoveries": run_log.recoveries,
         **({} if run_log.loaded is None else {"model": run_log.loaded}),
+        **({} if not run_log.evaluations else {"evaluation": evaluation(job, run_log.evaluations)}),
     }
+
+
+def evaluation(job: Job, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last and the best of the evaluations, each with its step and metrics."""
+    by_step = evaluations_in(events)
+    last, best = max(by_step), judged(by_step, EvaluationRules.of(job)).best_step
+    found: dict[str, Any] = {"last": {"step": last, **by_step[last]}}
+    if best in by_step:
+        found["best"] = {"step": best, **by_step[best]}
+    return found
 
 
 def bit_exact(job: Job) -> bool | str:

@@ -23,6 +23,7 @@ from monitoring.events import (
     CheckpointDelayed,
     CheckpointFailed,
     ControllerBegan,
+    Evaluated,
     FaultInjected,
     GaveWay,
     GenerationFormed,
@@ -36,6 +37,7 @@ from monitoring.events import (
     RecordsDelayed,
     RecordsDropped,
     Recovered,
+    RolledBack,
     RunEvent,
     RunFinished,
     RunStarted,
@@ -106,6 +108,8 @@ class RunLog:
         self.findings: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        """Those of the weights of the steps that are on record, oldest first."""
         self.loaded: dict[str, Any] | None = None
         """What became of the weights of the model's directory, if it has one."""
         self.started_at: float | None = None
@@ -162,6 +166,10 @@ class RunLog:
                 self.open_incidents = [*self.open_incidents, event]
             case CheckpointComplete.kind:
                 self.last_checkpoint = event
+            case Evaluated.kind:
+                self.evaluations = [*self.evaluations, event]
+            case RolledBack.kind:
+                self.evaluations = [each for each in self.evaluations if each["step"] <= event["committed"]]
             case SkewFound.kind:
                 self.findings = [*self.findings, event]
             case SkewOver.kind:

@@ -143,8 +143,7 @@ class TrainingExecutor:
         return TakeOver(tuple(statuses), tuple(starting))
 
     def worker_spec(self) -> dict[str, Any]:
-        passed_on = ("job", "environment", "cwd", "stores", "store_digests", "store_signatures", "rendezvous_secret",
-                     "own_cluster")  # fmt: skip
+        passed_on = ("job", "environment", "cwd", "stores", "held_out", "rendezvous_secret", "own_cluster")  # fmt: skip
         return {key: self._spec[key] for key in passed_on} | {
             "run_id": self._directory.run_id,
             "run_dir": str(self._directory.path),
@@ -196,7 +195,7 @@ class TrainingExecutor:
     def reply(self) -> Reply:
         return Reply(
             recorded=self._run_log.recorded, term=self._lease.term, shutdown=self._result is not None,
-            known=self._run_log.committed,
+            known=self._run_log.committed, evaluated=self.machine.evaluated,
         )  # fmt: skip
 
     def event_of(self, request: Mapping[str, Any]) -> Event | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from orchestrator.models.costs import ModelCosts, describe_model, training_flops
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.problems import reason_of
 from orchestrator.models.routers import router_loss_spec
+from orchestrator.models.teacher import with_teacher
 from orchestrator.models.validation import why_not_recomputed
 from orchestrator.training.peak import lacks_bf16
 from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
@@ -29,6 +31,7 @@ from strategies.model.blueprint import Blueprint
 from strategies.model.recompute import Recompute
 from strategies.model.same_bits import settle_kernels
 from strategies.objective.batch import Batch
+from strategies.optim.groups import ParameterGroup
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.training_state import TrainingState
@@ -149,6 +152,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
         values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
         plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None, order=trial.order, draws=trial.draws,
+        keeps_matrices=optimizer_of(job).scope == "matrix",
     )  # fmt: skip
     if (unknown := why_not_recomputed(job, model)) is not None:
         raise ValueError(unknown)
@@ -195,9 +199,13 @@ def allocated_bytes(device: torch.device) -> int:
 
 def optimizer_spec(job: Job) -> OptimizerSpec:
     asked = job.train.optimizer
+    groups = tuple(
+        ParameterGroup(tuple(group.params), 1.0 if group.lr is None else group.lr / asked.lr, group.weight_decay)
+        for group in asked.groups
+    )
     return OptimizerSpec(
-        **asked.model_dump(exclude={"name"}), kind=optimizer_of(job), offload=job.train.offload == "optimizer",
-        seed=job.train.seed,
+        **asked.model_dump(exclude={"name", "groups"}), kind=optimizer_of(job), groups=groups,
+        offload=job.train.offload == "optimizer", seed=job.train.seed,
     )  # fmt: skip
 
 
@@ -211,10 +219,13 @@ def step_spec(job: Job) -> StepSpec:
         base_lr=train.optimizer.lr,
         schedule=ScheduleSpec(
             name=train.schedule.name,
-            warmup_steps=train.schedule.warmup_steps,
+            warmup_steps=train.schedule.warmup_steps or math.ceil(train.schedule.warmup_ratio * train.steps),
             min_ratio=train.schedule.min_ratio,
             convention=train.schedule.convention,
             total_steps=train.steps,
+            power=train.schedule.power,
+            cycles=train.schedule.cycles,
+            decay_ratio=train.schedule.decay_ratio,
         ),
         clip_norm=train.clip_norm,
         precision=train.precision,
@@ -224,7 +235,7 @@ def step_spec(job: Job) -> StepSpec:
         recompute=_recompute(train.recompute),
         router_loss=router_loss_spec(job),
         document_mask=job.data.document_mask,
-        objective=objective_of(job),
+        objective=with_teacher(job, objective_of(job)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from orchestrator.checkpoint.names import Save
 from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.core.workers import WorkerId
+from orchestrator.evaluation.judge import NOT_YET, Judgement
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import Spans
@@ -52,6 +53,8 @@ class Generation:
     restore: str | None = None
     fired_faults: tuple[int, ...] = ()
     collect: bool = False
+    judged: Judgement = NOT_YET
+    """What evaluations up to this state have come to."""
 
     def rank_of(self, worker: WorkerId) -> int | None:
         for rank, member in enumerate(self.members):
@@ -83,6 +86,18 @@ class StepReport:
     padding: int = 0
     ranks: tuple[RankTimes, ...] = ()
     deal: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What the weights after `step` steps were found to be worth, as every rank knows it: `metrics` by name, of
+    `samples` samples. It took `seconds`."""
+
+    step: int
+    generation: int
+    metrics: dict[str, Any]
+    samples: int
+    seconds: float
 
 
 # ---------------------------------------------------------------------------------------- from a worker
@@ -176,6 +191,7 @@ class Heartbeat:
     lateness_s: float = 0.0
     gpu: GpuReading | None = None
     trouble: GpuTrouble | None = None
+    evaluations: tuple[EvaluationReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,6 +230,7 @@ class Left:
     detail: str = ""
     reports: tuple[StepReport, ...] = ()
     at: float = 0.0
+    evaluations: tuple[EvaluationReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -296,6 +313,7 @@ class Status:
     reports: tuple[StepReport, ...] = ()
     part: PartSaved | None = None
     """The last part of a checkpoint that it wrote."""
+    evaluations: tuple[EvaluationReport, ...] = ()
     assignment: tuple[tuple[int, ...], ...] = ()
     """The virtual workers of each replica of its generation by the newest deal it knows; empty: its layout's."""
 
@@ -309,6 +327,8 @@ class Reply:
     term: int
     known: int = 0
     shutdown: bool = False
+    evaluated: int = -1
+    """Evaluations of no more than this many steps are on record."""
 
 
 # ---------------------------------------------------------------------------------------- their times

@@ -33,7 +33,8 @@ MAX_STEPS_KEPT = 10_000
 
 
 class Saver:
-    """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own.
+    """Saves parts of checkpoints, completes and discards them, one after the other on a thread of its own. More than 15
+    attributes: what two threads know of what is under way.
 
     `position` says where in its data's epochs a run is after this many samples, `send` tells the controller, and
     `reports` has the last steps that this worker took part in.
@@ -52,6 +53,8 @@ class Saver:
         self.worker = worker
         self.catalog = catalog
         self.last_part: PartSaved | None = None
+        self.best_step = -1
+        """The checkpoint of this step stays, however many newer ones there are; -1: there is none."""
         self._last_reports: dict[int, StepReport] = {}
         self._job = job
         self._state = state
@@ -186,7 +189,7 @@ class Saver:
     def _prune(self, newest: int) -> None:
         settings = self._job.checkpoint
         try:
-            self.catalog.prune(newest, settings.keep, settings.keep_every)
+            self.catalog.prune(newest, settings.keep, settings.keep_every, spare={self.best_step})
         except (OSError, CheckpointError) as error:
             # They take room, and that is all; the next one tries again.
             log.warning("old checkpoints could not be removed: %s", error)

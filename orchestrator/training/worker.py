@@ -25,11 +25,13 @@ from orchestrator.control.core.orders import Leave, Order
 from orchestrator.control.core.protocol import FaultFired
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.data import Dataset, step_hash
+from orchestrator.data.held_out import HeldOut
 from orchestrator.job import Job
 from orchestrator.job.parts import update_rule_of
 from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
+from orchestrator.training.evaluator import Evaluator
 from orchestrator.training.fault_injector import FaultInjector
 from orchestrator.training.fingerprint import fingerprint
 from orchestrator.training.gpu_watch import GpuWatch, gpu_of
@@ -101,6 +103,7 @@ class Worker:
         pid: int,
         host: str,
         dataset: Dataset,
+        held_out: HeldOut | None,
         catalog: Catalog,
         report: Callable[[Any], Reply | None],
         on_orphaned: Callable[[], None],
@@ -115,8 +118,7 @@ class Worker:
         self.job = job
         self.run = run
         self.host = host
-        self._on_shutdown = on_shutdown
-        self._on_broken = on_broken
+        self._on_shutdown, self._on_broken = on_shutdown, on_broken
         self._secret = secret
         self._catalog = catalog
         self._commands: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue()
@@ -127,6 +129,8 @@ class Worker:
         self._shares: list[Spans] | None = None
         self._held_up_s = 0.0
         """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
+        self._saved_at = -1
+        """The step of the last state of this generation that was saved."""
         self._spoken = 0
         self._phase, self._phase_step = "idle", 0
 
@@ -146,11 +150,11 @@ class Worker:
         self.gpu.start()
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
-        self._build(dataset, device)
+        self._build(dataset, held_out, device)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
 
-    def _build(self, dataset: Dataset, device: torch.device) -> None:
+    def _build(self, dataset: Dataset, held_out: HeldOut | None, device: torch.device) -> None:
         """Model, state, and what works with them; then a first pass."""
         job = self.job
         self.state = build.build_state(job, dataset.vocab_size, device)
@@ -161,6 +165,7 @@ class Worker:
         )
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase, update_rule_of(job))
         self._keeper = StateKeeper(self.state, self.engine, self._catalog, job.elastic.state_copies)
+        self._evaluator = Evaluator(job, dataset, held_out, self.engine, self._catalog.storage)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
         self._probe = warm_up(self.engine, keep=job.strategy.keeps_model_whole)
@@ -329,14 +334,18 @@ class Worker:
             return "complete"
         moved = self._keeper.bring(generation, rank, fabric, on_restore=lambda: self._enter("restore"))
         self.engine.bind(fabric, generation.layout, generation.number)
-        self._shares, self._held_up_s = None, 0.0
+        self._shares, self._held_up_s, self._saved_at = None, 0.0, -1
         self.protocol.is_joined = True
         self._reporter.send(Joined(self.worker, generation.number, moved.received_bytes, moved.buffer_bytes))
         log.info(
             "joined generation %d of %d ranks (%s) with the state of %d steps, %.1f MB of it received",
             generation.number, len(generation.members), generation.cause, self.committed, moved.received_bytes / 1e6,
         )  # fmt: skip
-        while self.committed < self.job.train.steps:
+        self._evaluator.prepare(fabric, self.committed)
+        while True:
+            self._evaluate_if_due(generation, rank)
+            if self.protocol.judged.stops or self.committed >= self.job.train.steps:
+                return "complete"
             record, agreement = self.engine.run(self.committed)
             self._keeper.committed += 1
             self._note(record, rank)
@@ -345,9 +354,29 @@ class Worker:
             self._held_up_s = time.perf_counter() - started
             if agreement.pause:
                 return "pause"
-        return "complete"
+
+    def _evaluate_if_due(self, generation: Generation, rank: int) -> None:
+        """Evaluates the weights that there are, unless that was done. All ranks find alike what it comes to. Raises
+        PeerLost."""
+        rules, protocol = self._evaluator.rules, self.protocol
+        report = self._evaluator.evaluate(self.committed, generation.number, protocol.judged)
+        if report is None or rules is None:
+            return
+        judged = protocol.evaluated(report, rules)
+        self._saver.best_step = judged.best_step if rules.keeps_best else -1
+        if rules.keeps_best and judged.is_best:
+            self._save_best(generation, rank)
+
+    def _save_best(self, generation: Generation, rank: int) -> None:
+        """Saves these weights, unless they have just been saved, as all ranks know."""
+        if self.committed in (self._saved_at, 0):
+            return
+        # Any earlier one has to be written first; the ranks of a generation wait for it together.
+        self._saver.wait()
+        self._save_now(generation, rank)
 
     def _note(self, record: StepRecord, rank: int) -> None:
+        evaluated_s = self._evaluator.take_seconds()
         self.protocol.reports.append(
             StepReport(
                 step=record.step,
@@ -362,7 +391,8 @@ class Worker:
                 committed_at=record.committed_at,
                 seconds=record.seconds,
                 phase_seconds={phase: round(s, 5) for phase, s in record.phase_seconds.items()}
-                | {"save": round(self._held_up_s, 5)},
+                | {"save": round(self._held_up_s, 5)}
+                | ({"evaluate": round(evaluated_s, 5)} if evaluated_s else {}),
                 ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
             )
@@ -406,9 +436,13 @@ class Worker:
         self.engine.save_requested = self.protocol.save_requested
         if tells and rank == 0:
             self._reporter.send(SaveDelayed(self.worker, self.committed))
-        if not saves:
-            return
+        if saves:
+            self._save_now(generation, rank)
+
+    def _save_now(self, generation: Generation, rank: int) -> None:
+        """Saves this rank's share of the state, with all others."""
         layout = generation.layout
+        self._saved_at = self.committed
         if self._shares is None:  # Once in a generation: training waits for this.
             self._shares = share_out(trained_spans(layout, self.state.arrangement.shards))
         writers = [member.worker for member in generation.members]
@@ -466,7 +500,8 @@ class Worker:
             lateness_s=round(self._lateness.recent_s(), 3),
             gpu=self.gpu.reading,
             trouble=self._gpu_trouble,
-            moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves),
+            moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves) + self._evaluator.moves,
+            evaluations=self.protocol.untold(),
         )
 
     def _heed(self, reply: Reply) -> bool:

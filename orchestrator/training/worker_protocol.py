@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 from orchestrator.control.core.orders import Order
 from orchestrator.control.core.workers import WorkerId
-from orchestrator.training.messages import Generation, Left, LeftCause, PartSaved, Ready, Reply, Status, StepReport
+from orchestrator.evaluation.judge import EvaluationRules, Judgement, judge
+from orchestrator.training.messages import (
+    EvaluationReport,
+    Generation,
+    Left,
+    LeftCause,
+    PartSaved,
+    Ready,
+    Reply,
+    Status,
+    StepReport,
+)
 from orchestrator.training.orders import Deal, Interrupt, Pause, RequestSave, StartGeneration
 from strategies.layout.statemap import Spans
 
@@ -47,6 +58,9 @@ class WorkerProtocol:
         self.pause_requested = False
         self.save_requested = False
         self.reports: deque[StepReport] = deque(maxlen=MAX_REPORTS)
+        self.evaluations: deque[EvaluationReport] = deque(maxlen=MAX_REPORTS)
+        self.judged = Judgement()
+        """What evaluations have come to, of the state that it has."""
         self._interrupted = -1
         self._pause_wanted = -1
         self._save_delayed = False
@@ -99,6 +113,7 @@ class WorkerProtocol:
     def enters(self, generation: Generation) -> None:
         """It begins to take part."""
         self.generation, self.left, self.is_joined = generation, None, False
+        self.judged = generation.judged
         self.pause_requested = self._pause_wanted >= generation.number
 
     @property
@@ -110,6 +125,13 @@ class WorkerProtocol:
         """All have met, and steps from `committed` on are run again, and will be told of again."""
         kept = [report for report in self.reports if report.step < committed]
         self.reports = deque(kept, maxlen=MAX_REPORTS)
+        self.evaluations = deque([e for e in self.evaluations if e.step <= self.judged.step], maxlen=MAX_REPORTS)
+
+    def evaluated(self, report: EvaluationReport, rules: EvaluationRules) -> Judgement:
+        """The weights that all members have were evaluated, which all find alike; what it comes to."""
+        self.evaluations.append(report)
+        self.judged = judge(self.judged, report.step, report.metrics, rules)
+        return self.judged
 
     def saves(self, *, is_due: bool, is_busy: bool, is_last: bool) -> tuple[bool, bool]:
         """At a step boundary, which all ranks see alike: whether to save now, and whether to tell that it has to wait.
@@ -127,7 +149,7 @@ class WorkerProtocol:
         assert self.generation is not None
         self.left = Left(
             self.worker, self.generation.number, cause, holds.committed, holds.held, holds.prepared, detail,
-            tuple(self.reports), at,
+            tuple(self.reports), at, tuple(self.evaluations),
         )  # fmt: skip
         return self.left
 
@@ -137,9 +159,15 @@ class WorkerProtocol:
         """The steps that the controller is to be told of with the next heartbeat: by the first rank only."""
         return tuple(report for report in self.reports if report.step >= self._known) if self.is_first else ()
 
+    def untold(self) -> tuple[EvaluationReport, ...]:
+        """The evaluations that the controller is to be told of with the next heartbeat: by the first rank only."""
+        return tuple(self.evaluations) if self.is_first else ()
+
     def heeds(self, reply: Reply) -> bool:
         """Takes the controller's answer; whether the worker is to end."""
         self._known = reply.known
+        while self.evaluations and self.evaluations[0].step <= reply.evaluated:
+            self.evaluations.popleft()
         while self.reports and self.reports[0].step < reply.recorded:
             self.reports.popleft()
         return reply.shutdown
@@ -160,6 +188,7 @@ class WorkerProtocol:
             joined=self.is_joined,
             term=self.term,
             reports=tuple(self.reports),
+            evaluations=tuple(self.evaluations),
             part=part,
             assignment=assignment if self.generation is not None and self.is_joined else (),
         )

@@ -30,7 +30,7 @@ def loss_of(
     if head is None:
         whole: torch.Tensor = objective.loss(value, rows) / weight
         return whole
-    if not isinstance(objective, TokenObjective) or not chunk or not torch.is_grad_enabled():
+    if not isinstance(objective, TokenObjective) or not (objective.by_token and chunk and torch.is_grad_enabled()):
         at_once: torch.Tensor = objective.loss(head(value), rows) / weight
         return at_once
     return _in_chunks(objective, value, head, objective.labels(rows), weight, chunk, waits)

@@ -8,13 +8,11 @@ it is for. Sources of the schedules: docs/layouts.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -34,7 +32,6 @@ from strategies.layout.schedule import LOSS_WAITS, PipelineSchedule, chunks_of, 
 from strategies.model.anatomy import Activations
 from strategies.model.head import Score
 from strategies.model.model_part import ModelPart
-from strategies.objective.batch import Batch, counting, positions
 from strategies.objective.rows import Rows
 
 if TYPE_CHECKING:
@@ -61,6 +58,7 @@ class PipelineGradients:
         layout, spec, place = context.layout, context.spec, context.place
         self.losses: dict[int, torch.Tensor] = {}
         self.hashes: dict[int, int] = {}
+        self._rows: list[Rows] = []
         self.streams = prepare(part.blueprint, part.modules, spec)
         self.routing = routing_of(part, spec, context.router_exchange(part.blueprint.routers))
         self.check: Callable[[], None] = lambda: None
@@ -69,7 +67,7 @@ class PipelineGradients:
         self.is_last = len(layout.parts) - 1 in numbers
         group = context.fabric.group("pipeline")
         self._stages = []
-        batch = (spec.micro_batch, self.fetch(0, 0).tokens.shape[1] - 1)
+        batch = (spec.micro_batch * spec.objective.sequences, self.fetch(0, 0).tokens.shape[1] - 1)
         sizes = part.blueprint.stages.activations(spec.autocast(part.device))
         for index, (number, module) in enumerate(zip(numbers, part.modules, strict=True)):
             stage = _Stage(self, index, module, number, len(layout.parts), part.device, group, sizes, batch)
@@ -99,33 +97,31 @@ class PipelineGradients:
             if number < len(self.held):
                 self.hashes[index] = batch.digest
         self._weight = self.spec.divisor(batches[0])
-        tokens = self._joined([batch.tokens for batch in batches])
+        rows = [each for batch in batches for each in self.spec.micro_batches_of(batch, self.part.device)]
+        self._rows = rows[: self.num_micro_batches]
+        tokens = torch.cat([each.tokens for each in self._rows])
         # Torch 2.11 wants the strides that it has seen first.
         arguments = (tokens[:, :-1].contiguous(),) if self.is_first else ()
-        target, more = tokens, {}
-        if batches[0].documents is not None:
-            documents = [batch.documents for batch in batches if batch.documents is not None]
-            # One tensor is cut into micro-batches: tokens, and whether each counts as a target (the first never does).
-            target = torch.stack([tokens, F.pad(self._joined([counting(each) for each in documents]), (1, 0))], dim=1)
-            if self.spec.document_mask:
-                more["position_ids"] = self._joined([positions(each[:, :-1]) for each in documents])
-        self._targets = target
+        more = {}
+        if self.spec.document_mask:
+            more["position_ids"] = torch.cat([each.positions for each in self._rows if each.positions is not None])
         enter("compute", step)
         if self.routing is not None:
-            self._count_choices(step, batches, self.routing)
+            self._count_choices(step, self.routing)
         self.collector.start()
-        self._schedule.step(*arguments, target=target if self.is_last else None, return_outputs=False, **more)
+        # Torch cuts it into micro-batches; what counts of it is in the rows.
+        target = tokens if self.is_last else None
+        self._schedule.step(*arguments, target=target, return_outputs=False, **more)
         if self.routing is not None:
             for index, of_routers in self.routing.all_losses(self.held).items():
                 if index in self.losses:
                     self.losses[index] += of_routers
 
-    def _count_choices(self, step: int, batches: Sequence[Batch], routing: Routing) -> None:
+    def _count_choices(self, step: int, routing: Routing) -> None:
         """Has the routers of all stages choose, before anything is computed backward; all replicas make as many passes,
         as in the schedule."""
         routing.discard()
         routing.begin(step)
-        rows = [each for batch in batches for each in self.spec.micro_batches_of(batch, self.part.device)]
 
         @contextmanager
         def enter(chunk: int) -> Iterator[None]:
@@ -135,13 +131,8 @@ class PipelineGradients:
             with self.busy_with(chunk), routing.count(self.held[number], micro) if is_real else nullcontext():
                 yield
 
-        self._passes.run(rows[: self.num_micro_batches], enter)
+        self._passes.run(self._rows, enter)
         routing.settle(self.held)
-
-    def _joined(self, arrays: list[np.ndarray]) -> torch.Tensor:
-        """Rows of virtual workers end to end, as many as the schedule goes through."""
-        rows = np.concatenate(arrays)[: self.num_micro_batches * self.spec.micro_batch]
-        return torch.from_numpy(rows).to(self.part.device)
 
     # ------------------------------------------------------------------------------------ what the stages ask
 
@@ -167,9 +158,7 @@ class PipelineGradients:
 
     def score_of(self, chunk: int) -> Score:
         """What the last stage makes a loss of a chunk with."""
-        size = self.spec.micro_batch
-        target = self._targets[chunk * size : (chunk + 1) * size]
-        rows = Rows(target) if target.dim() == 2 else Rows(target[:, 0], target[:, 1, 1:].bool())
+        rows = self._rows[chunk]
         return lambda value, head: self.spec.score(value, head, rows, self._weight, waits=self._waits)
 
     def _loss(self, loss: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -57,12 +57,13 @@ class StepSpec:
             tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
             return [Rows(rows) for rows in tokens.split(self.micro_batch)]
         found = []
-        for tokens_, documents in batch.micro_batches(self.micro_batch):
-            assert documents is not None
-            arrays = [tokens_, counting(documents)]
-            if self.document_mask:
-                arrays.append(positions(documents[:, :-1]))
-            found.append(Rows(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)))
+        for micro in batch.micro_batches(self.micro_batch):
+            assert micro.documents is not None
+            places = positions(micro.documents[:, :-1]) if self.document_mask else None
+            counts = counting(micro.documents, micro.marks)
+            arrays = (micro.tokens, counts, places, micro.labels, micro.reference)
+            moved = (None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+            found.append(Rows(*moved))  # type: ignore[arg-type]
         return found
 
     def loss(self, model: Stage, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:

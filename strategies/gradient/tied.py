@@ -16,9 +16,8 @@ import torch
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import Message
 from strategies.gradient.context import WorkContext
-from strategies.layout.assignment import even
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.space import ALIGNMENT, Alias, FlatRanges, Space
+from strategies.layout.space import Alias, FlatRanges, Space
 from strategies.model.model_part import ModelPart
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
@@ -118,7 +117,7 @@ def overlaps(alias: Alias, space: Space, layout: ParallelLayout, *, is_whole: bo
     if is_whole:
         return [(at, alias.slot.numel)] * layout.data
     found, start = [], 0
-    for size in even(flat.size, layout.data, ALIGNMENT):
+    for size in space.slices(flat, layout.data):
         low, high = max(at, start), min(at + alias.slot.numel, start + size)
         found.append((low - start, high - low) if low < high else (0, 0))
         start += size

@@ -286,15 +286,17 @@ def _replicated_work(
 
 
 def _reducer_for(part: ModelPart, context: WorkContext) -> Reducer:
-    fabric, layout = context.fabric, context.layout
-    if fabric.hierarchy is None or context.spec.native_reduction:
-        return Reducer(fabric.data_group, layout, part.flat.size, part.device, native=context.spec.native_reduction)
-    return HierarchicalReducer(fabric.data_group, fabric.hierarchy, layout, part.flat.size, part.device)
+    fabric, layout, native = context.fabric, context.layout, context.spec.native_reduction
+    slices = part.blueprint.space.slices(part.flat, layout.data)
+    if fabric.hierarchy is None or native:
+        return Reducer(fabric.data_group, layout, part.flat.size, part.device, native, slices)
+    return HierarchicalReducer(fabric.data_group, fabric.hierarchy, layout, part.flat.size, part.device, slices)
 
 
 def _round_work(part: ModelPart, own: StateShard, context: WorkContext) -> GradientWork:
     layout, group = context.layout, context.fabric.data_group
-    slices, tied = Reducer(group, layout, part.flat.size, part.device), TiedRounds(part, context)
+    sizes = part.blueprint.space.slices(part.flat, layout.data)
+    slices, tied = Reducer(group, layout, part.flat.size, part.device, slices=sizes), TiedRounds(part, context)
     rounds = RoundReducer(group, layout, slices.slices, part.device)
     collector = RoundCollector(part, rounds, tied, context.spec.micro_batches, computes_all=layout.pipeline > 1)
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from strategies.layout.assignment import even
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.space import ALIGNMENT, FlatRanges, Space
+from strategies.layout.space import FlatRanges, Space
 from strategies.layout.statemap import Span, Spans, union
 
 
@@ -102,7 +101,7 @@ def _own(layout: ParallelLayout, space: Space, rank: int) -> Shard:
             ranges = row_ranges(space, ranges, layout.data, place.data)
         case _:
             flat = FlatRanges.of(ranges, space.boundary)
-            sizes = even(flat.size, layout.data, ALIGNMENT)
+            sizes = space.slices(flat, layout.data)
             start = sum(sizes[: place.data])
             ranges = flat.cut(start, start + sizes[place.data])
     return Shard(rank, place.tensor, tuple(ranges))

@@ -12,7 +12,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
+
+from strategies.layout.assignment import even
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +96,8 @@ class Space:
     size: int
     boundary: int
     aliases: tuple[Alias, ...] = ()
+    keeps_matrices: bool = False
+    """Whether a parameter is never divided among ranks, as its optimizer updates it as one."""
 
     @classmethod
     def of(
@@ -102,6 +107,8 @@ class Space:
         unused: Collection[str] = (),
         aliases: Mapping[str, tuple[str, int]] | None = None,
         packs: Mapping[str, int] | None = None,
+        *,
+        keeps_matrices: bool = False,
     ) -> Space:
         """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
         names of those that the loss does not depend on, `aliases` second uses by name: of which parameter, in which
@@ -132,7 +139,7 @@ class Space:
             raise ValueError(f"tensor {tensor} does not divide {'; '.join(uneven[:5])}")
         by_name = {slot.name: slot for slot in slots}
         second = tuple(Alias(name, by_name[of], block) for name, (of, block) in (aliases or {}).items())
-        return cls(tuple(slots), tensor, offset, boundary, second)
+        return cls(tuple(slots), tensor, offset, boundary, second, keeps_matrices)
 
     def ranges_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
         """The (start, stop) of all slots in these runs of blocks (None: of all), as few as can be."""
@@ -140,6 +147,21 @@ class Space:
             return [(0, self.size)]
         inside = [slot for slot in self.slots if any(first <= slot.block < last for first, last in blocks)]
         return merge((slot.offset, slot.stop) for slot in inside)
+
+    def slices(self, flat: FlatRanges, parts: int) -> tuple[int, ...]:
+        """How many elements of a buffer of these ranges each of `parts` ranks gets: as even as can be."""
+        sizes = even(flat.size, parts, ALIGNMENT)
+        if not self.keeps_matrices:
+            return sizes
+        places = [0, *(start for slot in self.slots for _, start, _ in flat.locate(slot.offset, slot.stop)), flat.size]
+        places = sorted(set(places))
+        bounds = [0]
+        for wanted in accumulate(sizes[:-1]):
+            after = bisect_right(places, wanted)
+            nearest = min(places[max(0, after - 1) : after + 1], key=lambda place: abs(place - wanted))
+            bounds.append(max(bounds[-1], nearest))
+        bounds.append(flat.size)
+        return tuple(stop - start for start, stop in pairwise(bounds))
 
     def aliases_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[Alias]:
         """The second uses in these runs of blocks (None: all)."""

@@ -57,7 +57,8 @@ class Blueprint:
     that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them. `routers`
     are those of a mixture of experts, where their choices are of interest. With a `plan` it is split by that, otherwise
     by the model's own. `order` are the numbers of its layers as a pass computes them, where that was tried. A pass
-    `draws` random numbers if that is said, or the model has dropout.
+    `draws` random numbers if that is said, or the model has dropout. With `keeps_matrices` no parameter is divided
+    among ranks that train the state of replicas.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
     `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
@@ -82,6 +83,7 @@ class Blueprint:
         plan: TensorPlan | None = None,
         order: Sequence[int] | None = None,
         draws: bool = False,
+        keeps_matrices: bool = False,
     ) -> None:
         _refuse_running_statistics(model)
         self.body, self.dtype, self.splits_logits, self.routers = body, dtype, splits_logits, routers
@@ -102,23 +104,22 @@ class Blueprint:
         its own has a name of its own."""
         if tensor > 1:
             check_split(model, self.plan, tensor)
-        self.stages = Stages(
-            model, self.layers, self._value, body=body, dtype=dtype, device=self.device, unused=self.unused
-        )  # fmt: skip
+        about = {"body": body, "dtype": dtype, "device": self.device, "unused": self.unused}
+        self.stages = Stages(model, self.layers, self._value, **about)  # type: ignore[arg-type]
         self.initial_shapes = {name: p.shape for name, p in trained}
         self.values = BuiltValues(model) if values is None else values
         self.frozen = FrozenWeights.of(model, self.values, dtype)
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self._order = order
         self.draws = draws or draws_random_numbers(model)
-        in_turn = list(range(self.stages.num_layers))
-        self._is_in_order = cuts or self.stages.are_stated if order is None else list(order) == in_turn
+        is_in_turn = order is not None and list(order) == list(range(self.stages.num_layers))
+        self._is_in_order = cuts or self.stages.are_stated if order is None else is_in_turn
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
             ((name, p.shape, self.block_of(name), self.dim_of(name)) for name, p in trained), tensor, self.unused,
             {alias: (name, self.block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
+            keeps_matrices=keeps_matrices,
         )  # fmt: skip
-        across = across_blocks(model, self.layers, frozen)
+        across = across_blocks(model, self.layers, {n: p for n, p in model.named_parameters() if not p.requires_grad})
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]
         """The names of the frozen parameters that can be sharded with the trained ones of their block."""
         persistent = {name: b for name, b in model.named_buffers() if name in model.state_dict()}

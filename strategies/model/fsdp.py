@@ -122,6 +122,13 @@ class ShardedModelPart:
         for block in self._untrained[module]:
             block.reshard()
 
+    def reshard(self) -> None:
+        """Drops the gathered copies that forward passes without backward ones have left."""
+        self._data_group.settle()
+        for module in self.modules:
+            for block in (*self.blueprint.blocks(module.module), module.module):
+                block.reshard()  # type: ignore[operator]
+
     def rows(self) -> Iterator[tuple[Slot, Any, _Group, int]]:
         """(slot, FSDP2's parameter, its group, where its rows are in the group's slice) of all trained parameters."""
         for groups in self.groups:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,13 @@ class Batch:
     documents: of which document of its row each token is, int32 [samples, width + 1], -1 for padding. A target counts
     when it is of the same document as the token before. None: all do.
     widths: the positions that each micro-batch is computed for, the rest being padding; None: all are.
+    marks: which tokens the model is trained to predict, bool [samples, width + 1]; None: all that can be.
+    labels: of the samples, int64 [samples]; step_labels: of all samples of the step; None where they have none.
     targets, step_padding: of the whole step, the targets that count and the positions computed without one;
-    num_targets, num_padding: of this batch. cost: predicted, in units of an average virtual worker of the job.
+    num_targets, num_padding: of this batch; step_samples: how many samples the whole step has. cost: predicted, in
+    units of an average virtual worker of the job. Samples of several `sequences` have as many rows, one after another.
+
+    More than 15 attributes: whatever an objective computes with is here, so that none has to read data itself.
     """
 
     tokens: NDArray[np.int64]
@@ -34,13 +40,38 @@ class Batch:
     step_padding: int = 0
     cost: float = 1.0
     widths: tuple[int, ...] | None = None
+    marks: NDArray[np.bool_] | None = None
+    labels: NDArray[np.int64] | None = None
+    step_labels: NDArray[np.int64] | None = None
+    step_samples: int = 0
+    sequences: int = 1
+    reference: NDArray[np.float32] | None = None
+    """What a reference model gives for each row, fp32 [rows]; None where nothing compares with one."""
 
-    def micro_batches(self, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32] | None]]:
-        """Tokens and documents [size, width + 1] of each micro-batch of `size` samples."""
-        for number, start in enumerate(range(0, len(self.tokens), size)):
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """Each micro-batch of `size` samples."""
+        rows = size * self.sequences
+        for number, start in enumerate(range(0, len(self.tokens), rows)):
             stop = None if self.widths is None else self.widths[number] + 1
-            documents = None if self.documents is None else self.documents[start : start + size, :stop]
-            yield self.tokens[start : start + size, :stop], documents
+            part = slice(start, start + rows)
+            yield MicroBatch(
+                self.tokens[part, :stop],
+                None if self.documents is None else self.documents[part, :stop],
+                None if self.marks is None else self.marks[part, :stop],
+                None if self.labels is None else self.labels[number * size : (number + 1) * size],
+                None if self.reference is None else self.reference[part],
+            )
+
+
+class MicroBatch(NamedTuple):
+    """Rows of a batch, [rows, width + 1] each, the labels [samples] of their samples, and what a reference gives for
+    each row."""
+
+    tokens: NDArray[np.int64]
+    documents: NDArray[np.int32] | None
+    marks: NDArray[np.bool_] | None
+    labels: NDArray[np.int64] | None
+    reference: NDArray[np.float32] | None
 
 
 def positions(documents: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -51,7 +82,7 @@ def positions(documents: NDArray[np.int32]) -> NDArray[np.int64]:
     return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
 
 
-def counting(documents: NDArray[np.int32]) -> NDArray[np.bool_]:
+def counting(documents: NDArray[np.int32], marks: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Which targets of rows [rows, width + 1] count: bool [rows, width]."""
     found: NDArray[np.bool_] = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-    return found
+    return found if marks is None else found & marks[:, 1:]

@@ -12,17 +12,23 @@ IGNORED = -100
 
 
 class Rows(NamedTuple):
-    """A micro-batch: tokens int64 [batch, length + 1]; which targets count, bool [batch, length] (None: all); and where
-    each input is in its document, int64 [batch, length] (None: documents are not told apart)."""
+    """A micro-batch: tokens int64 [rows, length + 1]; which targets count, bool [rows, length] (None: all); where each
+    input is in its document, int64 [rows, length] (None: documents are not told apart); the labels of its samples,
+    int64 [samples], each of which has as many rows, one after another, as the objective's records have sequences; and
+    what a reference model gives for each row, fp32 [rows], where the objective compares with one."""
 
     tokens: torch.Tensor
     counting: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
-    def first_token(self) -> Rows:
-        """The least that a model can compute of it."""
+    def first_token(self, rows: int = 1) -> Rows:
+        """The least that a model can compute of it: a token of as many rows as a sample has."""
         return Rows(
-            self.tokens[:1, :2],
-            None if self.counting is None else self.counting[:1, :1],
-            None if self.positions is None else self.positions[:1, :1],
+            self.tokens[:rows, :2],
+            None if self.counting is None else self.counting[:rows, :1],
+            None if self.positions is None else self.positions[:rows, :1],
+            None if self.labels is None else self.labels[:1],
+            None if self.reference is None else self.reference[:rows],
         )

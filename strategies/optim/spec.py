@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 
 from strategies.compat import build_optimizer
 from strategies.optim.adamw import ADAMW
+from strategies.optim.groups import ParameterGroup, Part, parts_of
+from strategies.optim.lion import LION
+from strategies.optim.muon import MUON
 from strategies.optim.optimizer import MOMENT_BYTES, Optimizer, Settings
 from strategies.optim.sgd import SGD
 
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZERS: dict[str, Optimizer] = {kind.name: kind for kind in (ADAMW, SGD)}
+    from strategies.layout.space import FlatRanges, Slot
+
+OPTIMIZERS: dict[str, Optimizer] = {kind.name: kind for kind in (ADAMW, SGD, LION, MUON)}
 """Those that come with this package, by the name that a job file has for them."""
 
 
@@ -29,6 +34,8 @@ class OptimizerSpec(Settings):
     """Whether they are kept in host memory, and with them weights that nothing computes with."""
     seed: int = field(default=0, kw_only=True)
     """Of what is drawn where they are rounded."""
+    groups: tuple[ParameterGroup, ...] = field(default=(), kw_only=True)
+    """Parameters that have a rate or a weight decay of their own: the first that has it decides."""
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -46,11 +53,18 @@ class OptimizerSpec(Settings):
 
         return torch.bfloat16 if self.state == "bf16" else torch.float32
 
-    def build(self, decayed: Sequence[torch.Tensor], undecayed: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-        """A torch optimizer over flat parameter tensors; weight decay applies to `decayed` only."""
-        groups = [
-            {"params": list(tensors), "weight_decay": decay}
-            for tensors, decay in ((decayed, self.weight_decay), (undecayed, 0.0))
-            if tensors
+    def parts(self, flat: FlatRanges, slots: Sequence[Slot]) -> list[Part]:
+        """What of a buffer of these ranges, of these slots, is updated alike."""
+        return parts_of(flat, slots, self.groups, self.weight_decay, wholes=self.kind.scope == "matrix")
+
+    def build(self, tensors: Sequence[tuple[torch.Tensor, Part]]) -> torch.optim.Optimizer:
+        """A torch optimizer over tensors, each with what it is part of; those that are alike are a group of it. In
+        `lr_scale` a group has the multiple of the rate."""
+        groups: dict[tuple[float, float, bool], list[torch.Tensor]] = {}
+        for tensor, part in tensors:
+            groups.setdefault((part.lr_scale, part.weight_decay, part.shape is not None), []).append(tensor)
+        made = [
+            {"params": params, "weight_decay": decay, "lr_scale": scale, **({"is_whole": True} if whole else {})}
+            for (scale, decay, whole), params in groups.items()
         ]
-        return build_optimizer(lambda: self.kind.build(groups, self))
+        return build_optimizer(lambda: self.kind.build(made, self))

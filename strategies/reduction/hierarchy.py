@@ -26,9 +26,10 @@ class HierarchicalReducer(Reducer):
     """A `Reducer` for ranks on several nodes."""
 
     def __init__(
-        self, groups: Groups, hierarchy: Hierarchy, layout: ParallelLayout, size: int, device: torch.device
-    ) -> None:
-        super().__init__(groups, layout, size, device)
+        self, groups: Groups, hierarchy: Hierarchy, layout: ParallelLayout, size: int, device: torch.device,
+        slices: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(groups, layout, size, device, slices=slices)
         self._hierarchy = hierarchy
         nodes = hierarchy.nodes
         held = [tuple(index for rank in ranks for index in layout.assignment[rank]) for ranks in nodes]

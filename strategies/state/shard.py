@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from strategies.compat import step
-from strategies.layout.space import FlatRanges
+from strategies.layout.space import FlatRanges, Slot
 from strategies.layout.statemap import Span, Spans, union
 from strategies.model.randomness import stream_key
+from strategies.optim.groups import Part
 from strategies.optim.rounding import round_to_bf16
 from strategies.optim.spec import OptimizerSpec
 
@@ -34,7 +35,8 @@ class StateShard:
     """Flat ranges of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [flat.size].
 
     The optimizer's tensors are of the type that `spec` says, and those that the update rule has `kept` (by kind) fp32.
-    With `weights` (a buffer of that size) those are used, not new ones. What is not filled is zero.
+    With `weights` (a buffer of that size) those are used, not new ones. What is not filled is zero. `slots` are those
+    of the space, by which an optimizer tells parameters apart.
 
     With `spec.offload` all but weights that are given are kept in host memory, and come to `device` for an update, some
     at a time; it is the same update.
@@ -48,10 +50,12 @@ class StateShard:
         device: torch.device,
         weights: torch.Tensor | None = None,
         kept: Sequence[str] = (),
+        slots: Sequence[Slot] = (),
     ) -> None:
         self.coordinate = coordinate
         self.flat = flat
         self.spec = spec
+        self._slots = slots
         self.device = device
         home = torch.device("cpu") if spec.offload else device
         self.weights = torch.zeros(flat.size, dtype=torch.float32, device=home) if weights is None else weights
@@ -64,7 +68,7 @@ class StateShard:
         self._updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
         self._counters: list[torch.Tensor] = []
-        self._bound: list[tuple[nn.Parameter, slice]] = []
+        self._bound: list[tuple[nn.Parameter, Part]] = []
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -113,25 +117,21 @@ class StateShard:
         if self._optimizer is None:
             self._optimizer = self._bind()
         for parameter, part in self._bound:
-            parameter.grad = self.gradient[part]
+            parameter.grad = _of_part(self.gradient, part)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         step(self._optimizer)
         if not self.keeps_gradient:
             for parameter, _ in self._bound:
                 parameter.grad = None
 
     def _bind(self) -> torch.optim.Optimizer:
-        boundary = self.flat.boundary
-        parts = [slice(0, boundary), slice(boundary, self.flat.size)]
-        parameters = [nn.Parameter(self.weights[part]) for part in parts]
-        decayed, others = ([p] if p.numel() else [] for p in parameters)
-        optimizer = self.spec.build(decayed, others)
+        parts = self.spec.parts(self.flat, self._slots)
+        parameters = [nn.Parameter(_of_part(self.weights, part)) for part in parts]
+        optimizer = self.spec.build(list(zip(parameters, parts, strict=True)))
         for parameter, part in zip(parameters, parts, strict=True):
-            if not parameter.numel():
-                continue
             self._bound.append((parameter, part))
-            state = {name: buffer[part] for name, buffer in self.moments.items()}
+            state = {name: _of_part(buffer, part) for name, buffer in self.moments.items()}
             if self.spec.kind.counts_updates:
                 counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
                 self._counters.append(counter)
@@ -142,39 +142,48 @@ class StateShard:
     def _apply_in_chunks(self, lr: float) -> None:
         """The same update of every element: where a buffer is cut makes no difference, as long as that is where vector
         registers end."""
-        boundary = self.flat.boundary
-        for part, decays in ((range(boundary), True), (range(boundary, self.flat.size), False)):
+        for part in self.spec.parts(self.flat, self._slots):
+            if part.shape is not None:
+                self._apply_chunk(part, lr)
+                continue
             for start in range(part.start, part.stop, CHUNK_ELEMENTS):
-                self._apply_chunk(slice(start, min(start + CHUNK_ELEMENTS, part.stop)), decays, lr)
+                self._apply_chunk(part._replace(start=start, stop=min(start + CHUNK_ELEMENTS, part.stop)), lr)
 
-    def _apply_chunk(self, chunk: slice, decays: bool, lr: float) -> None:
+    def _apply_chunk(self, part: Part, lr: float) -> None:
         with torch.no_grad():
-            weights = self.weights[chunk]
+            weights = _of_part(self.weights, part)
             parameter = nn.Parameter(weights.to(self.device))
-            parameter.grad = self.gradient[chunk]
-            optimizer = self.spec.build([parameter] if decays else [], [] if decays else [parameter])
+            parameter.grad = _of_part(self.gradient, part)
+            optimizer = self.spec.build([(parameter, part)])
             state = {
-                name: buffer[chunk].to(self.device, torch.float32, copy=True) for name, buffer in self.moments.items()
+                name: _of_part(buffer, part).to(self.device, torch.float32, copy=True)
+                for name, buffer in self.moments.items()
             }
             optimizer.state[parameter] = dict(state)
             if self.spec.kind.counts_updates:
                 counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
                 optimizer.state[parameter]["step"] = counter
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             step(optimizer)
             if parameter.data_ptr() != weights.data_ptr():
                 weights.copy_(parameter)
             for number, (name, buffer) in enumerate(self.moments.items()):
-                self._put_back(buffer, state[name], chunk, number)
+                self._put_back(buffer, state[name].reshape(-1), part, number)
 
-    def _put_back(self, buffer: torch.Tensor, values: torch.Tensor, chunk: slice, number: int) -> None:
-        """Takes the new values [chunk] of a moment, the `number`th of the optimizer's."""
+    def _put_back(self, buffer: torch.Tensor, values: torch.Tensor, part: Part, number: int) -> None:
+        """Takes the new values of a part of a moment, the `number`th of the optimizer's."""
         if buffer.dtype == torch.float32:
-            buffer[chunk].copy_(values)
+            buffer[part.start : part.stop].copy_(values)
             return
         key = stream_key(self.spec.seed, "round", self._updates, number)
-        for start, stop in self.flat.cut(chunk.start, chunk.stop):
+        for start, stop in self.flat.cut(part.start, part.stop):
             for first, offset, length in self.flat.locate(start, stop):
-                at = offset - chunk.start
+                at = offset - part.start
                 buffer[offset : offset + length] = round_to_bf16(values[at : at + length], first, key)
+
+
+def _of_part(buffer: torch.Tensor, part: Part) -> torch.Tensor:
+    """A view: of a matrix that is updated as one, in its shape."""
+    found = buffer[part.start : part.stop]
+    return found if part.shape is None else found.view(part.shape)

@@ -86,6 +86,8 @@ class TrainingState:
         _check_names(kept)
         self.blueprint = blueprint
         self.space = blueprint.space
+        if spec.kind.scope == "matrix" and not self.space.keeps_matrices:
+            raise ValueError(f"{spec.kind.name} updates whole matrices, and the blueprint would divide them")
         self.spec = spec
         self.kept = tuple(kept)
         self.device = blueprint.device
@@ -262,7 +264,7 @@ class TrainingState:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
             if fits and old.coordinate == shard.coordinate and old.flat == flat:
                 return old
-        return StateShard(shard.coordinate, flat, self.spec, self.device, weights, self.kept)
+        return StateShard(shard.coordinate, flat, self.spec, self.device, weights, self.kept, self.space.slots)
 
     # ------------------------------------------------------------------------------------ the whole state
 

@@ -107,7 +107,7 @@ def _inputs(
     shorter = max(1, length // 2) if is_ragged else length
     rows = [Rows(tokens[:1], None, places)]
     rows.append(Rows(tokens[1:, : shorter + 1], None, None if places is None else places[:, :shorter]))
-    return tokens[:, :-1], rows
+    return tokens[:, :-1], [spec.objective.invented(each) for each in rows]
 
 
 def _try(model: nn.Module, spec: StepSpec, inputs: tuple[torch.Tensor, list[Rows]]) -> Trial:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from strategies.layout.assignment import even
 from strategies.layout.parallel import Coordinates, ParallelLayout
-from strategies.layout.space import ALIGNMENT, Space, merge
+from strategies.layout.space import Space, merge
 from strategies.reduction.norm import square_sum
 from strategies.state.shard import StateShard
 
@@ -18,7 +17,7 @@ def counted(
         return []
     window = (0, own.flat.size)
     if layout.effective_shard == "none":
-        sizes = even(own.flat.size, layout.data, ALIGNMENT)
+        sizes = space.slices(own.flat, layout.data)
         start = sum(sizes[: place.data])
         window = (start, start + sizes[place.data])
     if place.tensor == 0:

@@ -17,6 +17,7 @@ import torch
 from strategies.comm.fabric import Fabric
 from strategies.comm.group_errors import raise_of_step
 from strategies.gradient.compute import Fetch, LocalGradients
+from strategies.gradient.context import WorkContext
 from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.gradient.work import GradientWork, IdleWork, LocalWork, work_for
@@ -26,6 +27,8 @@ from strategies.state.training_state import TrainingState
 from strategies.trial.trial import Constancy
 from strategies.update.counting import counted, square_sum_of
 from strategies.update.deals import Assignment, Deals
+from strategies.update.evaluation import Evaluation, Measured
+from strategies.update.evaluation import Place as EvaluationPlace
 from strategies.update.phases import PhaseTimes
 from strategies.update.round import Round
 from strategies.update.rule import SYNCHRONOUS, UpdateRule
@@ -214,6 +217,29 @@ class StepEngine:
         self.deals.agreed(vote.agreement.deal)
         return record, vote.agreement
 
+    def evaluate(self, step: int, evaluation: Evaluation) -> Measured:
+        """What is measured of the weights after `step` steps, of all that is evaluated on; the same on every rank.
+        Changes nothing. Raises PeerLost."""
+        context = None
+        if self.place is not None and self.state.arrangement.part is not None:
+            context = WorkContext(
+                self.layout, self.place, self.fabric, self.spec, self.loads.source, Stopwatch(self.state.device)
+            )
+        place = EvaluationPlace(self.layout, self.fabric, context, self.phases.enter, self.fabric.look)
+        try:
+            self._refresh(step)
+            found = evaluation.run(step, self.state, place)
+        except RuntimeError as error:
+            raise_of_step(error, is_aborted=self.fabric.is_aborted)
+        self.phases.leave()
+        return found
+
+    def _refresh(self, step: int) -> None:
+        """Brings the weights that are computed with up to date, if they are not."""
+        if self._is_stale:
+            self.work.refresh(lambda phase: self.phases.enter(phase, step))
+            self._is_stale = False
+
     def _agree(self, step: int) -> Vote:
         """Prepares the step and votes on it; once more if it is not finite."""
         # A deal is taken up before a step, where that may fail like a step.
@@ -238,9 +264,7 @@ class StepEngine:
     def prepare(self, step: int) -> None:
         """Computes this rank's share of the step and reduces; the reduced gradient of everything that is trained here
         is then in place. Raises ModelChanged when the model has changed what it keeps."""
-        if self._is_stale:
-            self.work.refresh(lambda phase: self.phases.enter(phase, step))
-            self._is_stale = False
+        self._refresh(step)
         if self.nan_step == step:
             self.nan_step = None
             self.work.inject_nan()

@@ -39,7 +39,7 @@ from orchestrator.control.core.workers import WorkerId, WorkerState
 from orchestrator.control.training.controller import Controller
 from orchestrator.control.training.protocol import Action, Event, Rollback, StepCommitted
 from orchestrator.control.training.views import ControllerConfig, RunState
-from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
+from orchestrator.data.of_job import dataset_of, held_out_of, open_stores, prepare_held_out, prepare_stores
 from orchestrator.job import Job
 from orchestrator.planning.choose import LayoutChooser
 from orchestrator.runtime.run_log import recovery_entry
@@ -108,7 +108,8 @@ class WorkerSpec:
     worker: WorkerId
     job: Job
     directory: Path
-    stores: tuple[tuple[Path, str], ...]
+    stores: tuple[tuple[Path, str, tuple[()]], ...]
+    held_out: tuple[tuple[Path, str, tuple[()]], ...]
     hooks: tuple[Hook, ...]
     held_steps: tuple[int, ...]
     first: Callable[[], None] | None
@@ -230,7 +231,8 @@ class LocalCluster:
         self.warm: list[Ready] = []
         job = self.job
         stores = prepare_stores(job, verify=False)
-        self.stores = tuple((store.directory, store.digest) for store in stores)
+        self.stores = tuple((store.directory, store.digest, ()) for store in stores)
+        self.held_out = tuple((store.directory, store.digest, ()) for store in prepare_held_out(job, verify=False))
         self.dataset = dataset_of(job, stores)
         self.controller = Controller(ControllerConfig.for_job(job, LayoutChooser.for_job(job)))
         self.processes: dict[WorkerId, _Process] = {}
@@ -373,7 +375,14 @@ class LocalCluster:
         match action:
             case RequestWorker():
                 spec = WorkerSpec(
-                    action.worker, self.job, self.directory, self.stores, self.hooks, tuple(self.holds), self.first
+                    action.worker,
+                    self.job,
+                    self.directory,
+                    self.stores,
+                    self.held_out,
+                    self.hooks,
+                    tuple(self.holds),
+                    self.first,
                 )
                 process = self.processes[action.worker] = _Process(spec)
                 assert process.process.pid is not None
@@ -439,7 +448,8 @@ def _worker_main(spec: WorkerSpec, reports: Connection, commands: Connection) ->
         node=NODE,
         pid=os.getpid(),
         host=HOST,
-        dataset=dataset_of(spec.job, open_stores(spec.job, *zip(*spec.stores, strict=True))),
+        dataset=dataset_of(spec.job, open_stores(spec.job, spec.stores)),
+        held_out=held_out_of(spec.job, open_stores(spec.job, spec.held_out, is_held_out=True)),
         catalog=Catalog(open_storage(str(spec.directory / "checkpoints")), "test"),
         report=report,
         on_orphaned=lambda: os._exit(3),

@@ -588,6 +588,23 @@ def test_a_fork_of_a_checkpoint_that_is_newer_than_the_record_has_all_its_steps(
     assert len(list(read_records(parent.metrics))) == recorded, "which is not touched"
 
 
+def test_a_fork_may_begin_with_an_older_checkpoint(tmp_path: Path) -> None:
+    job = Job.load(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    parent, target = RunDirectory(tmp_path / "parent"), RunDirectory(tmp_path / "fork")
+    parent.create("", job.resolved())
+    parent.metrics.write_text("".join(json.dumps(step_record(step)) + "\n" for step in range(6)))
+    catalog = catalog_of(parent, job)
+    for step in (2, 4, 6):
+        write(catalog, step, tensors(step))
+    with pytest.raises(RunDirectoryError, match=r"has no checkpoint of 3 steps to fork from \(there: 6, 4, 2\)"):
+        fork(parent, target, job, None, 3)
+    assert not target.path.exists()
+    assert fork(parent, target, job, None, 4) == 4
+    assert list(read_records(target.metrics)) == [step_record(step) for step in range(4)]
+    assert target.forked_at == 4
+    assert same(load(catalog_of(target, job).open(4)), tensors(4))
+
+
 @pytest.mark.parametrize(("known", "committed"), [(range(3, 10), 10), ((), 3)])
 def test_steps_behind_a_damaged_line_come_from_a_checkpoint_or_are_made_again(
     tmp_path: Path, known: Iterable[int], committed: int

@@ -278,8 +278,8 @@ def test_unusable_source_is_named(corpus: Path) -> None:
         resolve_files([])
     with pytest.raises(DataError, match=r"a\.txt is listed twice"):
         resolve_files([str(corpus), str(corpus / "a.txt")])
-    with pytest.raises(DataError, match="'csv' is unknown"):
-        resolve_files(str(corpus), "csv")
+    with pytest.raises(DataError, match="'xml' is unknown"):
+        resolve_files(str(corpus), "xml")
     (file,) = resolve_files(str(corpus / "a.txt"))
     os.unlink(file.url)
     with pytest.raises(DataError, match=r"a\.txt: cannot be read"):

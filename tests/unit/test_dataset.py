@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from orchestrator.data import DataError, DataPlan, Dataset, Sampler, TokenStore, audit, data_digest, prepare, step_hash
-from orchestrator.data.cuts import cut_of
 from orchestrator.data.dataset import LENGTHS_NAME
 from orchestrator.data.of_job import open_stores, prepare_stores
+from orchestrator.data.samples import cut_of
 from orchestrator.job import Job
 from strategies.objective.batch import Batch, counting, positions
 
@@ -133,7 +133,7 @@ def test_what_is_said_of_a_step_is_so(stores: list[TokenStore], kind: str, mixed
         assert sorted(dataset.step_ids(step)) == sorted(dataset.sampler.step_ids(step))
         for batch in batches:
             assert batch.num_targets == targets_of(batch)
-            computed = sum(tokens[:, 1:].size for tokens, _ in batch.micro_batches(2))
+            computed = sum(tokens[:, 1:].size for tokens, *_ in batch.micro_batches(2))
             assert batch.num_padding == computed - batch.num_targets
             assert batch.targets == sum(map(targets_of, batches))
             assert batch.step_padding == sum(each.num_padding for each in batches)
@@ -149,7 +149,7 @@ def test_the_samples_have_every_target_of_every_document_once(store: TokenStore,
     rest at the end, and without a mask the first token of a document is predicted from the document before.)"""
     samples = cut_of(store, KINDS[kind].get("packing", "stream"), 16, mask=KINDS[kind].get("document_mask", False))
     ids = np.arange(samples.num_samples)
-    tokens, documents = samples.rows(ids, 16)
+    tokens, documents, *_ = samples.rows(ids, 16)
     assert documents is not None
     counts = counting(documents)
     assert (samples.targets(ids) == counts.sum(axis=1)).all()
@@ -300,7 +300,7 @@ def test_the_files_of_a_mix_have_a_place_of_their_own_in_a_mirror(tmp_path: Path
     (tmp_path / "mirror" / "0000" / "train.txt").unlink()
     third = Job.loads(text, overrides=[f"data.cache={tmp_path}/third"])
     places = [whole[0].directory, tmp_path / "nowhere" / whole[1].directory.name]
-    opened = open_stores(third, places, [store.digest for store in whole])
+    opened = open_stores(third, [(place, store.digest, ()) for place, store in zip(places, whole, strict=True)])
     assert [store.digest for store in opened] == [store.digest for store in whole]
 
 

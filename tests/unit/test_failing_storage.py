@@ -20,9 +20,9 @@ from fsspec.spec import AbstractFileSystem
 
 from orchestrator.data import DataError, TokenStore, build, documents, open_store, prepare, reading
 from orchestrator.data import task_split as cutting
-from orchestrator.data.formats import ByteSpan
 from orchestrator.data.locations import Patience
 from orchestrator.data.manifest import BrokenStoreError
+from orchestrator.data.opening import ByteSpan
 from orchestrator.data.reading import Library
 from orchestrator.data.sources import SourceFile, resolve_files
 

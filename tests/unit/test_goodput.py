@@ -325,4 +325,4 @@ def test_goodput_and_badput_add_up_to_the_wall_time_of_chaotic_runs(first_seed: 
             seen[reason] += seconds
     missing = {reason for reason, seconds in seen.items() if not seconds}
     # Simulated workers read no data and save beside training; nobody goes home in the middle of a simulated run.
-    assert missing <= {"data_loading", "checkpoint_save", "interrupted", "rebalance"}, missing
+    assert missing <= {"data_loading", "checkpoint_save", "evaluation", "interrupted", "rebalance"}, missing

@@ -275,6 +275,8 @@ def everything(ranks: int) -> RunMetrics:
         metrics.on_event({"time": 1.0, "kind": "skew_found", "finding": finding, "workers": []})
     metrics.on_event({"time": 1.0, "kind": "checkpoint_saved", "committed": 5, "bytes": 10, "seconds": 0.1,
                       "blocked_seconds": 0.01})  # fmt: skip
+    metrics.on_event({"time": 1.0, "kind": "evaluation", "step": 5, "samples": 8, "seconds": 0.1, "best": True,
+                      "metrics": {"loss": 1.0, "perplexity": 2.7, "accuracy": 0.5, "per_class": {}}})  # fmt: skip
     metrics.on_goodput(dict.fromkeys(("productive", *REASONS), 1.0))
     metrics.on_status(status([worker(rank) for rank in range(ranks)]))
     return metrics

@@ -66,18 +66,20 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_without_the_package_its_name_is_unknown() -> None:
-    with pytest.raises(JobError, match=r"must be one of adamw, sgd, got the string 'lion'"):
-        Job.loads(JOB.replace("NAME", "lion"))
+    with pytest.raises(JobError, match=r"must be one of adamw, sgd, lion, muon, got the string 'tiger'"):
+        Job.loads(JOB.replace("NAME", "tiger"))
     with pytest.raises(JobError, match=r"got the string 'adamv', did you mean \"adamw\"\?"):
         Job.loads(JOB.replace("NAME", "adamv"))
 
 
 def test_with_it_a_job_may_name_what_it_brings(installed: None) -> None:
-    job = Job.loads(JOB.replace("NAME", "lion"))
+    job = Job.loads(JOB.replace("NAME", "tiger"))
     assert job.digest() != Job.loads(JOB.replace("NAME", "adamw")).digest()
     assert state_bytes(job).optimizer == 4.0, "the planner asks it what it keeps"
-    with pytest.raises(JobError, match=r"must be one of adamw, sgd, broken, impostor, lion, got the string 'lyon'"):
-        Job.loads(JOB.replace("NAME", "lyon"))
+    with pytest.raises(
+        JobError, match=r"must be one of adamw, sgd, lion, muon, broken, impostor, tiger, got the string 'tigre'"
+    ):
+        Job.loads(JOB.replace("NAME", "tigre"))
 
 
 def test_ours_come_first() -> None:
@@ -95,7 +97,7 @@ def test_a_job_names_an_objective(installed: None) -> None:
 
 
 def test_what_it_brings_trains_the_same_bits_however_the_state_is_cut(installed: None) -> None:
-    spec = OptimizerSpec(kind=optimizer_of(Job.loads(JOB.replace("NAME", "lion"))), lr=0.1)
+    spec = OptimizerSpec(kind=optimizer_of(Job.loads(JOB.replace("NAME", "tiger"))), lr=0.1)
     space = Space.of([("a", (8, 8), 0, None), ("b", (5,), 0, None), ("c", (16, 3), 1, None)], 1)
     torch.manual_seed(3)
     weights, gradients = torch.randn(space.size), torch.randn(4, space.size)
@@ -214,8 +216,11 @@ def test_a_storage(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("name", "reason"),
     [
         ("broken", "example_plugin.nowhere:NOTHING fails: ModuleNotFoundError"),
-        ("impostor", "example_plugin.lion:Update is a type, not a Optimizer"),
-        ("absent", "there is none of the optimizers named 'absent'; known are adamw, sgd, broken, impostor, lion"),
+        ("impostor", "example_plugin.tiger:Update is a type, not a Optimizer"),
+        (
+            "absent",
+            "there is none of the optimizers named 'absent'; known are adamw, sgd, lion, muon, broken, impostor, tiger",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_package_is_said(installed: None, name: str, reason: str) -> None:

@@ -28,7 +28,7 @@ from strategies.update.phases import PHASES
 from strategies.update.vote import Agreement
 from strategies.update.warm_up import warm_up
 from tests.batches import plain_batch
-from tests.plugin_package.example_plugin.lion import LION
+from tests.plugin_package.example_plugin.tiger import TIGER
 from tests.unit.tiny_model import (
     VOCABULARY,
     TinyModel,
@@ -260,7 +260,7 @@ def test_warming_up_changes_no_bit(keep: bool) -> None:
     assert state_digest(ours.state) == state_digest(usual.state)
 
 
-@pytest.mark.parametrize("kind", [*OPTIMIZERS.values(), LION], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*OPTIMIZERS.values(), TIGER], ids=lambda kind: kind.name)
 def test_every_optimizer_makes_an_update_before_there_is_a_layout(kind: Optimizer) -> None:
     """As it makes those of a step: also one that takes for granted that what it keeps is there."""
     spec = OptimizerSpec(kind=kind, lr=1e-2)

@@ -22,8 +22,8 @@ FLOORS = {
     ),
     "orchestrator": (
         "errors", "plugins", "urls", "lateness", "faults", "storage", "job", "rundir", "succession", "data", "models",
-        "planning", "checkpoint", "notices", "control.core", "training", "control.training", "doctor", "runtime",
-        "runtime.ray", "api", "cli",
+        "planning", "checkpoint", "evaluation", "notices", "control.core", "training", "control.training", "doctor",
+        "runtime", "runtime.ray", "api", "cli",
     ),
 }  # fmt: skip
 """The rooms of a package from the ground up: each imports only those before it."""

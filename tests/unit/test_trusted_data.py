@@ -172,12 +172,10 @@ def test_a_manifest_altered_along_with_its_shard_is_found_by_audit(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("rows.csv", "one JSON object a row"),
-        ("rows.tsv", "one JSON object a row"),
-        ("rows.json", "an object on each line"),
-        ("rows.jsonl.gz", "unpack them"),
-        ("tokens.bin", "give the text"),
+        ("rows.zip", "unpack them"),
+        ("rows.jsonl.lz4", r"only \.gz, \.zst, \.bz2, \.xz are; unpack them"),
         ("what.ever", "set data.format"),
+        ("what.ever.gz", "set data.format"),
     ],
 )
 def test_a_suffix_that_is_not_known_is_refused_with_advice_that_works(tmp_path: Path, name: str, advice: str) -> None:
@@ -188,14 +186,14 @@ def test_a_suffix_that_is_not_known_is_refused_with_advice_that_works(tmp_path: 
 
 def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
     for number in range(8):
-        (tmp_path / f"{number}.csv").write_text("a,b\n")
+        (tmp_path / f"{number}.pdf").write_text("a,b\n")
     (tmp_path / "LICENSE").write_text("MIT")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "good.txt").write_text("good")
     with pytest.raises(DataError) as caught:
         resolve_files(str(tmp_path))
     told = str(caught.value)
-    assert "4.csv and 3 more" in told
+    assert "4.pdf and 3 more" in told
     assert "LICENSE" in told
     assert "empty.txt: the file is empty" in told
     assert "good.txt" not in told
@@ -219,9 +217,9 @@ def test_what_no_format_can_make_data_is_told_at_once(tmp_path: Path, format: st
     for source in (str(tmp_path), f"{tmp_path}/*"):
         with pytest.raises(DataError, match=r"README\.md beside files of records"):
             resolve_files(source, format)
-    for name in ("a.jsonl.gz", "b.jsonl.zst"):
+    for name in ("a.jsonl.lz4", "b.jsonl.zip"):
         (tmp_path / name).write_bytes(b"\x1f\x8b")
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz, .*b\.jsonl\.zst: compressed files are not read.*unpack them"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.lz4, .*b\.jsonl\.zip: not read.*unpack them"):
         resolve_files(str(tmp_path), format)
 
 

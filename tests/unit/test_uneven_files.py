@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data import DataError, TokenStore, build, documents, prepare, reading, resolve_files
 from orchestrator.data import task_split as cutting
-from orchestrator.data.formats import WHOLE, ByteSpan
+from orchestrator.data.opening import WHOLE, ByteSpan
 from orchestrator.data.reading import Library
 from orchestrator.data.task_split import cut
 

@@ -1,7 +1,7 @@
 // Follows the server's stream and shows the run. The stream says everything at first, and then only what changed.
 import { Charts } from "./charts.js";
 import { byId, count, duration, fixed, make, percent, say, short, words } from "./format.js";
-import { showCheckpoints, showGoodput, showTimeline } from "./lists.js";
+import { showCheckpoints, showEvaluations, showGoodput, showTimeline } from "./lists.js";
 import { changed, empty, whole } from "./state.js";
 import { showWorkers } from "./workers.js";
 
@@ -66,6 +66,7 @@ function show(was, live) {
   if (differs("workers") || was.status.layout !== state.status.layout) showWorkers(state.workers, state.status.layout);
   if (differs("timeline")) showTimeline(state.timeline, state.start, live);
   if (differs("goodput")) showGoodput(state.goodput);
+  if (differs("evaluations")) showEvaluations(state.evaluations);
   showAges();
   document.body.dataset.ready = "yes";
 }

@@ -1,4 +1,4 @@
-// The timeline of generations and incidents, the checkpoints, and where the time went.
+// The timeline of generations and incidents, evaluations, checkpoints, and where the time went.
 import { byId, bytes, clock, count, duration, make, percent, say, words } from "./format.js";
 
 const SIGNS = { bad: "✕", warn: "▲", good: "✓", info: "·" };
@@ -55,6 +55,25 @@ export function showCheckpoints(checkpoints, status, now) {
   const last = status.checkpoint;
   const sub = status.checkpoint?.saving ? "one is being written" : last ? "" : "none yet";
   say(byId("checkpoints-sub"), sub);
+}
+
+const MAX_METRICS = 6;
+
+/** Newest first; the best so far in bold. Runs that evaluate nothing are not shown the card. */
+export function showEvaluations(evaluations) {
+  byId("evaluations-card").hidden = !evaluations.length;
+  if (!evaluations.length) return;
+  const names = Object.keys(evaluations[0].metrics).slice(0, MAX_METRICS);
+  const rows = evaluations.map((entry) => {
+    const name = header(`step ${count(entry.step)}`);
+    const row = make("tr", entry.best ? "best" : "", name);
+    for (const metric of names) row.append(make("td", "", entry.metrics[metric] == null ? "–" : Number(entry.metrics[metric].toPrecision(4)).toString()));
+    return row;
+  });
+  const head = make("thead", "", make("tr", "", ...["after", ...names].map((name) => { const cell = make("th", "", words(name)); cell.scope = "col"; return cell; })));
+  replace(byId("evaluations"), head, make("tbody", "", ...rows));
+  const best = evaluations.find((entry) => entry.best);
+  say(byId("evaluations-sub"), `${count(evaluations[0].samples)} samples, ${duration(evaluations[0].seconds)}${best ? `; the best was step ${count(best.step)}` : ""}`);
 }
 
 export function showGoodput(goodput) {

@@ -1,7 +1,7 @@
 // The run as this page knows it: what the server sent at first, and what it said has changed since. No DOM.
 
 export const empty = () => ({ now: 0, start: null, status: {}, points: [], world: [], workers: {}, timeline: [],
-  checkpoints: [], goodput: null, findings: [] });
+  checkpoints: [], evaluations: [], goodput: null, findings: [] });
 
 const MAX_TIMELINE = 300;
 

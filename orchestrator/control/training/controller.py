@@ -146,6 +146,11 @@ class Controller:
         return self._record.progress
 
     @property
+    def evaluated(self) -> int:
+        """Of how many steps the newest evaluation on record is; -1: there is none."""
+        return self._record.evaluations.judged.step
+
+    @property
     def checkpoints(self) -> dict[int, str]:
         return self._run.saving.checkpoints
 

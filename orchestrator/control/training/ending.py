@@ -70,11 +70,21 @@ class Ending:
             return False
         return run.saving.is_saving(committed) or not run.saving.has_given_up(committed)
 
+    def _why(self) -> str:
+        """Why a run is over that was not stopped."""
+        run, judged = self._run, self._run.record.evaluations.judged
+        if run.last_step == run.config.total_steps:
+            return "all steps committed"
+        return (
+            f"early stopping after {run.last_step} steps: {judged.without} evaluations without a better one than "
+            f"{judged.best:.6g} of step {judged.best_step}"
+        )
+
     def _end_well(self, committed: int, digest: str, now: float) -> None:
         """The steps are done and their digest is known; but who has no checkpoint of them has nothing of the last."""
         run = self._run
-        is_early = run.stop is not None and run.record.progress.committed < run.config.total_steps
-        status, reason = ("stopped", run.stop or "") if is_early else ("finished", "all steps committed")
+        is_early = run.stop is not None and run.record.progress.committed < run.last_step
+        status, reason = ("stopped", run.stop or "") if is_early else ("finished", self._why())
         saved = run.saving.checkpoints
         if committed not in saved:
             newest = f"the newest checkpoint is of {max(saved)} steps" if saved else "there is no checkpoint"

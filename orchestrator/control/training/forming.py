@@ -11,6 +11,7 @@ from orchestrator.control.training import policy
 from orchestrator.control.training.layouts import Layouts
 from orchestrator.control.training.state import Origin, all_of, pick_holders
 from orchestrator.control.training.views import WorkerView
+from orchestrator.evaluation.judge import NOT_YET, Judgement
 from orchestrator.training.messages import Generation, Member
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.statemap import NOTHING, Spans, subtract
@@ -101,6 +102,7 @@ def make_generation(
     fired_faults: Iterable[int],
     *,
     collect: bool = False,
+    judged: Judgement = NOT_YET,
 ) -> Generation:
     """What every member is told."""
     workers = [view.worker for view in ranks.members]
@@ -117,6 +119,7 @@ def make_generation(
         restore=origin.restore,
         fired_faults=tuple(sorted(fired_faults)),
         collect=collect,
+        judged=judged,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from monitoring.events import (
     DrainNoticed,
+    Evaluated,
     Evicted,
     EvictionWithdrawn,
     FaultInjected,
@@ -18,6 +19,7 @@ from monitoring.events import (
     NodeSuspected,
     Recovered,
     ResizeRequested,
+    RolledBack,
     RunFinished,
     StopRequested,
     WorkerDied,
@@ -59,6 +61,8 @@ class History:
     step_seconds: list[float] = field(default_factory=list)
     last_commit_at: float | None = None
     norm: float | None = None
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The metrics of each, by the number of steps that its weights had seen."""
     probe: tuple[WorkerId, str, str] | None = None
     """The first worker that had one, its digest, and what it computed on."""
 
@@ -123,6 +127,11 @@ class History:
                 self.suspects.add(event["node"])
             case ResizeRequested.kind:
                 self.target = event["to"]
+            case Evaluated.kind:
+                self.evaluations[event["step"]] = dict(event["metrics"])
+            case RolledBack.kind:
+                kept = {step: each for step, each in self.evaluations.items() if step <= event["committed"]}
+                self.evaluations = kept
             case StopRequested.kind:
                 self.stop = event["reason"]
             case RunFinished.kind:

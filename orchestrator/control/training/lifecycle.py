@@ -23,7 +23,7 @@ from orchestrator.control.training.staffing import Staffing
 from orchestrator.control.training.state import Origin
 from orchestrator.control.training.views import RunState, WorkerView
 from orchestrator.planning.balance import Assignment
-from orchestrator.training.messages import Left, PartSaved, Ready, StepReport
+from orchestrator.training.messages import EvaluationReport, Left, PartSaved, Ready, StepReport
 from orchestrator.training.orders import StartGeneration
 
 
@@ -99,6 +99,12 @@ class Lifecycle:
                 run.scale_up.learn(actions, now)
                 if not is_over:
                     self._weigh(report, now)
+
+    def take_evaluations(self, reports: Iterable[EvaluationReport]) -> None:
+        """Puts on record what is not on it yet."""
+        record = self._run.record
+        for report in reports:
+            self._run.out += record.evaluations.take(report, record.progress.committed)
 
     def _weigh(self, report: StepReport, now: float) -> None:
         """Looks at what ranks spent on a step, and acts on uneven speeds."""
@@ -259,7 +265,7 @@ class Lifecycle:
         otherwise = "collect" if collect else "start" if run.membership.generation is None else "regroup"
         generation = forming.make_generation(
             record.last_generation, run.config.term, causes or otherwise, origin, ranks, record.fired_faults,
-            collect=collect,
+            collect=collect, judged=record.evaluations.judged_at(origin.committed),
         )  # fmt: skip
         if not collect:
             run.layouts.trains(generation)
@@ -352,8 +358,8 @@ class Lifecycle:
         progress = run.record.progress
         run.out += state.refuse_unrecorded(run.roster.idle(), progress.committed)
         self._end_raisers(lefts)
-        final = state.final_state(run.roster.idle(), progress, run.config.total_steps, stopping=run.stop is not None)
-        if final is not None:
+        final = state.final_state(run.roster.idle(), progress, run.last_step, stopping=run.stop is not None)
+        if final is not None and (run.stop is not None or not run.record.evaluations.lacks(final.committed)):
             self._finalize(final, lefts, now)
             return
         if run.stop is not None:

@@ -25,6 +25,7 @@ class Members:
         view.last_heard, view.host_bytes, view.device_bytes = now, event.host_bytes, event.device_bytes
         view.lateness_s, view.gpu = event.lateness_s, event.gpu
         self._life.take_reports(event.reports, now)
+        self._life.take_evaluations(event.evaluations)
         self._run.membership.heard(view, event, now)
 
     def joined(self, event: Joined, now: float) -> None:
@@ -53,6 +54,7 @@ class Members:
         run.membership.left(view, event, now)
         run.saving.left(view.worker, event.generation, event.committed)
         self._life.take_reports(event.reports, now, is_over=True)
+        self._life.take_evaluations(event.evaluations)
         match event.cause:
             case "exception":
                 # It changed no state: who alone holds a part of it tries again, others are replaced.

@@ -46,6 +46,12 @@ class Run:
     has_run: bool = False
 
     @property
+    def last_step(self) -> int:
+        """How many steps the run has: what the job says, or fewer where it stops early by its evaluations."""
+        ends_at = self.record.evaluations.ends_at
+        return self.config.total_steps if ends_at is None else ends_at
+
+    @property
     def is_collecting(self) -> bool:
         """Whether the generation there is trains no more."""
         generation = self.membership.generation

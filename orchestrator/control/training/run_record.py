@@ -8,6 +8,7 @@ from __future__ import annotations
 from monitoring.events import FaultInjected
 from orchestrator.control.core.incidents import Incident, IncidentBook, StepFailures
 from orchestrator.control.core.protocol import FaultFired
+from orchestrator.control.training.evaluations import Evaluations
 from orchestrator.control.training.history import History
 from orchestrator.control.training.protocol import Action, Rollback, StepCommitted
 from orchestrator.control.training.views import ControllerConfig, Progress, WorkerView
@@ -23,6 +24,7 @@ class RunRecord:
         self.fired_faults = set(history.fired_faults)
         self.incidents = IncidentBook(history.incidents)
         self.last_generation = history.generation
+        self.evaluations = Evaluations(config.evaluation, history.evaluations)
         self._failures = StepFailures(config.max_failures_per_step)
 
     # ------------------------------------------------------------------------------------ steps
@@ -49,6 +51,7 @@ class RunRecord:
             actions += self.incident("restart", f"the run began again, {lost} steps before the end of its record", now)
             self.incidents.charge(lost)
         self.progress.committed, self.progress.norm = committed, None
+        self.evaluations.roll_back(committed)
         return [*actions, Rollback(committed)]
 
     def step_failed(self, detail: str, weight: float) -> str | None:

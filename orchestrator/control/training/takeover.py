@@ -128,6 +128,7 @@ class TakingOver:
         statuses = {s.ready.worker: s for s in event.workers if s.ready.worker in self._run.roster.workers}
         for status in statuses.values():
             self._life.take_reports(status.reports, now)
+            self._life.take_evaluations(status.evaluations)
         intact = False
         if (current := newest_generation(statuses.values())) is not None:
             record.fired_faults |= set(current.fired_faults)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.control.core.config import PoolConfig, ScalingRules
 from orchestrator.control.core.workers import ProcessView
+from orchestrator.evaluation.judge import EvaluationRules
 from orchestrator.models.costs import ModelCosts
 from orchestrator.training.messages import GpuReading, GpuTrouble, Left, Ready, StepReport
 from strategies.layout.parallel import ParallelLayout
@@ -16,8 +17,21 @@ from strategies.layout.statemap import NOTHING, Spans
 if TYPE_CHECKING:
     from orchestrator.job import Job
 
-PHASES = ("restore", "form", "collect", "refresh", "data", "compute", "reduce", "gather", "vote", "commit")
-_COLLECTIVE = frozenset({"form", "collect", "refresh", "reduce", "gather", "vote"})
+PHASES = (
+    "restore",
+    "form",
+    "collect",
+    "evaluate",
+    "tally",
+    "refresh",
+    "data",
+    "compute",
+    "reduce",
+    "gather",
+    "vote",
+    "commit",
+)
+_COLLECTIVE = frozenset({"form", "collect", "tally", "refresh", "reduce", "gather", "vote"})
 
 
 def phase_index(phase: str) -> int:
@@ -27,7 +41,7 @@ def phase_index(phase: str) -> int:
 
 def is_collective(phase: str, layout: ParallelLayout) -> bool:
     """Whether a rank in this phase may be waiting for others, through no fault of its own."""
-    return phase in _COLLECTIVE or (phase == "compute" and layout.computes_together)
+    return phase in _COLLECTIVE or (phase in ("compute", "evaluate") and layout.computes_together)
 
 
 class Chooser(Protocol):
@@ -101,6 +115,7 @@ class ControllerConfig(PoolConfig):
     final_patience_s: float = 300.0
     max_failures_per_step: int = 3
     rebalance: RebalanceRules = field(default_factory=RebalanceRules)
+    evaluation: EvaluationRules | None = None
 
     @classmethod
     def for_job(cls, job: Job, chooser: Chooser, *, term: int = 0) -> ControllerConfig:
@@ -124,6 +139,7 @@ class ControllerConfig(PoolConfig):
             term=term,
             rebalance=RebalanceRules.for_job(job),
             scaling=ScalingRules.for_job(job),
+            evaluation=EvaluationRules.of(job),
         )
 
     @property

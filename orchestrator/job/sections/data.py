@@ -20,7 +20,7 @@ Source = Annotated[
     Annotated[Text, Tag("str")] | Annotated[list[Text], Field(min_length=1), Tag("list")],
     one_of("str", "list", reason="must be a path, glob, URL or python-stdlib, or a list of them"),
 ]
-Format = Literal["text", "jsonl", "parquet"]
+Format = Literal["text", "jsonl", "json", "parquet", "csv", "tsv", "arrow", "npy", "bin"]
 
 
 class MixEntry(Section):
@@ -35,7 +35,9 @@ class MixEntry(Section):
 
 
 class Data(Section):
-    """What is read, and how it becomes samples of `sequence_length` tokens: exactly one of `source` and `mix`."""
+    """What is read, and how it becomes samples of `sequence_length` tokens: exactly one of `source` and `mix`.
+
+    More than 15 attributes: each is a question that data of some kind raises, and people look for all of them here."""
 
     source: Annotated[Source | None, NUMBERS] = None
     """Relative paths start at the current working directory."""
@@ -44,7 +46,19 @@ class Data(Section):
     format: Annotated[Format | None, NUMBERS] = None
     """None: told from each file's suffix."""
     field: Annotated[Text, NUMBERS] = "text"
-    """The field of a jsonl or parquet record that holds the text."""
+    """The field of a record that holds the text, where texts are trained on."""
+    include: Annotated[list[Text], NUMBERS_LATER] = Field(default_factory=list)
+    """Patterns (`*`, `?`, `[...]`): of a directory only files whose names in it fit one are read."""
+    fields: Annotated[dict[str, Text], NUMBERS_LATER] = Field(default_factory=dict)
+    """Where records have the fields that an objective wants: our name to theirs, with dots for fields inside."""
+    chat_template: Annotated[Text | None, NUMBERS_LATER] = None
+    """How messages become text: the path of a Jinja template, or its text. None: the tokenizer's."""
+    add_bos: Annotated[bool, NUMBERS_LATER] = False
+    """Whether each record begins with the tokenizer's token for that."""
+    truncate: Annotated[Literal["end", "start", "error"], NUMBERS_LATER] = "end"
+    """What a record that is longer than a row loses; error: there must be none."""
+    on_bad_record: Annotated[Literal["error", "skip"], NUMBERS_LATER] = "error"
+    """What happens to a record that cannot be used. skip: it is left out, counted and told of."""
     document: Annotated[Literal["file", "line", "record"] | None, NUMBERS_LATER] = None
     """What one document is. None: text files are one each, of jsonl and parquet each record is one."""
     tokenizer: Annotated[Text, NUMBERS] = "bytes"
@@ -53,6 +67,8 @@ class Data(Section):
     """Tokens per sample; the most, with packing pad."""
     packing: Annotated[Literal["stream", "pack", "pad"], NUMBERS_LATER] = "stream"
     """How documents become samples. stream: end to end, cut anywhere. pack: whole ones side by side. pad: one each."""
+    pad_to: Annotated[Literal["longest", "sequence_length"], NUMBERS_LATER] = "longest"
+    """With packing pad, how long the rows of a micro-batch are: as the longest of them, or all alike."""
     document_mask: Annotated[bool, NUMBERS_LATER] = False
     """Whether a document is kept from attending to those before it in its sample."""
     shuffle: Annotated[bool, NUMBERS] = True

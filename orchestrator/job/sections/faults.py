@@ -24,9 +24,10 @@ class Fault(Section):
     worker: Annotated[CountInt | None, CIRCUMSTANCES] = None
     """Required for every kind but controller."""
     kind: Annotated[str, named("faults", KINDS), CIRCUMSTANCES]
-    phase: Annotated[Literal["data", "compute", "reduce", "gather", "vote", "commit", "refresh"], CIRCUMSTANCES] = (
-        "compute"
-    )
+    phase: Annotated[
+        Literal["data", "compute", "reduce", "gather", "vote", "commit", "refresh", "evaluate", "tally"], CIRCUMSTANCES
+    ] = "compute"
+    """Where in the step; evaluate and tally are of the evaluation after `step` steps."""
     seconds: Annotated[PositiveFloat | None, CIRCUMSTANCES] = None
     """How long it lasts (slow), or the time that is left (drain)."""
     steps: Annotated[PositiveInt | None, CIRCUMSTANCES] = None

@@ -14,10 +14,11 @@ from typing import Any
 
 from monitoring import discovery
 from monitoring.logs import LogContext, logging_to
+from monitoring.sinks.base import SinkRun
 from monitoring.sinks.feeder import feeding
 from orchestrator.checkpoint.of_run import secret_of
 from orchestrator.job import Job
-from orchestrator.job.kinds import sink_named
+from orchestrator.job.kinds import hooks_from, sink_named
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.runtime.interruption import NOBODY_READS, Interrupted, Interruption
 from orchestrator.runtime.ray.following import (
@@ -92,7 +93,7 @@ def drive(
             # Signals are ours until the sinks have had their last, too.
             with (
                 interruption.listening(),
-                feeding(watched, directory.run_id, directory.path, job.resolved(), sink_named),
+                feeding(watched, directory.run_id, directory.path, job.resolved(), sink_named, _hooks_of(job.hooks)),
             ):
                 return _drive(job, directory, here, local_nodes, ephemeral, interruption, on_update, note)
         except Interrupted as signalled:
@@ -127,6 +128,14 @@ def _watched(monitoring: dict[str, Any]) -> dict[str, Any]:
     if mlflow := monitoring.get("mlflow"):
         watched["mlflow"] = {**mlflow, "tracking_uri": expand(mlflow["tracking_uri"])}
     return watched
+
+
+def _hooks_of(path: str | None) -> Callable[[SinkRun], Any] | None:
+    """What makes the hooks of a job; found when they are wanted, so that a run that is looked at from where they are
+    not is told of all the same."""
+    if path is None:
+        return None
+    return lambda run: hooks_from(path)(run)
 
 
 def _drive(
@@ -187,7 +196,14 @@ def attach(
         with (
             Interruption().listening() as interruption,
             connected(address),
-            feeding(_watched(job["monitoring"]), directory.run_id, directory.path, job, sink_named),
+            feeding(
+                _watched(job["monitoring"]),
+                directory.run_id,
+                directory.path,
+                job,
+                sink_named,
+                _hooks_of(job.get("hooks")),
+            ),
         ):
             interruption.arm()
             controller = find_controller(directory, on_note, even_if_over=True)

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.checkpoint.of_run import catalog_of
 from orchestrator.data import Dataset
-from orchestrator.data.of_job import dataset_of, prepare_stores
-from orchestrator.data.store import RunTasks
+from orchestrator.data.of_job import dataset_of, held_out_of, prepare_held_out, prepare_stores
+from orchestrator.data.store import RunTasks, TokenStore
 from orchestrator.doctor.authentication import judge_token
 from orchestrator.doctor.check import WARNING
 from orchestrator.doctor.facts import token_facts
@@ -87,12 +87,12 @@ def controller_spec(
     """Prepares the data; what every incarnation of the run's controller is made from."""
     on_note("preparing the data")
     return_to(here)
-    dataset = _prepare(job, environment)
+    dataset, held_out = _prepare(job, environment, on_note)
     if dataset.padding:
         on_note(f"packed {dataset.num_samples:,} rows, {dataset.padding:.2%} of their tokens padding")
-    _same_data(directory, dataset)
+    _same_data(directory, dataset, held_out)
     data = dataset.describe(directory.path, directory.forked_at)
-    directory.write_json("environment.json", _environment(job, data, dataset))
+    directory.write_json("environment.json", _environment(job, data, dataset, held_out))
     return {
         "secret": secret,
         # Told to the run's own processes only, over Ray's connections, and written down nowhere.
@@ -102,9 +102,8 @@ def controller_spec(
         "environment": environment,
         "job": job.resolved(),
         "cwd": for_workers(here),
-        "stores": [str(store.directory) for store in dataset.stores],
-        "store_digests": [store.digest for store in dataset.stores],
-        "store_signatures": [store.signatures for store in dataset.stores],
+        "stores": _told(dataset.stores),
+        "held_out": _told(held_out),
         "data": data,
         "own_cluster": own,
         "ephemeral": ephemeral and not own,  # A cluster of our own ends with its driver in any case.
@@ -129,11 +128,27 @@ def clear_result(directory: RunDirectory) -> dict[str, Any] | None:
         os.close(lock)
 
 
-def _prepare(job: Job, environment: Mapping[str, str]) -> Dataset:
+def _prepare(
+    job: Job, environment: Mapping[str, str], on_note: Callable[[str], None]
+) -> tuple[Dataset, list[TokenStore]]:  # fmt: skip
+    """The data, and the stores of what is evaluated on."""
+
     def tasks(size_bytes: int) -> RunTasks[Any] | None:
         return partial(_run_on_ray, environment) if size_bytes >= _PARALLEL_BYTES else None
 
-    return dataset_of(job, prepare_stores(job, run_tasks=tasks))
+    stores, held_out = prepare_stores(job, run_tasks=tasks), prepare_held_out(job, run_tasks=tasks)
+    for store in (*stores, *held_out):
+        if store.records is not None and store.records.skipped:
+            first = "; ".join(store.records.first_skipped)
+            on_note(f"warning: {store.records.skipped:,} bad records of {store.source} are left out: {first}")
+    if (samples := held_out_of(job, held_out)) is not None:
+        on_note(f"evaluation on {samples.num_samples:,} samples")
+    return dataset_of(job, stores), held_out
+
+
+def _told(stores: Sequence[TokenStore]) -> list[tuple[str, str, list[Any]]]:
+    """Where each is, its digest, and how it is known again."""
+    return [(str(store.directory), store.digest, store.signatures) for store in stores]
 
 
 def _with_environment(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
@@ -160,8 +175,8 @@ def _run_on_ray(
     return [results[index] for index in range(len(arguments))]
 
 
-def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
-    """Refuses to go on with other data than a run has begun with."""
+def _same_data(directory: RunDirectory, dataset: Dataset, held_out: Sequence[TokenStore]) -> None:
+    """Refuses to go on with other data than a run has begun with, or has been evaluated on."""
     known = directory.read_json("environment.json")
     if known is None or not directory.metrics.exists() or not directory.metrics.stat().st_size:
         return
@@ -175,9 +190,14 @@ def _same_data(directory: RunDirectory, dataset: Dataset) -> None:
             f"{dataset.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
             "restore it, or choose another --run-dir"
         )
+    if known.get("held_out", []) != [store.digest for store in held_out]:
+        raise RunDirectoryError(
+            f"{directory.path} was begun with other data to evaluate on: what evaluation.share or evaluation.data "
+            "names has changed since; restore it, or choose another --run-dir"
+        )
 
 
-def _environment(job: Job, data: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _environment(job: Job, data: dict[str, Any], dataset: Dataset, held_out: Sequence[TokenStore]) -> dict[str, Any]:
     packages = ("elastic-orchestrator", "ray", "torch", "transformers", "numpy")
     versions = {}
     for name in packages:
@@ -198,6 +218,7 @@ def _environment(job: Job, data: dict[str, Any], dataset: Dataset) -> dict[str, 
             "padding": round(dataset.padding, 6),
             "parts": [{"location": store.location, "digest": store.digest} for store in dataset.stores],
         },
+        "held_out": [store.digest for store in held_out],
     }
 
 

@@ -82,7 +82,7 @@ class WorkerActor:
         job = Job.model_validate(self._spec["job"])
         os.environ.update(job.resources.env)  # Before torch is imported, which reads some of it then.
         from orchestrator.checkpoint.of_run import open_catalog
-        from orchestrator.data.of_job import dataset_of, open_stores
+        from orchestrator.data.of_job import dataset_of, held_out_of, open_stores
         from orchestrator.training.worker import Worker
 
         if job.checkpoint.storage is None and not Path(self._spec["run_dir"]).is_dir():
@@ -90,7 +90,8 @@ class WorkerActor:
                 f"the run directory {self._spec['run_dir']} cannot be seen from node {ray.util.get_node_ip_address()}: "
                 "checkpoints need one that every node mounts (--run-dir), or checkpoint.storage"
             )
-        stores = open_stores(job, self._spec["stores"], self._spec["store_digests"], self._spec["store_signatures"])
+        stores = open_stores(job, self._spec["stores"])
+        held_out = open_stores(job, self._spec["held_out"], is_held_out=True)
         return Worker(
             self._id,
             job,
@@ -102,6 +103,7 @@ class WorkerActor:
             secret=self._spec["rendezvous_secret"],
             zone=str(ray.get_runtime_context().get_node_labels().get(ZONE_LABEL, "")),
             dataset=dataset_of(job, stores),
+            held_out=held_out_of(job, held_out),
             catalog=open_catalog(self._spec["catalog"], self._spec["secret"]),
             report=self._report,
             on_orphaned=lambda: os._exit(3),

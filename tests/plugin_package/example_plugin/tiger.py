@@ -25,7 +25,7 @@ class Update(torch.optim.Optimizer):
 
 
 class Lion(Optimizer):
-    name = "lion"
+    name = "tiger"
 
     def moments(self, settings: Settings) -> tuple[str, ...]:
         return ("exp_avg",)
@@ -34,4 +34,4 @@ class Lion(Optimizer):
         return Update(list(groups), {"lr": settings.lr, "betas": settings.betas, "weight_decay": 0.0})
 
 
-LION = Lion()
+TIGER = Lion()

@@ -1,0 +1,118 @@
+"""Records as samples: each by itself, or several packed into a row. See `orchestrator.data.cuts` and `records`."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.cuts import Rows
+from orchestrator.data.labels import LabelSpec
+from orchestrator.data.manifest import RecordsEntry
+from orchestrator.data.packing import best_fit
+from orchestrator.data.records import MARK
+from orchestrator.data.sources import DataError
+from orchestrator.data.store import TokenStore
+
+_IDS = int(MARK) - 1
+
+
+class Examples:
+    """A record is a sample: one sequence, or as many rows as it has. `lengths` are of the longest of them, in tokens,
+    int64 [samples]."""
+
+    def __init__(self, store: TokenStore, records: RecordsEntry, labels: LabelSpec | None) -> None:
+        whole = store.document_lengths()
+        if not len(whole):
+            raise DataError(f"data.source: {store.source} has no record that can be used; {_told(records)}")
+        self._store, self._labels, self._words = store, labels, records.label_words
+        self.sequences = records.sequences
+        self.num_samples = len(whole) // self.sequences
+        self._starts = np.cumsum(whole) - whole
+        self._sizes = whole - self._words
+        self.lengths: NDArray[np.int64] = self._sizes.reshape(-1, self.sequences).max(axis=1)
+        self._targets: NDArray[np.int64] = store.counted().reshape(-1, self.sequences).sum(axis=1)
+
+    def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Cut`."""
+        found: NDArray[np.int64] = self._targets[ids]
+        return found
+
+    def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
+        """See `Cut`; the width is at least that of the longest. The rows of a sample follow one another."""
+        numbers = (ids[:, None] * self.sequences + np.arange(self.sequences)).reshape(-1)
+        tokens = np.zeros((len(numbers), width + 1), dtype=np.int64)
+        documents = np.full(tokens.shape, -1, dtype=np.int32)
+        words = np.zeros((len(numbers), self._words), dtype=np.uint32)
+        for index, number in enumerate(numbers.tolist()):
+            size = int(self._sizes[number])
+            line = np.empty(size + self._words, dtype=np.int64)
+            self._store.read(int(self._starts[number]), line)
+            tokens[index, :size] = line[:size]
+            documents[index, :size] = 0
+            words[index] = line[size:].astype(np.uint32)
+        return _unmarked(tokens, documents, self._decoded(words))
+
+    def labels(self, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The labels of these samples, int64 [n]; None where records have none."""
+        words = np.zeros((len(ids), self._words), dtype=np.uint32)
+        for index, number in enumerate((ids * self.sequences).tolist()):
+            line = np.empty(self._words, dtype=np.int64)
+            self._store.read(int(self._starts[number] + self._sizes[number]), line)
+            words[index] = line.astype(np.uint32)
+        return self._decoded(words)
+
+    def _decoded(self, words: NDArray[np.uint32]) -> NDArray[np.int64] | None:
+        return None if self._labels is None else self._labels.decode(words[:: self.sequences])
+
+
+class PackedExamples:
+    """Records of one sequence, without labels, packed into rows of length + 1 tokens, padded at the end; as of a store
+    none is longer than a row. `padding` and `mask` as in `orchestrator.data.cuts.Packed`."""
+
+    sequences = 1
+
+    def __init__(self, store: TokenStore, records: RecordsEntry, length: int, *, mask: bool) -> None:
+        lengths = store.document_lengths()
+        if not len(lengths):
+            raise DataError(f"data.source: {store.source} has no record that can be used; {_told(records)}")
+        row = best_fit(lengths, length + 1)
+        order = np.argsort(row, kind="stable")
+        self.num_samples = int(row.max()) + 1
+        self._store, self._mask = store, mask
+        self._starts, self._lengths = (np.cumsum(lengths) - lengths)[order], lengths[order]
+        counts = np.bincount(row, minlength=self.num_samples)
+        self._bounds = np.concatenate([[0], np.cumsum(counts)])
+        # What a record begins with is not predicted from the record before it, mask or no mask.
+        self._targets: NDArray[np.int64] = np.add.reduceat(store.counted()[order], self._bounds[:-1])
+        self.padding = 1.0 - int(lengths.sum()) / (self.num_samples * (length + 1))
+
+    def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Cut`."""
+        found: NDArray[np.int64] = self._targets[ids]
+        return found
+
+    def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
+        """See `Cut`; the width is always the length."""
+        tokens = np.zeros((len(ids), width + 1), dtype=np.int64)
+        documents = np.full(tokens.shape, -1, dtype=np.int32)
+        begins = np.zeros(tokens.shape, dtype=np.bool_)
+        for index, (first, stop) in enumerate(zip(self._bounds[ids], self._bounds[ids + 1], strict=True)):
+            at = 0
+            for number in range(stop - first):
+                start, length = int(self._starts[first + number]), int(self._lengths[first + number])
+                self._store.read(start, tokens[index, at : at + length])
+                documents[index, at : at + length] = number if self._mask else 0
+                begins[index, at] = True
+                at += length
+        found = _unmarked(tokens, documents, None)
+        assert found.marks is not None
+        return found._replace(marks=found.marks & ~begins)
+
+
+def _unmarked(tokens: NDArray[np.int64], documents: NDArray[np.int32], labels: NDArray[np.int64] | None) -> Rows:
+    return Rows(tokens & _IDS, documents, (tokens & int(MARK)) != 0, labels)
+
+
+def _told(records: RecordsEntry) -> str:
+    first = "; ".join(records.first_skipped)
+    return f"{records.skipped:,} bad ones were left out: {first}" if records.skipped else "it holds none"

@@ -1,0 +1,59 @@
+"""`evaluation`: what weights are judged by while they are trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.job.fields import (
+    NUMBERS,
+    CountFloat,
+    PositiveInt,
+    Section,
+    Text,
+)
+from orchestrator.job.sections.data import Format, Source
+
+
+class EvaluationData(Section):
+    """What is read; the rest (tokenizer, lengths, packing) is as in `data`, and so is what is not given here."""
+
+    source: Annotated[Source, NUMBERS]
+    format: Annotated[Format | None, NUMBERS] = None
+    field: Annotated[Text | None, NUMBERS] = None
+    include: Annotated[list[Text] | None, NUMBERS] = None
+    fields: Annotated[dict[str, Text] | None, NUMBERS] = None
+
+
+class Best(Section):
+    """Which weights are kept beside the newest: a checkpoint is made of them."""
+
+    metric: Annotated[Text, NUMBERS] = "loss"
+    mode: Annotated[Literal["min", "max"], NUMBERS] = "min"
+
+
+class EarlyStop(Section):
+    """When a run ends before its last step, by the metric of `best`, or else by the loss."""
+
+    patience: Annotated[PositiveInt, NUMBERS]
+    """After this many evaluations in a row without a better value."""
+    threshold: Annotated[CountFloat, NUMBERS] = 0.0
+    """What is better by no more than this does not count."""
+
+
+class Evaluation(Section):
+    """Exactly one of `share` and `data`."""
+
+    share: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NUMBERS] = None
+    """Of the documents or records of `data`, which are then not trained on: told by a digest of what is in them, so
+    that one never changes sides."""
+    data: Annotated[EvaluationData | None, NUMBERS] = None
+    every_steps: Annotated[PositiveInt, NUMBERS] = 50
+    """Also after the last."""
+    at_start: Annotated[bool, NUMBERS] = False
+    """Also before the first."""
+    samples: Annotated[PositiveInt | None, NUMBERS] = None
+    """No more than this many, always the same. None: all."""
+    best: Annotated[Best | None, NUMBERS] = None
+    early_stop: Annotated[EarlyStop | None, NUMBERS] = None

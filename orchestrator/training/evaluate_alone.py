@@ -1,0 +1,98 @@
+"""Evaluation of a run or a model by itself, in this process: the numbers that its run would have had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monitoring.outside import parse
+from orchestrator.checkpoint.of_run import catalog_of, job_of, secret_of
+from orchestrator.checkpoint.weights import weights_of
+from orchestrator.data import load_tokenizer
+from orchestrator.data.of_job import held_out_of, prepare_held_out
+from orchestrator.evaluation.report import report_of
+from orchestrator.job import Job
+from orchestrator.models.loading import prepare_model
+from orchestrator.models.weights import WeightSource
+from orchestrator.rundir import RunDirectory, RunDirectoryError
+from orchestrator.training.build import make_deterministic, step_spec
+
+_LONGEST = 1024
+"""Tokens of a row, where neither the model nor the user says fewer."""
+
+
+def evaluate_run(directory: RunDirectory, step: int | None, changes: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Of the weights in a checkpoint of a run (the newest), on what the run evaluates on or what `changes` of its job
+    say: of how many steps they are, and their metrics. Raises RunDirectoryError, DataError, JobError,
+    CheckpointError."""
+    job = _changed(job_of(directory), changes)
+    catalog = catalog_of(directory, job, secret_of(job))
+    steps = catalog.steps()
+    if not steps or (step is not None and step not in steps):
+        there = ", ".join(map(str, steps)) or "none"
+        raise RunDirectoryError(f"{directory.path} has no such checkpoint (there: {there})")
+    chosen = steps[0] if step is None else step
+    return chosen, _evaluate(job, weights_of(catalog.open(chosen), job))
+
+
+def evaluate_model(path: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model in a directory, as a language model of its own tokenizer's, unless `changes` say otherwise. Raises
+    ModelError, DataError, JobError."""
+    config = parse((path / "config.json").read_text("utf-8"))
+    most = config.get("max_position_embeddings") or config.get("n_positions") or _LONGEST
+    job = Job.model_validate(
+        _merged(
+            {
+                "name": "evaluation",
+                "model": {"hf": str(path)},
+                "data": {"source": "python-stdlib", "tokenizer": str(path), "sequence_length": min(most, _LONGEST)},
+                "train": {"steps": 1, "global_batch": 8},
+            },
+            changes,
+        )
+    )
+    return _evaluate(job, None)
+
+
+def _changed(job: Job, changes: Mapping[str, Any]) -> Job:
+    return Job.model_validate(_merged(job.resolved(), changes))
+
+
+def _merged(given: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(given)
+    for key, value in changes.items():
+        inner = found.get(key)
+        found[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return found
+
+
+def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
+    import torch
+
+    from strategies.model.anatomy import find_layers
+    from strategies.model.head import find_body
+    from strategies.update.evaluation import evaluate_alone
+
+    if job.evaluation is None:
+        raise RunDirectoryError("the job says not what to evaluate on; give --data")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_deterministic(job, device)
+    samples = held_out_of(job, prepare_held_out(job))
+    assert samples is not None
+    model = prepare_model(job, load_tokenizer(job.data.tokenizer).vocab_size).filled()
+    if weights is not None:
+        _put(model, weights)
+    model.to(device)
+    body = find_body(model.eval(), find_layers(model)[0], torch.zeros((1, 3), dtype=torch.int64, device=device))
+    return report_of(job, evaluate_alone(model, body, step_spec(job), samples, device))
+
+
+def _put(model: Any, weights: WeightSource) -> None:
+    import torch
+
+    there = weights.tensors()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in there:
+                parameter.copy_(weights.read(name))

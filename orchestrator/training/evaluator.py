@@ -1,0 +1,64 @@
+"""A worker's side of evaluation: on what, when, and what it knows of the weights before training."""
+
+from __future__ import annotations
+
+import time
+
+from orchestrator.data import Dataset
+from orchestrator.data.held_out import HeldOut
+from orchestrator.evaluation.judge import EvaluationRules, Judgement
+from orchestrator.evaluation.report import report_of
+from orchestrator.job import Job
+from orchestrator.storage import Storage
+from orchestrator.training.messages import EvaluationReport
+from orchestrator.training.references import References
+from strategies.comm.fabric import Fabric
+from strategies.update.engine import StepEngine
+from strategies.update.evaluation import Evaluation
+
+
+class Evaluator:
+    """`rules` are None where the job evaluates nothing. `seconds` are those of evaluations since they were taken."""
+
+    def __init__(
+        self, job: Job, dataset: Dataset, held_out: HeldOut | None, engine: StepEngine, storage: Storage
+    ) -> None:  # fmt: skip
+        self._job, self._engine, self._held_out = job, engine, held_out
+        self.rules = EvaluationRules.of(job)
+        self.seconds = 0.0
+        self._references = References.of(job, dataset, held_out, engine.spec, storage)
+        samples = None if held_out is None or self._references is None else self._references.held_out
+        self._evaluation = None if held_out is None else Evaluation(samples or held_out, engine.spec)
+        if self._references is not None:
+            engine.loads.source = self._references.joined_to(engine.loads.source)
+
+    @property
+    def moves(self) -> int:
+        """Counts the micro-batches that were computed."""
+        parts = (self._evaluation, self._references)
+        return sum(each.moves for each in parts if each is not None)
+
+    def prepare(self, fabric: Fabric, committed: int) -> None:
+        """Before the first step of a generation that begins at `committed` steps: what training compares with is known.
+        Raises PeerLost, and CheckpointError where it is lost."""
+        if self._references is not None:
+            self._references.bring(self._engine, fabric, committed)
+
+    def evaluate(self, committed: int, generation: int, judged: Judgement) -> EvaluationReport | None:
+        """What the weights after `committed` steps are worth, if they are to be evaluated and were not; all ranks find
+        it alike. Raises PeerLost."""
+        rules = self.rules
+        if rules is None or committed <= judged.step or not rules.is_due(committed):
+            return None
+        assert self._evaluation is not None
+        assert self._held_out is not None
+        started = time.perf_counter()
+        metrics = report_of(self._job, self._engine.evaluate(committed, self._evaluation))
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return EvaluationReport(committed, generation, metrics, self._held_out.num_samples, round(seconds, 4))
+
+    def take_seconds(self) -> float:
+        """How long evaluations have taken since this was last asked."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds

@@ -1,0 +1,78 @@
+"""Which elements of a shard are updated alike: at what multiple of the rate, with what weight decay, as one matrix or
+element by element."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from strategies.layout.space import FlatRanges, Slot
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters whose names fit one of `patterns`: their rate is `lr_scale` times that of others; `weight_decay` None:
+    as otherwise."""
+
+    patterns: tuple[str, ...]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter of this name is one of them."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+class Part(NamedTuple):
+    """Elements start..stop of a buffer that are updated alike; of a matrix that is updated as one, its shape."""
+
+    start: int
+    stop: int
+    lr_scale: float
+    weight_decay: float
+    shape: tuple[int, ...] | None = None
+
+
+def parts_of(
+    flat: FlatRanges, slots: Sequence[Slot], groups: Sequence[ParameterGroup], weight_decay: float, *, wholes: bool
+) -> list[Part]:
+    """The parts of a buffer of these ranges, in order. With `wholes` matrices of layers are parts of their own.
+
+    Without either there are two at most: what is weight-decayed, and the rest.
+    """
+    if not slots or not (groups or wholes):
+        found = [Part(0, flat.boundary, 1.0, weight_decay), Part(flat.boundary, flat.size, 1.0, 0.0)]
+        return [part for part in found if part.start < part.stop]
+    last = max((slot.block for slot in slots), default=0)
+    parts: list[Part] = []
+    for slot in slots:
+        for _, start, length in flat.locate(slot.offset, slot.stop):
+            whole = wholes and slot.decays and 0 < slot.block < last
+            part = Part(start, start + length, *_settings(slot, groups, weight_decay), slot.shape if whole else None)
+            if whole:
+                assert length == slot.stop - slot.offset, f"{slot.name} is updated as a whole, and is here in part"
+                part = part._replace(stop=start + slot.numel)
+            parts.append(part)
+    parts.sort()
+    merged: list[Part] = []
+    for part in parts:
+        before = merged[-1] if merged else None
+        alike = before is not None and before[2:] == part[2:] and part.shape is None and before.stop == part.start
+        if alike and before is not None:
+            merged[-1] = before._replace(stop=part.stop)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _settings(slot: Slot, groups: Sequence[ParameterGroup], weight_decay: float) -> tuple[float, float]:
+    usual = weight_decay if slot.decays else 0.0
+    for group in groups:
+        if group.has(slot.name):
+            # What the loss does not depend on is left alone.
+            decay = usual if group.weight_decay is None or not slot.is_used else group.weight_decay
+            return group.lr_scale, decay
+    return 1.0, usual

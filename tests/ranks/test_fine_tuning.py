@@ -1,0 +1,83 @@
+"""Every objective gives one rank's bits in every layout, what it evaluates too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.data.of_job import prepare_held_out, prepare_stores
+from strategies.layout.parallel import ParallelLayout
+from tests.ranks.laid_out import layout_of
+from tests.ranks.local_ranks import run_ranks
+from tests.ranks.tuned import OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
+from tests.selection import nightly
+
+EVALUATION = {"share": 0.2, "every_steps": 1, "at_start": True}
+
+
+def laid_out(*sizes: Any, **more: Any) -> ParallelLayout:
+    return layout_of(*sizes, virtual_workers=VIRTUAL_WORKERS, **more)
+
+
+LAYOUTS = [
+    laid_out(),
+    laid_out(3),
+    laid_out(2, shard="parameters"),
+    laid_out(1, 2),
+    laid_out(2, 2, 1, "gradients", schedule="zero-bubble"),
+    laid_out(2, shard="optimizer"),
+]
+
+
+def assert_all_alike(name: str, directory: Path, layouts: list[ParallelLayout], **sections: Any) -> Any:
+    """The first layout is one rank's; what it gives."""
+    jobs = [(job_of(name, directory, layout, **sections), layout) for layout in layouts]
+    prepare_stores(jobs[0][0])
+    prepare_held_out(jobs[0][0])
+    by_rank = run_ranks(max(each.world_size for each in layouts), tune, jobs, directory, timeout_s=240.0)
+    alone = by_rank[0][0]
+    for number, layout in enumerate(layouts):
+        for rank in range(layout.world_size):
+            losses, norms, digest, metrics = by_rank[rank][number]
+            where = f"{name}: rank {rank} of {layout.describe()} {layout.schedule}"
+            assert (losses, norms, metrics) == (alone[0], alone[1], alone[3]), where
+            assert digest == (alone[2] if rank == 0 else ""), where
+    return alone
+
+
+IN_EVERY_RUN = ("sft", "classification", "dpo", "embedding")
+"""One of each kind: tokens, texts, answers beside a reference, pairs of a virtual worker."""
+
+
+@pytest.mark.parametrize("name", [*IN_EVERY_RUN, *nightly(name for name in OBJECTIVES if name not in IN_EVERY_RUN)])
+def test_an_objective_is_one_ranks_in_every_layout(name: str, tmp_path: Path) -> None:
+    layouts = LAYOUTS
+    if name == "embedding":  # It has a micro-batch for each virtual worker, which are few for some schedules.
+        layouts = [each for each in layouts if each.schedule != "zero-bubble"] + [laid_out(2, 2, 1, "gradients")]
+    losses, _, _, metrics = assert_all_alike(name, tmp_path, layouts, evaluation=EVALUATION)
+    assert len(set(losses)) == len(losses)
+    assert metrics[0]["loss"] != metrics[-1]["loss"]
+
+
+@pytest.mark.parametrize("name", ["sft", *nightly(["classification", "dpo"])])
+@pytest.mark.parametrize("kind", ["lora", *nightly(["dora"])])
+def test_an_adapter_is_one_ranks_in_every_layout(name: str, kind: str, tmp_path: Path) -> None:
+    adapter = {"name": kind, "r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
+    assert_all_alike(name, tmp_path, LAYOUTS, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "lion", "lr": 1e-3},
+        {"name": "muon", "lr": 1e-2},
+        {"name": "adamw", "lr": 1e-2, "groups": [{"params": ["*embed*"], "lr": 1e-3, "weight_decay": 0.0}]},
+    ],
+    ids=lambda each: each["name"],
+)
+def test_an_optimizer_is_one_ranks_in_every_layout(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    layouts = [each for each in LAYOUTS if optimizer["name"] != "muon" or each.shard != "parameters"]
+    train = {"optimizer": optimizer, "ema": {"decay": 0.9}}
+    assert_all_alike("sft-completions", tmp_path, layouts, train=train)

@@ -1,0 +1,194 @@
+"""Optimizers, schedules and the mean of weights beside what others make of the same gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from orchestrator.data.tokenizers import ByteTokenizer
+from orchestrator.job import Job
+from orchestrator.training import build
+from strategies.optim.groups import ParameterGroup
+from strategies.optim.lion import LION
+from strategies.optim.muon import MUON
+from strategies.optim.schedule import ScheduleSpec
+from strategies.optim.spec import OptimizerSpec
+from strategies.state.training_state import TrainingState
+from strategies.update.ema import EMA, WithEma
+from strategies.update.rule import UpdateRule
+from tests.unit.tiny_model import CPU, make, random_gradient, settle, tiny, update
+
+RATES = [1e-2, 3e-2, 1e-3, 5e-3]
+
+
+def named(state: TrainingState) -> dict[str, torch.Tensor]:
+    """Copies of the weights, by the model's own names."""
+    return {name.removeprefix("model."): t.clone() for name, t in state.named() if name.startswith("model.")}
+
+
+def gradients(state: TrainingState, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Random ones: as a buffer, and by name."""
+    flat = random_gradient(state, seed)
+    return flat, {slot.name: flat[slot.offset : slot.stop][: slot.numel].view(slot.shape) for slot in state.space.slots}
+
+
+# ---------------------------------------------------------------------------------------- optimizers
+
+
+def test_lion_is_the_published_program() -> None:
+    """Chen et al. 2023, program 1: c = b1 m + (1 - b1) g; w -= lr (sign c + decay w); m = b2 m + (1 - b2) g."""
+    state = make(spec=OptimizerSpec(kind=LION, betas=(0.9, 0.99), weight_decay=0.1))
+    settle(state)
+    weights = {name: value for name, value in named(state).items() if name not in ("frozen", "scale")}
+    means = {name: torch.zeros_like(value) for name, value in weights.items()}
+    for step, rate in enumerate(RATES):
+        flat, by_name = gradients(state, step)
+        for name, weight in weights.items():
+            gradient, decay = by_name[name], 0.1 if weight.dim() > 1 else 0.0
+            direction = torch.sign(0.9 * means[name] + 0.1 * gradient)
+            weight -= rate * (direction + decay * weight)
+            means[name] = 0.99 * means[name] + 0.01 * gradient
+        update(state, flat, rate)
+    for name, weight in weights.items():
+        torch.testing.assert_close(named(state)[name], weight, rtol=1e-5, atol=1e-6)
+
+
+JOB = """
+name: muon
+model: {hf: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+             num_key_value_heads: 2, tie_word_embeddings: false}}
+data: {source: python-stdlib, tokenizer: bytes, sequence_length: 16}
+train: {steps: 4, global_batch: 2, optimizer: {name: muon, lr: 1.0e-2}}
+elastic: {virtual_workers: 2, workers: {max: 2}}
+"""
+
+
+def test_muon_is_torchs_to_the_bit_and_adamw_for_the_rest() -> None:
+    job = Job.loads(JOB)
+    state = build.build_state(job, ByteTokenizer.vocab_size, CPU)
+    settle(state)
+    given = job.train.optimizer
+    assert state.space.slots
+    weights = {name: nn.Parameter(value) for name, value in named(state).items()}
+    matrices = [name for name, value in weights.items() if value.dim() == 2 and ".layers." in name]
+    others = [name for name in weights if name not in matrices]
+    assert len(matrices) == 2 * 7
+    betas, decay = tuple(given.betas), given.weight_decay
+    reference: list[torch.optim.Optimizer] = [
+        torch.optim.Muon([weights[name] for name in matrices], lr=1.0, weight_decay=decay, momentum=0.95,
+                         adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": [weights[name] for name in others if weights[name].dim() > 1], "weight_decay": decay},
+             {"params": [weights[name] for name in others if weights[name].dim() < 2], "weight_decay": 0.0}],
+            lr=1.0, betas=betas, eps=given.eps, fused=True,
+        ),
+    ]  # fmt: skip
+    for step, rate in enumerate(RATES):
+        flat, by_name = gradients(state, step)
+        for name, weight in weights.items():
+            weight.grad = by_name[name].clone()
+        for optimizer in reference:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        update(state, flat, rate)
+    found = named(state)
+    for name in matrices:
+        assert torch.equal(found[name], weights[name]), name
+    for name in others:
+        torch.testing.assert_close(found[name], weights[name].detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_group_has_its_own_rate_and_decay() -> None:
+    groups = (ParameterGroup(("head.*",), 0.1, 0.0), ParameterGroup(("*.bias",), 0.0))
+    state, plain = (make(spec=OptimizerSpec(weight_decay=0.1, groups=each)) for each in (groups, ()))
+    for each in (state, plain):
+        settle(each)
+        before = named(each)
+        update(each, random_gradient(each, 1), 1e-2)
+    changed, usual = ({name: value - before[name] for name, value in named(each).items()} for each in (state, plain))
+    assert torch.equal(changed["hidden.weight"], usual["hidden.weight"])
+    assert not changed["hidden.bias"].any()
+    assert usual["hidden.bias"].any()
+    # The first update of AdamW is as large as the rate.
+    torch.testing.assert_close(changed["head.weight"].abs(), torch.full_like(before["head.weight"], 1e-3), rtol=1e-2,
+                               atol=1e-6)  # fmt: skip
+
+
+def test_muon_keeps_no_matrix_in_pieces() -> None:
+    assert MUON.scope == "matrix"
+    assert all(slot.numel for slot in make(spec=OptimizerSpec(kind=MUON)).space.slots)
+
+
+# ---------------------------------------------------------------------------------------- the mean of weights
+
+
+class Applied(UpdateRule):
+    """Updates with a random gradient."""
+
+    name = "applied"
+
+    def kinds(self) -> tuple[str, ...]:
+        """See `UpdateRule`."""
+        return ()
+
+    def prepare(self, step: Any) -> None:
+        """See `UpdateRule`."""
+
+    def commit(self, step: Any, norm: float) -> None:
+        """See `UpdateRule`."""
+        update(step.state, random_gradient(step.state, step.state.updates))
+
+
+def test_the_mean_of_weights_is_the_exponential_one() -> None:
+    from strategies.model.blueprint import Blueprint
+
+    rule = WithEma(Applied(), 0.8)
+    state = TrainingState(Blueprint(tiny(), device=CPU), OptimizerSpec(), rule.kinds())
+    settle(state)
+    assert rule.kinds() == (EMA,)
+    expected = None
+    for _ in range(4):
+        rule.commit(SimpleNamespace(state=state), 0.0)  # type: ignore[arg-type]
+        own = state.arrangement.own
+        assert own is not None
+        weights = own.weights.clone()
+        expected = weights if expected is None else 0.8 * expected + 0.2 * weights
+    assert expected is not None
+    (shard,) = state.arrangement.state_shards
+    torch.testing.assert_close(shard.kept[EMA], expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(shard.kept[EMA], weights)
+
+
+# ---------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "more"),
+    [
+        ("linear", {}, {}),
+        ("cosine", {}, {}),
+        ("cosine_with_restarts", {"num_cycles": 3}, {"cycles": 3}),
+        ("polynomial", {"lr_end": 1e-9, "power": 2.0}, {"power": 2.0}),
+        ("inverse_sqrt", {}, {}),
+        ("wsd", {"num_decay_steps": 8, "decay_type": "linear"}, {"decay_ratio": 0.2}),
+        ("constant", {}, {}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_schedules_are_those_of_transformers(name: str, theirs: dict[str, Any], more: dict[str, Any]) -> None:
+    ours = ScheduleSpec(name, 5, 0.0, 40, "transformers", **more)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    known = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}.get(name, name)
+    scheduler = get_scheduler(
+        known, optimizer, num_warmup_steps=5, num_training_steps=40, scheduler_specific_kwargs=theirs
+    )
+    for step in range(40):
+        assert ours.factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6), step
+        optimizer.step()
+        scheduler.step()
