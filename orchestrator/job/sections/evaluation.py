@@ -9,6 +9,7 @@ from pydantic import Field
 from orchestrator.job.fields import (
     NUMBERS,
     CountFloat,
+    FactoryPath,
     PositiveInt,
     Section,
     Text,
@@ -55,5 +56,7 @@ class Evaluation(Section):
     """Also before the first."""
     samples: Annotated[PositiveInt | None, NUMBERS] = None
     """No more than this many, always the same. None: all."""
+    metrics: Annotated[list[FactoryPath], NUMBERS] = Field(default_factory=list)
+    """`package.module:Class` of metrics of a user's own (`strategies.objective.metric.Metric`)."""
     best: Annotated[Best | None, NUMBERS] = None
     early_stop: Annotated[EarlyStop | None, NUMBERS] = None
