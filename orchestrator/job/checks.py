@@ -366,6 +366,7 @@ def _evaluation(get: Get) -> Iterator[Finding]:
         what = "has both" if given else "has neither"
         yield Finding(("evaluation",), f"must have exactly one of share and data, and {what}")
     yield from _metrics(get)
+    yield from _generate(get)
 
 
 def _metrics(get: Get) -> Iterator[Finding]:
@@ -383,6 +384,18 @@ def _metrics(get: Get) -> Iterator[Finding]:
     if paths and _kind_of(get).gives_hidden_states:
         reason = "measure logits, and the objective's models give hidden states: let an objective.factory measure them"
         yield Finding(("evaluation.metrics", "objective.name"), reason)
+
+
+def _generate(get: Get) -> Iterator[Finding]:
+    if get("evaluation") is None or get("evaluation.generate") is None:
+        return
+    if _kind_of(get).model_class != "AutoModelForCausalLM":
+        reason = f"asks for texts, and models of objective {_kind_of(get).name} give none; leave it out"
+        yield Finding(("evaluation.generate", "objective.name"), reason)
+    most, length = get("evaluation.generate.max_new_tokens"), get("data.sequence_length")
+    if most >= length:
+        reason = f"max_new_tokens = {most} leaves no room for a prompt in data.sequence_length = {length}"
+        yield Finding(("evaluation.generate.max_new_tokens", "data.sequence_length"), reason)
 
 
 def _kind_of(get: Get) -> Objective:

@@ -185,7 +185,7 @@ def measure(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) 
     at a time where that can be, or without a head from logits."""
     objective, chunk = spec.objective, spec.loss_chunk
     if head is None or not isinstance(objective, TokenObjective) or not (objective.by_token and chunk):
-        given = _whole(value if head is None else head(value))
+        given = whole_logits(value if head is None else head(value))
         found = objective.measure(given, rows)
         if spec.metrics:
             found |= measured_by(spec.metrics, given.flatten(0, 1), objective.labels(rows).flatten())
@@ -193,7 +193,7 @@ def measure(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) 
     hidden, labels = value.flatten(0, 1), objective.labels(rows).flatten()
     found = {}
     for start in range(0, len(labels), chunk):
-        logits = _whole(head(hidden[None, start : start + chunk])).flatten(0, 1)
+        logits = whole_logits(head(hidden[None, start : start + chunk])).flatten(0, 1)
         part = objective.measure_tokens(logits, labels[start : start + chunk])
         part |= measured_by(spec.metrics, logits, labels[start : start + chunk])
         found = {
@@ -206,11 +206,11 @@ def measure(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) 
 
 def reference(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) -> Sums:
     """What is kept of the model as a reference, of some rows, in their order."""
-    logits = _whole(value if head is None else head(value))
+    logits = whole_logits(value if head is None else head(value))
     return {f"{END_TO_END}reference": spec.objective.reference(logits, rows).double()}
 
 
-def _whole(logits: torch.Tensor) -> torch.Tensor:
+def whole_logits(logits: torch.Tensor) -> torch.Tensor:
     """Where tensor parallelism has split logits over classes, all of them."""
     split: Any = logits
     found: torch.Tensor = split.full_tensor() if hasattr(logits, "placements") else logits
