@@ -91,7 +91,8 @@ def _of_tokens(wanted: Encoded, tokenizer: Tokenizer) -> Iterator[NDArray[np.uin
         raise no_document(wanted.file)
 
 
-def _content_of(record: dict[str, Any]) -> bytes:
+def content_of(record: dict[str, Any]) -> bytes:
+    """What decides on which side of a split a record is (see `Side`): its fields, whatever their order."""
     # Values that JSON has no words for (times, bytes, numbers that are not finite) are told as Python does.
     return repr(_in_order(record)).encode("utf-8", "surrogatepass")
 
@@ -114,7 +115,7 @@ def _of_records(wanted: Encoded, encoder: Encoder) -> Iterator[NDArray[np.uint32
     try:
         for where, record, wrong in records(opened):
             empty = False
-            if wanted.side is not None and not wanted.side.has(_content_of(record)):
+            if wanted.side is not None and not wanted.side.has(content_of(record)):
                 continue
             try:
                 if wrong:

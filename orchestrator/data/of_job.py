@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.chat import BadConversation, ChatTemplate
 from orchestrator.data.dataset import DataPlan, Dataset
 from orchestrator.data.encoding import Side
 from orchestrator.data.formats import DEFAULT_FIELD
@@ -20,6 +24,7 @@ from orchestrator.data.records import RecordSpec
 from orchestrator.data.shards import Signature
 from orchestrator.data.sources import DataError
 from orchestrator.data.store import RunTasks, TokenStore, open_store, prepare
+from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
 from strategies.objective.objective import Objective
@@ -174,6 +179,39 @@ def label_spec(objective: Objective) -> LabelSpec | None:
     """The labels of an objective's records, where they have some."""
     labels = objective.labels_of_records
     return None if labels is None else LabelSpec(labels.kind, labels.count, labels.names)
+
+
+def prompts_of(job: Job, tokenizer: Tokenizer) -> list[NDArray[np.uint32]]:
+    """The ids of the texts that evaluations are to go on with, uint32 [tokens] each. Raises DataError for one that is
+    too long, or cannot be rendered."""
+    asked = None if job.evaluation is None else job.evaluation.generate
+    if asked is None:
+        return []
+    template = _template(job.data.chat_template) or getattr(tokenizer, "chat_template", "")
+    if asked.chat and not template:
+        raise DataError(
+            "evaluation.generate.chat: the tokenizer has no chat template, name one with data.chat_template"
+        )
+    found = []
+    for number, text in enumerate(asked.prompts):
+        where = f"evaluation.generate.prompts: prompt {number}"
+        if asked.chat:
+            rendered = ChatTemplate(template, getattr(tokenizer, "special_tokens", {}))
+            try:
+                text = rendered.render([{"role": "user", "content": text}], ask=True)
+            except BadConversation as error:
+                raise DataError(f"{where}: {error}") from error
+        ids = tokenizer.encode(text)
+        if job.data.add_bos and (begin := getattr(tokenizer, "begin_of_document", None)) is not None:
+            ids = np.append(np.uint32(begin), ids).astype(np.uint32)
+        room = job.data.sequence_length - asked.max_new_tokens
+        if not 0 < len(ids) <= room:
+            raise DataError(
+                f"{where} has {len(ids)} tokens, and data.sequence_length = {job.data.sequence_length} with "
+                f"max_new_tokens = {asked.max_new_tokens} leaves room for 1 to {room}"
+            )
+        found.append(ids)
+    return found
 
 
 def _template(given: str | None) -> str:

@@ -47,6 +47,9 @@ class Tokenizer(Protocol):
         """The same ids, and the character of the text that each begins at, int64 [tokens]. Raises DataError for a
         tokenizer that does not know."""
 
+    def decode(self, ids: NDArray[Any]) -> str:
+        """The text of some ids [tokens], without special tokens; what is no text is replaced."""
+
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `bytes`, or the one in a directory or tokenizer.json file on local disk.
@@ -95,6 +98,10 @@ class ByteTokenizer:
         ids = self.encode(text)
         # A byte 10xxxxxx goes on with a character.
         return ids, np.cumsum((ids & 0xC0) != 0x80, dtype=np.int64) - 1
+
+    def decode(self, ids: NDArray[Any]) -> str:
+        """See `Tokenizer`; ids beyond the tokenizer's, which a model may have, are left out."""
+        return bytes(int(each) for each in ids if each < 256).decode("utf-8", "replace")
 
 
 def byte_backend() -> tuple[Any, str]:
@@ -158,6 +165,11 @@ class FastTokenizer:
         starts = np.array([first for first, _ in found.offsets], dtype=np.int64)
         return np.array(found.ids, dtype=np.uint32), starts
 
+    def decode(self, ids: NDArray[Any]) -> str:
+        """See `Tokenizer`."""
+        found: str = self._backend.decode(list(map(int, ids)), skip_special_tokens=True)
+        return found
+
 
 class SlowTokenizer:
     """A transformers tokenizer that is not backed by the tokenizers library."""
@@ -186,6 +198,10 @@ class SlowTokenizer:
             "data.tokenizer: it is not one of the tokenizers library, and does not tell which part of a text a token "
             "is of, which records with parts that count need; convert it (tokenizer.json)"
         )
+
+    def decode(self, ids: NDArray[Any]) -> str:
+        """See `Tokenizer`."""
+        return str(self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))
 
 
 def _from_directory(name: str, path: Path) -> Tokenizer:

@@ -14,10 +14,18 @@ from typing import Any
 
 from orchestrator.errors import PluginError
 from orchestrator.faults import KINDS
-from orchestrator.job.kinds import fault_kind_named, objective_from, objective_named, optimizer_named, update_rule_named
+from orchestrator.job.kinds import (
+    fault_kind_named,
+    metric_from,
+    objective_from,
+    objective_named,
+    optimizer_named,
+    update_rule_named,
+)
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
 from orchestrator.urls import VARIABLE
+from strategies.objective.objective import Objective
 
 
 def find(get: Get) -> list[Finding]:
@@ -357,14 +365,50 @@ def _evaluation(get: Get) -> Iterator[Finding]:
     if len(given) != 1:
         what = "has both" if given else "has neither"
         yield Finding(("evaluation",), f"must have exactly one of share and data, and {what}")
+    yield from _metrics(get)
+    yield from _generate(get)
+
+
+def _metrics(get: Get) -> Iterator[Finding]:
+    paths, names = get("evaluation.metrics"), set()
+    for path in paths:
+        try:
+            name = metric_from(path).name
+        except PluginError as error:
+            yield Finding(("evaluation.metrics",), str(error))
+            continue
+        if name in names or not name.isidentifier() or name == "loss":
+            reason = f"{path} is called {name!r}: each needs a name of its own, of letters, digits and _, and not loss"
+            yield Finding(("evaluation.metrics",), reason)
+        names.add(name)
+    if paths and _kind_of(get).gives_hidden_states:
+        reason = "measure logits, and the objective's models give hidden states: let an objective.factory measure them"
+        yield Finding(("evaluation.metrics", "objective.name"), reason)
+
+
+def _generate(get: Get) -> Iterator[Finding]:
+    if get("evaluation") is None or get("evaluation.generate") is None:
+        return
+    if _kind_of(get).model_class != "AutoModelForCausalLM":
+        reason = f"asks for texts, and models of objective {_kind_of(get).name} give none; leave it out"
+        yield Finding(("evaluation.generate", "objective.name"), reason)
+    most, length = get("evaluation.generate.max_new_tokens"), get("data.sequence_length")
+    if most >= length:
+        reason = f"max_new_tokens = {most} leaves no room for a prompt in data.sequence_length = {length}"
+        yield Finding(("evaluation.generate.max_new_tokens", "data.sequence_length"), reason)
+
+
+def _kind_of(get: Get) -> Objective:
+    name, factory = get("objective.name"), get("objective.factory")
+    return objective_named(name) if factory is None else objective_from(factory)
 
 
 def _objective(get: Get) -> Iterator[Finding]:
-    name, factory = get("objective.name"), get("objective.factory")
     try:
-        kind = objective_named(name) if factory is None else objective_from(factory)
+        kind = _kind_of(get)
     except PluginError as error:
-        yield Finding(("objective.name" if factory is None else "objective.factory",), str(error))
+        field = "objective.name" if get("objective.factory") is None else "objective.factory"
+        yield Finding((field,), str(error))
         return
     if kind.whole_virtual_workers:
         batch, shares, micro = get("train.global_batch"), get("elastic.virtual_workers"), get("train.micro_batch")

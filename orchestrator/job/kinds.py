@@ -12,6 +12,7 @@ from orchestrator import plugins
 from orchestrator.errors import PluginError
 from orchestrator.faults import KINDS, FaultKind
 from strategies.objective.known import OBJECTIVES
+from strategies.objective.metric import Metric
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
 from strategies.optim.spec import OPTIMIZERS
@@ -40,6 +41,18 @@ def objective_from(path: str) -> Objective:
         raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
     if not isinstance(found, Objective):
         raise PluginError(f"{path} makes a {type(found).__name__}, not an Objective (strategies.objective.objective)")
+    return found
+
+
+def metric_from(path: str) -> Metric:
+    """The one that a class of the user's own makes. Raises PluginError."""
+    made = _at(path)
+    try:
+        found = made()
+    except Exception as error:  # A user's code can fail with anything.
+        raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Metric):
+        raise PluginError(f"{path} makes a {type(found).__name__}, not a Metric (strategies.objective.metric)")
     return found
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from orchestrator.data import Dataset, ReadAhead
 from orchestrator.job import Job
 from orchestrator.job.lengths import too_long
-from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
+from orchestrator.job.parts import metrics_of, objective_of, optimizer_of, update_rule_of
 from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import prepare_model
@@ -236,6 +236,7 @@ def step_spec(job: Job) -> StepSpec:
         router_loss=router_loss_spec(job),
         document_mask=job.data.document_mask,
         objective=with_teacher(job, objective_of(job)),
+        metrics=metrics_of(job),
     )
 
 

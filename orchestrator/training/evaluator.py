@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from orchestrator.data import Dataset
+from orchestrator.data import Dataset, load_tokenizer
 from orchestrator.data.held_out import HeldOut
 from orchestrator.evaluation.judge import EvaluationRules, Judgement
 from orchestrator.evaluation.report import report_of
 from orchestrator.job import Job
 from orchestrator.storage import Storage
+from orchestrator.training.generating import Generation
 from orchestrator.training.messages import EvaluationReport
 from orchestrator.training.references import References
 from strategies.comm.fabric import Fabric
@@ -29,13 +30,15 @@ class Evaluator:
         self._references = References.of(job, dataset, held_out, engine.spec, storage)
         samples = None if held_out is None or self._references is None else self._references.held_out
         self._evaluation = None if held_out is None else Evaluation(samples or held_out, engine.spec)
+        asked = None if job.evaluation is None else job.evaluation.generate
+        self._generation = None if asked is None else Generation.of(job, load_tokenizer(job.data.tokenizer))
         if self._references is not None:
             engine.loads.source = self._references.joined_to(engine.loads.source)
 
     @property
     def moves(self) -> int:
         """Counts the micro-batches that were computed."""
-        parts = (self._evaluation, self._references)
+        parts = (self._evaluation, self._references, self._generation)
         return sum(each.moves for each in parts if each is not None)
 
     def prepare(self, fabric: Fabric, committed: int) -> None:
@@ -54,6 +57,8 @@ class Evaluator:
         assert self._held_out is not None
         started = time.perf_counter()
         metrics = report_of(self._job, self._engine.evaluate(committed, self._evaluation))
+        if self._generation is not None:
+            metrics["generated"] = self._generation.run(self._engine, committed)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return EvaluationReport(committed, generation, metrics, self._held_out.num_samples, round(seconds, 4))

@@ -25,8 +25,9 @@ from strategies.comm.fabric import Fabric
 from strategies.gradient.compute import Fetch
 from strategies.gradient.spec import StepSpec
 from strategies.objective.batch import Batch
+from strategies.objective.objective import END_TO_END
 from strategies.update.engine import StepEngine
-from strategies.update.evaluation import END_TO_END, Evaluation, Samples, reference, told_by_all
+from strategies.update.evaluation import Evaluation, Samples, reference, told_by_all
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from strategies.model.stage import Stage
 from strategies.objective.batch import Batch, counting, positions
 from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.objective.chunk import CHUNK_TOKENS
+from strategies.objective.metric import Metric
 from strategies.objective.objective import Objective
 from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
@@ -44,6 +45,8 @@ class StepSpec:
     loss_chunk: int = CHUNK_TOKENS
     recompute: Recompute = NOTHING_AGAIN
     router_loss: RouterLossSpec | None = None
+    metrics: tuple[Metric, ...] = ()
+    """Of evaluations, beside the objective's own."""
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""

@@ -31,6 +31,8 @@ class NoSettings:
     """Of an objective that a job says nothing more about."""
 
 
+END_TO_END = "all."
+"""How names begin of what is not added up but put end to end."""
 Sums = dict[str, "torch.Tensor"]
 """What is measured of some rows, by name: fp64 [n], to be added up over all rows of an evaluation; or of a name that
 begins with "all.", to be put end to end in the order of samples."""

@@ -27,7 +27,8 @@ from strategies.model.head import Head
 from strategies.model.model_part import ModelPart
 from strategies.model.stage import whole_model
 from strategies.objective.batch import Batch
-from strategies.objective.objective import Sums, TokenObjective
+from strategies.objective.metric import measured_by
+from strategies.objective.objective import END_TO_END, Sums, TokenObjective
 from strategies.objective.rows import Rows
 from strategies.state.training_state import TrainingState
 from strategies.update.vote import exchange, told_by
@@ -35,8 +36,6 @@ from strategies.update.vote import exchange, told_by
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
 
-END_TO_END = "all."
-"""How names begin of what is not added up but put end to end."""
 Measured = dict[str, list[float]]
 """What was measured of one micro-batch, or of all."""
 
@@ -185,15 +184,18 @@ def measure(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) 
     """What the objective measures of some rows: from hidden states [rows, length, width] and their head, some positions
     at a time where that can be, or without a head from logits."""
     objective, chunk = spec.objective, spec.loss_chunk
-    if head is None:
-        return objective.measure(_whole(value), rows)
-    if not isinstance(objective, TokenObjective) or not (objective.by_token and chunk):
-        return objective.measure(_whole(head(value)), rows)
+    if head is None or not isinstance(objective, TokenObjective) or not (objective.by_token and chunk):
+        given = whole_logits(value if head is None else head(value))
+        found = objective.measure(given, rows)
+        if spec.metrics:
+            found |= measured_by(spec.metrics, given.flatten(0, 1), objective.labels(rows).flatten())
+        return found
     hidden, labels = value.flatten(0, 1), objective.labels(rows).flatten()
-    found: Sums = {}
+    found = {}
     for start in range(0, len(labels), chunk):
-        logits = _whole(head(hidden[None, start : start + chunk])).flatten(0, 1)
+        logits = whole_logits(head(hidden[None, start : start + chunk])).flatten(0, 1)
         part = objective.measure_tokens(logits, labels[start : start + chunk])
+        part |= measured_by(spec.metrics, logits, labels[start : start + chunk])
         found = {
             name: values if name not in found
             else torch.cat([found[name], values]) if name.startswith(END_TO_END) else found[name] + values
@@ -204,11 +206,11 @@ def measure(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) 
 
 def reference(spec: StepSpec, value: torch.Tensor, head: Head | None, rows: Rows) -> Sums:
     """What is kept of the model as a reference, of some rows, in their order."""
-    logits = _whole(value if head is None else head(value))
+    logits = whole_logits(value if head is None else head(value))
     return {f"{END_TO_END}reference": spec.objective.reference(logits, rows).double()}
 
 
-def _whole(logits: torch.Tensor) -> torch.Tensor:
+def whole_logits(logits: torch.Tensor) -> torch.Tensor:
     """Where tensor parallelism has split logits over classes, all of them."""
     split: Any = logits
     found: torch.Tensor = split.full_tensor() if hasattr(logits, "placements") else logits

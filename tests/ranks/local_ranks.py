@@ -45,6 +45,7 @@ _PRELOAD = (
     "pytest",
     "orchestrator.training.worker",
     *(f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*.py"))),
+    "tests.frozen",
 )
 """What ranks would otherwise each import by themselves, for as long as a short test takes."""
 _PR_SET_PDEATHSIG = 1

@@ -14,6 +14,7 @@ from tests.ranks.local_ranks import run_ranks
 from tests.ranks.tuned import OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
 from tests.selection import nightly
 
+SAYS = {"prompts": ["apple", "stone river", "seven"], "chat": True, "max_new_tokens": 3, "temperature": 0.8}
 EVALUATION = {"share": 0.2, "every_steps": 1, "at_start": True}
 
 
@@ -56,8 +57,13 @@ def test_an_objective_is_one_ranks_in_every_layout(name: str, tmp_path: Path) ->
     layouts = LAYOUTS
     if name == "embedding":  # It has a micro-batch for each virtual worker, which are few for some schedules.
         layouts = [each for each in layouts if each.schedule != "zero-bubble"] + [laid_out(2, 2, 1, "gradients")]
-    losses, _, _, metrics = assert_all_alike(name, tmp_path, layouts, evaluation=EVALUATION)
+    asked = EVALUATION | ({"generate": SAYS} if name == "sft" else {})
+    losses, _, _, metrics = assert_all_alike(name, tmp_path, layouts, evaluation=asked)
     assert len(set(losses)) == len(losses)
+    if name == "sft":
+        said = [[each["text"] for each in one["generated"]] for one in metrics]
+        assert len(said[0]) == 3
+        assert said[0] != said[-1], "what it draws depends on what it has learnt"
     assert metrics[0]["loss"] != metrics[-1]["loss"]
 
 

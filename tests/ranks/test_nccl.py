@@ -26,6 +26,8 @@ from tests.ranks.test_transports import assert_same_over
 from tests.selection import nightly
 
 FAST_STALL = "elastic.progress_timeout_s=1.5"
+PATIENT = "elastic.interrupt_timeout_s=60"
+"""Whoever breaks out of a collective by itself is not ended, however slow this machine is."""
 
 
 def test_every_layout_gives_the_same_bits() -> None:
@@ -107,7 +109,7 @@ def test_a_rank_that_hangs_costs_no_step(run: Callable[..., Outcome], undisturbe
 def test_a_collective_that_hangs_is_aborted_and_costs_nobody_its_process(
     run: Callable[..., Outcome], undisturbed: Outcome
 ) -> None:
-    outcome = run(FAST_STALL, faults=["step=3,worker=1,kind=nccl-hang,phase=reduce"])
+    outcome = run(FAST_STALL, PATIENT, faults=["step=3,worker=1,kind=nccl-hang,phase=reduce"])
     assert_survived(outcome, undisturbed)
     assert outcome.of("worker_killed") == []
 
@@ -120,7 +122,11 @@ def test_what_is_aborted_inside_of_a_model_is_noticed_at_the_end_of_the_pass(
 ) -> None:
     """Until then the model is computed with rubbish."""
     outcome = run(
-        "strategy={shard: parameters}", FAST_STALL, first=pretend_ordered, faults=[f"step=3,worker=1,{fault}"]
+        "strategy={shard: parameters}",
+        FAST_STALL,
+        PATIENT,
+        first=pretend_ordered,
+        faults=[f"step=3,worker=1,{fault}"],
     )
     assert_survived(outcome, undisturbed, *([1] if "kill" in fault else []))
 

@@ -235,30 +235,6 @@ def test_the_best_is_kept_and_patience_ends() -> None:
 # ---------------------------------------------------------------------------------------- rates
 
 
-@pytest.mark.parametrize(
-    ("name", "theirs", "more"),
-    [
-        ("constant", "constant_with_warmup", {}),
-        ("linear", "linear", {}),
-        ("cosine", "cosine", {}),
-        ("cosine_with_restarts", "cosine_with_restarts", {"num_cycles": 3}),
-        ("inverse_sqrt", "inverse_sqrt", {}),
-    ],
-)
-def test_schedules_are_those_of_transformers(name: str, theirs: str, more: dict[str, Any]) -> None:
-    from transformers import get_scheduler
-
-    steps, warmup = 40, 8
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    needed = {} if name in ("constant", "inverse_sqrt") else {"num_training_steps": steps}
-    scheduler = get_scheduler(theirs, optimizer, warmup, **needed, scheduler_specific_kwargs=more)
-    ours = ScheduleSpec(name, warmup, 0.0, steps, "transformers", cycles=more.get("num_cycles", 1))
-    for step in range(steps):
-        assert ours.factor(step) == pytest.approx(optimizer.param_groups[0]["lr"]), step
-        optimizer.step()
-        scheduler.step()
-
-
 def test_wsd_and_polynomial_end_at_the_least() -> None:
     wsd = ScheduleSpec("wsd", 10, 0.1, 101, decay_ratio=0.2)
     assert [round(wsd.factor(step), 3) for step in (9, 10, 79, 90, 100)] == [1.0, 1.0, 1.0, 0.546, 0.1]

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.job.fields import (
+    CIRCUMSTANCES,
     NUMBERS,
     CountFloat,
+    FactoryPath,
     PositiveInt,
     Section,
     Text,
@@ -42,6 +44,17 @@ class EarlyStop(Section):
     """What is better by no more than this does not count."""
 
 
+class Generate(Section):
+    """What the model says to some prompts, for people to look at."""
+
+    prompts: Annotated[list[Text], Field(min_length=1), CIRCUMSTANCES]
+    chat: Annotated[bool, CIRCUMSTANCES] = False
+    """Whether each is what a user says, in the chat template, and not a text to go on with."""
+    max_new_tokens: Annotated[PositiveInt, CIRCUMSTANCES] = 32
+    temperature: Annotated[CountFloat, CIRCUMSTANCES] = 0.0
+    """0: the likeliest token, always."""
+
+
 class Evaluation(Section):
     """Exactly one of `share` and `data`."""
 
@@ -55,5 +68,8 @@ class Evaluation(Section):
     """Also before the first."""
     samples: Annotated[PositiveInt | None, NUMBERS] = None
     """No more than this many, always the same. None: all."""
+    metrics: Annotated[list[FactoryPath], NUMBERS] = Field(default_factory=list)
+    """`package.module:Class` of metrics of a user's own (`strategies.objective.metric.Metric`)."""
+    generate: Annotated[Generate | None, CIRCUMSTANCES] = None
     best: Annotated[Best | None, NUMBERS] = None
     early_stop: Annotated[EarlyStop | None, NUMBERS] = None

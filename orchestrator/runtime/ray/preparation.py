@@ -16,8 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.checkpoint.of_run import catalog_of
-from orchestrator.data import Dataset
-from orchestrator.data.of_job import dataset_of, held_out_of, prepare_held_out, prepare_stores
+from orchestrator.data import Dataset, load_tokenizer
+from orchestrator.data.of_job import dataset_of, held_out_of, prepare_held_out, prepare_stores, prompts_of
 from orchestrator.data.store import RunTasks, TokenStore
 from orchestrator.doctor.authentication import judge_token
 from orchestrator.doctor.check import WARNING
@@ -141,6 +141,8 @@ def _prepare(
         if store.records is not None and store.records.skipped:
             first = "; ".join(store.records.first_skipped)
             on_note(f"warning: {store.records.skipped:,} bad records of {store.source} are left out: {first}")
+    if job.evaluation is not None and job.evaluation.generate is not None:
+        prompts_of(job, load_tokenizer(job.data.tokenizer))  # Now, and not when the workers want them.
     if (samples := held_out_of(job, held_out)) is not None:
         on_note(f"evaluation on {samples.num_samples:,} samples")
     return dataset_of(job, stores), held_out
