@@ -60,7 +60,7 @@ TOLD = frozenset(
 @dataclass(frozen=True)
 class Scalars:
     """Numbers of one committed step; `at` in seconds since the epoch. With `of_evaluation` they are those of an
-    evaluation after so many steps, which stay right when steps are done again."""
+    evaluation after that many steps, which stay right when steps are done again."""
 
     step: int
     at: float

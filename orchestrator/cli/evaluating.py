@@ -19,7 +19,7 @@ def evaluate(
     step: Annotated[
         int | None, typer.Option(min=1, help="The checkpoint after that many steps; else the newest.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="No more than so many.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="No more than this many.")] = None,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
@@ -40,6 +40,8 @@ def evaluate(
     if (path / "config.json").is_file() and not (path / "job.resolved.json").is_file():
         if "evaluation" not in changes:
             refuse("--data: say what to evaluate the model on")
+        if step is not None:
+            refuse("--step: a model has no checkpoints; leave it out, or name a run")
         metrics = evaluate_model(path, changes)
     else:
         step, metrics = evaluate_run(find_run(what), step, changes)
@@ -48,5 +50,5 @@ def evaluate(
         print(json_text(found))
         return
     for name, value in found.items():
-        if isinstance(value, (int, float)):
-            print(f"{name:24} {value:.6g}")
+        if value is None or isinstance(value, (int, float)):
+            print(f"{name:24} {'not finite' if value is None else format(value, '.6g')}")

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import plugins
 from orchestrator.errors import PluginError
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from monitoring.sinks.base import Sink, SinkRun
 
 
+Made = TypeVar("Made")
+
+
 def optimizer_named(name: str) -> Optimizer:
     """Raises PluginError."""
     return plugins.find("optimizers", name, OPTIMIZERS, Optimizer)  # type: ignore[type-abstract]
@@ -34,26 +37,12 @@ def objective_named(name: str) -> Objective:
 
 def objective_from(path: str) -> Objective:
     """The one that a class of the user's own makes. Raises PluginError."""
-    made = _at(path)
-    try:
-        found = made()
-    except Exception as error:  # A user's code can fail with anything.
-        raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Objective):
-        raise PluginError(f"{path} makes a {type(found).__name__}, not an Objective (strategies.objective.objective)")
-    return found
+    return _made_at(path, Objective)  # type: ignore[type-abstract]
 
 
 def metric_from(path: str) -> Metric:
-    """The one that a class of the user's own makes. Raises PluginError."""
-    made = _at(path)
-    try:
-        found = made()
-    except Exception as error:  # A user's code can fail with anything.
-        raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Metric):
-        raise PluginError(f"{path} makes a {type(found).__name__}, not a Metric (strategies.objective.metric)")
-    return found
+    """Likewise."""
+    return _made_at(path, Metric)  # type: ignore[type-abstract]
 
 
 def hooks_from(path: str) -> Callable[[SinkRun], Any]:
@@ -75,6 +64,18 @@ def _at(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # A user's code can fail with anything.
         raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
+
+
+def _made_at(path: str, kind: type[Made]) -> Made:
+    """What the class at `package.module:Class` makes, which is to be of this kind. Raises PluginError."""
+    made = _at(path)
+    try:
+        found = made()
+    except Exception as error:  # A user's code can fail with anything.
+        raise PluginError(f"{path} cannot be had: {type(error).__name__}: {error}") from error
+    if not isinstance(found, kind):
+        raise PluginError(f"{path} makes a {type(found).__name__}, not one of {kind.__module__}.{kind.__name__}")
+    return found
 
 
 def fault_kind_named(name: str) -> FaultKind:

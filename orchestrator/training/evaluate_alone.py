@@ -94,5 +94,6 @@ def _put(model: Any, weights: WeightSource) -> None:
     there = weights.tensors()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in there:
-                parameter.copy_(weights.read(name))
+            if name not in there:
+                raise RunDirectoryError(f"{weights.name} has no {name}, which the model of this job has")
+            parameter.copy_(weights.read(name))

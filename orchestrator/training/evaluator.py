@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
+from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.data import Dataset, load_tokenizer
 from orchestrator.data.held_out import HeldOut
 from orchestrator.evaluation.judge import EvaluationRules, Judgement
 from orchestrator.evaluation.report import report_of
 from orchestrator.job import Job
-from orchestrator.storage import Storage
 from orchestrator.training.generating import Generation
 from orchestrator.training.messages import EvaluationReport
 from orchestrator.training.references import References
@@ -22,12 +22,12 @@ class Evaluator:
     """`rules` are None where the job evaluates nothing. `seconds` are those of evaluations since they were taken."""
 
     def __init__(
-        self, job: Job, dataset: Dataset, held_out: HeldOut | None, engine: StepEngine, storage: Storage
+        self, job: Job, dataset: Dataset, held_out: HeldOut | None, engine: StepEngine, catalog: Catalog
     ) -> None:  # fmt: skip
         self._job, self._engine, self._held_out = job, engine, held_out
         self.rules = EvaluationRules.of(job)
         self.seconds = 0.0
-        self._references = References.of(job, dataset, held_out, engine.spec, storage)
+        self._references = References.of(job, dataset, held_out, engine.spec, catalog)
         samples = None if held_out is None or self._references is None else self._references.held_out
         self._evaluation = None if held_out is None else Evaluation(samples or held_out, engine.spec)
         asked = None if job.evaluation is None else job.evaluation.generate
@@ -43,7 +43,7 @@ class Evaluator:
 
     def prepare(self, fabric: Fabric, committed: int) -> None:
         """Before the first step of a generation that begins at `committed` steps: what training compares with is known.
-        Raises PeerLost, and CheckpointError where it is lost."""
+        Raises PeerLost, and UnusableCheckpoint where it is lost."""
         if self._references is not None:
             self._references.bring(self._engine, fabric, committed)
 

@@ -15,7 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from orchestrator.checkpoint.manifest import CheckpointError
+from monitoring.outside import json_text
+from orchestrator.checkpoint.catalog import Catalog
+from orchestrator.checkpoint.manifest import UnusableCheckpoint
 from orchestrator.data import Dataset
 from orchestrator.data.held_out import HeldOut
 from orchestrator.job import Job
@@ -32,7 +34,7 @@ from strategies.update.evaluation import Evaluation, Samples, reference, told_by
 log = logging.getLogger(__name__)
 
 NAME = "reference.bin"
-"""In the storage of checkpoints: a digest, and behind it fp32, little-endian."""
+"""In the storage of checkpoints: digests of what it depends on and of what follows, and that: fp32, little-endian."""
 _DIGITS = 32
 
 
@@ -40,21 +42,24 @@ class References:
     """Of the samples that are trained on and of those that are evaluated on. `moves` counts what is computed of it."""
 
     def __init__(
-        self, dataset: Dataset, trained: HeldOut, held_out: HeldOut | None, spec: StepSpec, storage: Storage
+        self, dataset: Dataset, held_out: HeldOut | None, spec: StepSpec, catalog: Catalog, identity: bytes
     ) -> None:  # fmt: skip
-        self._dataset, self._trained, self._held_out, self._storage = dataset, trained, held_out, storage
+        self._dataset, self._held_out, self._identity = dataset, held_out, identity
+        self._storages = _storages_of(catalog)
+        self._is_kept = False
         self._table: NDArray[np.float32] | None = None
+        trained = HeldOut(dataset.stores, dataset.plan)
         sets: list[Samples] = [trained, *([] if held_out is None else [held_out])]
         self._passes = [Evaluation(samples, spec, reference) for samples in sets]
 
     @classmethod
     def of(
-        cls, job: Job, dataset: Dataset, held_out: HeldOut | None, spec: StepSpec, storage: Storage
+        cls, job: Job, dataset: Dataset, held_out: HeldOut | None, spec: StepSpec, catalog: Catalog
     ) -> References | None:  # fmt: skip
         """None where the job's objective compares with nothing."""
         if not objective_of(job).needs_reference:
             return None
-        return cls(dataset, HeldOut(dataset.stores, dataset.plan), held_out, spec, storage)
+        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset))
 
     @property
     def moves(self) -> int:
@@ -93,39 +98,76 @@ class References:
     # ------------------------------------------------------------------------------------ having it
 
     def bring(self, engine: StepEngine, fabric: Fabric, committed: int) -> None:
-        """After this every rank has it. Raises PeerLost, and CheckpointError where it is lost."""
+        """After this every rank has it. Raises PeerLost, and UnusableCheckpoint where it is lost."""
         own = np.empty(0) if self._table is None else self._table.astype(np.float64)
         told = told_by_all(fabric.control, np.array([float(len(own))]))
         holders = [rank for rank, (size,) in enumerate(told) if size]
-        if len(holders) == len(told):
-            return
-        if holders:
-            # One tells all that it has.
-            found = told_by_all(fabric.control, own if fabric.rank == holders[0] else np.empty(0))
-            self._table = found[holders[0]].astype(np.float32)
-        elif committed:
-            self._table = self._read()
-        else:
+        if not holders and fabric.rank == 0:
+            # One looks for it, so that all come to the same.
+            kept = self._kept()
+            own = own if kept is None else kept.astype(np.float64)
+        if len(holders) < len(told):
+            teller = holders[0] if holders else 0
+            found = told_by_all(fabric.control, own if fabric.rank == teller else np.empty(0))[teller]
+            self._table = found.astype(np.float32) if len(found) else None
+        if self._table is None:
+            if committed:
+                raise UnusableCheckpoint(
+                    f"what the model gave before training is needed to go on after {committed} steps, and "
+                    f"{self._storages[0].locate(NAME)} does not have it for this model, data and objective: bring the "
+                    "file back, or begin a new run with these weights as its model"
+                )
             values = [engine.evaluate(0, each)[f"{END_TO_END}reference"] for each in self._passes]
             self._table = np.array([number for each in values for number in each], dtype=np.float32)
-            if fabric.rank == 0:
-                self._write(self._table)
+        if fabric.rank == 0 and not self._is_kept:
+            self._keep(self._table)
 
-    def _write(self, table: NDArray[np.float32]) -> None:
+    def _kept(self) -> NDArray[np.float32] | None:
+        """What is in the storage of this run, or of one that it was forked from; None where that is none, of another
+        job, or damaged."""
+        for number, storage in enumerate(self._storages):
+            try:
+                content = storage.read(NAME, max_bytes=1 << 40)
+            except OSError as error:
+                log.info("%s is not read: %s", storage.locate(NAME), error)
+                continue
+            identity, digest, data = content[:_DIGITS], content[_DIGITS : 2 * _DIGITS], content[2 * _DIGITS :]
+            if identity == self._identity and xxhash.xxh3_128_hexdigest(data).encode() == digest:
+                self._is_kept = number == 0
+                return np.frombuffer(data, dtype="<f4").astype(np.float32)
+            log.warning("%s is of another job, or damaged", storage.locate(NAME))
+        return None
+
+    def _keep(self, table: NDArray[np.float32]) -> None:
+        """Writes it down; a storage that refuses is tried again by the next generation."""
         data = table.astype("<f4").tobytes()
         digest = xxhash.xxh3_128_hexdigest(data).encode()
-        self._storage.put(NAME, lambda: iter([digest, data]))
+        storage = self._storages[0]
+        try:
+            if NAME in storage.names(""):
+                storage.remove(NAME)
+            storage.put(NAME, lambda: iter([self._identity, digest, data]))
+        except OSError as error:
+            log.warning("what the reference gives could not be written down: %s", error)
+            return
+        self._is_kept = True
         log.info("what the reference gives is known for %d rows (%s)", len(table), digest.decode())
 
-    def _read(self) -> NDArray[np.float32]:
-        try:
-            content = self._storage.read(NAME, max_bytes=1 << 40)
-        except OSError as error:
-            raise CheckpointError(f"{self._storage.locate(NAME)} cannot be read: {error}") from error
-        digest, data = content[:_DIGITS], content[_DIGITS:]
-        if xxhash.xxh3_128_hexdigest(data).encode() != digest:
-            raise CheckpointError(f"{self._storage.locate(NAME)} is not what was written: its digest is another")
-        return np.frombuffer(data, dtype="<f4").astype(np.float32)
+
+def _storages_of(catalog: Catalog) -> list[Storage]:
+    """That of a run, and of those that it was forked from."""
+    found = [catalog.storage]
+    return found if catalog.origin is None else [*found, *_storages_of(catalog.origin[1])]
+
+
+def _identity_of(job: Job, dataset: Dataset) -> bytes:
+    """A digest of all that it depends on: the weights of step 0, the samples, and what is asked of them."""
+    numerics = job.numerics()
+    evaluation = numerics.get("evaluation") or {}
+    parts = [numerics.get(section) for section in ("model", "data", "objective", "adapter")]
+    parts += [evaluation.get(field) for field in ("share", "data", "samples")]
+    told = json_text([*parts, job.train.seed, job.train.precision, dataset.digest], sort_keys=True, default=str)
+    return xxhash.xxh3_128_hexdigest(told.encode()).encode()
 
 
 class _Joined:

@@ -165,7 +165,7 @@ class Worker:
         )
         self.engine = StepEngine(self.state, build.step_spec(job), self._fetch, self._on_phase, update_rule_of(job))
         self._keeper = StateKeeper(self.state, self.engine, self._catalog, job.elastic.state_copies)
-        self._evaluator = Evaluator(job, dataset, held_out, self.engine, self._catalog.storage)
+        self._evaluator = Evaluator(job, dataset, held_out, self.engine, self._catalog)
         self.engine.is_saving = lambda: self._saver.is_busy
         self.engine.on_deal = self._fetch.expect
         self._probe = warm_up(self.engine, keep=job.strategy.keeps_model_whole)

@@ -80,7 +80,7 @@ def engine_of(job: Job, storage: Path) -> tuple[StepEngine, Evaluator]:
     state = build.build_state(job, dataset.vocab_size, CPU)
     engine = StepEngine(state, build.step_spec(job), dataset.batch, rule=update_rule_of(job))
     catalog = Catalog(open_storage(str(storage)), "test")
-    return engine, Evaluator(job, dataset, held_out, engine, catalog.storage)
+    return engine, Evaluator(job, dataset, held_out, engine, catalog)
 
 
 def tune(

@@ -117,7 +117,7 @@ def test_what_is_no_metric_is_refused() -> None:
     for given, said in (
         (f"'{own}:Nonesuch'", "cannot be had"),
         (f"'{own}:rows_of'", "cannot be had"),
-        ("'collections:OrderedDict'", "makes a OrderedDict, not a Metric"),
+        ("'collections:OrderedDict'", "makes a OrderedDict, not one of strategies.objective.metric.Metric"),
         (f"'{own}:Misnamed'", "is called 'loss'"),
         (f"'{own}:TopThree', '{own}:TopThree'", "a name of its own"),
     ):

@@ -34,7 +34,7 @@ class Evaluations:
         return self.judged.step if self.judged.stops else None
 
     def lacks(self, committed: int) -> bool:
-        """Whether the weights after so many steps are to be evaluated, and no evaluation of them is on record."""
+        """Whether the weights after this many steps are to be evaluated, and no evaluation of them is on record."""
         return self._rules is not None and self._rules.is_due(committed) and self.judged.step < committed
 
     def take(self, report: EvaluationReport, committed: int) -> list[Evaluated]:
