@@ -14,7 +14,7 @@ SHOWN = 6
 """Metrics in one line or row of a table; all are on record."""
 
 
-class Evaluations:
+class StandingEvaluations:
     """The evaluations that stand: steps that a run goes back over are evaluated again."""
 
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -42,6 +42,11 @@ class Evaluations:
     def best(self) -> Json | None:
         """The one that none of the later ones was better than, by the metric that decides."""
         return next((event for event in reversed(self.standing) if event.get("best")), None)
+
+
+def metrics_by_step(evaluations: StandingEvaluations) -> dict[int, Json]:
+    """The metrics of those that stand, by how many steps their weights had seen, in order."""
+    return {event["step"]: dict(event["metrics"]) for event in evaluations.standing}
 
 
 def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from monitoring.clock import Line, on_line
-from monitoring.evaluations import Evaluations, numbers_in
+from monitoring.evaluations import StandingEvaluations, numbers_in
 from monitoring.events import CheckpointComplete, CheckpointFailed, CheckpointInvalid, GenerationFormed
 from monitoring.page.run_status import RunStatus
 from monitoring.page.timeline import Timeline
@@ -38,7 +38,7 @@ class View:
         self._damaged: set[str] = set()
         self._world: list[tuple[float, int, int, int]] = []
         self._checkpoints: list[dict[str, Any]] = []
-        self._evaluations = Evaluations()
+        self._evaluations = StandingEvaluations()
         self._goodput: dict[str, Any] | None = None
         self._findings: list[dict[str, Any]] = []
         self._sent: dict[str, Any] = {}

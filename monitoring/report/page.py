@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.clock import Line, on_line
-from monitoring.evaluations import Evaluations, numbers_in
+from monitoring.evaluations import StandingEvaluations, numbers_in
 from monitoring.events import (
     CheckpointComplete,
     CheckpointFailed,
@@ -220,7 +220,7 @@ class _Report:
         return section("Over time", figures + (note if marks else ""))
 
     def _evaluations(self) -> str:
-        evaluations = Evaluations(self.events)
+        evaluations = StandingEvaluations(self.events)
         found = evaluations.standing
         if not found:
             return ""

@@ -35,7 +35,7 @@ FAREWELL_S = 15.0
 """How long the end of a run waits for sinks that have not taken everything yet."""
 MAX_PENDING = 100_000
 
-_OURS = ("tensorboard", "mlflow", "wandb")
+_OURS = ("tensorboard", "mlflow", "wandb", "hooks")
 _PACKAGES = {"mlflow": ("mlflow", "mlflow (or mlflow-skinny)"), "wandb": ("wandb", "wandb")}
 
 

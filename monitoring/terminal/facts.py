@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from monitoring.clock import Line, on_line
-from monitoring.evaluations import Evaluations
+from monitoring.evaluations import StandingEvaluations
 from monitoring.events import (
     CheckpointComplete,
     ControllerBegan,
@@ -66,7 +66,7 @@ class RunFacts:
         self._num_incidents = 0
         self._findings: dict[tuple[str, str], Json] = {}
         self._checkpoint: Json | None = None
-        self.evaluations = Evaluations()
+        self.evaluations = StandingEvaluations()
         self._ledger = Ledger()
         self._line = Line()
         self.refresh_files()

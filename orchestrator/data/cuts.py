@@ -68,6 +68,42 @@ class Stream:
         return Rows(tokens, (documents - documents[:, :1]).astype(np.int32))
 
 
+class Bins:
+    """Pieces of a store, from `starts` on and of these `lengths`, put side by side into rows of `size` tokens.
+
+    `counts`: how many a row has, int64 [rows]; `padding`: the share of the rows' tokens that is in none.
+    """
+
+    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], size: int) -> None:
+        row = best_fit(lengths, size)
+        self._order = np.argsort(row, kind="stable")
+        self.num_rows = int(row.max()) + 1
+        self._starts, self._lengths = starts[self._order], lengths[self._order]
+        self.counts: NDArray[np.int64] = np.bincount(row, minlength=self.num_rows)
+        self._bounds = np.concatenate([[0], np.cumsum(self.counts)])
+        self.padding = 1.0 - int(lengths.sum()) / (self.num_rows * size)
+
+    def sums(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of what each piece has, what each row has: int64 [rows]."""
+        found: NDArray[np.int64] = np.add.reduceat(values[self._order], self._bounds[:-1])
+        return found
+
+    def read(
+        self, store: TokenStore, ids: NDArray[np.int64], width: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:  # fmt: skip
+        """The tokens of rows, int64 [n, width + 1], and which piece of its row each is of, int32, -1 in none."""
+        tokens = np.zeros((len(ids), width + 1), dtype=np.int64)
+        places = np.full(tokens.shape, -1, dtype=np.int32)
+        for index, (first, stop) in enumerate(zip(self._bounds[ids], self._bounds[ids + 1], strict=True)):
+            at = 0
+            for number in range(stop - first):
+                start, length = int(self._starts[first + number]), int(self._lengths[first + number])
+                store.read(start, tokens[index, at : at + length])
+                places[index, at : at + length] = number
+                at += length
+        return tokens, places
+
+
 class Packed:
     """Whole documents (those longer than a row in pieces) packed into rows of length + 1 tokens, padded at the end.
 
@@ -77,17 +113,12 @@ class Packed:
     def __init__(self, store: TokenStore, length: int, *, mask: bool) -> None:
         pieces = cut(store.document_lengths(), length + 1)
         _need(len(pieces), store)
-        row = best_fit(pieces.lengths, length + 1)
-        order = np.argsort(row, kind="stable")
-        self.num_samples = int(row.max()) + 1
-        self._store = store
-        self._mask = mask
-        self._starts, self._lengths = pieces.starts[order], pieces.lengths[order]
-        counts = np.bincount(row, minlength=self.num_samples)
-        self._bounds = np.concatenate([[0], np.cumsum(counts)])
-        tokens = np.add.reduceat(self._lengths, self._bounds[:-1])
+        self._store, self._mask = store, mask
+        self._bins = Bins(pieces.starts, pieces.lengths, length + 1)
+        self.num_samples, self.padding = self._bins.num_rows, self._bins.padding
+        counts = self._bins.counts
+        tokens = self._bins.sums(pieces.lengths)
         self._targets: NDArray[np.int64] = tokens - (counts if mask else np.ones_like(counts))
-        self.padding = 1.0 - int(tokens.sum()) / (self.num_samples * (length + 1))
 
     def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Cut`."""
@@ -96,16 +127,8 @@ class Packed:
 
     def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
         """See `Cut`; the width is always the length."""
-        tokens = np.zeros((len(ids), width + 1), dtype=np.int64)
-        documents = np.full(tokens.shape, -1, dtype=np.int32)
-        for index, (first, stop) in enumerate(zip(self._bounds[ids], self._bounds[ids + 1], strict=True)):
-            at = 0
-            for number in range(stop - first):
-                start, length = int(self._starts[first + number]), int(self._lengths[first + number])
-                self._store.read(start, tokens[index, at : at + length])
-                documents[index, at : at + length] = number if self._mask else 0
-                at += length
-        return Rows(tokens, documents)
+        tokens, places = self._bins.read(self._store, ids, width)
+        return Rows(tokens, places if self._mask else np.minimum(places, 0))
 
 
 class Padded:

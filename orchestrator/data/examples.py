@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.cuts import Rows
+from orchestrator.data.cuts import Bins, Rows
 from orchestrator.data.labels import LabelSpec
 from orchestrator.data.manifest import RecordsEntry
-from orchestrator.data.packing import best_fit
 from orchestrator.data.records import MARK
 from orchestrator.data.sources import DataError
 from orchestrator.data.store import TokenStore
@@ -75,16 +74,11 @@ class PackedExamples:
         lengths = store.document_lengths()
         if not len(lengths):
             raise DataError(f"data.source: {store.source} has no record that can be used; {_told(records)}")
-        row = best_fit(lengths, length + 1)
-        order = np.argsort(row, kind="stable")
-        self.num_samples = int(row.max()) + 1
         self._store, self._mask = store, mask
-        self._starts, self._lengths = (np.cumsum(lengths) - lengths)[order], lengths[order]
-        counts = np.bincount(row, minlength=self.num_samples)
-        self._bounds = np.concatenate([[0], np.cumsum(counts)])
+        self._bins = Bins(np.cumsum(lengths) - lengths, lengths, length + 1)
+        self.num_samples, self.padding = self._bins.num_rows, self._bins.padding
         # What a record begins with is not predicted from the record before it, mask or no mask.
-        self._targets: NDArray[np.int64] = np.add.reduceat(store.counted()[order], self._bounds[:-1])
-        self.padding = 1.0 - int(lengths.sum()) / (self.num_samples * (length + 1))
+        self._targets: NDArray[np.int64] = self._bins.sums(store.counted())
 
     def targets(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Cut`."""
@@ -93,17 +87,10 @@ class PackedExamples:
 
     def rows(self, ids: NDArray[np.int64], width: int) -> Rows:
         """See `Cut`; the width is always the length."""
-        tokens = np.zeros((len(ids), width + 1), dtype=np.int64)
-        documents = np.full(tokens.shape, -1, dtype=np.int32)
-        begins = np.zeros(tokens.shape, dtype=np.bool_)
-        for index, (first, stop) in enumerate(zip(self._bounds[ids], self._bounds[ids + 1], strict=True)):
-            at = 0
-            for number in range(stop - first):
-                start, length = int(self._starts[first + number]), int(self._lengths[first + number])
-                self._store.read(start, tokens[index, at : at + length])
-                documents[index, at : at + length] = number if self._mask else 0
-                begins[index, at] = True
-                at += length
+        tokens, places = self._bins.read(self._store, ids, width)
+        begins = np.ones(tokens.shape, dtype=np.bool_)
+        begins[:, 1:] = places[:, 1:] != places[:, :-1]
+        documents = places if self._mask else np.minimum(places, 0)
         found = _unmarked(tokens, documents, None)
         assert found.marks is not None
         return found._replace(marks=found.marks & ~begins)

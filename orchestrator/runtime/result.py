@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from monitoring.evaluations import StandingEvaluations, metrics_by_step
 from monitoring.records import read_records
 from orchestrator.data import DataError
 from orchestrator.data.ledger import audit
 from orchestrator.evaluation.judge import EvaluationRules
-from orchestrator.evaluation.record import evaluations_in, judged
+from orchestrator.evaluation.record import judged
 from orchestrator.job import Job
 from orchestrator.job.parts import update_rule_of
 from orchestrator.rundir import RunDirectory
@@ -86,13 +87,13 @@ def compose(
         "generations": run_log.generations,
         "recoveries": run_log.recoveries,
         **({} if run_log.loaded is None else {"model": run_log.loaded}),
-        **({} if not run_log.evaluations else {"evaluation": evaluation(job, run_log.evaluations)}),
+        **({} if run_log.evaluated.last is None else {"evaluation": evaluation(job, run_log.evaluated)}),
     }
 
 
-def evaluation(job: Job, events: list[dict[str, Any]]) -> dict[str, Any]:
+def evaluation(job: Job, evaluations: StandingEvaluations) -> dict[str, Any]:
     """The last and the best of the evaluations, each with its step and metrics."""
-    by_step = evaluations_in(events)
+    by_step = metrics_by_step(evaluations)
     last, best = max(by_step), judged(by_step, EvaluationRules.of(job)).best_step
     found: dict[str, Any] = {"last": {"step": last, **by_step[last]}}
     if best in by_step:

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from monitoring.clock import RunClock, when
+from monitoring.evaluations import StandingEvaluations
 from monitoring.event_book import EventBook
 from monitoring.events import (
     CheckpointComplete,
@@ -108,8 +109,8 @@ class RunLog:
         self.findings: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
-        """Those of the weights of the steps that are on record, oldest first."""
+        self.evaluated = StandingEvaluations()
+        """Of the weights of steps that are on record."""
         self.loaded: dict[str, Any] | None = None
         """What became of the weights of the model's directory, if it has one."""
         self.started_at: float | None = None
@@ -166,10 +167,8 @@ class RunLog:
                 self.open_incidents = [*self.open_incidents, event]
             case CheckpointComplete.kind:
                 self.last_checkpoint = event
-            case Evaluated.kind:
-                self.evaluations = [*self.evaluations, event]
-            case RolledBack.kind:
-                self.evaluations = [each for each in self.evaluations if each["step"] <= event["committed"]]
+            case Evaluated.kind | RolledBack.kind:
+                self.evaluated.take(event)
             case SkewFound.kind:
                 self.findings = [*self.findings, event]
             case SkewOver.kind:

@@ -137,6 +137,6 @@ def _next_tokens(
 
 
 def _noise(seed: int, committed: int, prompt: int, position: int, size: int) -> NDArray[Any]:
-    """Of Gumbel's distribution: whoever has the largest sum of it and of log-probabilities is drawn by these."""
+    """Of Gumbel's distribution: the token with the largest sum of it and its log-probability is drawn by these."""
     stream = np.random.Philox(key=[seed, committed], counter=[0, 0, position, prompt])
     return np.random.Generator(stream).gumbel(size=size)

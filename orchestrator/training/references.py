@@ -1,8 +1,8 @@
 """What a model gave before it was trained, for objectives that compare with that: computed once, by all workers
 together in whatever layout there is, and kept.
 
-It is a function of the job: of the weights of step 0 and the data. Whoever has it tells those who have not; it is in
-the storage of the checkpoints, too, for when nobody has it any more.
+It is a function of the job: of the weights of step 0 and the data. Ranks that have it tell those that have not; it is
+in the storage of the checkpoints, too, for when nobody has it any more.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ class CausalLm(TokenObjective):
 
     def labels(self, rows: Rows) -> torch.Tensor:
         """The next token, int64 [rows, length]."""
-        labels = rows.tokens[:, 1:]
-        return labels if rows.counting is None else labels.masked_fill(~rows.counting, IGNORED)
+        return rows.next_tokens()
 
     def token_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See `TokenObjective`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.objective.objective import Labels, Objective, Sums
 from strategies.objective.preference import answer_log_probabilities
-from strategies.objective.rows import IGNORED, Rows
+from strategies.objective.rows import Rows
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,7 @@ class Kto(Objective):
 
     def labels(self, rows: Rows) -> torch.Tensor:
         """The next token, int64 [rows, length]."""
-        labels = rows.tokens[:, 1:]
-        return labels if rows.counting is None else labels.masked_fill(~rows.counting, IGNORED)
+        return rows.next_tokens()
 
     def weight(self, batch: Batch) -> float:
         """The answers of the step."""

@@ -17,7 +17,7 @@ class Metric(ABC):
 
     It is asked for what it measures of some positions, as often as there are parts of an evaluation; that is added up
     over all of them, exactly and in the order of samples, and it makes of the sums what people read. So its value is
-    the same in every layout, whoever dies while it is measured. `name` is what it is called in records and in
+    the same in every layout, also when workers die meanwhile. `name` is what it is called in records and in
     `evaluation.best`.
     """
 

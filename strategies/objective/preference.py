@@ -27,15 +27,13 @@ def answer_log_probabilities(logits: torch.Tensor, rows: Rows) -> tuple[torch.Te
     import torch
     import torch.nn.functional as F
 
-    labels = rows.tokens[:, 1:]
-    counting = torch.ones_like(labels, dtype=torch.bool) if rows.counting is None else rows.counting
-    targets = labels.masked_fill(~counting, IGNORED)
+    targets = rows.next_tokens()
     # Row by row, so that fp32 logits of all are never there at once.
     sums = [
         -F.cross_entropy(row.float(), target, reduction="sum", ignore_index=IGNORED)
         for row, target in zip(logits, targets, strict=True)
     ]
-    return torch.stack(sums), counting.sum(dim=1).float()
+    return torch.stack(sums), (targets != IGNORED).sum(dim=1).float()
 
 
 class Preference(Objective):
@@ -47,8 +45,7 @@ class Preference(Objective):
 
     def labels(self, rows: Rows) -> torch.Tensor:
         """The next token, int64 [rows, length]."""
-        labels = rows.tokens[:, 1:]
-        return labels if rows.counting is None else labels.masked_fill(~rows.counting, IGNORED)
+        return rows.next_tokens()
 
     def weight(self, batch: Batch) -> float:
         """The pairs of the step."""

@@ -23,6 +23,11 @@ class Rows(NamedTuple):
     labels: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
+    def next_tokens(self) -> torch.Tensor:
+        """The token after each input, where it counts: int64 [rows, length], IGNORED elsewhere."""
+        tokens = self.tokens[:, 1:]
+        return tokens if self.counting is None else tokens.masked_fill(~self.counting, IGNORED)
+
     def first_token(self, rows: int = 1) -> Rows:
         """The least that a model can compute of it: a token of as many rows as a sample has."""
         return Rows(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from monitoring.evaluations import Evaluations
+from monitoring.evaluations import StandingEvaluations
 from tests.ranks.local_cluster import LocalCluster, Outcome, on_record, tiny_job
 from tests.ranks.test_worker_faults import assert_nothing_lost, assert_same_training
 from tests.selection import nightly
@@ -58,7 +58,7 @@ def undisturbed(job_text: str, tmp_path_factory: pytest.TempPathFactory) -> Outc
 def standing(outcome: Outcome) -> list[tuple[int, Any, bool]]:
     """Step, metrics and whether they were the best, of those that were not taken back."""
     events = [{"kind": kind, **fields} for kind, fields in outcome.records]
-    return [(each["step"], each["metrics"], each["best"]) for each in Evaluations(events).standing]
+    return [(each["step"], each["metrics"], each["best"]) for each in StandingEvaluations(events).standing]
 
 
 def test_evaluating_changes_nothing_of_training(run: Run, undisturbed: Outcome, job_text: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.selection import nightly
 
 FAST_STALL = "elastic.progress_timeout_s=1.5"
 PATIENT = "elastic.interrupt_timeout_s=60"
-"""Whoever breaks out of a collective by itself is not ended, however slow this machine is."""
+"""A worker that breaks out of a collective by itself is not ended, however slow this machine is."""
 
 
 def test_every_layout_gives_the_same_bits() -> None:

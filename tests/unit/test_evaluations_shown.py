@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from monitoring.evaluations import Evaluations, as_text, describe_evaluation, numbers_in
+from monitoring.evaluations import StandingEvaluations, as_text, describe_evaluation, numbers_in
 from monitoring.follow import describe_event, summary
 from monitoring.metrics import RunMetrics
 from monitoring.page.view import View
@@ -33,7 +33,7 @@ EVENTS = [STARTED, GENERATION, evaluation(0, 5.0, best=True), evaluation(4, 3.5,
 
 
 def test_those_that_a_run_went_back_over_do_not_stand() -> None:
-    evaluations = Evaluations(EVENTS)
+    evaluations = StandingEvaluations(EVENTS)
     assert [each["step"] for each in evaluations.standing] == [0, 4, 8]
     assert (evaluations.last or {})["step"] == 8
     assert (evaluations.best or {})["step"] == 4

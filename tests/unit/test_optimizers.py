@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,9 +121,22 @@ def test_a_group_has_its_own_rate_and_decay() -> None:
                                atol=1e-6)  # fmt: skip
 
 
-def test_muon_keeps_no_matrix_in_pieces() -> None:
-    assert MUON.scope == "matrix"
-    assert all(slot.numel for slot in make(spec=OptimizerSpec(kind=MUON)).space.slots)
+@pytest.mark.parametrize("shares", [2, 3, 5])
+def test_no_matrix_that_is_updated_whole_is_cut(shares: int) -> None:
+    """And of AdamW, which does not mind, some are."""
+    cut = {}
+    for name in ("muon", "adamw"):
+        job = Job.loads(JOB, overrides=[f"train.optimizer.name={name}"])
+        state = build.build_state(job, ByteTokenizer.vocab_size, CPU)
+        settle(state)
+        own = state.arrangement.own
+        assert own is not None
+        ends = set(accumulate(state.space.slices(own.flat, shares)))
+        matrices = [part for part in OptimizerSpec(kind=MUON).parts(own.flat, state.space.slots) if part.shape]
+        assert len(matrices) == 2 * 7
+        cut[name] = [part for part in matrices if any(part.start < end < part.stop for end in ends)]
+    assert not cut["muon"]
+    assert cut["adamw"]
 
 
 # ---------------------------------------------------------------------------------------- the mean of weights

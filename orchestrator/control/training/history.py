@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from monitoring.evaluations import StandingEvaluations
 from monitoring.events import (
     DrainNoticed,
     Evaluated,
@@ -61,8 +62,8 @@ class History:
     step_seconds: list[float] = field(default_factory=list)
     last_commit_at: float | None = None
     norm: float | None = None
-    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The metrics of each, by the number of steps that its weights had seen."""
+    evaluated: StandingEvaluations = field(default_factory=StandingEvaluations)
+    """Of the weights of steps that are on record."""
     probe: tuple[WorkerId, str, str] | None = None
     """The first worker that had one, its digest, and what it computed on."""
 
@@ -127,11 +128,8 @@ class History:
                 self.suspects.add(event["node"])
             case ResizeRequested.kind:
                 self.target = event["to"]
-            case Evaluated.kind:
-                self.evaluations[event["step"]] = dict(event["metrics"])
-            case RolledBack.kind:
-                kept = {step: each for step, each in self.evaluations.items() if step <= event["committed"]}
-                self.evaluations = kept
+            case Evaluated.kind | RolledBack.kind:
+                self.evaluated.take(event)
             case StopRequested.kind:
                 self.stop = event["reason"]
             case RunFinished.kind:

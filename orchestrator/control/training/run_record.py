@@ -5,6 +5,7 @@ Others write it down; what is added to it comes back as actions that say so.
 
 from __future__ import annotations
 
+from monitoring.evaluations import metrics_by_step
 from monitoring.events import FaultInjected
 from orchestrator.control.core.incidents import Incident, IncidentBook, StepFailures
 from orchestrator.control.core.protocol import FaultFired
@@ -24,7 +25,7 @@ class RunRecord:
         self.fired_faults = set(history.fired_faults)
         self.incidents = IncidentBook(history.incidents)
         self.last_generation = history.generation
-        self.evaluations = Evaluations(config.evaluation, history.evaluations)
+        self.evaluations = Evaluations(config.evaluation, metrics_by_step(history.evaluated))
         self._failures = StepFailures(config.max_failures_per_step)
 
     # ------------------------------------------------------------------------------------ steps
