@@ -24,6 +24,7 @@ from orchestrator.job.kinds import (
 )
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
+from orchestrator.job.sections.data import Data
 from orchestrator.urls import VARIABLE
 from strategies.objective.objective import Objective
 
@@ -382,7 +383,7 @@ def _metrics(get: Get) -> Iterator[Finding]:
             yield Finding(("evaluation.metrics",), reason)
         names.add(name)
     if paths and _kind_of(get).gives_hidden_states:
-        reason = "measure logits, and the objective's models give hidden states: let an objective.factory measure them"
+        reason = "metrics measure logits, and the objective's models give hidden states: let an objective.factory do it"
         yield Finding(("evaluation.metrics", "objective.name"), reason)
 
 
@@ -390,7 +391,7 @@ def _generate(get: Get) -> Iterator[Finding]:
     if get("evaluation") is None or get("evaluation.generate") is None:
         return
     if _kind_of(get).model_class != "AutoModelForCausalLM":
-        reason = f"asks for texts, and models of objective {_kind_of(get).name} give none; leave it out"
+        reason = f"generate asks for texts, and models of objective {_kind_of(get).name} give none; leave it out"
         yield Finding(("evaluation.generate", "objective.name"), reason)
     most, length = get("evaluation.generate.max_new_tokens"), get("data.sequence_length")
     if most >= length:
@@ -426,10 +427,10 @@ def _objective(get: Get) -> Iterator[Finding]:
         only = "pad" if kind.sequences > 1 or kind.labels_of_records or kind.counts == "last" else "pack or pad"
         yield Finding(
             ("data.packing", "objective.name"),
-            f"is stream, which cuts documents anywhere, and objective {kind.name} is about whole records; use {only}",
+            f"packing = stream cuts documents anywhere, and objective {kind.name} is about whole records; use {only}",
         )
     elif get("data.packing") == "pack" and (kind.sequences > 1 or kind.labels_of_records or kind.counts == "last"):
-        reason = f"is pack, and objective {kind.name} reads each record by itself; use pad"
+        reason = f"packing = pack puts records side by side, and objective {kind.name} reads each by itself; use pad"
         yield Finding(("data.packing", "objective.name"), reason)
 
 
@@ -444,16 +445,11 @@ def _teacher(get: Get) -> Iterator[Finding]:
 def _texts_only(get: Get, name: str) -> Iterator[Finding]:
     """What is about records says nothing where the objective takes texts."""
     for field in ("fields", "chat_template", "add_bos", "truncate", "on_bad_record"):
-        if get(f"data.{field}") != default_of_data(field):
+        if get(f"data.{field}") != Data.model_fields[field].get_default(call_default_factory=True):
             yield Finding(
                 (f"data.{field}", "objective.name"),
-                f"is about records with fields, and objective {name} takes texts; leave it out, or use sft",
+                f"{field} is about records with fields, and objective {name} takes texts; leave it out, or use sft",
             )
-
-
-def default_of_data(field: str) -> Any:
-    """The value of a field of records that says nothing."""
-    return {"fields": {}, "chat_template": None, "add_bos": False, "truncate": "end", "on_bad_record": "error"}[field]
 
 
 def _optimizer(get: Get) -> Iterator[Finding]:
@@ -466,12 +462,12 @@ def _optimizer(get: Get) -> Iterator[Finding]:
         return
     if get("strategy.shard") == "parameters":
         reason = (
-            f"is {kind.name}, which updates whole matrices, and shard: parameters gives each rank rows of them; use "
+            f"{kind.name} updates whole matrices, and shard = parameters gives each rank rows of them; use "
             "shard: gradients or optimizer"
         )
         yield Finding(("train.optimizer.name", "strategy.shard"), reason)
     if (tensor := get("strategy.tensor")) > 1:
-        reason = f"is {kind.name}, which updates whole matrices, and tensor = {tensor} splits them; use tensor: 1"
+        reason = f"{kind.name} updates whole matrices, and tensor = {tensor} splits them; use tensor: 1"
         yield Finding(("train.optimizer.name", "strategy.tensor"), reason)
 
 
