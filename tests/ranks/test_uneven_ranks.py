@@ -142,7 +142,8 @@ def test_work_is_dealt_anew_and_back_without_changing_a_bit(
     # Each rank accounts for the virtual workers of the deal that was in force.
     dealt = {0: first["from"], first["deal"]: first["to"], second["deal"]: second["to"]}
     told = [report for report in outcome.steps if report.ranks]
-    assert len(told) >= STEPS - 2
+    # Rank 0 alone knows what all took: where another tells of the last steps of a generation first, they go without.
+    assert {0, first["deal"]} <= {report.deal for report in told}
     for report in told:
         if len(report.ranks) == 3:
             assert [len(times.busy) for times in report.ranks] == dealt[report.deal], report.step
