@@ -97,7 +97,7 @@ class _Bench:
         own = self.state.arrangement.own
         assert own is not None
         for moment in own.moments.values():
-            moment.uniform_()
+            moment.values.uniform_()
         torch.manual_seed(0)
         self.barrier()
         self.tensors = {name: t for name, t in self.state.named() if name != "optimizer.updates"}

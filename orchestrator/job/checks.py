@@ -458,16 +458,20 @@ def _optimizer(get: Get) -> Iterator[Finding]:
     except PluginError as error:
         yield Finding(("train.optimizer.name",), str(error))
         return
-    if kind.scope != "matrix":
+    if kind.scope == "parameter" and (state := get("train.optimizer.state")) != "fp32":
+        reason = f"{kind.name} keeps next to nothing of a matrix, and {state} is for what has its size; use state: fp32"
+        yield Finding(("train.optimizer.state", "train.optimizer.name"), reason)
+    if kind.scope == "element":
         return
+    wholes = "whole matrices" if kind.scope == "matrix" else "whole parameters"
     if get("strategy.shard") == "parameters":
         reason = (
-            f"{kind.name} updates whole matrices, and shard = parameters gives each rank rows of them; use "
+            f"{kind.name} updates {wholes}, and shard = parameters gives each rank rows of them; use "
             "shard: gradients or optimizer"
         )
         yield Finding(("train.optimizer.name", "strategy.shard"), reason)
     if (tensor := get("strategy.tensor")) > 1:
-        reason = f"{kind.name} updates whole matrices, and tensor = {tensor} splits them; use tensor: 1"
+        reason = f"{kind.name} updates {wholes}, and tensor = {tensor} splits them; use tensor: 1"
         yield Finding(("train.optimizer.name", "strategy.tensor"), reason)
 
 

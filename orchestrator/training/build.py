@@ -32,6 +32,7 @@ from strategies.model.recompute import Recompute
 from strategies.model.same_bits import settle_kernels
 from strategies.objective.batch import Batch
 from strategies.optim.groups import ParameterGroup
+from strategies.optim.rounding import FP8_BLOCK
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.training_state import TrainingState
@@ -152,7 +153,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
         values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
         plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None, order=trial.order, draws=trial.draws,
-        keeps_matrices=optimizer_of(job).scope == "matrix",
+        keeps_whole=optimizer_of(job).scope != "element",
     )  # fmt: skip
     if (unknown := why_not_recomputed(job, model)) is not None:
         raise ValueError(unknown)
@@ -160,7 +161,23 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         blueprint.check_pipeline(job.strategy.pipeline, step_spec(job).autocast(device))
     if job.strategy.shard == "parameters":
         blueprint.check_sharded()
+        if job.train.optimizer.state == "fp8":
+            _refuse_divided_blocks(blueprint)
     return blueprint
+
+
+def _refuse_divided_blocks(blueprint: Blueprint) -> None:
+    """Raises ValueError where a rank that has some rows of a matrix would have a part of a block of fp8."""
+    uneven = [
+        f"{slot.name} {list(slot.shape)}"
+        for slot in blueprint.space.slots
+        if slot.decays and math.prod(slot.shape[1:]) % FP8_BLOCK
+    ]
+    if uneven:
+        raise ValueError(
+            f"optimizer.state = fp8 with shard = parameters needs rows of multiples of {FP8_BLOCK} elements, which "
+            f"{', '.join(uneven[:5])} {'has' if len(uneven) == 1 else 'have'} not; use shard: gradients, or state: bf16"
+        )
 
 
 def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingState:

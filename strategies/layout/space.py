@@ -96,7 +96,7 @@ class Space:
     size: int
     boundary: int
     aliases: tuple[Alias, ...] = ()
-    keeps_matrices: bool = False
+    keeps_whole: bool = False
     """Whether a parameter is never divided among ranks, as its optimizer updates it as one."""
 
     @classmethod
@@ -108,7 +108,7 @@ class Space:
         aliases: Mapping[str, tuple[str, int]] | None = None,
         packs: Mapping[str, int] | None = None,
         *,
-        keeps_matrices: bool = False,
+        keeps_whole: bool = False,
     ) -> Space:
         """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
         names of those that the loss does not depend on, `aliases` second uses by name: of which parameter, in which
@@ -139,7 +139,7 @@ class Space:
             raise ValueError(f"tensor {tensor} does not divide {'; '.join(uneven[:5])}")
         by_name = {slot.name: slot for slot in slots}
         second = tuple(Alias(name, by_name[of], block) for name, (of, block) in (aliases or {}).items())
-        return cls(tuple(slots), tensor, offset, boundary, second, keeps_matrices)
+        return cls(tuple(slots), tensor, offset, boundary, second, keeps_whole)
 
     def ranges_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
         """The (start, stop) of all slots in these runs of blocks (None: of all), as few as can be."""
@@ -151,7 +151,7 @@ class Space:
     def slices(self, flat: FlatRanges, parts: int) -> tuple[int, ...]:
         """How many elements of a buffer of these ranges each of `parts` ranks gets: as even as can be."""
         sizes = even(flat.size, parts, ALIGNMENT)
-        if not self.keeps_matrices:
+        if not self.keeps_whole:
             return sizes
         places = [0, *(start for slot in self.slots for _, start, _ in flat.locate(slot.offset, slot.stop)), flat.size]
         places = sorted(set(places))
@@ -196,6 +196,10 @@ class Space:
             part = matrices.narrow(slot.dim + 1, number * size, size)
             part.copy_(share.unflatten(slot.dim, (slot.packs, -1)))
         return whole
+
+
+def _stop(part: tuple[int, int]) -> int:
+    return part[1]
 
 
 def merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -246,10 +250,13 @@ class FlatRanges:
 
     def locate(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where elements start..stop of the space are: (from, position in the buffer, length), for those held."""
-        for (first, last), offset in zip(self.ranges, self._offsets, strict=True):
+        for index in range(bisect_right(self.ranges, start, key=_stop), len(self.ranges)):
+            first, last = self.ranges[index]
+            if first >= stop:
+                return
             low, high = max(first, start), min(last, stop)
             if low < high:
-                yield low, offset + low - first, high - low
+                yield low, self._offsets[index] + low - first, high - low
 
     def cut(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The ranges of the space that lie at start..stop of the buffer, without padding."""

@@ -57,7 +57,7 @@ class Blueprint:
     that is split gives the logits of its own classes, as a DTensor, where nothing but the loss looks at them. `routers`
     are those of a mixture of experts, where their choices are of interest. With a `plan` it is split by that, otherwise
     by the model's own. `order` are the numbers of its layers as a pass computes them, where that was tried. A pass
-    `draws` random numbers if that is said, or the model has dropout. With `keeps_matrices` no parameter is divided
+    `draws` random numbers if that is said, or the model has dropout. With `keeps_whole` no parameter is divided
     among ranks that train the state of replicas.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
@@ -83,7 +83,7 @@ class Blueprint:
         plan: TensorPlan | None = None,
         order: Sequence[int] | None = None,
         draws: bool = False,
-        keeps_matrices: bool = False,
+        keeps_whole: bool = False,
     ) -> None:
         _refuse_running_statistics(model)
         self.body, self.dtype, self.splits_logits, self.routers = body, dtype, splits_logits, routers
@@ -117,7 +117,7 @@ class Blueprint:
         self.space = Space.of(
             ((name, p.shape, self.block_of(name), self.dim_of(name)) for name, p in trained), tensor, self.unused,
             {alias: (name, self.block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
-            keeps_matrices=keeps_matrices,
+            keeps_whole=keeps_whole,
         )  # fmt: skip
         across = across_blocks(model, self.layers, {n: p for n, p in model.named_parameters() if not p.requires_grad})
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]

@@ -17,6 +17,7 @@ class AdamW(Optimizer):
 
     name = "adamw"
     counts_updates = True
+    squares = frozenset({"exp_avg_sq"})
 
     def moments(self, settings: Settings) -> tuple[str, ...]:
         """See `Optimizer`."""

@@ -36,21 +36,29 @@ class Part(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
-def parts_of(
-    flat: FlatRanges, slots: Sequence[Slot], groups: Sequence[ParameterGroup], weight_decay: float, *, wholes: bool
-) -> list[Part]:
-    """The parts of a buffer of these ranges, in order. With `wholes` matrices of layers are parts of their own.
+def are_whole(slots: Sequence[Slot], scope: str) -> list[bool]:
+    """Of each slot, whether an optimizer of this scope (`Optimizer.scope`) updates its parameter as a whole. A matrix
+    of a layer is one in any block but the first, which has the embedding, and the last, which has the head."""
+    last = max((slot.block for slot in slots), default=0)
+    return [
+        scope == "parameter" or (scope == "matrix" and slot.decays and 0 < slot.block < last) for slot in slots
+    ]  # fmt: skip
 
-    Without either there are two at most: what is weight-decayed, and the rest.
+
+def parts_of(
+    flat: FlatRanges, slots: Sequence[Slot], groups: Sequence[ParameterGroup], weight_decay: float, scope: str
+) -> list[Part]:
+    """The parts of a buffer of these ranges, in order. What an optimizer of this `scope` updates as a whole is a part
+    of its own.
+
+    Without that and without groups there are two at most: what is weight-decayed, and the rest.
     """
-    if not slots or not (groups or wholes):
+    if not slots or not (groups or scope != "element"):
         found = [Part(0, flat.boundary, 1.0, weight_decay), Part(flat.boundary, flat.size, 1.0, 0.0)]
         return [part for part in found if part.start < part.stop]
-    last = max((slot.block for slot in slots), default=0)
     parts: list[Part] = []
-    for slot in slots:
+    for slot, whole in zip(slots, are_whole(slots, scope), strict=True):
         for _, start, length in flat.locate(slot.offset, slot.stop):
-            whole = wholes and slot.decays and 0 < slot.block < last
             part = Part(start, start + length, *_settings(slot, groups, weight_decay), slot.shape if whole else None)
             if whole:
                 assert length == slot.stop - slot.offset, f"{slot.name} is updated as a whole, and is here in part"

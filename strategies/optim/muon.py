@@ -15,15 +15,20 @@ if TYPE_CHECKING:
 class Muon(Optimizer):
     """Of torch, with AdamW beside it for what is no matrix of a layer (embedding, head, vectors), at the same rate: so
     the update of a matrix is scaled to be of AdamW's size (`match_rms_adamw`). Its momentum is kept where AdamW keeps
-    its first one; the second is there for matrices too, and not used."""
+    its first one, and of matrices there is no second."""
 
     name = "muon"
     scope = "matrix"
     counts_updates = True
+    squares = frozenset({"exp_avg_sq"})
 
     def moments(self, settings: Settings) -> tuple[str, ...]:
         """See `Optimizer`."""
         return ("exp_avg", "exp_avg_sq")
+
+    def shape_of(self, moment: str, shape: tuple[int, ...], *, is_whole: bool) -> tuple[int, ...] | None:
+        """See `Optimizer`."""
+        return None if is_whole and moment == "exp_avg_sq" else shape
 
     def build(self, groups: Sequence[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
         """See `Optimizer`; groups with `is_whole` have matrices, one or a stack of them for each parameter."""

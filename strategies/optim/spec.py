@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from strategies.compat import build_optimizer
+from strategies.optim.adafactor import ADAFACTOR
 from strategies.optim.adamw import ADAMW
-from strategies.optim.groups import ParameterGroup, Part, parts_of
+from strategies.optim.groups import ParameterGroup, Part, are_whole, parts_of
 from strategies.optim.lion import LION
 from strategies.optim.muon import MUON
 from strategies.optim.optimizer import MOMENT_BYTES, Optimizer, Settings
@@ -17,9 +19,9 @@ from strategies.optim.sgd import SGD
 if TYPE_CHECKING:
     import torch
 
-    from strategies.layout.space import FlatRanges, Slot
+    from strategies.layout.space import FlatRanges, Slot, Space
 
-OPTIMIZERS: dict[str, Optimizer] = {kind.name: kind for kind in (ADAMW, SGD, LION, MUON)}
+OPTIMIZERS: dict[str, Optimizer] = {kind.name: kind for kind in (ADAMW, SGD, LION, MUON, ADAFACTOR)}
 """Those that come with this package, by the name that a job file has for them."""
 
 
@@ -29,7 +31,7 @@ class OptimizerSpec(Settings):
 
     kind: Optimizer = field(default=ADAMW, kw_only=True)
     state: str = field(default="fp32", kw_only=True)
-    """The type of moments: fp32 or bf16."""
+    """The type of moments, one of MOMENT_BYTES."""
     offload: bool = field(default=False, kw_only=True)
     """Whether they are kept in host memory, and with them weights that nothing computes with."""
     seed: int = field(default=0, kw_only=True)
@@ -43,19 +45,25 @@ class OptimizerSpec(Settings):
         return self.kind.moments(self)
 
     @property
-    def state_bytes(self) -> int:
-        """What is kept for each element of a parameter, beside the parameter itself."""
-        return MOMENT_BYTES[self.state] * len(self.moments)
+    def state_bytes(self) -> float:
+        """About what is kept for each element of a parameter, beside the parameter itself."""
+        return self.kind.state_bytes(self, MOMENT_BYTES[self.state])
 
-    @property
-    def moment_type(self) -> torch.dtype:
-        import torch
-
-        return torch.bfloat16 if self.state == "bf16" else torch.float32
+    def space_of(self, moment: str, space: Space) -> Space:
+        """The space with the shapes that a moment has for its parameters, each at the offset of its parameter; the same
+        one where those are the parameters' own."""
+        slots = []
+        for slot, is_whole in zip(space.slots, are_whole(space.slots, self.kind.scope), strict=True):
+            shape = self.kind.shape_of(moment, slot.shape, is_whole=is_whole)
+            if shape == slot.shape:
+                slots.append(slot)
+            elif shape is not None:
+                slots.append(replace(slot, shape=shape, numel=math.prod(shape)))
+        return space if tuple(slots) == space.slots else replace(space, slots=tuple(slots), aliases=())
 
     def parts(self, flat: FlatRanges, slots: Sequence[Slot]) -> list[Part]:
         """What of a buffer of these ranges, of these slots, is updated alike."""
-        return parts_of(flat, slots, self.groups, self.weight_decay, wholes=self.kind.scope == "matrix")
+        return parts_of(flat, slots, self.groups, self.weight_decay, self.kind.scope)
 
     def build(self, tensors: Sequence[tuple[torch.Tensor, Part]]) -> torch.optim.Optimizer:
         """A torch optimizer over tensors, each with what it is part of; those that are alike are a group of it. In

@@ -5,13 +5,31 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from strategies.layout.space import Space
-from strategies.layout.statemap import Spans
-from strategies.state.chunks import Box, slot_pieces
+from strategies.layout.statemap import Span, Spans
+from strategies.state.buffers import Buffer, Spaces
+from strategies.state.chunks import MAX_CHUNK, Box, slot_pieces
 from strategies.state.shard import StateShard, name_of
+
+
+class _Target(NamedTuple):
+    """Where a box of a tensor is wanted: in a view, or from `first` on in a buffer that has none."""
+
+    box: Box
+    view: torch.Tensor | None
+    buffer: Buffer | None = None
+    first: int = 0
+
+    def take(self, common: Box, values: torch.Tensor) -> None:
+        """What is in `common`, into the buffer."""
+        assert self.buffer is not None
+        whole = self.buffer.read(self.first, self.box.numel).clone()
+        common.view_in(self.box, whole.view(self.box.sizes)).copy_(values)
+        self.buffer.write(self.first, whole)
 
 
 class ChunkLoader:
@@ -21,43 +39,50 @@ class ChunkLoader:
     """
 
     def __init__(
-        self, space: Space, state_shards: Sequence[StateShard], spans: Spans, buffers: Mapping[str, torch.Tensor]
+        self, spaces: Spaces, state_shards: Sequence[StateShard], spans: Spans, buffers: Mapping[str, torch.Tensor]
     ) -> None:
-        self._targets: dict[str, list[tuple[Box, torch.Tensor]]] = {}
+        self._targets: dict[str, list[_Target]] = {}
         self._lock = threading.Lock()
         self.missing = 0
         """Elements that have not been put yet."""
         for name, tensor in buffers.items():
-            self._expect(f"model.{name}", Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
+            self._expect(f"model.{name}", _Target(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor))
         for span in spans:
             for state_shard in state_shards:
-                for start, offset, length in state_shard.locate(span):
-                    self._expect_range(space, state_shard, start, offset, length)
-
-    def _expect_range(self, space: Space, state_shard: StateShard, start: int, offset: int, length: int) -> None:
-        for slot in space.overlapping(start, start + length):
-            low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + length)
-            for piece in slot_pieces(space, slot, low, high, state_shard.coordinate, sys.maxsize):
-                first = offset + piece.start - start
                 for kind, buffer in state_shard.kinds().items():
-                    view = buffer[first : first + piece.box.numel].view(piece.box.sizes)
-                    self._expect(name_of(kind, slot.name), piece.box, view)
+                    if state_shard.coordinate == span.tensor:
+                        self._expect_range(spaces[kind], state_shard.coordinate, kind, buffer, span)
 
-    def _expect(self, name: str, box: Box, view: torch.Tensor) -> None:
-        self._targets.setdefault(name, []).append((box, view))
-        self.missing += box.numel
+    def _expect_range(self, space: Space, coordinate: int, kind: str, buffer: Buffer, span: Span) -> None:
+        for start, offset, length in buffer.locate(span.start, span.stop):
+            # What has no view is taken a piece at a time.
+            most = sys.maxsize if buffer.view(offset, length) is not None else MAX_CHUNK
+            for slot in space.overlapping(start, start + length):
+                low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + length)
+                for piece in slot_pieces(space, slot, low, high, coordinate, most):
+                    first = offset + piece.start - start
+                    view = buffer.view(first, piece.box.numel)
+                    if view is not None:
+                        target = _Target(piece.box, view.view(piece.box.sizes))
+                    else:
+                        target = _Target(piece.box, None, buffer, first)
+                    self._expect(name_of(kind, slot.name), target)
+
+    def _expect(self, name: str, target: _Target) -> None:
+        self._targets.setdefault(name, []).append(target)
+        self.missing += target.box.numel
 
     def wants(self, name: str, box: Box) -> bool:
         """Whether anything of this box of a tensor is to be given."""
-        return any(target.overlap(box) is not None for target, _ in self._targets.get(name, ()))
+        return any(target.box.overlap(box) is not None for target in self._targets.get(name, ()))
 
     def room(self, name: str, box: Box) -> torch.Tensor | None:
         """Where all of a box of a tensor is wanted once, in host memory and in order: then it may be written there at
         once, and `filled` said. None where that is not so."""
-        found = [(target, view) for target, view in self._targets.get(name, ()) if target.overlap(box) is not None]
-        if len(found) != 1 or found[0][0].overlap(box) != box:
+        found = [target for target in self._targets.get(name, ()) if target.box.overlap(box) is not None]
+        if len(found) != 1 or found[0].view is None or found[0].box.overlap(box) != box:
             return None
-        view = box.view_in(*found[0])
+        view = box.view_in(found[0].box, found[0].view)
         return view if view.is_contiguous() and view.device.type == "cpu" else None
 
     def filled(self, box: Box) -> None:
@@ -69,9 +94,13 @@ class ChunkLoader:
         """Takes what is wanted of a box of a tensor, whose contents `values` [box.sizes] are."""
         taken = 0
         with torch.no_grad():
-            for target, view in self._targets.get(name, ()):
-                if (common := target.overlap(box)) is not None:
-                    common.view_in(target, view).copy_(common.view_in(box, values))
+            for target in self._targets.get(name, ()):
+                if (common := target.box.overlap(box)) is not None:
+                    if target.view is not None:
+                        common.view_in(target.box, target.view).copy_(common.view_in(box, values))
+                    else:
+                        with self._lock:
+                            target.take(common, common.view_in(box, values))
                     taken += common.numel
         with self._lock:
             self.missing -= taken

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from strategies.state.buffers import Buffer
+from strategies.state.chunks import MAX_CHUNK
+
 log = logging.getLogger(__name__)
 
 
@@ -67,15 +70,20 @@ class SideCopies:
                 self._stream = torch.cuda.Stream(self._device)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Between `begin` and `end`. `target` is host memory, page-locked where `source` is on a GPU."""
-        if not self._is_gpu:
-            target.copy_(source)
-            return
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        # Should it be freed meanwhile, nobody gets its memory before it has been read.
-        source.record_stream(self._stream)
+    def copy(self, target: torch.Tensor, source: Buffer, offset: int) -> None:
+        """Between `begin` and `end`: what `source` has from `offset` on. `target` is host memory, page-locked where
+        `source` is on a GPU."""
+        for start in range(0, len(target), MAX_CHUNK):
+            part = target[start : start + MAX_CHUNK]
+            if not self._is_gpu:
+                part.copy_(source.read(offset + start, len(part)))
+                continue
+            with torch.cuda.stream(self._stream):
+                found = source.read(offset + start, len(part))
+                part.copy_(found, non_blocking=True)
+            if found.is_cuda:
+                # Should it be freed meanwhile, nobody gets its memory before it has been read.
+                found.record_stream(self._stream)
 
     def end(self) -> None:
         """All of them have been asked for."""

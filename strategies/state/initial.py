@@ -9,7 +9,7 @@ import xxhash
 
 from strategies.layout.space import Slot
 from strategies.model.blueprint import Blueprint
-from strategies.state.shard import StateShard
+from strategies.state.shard import WEIGHTS, StateShard
 
 SAMPLED = 1 << 16
 """Elements of a parameter that is read whenever what a model begins with is compared."""
@@ -45,8 +45,9 @@ def fill(state_shards: Sequence[StateShard], blueprint: Blueprint) -> None:
     for state_shard in state_shards:
         for slot in blueprint.space.slots:
             _fill_slot(state_shard, slot, blueprint)
-        for buffer in (*state_shard.moments.values(), *state_shard.kept.values()):
-            buffer.zero_()
+        for kind, buffer in state_shard.kinds().items():
+            if kind != WEIGHTS:
+                buffer.zero()
 
 
 def _fill_slot(state_shard: StateShard, slot: Slot, blueprint: Blueprint) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from strategies.comm.groups import Groups
-from strategies.layout.statemap import Span, Transfer
+from strategies.layout.statemap import MAX_TRANSFER, Span, Transfer
+from strategies.state.buffers import Buffer, Spaces, part_of_span, whole_of_span
 from strategies.state.digests import DIGEST_ELEMENTS, digest_of
-from strategies.state.shard import StateShard
+from strategies.state.shard import WEIGHTS, StateShard
 
 WINDOW = 2
 """Transfers that a rank has on their way at once; with their buffers it needs no more memory."""
@@ -34,26 +35,35 @@ def copy_within(sources: Sequence[StateShard], targets: Sequence[StateShard], sp
     """Copies what is here already from one set of state shards to another, wherever it is in them."""
     for span in spans:
         for target in targets:
-            for start, offset, length in target.locate(span):
+            for start, _, length in target.locate(span):
                 inner = Span(span.tensor, start, start + length)
                 for source in sources:
                     if source is target:
                         continue
-                    for first, place, count in source.locate(inner):
-                        at = offset + first - start
-                        for kind, buffer in target.kinds().items():
-                            buffer[at : at + count].copy_(source.kinds()[kind][place : place + count])
+                    for first, _, count in source.locate(inner):
+                        _copy_kinds(source, target, first, first + count)
+
+
+def _copy_kinds(source: StateShard, target: StateShard, start: int, stop: int) -> None:
+    """Copies all that is kept of elements start..stop, which both have."""
+    for kind, buffer in target.kinds().items():
+        for first, offset, length in buffer.locate(start, stop):
+            for begin, place, count in source.kinds()[kind].locate(first, first + length):
+                for done in range(0, count, MAX_TRANSFER):
+                    some = min(MAX_TRANSFER, count - done)
+                    values = source.kinds()[kind].read(place + done, some)
+                    buffer.write(offset + begin - first + done, values)
 
 
 def execute(
     plan: Iterable[Transfer],
     sources: Sequence[StateShard],
     targets: Sequence[StateShard],
-    kinds: Sequence[str],
+    kinds: Spaces,
     groups: Groups,
 ) -> Resharded:
     """Carries out the part of `plan` that concerns this rank: sends out of `sources`, receives into `targets`; each
-    span with all `kinds` of its tensors.
+    span with all `kinds` of its tensors, which has the space of each.
 
     All ranks take the transfers in the order of the plan, at most WINDOW of their own at once, so none can wait for
     another in a circle while different pairs work side by side. Each is checked against its digest on arrival.
@@ -85,34 +95,39 @@ class _Move:
     """One transfer on its way: all kinds of tensors of its span, then their digest."""
 
     def __init__(
-        self, transfer: Transfer, state_shards: Sequence[StateShard], kinds: Sequence[str], tag: int, groups: Groups
+        self, transfer: Transfer, state_shards: Sequence[StateShard], kinds: Spaces, tag: int, groups: Groups
     ) -> None:
         self.transfer = transfer
         self._state_shards = state_shards
-        length = transfer.span.length
-        self.num_bytes = 4 * len(kinds) * length
-        self.buffer = torch.empty(len(kinds) * length + DIGEST_ELEMENTS, device=groups.device)
-        self._parts = dict(zip(kinds, self.buffer[:-DIGEST_ELEMENTS].split(length), strict=True))
+        span, model = transfer.span, kinds[WEIGHTS]
+        self._in_message = {
+            kind: whole_of_span(span) if space is model else part_of_span(space, span) for kind, space in kinds.items()
+        }
+        sizes = [flat.size for flat in self._in_message.values()]
+        self.num_bytes = 4 * sum(sizes)
+        # What is not an element of any parameter is zero.
+        self.buffer = torch.zeros(sum(sizes) + DIGEST_ELEMENTS, device=groups.device)
+        self._parts = dict(zip(kinds, self.buffer[:-DIGEST_ELEMENTS].split(sizes), strict=True))
         self._is_source = transfer.source == groups.rank
         self._work: Any
         if self._is_source:
-            found = self._each(lambda inside, part: part.copy_(inside))
-            assert found >= length, f"{transfer.span} is not here to be sent"
+            found = self._each(lambda buffer, offset, part: part.copy_(buffer.read(offset, len(part))))
+            assert found >= span.length, f"{span} is not here to be sent"
             self.buffer[-DIGEST_ELEMENTS:].copy_(self._digest())
             self._work = groups.send(self.buffer, transfer.target, tag)
         else:
             self._work = groups.receive(self.buffer, transfer.source, tag)
 
-    def _each(self, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> int:
-        """Calls `copy` with a view of the state and the view of the buffer that goes with it, for all of the span that
-        is here; how many elements that is (one that two state shards have counts twice)."""
-        span = self.transfer.span
+    def _each(self, copy: Callable[[Buffer, int, torch.Tensor], object]) -> int:
+        """Calls `copy` with a buffer of the state, a place in it, and the part of the message that goes with it, for
+        all of the span that is here; how many elements that is (one that two state shards have counts twice)."""
         found = 0
         for state_shard in self._state_shards:
-            for start, offset, length in state_shard.locate(span):
-                at = start - span.start
-                for kind, tensor in state_shard.kinds().items():
-                    copy(tensor[offset : offset + length], self._parts[kind][at : at + length])
+            for start, _, length in state_shard.locate(self.transfer.span):
+                for kind, buffer in state_shard.kinds().items():
+                    for first, offset, count in buffer.locate(start, start + length):
+                        for begin, at, some in self._in_message[kind].locate(first, first + count):
+                            copy(buffer, offset + begin - first, self._parts[kind][at : at + some])
                 found += length
         return found
 
@@ -125,4 +140,4 @@ class _Move:
             return
         if not torch.equal(self._digest().view(torch.int32), self.buffer[-DIGEST_ELEMENTS:].view(torch.int32)):
             raise StateCorrupt(f"{self.transfer.span} arrived with other bytes than were sent")
-        self._each(lambda inside, part: inside.copy_(part))
+        self._each(lambda buffer, offset, part: buffer.write(offset, part))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from strategies.compat import step
-from strategies.layout.space import FlatRanges, Slot
+from strategies.layout.space import FlatRanges, Space
 from strategies.layout.statemap import Span, Spans, union
 from strategies.model.randomness import stream_key
 from strategies.optim.groups import Part
-from strategies.optim.rounding import round_to_bf16
 from strategies.optim.spec import OptimizerSpec
+from strategies.state.buffers import Buffer, Spaces, kept_of, make_buffer
 
 WEIGHTS = "weights"
 CHUNK_ELEMENTS = 1 << 24
@@ -32,11 +33,12 @@ def name_of(kind: str, parameter: str) -> str:
 
 
 class StateShard:
-    """Flat ranges of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [flat.size].
+    """Flat ranges of the state of one tensor-parallel coordinate, each kind of tensor in one buffer [flat.size], or in
+    less, where the optimizer keeps less of a parameter than its shape has elements.
 
     The optimizer's tensors are of the type that `spec` says, and those that the update rule has `kept` (by kind) fp32.
-    With `weights` (a buffer of that size) those are used, not new ones. What is not filled is zero. `slots` are those
-    of the space, by which an optimizer tells parameters apart.
+    With `weights` (a buffer of that size) those are used, not new ones. What is not filled is zero. `spaces` have the
+    slots, by which an optimizer tells parameters apart, with what it keeps of each; without, it cannot, and keeps all.
 
     With `spec.offload` all but weights that are given are kept in host memory, and come to `device` for an update, some
     at a time; it is the same update.
@@ -50,18 +52,26 @@ class StateShard:
         device: torch.device,
         weights: torch.Tensor | None = None,
         kept: Sequence[str] = (),
-        slots: Sequence[Slot] = (),
+        spaces: Spaces | None = None,
     ) -> None:
         self.coordinate = coordinate
         self.flat = flat
         self.spec = spec
-        self._slots = slots
+        space: Space | None = spaces[WEIGHTS] if spaces else None
+        self._slots = space.slots if space is not None else ()
         self.device = device
         home = torch.device("cpu") if spec.offload else device
         self.weights = torch.zeros(flat.size, dtype=torch.float32, device=home) if weights is None else weights
-        self.moments = {name: torch.zeros(flat.size, dtype=spec.moment_type, device=home) for name in spec.moments}
+        self.moments: dict[str, Buffer] = {}
+        for name in spec.moments:
+            reduced = spaces is not None and spaces[name] is not space
+            has = kept_of(flat, spaces[name]) if spaces is not None and reduced else flat
+            self.moments[name] = make_buffer(has, spec.state, home, is_square=name in spec.kind.squares)
         self.kept = {kind: torch.zeros(flat.size, dtype=torch.float32, device=home) for kind in kept}
-        self._in_place = not spec.offload and spec.moment_type == torch.float32
+        self._kinds = {
+            WEIGHTS: Buffer(flat, self.weights), **self.moments,
+            **{kind: Buffer(flat, values) for kind, values in self.kept.items()},
+        }  # fmt: skip
         self._gradient: torch.Tensor | None = None
         self.keeps_gradient = True
         """Whether the memory of the gradient is kept from one update to the next."""
@@ -84,11 +94,11 @@ class StateShard:
     @property
     def num_bytes(self) -> int:
         """Of weights, optimizer tensors and what the update rule keeps."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.kinds().values())
+        return sum(buffer.num_bytes for buffer in self._kinds.values())
 
-    def kinds(self) -> dict[str, torch.Tensor]:
-        """All tensors that a span stands for, by kind, in a fixed order."""
-        return {WEIGHTS: self.weights, **self.moments, **self.kept}
+    def kinds(self) -> dict[str, Buffer]:
+        """All that a span stands for, by kind, in a fixed order."""
+        return self._kinds
 
     def locate(self, span: Span) -> Iterator[tuple[int, int, int]]:
         """Like `FlatRanges.locate`; nothing for another coordinate's span."""
@@ -106,7 +116,7 @@ class StateShard:
         self._updates += 1
         if not self.flat.size:
             return
-        if self._in_place:
+        if not self.spec.offload and self.spec.state == "fp32":
             self._apply_in_place(lr)
         else:
             self._apply_in_chunks(lr)
@@ -131,13 +141,26 @@ class StateShard:
         optimizer = self.spec.build(list(zip(parameters, parts, strict=True)))
         for parameter, part in zip(parameters, parts, strict=True):
             self._bound.append((parameter, part))
-            state = {name: _of_part(buffer, part) for name, buffer in self.moments.items()}
+            state = {
+                name: self.moments[name].values[start : start + math.prod(shape)].view(shape)
+                for name, start, shape in self._moments_of(part)
+            }
             if self.spec.kind.counts_updates:
                 counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
                 self._counters.append(counter)
                 state["step"] = counter
             optimizer.state[parameter] = state
         return optimizer
+
+    def _moments_of(self, part: Part) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """What the optimizer keeps of a part: its name, where it begins in its buffer, and its shape."""
+        (first, _), *_ = self.flat.cut(part.start, part.stop)
+        for name, buffer in self.moments.items():
+            for _, start, _ in buffer.locate(first, first + 1):
+                usual = (part.stop - part.start,) if part.shape is None else part.shape
+                kept = usual if part.shape is None else self.spec.kind.shape_of(name, part.shape, is_whole=True)
+                assert kept is not None
+                yield name, start, kept
 
     def _apply_in_chunks(self, lr: float) -> None:
         """The same update of every element: where a buffer is cut makes no difference, as long as that is where vector
@@ -155,10 +178,11 @@ class StateShard:
             parameter = nn.Parameter(weights.to(self.device))
             parameter.grad = _of_part(self.gradient, part)
             optimizer = self.spec.build([(parameter, part)])
-            state = {
-                name: _of_part(buffer, part).to(self.device, torch.float32, copy=True)
-                for name, buffer in self.moments.items()
-            }
+            moments = list(self._moments_of(part))
+            state = {}
+            for name, start, shape in moments:
+                found = self.moments[name].read(start, math.prod(shape))
+                state[name] = found.to(self.device, torch.float32, copy=True).view(shape)
             optimizer.state[parameter] = dict(state)
             if self.spec.kind.counts_updates:
                 counter = torch.tensor(float(self._updates - 1), dtype=torch.float32, device=self.device)
@@ -168,19 +192,10 @@ class StateShard:
             step(optimizer)
             if parameter.data_ptr() != weights.data_ptr():
                 weights.copy_(parameter)
-            for number, (name, buffer) in enumerate(self.moments.items()):
-                self._put_back(buffer, state[name].reshape(-1), part, number)
-
-    def _put_back(self, buffer: torch.Tensor, values: torch.Tensor, part: Part, number: int) -> None:
-        """Takes the new values of a part of a moment, the `number`th of the optimizer's."""
-        if buffer.dtype == torch.float32:
-            buffer[part.start : part.stop].copy_(values)
-            return
-        key = stream_key(self.spec.seed, "round", self._updates, number)
-        for start, stop in self.flat.cut(part.start, part.stop):
-            for first, offset, length in self.flat.locate(start, stop):
-                at = offset - part.start
-                buffer[offset : offset + length] = round_to_bf16(values[at : at + length], first, key)
+            numbers = {name: number for number, name in enumerate(self.moments)}
+            for name, start, _ in moments:
+                key = stream_key(self.spec.seed, "round", self._updates, numbers[name])
+                self.moments[name].update(start, state[name].reshape(-1), key)
 
 
 def _of_part(buffer: torch.Tensor, part: Part) -> torch.Tensor:

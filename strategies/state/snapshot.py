@@ -9,6 +9,7 @@ import torch
 
 from strategies.layout.space import Space
 from strategies.layout.statemap import Span, Spans
+from strategies.state.buffers import Spaces
 from strategies.state.chunks import Box, pieces_of
 from strategies.state.host_copies import HostMemory, SideCopies
 from strategies.state.shard import name_of
@@ -30,6 +31,7 @@ class Snapshot:
 
     def __init__(self, space: Space, device: torch.device) -> None:
         self.space = space
+        self._spaces: Spaces = {}
         self._device = device
         self._memory = HostMemory(0, device)
         self._copies: list[tuple[str, Span, torch.Tensor]] = []
@@ -43,12 +45,14 @@ class Snapshot:
         to be of no use any more. Raises RuntimeError when a span is not here.
         """
         found = [
-            (kind, Span(span.tensor, start, start + length), tensor[offset : offset + length])
+            (kind, Span(span.tensor, first, first + count), buffer, at)
             for span in spans
-            for start, offset, length, state_shard in state.find(span)
-            for kind, tensor in state_shard.kinds().items()
+            for start, _, length, state_shard in state.find(span)
+            for kind, buffer in state_shard.kinds().items()
+            for first, at, count in buffer.locate(start, start + length)
         ]
-        size = sum(values.numel() for _, _, values in found)
+        size = sum(span.length for _, span, _, _ in found)
+        self._spaces = state.spaces
         self._copies, at = [], 0
         if size > self._memory.values.numel():
             state.reads.finish()
@@ -56,11 +60,11 @@ class Snapshot:
             self._memory = HostMemory(size, self._device)
         with torch.no_grad():
             state.reads.begin()
-            for kind, span, values in found:
-                copy = self._memory.values[at : at + values.numel()]
-                state.reads.copy(copy, values)
+            for kind, span, buffer, place in found:
+                copy = self._memory.values[at : at + span.length]
+                state.reads.copy(copy, buffer, place)
                 self._copies.append((kind, span, copy))
-                at += values.numel()
+                at += span.length
             state.reads.end()
             self._reads = state.reads
             self._buffers = {}
@@ -73,7 +77,7 @@ class Snapshot:
         if self._reads is not None:
             self._reads.finish()
         for kind, span, copy in self._copies:
-            for piece in pieces_of(self.space, span):
+            for piece in pieces_of(self._spaces[kind], span):
                 first = piece.start - span.start
                 yield Copied(name_of(kind, piece.slot.name), piece.box, copy[first : first + piece.box.numel])
         for name, value in sorted(self._buffers.items()):

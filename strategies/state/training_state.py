@@ -8,7 +8,7 @@ counts until every rank has what it needs. So a rank that is interrupted on the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import torch
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, Shard, place_state, trained_spans
-from strategies.layout.space import FlatRanges
+from strategies.layout.space import FlatRanges, Slot
 from strategies.layout.statemap import (
     NOTHING,
     Span,
@@ -32,6 +32,7 @@ from strategies.layout.statemap import (
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart
 from strategies.optim.spec import OptimizerSpec
+from strategies.state.buffers import Spaces
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
 from strategies.state.host_copies import SideCopies
@@ -86,9 +87,14 @@ class TrainingState:
         _check_names(kept)
         self.blueprint = blueprint
         self.space = blueprint.space
-        if spec.kind.scope == "matrix" and not self.space.keeps_matrices:
-            raise ValueError(f"{spec.kind.name} updates whole matrices, and the blueprint would divide them")
+        if spec.kind.scope != "element" and not self.space.keeps_whole:
+            raise ValueError(f"{spec.kind.name} updates parameters as a whole, and the blueprint would divide them")
         self.spec = spec
+        self.spaces: Spaces = {
+            WEIGHTS: self.space, **{name: spec.space_of(name, self.space) for name in spec.moments},
+            **dict.fromkeys(kept, self.space),
+        }  # fmt: skip
+        """By kind of state, with the shapes that it has."""
         self.kept = tuple(kept)
         self.device = blueprint.device
         self.arrangement = Arrangement()
@@ -184,7 +190,7 @@ class TrainingState:
             held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
         plan = plan_transfers(held, wanted)
         if read is not None:
-            read(ChunkLoader(self.space, new.state_shards, held[rank], self.blueprint.buffers))
+            read(ChunkLoader(self.spaces, new.state_shards, held[rank], self.blueprint.buffers))
             sources = new.state_shards
         elif self.is_initial and held[rank]:
             fill(new.state_shards, self.blueprint)
@@ -192,7 +198,7 @@ class TrainingState:
         else:
             sources = self.state_shards
             copy_within(sources, new.state_shards, intersect(wanted[rank], held[rank]))
-        moved = execute(plan, sources, new.state_shards, self._kinds, fabric.world)
+        moved = execute(plan, sources, new.state_shards, self.spaces, fabric.world)
         barrier()
         old = self.arrangement
         if old.part is not None and old.part is not new.part:
@@ -205,13 +211,9 @@ class TrainingState:
             state_shard.set_updates(updates)
         return moved
 
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        return (WEIGHTS, *self.spec.moments, *self.kept)
-
     def _make_initial(self) -> list[StateShard]:
         """The whole state of step 0."""
-        made = self._whole_of({})
+        made = self._room_for_all()
         fill(made, self.blueprint)
         return made
 
@@ -264,7 +266,7 @@ class TrainingState:
             fits = old.weights is not computed_with if weights is None else old.weights is weights
             if fits and old.coordinate == shard.coordinate and old.flat == flat:
                 return old
-        return StateShard(shard.coordinate, flat, self.spec, self.device, weights, self.kept, self.space.slots)
+        return StateShard(shard.coordinate, flat, self.spec, self.device, weights, self.kept, self.spaces)
 
     # ------------------------------------------------------------------------------------ the whole state
 
@@ -273,25 +275,20 @@ class TrainingState:
         everything = whole(self.space.size, self.space.tensor)
         wanted = [everything, *[NOTHING] * (fabric.world.world_size - 1)]
         sources = self._make_initial() if self.is_initial else self.state_shards
-        targets = self._whole_of({}) if fabric.rank == 0 else []
+        targets = self._room_for_all() if fabric.rank == 0 else []
         copy_within(sources, targets, held[fabric.rank])
-        moved = execute(plan_transfers(held, wanted), sources, targets, self._kinds, fabric.world)
+        moved = execute(plan_transfers(held, wanted), sources, targets, self.spaces, fabric.world)
         if fabric.rank == 0:
             self.collected = targets
         return moved
 
-    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> list[StateShard]:
-        """The whole state, one state shard per coordinate, filled from tensors by the names of `named`."""
+    def _room_for_all(self) -> list[StateShard]:
+        """State shards for the whole state, one per coordinate."""
         flat = FlatRanges.of([(0, self.space.size)], self.space.boundary)
-        state_shards = [StateShard(c, flat, self.spec, self.device, kept=self.kept) for c in range(self.space.tensor)]
-        with torch.no_grad():
-            for state_shard in state_shards:
-                for slot in self.space.slots:
-                    for kind, buffer in state_shard.kinds().items():
-                        if (found := tensors.get(name_of(kind, slot.name))) is not None:
-                            view = buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
-                            view.copy_(self.space.share(slot, found, state_shard.coordinate))
-        return state_shards
+        return [
+            StateShard(coordinate, flat, self.spec, self.device, kept=self.kept, spaces=self.spaces)
+            for coordinate in range(self.space.tensor)
+        ]
 
     def whole_state_shards(self) -> list[StateShard] | None:
         """One state shard of the whole state per coordinate, if all of it is here."""
@@ -305,7 +302,7 @@ class TrainingState:
         if (own := self.arrangement.own) is not None and own.spans == everything:
             return [own]
         # It is here in pieces: a shard of its own and those of others.
-        pieced = self._whole_of({})
+        pieced = self._room_for_all()
         copy_within(self.state_shards, pieced, everything)
         return pieced
 
@@ -317,16 +314,15 @@ class TrainingState:
         state_shards = self.whole_state_shards()
         if state_shards is None:
             raise RuntimeError("not all of the state is on this rank")
-        slots = {slot.name: slot for slot in self.space.slots}
         constants = self.blueprint.constants
-        sources: dict[str, tuple[str, str]] = {f"model.{name}": ("", name) for name in constants}
-        sources |= {name_of(kind, name): (kind, name) for name in slots for kind in self._kinds}
+        sources: dict[str, tuple[str, str | Slot]] = {f"model.{name}": ("", name) for name in constants}
+        for kind, space in self.spaces.items():
+            sources |= {name_of(kind, slot.name): (kind, slot) for slot in space.slots}
         sources["optimizer.updates"] = ("", "")
         for name, (kind, inner) in sorted(sources.items()):
-            if kind:
-                slot = slots[inner]
-                views = [h.kinds()[kind][slot.offset : slot.offset + slot.numel].view(slot.shape) for h in state_shards]
-                yield name, self.space.assemble(slot, views)
+            if isinstance(inner, Slot):
+                views = [state_shard.kinds()[kind].of_slot(inner) for state_shard in state_shards]
+                yield name, self.space.assemble(inner, views)
             elif inner:
                 yield name, constants[inner]
             else:
@@ -336,9 +332,9 @@ class TrainingState:
         """What a checkpoint has of what `named` gives: dtype and full shape by name. Not frozen parameters, which have
         a source of their own."""
         found = {f"model.{name}": (tensor.dtype, tensor.shape) for name, tensor in self.blueprint.buffers.items()}
-        for slot in self.space.slots:
-            shape = torch.Size(full_shape(self.space, slot))
-            found |= {name_of(kind, slot.name): (torch.float32, shape) for kind in self._kinds}
+        for kind, space in self.spaces.items():
+            for slot in space.slots:
+                found[name_of(kind, slot.name)] = torch.float32, torch.Size(full_shape(space, slot))
         return found
 
 

@@ -79,11 +79,13 @@ def test_an_adapter_is_one_ranks_in_every_layout(name: str, kind: str, tmp_path:
     [
         {"name": "lion", "lr": 1e-3},
         {"name": "muon", "lr": 1e-2},
+        {"name": "adafactor", "lr": 1e-2},
+        {"name": "adamw", "lr": 1e-2, "state": "fp8"},
         {"name": "adamw", "lr": 1e-2, "groups": [{"params": ["*embed*"], "lr": 1e-3, "weight_decay": 0.0}]},
     ],
-    ids=lambda each: each["name"],
+    ids=["lion", "muon", "adafactor", "fp8", "groups"],
 )
 def test_an_optimizer_is_one_ranks_in_every_layout(optimizer: dict[str, Any], tmp_path: Path) -> None:
-    layouts = [each for each in LAYOUTS if optimizer["name"] != "muon" or each.shard != "parameters"]
+    layouts = [each for each in LAYOUTS if each.shard != "parameters" or optimizer["name"] in ("lion", "adamw")]
     train = {"optimizer": optimizer, "ema": {"decay": 0.9}}
     assert_all_alike("sft-completions", tmp_path, layouts, train=train)

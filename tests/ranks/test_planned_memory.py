@@ -70,7 +70,7 @@ def state_bytes(rank: int, address: Endpoint, cases: list[Case]) -> list[int]:
 
 def _held_by(engine: StepEngine) -> int:
     arrangement = engine.state.arrangement
-    tensors = [tensor for shard in arrangement.state_shards for tensor in shard.kinds().values()]
+    tensors = [buffer.values for shard in arrangement.state_shards for buffer in shard.kinds().values()]
     part: Any = arrangement.part
     if isinstance(part, ShardedModelPart):
         tensors += [parameter.sharded_param._local_tensor for _, parameter, _, _ in part.rows()]

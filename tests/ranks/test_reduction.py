@@ -17,7 +17,7 @@ from strategies.gradient.spec import StepSpec
 from strategies.layout.assignment import deal, even
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain
-from strategies.layout.space import ALIGNMENT, FlatRanges
+from strategies.layout.space import ALIGNMENT, FlatRanges, Space
 from strategies.layout.statemap import NOTHING, Span, Transfer, plan_transfers, whole
 from strategies.model.blueprint import Blueprint
 from strategies.objective.batch import Batch
@@ -281,6 +281,7 @@ def test_three_steps_with_the_backends_own_sum_agree_within_rounding() -> None:
 # ---------------------------------------------------------------------------------------- moving state
 
 SIZE = 10_016
+SPACE = Space.of([("w", (SIZE // 2, 2), 0, None)], tensor=1)
 
 
 def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: int) -> tuple[str, int, int]:
@@ -288,13 +289,13 @@ def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: i
     torch.manual_seed(0 if rank in holders else 100 + rank)
     state_shard = StateShard(0, FlatRanges.of([(0, SIZE)], 512), OptimizerSpec(), CPU)
     for buffer in state_shard.kinds().values():
-        buffer.copy_(torch.randn(SIZE))
+        buffer.write(0, torch.randn(SIZE))
     held = [whole(SIZE, 1) if other in holders else NOTHING for other in range(4)]
     plan = plan_transfers(held, [whole(SIZE, 1)] * 4, max_elements)
     groups = form(rank, 4, address, "move")
-    moved = execute(plan, [state_shard], [state_shard], tuple(state_shard.kinds()), groups)
+    moved = execute(plan, [state_shard], [state_shard], dict.fromkeys(state_shard.kinds(), SPACE), groups)
     leave(groups)
-    content = b"".join(buffer.numpy().tobytes() for buffer in state_shard.kinds().values())
+    content = b"".join(buffer.values.numpy().tobytes() for buffer in state_shard.kinds().values())
     return hashlib.sha256(content).hexdigest(), moved.received_bytes, moved.buffer_bytes
 
 
@@ -320,9 +321,9 @@ def move_with_a_flipped_bit(rank: int, address: Endpoint) -> str:
     groups.send = send_another  # type: ignore[method-assign]
     try:
         transfer = Transfer(Span(0, 32, 1056), 0, 1)
-        execute([transfer], [state_shard], [state_shard], tuple(state_shard.kinds()), groups)
+        execute([transfer], [state_shard], [state_shard], dict.fromkeys(state_shard.kinds(), SPACE), groups)
     except StateCorrupt as error:
-        assert not any(buffer.any() for buffer in state_shard.kinds().values())
+        assert not any(buffer.values.any() for buffer in state_shard.kinds().values())
         return str(error)
     finally:
         leave(groups)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import get_scheduler
 
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
 from orchestrator.training import build
+from strategies.layout.space import FlatRanges, Space
+from strategies.optim.adafactor import ADAFACTOR
 from strategies.optim.groups import ParameterGroup
 from strategies.optim.lion import LION
 from strategies.optim.muon import MUON
+from strategies.optim.rounding import from_fp8, to_fp8
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
+from strategies.state.buffers import Fp8Buffer
+from strategies.state.shard import StateShard
 from strategies.state.training_state import TrainingState
 from strategies.update.ema import EMA, WithEma
 from strategies.update.rule import UpdateRule
@@ -103,6 +111,103 @@ def test_muon_is_torchs_to_the_bit_and_adamw_for_the_rest() -> None:
         assert torch.equal(found[name], weights[name]), name
     for name in others:
         torch.testing.assert_close(found[name], weights[name].detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_adafactor_is_torchs_to_the_bit_and_keeps_rows_and_columns() -> None:
+    state = make(spec=OptimizerSpec(kind=ADAFACTOR, weight_decay=0.1))
+    settle(state)
+    start = named(state)
+    weights = {slot.name: nn.Parameter(start[slot.name]) for slot in state.space.slots}
+    groups = [
+        {"params": [weight for weight in weights.values() if weight.dim() > 1], "weight_decay": 0.1},
+        {"params": [weight for weight in weights.values() if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.Adafactor(groups, foreach=False)
+    for step, rate in enumerate(RATES):
+        flat, by_name = gradients(state, step)
+        for name, weight in weights.items():
+            weight.grad = by_name[name].clone()
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+        update(state, flat, rate)
+    found = dict(state.named())
+    for name, weight in weights.items():
+        assert torch.equal(found[f"model.{name}"], weight), name
+        kept = {key.split(".")[1]: value for key, value in found.items() if key.endswith(f".{name}")}
+        kept.pop(name.split(".")[0], None)
+        theirs = {key: value for key, value in reference.state[weight].items() if key != "step"}
+        assert kept.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(kept[key], value), (name, key)
+    (shard,) = state.state_shards
+    # Of 7 x 13 numbers 20 are kept, each parameter's from a multiple of 16 on.
+    assert shard.num_bytes < 1.7 * 4 * state.space.size
+
+
+def test_moments_in_fp8_are_close_and_take_a_quarter_of_the_memory() -> None:
+    space = Space.of([("w", (64, 48), 0, None), ("b", (48,), 0, None)], 1)
+    flat = FlatRanges.of([(0, space.size)], space.boundary)
+    spec = OptimizerSpec(betas=(0.9, 0.95), weight_decay=0.0)
+    exact, small = (StateShard(0, flat, replace(spec, state=state), CPU) for state in ("fp32", "fp8"))
+    matrix, vector = 64 * 48, 48
+    assert exact.num_bytes - small.num_bytes == matrix * 2 * (4 - 1 - 1 / 16)
+    assert small.num_bytes == 4 * 3 * vector + matrix * (4 + 2 * (1 + 1 / 16))
+    generator = torch.Generator().manual_seed(3)
+    # Rows differ by as much as rows of real gradients do, and what is in a row by less.
+    rows = 10.0 ** -torch.randint(0, 9, (space.size // 48, 1), generator=generator)
+    scale = (rows * 10.0 ** -torch.randint(0, 3, (space.size // 48, 48), generator=generator)).reshape(-1)
+    for _ in range(30):
+        gradient = torch.randn(space.size, generator=generator) * scale
+        for shard in (exact, small):
+            shard.gradient.copy_(gradient)
+            shard.apply(1e-3)
+    assert torch.equal(exact.weights[matrix:], small.weights[matrix:]), "vectors are as they are"
+    one, other = exact.weights[:matrix], small.weights[:matrix]
+    assert not torch.equal(one, other)
+    # All have moved about as far, those with the smallest gradients too; and none by more than its rate each time.
+    assert float((one - other).norm() / one.norm()) < 0.15
+    assert float(other.abs().max()) <= 30 * 1.1e-3
+    least = scale[:matrix] == scale.min()
+    assert float(other[least].norm() / one[least].norm()) == pytest.approx(1.0, abs=0.5)
+
+
+def blocks(values: Any, squares: bool) -> Fp8Buffer:
+    space = Space.of([("w", (len(values) // 16, 16), 0, None)], 1)
+    buffer = Fp8Buffer(FlatRanges.of([(0, space.size)], space.boundary), CPU, is_square=squares)
+    buffer.update(0, values, 1)
+    return buffer
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([0.0, 1e-20, 1e-8, 1.0, 1e6]), st.data())
+@settings(deadline=None, max_examples=60)
+def test_what_fp8_has_stored_is_stored_again_in_any_pieces_without_a_change(
+    seed: int, squares: bool, scale: float, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.randn(64, generator=generator) * 10.0 ** -torch.randint(0, 9, (64,), generator=generator)
+    values = values.square() if squares else values
+    first = blocks(values, squares)
+    read = first.read(0, 64).clone()
+    second = blocks(torch.zeros(64), squares)
+    cuts = sorted({0, 64, *data.draw(st.lists(st.integers(1, 63), max_size=5))})
+    for low, high in data.draw(st.permutations(list(pairwise(cuts)))):
+        second.write(low, read[low:high])
+    assert torch.equal(second.read(0, 64), read)
+    assert torch.equal(torch.sign(read), torch.sign(values)) or not squares or scale < 1e-8
+    largest = values.view(4, 16).abs().amax(1, keepdim=True)
+    # A 16th of a number's own size, or of the smallest that its block knows.
+    bound = values.abs().view(4, 16) / (4 if squares else 8) + largest * (2.0**-14 if squares else 2.0**-15)
+    assert bool(((read - values).abs().view(4, 16) <= bound + 1e-30).all())
+
+
+def test_fp8_is_right_on_average() -> None:
+    values = torch.tensor([1.0, 0.3, 0.011, 1e-3, -1e-5, 0.7, -0.0123, 0.0] * 2)
+    total = torch.zeros(16)
+    for key in range(4000):
+        codes, exponents = to_fp8(values, torch.arange(16) + 1000, key, is_square=False)
+        total += from_fp8(codes, exponents, is_square=False)
+    torch.testing.assert_close(total / 4000, values, rtol=0.02, atol=1e-5)
 
 
 def test_a_group_has_its_own_rate_and_decay() -> None:

@@ -66,7 +66,7 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_without_the_package_its_name_is_unknown() -> None:
-    with pytest.raises(JobError, match=r"must be one of adamw, sgd, lion, muon, got the string 'tiger'"):
+    with pytest.raises(JobError, match=r"must be one of adamw, sgd, lion, muon, adafactor, got the string 'tiger'"):
         Job.loads(JOB.replace("NAME", "tiger"))
     with pytest.raises(JobError, match=r"got the string 'adamv', did you mean \"adamw\"\?"):
         Job.loads(JOB.replace("NAME", "adamv"))
@@ -77,7 +77,8 @@ def test_with_it_a_job_may_name_what_it_brings(installed: None) -> None:
     assert job.digest() != Job.loads(JOB.replace("NAME", "adamw")).digest()
     assert state_bytes(job).optimizer == 4.0, "the planner asks it what it keeps"
     with pytest.raises(
-        JobError, match=r"must be one of adamw, sgd, lion, muon, broken, impostor, tiger, got the string 'tigre'"
+        JobError,
+        match=r"must be one of adamw, sgd, lion, muon, adafactor, broken, impostor, tiger, got the string 'tigre'",
     ):
         Job.loads(JOB.replace("NAME", "tigre"))
 
@@ -219,7 +220,8 @@ def test_a_storage(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("impostor", "example_plugin.tiger:Update is a type, not a Optimizer"),
         (
             "absent",
-            "there is none of the optimizers named 'absent'; known are adamw, sgd, lion, muon, broken, impostor, tiger",
+            "there is none of the optimizers named 'absent'; known are adamw, sgd, lion, muon, adafactor, broken, "
+            "impostor, tiger",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 from strategies.layout.statemap import whole
 from strategies.state import host_copies
+from strategies.state.buffers import Buffer
 from strategies.state.host_copies import HostMemory, SideCopies
 from strategies.state.snapshot import Snapshot
 from strategies.state.training_state import TrainingState
@@ -22,18 +23,18 @@ class LateCopies(SideCopies):
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self._queued: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._queued: list[tuple[torch.Tensor, Buffer, int]] = []
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, target: torch.Tensor, source: Buffer, offset: int) -> None:
         target.fill_(torch.nan)
-        self._queued.append((target, source))
+        self._queued.append((target, source, offset))
 
     def before_change(self) -> None:
         self.finish()
 
     def finish(self) -> None:
-        for target, source in self._queued:
-            target.copy_(source)
+        for target, source, offset in self._queued:
+            target.copy_(source.read(offset, len(target)))
         self._queued = []
 
 

@@ -62,7 +62,7 @@ def tiny(dropout: float = 0.0, seed: int = 3) -> TinyModel:
 def state_of(model: nn.Module, spec: OptimizerSpec | None = None, *, cuts: bool = False) -> TrainingState:
     """The state of step 0 of a model, to which it can go back as often as wanted."""
     spec = spec or OptimizerSpec()
-    return TrainingState(Blueprint(model, device=CPU, cuts=cuts, keeps_matrices=spec.kind.scope == "matrix"), spec)
+    return TrainingState(Blueprint(model, device=CPU, cuts=cuts, keeps_whole=spec.kind.scope != "element"), spec)
 
 
 def make(dropout: float = 0.0, spec: OptimizerSpec | None = None, seed: int = 3) -> TrainingState:

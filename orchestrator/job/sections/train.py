@@ -43,7 +43,7 @@ class Optimizer(Section):
     lr: Annotated[PositiveFloat, NUMBERS] = 3e-4
     """The peak learning rate."""
     betas: Annotated[tuple[Decay, Decay], BeforeValidator(pair), NUMBERS] = (0.9, 0.95)
-    """adamw, lion, and muon for what is no matrix of a layer."""
+    """adamw, lion, and muon for what is no matrix of a layer; adafactor has none."""
     eps: Annotated[PositiveFloat, NUMBERS] = 1e-8
     """adamw, and muon for what is no matrix of a layer."""
     weight_decay: Annotated[CountFloat, NUMBERS] = 0.1
@@ -51,8 +51,9 @@ class Optimizer(Section):
     """sgd and muon (0 is its own, 0.95)."""
     groups: Annotated[list[ParameterGroup], NUMBERS_LATER] = Field(default_factory=list)
     """Parameters with a rate or a weight decay of their own."""
-    state: Annotated[Literal["fp32", "bf16"], NUMBERS_LATER] = "fp32"
-    """The type of what it keeps for each parameter. bf16: rounded at random, by seed and place."""
+    state: Annotated[Literal["fp32", "bf16", "fp8"], NUMBERS_LATER] = "fp32"
+    """The type of what it keeps for each parameter. bf16, fp8: rounded at random, by seed and place. fp8: of matrices,
+    in blocks of 16 with a power of two in common."""
 
 
 class Schedule(Section):
