@@ -19,7 +19,10 @@ def evaluate(
     step: Annotated[
         int | None, typer.Option(min=1, help="The checkpoint after that many steps; else the newest.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="No more than this many.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, by name or YAML file, with commas between.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="No more than this many, of each task.")] = None,
     set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
@@ -32,14 +35,26 @@ def evaluate(
     evaluation: dict[str, Any] = changes.setdefault("evaluation", {})
     if data is not None:
         evaluation |= {"data": {"source": data}, "share": None}
+    if tasks is not None:
+        evaluation |= {"tasks": [name for name in tasks.split(",") if name]}
+        if data is None:
+            # Only them.
+            evaluation |= {
+                "data": None,
+                "share": None,
+                "metrics": [],
+                "samples": None,
+                "best": None,
+                "early_stop": None,
+            }
     if samples is not None:
-        evaluation["samples"] = samples
+        evaluation["samples" if data is not None or tasks is None else "task_samples"] = samples
     if not evaluation:
         del changes["evaluation"]
     path = Path(what).expanduser()
     if (path / "config.json").is_file() and not (path / "job.resolved.json").is_file():
         if "evaluation" not in changes:
-            refuse("--data: say what to evaluate the model on")
+            refuse("--data or --tasks: say what to evaluate the model on")
         if step is not None:
             refuse("--step: a model has no checkpoints; leave it out, or name a run")
         metrics = evaluate_model(path, changes)

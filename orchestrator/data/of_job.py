@@ -93,7 +93,7 @@ def prepare_held_out(
     verify: bool = True,
 ) -> list[TokenStore]:
     """Likewise of what the job evaluates on; nothing where it does not."""
-    if job.evaluation is None:
+    if job.evaluation is None or not job.evaluation.holds_out:
         return []
     return _prepare_all(job, held_out_sources(job), _side_of(job, is_held_out=True), run_tasks, expect, verify)
 
@@ -264,8 +264,8 @@ def dataset_of(job: Job, stores: Sequence[TokenStore]) -> Dataset:
 
 
 def held_out_of(job: Job, stores: Sequence[TokenStore]) -> HeldOut | None:
-    """What the job evaluates on, from the stores of that; None where it does not evaluate. Raises DataError."""
-    if job.evaluation is None:
+    """What the job evaluates on, from the stores of that; None where that is nothing. Raises DataError."""
+    if job.evaluation is None or not job.evaluation.holds_out:
         return None
     return HeldOut(stores, _plan_of(job), job.evaluation.samples)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,14 @@ def load_tokenizer(name: str) -> Tokenizer:
         f"data.tokenizer: {name!r} does not exist on disk (working directory {os.getcwd()}); use {BYTES!r}, "
         "a directory saved by save_pretrained, or a tokenizer.json file; download what is on a hub"
     )
+
+
+def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64] | None:
+    """How many bytes of text each id stands for, int64 [vocab_size], 0 for special tokens; None for a tokenizer whose
+    tokens do not say. (SentencePiece puts a space before a text, which is counted.)"""
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.array([*[1] * 256, 0], dtype=np.int64)
+    return tokenizer.byte_lengths() if isinstance(tokenizer, FastTokenizer) else None
 
 
 class ByteTokenizer:
@@ -169,6 +178,27 @@ class FastTokenizer:
         """See `Tokenizer`."""
         found: str = self._backend.decode(list(map(int, ids)), skip_special_tokens=True)
         return found
+
+    def byte_lengths(self) -> NDArray[np.int64] | None:
+        """See the function `byte_lengths`."""
+        known = json.loads(self._backend.to_str())
+        decoder = known.get("decoder") or {}
+        kinds = {each["type"] for each in decoder.get("decoders", [decoder]) if "type" in each}
+        added = {entry["id"]: entry for entry in known.get("added_tokens", [])}
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, number in self._backend.get_vocab(with_added_tokens=True).items():
+            if number in added:
+                lengths[number] = 0 if added[number]["special"] else len(token.encode())
+            elif "ByteLevel" in kinds:
+                # A letter for each byte.
+                lengths[number] = len(token)
+            elif "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                lengths[number] = 1
+            else:
+                lengths[number] = len(token.replace("\u2581", " ").encode())
+        return lengths
 
 
 class SlowTokenizer:

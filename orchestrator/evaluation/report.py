@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from orchestrator.evaluation.measured import BYTES_OF_TEXT, metrics_of
 from orchestrator.job import Job
-from orchestrator.job.parts import metrics_of, objective_of
+from orchestrator.job.parts import objective_of
 from strategies.objective.metric import reported_by
 from strategies.update.evaluation import Measured
 
@@ -15,9 +16,8 @@ def report_of(job: Job, measured: Measured) -> dict[str, Any]:
     """The metrics of an evaluation: the objective's own, as JSON values. Numbers that are not finite are None."""
     objective = objective_of(job)
     found = objective.report(measured) | reported_by(metrics_of(job), measured)
-    if job.data.tokenizer == "bytes" and objective.loss_unit == "nats per token":
-        # A byte is a token.
-        found["bits_per_byte"] = found["loss"] / math.log(2)
+    if (count := found.pop(BYTES_OF_TEXT, 0)) and objective.loss_unit == "nats per token":
+        found["bits_per_byte"] = measured["loss"][0] / math.log(2) / count
     return _finite(found)  # type: ignore[no-any-return]
 
 

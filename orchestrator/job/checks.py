@@ -363,11 +363,27 @@ def _evaluation(get: Get) -> Iterator[Finding]:
     if get("evaluation") is None:
         return
     given = [key for key in ("share", "data") if get(f"evaluation.{key}") is not None]
-    if len(given) != 1:
-        what = "has both" if given else "has neither"
-        yield Finding(("evaluation",), f"must have exactly one of share and data, and {what}")
+    if len(given) == 2:
+        yield Finding(("evaluation",), "must have one of share and data, and has both")
+    if not given and not get("evaluation.tasks"):
+        yield Finding(("evaluation",), "must have one of share and data, or tasks, and has none of them")
+    if not given:
+        yield from _without_samples(get)
     yield from _metrics(get)
+    yield from _tasks(get)
     yield from _generate(get)
+
+
+def _without_samples(get: Get) -> Iterator[Finding]:
+    """Where tasks are all that is evaluated."""
+    stops, best = get("evaluation.early_stop"), get("evaluation.best")
+    if (stops is not None and best is None) or (best is not None and get("evaluation.best.metric") == "loss"):
+        reason = "there is no loss where nothing is held out; name a metric, as in best: {metric: TASK/acc, mode: max}"
+        yield Finding(("evaluation.best",), reason)
+    for field in ("metrics", "samples"):
+        if get(f"evaluation.{field}"):
+            reason = f"{field} is about what is held out, and tasks have documents of their own"
+            yield Finding((f"evaluation.{field}",), reason)
 
 
 def _metrics(get: Get) -> Iterator[Finding]:
@@ -385,6 +401,13 @@ def _metrics(get: Get) -> Iterator[Finding]:
     if paths and _kind_of(get).gives_hidden_states:
         reason = "metrics measure logits, and the objective's models give hidden states: let an objective.factory do it"
         yield Finding(("evaluation.metrics", "objective.name"), reason)
+
+
+def _tasks(get: Get) -> Iterator[Finding]:
+    kind = _kind_of(get)
+    if get("evaluation.tasks") and (kind.model_class != "AutoModelForCausalLM" or kind.gives_hidden_states):
+        reason = f"tasks ask language models, and those of objective {kind.name} give no next token"
+        yield Finding(("evaluation.tasks", "objective.name"), reason)
 
 
 def _generate(get: Get) -> Iterator[Finding]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.job.kinds import metric_from, optimizer_named, update_rule_named
-from strategies.objective.metric import Metric
+from orchestrator.job.kinds import optimizer_named, update_rule_named
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
 from strategies.update.ema import WithEma
@@ -21,11 +20,6 @@ def optimizer_of(job: Job) -> Optimizer:
 
 def objective_of(job: Job) -> Objective:
     return job.objective.made()
-
-
-def metrics_of(job: Job) -> tuple[Metric, ...]:
-    """Of a user's own, beside the objective's."""
-    return () if job.evaluation is None else tuple(map(metric_from, job.evaluation.metrics))
 
 
 def update_rule_of(job: Job) -> UpdateRule:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from orchestrator.data import Dataset, ReadAhead
+from orchestrator.evaluation.measured import metrics_of
 from orchestrator.job import Job
 from orchestrator.job.lengths import too_long
-from orchestrator.job.parts import metrics_of, objective_of, optimizer_of, update_rule_of
+from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
 from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import prepare_model

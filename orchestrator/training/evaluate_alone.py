@@ -17,6 +17,7 @@ from orchestrator.models.loading import prepare_model
 from orchestrator.models.weights import WeightSource
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.training.build import make_deterministic, step_spec
+from orchestrator.training.tasks import load_tasks, metrics_of_tasks
 
 _LONGEST = 1024
 """Tokens of a row, where neither the model nor the user says fewer."""
@@ -72,20 +73,29 @@ def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
 
     from strategies.model.anatomy import find_layers
     from strategies.model.head import find_body
-    from strategies.update.evaluation import evaluate_alone
+    from strategies.update.evaluation import Measure, Measured, Samples, evaluate_alone
 
     if job.evaluation is None:
-        raise RunDirectoryError("the job says not what to evaluate on; give --data")
+        raise RunDirectoryError("the job says not what to evaluate on; give --data or --tasks")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_deterministic(job, device)
     samples = held_out_of(job, prepare_held_out(job))
-    assert samples is not None
-    model = prepare_model(job, load_tokenizer(job.data.tokenizer).vocab_size).filled()
+    tasks = load_tasks(job) if job.evaluation.tasks else None
+    tokenizer = load_tokenizer(job.data.tokenizer)
+    model = prepare_model(job, tokenizer.vocab_size).filled()
     if weights is not None:
         _put(model, weights)
     model.to(device)
     body = find_body(model.eval(), find_layers(model)[0], torch.zeros((1, 3), dtype=torch.int64, device=device))
-    return report_of(job, evaluate_alone(model, body, step_spec(job), samples, device))
+    spec = step_spec(job)
+
+    def passes(samples: Samples, measured: Measure | None = None) -> Measured:
+        return evaluate_alone(model, body, spec, samples, device, measured)
+
+    found = {} if samples is None else report_of(job, passes(samples))
+    if tasks is not None:
+        found |= metrics_of_tasks(job, tasks, tokenizer, passes)
+    return found
 
 
 def _put(model: Any, weights: WeightSource) -> None:

@@ -13,6 +13,7 @@ from orchestrator.job import Job
 from orchestrator.training.generating import Generation
 from orchestrator.training.messages import EvaluationReport
 from orchestrator.training.references import References
+from orchestrator.training.tasks import Tasks
 from strategies.comm.fabric import Fabric
 from strategies.update.engine import StepEngine
 from strategies.update.evaluation import Evaluation
@@ -32,18 +33,21 @@ class Evaluator:
         self._evaluation = None if held_out is None else Evaluation(samples or held_out, engine.spec)
         asked = None if job.evaluation is None else job.evaluation.generate
         self._generation = None if asked is None else Generation.of(job, load_tokenizer(job.data.tokenizer))
+        self._tasks = Tasks.of(job)
+        self._fabric: Fabric | None = None
         if self._references is not None:
             engine.loads.source = self._references.joined_to(engine.loads.source)
 
     @property
     def moves(self) -> int:
         """Counts the micro-batches that were computed."""
-        parts = (self._evaluation, self._references, self._generation)
+        parts = (self._evaluation, self._references, self._generation, self._tasks)
         return sum(each.moves for each in parts if each is not None)
 
     def prepare(self, fabric: Fabric, committed: int) -> None:
         """Before the first step of a generation that begins at `committed` steps: what training compares with is known.
         Raises PeerLost, and UnusableCheckpoint where it is lost."""
+        self._fabric = fabric
         if self._references is not None:
             self._references.bring(self._engine, fabric, committed)
 
@@ -53,15 +57,19 @@ class Evaluator:
         rules = self.rules
         if rules is None or committed <= judged.step or not rules.is_due(committed):
             return None
-        assert self._evaluation is not None
-        assert self._held_out is not None
         started = time.perf_counter()
-        metrics = report_of(self._job, self._engine.evaluate(committed, self._evaluation))
+        metrics, count = {}, 0
+        if self._evaluation is not None and self._held_out is not None:
+            metrics = report_of(self._job, self._engine.evaluate(committed, self._evaluation))
+            count = self._held_out.num_samples
+        if self._tasks is not None:
+            assert self._fabric is not None
+            metrics |= self._tasks.run(self._engine, self._fabric, committed)
         if self._generation is not None:
             metrics["generated"] = self._generation.run(self._engine, committed)
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        return EvaluationReport(committed, generation, metrics, self._held_out.num_samples, round(seconds, 4))
+        return EvaluationReport(committed, generation, metrics, count, round(seconds, 4))
 
     def take_seconds(self) -> float:
         """How long evaluations have taken since this was last asked."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,25 @@ from strategies.model.stage import Cut, PassThrough, Resized, Stage
 ValueOf = Callable[[str, nn.Parameter, bool], torch.Tensor]
 """Something to compute with in place of a parameter, by its place, which depends on nothing: without values, or with
 those it has first."""
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """What modules keep, and which there are, is afterwards what it was: some models swap parts of themselves in a pass
+    (big_bird its attention), and that of some layers only would not do for others."""
+    tables = ("_modules", "_parameters", "_buffers")
+    before = [
+        (part, dict(vars(part)), {name: dict(vars(part)[name]) for name in tables}) for part in list(model.modules())
+    ]
+    try:
+        yield
+    finally:
+        for part, kept, entries in before:
+            vars(part).clear()
+            vars(part).update(kept)
+            for name, entry in entries.items():
+                vars(part)[name].clear()
+                vars(part)[name].update(entry)
 
 
 class Stages:
@@ -177,7 +196,7 @@ class Stages:
             return logits_of(output), places
 
         mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else contextlib.nullcontext()
-        with mode, torch.random.fork_rng():
+        with mode, torch.random.fork_rng(), _left_as_it_was(self._model):
             return anatomy_of(self._model, self._layers, compute)
 
     @torch.no_grad()

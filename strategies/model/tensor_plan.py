@@ -134,9 +134,27 @@ def read_tensor_plan(model: nn.Module) -> TensorPlan:
         elif style == IDENTITY or list(module.parameters(recurse=False)):
             styles[name] = style
     stacks = _read_stacks(model, patterns, styles)
+    styles |= dict.fromkeys(_learned_activations(model, styles), REDUCED[0])
     _refuse_whole_layers(model, styles)
     agree_on_ties(model, styles)
     return TensorPlan(styles, stacks)
+
+
+def _learned_activations(model: nn.Module, styles: Mapping[str, str]) -> list[str]:
+    """Modules that plans forget (that of apertus does): beside one that is split by what it gives and one that is split
+    by what it is given, with parameters that are single numbers. They are activation functions between these two, so
+    each rank's gradient is that of its part of the activations."""
+    beside: dict[str, set[str]] = {}
+    for name, style in styles.items():
+        beside.setdefault(name.rpartition(".")[0], set()).add(style)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in styles
+        and {"colwise", "rowwise"} <= beside.get(name.rpartition(".")[0], set())
+        and (own := list(module.parameters()))
+        and all(parameter.numel() == 1 for parameter in own)
+    ]
 
 
 def _refuse_more(name: str, module: nn.Module, style: str) -> None:

@@ -57,7 +57,8 @@ def probe_layer(blueprint: Blueprint, spec: StepSpec, length: int) -> str:
         seed_stream(spec.seed, "probe")
         with first_pass(module, length):
             with spec.autocast(device):
-                output = module(hidden)
+                # A copy: some models change what their first layer is to be given.
+                output = module(hidden.clone())
             output.float().square().mean().backward()
         found = {"hidden states": hidden.grad} | {name: weight.grad for name, weight in weights.items()}
         return ((name, gradient) for name, gradient in found.items() if gradient is not None)

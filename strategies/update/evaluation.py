@@ -290,10 +290,16 @@ def _unpacked(line: np.ndarray) -> dict[int, Measured]:
 
 @torch.no_grad()
 def evaluate_alone(
-    model: nn.Module, body: str | None, spec: StepSpec, samples: Samples, device: torch.device
-) -> Measured:  # fmt: skip
-    """What is measured of a whole model, on `device`, that no rank trains; for its `body` see `strategies.model.head`.
-    The same numbers as those of ranks, in any layout."""
+    model: nn.Module,
+    body: str | None,
+    spec: StepSpec,
+    samples: Samples,
+    device: torch.device,
+    measured_of: Measure | None = None,
+) -> Measured:
+    """What is measured (`measured_of`) of a whole model, on `device`, that no rank trains; for its `body` see
+    `strategies.model.head`. The same numbers as those of ranks, in any layout."""
+    looked_at = measure if measured_of is None else measured_of
     stage, found = whole_model(model, body), []
     model.eval()
     for index in range(samples.num_micro_batches):
@@ -303,7 +309,7 @@ def evaluate_alone(
         def score(
             value: torch.Tensor, head: Head | None, rows: Rows = rows, into: list[Sums] = measured
         ) -> torch.Tensor:  # fmt: skip
-            into.append(measure(spec, value, head, rows))
+            into.append(looked_at(spec, value, head, rows))
             return value.new_zeros(())
 
         with spec.autocast(device):

@@ -19,6 +19,7 @@ from strategies.comm.group_errors import DeviceFailed
 from strategies.gradient.compute import LocalGradients
 from strategies.gradient.spec import StepSpec
 from strategies.trial.probe import probe_layer, probe_model
+from tests.ranks import architectures
 from tests.ranks.laid_out import LENGTH, SPEC, fetch, make_engine
 from tests.ranks.local_cluster import LocalCluster, tiny_job
 
@@ -42,6 +43,20 @@ def test_a_layer_by_itself_has_a_digest_too(model: str) -> None:
     assert len(digests) == 1
     half = StepSpec(**{**vars(SPEC), "precision": "bf16"})
     assert probe_layer(make_engine(0.1, model=model).state.blueprint, half, LENGTH) not in digests
+
+
+def test_a_model_that_changes_what_its_layers_are_given_is_not_taken_for_a_device_that_fails() -> None:
+    """ctrl multiplies what its embedding gives, in place."""
+    blueprint = architectures.engine_of("ctrl", shard="parameters").state.blueprint
+    assert probe_layer(blueprint, SPEC, LENGTH)
+
+
+def test_looking_at_a_model_leaves_it_as_it_was() -> None:
+    """big_bird swaps the attention of its layers in its first pass: of all, or of none."""
+    model: Any = architectures.engine_of("big_bird", shard="parameters").state.blueprint.model
+    kept = {(layer.attention_type, type(layer.attention.self).__name__) for layer in model.bert.encoder.layer}
+    assert len(kept) == 1
+    assert {model.bert.attention_type, model.bert.encoder.attention_type} == {kind for kind, _ in kept}
 
 
 def test_a_device_that_does_not_compute_the_same_twice_is_named_with_what_differs() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from orchestrator.models.initialisation import without_parameters
 from strategies.model.tensor_plan import NothingSaid, read_tensor_plan
 from strategies.trial.derive import CannotDerive, check_tensor, derive, tensor_plan_of
+from tests.ranks.architectures import tiny
 from tests.small_models import LAYERS, family
 
 FOUND: dict[str, dict[str, tuple[int, int]]] = {
@@ -141,3 +142,17 @@ def test_trying_leaves_the_model_as_it_was() -> None:
     attention = model.transformer.h[0].attn
     assert (attention.num_heads, attention.split_size, attention.c_attn.nf) == (4, 32, 96)
     assert "forward" not in vars(attention.c_proj)
+
+
+def test_an_activation_with_numbers_of_its_own_sees_a_part_of_the_activations() -> None:
+    """Apertus has one between what its plan splits, and the plan is silent about it: each rank has a part of its
+    gradient."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = tiny("apertus")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes))
+    plan = read_tensor_plan(model)
+    reduced = {name for name, _ in model.named_parameters() if plan.is_reduced(name)}
+    layers = [f"model.layers.{number}" for number in range(4)]
+    kinds = ("mlp.act_fn.alpha_p", "mlp.act_fn.alpha_n", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    assert reduced == {f"{layer}.{kind}" for layer in layers for kind in kinds}

@@ -9,6 +9,7 @@ from pydantic import Field
 from orchestrator.job.fields import (
     CIRCUMSTANCES,
     NUMBERS,
+    NUMBERS_LATER,
     CountFloat,
     FactoryPath,
     PositiveInt,
@@ -56,7 +57,7 @@ class Generate(Section):
 
 
 class Evaluation(Section):
-    """Exactly one of `share` and `data`."""
+    """One of `share` and `data`, or with `tasks` neither."""
 
     share: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NUMBERS] = None
     """Of the documents or records of `data`, which are then not trained on: told by a digest of what is in them, so
@@ -70,6 +71,15 @@ class Evaluation(Section):
     """No more than this many, always the same. None: all."""
     metrics: Annotated[list[FactoryPath], NUMBERS] = Field(default_factory=list)
     """`package.module:Class` of metrics of a user's own (`strategies.objective.metric.Metric`)."""
+    tasks: Annotated[list[Text], NUMBERS_LATER] = Field(default_factory=list)
+    """Of lm-eval, by name or by YAML file."""
+    task_samples: Annotated[PositiveInt | None, NUMBERS_LATER] = None
+    """No more than this many documents of each task. None: all."""
     generate: Annotated[Generate | None, CIRCUMSTANCES] = None
     best: Annotated[Best | None, NUMBERS] = None
     early_stop: Annotated[EarlyStop | None, NUMBERS] = None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are samples to evaluate on."""
+        return self.share is not None or self.data is not None

@@ -141,8 +141,14 @@ def _prepare(
         if store.records is not None and store.records.skipped:
             first = "; ".join(store.records.first_skipped)
             on_note(f"warning: {store.records.skipped:,} bad records of {store.source} are left out: {first}")
+    # Now, and not when the workers want them.
     if job.evaluation is not None and job.evaluation.generate is not None:
-        prompts_of(job, load_tokenizer(job.data.tokenizer))  # Now, and not when the workers want them.
+        prompts_of(job, load_tokenizer(job.data.tokenizer))
+    if job.evaluation is not None and job.evaluation.tasks:
+        from orchestrator.training.tasks import load_tasks
+
+        load_tasks(job)
+        on_note(f"evaluation by {', '.join(job.evaluation.tasks)}")
     if (samples := held_out_of(job, held_out)) is not None:
         on_note(f"evaluation on {samples.num_samples:,} samples")
     return dataset_of(job, stores), held_out

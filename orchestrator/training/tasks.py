@@ -1,0 +1,231 @@
+"""Tasks of lm-eval (Gao et al. 2024, "The Language Model Evaluation Harness") as a part of an evaluation.
+
+The library makes requests of a task's documents and metrics of the answers; the answers are passes of all workers, in
+whatever layout there is, like the rest of an evaluation. Every rank makes the same requests of the same documents, so
+all find the same metrics; that the documents are the same is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from orchestrator.data.sources import DataError
+from orchestrator.data.tokenizers import Tokenizer, load_tokenizer
+from orchestrator.job import Job
+from orchestrator.training.generating import Passes, go_on, score
+from strategies.update.evaluation import Evaluation, Measure, Measured, Samples, told_by_all
+
+if TYPE_CHECKING:
+    from strategies.comm.fabric import Fabric
+    from strategies.update.engine import StepEngine
+
+USUAL_NEW_TOKENS = 256
+"""Where a task does not say how much may be generated: lm-eval's own."""
+Texts = list[NDArray[np.int64]]
+
+
+class Tasks:
+    """The tasks of a job, for the ranks of a run. `moves` counts micro-batches that were computed."""
+
+    def __init__(self, job: Job) -> None:
+        """Raises DataError."""
+        self._job, self._tokenizer = job, load_tokenizer(job.data.tokenizer)
+        self._tasks = load_tasks(job)
+        self._committed = -1
+        self._kept: list[tuple[bytes, Evaluation]] = []
+        self._passed = 0
+
+    @classmethod
+    def of(cls, job: Job) -> Tasks | None:
+        """None where the job asks for none. Raises DataError."""
+        return cls(job) if job.evaluation is not None and job.evaluation.tasks else None
+
+    @property
+    def moves(self) -> int:
+        """See the class."""
+        return self._passed + sum(each.moves for _, each in self._kept)
+
+    def run(self, engine: StepEngine, fabric: Fabric, committed: int) -> dict[str, float]:
+        """The metrics of all tasks, of the weights after `committed` steps. What was computed before an interruption is
+        not computed again. Raises PeerLost, and DataError when ranks have other documents."""
+        if committed != self._committed:
+            self._passed = self.moves
+            self._committed, self._kept = committed, []
+        number = 0
+
+        def passes(samples: Samples, measured: Measure) -> Measured:
+            nonlocal number
+            digest = _digest_of(samples)
+            if number == len(self._kept) or self._kept[number][0] != digest:
+                self._kept[number:] = [(digest, Evaluation(samples, engine.spec, measured))]
+            number += 1
+            told = told_by_all(fabric.control, np.frombuffer(digest, dtype=np.float64))
+            if len({each.tobytes() for each in told}) > 1:
+                raise DataError(
+                    "evaluation.tasks: workers have read different documents for the same task; give all of them the "
+                    "same files"
+                )
+            return engine.evaluate(committed, self._kept[number - 1][1])
+
+        return metrics_of_tasks(self._job, self._tasks, self._tokenizer, passes)
+
+
+def _digest_of(samples: Samples) -> bytes:
+    digest = xxhash.xxh3_64()
+    for index in range(samples.num_micro_batches):
+        batch = samples.batch(index)
+        digest.update(np.ascontiguousarray(batch.tokens))
+        if batch.marks is not None:
+            digest.update(np.ascontiguousarray(batch.marks))
+    return digest.digest()
+
+
+def load_tasks(job: Job) -> dict[str, Any]:
+    """The library's tasks and groups of them, their documents read. A name may be that of a YAML file. Raises DataError
+    for one that is not known or cannot be read, and where the library is not installed."""
+    assert job.evaluation is not None
+    names, folders = [], []
+    for given in job.evaluation.tasks:
+        path = Path(given).expanduser()
+        if path.suffix in (".yaml", ".yml"):
+            names.append(_name_in(path))
+            folders.append(str(path.parent.resolve()))
+        else:
+            names.append(given)
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DataError("evaluation.tasks needs lm-eval, which is not installed: pip install lm-eval") from error
+    manager = TaskManager(verbosity="ERROR", include_path=list(dict.fromkeys(folders)) or None)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise DataError(
+            f"evaluation.tasks: lm-eval {version('lm-eval')} knows no {', '.join(unknown)}; name a YAML file of it"
+        )
+    try:
+        return dict(manager.load(names))
+    except Exception as error:  # The library and those that it reads with fail in many ways.
+        raise DataError(
+            f"evaluation.tasks: {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}; what a task "
+            "reads must be on this machine, in the cache of datasets or in files that it names"
+        ) from error
+
+
+def _name_in(path: Path) -> str:
+    """What the task in a file is called."""
+    try:
+        # The library has tags of its own in its files.
+        found = re.search(r"^task:[ \t]*([\w./-]+)[ \t]*(#.*)?$", path.read_text("utf-8"), re.MULTILINE)
+    except (OSError, ValueError) as error:
+        raise DataError(f"evaluation.tasks: {path} cannot be read: {error}") from error
+    if found is None:
+        raise DataError(f"evaluation.tasks: {path} has no line `task: NAME`")
+    return found[1]
+
+
+def metrics_of_tasks(job: Job, tasks: dict[str, Any], tokenizer: Tokenizer, passes: Passes) -> dict[str, float]:
+    """The metrics of the library, by "task/metric", of what a model answers by `passes`."""
+    from lm_eval import evaluator
+
+    assert job.evaluation is not None
+    found: Any = evaluator.evaluate(
+        _model_of(job, tokenizer, passes), tasks, limit=job.evaluation.task_samples, bootstrap_iters=0,
+        log_samples=False, verbosity="ERROR",
+    )  # fmt: skip
+    metrics = {}
+    for task, values in sorted(found["results"].items()):
+        for key, value in sorted(values.items()):
+            name, _, filtered_by = key.partition(",")
+            if isinstance(value, int | float) and not name.endswith("_stderr") and filtered_by:
+                metrics[f"{task}/{name}" + ("" if filtered_by == "none" else f"_{filtered_by}")] = float(value)
+    return metrics
+
+
+def _model_of(job: Job, tokenizer: Tokenizer, passes: Passes) -> Any:
+    """What the library asks. Its class is made here, as it derives from one of the library's."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    room = job.data.sequence_length
+    begin = getattr(tokenizer, "begin_of_document", None) if job.data.add_bos else None
+
+    def encode(text: str) -> list[int]:
+        return [int(each) for each in tokenizer.encode(text)]
+
+    class Model(TemplateLM):
+        """Tokens as in training; texts that are too long lose what comes first, as the library's own models do."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.end_of_document)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return self.eot_token_id if begin is None else int(begin)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            first = [] if begin is None or add_special_tokens is False else [int(begin)]
+            return first + encode(string)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            return self._scored([(before, after) for _, before, after in requests])
+
+        def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+            texts, targets = [], []
+            for before, after in pairs:
+                text = [*before, *after][-room - 1 :]
+                texts.append(np.array(text, dtype=np.int64))
+                targets.append(min(len(after), len(text) - 1))
+            return score(passes, job, texts, targets)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+            pairs, counts = [], []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    token_list=encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=room,
+                    context_len=1,
+                )  # fmt: skip
+                cut = [make_disjoint_window(window) for window in windows]
+                pairs += cut
+                counts.append(len(cut))
+            found = iter(self._scored(pairs))
+            return [math.fsum(next(found)[0] for _ in range(count)) for count in counts]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+            prompts, most, stops = [], [], []
+            for request in requests:
+                context, asked = request.args
+                if asked.get("do_sample") and asked.get("temperature", 0.0) > 0:
+                    raise DataError(
+                        "evaluation.tasks: a task draws its answers; only the likeliest tokens are generated"
+                    )
+                until = asked.get("until") or []
+                stops.append([until] if isinstance(until, str) else list(until))
+                most.append(min(int(asked.get("max_gen_toks", USUAL_NEW_TOKENS)), room - 1))
+                prompts.append(np.array(self.tok_encode(context)[-(room - most[-1]) :], dtype=np.int64))
+
+            def is_over(number: int, new: NDArray[np.int64]) -> bool:
+                text = tokenizer.decode(new)
+                return new[-1] == self.eot_token_id or any(stop in text for stop in stops[number])
+
+            said = map(tokenizer.decode, go_on(passes, job, prompts, most, is_over))
+            return [_until(text, stop) for text, stop in zip(said, stops, strict=True)]
+
+    return Model()
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
