@@ -9,11 +9,12 @@ from pathlib import Path
 WORDS = ["apple", "stone", "river", "cloud", "lamp", "green", "seven", "paper"]
 
 
-def write_tasks(directory: Path) -> list[Path]:
-    """The files of three tasks: choices among answers, likelihood of texts, and what a model says."""
+def write_tasks(directory: Path, says: tuple[int, str] = (0, "apple")) -> list[Path]:
+    """The files of three tasks: choices among answers, likelihood of texts, and what a model says, which is right for
+    the number of a document if it `says` that."""
     lines = [
         {"ask": f"{first} {second}", "options": [first, second, "none of them"], "right": number % 2,
-         "said": ["apple", "zebra"][number % 2]}
+         "said": says[1] if number == says[0] else "zebra"}
         for number, (first, second) in enumerate(pairwise(WORDS))
     ]  # fmt: skip
     documents = directory / "documents.jsonl"

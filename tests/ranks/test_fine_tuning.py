@@ -13,6 +13,7 @@ from tests.ranks.laid_out import layout_of
 from tests.ranks.local_ranks import run_ranks
 from tests.ranks.tuned import OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
 from tests.selection import nightly
+from tests.tasks_in_tests import write_tasks
 
 SAYS = {"prompts": ["apple", "stone river", "seven"], "chat": True, "max_new_tokens": 3, "temperature": 0.8}
 EVALUATION = {"share": 0.2, "every_steps": 1, "at_start": True}
@@ -65,6 +66,17 @@ def test_an_objective_is_one_ranks_in_every_layout(name: str, tmp_path: Path) ->
         assert len(said[0]) == 3
         assert said[0] != said[-1], "what it draws depends on what it has learnt"
     assert metrics[0]["loss"] != metrics[-1]["loss"]
+
+
+def test_tasks_are_one_ranks_in_every_layout(tmp_path: Path) -> None:
+    tasks = [str(path) for path in write_tasks(tmp_path)]
+    asked = {"tasks": tasks, "task_samples": 5, "every_steps": 2, "at_start": True}
+    *_, metrics = assert_all_alike("sft-completions", tmp_path, LAYOUTS, evaluation=asked)
+    assert len(metrics) == 2
+    assert metrics[0].keys() == metrics[1].keys()
+    names = {name.split("/")[0] for name in metrics[0]}
+    assert names == {"choices", "texts", "says"}
+    assert metrics[0]["texts/bits_per_byte"] != metrics[1]["texts/bits_per_byte"], "it learns"
 
 
 @pytest.mark.parametrize("name", ["sft", *nightly(["classification", "dpo"])])
