@@ -1,4 +1,5 @@
-"""The model that another one learns from (objective distill): whole in every process that computes losses."""
+"""The model that another one learns from (objective distill): whole in every process that computes losses, or that
+answers for it (`orchestrator.training.teaching`)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
+from orchestrator.job.parts import objective_of
+from orchestrator.models.content import with_content
 from orchestrator.models.directory import find_directory
 from orchestrator.models.problems import reason_of, refused
 
@@ -16,20 +19,33 @@ if TYPE_CHECKING:
 
 
 def with_teacher(job: Job, objective: Objective) -> Objective:
-    """The objective with what the job's teacher gives, where it has one; it is read when it is first asked."""
-    if not objective.needs_teacher:
+    """The objective with what the job's teacher gives, where it has one that is asked while it learns; it is read when
+    it is first asked."""
+    if not objective.needs_teacher or objective.settings.top_k:
         return objective
-    name, dtype = objective.settings.teacher, job.train.precision
     made: Any = objective
 
-    def teacher(tokens: torch.Tensor) -> torch.Tensor:
+    def teacher(tokens: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
         import torch
 
+        more = {} if places is None else {"position_ids": places}
         with torch.no_grad():
-            found: torch.Tensor = _loaded(name, dtype, tokens.device)(input_ids=tokens).logits
+            found: torch.Tensor = load_teacher(job, tokens.device)(input_ids=tokens, **more).logits
         return found
 
     return made.with_teacher(teacher)  # type: ignore[no-any-return]
+
+
+def load_teacher(job: Job, device: torch.device) -> Any:
+    """The job's, read once, in evaluation mode and without gradients. Raises ModelError."""
+    if objective_of(job).settings.content is not None:
+        with_content(job)  # This node's directory is the one that the run was started with.
+    return _loaded(objective_of(job).settings.teacher, job.train.precision, device)
+
+
+def release_teacher() -> None:
+    """Gives its memory back, until it is wanted again."""
+    _loaded.cache_clear()
 
 
 @lru_cache(maxsize=1)

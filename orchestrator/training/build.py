@@ -24,6 +24,7 @@ from orchestrator.models.routers import router_loss_spec
 from orchestrator.models.teacher import with_teacher
 from orchestrator.models.validation import why_not_recomputed
 from orchestrator.training.peak import lacks_bf16
+from orchestrator.training.teaching import Teaching
 from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
 from strategies.comm.interfaces import interface_of
 from strategies.comm.nccl import settle_environment
@@ -264,13 +265,16 @@ def _recompute(asked: str | EveryLayers) -> Recompute:
     return Recompute(asked)  # type: ignore[arg-type]
 
 
-def make_fetch(job: Job, dataset: Dataset, delay: Callable[[], None] | None = None) -> ReadAhead[Batch]:
+def make_fetch(
+    job: Job, dataset: Dataset, delay: Callable[[], None] | None = None, teaching: Teaching | None = None
+) -> ReadAhead[Batch]:
     """How a step gets its samples: by (step, virtual worker) alone; before they are asked for, where reading is slow.
-    `delay` is called before each reading (an injected slow input)."""
+    `delay` is called before each reading (an injected slow input); with `teaching` what the teacher gives is there."""
 
     def read(step: int, virtual_worker: int) -> Batch:
         if delay is not None:
             delay()
-        return dataset.batch(step, virtual_worker)
+        batch = dataset.batch(step, virtual_worker)
+        return batch if teaching is None else teaching.joined(batch)
 
     return ReadAhead(read, num_steps=job.train.steps)

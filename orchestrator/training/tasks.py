@@ -83,9 +83,9 @@ def _digest_of(samples: Samples) -> bytes:
     digest = xxhash.xxh3_64()
     for index in range(samples.num_micro_batches):
         batch = samples.batch(index)
-        digest.update(np.ascontiguousarray(batch.tokens))
+        digest.update(batch.tokens.tobytes())
         if batch.marks is not None:
-            digest.update(np.ascontiguousarray(batch.marks))
+            digest.update(batch.marks.tobytes())
     return digest.digest()
 
 
@@ -160,7 +160,7 @@ def _model_of(job: Job, tokenizer: Tokenizer, passes: Passes) -> Any:
     def encode(text: str) -> list[int]:
         return [int(each) for each in tokenizer.encode(text)]
 
-    class Model(TemplateLM):
+    class Model(TemplateLM):  # type: ignore[misc]
         """Tokens as in training; texts that are too long lose what comes first, as the library's own models do."""
 
         @property

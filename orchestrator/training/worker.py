@@ -63,6 +63,7 @@ from orchestrator.training.peak import peak_flops
 from orchestrator.training.reporting import Reporter, Rhythm, resident_bytes
 from orchestrator.training.saving import Saver
 from orchestrator.training.state_keeper import StateKeeper
+from orchestrator.training.teaching import Ask, Teaching
 from orchestrator.training.worker_protocol import WorkerProtocol
 from strategies.comm.fabric import Fabric
 from strategies.comm.groups import serve_store
@@ -91,7 +92,8 @@ class Worker:
     """See the module. `report` may block and may raise; `on_orphaned` is called once when nobody has answered for
     `elastic.lease_s` seconds, `on_shutdown` when the controller says that the run is over, and `on_broken` when this
     process can be of no use any more. `host` is where peers reach it; only those are let in who have the `secret` of
-    the run. More than 15 attributes, in more than 300 lines: here, and only here, the parts of a worker meet."""
+    the run. `ask` asks teachers in other processes. More than 15 attributes, in more than 300 lines: here, and only
+    here, the parts of a worker meet."""
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class Worker:
         secret: bytes,
         zone: str = "",
         log_context: LogContext | None = None,
+        ask: Ask | None = None,
     ) -> None:
         self.worker = worker
         self._about = log_context if log_context is not None else LogContext()
@@ -150,16 +153,16 @@ class Worker:
         self.gpu.start()
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
-        self._build(dataset, held_out, device)
+        self._build(dataset, held_out, device, ask)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
 
-    def _build(self, dataset: Dataset, held_out: HeldOut | None, device: torch.device) -> None:
+    def _build(self, dataset: Dataset, held_out: HeldOut | None, device: torch.device, ask: Ask | None) -> None:
         """Model, state, and what works with them; then a first pass."""
         job = self.job
         self.state = build.build_state(job, dataset.vocab_size, device)
         delay = self._faults.delay if self._faults.may_be_slow else None
-        self._fetch = build.make_fetch(job, dataset, delay)
+        self._fetch = build.make_fetch(job, dataset, delay, Teaching.of(job, device, ask))
         self._saver = Saver(
             self.worker, job, self._catalog, self.state, dataset.sampler.position, self._reporter.send, self._unrecorded
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,7 +59,11 @@ class StepSpec:
         """A virtual worker's micro-batches, on the device."""
         if batch.documents is None:
             tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
-            return [Rows(rows) for rows in tokens.split(self.micro_batch)]
+            whole = [Rows(each) for each in tokens.split(self.micro_batch)]
+            if batch.taught is None:
+                return whole
+            taught = [micro.taught for micro in batch.micro_batches(self.micro_batch)]
+            return [each._replace(taught=_moved(given, device)) for each, given in zip(whole, taught, strict=True)]
         found = []
         for micro in batch.micro_batches(self.micro_batch):
             assert micro.documents is not None
@@ -66,7 +71,8 @@ class StepSpec:
             counts = counting(micro.documents, micro.marks)
             arrays = (micro.tokens, counts, places, micro.labels, micro.reference)
             moved = (None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
-            found.append(Rows(*moved))  # type: ignore[arg-type]
+            rows = Rows(*moved)  # type: ignore[arg-type]
+            found.append(rows._replace(taught=_moved(micro.taught, device)))
         return found
 
     def loss(self, model: Stage, rows: Rows, weight: float | torch.Tensor) -> torch.Tensor:
@@ -93,6 +99,12 @@ class StepSpec:
         Where it differs from step to step a compiled model must not be compiled for each: then it is a tensor."""
         weight = max(1, self.objective.weight(batch))
         return torch.tensor(float(weight)) if self.compile and batch.documents is not None else weight
+
+
+def _moved(given: Any, device: torch.device) -> Any:
+    if given is None:
+        return None
+    return tuple(torch.from_numpy(np.ascontiguousarray(each)).to(device, non_blocking=True) for each in given)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,9 @@ class Batch:
     sequences: int = 1
     reference: NDArray[np.float32] | None = None
     """What a reference model gives for each row, fp32 [rows]; None where nothing compares with one."""
+    taught: tuple[NDArray[np.float32], NDArray[np.int32]] | None = None
+    """The likeliest tokens that a teacher gives at each position, their logits and ids, [rows, width, k] each; None
+    where there is no teacher, or it is asked for everything."""
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """Each micro-batch of `size` samples."""
@@ -60,18 +63,27 @@ class Batch:
                 None if self.marks is None else self.marks[part, :stop],
                 None if self.labels is None else self.labels[number * size : (number + 1) * size],
                 None if self.reference is None else self.reference[part],
+                None if self.taught is None else _at(self.taught, part, stop),
             )
 
 
+def _at(
+    taught: tuple[NDArray[np.float32], NDArray[np.int32]], part: slice, stop: int | None
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    width = None if stop is None else stop - 1
+    return taught[0][part, :width], taught[1][part, :width]
+
+
 class MicroBatch(NamedTuple):
-    """Rows of a batch, [rows, width + 1] each, the labels [samples] of their samples, and what a reference gives for
-    each row."""
+    """Rows of a batch, [rows, width + 1] each, the labels [samples] of their samples, and what a reference and a
+    teacher give for them."""
 
     tokens: NDArray[np.int64]
     documents: NDArray[np.int32] | None
     marks: NDArray[np.bool_] | None
     labels: NDArray[np.int64] | None
     reference: NDArray[np.float32] | None
+    taught: tuple[NDArray[np.float32], NDArray[np.int32]] | None = None
 
 
 def positions(documents: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -15,13 +15,15 @@ class Rows(NamedTuple):
     """A micro-batch: tokens int64 [rows, length + 1]; which targets count, bool [rows, length] (None: all); where each
     input is in its document, int64 [rows, length] (None: documents are not told apart); the labels of its samples,
     int64 [samples], each of which has as many rows, one after another, as the objective's records have sequences; and
-    what a reference model gives for each row, fp32 [rows], where the objective compares with one."""
+    what a reference model gives for each row, fp32 [rows], where the objective compares with one; and the likeliest
+    tokens that a teacher gives at each input, their logits fp32 and ids int32, [rows, length, k] each."""
 
     tokens: torch.Tensor
     counting: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    taught: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def next_tokens(self) -> torch.Tensor:
         """The token after each input, where it counts: int64 [rows, length], IGNORED elsewhere."""
@@ -36,4 +38,5 @@ class Rows(NamedTuple):
             None if self.positions is None else self.positions[:rows, :1],
             None if self.labels is None else self.labels[:1],
             None if self.reference is None else self.reference[:rows],
+            None if self.taught is None else (self.taught[0][:rows, :1], self.taught[1][:rows, :1]),
         )

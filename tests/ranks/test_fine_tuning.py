@@ -14,6 +14,7 @@ from tests.ranks.local_ranks import run_ranks
 from tests.ranks.tuned import OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
 from tests.selection import nightly
 from tests.tasks_in_tests import write_tasks
+from tests.unit.test_adapters import base_in
 
 SAYS = {"prompts": ["apple", "stone river", "seven"], "chat": True, "max_new_tokens": 3, "temperature": 0.8}
 EVALUATION = {"share": 0.2, "every_steps": 1, "at_start": True}
@@ -66,6 +67,20 @@ def test_an_objective_is_one_ranks_in_every_layout(name: str, tmp_path: Path) ->
         assert len(said[0]) == 3
         assert said[0] != said[-1], "what it draws depends on what it has learnt"
     assert metrics[0]["loss"] != metrics[-1]["loss"]
+
+
+@pytest.mark.parametrize("top_k", [5, *nightly([0])])
+def test_what_a_teacher_gives_is_one_ranks_in_every_layout(top_k: int, tmp_path: Path) -> None:
+    """A row is asked about by whoever computes with it; packed rows of several documents."""
+    objective = {"name": "distill", "teacher": str(base_in(tmp_path)), "alpha": 0.2, "top_k": top_k}
+    data = {"packing": "pack", "document_mask": True, "sequence_length": 32, "document": "line"}
+    source = tmp_path / "lines.txt"
+    source.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(90)))
+    asked = {"objective": objective, "data": {**data, "source": str(source)}}
+    losses, *_ = assert_all_alike("sft-completions", tmp_path, LAYOUTS, **asked)
+    alone = {**asked, "objective": {**objective, "alpha": 1.0}}
+    others, *_ = assert_all_alike("sft-completions", tmp_path, LAYOUTS[:1], **alone)
+    assert losses != others, "it learns from the teacher"
 
 
 def test_tasks_are_one_ranks_in_every_layout(tmp_path: Path) -> None:

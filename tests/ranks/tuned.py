@@ -14,6 +14,7 @@ from orchestrator.job.parts import update_rule_of
 from orchestrator.storage import open_storage
 from orchestrator.training import build
 from orchestrator.training.evaluator import Evaluator
+from orchestrator.training.teaching import Teaching
 from strategies.comm.fabric import Fabric
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain
@@ -64,10 +65,10 @@ def job_of(name: str, directory: Path, layout: ParallelLayout | None = None, **s
     }  # fmt: skip
     if name == "embedding":
         base["train"]["micro_batch"] = 2
-    if base["data"]["packing"] == "pack":
-        del base["data"]["pad_to"]
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
+    if base["data"]["packing"] == "pack":
+        del base["data"]["pad_to"]
     return Job.model_validate(base)
 
 
@@ -78,7 +79,9 @@ def engine_of(job: Job, storage: Path) -> tuple[StepEngine, Evaluator]:
     dataset = dataset_of(job, open_stores(job, stores))
     held_out = held_out_of(job, open_stores(job, held, is_held_out=True))
     state = build.build_state(job, dataset.vocab_size, CPU)
-    engine = StepEngine(state, build.step_spec(job), dataset.batch, rule=update_rule_of(job))
+    teaching = Teaching.of(job, CPU)
+    fetch = dataset.batch if teaching is None else teaching.joined_to(dataset.batch)
+    engine = StepEngine(state, build.step_spec(job), fetch, rule=update_rule_of(job))
     catalog = Catalog(open_storage(str(storage)), "test")
     return engine, Evaluator(job, dataset, held_out, engine, catalog)
 

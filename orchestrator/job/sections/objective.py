@@ -55,8 +55,12 @@ class Objective(Section):
         return self
 
     def numerics(self) -> dict[str, Any]:
-        """See `Section`: with what the objective is told."""
-        return super().numerics() | self.settings
+        """See `Section`: with what the objective is told. What is in a teacher's directory counts, not where that
+        is."""
+        told = self.settings
+        if told.get("content") is not None:
+            told.pop("teacher", None)
+        return super().numerics() | told
 
     def made(self) -> Kind:
         """The objective. Raises PluginError."""
