@@ -268,7 +268,7 @@ def summary(result: dict[str, Any], run_dir: str) -> list[str]:
         lines.append(f"{event['kind']:<11}{where}: {describe_recovery(event)}")
     for index in result.get("faults_not_fired", []):
         lines.append(f"{'note':<11}fault {index} of the job never happened: its worker was not there at that step")
-    for which, found in result.get("evaluation", {}).items():
+    for which, found in (result.get("evaluation") or {}).items():
         step = found["step"]
         if which == "last" or step != result["evaluation"]["last"]["step"]:
             rest = {name: value for name, value in found.items() if name != "step"}

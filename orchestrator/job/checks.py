@@ -444,6 +444,9 @@ def _objective(get: Get) -> Iterator[Finding]:
             )
     if kind.needs_teacher:
         yield from _teacher(get)
+    if get("elastic.teachers") and not (kind.needs_teacher and get("objective").get("top_k")):
+        reason = "teachers answer for objective distill with top_k, the only thing that is small enough to be sent"
+        yield Finding(("elastic.teachers", "objective.name"), reason)
     if not kind.shapes:
         yield from _texts_only(get, kind.name)
     elif get("data.packing") == "stream":

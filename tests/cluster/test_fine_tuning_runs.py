@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -144,3 +146,59 @@ def test_the_other_examples_run(tmp_path: Path, cache: Path, made: Path, base: P
         assert first["metrics"]["margin"] == 0 != last["metrics"]["margin"]
     else:
         assert last["metrics"]["loss"] < first["metrics"]["loss"]
+
+
+@pytest.mark.nightly
+def test_teachers_answer_from_processes_of_their_own(tmp_path: Path, cache: Path, base: Path) -> None:
+    """One is killed; what the student learns is what it learns from a teacher in its own process."""
+    results = []
+    for teachers in (0, 2):
+        home = tmp_path / str(teachers)
+        home.mkdir()
+        command = CommandLine(home, home / "cache")
+        command.job = EXAMPLES / "distill.yaml"
+        process = command.start(
+            *FEW, "--set", "train.steps=12", "--set", f"objective.teacher={base}", "--set", "objective.top_k=8",
+            "--set", "evaluation={share: 0.01, every_steps: 12, samples: 8}", "--set", f"elastic.teachers={teachers}",
+            "--set", "elastic.workers.max=1", "--set", f"data.source={text_in(tmp_path)}",
+            "--set", "data.document=line",
+        )  # fmt: skip
+        if teachers:
+            wait_for(lambda command=command: steps_of(command) >= 2, process)
+            victims = teachers_of(process.pid)
+            assert len(victims) == teachers
+            victims[0].kill()
+        output, _ = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, output
+        results.append(json.loads(output))
+        if teachers:
+            assert not any(victim.is_running() for victim in victims), "they end with the run"
+    alone, asked = results
+    assert asked["state_digest"] == alone["state_digest"]
+    assert asked["evaluation"] == alone["evaluation"]
+
+
+def text_in(directory: Path) -> Path:
+    """Lines to learn from."""
+    path = directory / "lines.txt"
+    path.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(4000)))
+    return path
+
+
+def steps_of(command: CommandLine) -> int:
+    path = command.run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def wait_for(condition: Any, process: Any) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def teachers_of(pid: int) -> list[psutil.Process]:
+    """The processes with teachers of a driver's own cluster."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [each for each in children if any("ray::TeacherActor" in part for part in each.cmdline())]

@@ -81,7 +81,7 @@ def test_the_closing_lines_say_what_happened() -> None:
     assert "worker 1 at step 20: recovered in 0.21 s (detected after 0.04 s), 0 steps lost, 10.6 MB from peers" in text
     assert "sha256:aa" in text
     assert "/runs/x" in text
-    failed = "\n".join(summary({"status": "failed", "steps": 0, "reason": "no room"}, "/runs/x"))
+    failed = "\n".join(summary({"status": "failed", "steps": 0, "reason": "no room", "evaluation": None}, "/runs/x"))
     assert "no room" in failed
 
 

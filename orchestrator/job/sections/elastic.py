@@ -61,6 +61,9 @@ class Elastic(Section):
     """The fixed number of shares a step's batch is cut into; the numbers depend on it."""
     standby: Annotated[CountInt, CIRCUMSTANCES] = 0
     """Started workers kept ready beside the running ones."""
+    teachers: Annotated[CountInt, CIRCUMSTANCES] = 0
+    """Processes that answer for the teacher of objective distill (`top_k`), each with what `resources` gives a worker.
+    0: every worker has the teacher itself."""
     state_copies: Annotated[PositiveInt, CIRCUMSTANCES] = 2
     """Living holders of every chunk of state, in different failure domains."""
     heartbeat_interval_s: Annotated[PositiveFloat, CIRCUMSTANCES] = 1.0

@@ -34,6 +34,10 @@ def worker_name(run_id: str, worker: WorkerId) -> str:
     return f"{run_id}/worker-{worker}"
 
 
+def teacher_name(run_id: str, number: int | str) -> str:
+    return f"{run_id}/teacher-{number}"
+
+
 class Bundle:
     """The placement group of a unit: one worker, or a tensor-parallel group, which shares a node. It is None until Ray
     has been asked for it, by its `name`. It is given back when its last worker is gone; until then a lost one is
@@ -261,6 +265,17 @@ def _actors(run_id: str) -> dict[WorkerId, Any]:
     return found
 
 
+def _teachers(run_id: str) -> list[Any]:
+    """The processes that answer for its teacher."""
+    names = [entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)]
+    found = []
+    for name in names:
+        if name.startswith(teacher_name(run_id, "")):
+            with suppress(ValueError):
+                found.append(ray.get_actor(name, namespace=NAMESPACE))
+    return found
+
+
 def _group_named(name: str) -> PlacementGroup | None:
     """What an earlier attempt to ask for it left, if it came to be."""
     for group_id, entry in ray.util.placement_group_table().items():
@@ -311,12 +326,12 @@ def release_places(run_id: str, taken: Iterable[Bundle]) -> None:
 
 
 def end_workers(run_id: str, patience_s: float = 0.0) -> None:
-    """Ends whatever workers of a run are left, and gives back their places, also those that no worker came to fill.
-    Ray is asked again for this long while it does not answer."""
+    """Ends whatever workers of a run are left, and its teachers, and gives back their places, also those that no worker
+    came to fill. Ray is asked again for this long while it does not answer."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            for actor in _actors(run_id).values():
+            for actor in (*_actors(run_id).values(), *_teachers(run_id)):
                 with suppress(Exception):
                     ray.kill(actor, no_restart=True)
             release_places(run_id, ())

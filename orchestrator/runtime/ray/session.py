@@ -207,7 +207,7 @@ def _own_cluster(job: Job, local_nodes: int, home: str) -> Iterator[None]:
     # A place more than the job can fill: a replacement starts beside the worker, or the tensor-parallel group, that it
     # replaces.
     tensor = job.strategy.tensor
-    units = math.ceil((job.elastic.workers.max + job.elastic.standby) / tensor) + 1
+    units = math.ceil((job.elastic.workers.max + job.elastic.standby + job.elastic.teachers) / tensor) + 1
     needed = math.ceil(units * tensor * job.resources.cpu)
     quiet: dict[str, Any] = {
         "include_dashboard": False,

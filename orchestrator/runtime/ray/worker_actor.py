@@ -10,7 +10,7 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -22,6 +22,10 @@ from orchestrator.runtime.action_log import set_up_logs
 from orchestrator.runtime.mailbox import Delivery, Introduction
 from orchestrator.training.messages import Reply
 from orchestrator.urls import take_over
+
+if TYPE_CHECKING:
+    from orchestrator.job import Job
+    from orchestrator.training.teaching import Ask
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class WorkerActor:
         os.umask(self._spec["umask"])  # What is written of this run is as open as its directory.
         about = set_up_logs(self._spec, f"worker-{self._id}", worker=self._id.slot)
         take_over(self._spec["environment"])
-        _go_to(self._spec["cwd"])
+        go_to(self._spec["cwd"])
         from orchestrator.job import Job
 
         job = Job.model_validate(self._spec["job"])
@@ -110,7 +114,16 @@ class WorkerActor:
             on_shutdown=lambda: os._exit(0),
             on_broken=lambda: os._exit(6),
             log_context=about,
+            ask=self._teachers(job),
         )
+
+    def _teachers(self, job: Job) -> Ask | None:
+        """Those in processes of their own; None where each worker has its own."""
+        if not job.elastic.teachers:
+            return None
+        from orchestrator.runtime.ray.teachers import RemoteTeachers
+
+        return RemoteTeachers(self._spec["run_id"], self._spec, job)
 
     def _report(self, message: Any) -> Reply | None:
         sent = self._controller.report.remote(self._id, message, reading())
@@ -164,7 +177,7 @@ class WorkerActor:
         os._exit(0)
 
 
-def _go_to(directory: str | None) -> None:
+def go_to(directory: str | None) -> None:
     """Makes relative paths and the job's own modules be found; None: Ray has put this process where they are."""
     if directory is not None:
         try:
