@@ -54,6 +54,7 @@ def export(
     from orchestrator.checkpoint.adapters import MergedWeights, export_adapter
     from orchestrator.checkpoint.export import export as write
     from orchestrator.checkpoint.weights import weights_of
+    from orchestrator.models.quantization import DequantizedWeights
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
@@ -74,6 +75,8 @@ def export(
     if job.adapter is None:
         files, what = write(weights, job, to, dtype), "model"
     elif merge:
+        if job.adapter.quantize_base != "none":
+            weights = DequantizedWeights(weights)
         files, what = write(MergedWeights(weights, job.adapter), job, to, dtype), "model"
     else:
         files, what = export_adapter(weights, job, to, dtype), "adapter"

@@ -460,6 +460,17 @@ def _objective(get: Get) -> Iterator[Finding]:
         yield Finding(("data.packing", "objective.name"), reason)
 
 
+def _adapter(get: Get) -> Iterator[Finding]:
+    if get("adapter") is None or get("adapter.quantize_base") == "none":
+        return
+    if get("adapter.name") == "dora":
+        reason = "dora takes norms of the frozen weights in every pass, which a quantized base has not; use lora"
+        yield Finding(("adapter.quantize_base", "adapter.name"), reason)
+    if (tensor := get("strategy.tensor")) > 1:
+        reason = f"a quantized base is not split over tensor-parallel ranks; got tensor = {tensor}: set it to 1"
+        yield Finding(("adapter.quantize_base", "strategy.tensor"), reason)
+
+
 def _teacher(get: Get) -> Iterator[Finding]:
     if get("strategy.tensor") > 1:
         reason = (
@@ -512,6 +523,7 @@ def _update_rule(get: Get) -> Iterator[Finding]:
 
 _RULES: tuple[Rule, ...] = (
     _objective,
+    _adapter,
     _optimizer,
     _update_rule,
     _model,

@@ -112,7 +112,12 @@ def _with_what_is_trained(job: Job, prepared: Prepared) -> Prepared:
         return prepared
     from orchestrator.models.adapters import AdaptedValues
 
-    return prepared._replace(values=AdaptedValues(prepared.values, model, job.train.seed))
+    values: Values = AdaptedValues(prepared.values, model, job.train.seed)
+    if (kind := job.adapter.quantize_base) != "none":
+        from orchestrator.models.quantization import quantize_base
+
+        values = quantize_base(model, values, kind)
+    return prepared._replace(values=values)
 
 
 def choose_trained(job: Job, model: nn.Module) -> nn.Module:

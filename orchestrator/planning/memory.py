@@ -94,7 +94,8 @@ def _weights(work: Work, rank: Rank, degrees: Degrees, *, is_borrowed: bool) -> 
     # Sharded weights are kept as they are updated, and gathered as they are computed with.
     each = work.state.weights if is_sharded else work.computed_bytes
     second = rank.second_uses if is_borrowed else 0
-    computed = each * (rank.parameters + rank.frozen + second) / shared
+    frozen = each * rank.frozen / shared if work.frozen_bytes is None else work.frozen_bytes * rank.frozen
+    computed = each * (rank.parameters + second) / shared + frozen
     if is_sharded or (work.offloads and (work.has_copies or shard != "none")):
         return computed
     if shard == "none":

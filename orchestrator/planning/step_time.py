@@ -126,7 +126,8 @@ def _reduction(
     reduce = held * scatter_s(gradient, data, link)
     if degrees.shard == "gradients":
         return reduce, scatter_s(weights, data, link)
-    everything = weights + stages.most_frozen * work.computed_bytes
+    # What is quantized is whole on every rank.
+    everything = weights + (stages.most_frozen * work.computed_bytes if work.frozen_bytes is None else 0.0)
     gather = stages.most_blocks * scatter_s(everything / stages.most_blocks, data, link)
     # Weights are let go of after the forward pass of a micro-batch and gathered again for its backward pass.
     gather += stages.most_blocks * hardware.gather_s

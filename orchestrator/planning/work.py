@@ -28,6 +28,10 @@ ADAMW = StateBytes(weights=4.0, gradients=4.0, optimizer=8.0)
 """With that optimizer: weights that are updated, gradients and moments are fp32 in every precision."""
 
 
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.53125}
+"""Of a weight, with its part of a scale."""
+
+
 @dataclass(frozen=True)
 class StepSettings:
     """What a job says of a step, whatever its model is. `micro_batches` is per virtual worker, `tokens` per
@@ -41,6 +45,8 @@ class StepSettings:
     canonical: bool = True
     offloads: bool = False
     """Whether what only updates need is kept in host memory."""
+    frozen_bytes: float | None = None
+    """Of a frozen weight. None: as of one that is computed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ def step_settings(job: Job) -> StepSettings:
         state_copies=job.elastic.state_copies,
         canonical=job.strategy.reduction == "canonical",
         offloads=job.train.offload == "optimizer",
+        frozen_bytes=None if job.adapter is None else QUANTIZED_BYTES.get(job.adapter.quantize_base),
     )
 
 

@@ -51,10 +51,12 @@ def made_up_values(
 ) -> torch.Tensor:
     """Numbers of about the size of weights, to try a model out with. No two rows of a matrix are alike, and yet it
     takes the memory of a row and a column only, whatever the shape: element i, j is number i + j of a sequence. (Stacks
-    of matrices have memory of their own: operations on experts refuse others.)"""
+    of matrices have memory of their own: operations on experts refuse others.) Of an integer type, codes of weights."""
     generator = torch.Generator().manual_seed(seed)
     sequence = torch.randn(sum(shape) - len(shape) + 1, generator=generator).to(device)
     # Vectors scale what goes through: none of them is near zero.
     sequence = sequence.mul_(0.05) if len(shape) > 1 else sequence.mul_(0.1).add_(1.0)
+    if not dtype.is_floating_point:
+        sequence = sequence.mul_(1000).remainder_(128)
     values = sequence.to(dtype).as_strided(shape, (1,) * len(shape))
     return values if len(shape) < 3 else values.contiguous()

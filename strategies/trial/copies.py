@@ -50,6 +50,8 @@ class Copies:
         return made
 
     def _value(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        if not parameter.is_floating_point():
+            dtype = parameter.dtype
         is_made_up = parameter.is_meta or (self._makes_up and parameter.is_floating_point())
         if not is_made_up and (dtype == torch.float32 or not parameter.requires_grad):
             return parameter

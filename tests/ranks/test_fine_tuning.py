@@ -11,7 +11,7 @@ from orchestrator.data.of_job import prepare_held_out, prepare_stores
 from strategies.layout.parallel import ParallelLayout
 from tests.ranks.laid_out import layout_of
 from tests.ranks.local_ranks import run_ranks
-from tests.ranks.tuned import OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
+from tests.ranks.tuned import LLAMA, OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
 from tests.selection import nightly
 from tests.tasks_in_tests import write_tasks
 from tests.unit.test_adapters import base_in
@@ -95,10 +95,13 @@ def test_tasks_are_one_ranks_in_every_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", *nightly(["classification", "dpo"])])
-@pytest.mark.parametrize("kind", ["lora", *nightly(["dora"])])
+@pytest.mark.parametrize("kind", ["lora", *nightly(["dora", "lora int8", "lora nf4"])])
 def test_an_adapter_is_one_ranks_in_every_layout(name: str, kind: str, tmp_path: Path) -> None:
-    adapter = {"name": kind, "r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
-    assert_all_alike(name, tmp_path, LAYOUTS, adapter=adapter)
+    kind, _, base = kind.partition(" ")
+    adapter = {"name": kind, "r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"],
+               "quantize_base": base or "none"}  # fmt: skip
+    wide = {"hidden_size": 64, "intermediate_size": 128} if base == "nf4" else {}
+    assert_all_alike(name, tmp_path, LAYOUTS, adapter=adapter, model={"hf": LLAMA | wide})
 
 
 @pytest.mark.parametrize(

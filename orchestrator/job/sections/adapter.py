@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from orchestrator.job.fields import NUMBERS, Decay, PositiveFloat, PositiveInt, Section, Text, one_of
+from orchestrator.job.fields import NUMBERS, NUMBERS_LATER, Decay, PositiveFloat, PositiveInt, Section, Text, one_of
 
 
 class Adapter(Section):
@@ -26,5 +26,8 @@ class Adapter(Section):
         NUMBERS,
     ] = "all-linear"
     """The modules that get one, by the last parts of their names."""
+    quantize_base: Annotated[Literal["none", "int8", "nf4"], NUMBERS_LATER] = "none"
+    """What frozen linear modules are kept in, but for the head: int8 by row, or nf4 (4 bits, as QLoRA has it) in blocks
+    of 64."""
     modules_to_save: Annotated[list[Text], NUMBERS] = Field(default_factory=list)
     """Modules that are trained whole beside it."""
