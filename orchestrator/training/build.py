@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -115,6 +116,15 @@ def _measured(measure: Callable[[], tuple[int, int]]) -> tuple[int, int]:
         if kind_of(error) is not OutOfMemory:
             raise
         return 0, 2 * ALWAYS_TAKEN
+
+
+def spare_imports(job: Job) -> None:
+    """Has the garbage collector leave alone what is imported by now, with transformers where the model is one of
+    theirs: hundreds of thousands of objects that it would look at with the interpreter's lock held, 0.2 s each time,
+    also when a worker has to recover. Nothing that holds a tensor may be there yet."""
+    if job.model.hf is not None:
+        import transformers.modeling_utils  # noqa: F401
+    gc.freeze()
 
 
 def prepare_groups(job: Job, device: torch.device, host: str) -> None:

@@ -153,6 +153,7 @@ class Worker:
         self.gpu.start()
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
+        build.spare_imports(job)
         self._build(dataset, held_out, device, ask)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
