@@ -87,6 +87,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[W
         command.job.write_text((ROOT / "examples" / "quickstart.yaml").read_text())
         process = command.start(
             "--set", f"monitoring.targets={targets}", "--set", "train.steps=100000", "--set", "elastic.workers.max=3",
+            "--set", "evaluation={share: 0.01, every_steps: 20, samples: 4, best: {metric: loss}}",
             "--set", LEISURELY, "--fault", "step=20,worker=1,kind=kill",
             "--fault", "step=30,worker=2,kind=hang", "--fault", "step=40,kind=controller", "--json",
         )  # fmt: skip
