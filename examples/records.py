@@ -6,7 +6,7 @@ writes below `examples/records` (or DIRECTORY):
 
 - paragraphs.jsonl: paragraphs of source code, documentation and licences, and which of these they are;
 - chats.jsonl: questions about functions of the standard library, answered with the first line of their documentation;
-- preferences.jsonl: the same questions, each with the right answer and that of another function.
+- preferences.jsonl: the same questions, each with its answer and the words of that in another order.
 
 The order and what is in them is the same every time with the same Python and packages.
 """
@@ -21,7 +21,7 @@ import random
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,19 @@ def answers() -> list[tuple[str, str]]:
     return found
 
 
+def shuffled(texts: Iterable[str]) -> Iterator[str]:
+    """Their words in another order, the same every time."""
+    chance = random.Random(0)
+    for text in texts:
+        words = text.split()
+        chance.shuffle(words)
+        yield " ".join(words)
+
+
 def main() -> None:
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "records"
     directory.mkdir(parents=True, exist_ok=True)
     known = answers()
-    chance = random.Random(0)
-    others = [answer for _, answer in known]
-    chance.shuffle(others)
     made = {
         "paragraphs": labelled(),
         "chats": [
@@ -120,7 +126,7 @@ def main() -> None:
         ],
         "preferences": [
             {"prompt": ask, "chosen": answer, "rejected": other}
-            for (ask, answer), other in zip(known, others, strict=True)
+            for (ask, answer), other in zip(known, shuffled(answer for _, answer in known), strict=True)
             if answer != other
         ],
     }
