@@ -203,26 +203,32 @@ def _model_of(job: Job, tokenizer: Tokenizer, passes: Passes) -> Any:
             return [math.fsum(next(found)[0] for _ in range(count)) for count in counts]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            prompts, most, stops = [], [], []
-            for request in requests:
-                context, asked = request.args
-                if asked.get("do_sample") and asked.get("temperature", 0.0) > 0:
-                    raise DataError(
-                        "evaluation.tasks: a task draws its answers; only the likeliest tokens are generated"
-                    )
-                until = asked.get("until") or []
-                stops.append([until] if isinstance(until, str) else list(until))
-                most.append(min(int(asked.get("max_gen_toks", USUAL_NEW_TOKENS)), room - 1))
-                prompts.append(np.array(self.tok_encode(context)[-(room - most[-1]) :], dtype=np.int64))
-
-            def is_over(number: int, new: NDArray[np.int64]) -> bool:
-                text = tokenizer.decode(new)
-                return new[-1] == self.eot_token_id or any(stop in text for stop in stops[number])
-
-            said = map(tokenizer.decode, go_on(passes, job, prompts, most, is_over))
-            return [_until(text, stop) for text, stop in zip(said, stops, strict=True)]
+            asked = [request.args for request in requests]
+            return _generated(job, tokenizer, passes, [(self.tok_encode(text), given) for text, given in asked])
 
     return Model()
+
+
+def _generated(
+    job: Job, tokenizer: Tokenizer, passes: Passes, asked: Sequence[tuple[list[int], dict[str, Any]]]
+) -> list[str]:
+    """How the model goes on with each of these tokens, until what the library's settings beside them say."""
+    prompts, most, stops = [], [], []
+    room = job.data.sequence_length
+    for tokens, settings in asked:
+        if settings.get("do_sample") and settings.get("temperature", 0.0) > 0:
+            raise DataError("evaluation.tasks: a task draws its answers, and only likeliest ones are generated")
+        until = settings.get("until") or []
+        stops.append([until] if isinstance(until, str) else list(until))
+        most.append(min(int(settings.get("max_gen_toks", USUAL_NEW_TOKENS)), room - 1))
+        prompts.append(np.array(tokens[-(room - most[-1]) :], dtype=np.int64))
+
+    def is_over(number: int, new: NDArray[np.int64]) -> bool:
+        text = tokenizer.decode(new)
+        return int(new[-1]) == tokenizer.end_of_document or any(stop in text for stop in stops[number])
+
+    said = map(tokenizer.decode, go_on(passes, job, prompts, most, is_over))
+    return [_until(text, stop) for text, stop in zip(said, stops, strict=True)]
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

@@ -134,8 +134,7 @@ class Worker:
         """For how long the last step boundary was held up, to save or to see that there is nothing to save."""
         self._saved_at = -1
         """The step of the last state of this generation that was saved."""
-        self._spoken = 0
-        self._phase, self._phase_step = "idle", 0
+        self._spoken, self._phase, self._phase_step = 0, "idle", 0
 
         self._lateness = Lateness()
         self._lateness.watch()
@@ -153,7 +152,6 @@ class Worker:
         self.gpu.start()
         self._rendezvous, (_, port, _) = serve_store(host, secret, self._without_rendezvous)
         self._faults = FaultInjector(job, worker.slot, self._announce_fault, self)
-        build.spare_imports(job)
         self._build(dataset, held_out, device, ask)
         self.ready = self._introduction(node, pid, port, zone)
         self._lateness.close()  # From here on the reporting thread sees for itself.
@@ -161,6 +159,7 @@ class Worker:
     def _build(self, dataset: Dataset, held_out: HeldOut | None, device: torch.device, ask: Ask | None) -> None:
         """Model, state, and what works with them; then a first pass."""
         job = self.job
+        build.spare_imports(job)
         self.state = build.build_state(job, dataset.vocab_size, device)
         delay = self._faults.delay if self._faults.may_be_slow else None
         self._fetch = build.make_fetch(job, dataset, delay, Teaching.of(job, device, ask))

@@ -240,6 +240,13 @@ class FlatRanges:
         return cls._laid(sorted(ranges), boundary)
 
     @classmethod
+    def dense(cls, ranges: Iterable[tuple[int, int]]) -> FlatRanges:
+        """Ascending ranges end to end without anything between them: of a message, of which nothing is computed."""
+        kept = tuple(ranges)
+        offsets = [0, *accumulate(stop - start for start, stop in kept)]
+        return cls(kept, offsets[-1], offsets[-1], tuple(offsets[:-1]))
+
+    @classmethod
     def _laid(cls, ranges: list[tuple[int, int]], boundary: int) -> FlatRanges:
         offsets, size, decayed = [], 0, 0
         for start, stop in ranges:

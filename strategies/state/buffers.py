@@ -166,12 +166,12 @@ def part_of_span(space: Space, span: Span) -> FlatRanges:
     ranges = [
         (max(slot.offset, span.start), min(slot.stop, span.stop)) for slot in space.overlapping(span.start, span.stop)
     ]
-    return FlatRanges.pieces(ranges, 0)
+    return FlatRanges.dense(ranges)
 
 
 def whole_of_span(span: Span) -> FlatRanges:
     """The same of a kind that is kept for every element."""
-    return FlatRanges.pieces([(span.start, span.stop)], 0)
+    return FlatRanges.dense([(span.start, span.stop)])
 
 
 Spaces = Mapping[str, Space]

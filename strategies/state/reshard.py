@@ -105,8 +105,7 @@ class _Move:
         }
         sizes = [flat.size for flat in self._in_message.values()]
         self.num_bytes = 4 * sum(sizes)
-        # What is not an element of any parameter is zero.
-        self.buffer = torch.zeros(sum(sizes) + DIGEST_ELEMENTS, device=groups.device)
+        self.buffer = torch.empty(sum(sizes) + DIGEST_ELEMENTS, device=groups.device)
         self._parts = dict(zip(kinds, self.buffer[:-DIGEST_ELEMENTS].split(sizes), strict=True))
         self._is_source = transfer.source == groups.rank
         self._work: Any

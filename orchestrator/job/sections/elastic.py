@@ -54,7 +54,9 @@ class Scaling(Section):
 
 
 class Elastic(Section):
-    """What may change while the job runs, and how long to wait before it does. `_s` is seconds."""
+    """What may change while the job runs, and how long to wait before it does. `_s` is seconds.
+
+    More than 15 attributes: what a run does about its processes is all looked for here."""
 
     workers: Annotated[Workers, CIRCUMSTANCES] = Field(default_factory=Workers)
     virtual_workers: Annotated[PositiveInt, NUMBERS] = 8

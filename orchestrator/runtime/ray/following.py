@@ -20,7 +20,8 @@ from orchestrator.runtime.executor import Executor, ExecutorContext
 from orchestrator.runtime.interruption import NOBODY_READS, Interruption
 from orchestrator.runtime.ray.controller_actor import ControllerActor
 from orchestrator.runtime.ray.head_watch import HeadWatch, watching_head
-from orchestrator.runtime.ray.placement import NAMESPACE, controller_name, end_workers
+from orchestrator.runtime.ray.names import NAMESPACE, controller_name
+from orchestrator.runtime.ray.placement import end_workers
 from orchestrator.runtime.ray.session import HEAD, ClusterError
 from orchestrator.runtime.result import outline
 from orchestrator.runtime.run_log import generation_entry, is_training, recovery_entry

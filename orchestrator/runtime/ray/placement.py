@@ -17,25 +17,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.control.core.workers import WorkerId
+from orchestrator.runtime.ray.names import NAMESPACE, teacher_name, worker_name
 from orchestrator.runtime.ray.resource_request import Need, has_room
 from orchestrator.runtime.ray.worker_actor import WorkerActor
 
 log = logging.getLogger(__name__)
-
-NAMESPACE = "orchestrator"
-"""All actors of all runs live in this Ray namespace."""
-
-
-def controller_name(run_id: str) -> str:
-    return f"{run_id}/controller"
-
-
-def worker_name(run_id: str, worker: WorkerId) -> str:
-    return f"{run_id}/worker-{worker}"
-
-
-def teacher_name(run_id: str, number: int | str) -> str:
-    return f"{run_id}/teacher-{number}"
 
 
 class Bundle:

@@ -25,7 +25,7 @@ from orchestrator.job import Job
 from orchestrator.rundir import is_package
 from orchestrator.runtime import reaper
 from orchestrator.runtime.ray import compat
-from orchestrator.runtime.ray.placement import NAMESPACE
+from orchestrator.runtime.ray.names import NAMESPACE
 
 _OBJECT_STORE_BYTES = 128 << 20
 """Nothing large goes through the object store here; the smallest useful one spares shared memory."""

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 
 from orchestrator.job import Job
-from orchestrator.runtime.ray.placement import NAMESPACE, teacher_name
-from orchestrator.runtime.ray.worker_actor import go_to
+from orchestrator.runtime.ray.names import NAMESPACE, teacher_name
+from orchestrator.runtime.ray.surroundings import go_to
 from orchestrator.training.teaching import Answer, Question
 from orchestrator.urls import take_over
 

@@ -20,6 +20,7 @@ from orchestrator.control.core.orders import Leave, Order
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.runtime.action_log import set_up_logs
 from orchestrator.runtime.mailbox import Delivery, Introduction
+from orchestrator.runtime.ray.surroundings import go_to
 from orchestrator.training.messages import Reply
 from orchestrator.urls import take_over
 
@@ -175,19 +176,3 @@ class WorkerActor:
             self._worker.shutdown()
         time.sleep(0.05)
         os._exit(0)
-
-
-def go_to(directory: str | None) -> None:
-    """Makes relative paths and the job's own modules be found; None: Ray has put this process where they are."""
-    if directory is not None:
-        try:
-            os.chdir(directory)
-        except OSError as error:
-            raise ValueError(
-                f"{directory}, where the run was started, cannot be entered on node {ray.util.get_node_ip_address()}: "
-                f"{error.strerror}; submit the job with its files (`orchestrator submit`), or start it in a directory "
-                "that every node has"
-            ) from error
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
