@@ -91,6 +91,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
 
     from orchestrator.data.of_job import dataset_of, prepare_stores
     from orchestrator.training import build
+    from orchestrator.training.deterministic import make_deterministic
     from strategies.comm.fabric import Fabric
     from strategies.comm.rendezvous_proof import StoreAddress
     from strategies.layout.placement import Domain
@@ -100,7 +101,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     from strategies.update.warm_up import warm_up
 
     device = torch.device("cpu")
-    build.make_deterministic(job, device)
+    make_deterministic(job, device)
     dataset = dataset_of(job, prepare_stores(job, verify=False))
     state = build.build_state(job, dataset.vocab_size, device)
     engine = StepEngine(state, build.step_spec(job), dataset.batch)

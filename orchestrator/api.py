@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -15,9 +16,11 @@ from orchestrator.checkpoint.of_run import job_of
 from orchestrator.data.of_job import with_steps
 from orchestrator.job import Job
 from orchestrator.job.kinds import hooks_from, sink_named
+from orchestrator.job.parts import objective_of
 from orchestrator.models.content import with_content
 from orchestrator.models.validation import look_at_model
 from orchestrator.rundir import RunDirectory, RunDirectoryError, runs_root
+from orchestrator.training.compared import with_compared
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def run(
     if job.hooks is not None:
         hooks_from(job.hooks)
     look_at_model(job)
-    job = with_content(job)
+    job = with_compared(with_content(job))
 
     from orchestrator.runtime.ray.driver import drive
 
@@ -106,13 +109,27 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def _like(before: Job, job: Job, is_finished: bool) -> Job:
-    """`job` as it compares with the job of a run that there is: by the content of its model's directory, unless that
-    run did not record it. Of a finished run the directory is not needed any more."""
+    """`job` as it compares with the job of a run that there is: by the content of what it names, unless that run did
+    not record it. Of a finished run that is not needed any more."""
+    job = _like_in_objective(before, job, is_finished)
     if before.model.content is None:
         return job
     if is_finished and job.model.content is None and job.model.hf == before.model.hf:
         return job.model_copy(update={"model": job.model.model_copy(update={"content": before.model.content})})
     return job if is_finished else with_content(job)
+
+
+def _like_in_objective(before: Job, job: Job, is_finished: bool) -> Job:
+    there, here = before.objective.settings, job.objective.settings
+    if there.get("content") is None or before.objective.name != job.objective.name:
+        return job
+    field = objective_of(before).another
+    # A run is named with the step of the checkpoint that was its newest when the other one began.
+    was, now = (re.sub("@[0-9]+$", "", str(settings.get(field))) for settings in (there, here))
+    if here.get("content") is None and was == now:
+        given = job.objective.model_dump(exclude_unset=True) | {"content": there["content"], field: there[field]}
+        job = job.model_copy(update={"objective": type(job.objective).model_validate(given)})
+    return job if is_finished else with_compared(job)
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[str]:

@@ -50,36 +50,19 @@ def export(
     ema: Annotated[bool, typer.Option("--ema", help="The mean of the weights (train.ema).")] = False,
 ) -> None:
     """Write the model of a checkpoint for `transformers` to load; of a run with an adapter that, for peft."""
-    from orchestrator.checkpoint import of_run
-    from orchestrator.checkpoint.adapters import MergedWeights, export_adapter
-    from orchestrator.checkpoint.export import export as write
-    from orchestrator.checkpoint.weights import weights_of
-    from orchestrator.models.quantization import DequantizedWeights
+    from orchestrator.checkpoint.export_run import export_run
+    from orchestrator.checkpoint.of_run import job_of
     from orchestrator.rundir import find_run
 
     directory = find_run(run)
-    job = of_run.job_of(directory)
+    job = job_of(directory)
     if merge and job.adapter is None:
         refuse("--merge: the job has no adapter; leave it out")
     if ema and job.train.ema is None:
         refuse("--ema: the job keeps no mean of its weights (train.ema); leave it out")
     if best:
         step = _best_of(directory, step)
-    catalog = of_run.catalog_of(directory, job, of_run.secret_of(job))
-    steps = catalog.steps()
-    if not steps or (step is not None and step not in steps):
-        there = ", ".join(map(str, steps)) or "none"
-        refuse(f"{directory.path} has no checkpoint{'' if step is None else f' of {step} steps'} (there: {there})")
-    chosen = steps[0] if step is None else step
-    weights = weights_of(catalog.open(chosen), job, ema=ema)
-    if job.adapter is None:
-        files, what = write(weights, job, to, dtype), "model"
-    elif merge:
-        if job.adapter.quantize_base != "none":
-            weights = DequantizedWeights(weights)
-        files, what = write(MergedWeights(weights, job.adapter), job, to, dtype), "model"
-    else:
-        files, what = export_adapter(weights, job, to, dtype), "adapter"
+    chosen, files, what = export_run(directory, to, step, dtype, merge=merge, ema=ema)
     size = sum(file.stat().st_size for file in files)
     print(f"{to}: the {what} after {chosen} steps, {len(files)} files, {size / 1e6:.1f} MB")
 

@@ -12,6 +12,7 @@ from orchestrator.job.load import located
 from orchestrator.models.content import with_content
 from orchestrator.models.problems import ModelError
 from orchestrator.models.validation import check_model
+from orchestrator.training.compared import with_compared
 
 
 def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: bool) -> None:
@@ -22,7 +23,7 @@ def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: 
     job = Job.load(path, overrides=overrides)
     with pointing_into(path, overrides):
         check_model(job)
-        job = with_content(job)
+        job = with_compared(with_content(job))
     if with_data:
         from orchestrator.data.trying import try_data
 

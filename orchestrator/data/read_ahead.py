@@ -24,6 +24,7 @@ SLOW_S = 0.002
 
 MAX_BYTES = 256 << 20
 _TELL_AGAIN_S = 60.0
+_LOOK_S = 1.0
 _STEPS_AHEAD = 2
 _REMEMBERED = 9
 _MIN_REMEMBERED = 3
@@ -61,6 +62,8 @@ class ReadAhead(Generic[T]):
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self._batch_bytes = 0
         self._told_at = -_TELL_AGAIN_S
+        self.look: Callable[[], object] = lambda: None
+        """Called every second by who waits for what is read ahead; what it raises ends the waiting."""
         self.is_slow = False
         """Whether batches are fetched ahead."""
         self._wanted: list[Key] = []  # in the order they will be asked for; some of them are ready
@@ -88,7 +91,8 @@ class ReadAhead(Generic[T]):
         with self._change:
             is_coming = key in self._ready or key == self._at_work
             while is_coming and key not in self._ready:
-                self._change.wait()
+                if not self._change.wait(_LOOK_S):
+                    self.look()
                 is_coming = key in self._ready or key == self._at_work
             batch, error = self._ready.pop(key) if is_coming else (None, None)
             # The batch asked for is read here, if it is not there, while the thread reads the ones after it.

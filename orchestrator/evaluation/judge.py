@@ -43,6 +43,11 @@ class EvaluationRules:
             best is not None, None if stop is None else stop.patience, 0.0 if stop is None else stop.threshold,
         )  # fmt: skip
 
+    @property
+    def decides(self) -> bool:
+        """Whether anything follows from the metric."""
+        return self.keeps_best or self.patience is not None
+
     def is_due(self, step: int) -> bool:
         """Whether the weights after `step` steps are evaluated."""
         if step == 0:
@@ -91,13 +96,26 @@ def judge(before: Judgement, step: int, metrics: Mapping[str, Any], rules: Evalu
     )
 
 
-def value_of(metrics: Mapping[str, Any], name: str) -> float | None:
-    """A metric by its name, which may have dots (per_class.spam.f1); None where there is none that is a number."""
+def is_measured(metrics: Mapping[str, Any], name: str) -> bool:
+    """Whether there is a metric of this name, or one of that name inside another (per_class.spam.f1)."""
+    return _found(metrics, name) is not _NOTHING
+
+
+_NOTHING = object()
+
+
+def _found(metrics: Mapping[str, Any], name: str) -> Any:
     value: Any = metrics
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return None
+            return _NOTHING
         value = value[part]
+    return value
+
+
+def value_of(metrics: Mapping[str, Any], name: str) -> float | None:
+    """A metric by its name, which may have dots (per_class.spam.f1); None where there is none that is a number."""
+    value = _found(metrics, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)

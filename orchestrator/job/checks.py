@@ -369,6 +369,9 @@ def _evaluation(get: Get) -> Iterator[Finding]:
         yield Finding(("evaluation",), "must have one of share and data, or tasks, and has none of them")
     if not given:
         yield from _without_samples(get)
+    if get("evaluation.task_samples") is not None and not get("evaluation.tasks"):
+        reason = "task_samples says how much of tasks is asked, and there are none; samples is about what is held out"
+        yield Finding(("evaluation.task_samples", "evaluation.tasks"), reason)
     yield from _metrics(get)
     yield from _tasks(get)
     yield from _generate(get)
@@ -447,6 +450,11 @@ def _objective(get: Get) -> Iterator[Finding]:
     if get("elastic.teachers") and not (kind.needs_teacher and get("objective").get("top_k")):
         reason = "teachers answer for objective distill with top_k, the only thing that is small enough to be sent"
         yield Finding(("elastic.teachers", "objective.name"), reason)
+    elif get("elastic.teachers") and get("objective").get("alpha") == 1:
+        reason = "alpha = 1 learns from labels alone, and no teacher is asked; lower alpha, or use teachers: 0"
+        yield Finding(("elastic.teachers", "objective.alpha"), reason)
+    if kind.needs_reference and get("objective").get("reference"):
+        yield from _reference(get)
     if not kind.shapes:
         yield from _texts_only(get, kind.name)
     elif get("data.packing") == "stream":
@@ -477,6 +485,16 @@ def _teacher(get: Get) -> Iterator[Finding]:
             f"a teacher is not split over tensor-parallel ranks; got tensor = {get('strategy.tensor')}: set it to 1"
         )
         yield Finding(("strategy.tensor",), reason)
+
+
+def _reference(get: Get) -> Iterator[Finding]:
+    if get("adapter") is not None or get("train.freeze"):
+        field = "train.freeze" if get("adapter") is None else "adapter"
+        reason = (
+            "what is frozen is that of the model, also while the reference is computed with; leave reference out (the "
+            "model as it is before training), or train all of it"
+        )
+        yield Finding(("objective.reference", field), reason)
 
 
 def _texts_only(get: Get, name: str) -> Iterator[Finding]:

@@ -20,7 +20,6 @@ import xxhash
 
 from monitoring.outside import json_text
 from orchestrator.job import Job
-from orchestrator.job.parts import objective_of
 from orchestrator.models.directory import find_directory
 from orchestrator.models.problems import reason_of, refused
 
@@ -39,12 +38,11 @@ _TOKENS = (".model", ".tiktoken")
 
 
 def with_content(job: Job) -> Job:
-    """The job with `model.content` filled in, if its model is a directory, and `objective.content`, if there is a
-    teacher; what `digest()` and `numerics()` then cover is the content and not the path.
+    """The job with `model.content` filled in, if its model is a directory; what `digest()` and `numerics()` then cover
+    is the content and not the path.
 
     Raises ModelError when there is no such directory, or when the job says another content than it has.
     """
-    job = _with_teachers_content(job)
     if not isinstance(job.model.hf, str):
         return job
     found = content_of(find_directory(job.model.hf))
@@ -55,24 +53,6 @@ def with_content(job: Job) -> Job:
             f"{job.model.hf} holds {found}, the job says {job.model.content}: its weights, configuration or tokenizer "
             "are not those that the job was made for; restore them, or name the directory that has them",
             "model.hf", "model.content",
-        )  # fmt: skip
-    return job
-
-
-def _with_teachers_content(job: Job) -> Job:
-    objective = objective_of(job)
-    if not objective.needs_teacher:
-        return job
-    name, said = objective.settings.teacher, objective.settings.content
-    found = content_of(find_directory(name))
-    if said is None:
-        given = job.objective.model_dump(exclude_unset=True) | {"content": found}
-        return job.model_copy(update={"objective": type(job.objective).model_validate(given)})
-    if said != found:
-        raise refused(
-            f"{name} holds {found}, the job says {said}: it is not the teacher that the job was made for; restore it, "
-            "or name the directory that has it",
-            "objective.teacher", "objective.content",
         )  # fmt: skip
     return job
 

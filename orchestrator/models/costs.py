@@ -27,6 +27,8 @@ class Block:
     Tokens are those of one sample in one forward pass. `kept` is what the forward pass keeps for the backward pass,
     `recomputed` what is needed while the backward pass runs, and `split` the part of either that tensor parallelism
     divides. `working` is needed only while the block runs; it is the head's, whose classes are divided.
+
+    More than 15 attributes: each is a number that the planner adds up by itself.
     """
 
     name: str
@@ -42,6 +44,10 @@ class Block:
     kept_split_bytes_per_token: int
     working_bytes_per_token: int = 0
     frozen_parameters: int = 0
+    frozen_linear: int = 0
+    """Of these, the ones of linear modules other than the head."""
+    largest_linear: int = 0
+    """The most that any of those has."""
     frozen_flops_per_token: int = 0
     """Of the forward pass, the products with frozen matrices, of which no gradient is made."""
     recomputed_flops_per_token: int = 0
@@ -122,7 +128,7 @@ def describe_modes(job: Job, modes: Sequence[str | EveryLayers]) -> list[ModelCo
         ]
     head = getattr(module, "get_output_embeddings", lambda: None)()
     if job.train.loss_chunk and objective_of(job).by_token and head is not None:
-        blocks[-1] = _with_chunks(job, measure, blocks[-1], head.weight)
+        blocks[-1] = _with_chunks(job, measure, blocks[-1], getattr(head, "base_layer", head).weight)
     costs = ModelCosts(
         blocks=tuple(blocks), tied=tied, hidden_size=measure.hidden, vocab_size=tokens.num_embeddings, heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads, value_bytes=measure.value_bytes,
@@ -258,10 +264,24 @@ def _blocks(
     tied = _head_weight(module, tokens) is tokens.weight
     blocks = [
         measure.embedding(first),
-        *(measure.layer(f"layer {index}", list(layer.named_parameters())) for index, layer in enumerate(layers)),
+        *(
+            _with_linear(measure.layer(f"layer {index}", list(layer.named_parameters())), layer)
+            for index, layer in enumerate(layers)
+        ),
         measure.head(last, tokens.weight if tied else None, tokens.num_embeddings),
     ]
     return blocks, tokens.weight.numel() if tied else 0
+
+
+def _with_linear(block: Block, layer: nn.Module) -> Block:
+    from torch import nn
+
+    sizes = [
+        part.weight.numel()
+        for part in layer.modules()
+        if isinstance(part, nn.Linear) and not part.weight.requires_grad
+    ]  # fmt: skip
+    return replace(block, frozen_linear=sum(sizes), largest_linear=max(sizes, default=0))
 
 
 @dataclass(frozen=True)

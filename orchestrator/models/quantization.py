@@ -26,10 +26,12 @@ def quantize_base(model: nn.Module, values: Values, kind: str) -> Values:
 
     given: Any = model
     head = given.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # With an adapter it is a module with the matrix in it.
+    kept = set() if head is None else set(head.modules())
     found = [
         (name, part)
         for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and part is not head and not part.weight.requires_grad
+        if isinstance(part, nn.Linear) and part not in kept and not part.weight.requires_grad
     ]
     if not found:
         raise refused("finds no frozen linear module to quantize", "adapter.quantize_base")

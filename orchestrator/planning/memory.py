@@ -62,6 +62,9 @@ def _of_rank(work: Work, stages: Stages, place: int, degrees: Degrees, held: int
     updated = state.gradients if shard == "none" else 0.0
     activations = _activations(work, rank, place, degrees, held)
     working = work.tokens * rank.working_bytes_per_token + rank.fixed_working_bytes
+    if work.frozen_bytes is not None:
+        # What is quantized is put together, a matrix at a time, to be computed with.
+        working += rank.largest_linear * work.computed_bytes
     # A copy has weights of its own, also where all replicas compute with all of them.
     copied = 0.0 if work.offloads else work.state.optimizer + work.state.weights
     kept, sent = _buffers(work, rank, degrees)
@@ -94,7 +97,8 @@ def _weights(work: Work, rank: Rank, degrees: Degrees, *, is_borrowed: bool) -> 
     # Sharded weights are kept as they are updated, and gathered as they are computed with.
     each = work.state.weights if is_sharded else work.computed_bytes
     second = rank.second_uses if is_borrowed else 0
-    frozen = each * rank.frozen / shared if work.frozen_bytes is None else work.frozen_bytes * rank.frozen
+    quantized = 0 if work.frozen_bytes is None else rank.frozen_linear
+    frozen = each * (rank.frozen - quantized) / shared + (work.frozen_bytes or 0.0) * quantized
     computed = each * (rank.parameters + second) / shared + frozen
     if is_sharded or (work.offloads and (work.has_copies or shard != "none")):
         return computed

@@ -49,6 +49,8 @@ def _rank(model: ModelCosts, parts: dict[int, list[int]], tensor: int) -> Rank:
     return Rank(
         parameters=sum(sizes),
         frozen=sum(frozen),
+        frozen_linear=sum(-(-block.frozen_linear // tensor) for block in blocks),
+        largest_linear=max(-(-block.largest_linear // tensor) for block in blocks),
         second_uses=second,
         largest_block=max(gathered),
         flops_per_token=sum(block.training_flops_per_token for block in blocks) / tensor,

@@ -46,7 +46,7 @@ class StepSettings:
     offloads: bool = False
     """Whether what only updates need is kept in host memory."""
     frozen_bytes: float | None = None
-    """Of a frozen weight. None: as of one that is computed with."""
+    """Of a frozen weight of a linear module. None: as of one that is computed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,8 @@ class Rank:
     parameters: int
     """That are trained."""
     frozen: int
+    frozen_linear: int
+    largest_linear: int
     second_uses: int
     """Elements of an embedding that its head uses too."""
     largest_block: int

@@ -22,8 +22,8 @@ from orchestrator.models.costs import ModelCosts, describe_model, training_flops
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.problems import reason_of
 from orchestrator.models.routers import router_loss_spec
-from orchestrator.models.teacher import with_teacher
 from orchestrator.models.validation import why_not_recomputed
+from orchestrator.training.compared import with_teacher
 from orchestrator.training.peak import lacks_bf16
 from orchestrator.training.teaching import Teaching
 from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
@@ -32,7 +32,6 @@ from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
 from strategies.model.blueprint import Blueprint
 from strategies.model.recompute import Recompute
-from strategies.model.same_bits import settle_kernels
 from strategies.objective.batch import Batch
 from strategies.optim.groups import ParameterGroup
 from strategies.optim.rounding import FP8_BLOCK
@@ -62,26 +61,6 @@ def choose_device(job: Job) -> torch.device:
             )
         return torch.device("cuda", 0)
     return torch.device("cpu")
-
-
-_TF32 = "it has products of fp32 matrices rounded to ten bits"
-REFUSED = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": _TF32, "NVIDIA_TF32_OVERRIDE": _TF32}
-"""What would overrule the settings below, and why that is refused."""
-
-
-def make_deterministic(job: Job, device: torch.device) -> None:
-    """Process-wide settings that the numbers depend on: threads from the job file, and on GPUs kernels that compute the
-    same each time, in the precision that is asked for. Called in each thread that computes.
-
-    Raises ValueError for an environment that would overrule them.
-    """
-    torch.set_num_threads(max(1, int(job.resources.cpu)))
-    if device.type != "cuda":
-        return
-    for name, why in REFUSED.items():
-        if os.environ.get(name, "0") not in ("", "0"):
-            raise ValueError(f"the environment has {name}={os.environ[name]}: {why}. Unset it")
-    settle_kernels(device)
 
 
 GIVEN_BACK_S = 20.0
@@ -214,7 +193,9 @@ def model_costs(job: Job) -> ModelCosts | None:
 def flops_per_token(job: Job, model: nn.Module) -> float:
     """What the job's model takes for a token, forward and backward; 0 where its shapes do not say."""
     try:
-        return float(training_flops_per_token(job, model))
+        # Of quantized weights it is codes that the model has: it is asked about without.
+        is_quantized = job.adapter is not None and job.adapter.quantize_base != "none"
+        return float(training_flops_per_token(job, None if is_quantized else model))
     except Exception as error:
         # Networks and their configurations are of all kinds, and nobody trains less well for a number that is missing.
         log.info("there will be no MFU: %s: %s", type(error).__name__, reason_of(error))

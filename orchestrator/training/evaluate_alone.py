@@ -16,7 +16,8 @@ from orchestrator.job import Job
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.weights import WeightSource
 from orchestrator.rundir import RunDirectory, RunDirectoryError
-from orchestrator.training.build import make_deterministic, step_spec
+from orchestrator.training.build import step_spec
+from orchestrator.training.deterministic import make_deterministic
 from orchestrator.training.tasks import load_tasks, metrics_of_tasks
 
 _LONGEST = 1024

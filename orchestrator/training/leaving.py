@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import CheckpointError, UnusableCheckpoint
+from orchestrator.models.problems import ModelError
 from orchestrator.training.messages import Generation, LeftCause
 from orchestrator.training.restoring import StorageFailed
 from strategies.comm.group_errors import (
@@ -45,7 +46,7 @@ def cause_of(
             origin = catalog.origin
             is_ours = origin is None or generation.restore != origin[1].locate(generation.committed)
             return ("restore" if is_ours else "unusable"), str(error)
-        case ModelChanged():
+        case ModelChanged() | ModelError():
             return "job", str(error)
     kind = kind_of(error) if isinstance(error, RuntimeError) else None
     if kind is DeviceFailed and still_works(device):

@@ -1,8 +1,8 @@
-"""What a model gave before it was trained, for objectives that compare with that: computed once, by all workers
-together in whatever layout there is, and kept.
+"""What a model gave before it was trained, or another gives, for objectives that compare with that: computed once, by
+all workers together in whatever layout there is, and kept.
 
-It is a function of the job: of the weights of step 0 and the data. Ranks that have it tell those that have not; it is
-in the storage of the checkpoints, too, for when nobody has it any more.
+It is a function of the job: of the weights of step 0, or of the other model, and the data. Ranks that have it tell
+those that have not; it is in the storage of the checkpoints, too, for when nobody has it any more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import xxhash
@@ -23,9 +24,11 @@ from orchestrator.data.held_out import HeldOut
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
 from orchestrator.storage import Storage
+from orchestrator.training.compared import reference_values
 from strategies.comm.fabric import Fabric
 from strategies.gradient.compute import Fetch
 from strategies.gradient.spec import StepSpec
+from strategies.model.values import Values
 from strategies.objective.batch import Batch
 from strategies.objective.objective import END_TO_END
 from strategies.update.engine import StepEngine
@@ -39,11 +42,14 @@ _DIGITS = 32
 
 
 class References:
-    """Of the samples that are trained on and of those that are evaluated on. `moves` counts what is computed of it."""
+    """Of the samples that are trained on and of those that are evaluated on. `moves` counts what is computed of it.
+    `values` are the reference's parameters, where that is another model than the one that is trained."""
 
     def __init__(
-        self, dataset: Dataset, held_out: HeldOut | None, spec: StepSpec, catalog: Catalog, identity: bytes
+        self, dataset: Dataset, held_out: HeldOut | None, spec: StepSpec, catalog: Catalog, identity: bytes,
+        values: Values | None = None,
     ) -> None:  # fmt: skip
+        self._values = values
         self._dataset, self._held_out, self._identity = dataset, held_out, identity
         self._storages = _storages_of(catalog)
         self._is_kept = False
@@ -59,7 +65,7 @@ class References:
         """None where the job's objective compares with nothing."""
         if not objective_of(job).needs_reference:
             return None
-        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset))
+        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset), reference_values(job))
 
     @property
     def moves(self) -> int:
@@ -117,7 +123,8 @@ class References:
                     f"{self._storages[0].locate(NAME)} does not have it for this model, data and objective: bring the "
                     "file back, or begin a new run with these weights as its model"
                 )
-            values = [engine.evaluate(0, each)[f"{END_TO_END}reference"] for each in self._passes]
+            with nullcontext() if self._values is None else engine.other_weights(self._values):
+                values = [engine.evaluate(0, each)[f"{END_TO_END}reference"] for each in self._passes]
             self._table = np.array([number for each in values for number in each], dtype=np.float32)
         if fabric.rank == 0 and not self._is_kept:
             self._keep(self._table)

@@ -8,8 +8,10 @@ all find the same metrics; that the documents are the same is checked.
 from __future__ import annotations
 
 import math
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 USUAL_NEW_TOKENS = 256
 """Where a task does not say how much may be generated: lm-eval's own."""
+SEED, FEW_SHOT_SEED = 0, 1234
+"""lm-eval's own, of Python's random numbers, and of all others."""
 Texts = list[NDArray[np.int64]]
 
 
@@ -48,6 +52,11 @@ class Tasks:
     def of(cls, job: Job) -> Tasks | None:
         """None where the job asks for none. Raises DataError."""
         return cls(job) if job.evaluation is not None and job.evaluation.tasks else None
+
+    @property
+    def names(self) -> list[str]:
+        """Of tasks and groups of them."""
+        return sorted({*self._tasks["tasks"], *self._tasks["groups"]})
 
     @property
     def moves(self) -> int:
@@ -91,7 +100,7 @@ def _digest_of(samples: Samples) -> bytes:
 
 def load_tasks(job: Job) -> dict[str, Any]:
     """The library's tasks and groups of them, their documents read. A name may be that of a YAML file. Raises DataError
-    for one that is not known or cannot be read, and where the library is not installed."""
+    for one that is not known, cannot be read or cannot be asked, and where the library is not installed."""
     assert job.evaluation is not None
     names, folders = [], []
     for given in job.evaluation.tasks:
@@ -111,12 +120,67 @@ def load_tasks(job: Job) -> dict[str, Any]:
             f"evaluation.tasks: lm-eval {version('lm-eval')} knows no {', '.join(unknown)}; name a YAML file of it"
         )
     try:
-        return dict(manager.load(names))
+        with _seeded(), _offline():
+            found = dict(manager.load(names))
     except Exception as error:  # The library and those that it reads with fail in many ways.
         raise DataError(
             f"evaluation.tasks: {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}; what a task "
             "reads must be on this machine, in the cache of datasets or in files that it names"
         ) from error
+    for name, task in found["tasks"].items():
+        if (reason := _refused(task, job.data.sequence_length)) is not None:
+            raise DataError(f"evaluation.tasks: {name} {reason}")
+    return found
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """What tasks draw (the order of answers, examples) is drawn as lm-eval's own command draws it, in every process."""
+    before, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(SEED)
+    np.random.seed(FEW_SHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(of_numpy)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing is fetched from a hub: what is evaluated must not depend on what that serves today."""
+    import datasets
+    from huggingface_hub import constants
+
+    places: list[Any] = [datasets.config, constants]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _refused(task: Any, room: int) -> str | None:
+    """Why a task cannot be asked of a model with this many positions; None: it can."""
+    if getattr(task, "MULTIMODAL", False):
+        return "shows more than text, and only text is asked about"
+    if getattr(task, "UNSAFE_CODE", False):
+        return "runs code that the model has written, which is not done here"
+    if task.OUTPUT_TYPE != "generate_until":
+        return None
+    settings = task.config.generation_kwargs or {}
+    if settings.get("do_sample") and settings.get("temperature", 0.0) > 0:
+        return "draws its answers, and only likeliest ones are generated"
+    most = int(settings.get("max_gen_toks", USUAL_NEW_TOKENS))
+    if most >= room:
+        return (
+            f"has up to {most} tokens generated, and data.sequence_length = {room} leaves no room for a question; "
+            "raise that, or lower max_gen_toks in a task file of yours"
+        )
+    return None
 
 
 def _name_in(path: Path) -> str:
@@ -136,10 +200,14 @@ def metrics_of_tasks(job: Job, tasks: dict[str, Any], tokenizer: Tokenizer, pass
     from lm_eval import evaluator
 
     assert job.evaluation is not None
-    found: Any = evaluator.evaluate(
-        _model_of(job, tokenizer, passes), tasks, limit=job.evaluation.task_samples, bootstrap_iters=0,
-        log_samples=False, verbosity="ERROR",
-    )  # fmt: skip
+    for task in tasks["tasks"].values():
+        # Each time anew: a worker that has come later has not drawn what others have.
+        task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+    with _seeded():
+        found: Any = evaluator.evaluate(
+            _model_of(job, tokenizer, passes), tasks, limit=job.evaluation.task_samples, bootstrap_iters=0,
+            log_samples=False, verbosity="ERROR",
+        )  # fmt: skip
     metrics = {}
     for task, values in sorted(found["results"].items()):
         for key, value in sorted(values.items()):
@@ -216,11 +284,9 @@ def _generated(
     prompts, most, stops = [], [], []
     room = job.data.sequence_length
     for tokens, settings in asked:
-        if settings.get("do_sample") and settings.get("temperature", 0.0) > 0:
-            raise DataError("evaluation.tasks: a task draws its answers, and only likeliest ones are generated")
         until = settings.get("until") or []
         stops.append([until] if isinstance(until, str) else list(until))
-        most.append(min(int(settings.get("max_gen_toks", USUAL_NEW_TOKENS)), room - 1))
+        most.append(int(settings.get("max_gen_toks", USUAL_NEW_TOKENS)))
         prompts.append(np.array(tokens[-(room - most[-1]) :], dtype=np.int64))
 
     def is_over(number: int, new: NDArray[np.int64]) -> bool:

@@ -12,8 +12,9 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from orchestrator.data.store import default_cache
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
-from orchestrator.models.teacher import load_teacher, release_teacher
+from orchestrator.training.compared import load_teacher, release_teacher
+from orchestrator.training.deterministic import make_deterministic
 from orchestrator.training.fingerprint import fingerprint
 from strategies.gradient.compute import Fetch
 from strategies.objective.batch import Batch, positions
@@ -48,23 +50,53 @@ class Answer(NamedTuple):
     tokens: NDArray[np.int32]
 
 
-Ask = Callable[[Sequence[Question]], list[Answer]]
+Look = Callable[[], object]
+"""Called about every second by who waits; what it raises ends the waiting."""
+
+
+class Ask(Protocol):
+    """Whom to ask. May be used by several threads at once."""
+
+    look: Look
+
+    @property
+    def device(self) -> str:
+        """What answers are computed on, in words: other devices round otherwise. May wait for that to be known."""
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer to each."""
+
+    def release(self) -> None:
+        """Nobody has asked for long."""
 
 
 class LocalTeacher:
-    """The teacher of a job in this process, in memory from the first question on."""
+    """The teacher of a job in this process, in memory from the first question on. See `Ask`."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
+        self.look: Look = lambda: None
         self._job, self._device = job, device
         self._top_k = int(objective_of(job).settings.top_k)
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> str:
+        """See `Ask`."""
+        return fingerprint(self._device)
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """Raises ModelError."""
-        return [self._answer(each) for each in questions]
+        while not self._lock.acquire(timeout=1.0):
+            self.look()
+        try:
+            make_deterministic(self._job, self._device)  # It is no matter which thread asks.
+            model = load_teacher(self._job, self._device)
+            return [self._answer(model, each) for each in questions]
+        finally:
+            self._lock.release()
 
     @torch.no_grad()
-    def _answer(self, question: Question) -> Answer:
-        model = load_teacher(self._job, self._device)
+    def _answer(self, model: Any, question: Question) -> Answer:
         more = {}
         if question.places is not None:
             more["position_ids"] = torch.from_numpy(question.places)[None].to(self._device)
@@ -148,25 +180,41 @@ class Teaching:
     asked."""
 
     def __init__(self, job: Job, device: torch.device, ask: Ask | None = None) -> None:
-        objective = objective_of(job)
+        self._job = job
         self._mask = job.data.document_mask
-        self._own = LocalTeacher(job, device)
-        self._ask = self._own if ask is None else ask
-        self._top_k = int(objective.settings.top_k)
-        root = Path(job.data.cache).expanduser() if job.data.cache is not None else default_cache()
-        # Other devices and versions round otherwise, and another precision more so.
-        asked = f"{objective.settings.content} {job.train.precision} {fingerprint(device)} {self._top_k}"
-        self._cache = AnswerCache(root / f"teacher-{xxhash.xxh3_128_hexdigest(asked.encode())}.sqlite", self._top_k)
+        self._ask: Ask = LocalTeacher(job, device) if ask is None else ask
+        self._top_k = int(objective_of(job).settings.top_k)
+        self._known: AnswerCache | None = None
         self._unused = 0
+        self.is_trying = False
+        """While it is only tried whether the model can be computed with, nobody is asked: all answers are zeros."""
         self.questions = 0
 
     @classmethod
-    def of(cls, job: Job, device: torch.device, ask: Ask | None = None) -> Teaching | None:
+    def of(cls, job: Job, device: torch.device, ask: Ask | None = None, look: Look | None = None) -> Teaching | None:
         """None where the job's objective has no teacher, or asks it for everything while it learns."""
         objective = objective_of(job)
         if not objective.needs_teacher or not objective.settings.top_k or objective.settings.alpha == 1:
             return None
-        return cls(job, device, ask)
+        made = cls(job, device, ask)
+        if look is not None:
+            made._ask.look = look
+        return made
+
+    @property
+    def _cache(self) -> AnswerCache:
+        """By all that answers depend on: other devices, numbers of threads and versions round otherwise, and another
+        precision more so."""
+        if self._known is None:
+            job = self._job
+            root = Path(job.data.cache).expanduser() if job.data.cache is not None else default_cache()
+            asked = (
+                f"{objective_of(job).settings.content} {job.train.precision} {self._top_k} {self._ask.device} "
+                f"{job.resources.cpu:g} {version('transformers')}"
+            )
+            path = root / f"teacher-{xxhash.xxh3_128_hexdigest(asked.encode())}.sqlite"
+            self._known = AnswerCache(path, self._top_k)
+        return self._known
 
     def joined_to(self, fetch: Fetch) -> Fetch:
         """What is fetched, with what the teacher gives for it."""
@@ -174,8 +222,7 @@ class Teaching:
 
     def joined(self, batch: Batch) -> Batch:
         """A batch with that. Raises ModelError, and what asking raises."""
-        questions = self._questions_of(batch)
-        answers = self._answers(questions)
+        answers = [] if self.is_trying else self._answers(self._questions_of(batch))
         rows, width = batch.tokens.shape[0], batch.tokens.shape[1] - 1
         logits = np.zeros((rows, width, self._top_k), dtype=np.float32)
         tokens = np.zeros((rows, width, self._top_k), dtype=np.int32)
@@ -207,5 +254,5 @@ class Teaching:
             self.questions += len(missing)
         self._unused = 0 if missing else self._unused + 1
         if self._unused == UNUSED_FETCHES:
-            self._own.release()
+            self._ask.release()
         return [answer for answer in known if answer is not None]

@@ -31,6 +31,7 @@ from orchestrator.job.parts import update_rule_of
 from orchestrator.lateness import Lateness
 from orchestrator.models.loading import loaded_of
 from orchestrator.training import build
+from orchestrator.training.deterministic import make_deterministic
 from orchestrator.training.evaluator import Evaluator
 from orchestrator.training.fault_injector import FaultInjector
 from orchestrator.training.fingerprint import fingerprint
@@ -144,7 +145,7 @@ class Worker:
         )  # fmt: skip
         device = build.choose_device(job)
         build.wait_for_memory(job, device)
-        build.make_deterministic(job, device)
+        make_deterministic(job, device)
         build.prepare_groups(job, device, host)
         import_for(tensor=job.strategy.tensor, pipeline=job.strategy.pipeline, shard=job.strategy.shard)
         self._gpu_trouble: GpuTrouble | None = None
@@ -162,7 +163,14 @@ class Worker:
         build.spare_imports(job)
         self.state = build.build_state(job, dataset.vocab_size, device)
         delay = self._faults.delay if self._faults.may_be_slow else None
-        self._fetch = build.make_fetch(job, dataset, delay, Teaching.of(job, device, ask))
+        self._training_thread = -1
+        self._looks = 0
+        """Counts what it did while it waited for a teacher, or for what is read ahead."""
+        self._teaching = Teaching.of(job, device, ask, self._look)
+        if self._teaching is not None:
+            self._teaching.is_trying = True  # It may come later than the worker.
+        self._fetch = build.make_fetch(job, dataset, delay, self._teaching)
+        self._fetch.look = self._look
         self._saver = Saver(
             self.worker, job, self._catalog, self.state, dataset.sampler.position, self._reporter.send, self._unrecorded
         )
@@ -174,6 +182,13 @@ class Worker:
         self._probe = warm_up(self.engine, keep=job.strategy.keeps_model_whole)
         if self._faults.may_be_slow:
             self.engine.watch.drag = self._faults.drag
+
+    def _look(self) -> None:
+        """It waits for another thread or process: that is no hang, and it leaves when it is told to. Raises
+        PeerLost."""
+        self._looks += 1
+        if threading.get_ident() == self._training_thread and (fabric := self.fabric) is not None:
+            fabric.check()
 
     def _introduction(self, node: str, pid: int, port: int, zone: str) -> Ready:
         """What a controller is told of it first: what it is, and how fast."""
@@ -189,6 +204,8 @@ class Worker:
 
     def start(self) -> None:
         """Reports for duty, from a thread of its own."""
+        if self._teaching is not None:
+            self._teaching.is_trying = False
         log.info("ready on node %s, process %d", self.ready.node[:8], self.ready.pid)
         self._reporter.send(self.ready)
         self._reporter.start()
@@ -254,7 +271,8 @@ class Worker:
 
     def train(self) -> None:
         """Takes part in generation after generation until `shutdown`."""
-        build.make_deterministic(self.job, self.state.device)
+        self._training_thread = threading.get_ident()
+        make_deterministic(self.job, self.state.device)
         while (command := self._commands.get()) is not None:
             function, arguments = command
             function(*arguments)
@@ -503,7 +521,10 @@ class Worker:
             lateness_s=round(self._lateness.recent_s(), 3),
             gpu=self.gpu.reading,
             trouble=self._gpu_trouble,
-            moves=self._keeper.moves + (0 if (fabric := self.fabric) is None else fabric.moves) + self._evaluator.moves,
+            moves=self._keeper.moves
+            + (0 if (fabric := self.fabric) is None else fabric.moves)
+            + self._evaluator.moves
+            + self._looks,
             evaluations=self.protocol.untold(),
         )
 

@@ -19,11 +19,11 @@ Teacher = Callable[["torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class DistillSettings(CausalLmSettings):
-    """`teacher`: the directory of a causal language model with the same tokenizer. `beta`: 0 is the forward
-    Kullback-Leibler divergence (of the student from the teacher), 1 the reverse one, between them a mixture of both.
-    `temperature`: what both's logits are divided by. `alpha`: the share of the usual loss, by labels. `top_k`: how many
-    of the teacher's likeliest tokens stand for its whole distribution (0: all of them), which goes with beta 0.
-    `content` is a digest of the teacher's directory, filled in when a run begins."""
+    """`teacher`: the directory, or the run (`RUN` or `RUN@STEP`), of a causal language model with the same tokenizer.
+    `beta`: 0 is the forward Kullback-Leibler divergence (of the student from the teacher), 1 the reverse one, between
+    them a mixture of both. `temperature`: what both's logits are divided by. `alpha`: the share of the usual loss, by
+    labels. `top_k`: how many of the teacher's likeliest tokens stand for its whole distribution (0: all of them), which
+    goes with beta 0. `content` is a digest of the teacher's files, filled in when a run begins."""
 
     teacher: str = ""
     beta: float = 0.0
@@ -73,7 +73,7 @@ class Distill(CausalLm):
     """The mean over the tokens of a step of both losses, each with its share."""
 
     name = "distill"
-    needs_teacher = True
+    another = "teacher"
     by_token = False
     Settings = DistillSettings
 
@@ -114,13 +114,15 @@ def _from_the_likeliest(
     student: torch.Tensor, taught: tuple[torch.Tensor, torch.Tensor], temperature: float
 ) -> torch.Tensor:
     """The divergence of `student`, log-probabilities [positions, vocabulary], from a teacher whose likeliest tokens are
-    all that it knows: their logits and ids, [rows, length, k] each. Tokens that the student has not are left out."""
+    all that it knows: their logits and ids, [rows, length, k] each. Tokens that the student has not are left out; a
+    position where it has none of them teaches nothing."""
     import torch
     import torch.nn.functional as F
 
     logits, ids = (each.flatten(0, 1) for each in taught)
     is_known = ids < student.shape[-1]
     given = F.log_softmax((logits / temperature).masked_fill(~is_known, -torch.inf), dim=-1)
+    given = given.masked_fill(~is_known.any(dim=-1, keepdim=True), -torch.inf)
     own = student.gather(1, ids.long().clamp(max=student.shape[-1] - 1))
     # A probability of 0 adds nothing.
     found: torch.Tensor = (given.exp() * (given - own).masked_fill(~is_known, 0.0)).sum(dim=-1)

@@ -65,14 +65,19 @@ class Objective(ABC):
     """Whether its models have no head, and it takes hidden states in place of logits."""
     whole_virtual_workers: ClassVar[bool] = False
     """Whether samples of a virtual worker are compared with each other, so that they have to be one micro-batch."""
-    needs_teacher: ClassVar[bool] = False
-    """Whether it compares with another model (`with_teacher`)."""
     needs_reference: bool = False
     """Whether its loss compares with what the model gave before it was trained (`reference` gives that of rows)."""
+    another: ClassVar[str] = ""
+    """The setting that names another model, a directory or a run, of which `content` is the digest."""
     Settings: ClassVar[type] = NoSettings
 
     def __init__(self, settings: Any = None) -> None:
         self.settings = self.Settings() if settings is None else settings
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares with another model while it learns (`with_teacher`)."""
+        return self.another == "teacher"
 
     def with_settings(self, given: Mapping[str, Any]) -> Self:
         """The same with what a job says. Raises TypeError for a field that it has not, ValueError for a value."""

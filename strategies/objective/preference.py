@@ -64,11 +64,15 @@ class Preference(Objective):
 @dataclass(frozen=True)
 class DpoSettings:
     """`beta`: how much being away from the reference costs. `loss`: sigmoid, ipo or robust. `label_smoothing`: the
-    probability that a preference is wrong (sigmoid, robust)."""
+    probability that a preference is wrong (sigmoid, robust). `reference`: the directory, or the run (`RUN` or
+    `RUN@STEP`), of the model that it is compared with; "": the model as it is before training. `content` is a digest of
+    the reference's files, filled in when a run begins."""
 
     beta: float = 0.1
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
+    reference: str = ""
+    content: str | None = None
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -83,11 +87,12 @@ class DpoSettings:
 
 class Dpo(Preference):
     """Direct preference optimization: by how much more the model prefers an answer than its reference does, which is
-    the model as it was before training."""
+    the model as it was before training, or another."""
 
     name = "dpo"
     loss_unit = "nats per pair"
     needs_reference = True
+    another = "reference"
     Settings = DpoSettings
 
     def reference(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:

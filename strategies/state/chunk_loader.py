@@ -56,7 +56,12 @@ class ChunkLoader:
     def _expect_range(self, space: Space, coordinate: int, kind: str, buffer: Buffer, span: Span) -> None:
         for start, offset, length in buffer.locate(span.start, span.stop):
             # What has no view is taken a piece at a time.
-            most = sys.maxsize if buffer.view(offset, length) is not None else MAX_CHUNK
+            most = sys.maxsize
+            if buffer.view(offset, length) is None:
+                # What was there would have a part in how the first pieces of a block are stored.
+                most = MAX_CHUNK
+                for first in range(0, length, MAX_CHUNK):
+                    buffer.write(offset + first, torch.zeros(min(MAX_CHUNK, length - first)))
             for slot in space.overlapping(start, start + length):
                 low, high = max(slot.offset, start), min(slot.offset + slot.numel, start + length)
                 for piece in slot_pieces(space, slot, low, high, coordinate, most):

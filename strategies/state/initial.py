@@ -9,6 +9,7 @@ import xxhash
 
 from strategies.layout.space import Slot
 from strategies.model.blueprint import Blueprint
+from strategies.model.values import Values
 from strategies.state.shard import WEIGHTS, StateShard
 
 SAMPLED = 1 << 16
@@ -40,19 +41,19 @@ def initial_digest(blueprint: Blueprint) -> str:
 
 
 @torch.no_grad()
-def fill(state_shards: Sequence[StateShard], blueprint: Blueprint) -> None:
-    """Writes the state of step 0."""
+def fill(state_shards: Sequence[StateShard], blueprint: Blueprint, values: Values | None = None) -> None:
+    """Writes the state of step 0; with `values` that of a model that begins with these."""
     for state_shard in state_shards:
         for slot in blueprint.space.slots:
-            _fill_slot(state_shard, slot, blueprint)
+            _fill_slot(state_shard, slot, blueprint, values or blueprint.values)
         for kind, buffer in state_shard.kinds().items():
             if kind != WEIGHTS:
                 buffer.zero()
 
 
-def _fill_slot(state_shard: StateShard, slot: Slot, blueprint: Blueprint) -> None:
+def _fill_slot(state_shard: StateShard, slot: Slot, blueprint: Blueprint, values: Values) -> None:
     """What a shard has of a parameter; no more of it is in memory than that, or the parameter where it is split."""
-    values, whole_share = blueprint.values, None
+    whole_share = None
     for start, offset, length in state_shard.flat.locate(slot.offset, slot.offset + slot.numel):
         first = start - slot.offset
         if slot.dim is None:

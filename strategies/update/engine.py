@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +23,9 @@ from strategies.gradient.spec import StepSpec
 from strategies.gradient.stopwatch import Stopwatch
 from strategies.gradient.work import GradientWork, IdleWork, LocalWork, work_for
 from strategies.layout.parallel import ParallelLayout
+from strategies.model.values import Values
 from strategies.objective.batch import Batch
+from strategies.state.initial import fill
 from strategies.state.training_state import TrainingState
 from strategies.trial.trial import Constancy
 from strategies.update.counting import counted, square_sum_of
@@ -233,6 +236,19 @@ class StepEngine:
             raise_of_step(error, is_aborted=self.fabric.is_aborted)
         self.phases.leave()
         return found
+
+    @contextmanager
+    def other_weights(self, values: Values) -> Iterator[None]:
+        """Before the first step: what is computed with in the block is these, and afterwards what it was, also where
+        the block is left because a peer is lost."""
+        shards = self.state.arrangement.state_shards
+        fill(shards, self.state.blueprint, values)
+        self._is_stale = True
+        try:
+            yield
+        finally:
+            fill(shards, self.state.blueprint)
+            self._is_stale = True
 
     def _refresh(self, step: int) -> None:
         """Brings the weights that are computed with up to date, if they are not."""

@@ -72,7 +72,7 @@ class Evaluation:
     that were computed."""
 
     def __init__(self, samples: Samples, spec: StepSpec, measured: Measure | None = None) -> None:
-        self._samples, self._spec = samples, spec
+        self.samples, self._spec = samples, spec
         self._measured = measure if measured is None else measured
         self._step: int | None = None
         self._kept: dict[int, Measured] = {}
@@ -95,7 +95,7 @@ class Evaluation:
         found: dict[int, Measured] = {}
         for row in told_by_all(control, _packed(self._kept)):
             found |= _unpacked(row)
-        assert sorted(found) == list(range(self._samples.num_micro_batches)), "a micro-batch was not evaluated"
+        assert sorted(found) == list(range(self.samples.num_micro_batches)), "a micro-batch was not evaluated"
         return added_up([found[index] for index in sorted(found)])
 
     def forget(self) -> None:
@@ -106,7 +106,7 @@ class Evaluation:
         """The micro-batches that are missing, by replica."""
         holder = {index: replica for replica, held in enumerate(layout.assignment) for index in held}
         shares: list[list[int]] = [[] for _ in layout.assignment]
-        for index in range(self._samples.num_micro_batches):
+        for index in range(self.samples.num_micro_batches):
             if index not in done:
                 shares[holder[index % layout.virtual_workers]].append(index)
         return shares
@@ -138,7 +138,7 @@ class Evaluation:
     def _rows(self, mine: Sequence[int], number: int, part: ModelPart | ShardedModelPart) -> Rows:
         """The rows of this replica's micro-batch of that number, or made-up ones where it has none."""
         index = mine[number] if number < len(mine) else 0
-        (rows,) = self._spec.micro_batches_of(self._samples.batch(index), part.device)
+        (rows,) = self._spec.micro_batches_of(self.samples.batch(index), part.device)
         if number < len(mine) or not hasattr(getattr(part.blueprint.model, "config", None), "model_type"):
             return rows
         return self._spec.objective.made_up(rows)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.data.of_job import prepare_held_out, prepare_stores
+from orchestrator.models.loading import build_model
+from orchestrator.models.problems import ModelError
 from strategies.layout.parallel import ParallelLayout
 from tests.ranks.laid_out import layout_of
 from tests.ranks.local_ranks import run_ranks
-from tests.ranks.tuned import LLAMA, OBJECTIVES, VIRTUAL_WORKERS, job_of, tune
+from tests.ranks.tuned import LLAMA, OBJECTIVES, VIRTUAL_WORKERS, engine_of, job_of, tune
 from tests.selection import nightly
 from tests.tasks_in_tests import write_tasks
 from tests.unit.test_adapters import base_in
+from tests.unit.tiny_model import settle
 
 SAYS = {"prompts": ["apple", "stone river", "seven"], "chat": True, "max_new_tokens": 3, "temperature": 0.8}
 EVALUATION = {"share": 0.2, "every_steps": 1, "at_start": True}
@@ -81,6 +85,43 @@ def test_what_a_teacher_gives_is_one_ranks_in_every_layout(top_k: int, tmp_path:
     alone = {**asked, "objective": {**objective, "alpha": 1.0}}
     others, *_ = assert_all_alike("sft-completions", tmp_path, LAYOUTS[:1], **alone)
     assert losses != others, "it learns from the teacher"
+
+
+def test_another_reference_is_one_ranks_in_every_layout(tmp_path: Path) -> None:
+    """And what is trained begins as ever."""
+    other = tmp_path / "other"
+    job = job_of("sft-completions", tmp_path)
+    model = build_model(job.model_copy(update={"train": job.train.model_copy(update={"seed": 8})}), 257)
+    model.save_pretrained(other)
+    losses, *_ = assert_all_alike("dpo", tmp_path, LAYOUTS, objective={"reference": str(other)})
+    usual, *_ = assert_all_alike("dpo", tmp_path, LAYOUTS[:1])
+    assert usual[0] == pytest.approx(math.log(2)), "the policy is its reference"
+    assert abs(losses[0] - math.log(2)) > 1e-4
+    same = tmp_path / "same"
+    build_model(job_of("dpo", tmp_path), 257).save_pretrained(same)
+    again, *_ = assert_all_alike("dpo", tmp_path, LAYOUTS[:1], objective={"reference": str(same)})
+    assert again == usual
+    narrow = tmp_path / "narrow"
+    build_model(job_of("dpo", tmp_path, model={"hf": LLAMA | {"intermediate_size": 32}}), 257).save_pretrained(narrow)
+    with pytest.raises(ModelError, match="narrow is of another architecture than the model that is trained"):
+        engine_of(job_of("dpo", tmp_path, objective={"reference": str(narrow)}), tmp_path / "unused")
+
+
+def test_a_metric_that_is_not_measured_is_told_before_the_first_step(tmp_path: Path) -> None:
+    tasks = [str(path) for path in write_tasks(tmp_path)]
+    for metric, asked, told in (
+        ("f1", {"share": 0.2}, "there are bits_per_byte, loss, perplexity, token_accuracy"),
+        ("choices/acc", {"share": 0.2}, "nothing that is measured is called 'choices/acc'"),
+        ("choice/acc", {"tasks": tasks}, "tasks are choices, says, texts"),
+        ("acc", {"tasks": tasks}, "of tasks they are called TASK/METRIC"),
+    ):
+        job = job_of("sft-completions", tmp_path, evaluation={**asked, "best": {"metric": metric}})
+        prepare_held_out(job)
+        engine, evaluator = engine_of(job, tmp_path / "storage")
+        fabric = settle(engine.state, VIRTUAL_WORKERS)
+        engine.bind(fabric, fabric.layout, 0)
+        with pytest.raises(ModelError, match=told):
+            evaluator.prepare(fabric, 0)
 
 
 def test_tasks_are_one_ranks_in_every_layout(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job
 from orchestrator.training import build
 from strategies.layout.space import FlatRanges, Space
+from strategies.layout.statemap import Span, union
 from strategies.optim.adafactor import ADAFACTOR
 from strategies.optim.groups import ParameterGroup
 from strategies.optim.lion import LION
@@ -25,8 +26,10 @@ from strategies.optim.muon import MUON
 from strategies.optim.rounding import from_fp8, to_fp8
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OptimizerSpec
-from strategies.state.buffers import Fp8Buffer
-from strategies.state.shard import StateShard
+from strategies.state.buffers import Fp8Buffer, Spaces
+from strategies.state.chunk_loader import ChunkLoader
+from strategies.state.chunks import Box
+from strategies.state.shard import StateShard, name_of
 from strategies.state.training_state import TrainingState
 from strategies.update.ema import EMA, WithEma
 from strategies.update.rule import UpdateRule
@@ -199,6 +202,28 @@ def test_what_fp8_has_stored_is_stored_again_in_any_pieces_without_a_change(
     # A 16th of a number's own size, or of the smallest that its block knows.
     bound = values.abs().view(4, 16) / (4 if squares else 8) + largest * (2.0**-14 if squares else 2.0**-15)
     assert bool(((read - values).abs().view(4, 16) <= bound + 1e-30).all())
+
+
+def test_what_is_read_into_a_buffer_does_not_depend_on_what_was_there() -> None:
+    """A checkpoint's pieces end where rows do, which need not be where blocks do."""
+    space = Space.of([("w", (8, 12), 0, None)], 1)
+    flat = FlatRanges.of([(0, space.size)], space.boundary)
+    spec = OptimizerSpec(state="fp8")
+    spaces: Spaces = {"weights": space, **{name: spec.space_of(name, space) for name in spec.moments}}
+    generator = torch.Generator().manual_seed(5)
+    saved, fresh, used = (StateShard(0, flat, spec, CPU, spaces=spaces) for _ in range(3))
+    for shard, scale in ((saved, 1.0), (used, 1e4)):
+        for buffer in shard.moments.values():
+            buffer.update(0, scale * torch.rand(space.size, generator=generator), 1)
+    for shard in (fresh, used):
+        loader = ChunkLoader(spaces, [shard], union([Span(0, 0, space.size)]), {})
+        for kind in spaces:
+            whole = saved.kinds()[kind].of_slot(space.slots[0])
+            for row in range(8):
+                loader.put(name_of(kind, "w"), Box((row, 0), (1, 12)), whole[row : row + 1])
+        assert loader.missing == 0
+        for kind, buffer in shard.moments.items():
+            assert torch.equal(buffer.read(0, space.size), saved.moments[kind].read(0, space.size)), kind
 
 
 def test_fp8_is_right_on_average() -> None:

@@ -16,10 +16,15 @@ from orchestrator.checkpoint.export import export
 from orchestrator.checkpoint.weights import weights_of
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job, JobError
+from orchestrator.models.costs import describe_model
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.problems import ModelError
 from orchestrator.models.quantization import DequantizedWeights
-from orchestrator.planning.work import QUANTIZED_BYTES, step_settings
+from orchestrator.planning.memory import predict_memory
+from orchestrator.planning.stages import cut_model
+from orchestrator.planning.work import QUANTIZED_BYTES, Degrees, step_settings, work_of
+from orchestrator.training import build
+from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule
 from strategies.model.quantized import KINDS, NF4, QuantizedLinear, dequantize, quantize
 from tests.unit.test_adapters import adapted
 from tests.unit.test_export import JOB, logits, trained
@@ -28,6 +33,10 @@ WIDE = (
     "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2, "
     "num_key_value_heads: 2, tie_word_embeddings: false}"
 )
+
+
+NO_STAGES = PipelineSchedule(NO_PIPELINE, 1)
+ALONE = Degrees(1, 1, NO_STAGES, "none")
 
 
 def adapter(kind: str) -> dict[str, Any]:
@@ -111,6 +120,35 @@ def test_the_merged_model_computes_what_was_trained(kind: str, base: Path, tmp_p
     assert isinstance(after.get_output_embeddings(), nn.Linear)
     assert not [name for name in checkpoint.manifest.tensors if "codes" in name], "what is frozen is in no checkpoint"
     assert step_settings(job).frozen_bytes == QUANTIZED_BYTES[kind]
+
+
+def test_a_head_with_an_adapter_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+    asked = adapter("int8") | {"target_modules": ["q_proj", "lm_head"]}
+    _, before, _, checkpoint = adapted(base, asked, tmp_path / "checkpoints")
+    kinds = {name: type(part) for name, part in before.named_modules() if name.endswith("base_layer")}
+    assert kinds["lm_head.base_layer"] is nn.Linear
+    assert {kind for name, kind in kinds.items() if "q_proj" in name} == {QuantizedLinear}
+    assert "model.lm_head.lora_A.default.weight" in checkpoint.manifest.tensors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_planner_counts_what_is_quantized_and_no_more(kind: str, base: Path) -> None:
+    plain = Job.loads(JOB.format(hf=base)).model_dump(exclude_unset=True)
+    job, usual = (Job.model_validate({**plain, "adapter": adapter(each)}) for each in (kind, "none"))
+    model = prepare_model(job, ByteTokenizer.vocab_size).model
+    codes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n.endswith((".codes", ".scales")))
+    costs = describe_model(job)
+    linear = sum(block.frozen_linear for block in costs.blocks)
+    assert linear * QUANTIZED_BYTES[kind] == pytest.approx(codes, rel=0.05)
+    other = sum(p.numel() for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32)
+    assert sum(block.frozen_parameters for block in costs.blocks) - linear == other
+    memory, before = (
+        predict_memory(work_of(each, describe_model(each)), cut_model(costs, NO_STAGES, 1), ALONE)
+        for each in (job, usual)
+    )
+    assert before.weights - memory.weights == pytest.approx((4 - QUANTIZED_BYTES[kind]) * linear)
+    whole = prepare_model(usual, ByteTokenizer.vocab_size).model
+    assert build.flops_per_token(job, model) == build.flops_per_token(usual, whole) > 0
 
 
 def test_what_cannot_be_quantized_is_said(base: Path, tmp_path: Path) -> None:

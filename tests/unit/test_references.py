@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import UnusableCheckpoint
 from orchestrator.data.of_job import dataset_of, prepare_stores
-from orchestrator.job import Job
+from orchestrator.job import Job, JobError
 from orchestrator.storage import LocalStorage
 from orchestrator.training.references import NAME, References
 from tests.ranks.tuned import engine_of, job_of
@@ -94,3 +95,10 @@ def test_a_storage_that_refuses_is_tried_again(job: Job, tmp_path: Path, monkeyp
     assert not (tmp_path / "storage" / NAME).exists()
     worker.bring(2)
     assert (tmp_path / "storage" / NAME).exists()
+
+
+def test_another_reference_than_a_frozen_base_is_refused(tmp_path: Path) -> None:
+    frozen: list[dict[str, Any]] = [{"adapter": {"name": "lora"}}, {"train": {"freeze": ["*embed*"]}}]
+    for changes in frozen:
+        with pytest.raises(JobError, match="what is frozen is that of the model, also while the reference is computed"):
+            job_of("dpo", tmp_path, objective={"reference": "elsewhere"}, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def librarys_own(base: Path, job: Job) -> dict[str, float]:
     asked: Any = HFLM(
         pretrained=model, tokenizer=AutoTokenizer.from_pretrained(base), max_length=96, batch_size=1, device="cpu"
     )
-    found: Any = evaluator.evaluate(asked, load_tasks(job), bootstrap_iters=0, log_samples=False)
+    tasks = list(load_tasks(job)["tasks"].values())
+    found: Any = evaluator.simple_evaluate(asked, tasks=tasks, bootstrap_iters=0, log_samples=False)
     return {
         f"{task}/{key.removesuffix(',none')}": value
         for task, values in found["results"].items()
@@ -89,6 +91,9 @@ def test_metrics_are_those_that_the_library_finds_by_itself(base: Path, tmp_path
         assert report.metrics[name] == pytest.approx(value, rel=1e-5), name
     assert 0 < report.metrics["choices/acc"] < 1
     assert 0 < report.metrics["says/exact_match"] < 1, "one of the answers is what it says"
+    again = evaluator.evaluate(0, 0, NOT_YET)
+    assert again is not None
+    assert again.metrics == report.metrics, "the examples are drawn alike each time"
     alone = evaluate_model(base, {
         "data": {"sequence_length": 96, "packing": "pad", "source": job.data.source},
         "objective": {"name": "sft"},
@@ -107,8 +112,25 @@ def test_what_cannot_be_asked_is_said(base: Path, tmp_path: Path) -> None:
     bad.write_text("task: bad\ndataset_path: json\ndataset_kwargs: {data_files: /nowhere/at/all.jsonl}\n")
     with pytest.raises(DataError, match=r"bad cannot be loaded: .*must be on this machine"):
         load_tasks(job_of(base, tmp_path, [str(bad)]))
+    kinds = {
+        "draws": ("{do_sample: true, temperature: 0.5}", "draws its answers"),
+        "long": ("{until: ['x'], max_gen_toks: 96}", r"96 tokens generated, and data.sequence_length = 96 leaves no"),
+        "unsaid": ("{until: ['x']}", "256 tokens generated"),
+        "code": ("{max_gen_toks: 4}\nunsafe_code: true", "runs code"),
+    }
+    write_tasks(tmp_path)
+    for name, (settings, reason) in kinds.items():
+        path = tmp_path / f"{name}.yaml"
+        text = (tmp_path / "says.yaml").read_text().replace("task: says", f"task: {name}")
+        path.write_text(re.sub(r"generation_kwargs: \{.*\}", f"generation_kwargs: {settings}", text))
+        with pytest.raises(DataError, match=f"evaluation.tasks: {name} .*{reason}"):
+            load_tasks(job_of(base, tmp_path, [str(path)]))
+    with pytest.raises(DataError, match=r"arc_easy cannot be loaded: .*must be on this machine"):
+        load_tasks(job_of(base, tmp_path, ["arc_easy"]))
     with pytest.raises(JobError, match="there is no loss where nothing is held out"):
         job_of(base, tmp_path, ["arc_easy"], early_stop={"patience": 2})
+    with pytest.raises(JobError, match="task_samples says how much of tasks is asked, and there are none"):
+        job_of(base, tmp_path, [], share=0.1, task_samples=3)
     with pytest.raises(JobError, match="must have one of share and data, or tasks"):
         job_of(base, tmp_path, [])
     with pytest.raises(JobError, match="of objective classification give no next token"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,29 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.api import _like
+from orchestrator.checkpoint.names import Save
+from orchestrator.checkpoint.of_run import catalog_of
+from orchestrator.checkpoint.of_run import job_of as run_job
 from orchestrator.data.of_job import dataset_of, open_stores, prepare_stores
+from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job, JobError
-from orchestrator.models.content import with_content
+from orchestrator.models.loading import build_model
 from orchestrator.models.problems import ModelError
+from orchestrator.rundir import RunDirectory
+from orchestrator.training import build
+from orchestrator.training.compared import load_teacher, release_teacher, with_compared
 from orchestrator.training.teaching import Answer, LocalTeacher, Question, Teaching
 from strategies.objective.distill import Distill, DistillSettings
 from strategies.objective.rows import Rows
 from tests.records_in_tests import completions, write
+from tests.unit.states_in_tests import save_state
 from tests.unit.test_adapters import base_in
-from tests.unit.tiny_model import CPU
+from tests.unit.test_export import JOB, MODELS
+from tests.unit.tiny_model import CPU, random_gradient, settle, update
 
 TOP = 4
+UNTIED = MODELS["llama"].replace("}", ", tie_word_embeddings: false}")
 
 
 def job_of(base: Path, directory: Path, top_k: int = TOP, **data: Any) -> Job:
@@ -48,8 +60,9 @@ def batches(job: Job) -> Any:
     return dataset_of(job, open_stores(job, stores)).batch
 
 
-def refuse(questions: Sequence[Question]) -> list[Answer]:
-    raise AssertionError(f"asked about {len(questions)} rows that are known")
+class Refusing(LocalTeacher):
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        raise AssertionError(f"asked about {len(questions)} rows that are known")
 
 
 @pytest.mark.parametrize("mask", [True, False], ids=["documents apart", "rows whole"])
@@ -75,20 +88,33 @@ def test_answers_are_the_likeliest_tokens_of_each_row_by_itself(base: Path, tmp_
         assert not batch.taught[0][row, length:].any()
 
 
-def test_a_row_is_asked_about_once(base: Path, tmp_path: Path) -> None:
+def more_threads(job: Job) -> Job:
+    return job.model_copy(update={"resources": job.resources.model_copy(update={"cpu": 2})})
+
+
+def test_a_row_is_asked_about_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(base, tmp_path)
     fetch = batches(job)
     first = Teaching(job, CPU)
     taught = first.joined(fetch(0, 0)).taught
     assert first.questions == 2
-    again = Teaching(job, CPU, refuse).joined(fetch(0, 0)).taught
+    again = Teaching(job, CPU, Refusing(job, CPU)).joined(fetch(0, 0)).taught
     assert again is not None
     assert taught is not None
     assert all(np.array_equal(one, other) for one, other in zip(taught, again, strict=True))
     with pytest.raises(AssertionError, match="asked about 2 rows"):
-        Teaching(job, CPU, refuse).joined(fetch(0, 1))
+        Teaching(job, CPU, Refusing(job, CPU)).joined(fetch(0, 1))
+    # Other threads and other devices round otherwise.
+    elsewhere = Refusing(job, CPU)
+    monkeypatch.setattr(Refusing, "device", property(lambda self: "another device"))
+    for differing, ask in [(job, elsewhere), (more_threads(job), LocalTeacher(job, CPU))]:
+        asks = Teaching(differing, CPU, ask)
+        with pytest.raises(AssertionError, match="asked") if ask is elsewhere else nullcontext():
+            asks.joined(fetch(0, 0))
+            assert asks.questions == 2
     # What is damaged is asked about again; a place that cannot be written costs time only.
-    (kept,) = (tmp_path / "cache").glob("teacher-*.sqlite")
+    kept = first._cache._path
+    assert kept.parent == tmp_path / "cache"
     with sqlite3.connect(kept) as connection:
         connection.execute("UPDATE answers SET content = zeroblob(length(content))")
     repaired = Teaching(job, CPU)
@@ -100,7 +126,7 @@ def test_a_row_is_asked_about_once(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_memory_of_a_teacher_that_nobody_asks_is_given_back(base: Path, tmp_path: Path) -> None:
-    from orchestrator.models.teacher import _loaded
+    from orchestrator.training.compared import _loaded
 
     job = job_of(base, tmp_path)
     fetch, teaching = batches(job), Teaching(job, CPU)
@@ -145,16 +171,89 @@ def test_tokens_that_the_student_has_not_are_left_out() -> None:
     assert logits.grad.isfinite().all()
 
 
+def test_a_position_where_the_student_has_none_of_the_tokens_teaches_nothing() -> None:
+    logits = torch.randn(1, 2, 4).requires_grad_()
+    taught = (torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[9, 8], [2, 0]]], dtype=torch.int32))
+    objective = Distill(DistillSettings(teacher="t", alpha=0.0))
+    loss = objective.loss(logits, Rows(torch.zeros(1, 3, dtype=torch.int64), taught=taught))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert not logits.grad[0, 0].any()
+    assert logits.grad[0, 1].any()
+
+
+def test_who_only_tries_a_model_asks_nobody(base: Path, tmp_path: Path) -> None:
+    job = job_of(base, tmp_path)
+    teaching = Teaching(job, CPU, Refusing(job, CPU))
+    teaching.is_trying = True
+    taught = teaching.joined(batches(job)(0, 0)).taught
+    assert taught is not None
+    assert [each.shape[-1] for each in taught] == [TOP, TOP]
+    assert not taught[0].any()
+
+
+def test_a_run_is_a_teacher(tmp_path: Path) -> None:
+    """By its newest checkpoint when a run begins, and by that also when there are newer ones."""
+    run, model = run_in(tmp_path / "first", steps=(2, 3))
+    job = job_of(base_in(tmp_path), tmp_path)
+    asked = job.model_dump(exclude_unset=True) | {
+        "objective": {"name": "distill", "teacher": str(run), "top_k": TOP}
+    }  # fmt: skip
+    job = with_compared(Job.model_validate(asked))
+    assert job.objective.settings["teacher"] == f"{run}@3"
+    loaded = load_teacher(job, CPU)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    release_teacher()
+    add_checkpoint(run, 4)
+    assert with_compared(job) == job
+    other = with_compared(Job.model_validate(asked))
+    assert other.objective.settings["teacher"] == f"{run}@4"
+    assert other.digest() != job.digest()
+    with pytest.raises(ModelError, match=r"has no checkpoint of 9 steps \(there: 4\)"):
+        with_compared(Job.model_validate(asked | {"objective": asked["objective"] | {"teacher": f"{run}@9"}}))
+    # The same job file goes on with that run.
+    assert _like(job, Job.model_validate(asked), False).numerics() == job.numerics()
+
+
+def run_in(directory: Path, steps: Sequence[int]) -> tuple[Path, torch.nn.Module]:
+    """A run directory with checkpoints after so many updates each, and the model of the last."""
+    text = JOB.format(hf=UNTIED)
+    RunDirectory(directory).create(text, Job.loads(text).resolved())
+    for step in steps:
+        model = add_checkpoint(directory, step)
+    return directory, model
+
+
+def add_checkpoint(directory: Path, step: int) -> torch.nn.Module:
+    run = RunDirectory(directory)
+    job = run_job(run)
+    state = build.build_state(job, ByteTokenizer.vocab_size, CPU)
+    settle(state)
+    for number in range(step):
+        update(state, random_gradient(state, number))
+    save_state(state, catalog_of(run, job), Save(step, 1, 0))
+    model = build_model(job, ByteTokenizer.vocab_size)
+    model.load_state_dict({name[6:]: t for name, t in state.named() if name.startswith("model.")})
+    return model
+
+
 def test_a_teacher_is_known_by_its_content(base: Path, tmp_path: Path) -> None:
-    job = with_content(job_of(base, tmp_path))
+    job = with_compared(job_of(base, tmp_path))
     copied = base_in(tmp_path / "elsewhere")
-    same = with_content(job.model_copy(update={"objective": job_of(copied, tmp_path).objective}))
+    same = with_compared(job.model_copy(update={"objective": job_of(copied, tmp_path).objective}))
     assert same.digest() == job.digest(), "wherever it lies"
     assert str(job.objective.settings["content"]).startswith("sha256:")
     changed = job.model_dump()
     changed["objective"]["content"] = "sha256:" + "0" * 64
     with pytest.raises(ModelError, match="it is not the teacher that the job was made for"):
-        with_content(Job.model_validate(changed))
+        with_compared(Job.model_validate(changed))
+    with pytest.raises(ModelError, match=r"top_k = 5000 is more than the [0-9]+ tokens that"):
+        with_compared(job_of(base, tmp_path, top_k=5000))
+    learns = {**job.objective.settings, "name": "distill", "alpha": 1.0}
+    with pytest.raises(JobError, match="alpha = 1 learns from labels alone, and no teacher is asked"):
+        Job.model_validate(job.model_dump() | {"objective": learns, "elastic": {"virtual_workers": 4, "teachers": 1}})
     with pytest.raises(JobError, match=r"top_k knows the teacher's likeliest tokens only, and beta = 0\.5"):
         Job.model_validate(job.model_dump() | {"objective": {**job.objective.settings, "name": "distill", "beta": 0.5}})
 

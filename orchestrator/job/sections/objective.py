@@ -55,11 +55,10 @@ class Objective(Section):
         return self
 
     def numerics(self) -> dict[str, Any]:
-        """See `Section`: with what the objective is told. What is in a teacher's directory counts, not where that
-        is."""
+        """See `Section`: with what the objective is told. What another model is counts, not where it is."""
         told = self.settings
         if told.get("content") is not None:
-            told.pop("teacher", None)
+            told.pop(self.made().another, None)
         return super().numerics() | told
 
     def made(self) -> Kind:

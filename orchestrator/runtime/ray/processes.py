@@ -15,6 +15,7 @@ import ray
 
 from orchestrator.control.core.protocol import Abort, Died, KillWorker, ReleaseWorker, RequestWorker
 from orchestrator.control.core.workers import WorkerId
+from orchestrator.job import Job
 from orchestrator.runtime.ray.placement import (
     Bundle,
     WorkerHandle,
@@ -23,6 +24,7 @@ from orchestrator.runtime.ray.placement import (
 )
 from orchestrator.runtime.ray.presence import Raylets, refuses_connections
 from orchestrator.runtime.ray.resource_request import Need
+from orchestrator.runtime.ray.teacher_actor import TeachersLease
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class WorkerProcesses:
         self._tell = tell
         self._start_errors: dict[WorkerId, str] = {}
         self._lost_nodes: set[str] = set()
+        self._teachers: TeachersLease | None = None
         self._requests: queue.SimpleQueue[tuple[WorkerHandle, Callable[[], None]] | None] = queue.SimpleQueue()
         self._asking_since: float | None = None
         self._asking = threading.Thread(target=self._ask_for_each, name="requests", daemon=True)
@@ -121,8 +124,15 @@ class WorkerProcesses:
         shunned = self._lost_nodes | (set(action.avoid) if self._unit == 1 else set())
         return [handle.place for handle in unit if handle.place is not None and handle.node not in shunned]
 
+    def have_teachers(self, spec: Callable[[], dict[str, Any]], job: Job) -> None:
+        """Has Ray asked for those of the job, if it wants any; they hear of the run with every `learn_nodes`."""
+        if job.elastic.teachers:
+            self._teachers = TeachersLease(self._run_id, spec(), job)
+
     def learn_nodes(self) -> None:
         """Where the nodes of all workers are, while there is a GCS to ask."""
+        if self._teachers is not None:
+            self._teachers.look()
         self._raylets.learn({handle.node for handle in list(self.handles.values()) if handle.node is not None})
 
     def find(self) -> dict[WorkerId, WorkerHandle]:

@@ -1,159 +1,153 @@
-"""Processes of a run that answer for its teacher (`elastic.teachers`), so that no worker needs to have it in memory.
+"""Asking the teachers of a run (`orchestrator.runtime.ray.teacher_actor`).
 
 An answer is a function of its question and the teacher: any of them may give it, also twice. So a lost one costs time
-only: Ray starts another in its place, and the others are asked meanwhile. They are made by whoever needs them first,
-and end with the run.
+only: Ray starts another in its place, and the others are asked meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from orchestrator.job import Job
-from orchestrator.runtime.ray.names import NAMESPACE, teacher_name
-from orchestrator.runtime.ray.surroundings import go_to
-from orchestrator.training.teaching import Answer, Question
-from orchestrator.urls import take_over
+from orchestrator.runtime.ray.teacher_actor import LOOK_S, have_teachers
+from orchestrator.training.teaching import Answer, Look, Question
 
 log = logging.getLogger(__name__)
-PATIENCE_S = 5.0
-"""How long one is waited for before another is asked the same."""
 TELL_AGAIN_S = 60.0
 BREATH_S = 0.2
-"""Before one is asked in place of another that was lost."""
+"""Before one is asked again that was lost."""
+STUCK_S = 60.0
+"""One that has been asked, is alive and says nothing for this long is ended, for Ray to start another; or for ten times
+as long as answers have taken."""
 
 
-class TeacherActor:
-    """The teacher of a job, whole, in a process of its own."""
+@dataclass
+class _Call:
+    """Something that a teacher was asked: the `places` of questions among all; None: to prepare itself."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        take_over(spec["environment"])
-        go_to(spec["cwd"])
-        self._job = Job.model_validate(spec["job"])
-        os.environ.update(self._job.resources.env)
-        from orchestrator.training import build
-        from orchestrator.training.fingerprint import fingerprint
-        from orchestrator.training.teaching import LocalTeacher
-
-        device = build.choose_device(self._job)
-        build.make_deterministic(self._job, device)
-        self._device = fingerprint(device)
-        self._answers = LocalTeacher(self._job, device)
-
-    def answer(self, questions: Sequence[Question]) -> tuple[str, list[Answer]]:
-        """On what device they were computed, and the answers."""
-        return self._device, self._answers(questions)
+    number: int
+    places: list[int] | None
+    since: float
 
 
 class RemoteTeachers:
-    """Asks the teachers of a run. See `orchestrator.training.teaching.Ask`."""
+    """Asks the teachers of a run, for as long as it takes until one answers. See `orchestrator.training.teaching.Ask`.
+
+    Each is asked one thing at a time by this process.
+    """
 
     def __init__(self, run_id: str, spec: dict[str, Any], job: Job) -> None:
-        self._resources, self._mixed = job.resources, job.elastic.mixed_numerics
-        self._spec = {key: spec[key] for key in ("environment", "cwd", "job")}
-        self._run_id = run_id
-        self._device: str | None = None
-        self._actors = dict.fromkeys(range(job.elastic.teachers))
-        self._coming: dict[Any, int] = {}
-        """Of those that have not answered since they were asked for, or lost: what they were asked, to see them
-        answer."""
-        for number in self._actors:
-            self._call(number)
-        self._told_at = -TELL_AGAIN_S
+        self.look: Look = lambda: None
+        self._mixed = job.elastic.mixed_numerics
+        self._lock = threading.Lock()
+        self._device = ""
+        self._actors = have_teachers(run_id, spec, job)
+        self._ready: set[int] = set()
+        self._calls: dict[Any, _Call] = {}
+        self._longest_s = 0.0
+        self._told_at = time.monotonic()
 
-    def _call(self, number: int) -> None:
-        """Has Ray asked for the one of that number, if there is none."""
-        kinds = self._resources.kinds
-        actor: Any = (
-            ray.remote(TeacherActor)
-            .options(
-                name=teacher_name(self._run_id, number), namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
-                num_cpus=self._resources.cpu, num_gpus=self._resources.gpu or None, max_restarts=-1,
-                accelerator_type=kinds[0] if len(kinds) == 1 else None,
-            )
-            .remote(self._spec)
-        )  # fmt: skip
-        self._actors[number] = actor
-        self._coming[actor.answer.remote([])] = number
+    @property
+    def device(self) -> str:
+        """See `Ask`."""
+        if not self._device:
+            self([])
+        return self._device
+
+    def release(self) -> None:
+        """They keep what they have: they are there for nothing else."""
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """Waits for as long as none of them answers. Raises ValueError where they do not compute alike."""
-        there = self._there()
-        shares = [_Share(list(range(first, len(questions), len(there)))) for first in range(len(there))]
-        for share, number in zip(shares, there, strict=True):
-            self._ask(share, number, questions)
-        found: list[Answer | None] = [None] * len(questions)
-        while shares:
-            ready, _ = ray.wait([call for share in shares for call in share.calls], timeout=PATIENCE_S)
-            for share in list(shares):
-                given = self._taken(share, set(ready))
-                if given is not None:
-                    for place, answer in zip(share.places, given, strict=True):
-                        found[place] = answer
-                    shares.remove(share)
-                elif not share.calls or not ready:
-                    # Lost, or slow: another one is asked the same, if there is one.
-                    others = [number for number in self._there() if number not in share.calls.values()]
-                    if others:
-                        self._ask(share, others[0], questions)
-        return [answer for answer in found if answer is not None]
-
-    def _there(self) -> list[int]:
-        """The numbers of those that answer: one at least."""
-        while True:
-            waits = len(self._coming) == len(self._actors)
-            ready, _ = ray.wait(list(self._coming), timeout=PATIENCE_S if waits else 0) if self._coming else ([], [])
-            for call in ready:
-                number = self._coming.pop(call)
-                if self._answer_of(call, number) is None:
-                    self._call(number)
-            if there := [number for number in self._actors if number not in self._coming.values()]:
-                return there
-            if time.monotonic() - self._told_at > TELL_AGAIN_S:
-                self._told_at = time.monotonic()
-                log.warning("no teacher answers yet: they start, or wait for room")
-
-    def _ask(self, share: _Share, number: int, questions: Sequence[Question]) -> None:
-        actor: Any = self._actors[number]
-        share.calls[actor.answer.remote([questions[place] for place in share.places])] = number
-
-    def _taken(self, share: _Share, ready: set[Any]) -> list[Answer] | None:
-        """What one of those that were asked has answered; None where none has yet. Who is lost is asked for again."""
-        for call in [call for call in share.calls if call in ready]:
-            number = share.calls.pop(call)
-            if (answers := self._answer_of(call, number)) is not None:
-                return answers
-            if number not in self._coming.values():
-                self._call(number)
-        return None
-
-    def _answer_of(self, call: Any, number: int) -> list[Answer] | None:
-        """None where that one is lost."""
+        """Raises ValueError where they do not compute alike, and what a teacher raises that cannot be made."""
+        while not self._lock.acquire(timeout=LOOK_S):
+            self.look()
         try:
-            device, answers = ray.get(call)
-        except ray.exceptions.RayActorError as error:
-            log.warning("teacher %d is lost: %s", number, str(error).partition("\n")[0])
+            return self._ask_all(questions)
+        finally:
+            # What another question's asker has not waited for concerns nobody.
+            self._calls = {call: asked for call, asked in self._calls.items() if asked.places is None}
+            self._lock.release()
+
+    def _ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+        found: list[Answer | None] = [None] * len(questions)
+        shares: list[list[int]] | None = None
+        while True:
+            self._prepare_others()
+            if self._ready and shares is None:
+                count = len(self._ready)
+                shares = [share for n in range(count) if (share := list(range(n, len(questions), count)))]
+            busy = {asked.number for asked in self._calls.values()}
+            for number in sorted(self._ready - busy):
+                if shares:
+                    places = shares.pop()
+                    given = [questions[place] for place in places]
+                    self._note(self._actors[number].answer.remote(given), number, places)
+            if shares is not None and not shares and not any(asked.places for asked in self._calls.values()):
+                return [answer for answer in found if answer is not None]
+            ready, _ = ray.wait(list(self._calls), timeout=LOOK_S)
+            if not ready:
+                self.look()
+                self._end_the_stuck()
+            for call in ready:
+                asked = self._calls.pop(call)
+                answers = self._taken(call, asked)
+                if asked.places is None:
+                    continue
+                if answers is None:
+                    assert shares is not None
+                    shares.append(asked.places)
+                    continue
+                for place, answer in zip(asked.places, answers, strict=True):
+                    found[place] = answer
+
+    def _note(self, call: Any, number: int, places: list[int] | None) -> None:
+        self._calls[call] = _Call(number, places, time.monotonic())
+
+    def _prepare_others(self) -> None:
+        """Has all prepare themselves that are not known to be ready."""
+        under_way = {asked.number for asked in self._calls.values()}
+        for number, actor in enumerate(self._actors):
+            if number not in self._ready and number not in under_way:
+                self._note(actor.prepare.remote(), number, None)
+        if not self._ready and time.monotonic() - self._told_at > TELL_AGAIN_S:
+            self._told_at = time.monotonic()
+            log.warning("no teacher answers yet: they start, read the model, or wait for room")
+
+    def _taken(self, call: Any, asked: _Call) -> list[Answer] | None:
+        """What has been answered; None where that one is lost, or only has prepared itself."""
+        try:
+            given = ray.get(call)
+        except ray.exceptions.RayTaskError:
+            raise  # It is there, and cannot do it; no other could.
+        except ray.exceptions.RayError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            log.warning("teacher %d is lost: %s", asked.number, lines[-1] if lines else type(error).__name__)
+            self._ready.discard(asked.number)
             time.sleep(BREATH_S)
             return None
+        device, answers = (given, None) if asked.places is None else given
         self._device = self._device or device
         if device != self._device and not self._mixed:
             raise ValueError(
                 f"teachers compute on different devices ({self._device}, and {device}), which may round otherwise: "
                 "name one kind (resources.accelerators), or set elastic.mixed_numerics: true"
             )
-        return list(answers)
+        self._ready.add(asked.number)
+        if asked.places is not None:
+            self._longest_s = max(self._longest_s, time.monotonic() - asked.since)
+        return answers
 
-
-@dataclass
-class _Share:
-    """The places of some questions among all, and who was asked them, by what is to be waited for."""
-
-    places: list[int]
-    calls: dict[Any, int] = field(default_factory=dict)
+    def _end_the_stuck(self) -> None:
+        """Reading a model takes as long as it takes; answering does not."""
+        limit_s = max(STUCK_S, 10 * self._longest_s)
+        for asked in self._calls.values():
+            if asked.places is not None and time.monotonic() - asked.since > limit_s:
+                log.warning("teacher %d has not answered for %.0f s and is ended", asked.number, limit_s)
+                ray.kill(self._actors[asked.number], no_restart=False)
