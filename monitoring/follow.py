@@ -260,7 +260,7 @@ def summary(result: dict[str, Any], run_dir: str) -> list[str]:
         + (f", loss {loss:.4f}" if loss is not None else "")
         + f", {result.get('wall_seconds', 0.0):.1f} s, goodput {100 * result.get('goodput_ratio', 0.0):.0f} %"
     ]
-    if result["status"] != "finished":
+    if result["status"] != "finished" or result.get("reason", "").startswith("early"):
         lines.append(f"{'because':<11}{result.get('reason', '')}")
     for event in result.get("recoveries", []):
         who = "" if event["worker"] is None else f" of worker {event['worker']}"

@@ -14,6 +14,7 @@ import yaml
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.checkpoint.of_run import job_of
 from orchestrator.data.of_job import with_steps
+from orchestrator.errors import PluginError
 from orchestrator.job import Job
 from orchestrator.job.kinds import hooks_from, sink_named
 from orchestrator.job.parts import objective_of
@@ -78,7 +79,7 @@ def run(
         return _result(previous, directory)
     check_sinks(job.monitoring.model_dump(), sink_named)
     if job.hooks is not None:
-        hooks_from(job.hooks)
+        look_at_hooks(job.hooks)
     look_at_model(job)
     job = with_compared(with_content(job))
 
@@ -90,6 +91,14 @@ def run(
         on_update=on_update, on_note=on_note,
     )  # fmt: skip
     return _result(result, directory)
+
+
+def look_at_hooks(path: str) -> None:
+    """Whether there are such hooks. Raises PluginError."""
+    try:
+        hooks_from(path)
+    except PluginError as error:
+        raise PluginError(f"hooks: {error}") from error
 
 
 def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:

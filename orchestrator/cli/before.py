@@ -15,12 +15,15 @@ def validate(
     job: JobFile,
     set_: Overrides = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Leave out the first records of the data.")] = False,
+    show: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Also the first N sequences; what is learnt of them in [[ ]].")
+    ] = 0,
     json_: AsJson = False,
 ) -> None:
     """Check a job file, its model (without weights) and first records; show it with all defaults; starts nothing."""
     from orchestrator.cli.validate import validate as check
 
-    check(job, set_ or [], with_data=not no_data, as_json=json_)
+    check(job, set_ or [], with_data=not no_data or show > 0, show=show, as_json=json_)
 
 
 def plan(

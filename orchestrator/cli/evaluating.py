@@ -52,6 +52,8 @@ def evaluate(
     if not evaluation:
         del changes["evaluation"]
     path = Path(what).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        refuse(f"{what} has an adapter, without the model that it is for; name the run, or export it with --merge")
     if (path / "config.json").is_file() and not (path / "job.resolved.json").is_file():
         if "evaluation" not in changes:
             refuse("--data or --tasks: say what to evaluate the model on")

@@ -141,8 +141,14 @@ def resume(
     page: Page = False,
     page_port: PagePort = 0,
     json_: AsJson = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", hidden=True)] = None,
 ) -> None:
     """Go on with an unfinished run, from its newest valid checkpoint."""
+    if set_:
+        refuse(
+            "--set: a run goes on with the job that it has; with another (`--set train.optimizer.lr=...`) "
+            "`run JOB --run-dir RUN --fork` begins a new run where it is"
+        )
     from orchestrator.checkpoint.of_run import job_of
     from orchestrator.rundir import find_run
 

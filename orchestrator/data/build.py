@@ -165,6 +165,7 @@ def build_store(
     try:
         written: list[ShardWritten] = run_tasks(write_shard, [(task,) for task in tasks])
         results = [(each.shard, each.files) for each in written]
+        _refuse_if_all_bad(written)
         assert [shard.name for shard, _ in results] == [task.shard for task in tasks], "run_tasks changed the order"
         manifest = StoreManifest(
             key=key,
@@ -186,6 +187,14 @@ def build_store(
         _discard(build)
         raise
     return build
+
+
+def _refuse_if_all_bad(written: Sequence[ShardWritten]) -> None:
+    """Raises DataError where bad records are left out, and nothing else is there."""
+    skipped = sum(each.skipped for each in written)
+    if skipped and not any(entry.documents for each in written for entry in each.files):
+        told = next(text for each in written for text in each.first_skipped)
+        raise DataError(f"all of {skipped:,} records are bad, and nothing is left to train on; the first: {told}")
 
 
 def _records_entry(spec: RecordSpec | None, written: Sequence[ShardWritten]) -> RecordsEntry | None:

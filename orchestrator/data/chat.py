@@ -16,20 +16,40 @@ class BadConversation(ValueError):
     """Messages that cannot be rendered; the message says why."""
 
 
-def check_messages(field: str, messages: Any) -> list[dict[str, Any]]:
-    """The messages in a field of a record. Raises BadConversation for what are none."""
+OTHER_ROLES = {"human": "user", "gpt": "assistant"}
+"""What they are called where the key of roles is another, too."""
+
+
+def check_messages(field: str, messages: Any, names: Mapping[str, str] = {}) -> list[dict[str, Any]]:
+    """The messages in a field of a record; `names` are what their `role` and `content` are called there. Raises
+    BadConversation for what are none."""
+    if names.keys() & {"role", "content"} and isinstance(messages, list):
+        messages = [_renamed(message, names) for message in messages]
     if not isinstance(messages, list) or not messages:
         raise BadConversation(f"field {field!r} must be a list of messages, not {_kind(messages)}")
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadConversation(f"message {number} of {field!r} is {_kind(message)}, not an object")
         if not isinstance(message.get("role"), str):
-            raise BadConversation(f"message {number} of {field!r} has no role, only {sorted(message)[:10]}")
+            raise BadConversation(
+                f"message {number} of {field!r} has no role, only {sorted(message)[:10]}; data.fields maps other names "
+                "of role and content"
+            )
         content = message.get("content")
         is_empty = content is None and not message.get("tool_calls")
         if is_empty or not isinstance(content, (str, list, type(None))):
             raise BadConversation(f"message {number} of {field!r} has content that is {_kind(content)}, not a string")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _renamed(message: Any, names: Mapping[str, str]) -> Any:
+    if not isinstance(message, dict):
+        return message
+    ours = {theirs: name for name, theirs in names.items() if name in ("role", "content")}
+    found = {ours.get(key, key): value for key, value in message.items()}
+    if "role" in names and isinstance(found.get("role"), str):
+        found["role"] = OTHER_ROLES.get(found["role"], found["role"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,11 @@ class ChatTemplate:
 
     text: str
     special: Mapping[str, str]
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether it says itself, by {% generation %}, what the assistant said."""
+        return _GENERATION.search(self.text) is not None
 
     def render(
         self, messages: Sequence[dict[str, Any]], tools: Any = None, *, ask: bool = False
@@ -54,7 +79,7 @@ class ChatTemplate:
         with it than without, which needs a template that says the same of earlier messages whatever follows. Raises
         BadConversation where it does not.
         """
-        if _GENERATION.search(self.text):
+        if self.is_marked:
             return self._render(messages, tools, marks=True)
         whole, spans = self.render(messages, tools), []
         for number, message in enumerate(messages):

@@ -76,6 +76,8 @@ class Part(NamedTuple):
     counting: Spans
     ends: bool = True
     end_counts: bool = True
+    is_rendered: bool = False
+    """By a chat template that does not say itself what counts."""
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Encoder:
         return Part(text, [(0, len(text))])
 
     def _conversation(self, record: Mapping[str, Any]) -> Part:
-        messages = check_messages(self._name("messages"), self._get(record, "messages"))
+        messages = check_messages(self._name("messages"), self._get(record, "messages"), self._names)
         return self._rendered(messages, self._get(record, "tools"), prompt=None)
 
     def _rendered(self, messages: list[dict[str, Any]], tools: Any, prompt: list[dict[str, Any]] | None) -> Part:
@@ -176,7 +178,7 @@ class Encoder:
         counts = self.spec.counts
         if counts == "all":
             text = template.render(messages, tools)
-            return Part(text, [(0, len(text))])
+            return Part(text, [(0, len(text))], is_rendered=not template.is_marked)
         if counts == "last":
             return Part(template.render(messages, tools), [])
         if counts == "completion" or (prompt is not None and counts == "auto"):
@@ -185,24 +187,25 @@ class Encoder:
             before = template.render(given, tools, ask=True) if given else ""
             if not text.startswith(before):
                 raise BadRecord("the chat template renders the prompt otherwise when an answer follows it")
-            return Part(text, [(len(before), len(text))], end_counts=said)
+            return Part(text, [(len(before), len(text))], end_counts=said, is_rendered=not template.is_marked)
         text, spans = template.render_parts(messages, tools)
         if not spans:
-            raise BadRecord("no message is the assistant's, so that there is nothing to train on")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise BadRecord(f"no message is the assistant's, so that there is nothing to train on (roles: {roles})")
         if prompt is not None:
             first = len(template.render(prompt, tools))
             spans = [span for span in spans if span[0] >= first]
-        return Part(text, spans, end_counts=said)
+        return Part(text, spans, end_counts=said, is_rendered=not template.is_marked)
 
     def _answer(self, record: Mapping[str, Any], field: str) -> Part:
         """A prompt and what follows it: texts, or messages (where the prompt may be the ones that answers share)."""
         answer, prompt = self._get(record, field), self._get(record, "prompt")
         if isinstance(answer, list):
-            messages = check_messages(self._name(field), answer)
+            messages = check_messages(self._name(field), answer, self._names)
             if prompt is None:
                 given = messages[:-1]
             else:
-                given = check_messages(self._name("prompt"), prompt) if isinstance(prompt, list) else [
+                given = check_messages(self._name("prompt"), prompt, self._names) if isinstance(prompt, list) else [
                     {"role": "user", "content": self._text(record, "prompt")}
                 ]  # fmt: skip
                 messages = [*given, *messages]
@@ -218,16 +221,39 @@ class Encoder:
     def _ids_of(self, part: Part) -> NDArray[np.uint32]:
         ids, starts = self.tokenizer.encode_with_starts(part.text)
         counts = np.zeros(len(ids), dtype=np.bool_)
-        for first, last in part.counting:
-            counts |= (starts >= first) & (starts < last)
         end = self.tokenizer.end_of_document
-        if part.ends and not (len(ids) and ids[-1] == end and self.spec.counts != "last"):
+        for first, last in part.counting:
+            inside = (starts >= first) & (starts < last)
+            if part.is_rendered:
+                inside &= ~self._is_behind_end(part.text, ids, starts, inside, last)
+            counts |= inside
+        if part.ends and not (self.spec.counts != "last" and self._ends(part, ids, starts)):
             ids, counts = np.append(ids, np.uint32(end)), np.append(counts, part.end_counts)
         if self.spec.add_bos:
             first_id = getattr(self.tokenizer, "begin_of_document", None)
             assert first_id is not None, "checked when the data was prepared"
-            ids, counts = np.append(np.uint32(first_id), ids), np.append(False, counts)
+            if not (len(ids) and ids[0] == first_id):  # A chat template may have it.
+                ids, counts = np.append(np.uint32(first_id), ids), np.append(False, counts)
         return np.where(counts, ids | MARK, ids).astype(np.uint32)
+
+    def _ends(self, part: Part, ids: NDArray[np.uint32], starts: NDArray[np.int64]) -> bool:
+        """Whether the last that it has, but for white space of a chat template, is an end of document."""
+        places = np.flatnonzero(ids == self.tokenizer.end_of_document)
+        if not len(places):
+            return False
+        last = int(places[-1])
+        return last == len(ids) - 1 or (part.is_rendered and part.text[int(starts[last + 1]) :].isspace())
+
+    def _is_behind_end(
+        self, text: str, ids: NDArray[np.uint32], starts: NDArray[np.int64], inside: NDArray[np.bool_], last: int
+    ) -> NDArray[np.bool_]:
+        """Which tokens are white space between what ends an answer, `inside` of the text up to `last`, and the next
+        message: a chat template's, which nobody is to say."""
+        places = np.flatnonzero(inside & (ids == self.tokenizer.end_of_document))
+        behind = np.zeros(len(ids), dtype=np.bool_)
+        if len(places) and (first := int(places[-1]) + 1) < len(ids) and text[int(starts[first]) : last].isspace():
+            behind[first:] = True
+        return behind
 
     def _given(self, record: Mapping[str, Any]) -> NDArray[np.uint32]:
         """The ids that a record has, marked by its `labels` (IGNORED ones do not count), or all."""

@@ -366,7 +366,7 @@ def _key(recipe: Recipe) -> str:
     parts: list[object] = [FORMAT_VERSION, tokenizer.identity]
     if records is not None:
         # A template is no part of what identifies a tokenizer, as texts do without it.
-        parts += [f"records: {records!r}", records.chat_template or getattr(tokenizer, "chat_template", "")]
+        parts += [f"records 2: {records!r}", records.chat_template or getattr(tokenizer, "chat_template", "")]
     if side is not None:
         parts.append(f"side: {side!r}")
     for file, content in zip(recipe.files, recipe.contents, strict=True):

@@ -57,5 +57,7 @@ def metrics_of(job: Job) -> tuple[Metric, ...]:
     if job.evaluation is None or not job.evaluation.holds_out:
         return ()
     found = tuple(map(metric_from, job.evaluation.metrics))
-    own = _bytes_of(job.data.tokenizer) if objective_of(job).loss_unit == "nats per token" else None
+    # What a user's own objective gives need be no likelihood.
+    has_likelihoods = job.objective.factory is None and objective_of(job).loss_unit == "nats per token"
+    own = _bytes_of(job.data.tokenizer) if has_likelihoods else None
     return found if own is None else (*found, own)

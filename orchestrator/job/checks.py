@@ -7,6 +7,7 @@ schema. Those about the layout are in `layout_checks`.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from orchestrator.job.kinds import (
 )
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
-from orchestrator.job.sections.data import Data
+from orchestrator.job.sections.data import FIELD_NAMES, Data
 from orchestrator.urls import VARIABLE
 from strategies.objective.objective import Objective
+from strategies.optim.optimizer import Settings
 
 
 def find(get: Get) -> list[Finding]:
@@ -351,6 +353,18 @@ def _data(get: Get) -> Iterator[Finding]:
         yield Finding(fields, f"must have exactly one of source and mix, and {what}")
 
 
+def _fields(get: Get) -> Iterator[Finding]:
+    places = ["data.fields"]
+    if get("evaluation") is not None and get("evaluation.data") is not None:
+        places.append("evaluation.data.fields")
+    for where in places:
+        for name in get(where) or {}:
+            if name not in FIELD_NAMES:
+                near = difflib.get_close_matches(name, FIELD_NAMES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(FIELD_NAMES)}"
+                yield Finding((where,), f"{name} is none of our names, which are mapped to those of records; {hint}")
+
+
 def _document_mask(get: Get) -> Iterator[Finding]:
     if get("data.document_mask") and get("data.packing") == "pad":
         yield Finding(
@@ -513,6 +527,9 @@ def _optimizer(get: Get) -> Iterator[Finding]:
     except PluginError as error:
         yield Finding(("train.optimizer.name",), str(error))
         return
+    if get("train.optimizer.state") != "fp32" and not kind.moments(Settings(momentum=get("train.optimizer.momentum"))):
+        reason = f"{kind.name} without momentum keeps nothing that could be of another type; leave state out"
+        yield Finding(("train.optimizer.state", "train.optimizer.name"), reason)
     if kind.scope == "parameter" and (state := get("train.optimizer.state")) != "fp32":
         reason = f"{kind.name} keeps next to nothing of a matrix, and {state} is for what has its size; use state: fp32"
         yield Finding(("train.optimizer.state", "train.optimizer.name"), reason)
@@ -547,6 +564,7 @@ _RULES: tuple[Rule, ...] = (
     _model,
     _data,
     _document_mask,
+    _fields,
     _evaluation,
     _steps,
     _of_directories,

@@ -46,6 +46,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, also: Iterable[str] = ()) ->
     """Puts an adapter into a model and freezes the rest, but for `modules_to_save` and the modules `also` named. All
     parameters may be on the meta device. Raises ModelError for modules that there are not."""
     from peft import inject_adapter_in_model
+    from torch.nn import Linear
 
     from orchestrator.models.initialisation import without_parameters
 
@@ -62,7 +63,11 @@ def add_adapter(model: nn.Module, adapter: Adapter, also: Iterable[str] = ()) ->
     except ModelError:
         raise
     except Exception as error:  # Whatever peft says of modules that it does not find, or cannot adapt.
-        raise refused(f"peft cannot adapt this model: {reason_of(error)}", "adapter.target_modules") from error
+        there = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, Linear)})
+        raise refused(
+            f"peft cannot adapt this model: {reason_of(error)} (its linear modules are called {', '.join(there)})",
+            "adapter.target_modules",
+        ) from error
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         parameter.requires_grad_("lora_" in name or any(_is_inside(owner, each) for each in saved))

@@ -128,7 +128,21 @@ def choose_trained(job: Job, model: nn.Module) -> nn.Module:
         # A new head is as good as none until it is trained.
         add_adapter(model, job.adapter, ("score",) if objective_of(job).num_outputs else ())
     freeze(model, job.train.freeze)
+    _check_groups(job, model)
     return model
+
+
+def _check_groups(job: Job, model: nn.Module) -> None:
+    """Raises ModelError for a pattern of the optimizer's groups that fits nothing that is trained."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for number, group in enumerate(job.train.optimizer.groups):
+        for place, pattern in enumerate(group.params):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise refused(
+                    f"{pattern!r} fits none of the {len(names)} parameters that are trained "
+                    f"({', '.join(names[:3])}, ...)",
+                    f"train.optimizer.groups.{number}.params.{place}",
+                )
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from monitoring.outside import parse
 from orchestrator.checkpoint.of_run import catalog_of, job_of, secret_of
@@ -13,12 +15,21 @@ from orchestrator.data import load_tokenizer
 from orchestrator.data.of_job import held_out_of, prepare_held_out
 from orchestrator.evaluation.report import report_of
 from orchestrator.job import Job
+from orchestrator.job.parts import objective_of
 from orchestrator.models.loading import prepare_model
 from orchestrator.models.weights import WeightSource
 from orchestrator.rundir import RunDirectory, RunDirectoryError
 from orchestrator.training.build import step_spec
+from orchestrator.training.compared import reference_values
 from orchestrator.training.deterministic import make_deterministic
+from orchestrator.training.references import HeldOutBeside, beside
 from orchestrator.training.tasks import load_tasks, metrics_of_tasks
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.data.held_out import HeldOut
+    from strategies.gradient.spec import StepSpec
 
 _LONGEST = 1024
 """Tokens of a row, where neither the model nor the user says fewer."""
@@ -80,15 +91,23 @@ def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
         raise RunDirectoryError("the job says not what to evaluate on; give --data or --tasks")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_deterministic(job, device)
-    samples = held_out_of(job, prepare_held_out(job))
+    held_out = held_out_of(job, prepare_held_out(job))
+    samples: Samples | None = held_out
     tasks = load_tasks(job) if job.evaluation.tasks else None
     tokenizer = load_tokenizer(job.data.tokenizer)
     model = prepare_model(job, tokenizer.vocab_size).filled()
-    if weights is not None:
-        _put(model, weights)
+    first = None
+    if weights is not None or reference_values(job) is not None:
+        first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.to(device)
     body = find_body(model.eval(), find_layers(model)[0], torch.zeros((1, 3), dtype=torch.int64, device=device))
     spec = step_spec(job)
+    if held_out is not None and objective_of(job).needs_reference:
+        samples = _with_reference(job, held_out, model, body, spec, device)
+        if first is not None:
+            _put_all(model, first.__getitem__)
+    if weights is not None:
+        _put(model, weights)
 
     def passes(samples: Samples, measured: Measure | None = None) -> Measured:
         return evaluate_alone(model, body, spec, samples, device, measured)
@@ -99,12 +118,30 @@ def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
     return found
 
 
-def _put(model: Any, weights: WeightSource) -> None:
+def _with_reference(
+    job: Job, samples: HeldOut, model: Any, body: Any, spec: StepSpec, device: torch.device
+) -> HeldOutBeside:
+    """With what the reference gives for them: the model as it is before training, or another."""
+    from strategies.objective.objective import END_TO_END
+    from strategies.update.evaluation import evaluate_alone, reference
+
+    if (values := reference_values(job)) is not None:
+        _put_all(model, values.read)
+    found = evaluate_alone(model, body, spec, samples, device, reference)[f"{END_TO_END}reference"]
+    return beside(samples, np.array(found, dtype=np.float32))
+
+
+def _put_all(model: Any, read: Callable[[str], torch.Tensor]) -> None:
     import torch
 
-    there = weights.tensors()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in there:
-                raise RunDirectoryError(f"{weights.name} has no {name}, which the model of this job has")
-            parameter.copy_(weights.read(name))
+            parameter.copy_(read(name))
+
+
+def _put(model: Any, weights: WeightSource) -> None:
+    there = weights.tensors()
+    for name, _ in model.named_parameters():
+        if name not in there:
+            raise RunDirectoryError(f"{weights.name} has no {name}, which the model of this job has")
+    _put_all(model, weights.read)

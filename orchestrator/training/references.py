@@ -86,7 +86,7 @@ class References:
     def held_out(self) -> Samples:
         """What is evaluated on, likewise."""
         assert self._held_out is not None
-        return _Joined(self._held_out, lambda ids: self._rows_of(ids, self._first_held_out, self._held_out))
+        return HeldOutBeside(self._held_out, lambda ids: self._rows_of(ids, self._first_held_out, self._held_out))
 
     @property
     def _first_held_out(self) -> int:
@@ -177,8 +177,19 @@ def _identity_of(job: Job, dataset: Dataset) -> bytes:
     return xxhash.xxh3_128_hexdigest(told.encode()).encode()
 
 
-class _Joined:
-    """Samples with what the reference gave for their rows."""
+def beside(samples: HeldOut, table: NDArray[np.float32]) -> HeldOutBeside:
+    """Samples with what the reference gave for each of their rows, in their order: fp32 [rows]."""
+    each = len(table) // samples.num_samples
+
+    def rows_of(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = table[(samples.places_of(ids)[:, None] * each + np.arange(each)).reshape(-1)]
+        return found
+
+    return HeldOutBeside(samples, rows_of)
+
+
+class HeldOutBeside:
+    """Samples with what the reference gave for their rows. See `Samples`."""
 
     def __init__(self, samples: Samples, rows_of: Callable[[NDArray[np.int64]], NDArray[np.float32]]) -> None:
         self._samples, self._rows_of = samples, rows_of

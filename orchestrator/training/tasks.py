@@ -7,6 +7,7 @@ all find the same metrics; that the documents are the same is checked.
 
 from __future__ import annotations
 
+import difflib
 import math
 import random
 import re
@@ -114,19 +115,24 @@ def load_tasks(job: Job) -> dict[str, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise DataError("evaluation.tasks needs lm-eval, which is not installed: pip install lm-eval") from error
-    manager = TaskManager(verbosity="ERROR", include_path=list(dict.fromkeys(folders)) or None)
-    if unknown := sorted(set(names) - set(manager.all_tasks)):
-        raise DataError(
-            f"evaluation.tasks: lm-eval {version('lm-eval')} knows no {', '.join(unknown)}; name a YAML file of it"
-        )
-    try:
-        with _seeded(), _offline():
-            found = dict(manager.load(names))
-    except Exception as error:  # The library and those that it reads with fail in many ways.
-        raise DataError(
-            f"evaluation.tasks: {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}; what a task "
-            "reads must be on this machine, in the cache of datasets or in files that it names"
-        ) from error
+    # Its own tasks, of which there are thousands, take seconds to list. Files of a user's may refer to some.
+    found: dict[str, Any] = {}
+    for with_its_own in (False, True) if len(folders) == len(names) else (True,):
+        manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None, include_defaults=with_its_own)
+        if unknown := sorted(set(names) - set(manager.all_tasks)):
+            near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
+            hint = f"did you mean {near[0]}?" if near else "name a YAML file of it"
+            raise DataError(f"evaluation.tasks: lm-eval {version('lm-eval')} knows no {', '.join(unknown)}; {hint}")
+        try:
+            with _seeded(), _offline():
+                found = dict(manager.load(names))
+            break
+        except Exception as error:  # The library and those that it reads with fail in many ways.
+            if with_its_own:
+                raise DataError(
+                    f"evaluation.tasks: {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}; what a "
+                    "task reads must be on this machine, in the cache of datasets or in files that it names"
+                ) from error
     for name, task in found["tasks"].items():
         if (reason := _refused(task, job.data.sequence_length)) is not None:
             raise DataError(f"evaluation.tasks: {name} {reason}")

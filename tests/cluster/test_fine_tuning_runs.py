@@ -144,6 +144,8 @@ def test_the_other_examples_run(tmp_path: Path, cache: Path, made: Path, base: P
     if example == "dpo":  # Three steps teach it nothing about other pairs.
         assert first["metrics"]["loss"] == pytest.approx(0.693147, abs=1e-6), "the policy is its reference"
         assert first["metrics"]["margin"] == 0 != last["metrics"]["margin"]
+        alone = json.loads(orchestrator("evaluate", str(command.run_dir), "--json").stdout)
+        assert alone == {"step": 3, **last["metrics"]}, "beside the same reference"
     else:
         assert last["metrics"]["loss"] < first["metrics"]["loss"]
 

@@ -17,6 +17,8 @@ from monitoring.sinks.stream import Scalars, Stream
 from monitoring.terminal.facts import RunFacts
 from monitoring.terminal.lines import as_text as lines_text
 from monitoring.terminal.lines import status_lines
+from orchestrator.job.directions import direction_of
+from orchestrator.job.sections.evaluation import Best
 from tests.unit.run_directories import GENERATION, RESULT, STARTED, T0, make_run, status
 
 
@@ -135,3 +137,24 @@ def test_a_damaged_record_takes_nothing_else_along(missing: str) -> None:
     for event in [*EVENTS[:3], damaged, EVENTS[4]]:
         view.on_event(event)
     assert view.whole(T0)["status"]["run"] == "tiny-1234"
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("loss", "min"), ("perplexity", "min"), ("bits_per_byte", "min"), ("mse", "min"), ("nll_chosen", "min"),
+        ("reward_rejected", "min"), ("accuracy", "max"), ("token_accuracy", "max"), ("f1_macro", "max"),
+        ("per_class.spam.recall", "max"), ("auroc", "max"), ("r2", "max"), ("margin", "max"),
+        ("reward_chosen", "max"), ("arc_easy/acc_norm", "max"), ("wikitext/word_perplexity", "min"),
+        ("gsm8k/exact_match_strict-match", "max"), ("top_three", None), ("lossless", None),
+    ],
+)  # fmt: skip
+def test_which_value_of_a_metric_is_better(metric: str, mode: str | None) -> None:
+    assert direction_of(metric) == mode
+    if mode is not None:
+        assert Best.model_validate({"metric": metric}).mode == mode
+        assert Best.model_validate({"metric": metric, "mode": "min"}).mode == "min"
+    else:
+        with pytest.raises(ValueError, match=f"must say mode: min or max, as it is not known which of .*{metric}"):
+            Best.model_validate({"metric": metric})
+    assert Best().mode == "min"

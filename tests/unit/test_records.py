@@ -51,6 +51,82 @@ def test_of_a_prompt_and_its_completion_the_completion_counts_and_its_end() -> N
     assert encoded({"text": "ab"}) == [("ab$", "ab$")]
 
 
+IM = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen's: what ends an answer is the end of a document, and a line ends behind it."""
+
+
+def chatml_tokenizer(directory: Path) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from orchestrator.data.tokenizers import _byte_letters, load_tokenizer
+
+    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(each, special=True) for each in ("<|im_start|>", "<|im_end|>", "<s>")])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<s>")
+    made.chat_template = IM
+    made.save_pretrained(directory)
+    return load_tokenizer(str(directory))
+
+
+def test_an_answer_that_its_template_ends_is_ended_once(tmp_path: Path) -> None:
+    tokenizer = chatml_tokenizer(tmp_path)
+    conversation = [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"},
+    ]  # fmt: skip
+
+    def counting(record: dict[str, Any], **more: Any) -> tuple[list[str], list[str]]:
+        (sequence,) = Encoder(spec(**more), tokenizer).encode(record)
+        pieces = [tokenizer._backend.id_to_token(int(each)) for each in sequence & ~MARK]
+        return pieces, [piece for piece, each in zip(pieces, sequence, strict=True) if each & MARK]
+
+    pieces, counted = counting({"messages": conversation})
+    assert counted == ["a", "<|im_end|>", "b", "<|im_end|>"]
+    assert pieces[-2:] == ["<|im_end|>", "\u010a"], "nothing is added behind it"
+    _, counted = counting({"prompt": conversation[:1], "completion": conversation[1:2]})
+    assert counted == ["a", "<|im_end|>"]
+    # What the template itself marks is as it says.
+    marked = IM.replace("{{ m.content }}<|im_end|>\n", (
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    ))  # fmt: skip
+    _, counted = counting({"messages": conversation}, chat_template=marked)
+    assert counted[:3] == ["a", "<|im_end|>", "\u010a"]
+    # A template may begin with the token that texts begin with.
+    pieces, _ = counting({"messages": conversation}, add_bos=True)
+    assert pieces[:2] == ["<s>", "<|im_start|>"]
+    pieces, _ = counting({"messages": conversation}, add_bos=True, chat_template="<s>" + IM)
+    assert pieces[:2] == ["<s>", "<|im_start|>"]
+    # Of text nothing is taken for a template's.
+    pieces, counted = counting({"text": "a<|im_end|>\n"})
+    assert pieces == counted == ["a", "<|im_end|>", "\u010a", "<|im_end|>"]
+
+
+def test_messages_may_have_other_names() -> None:
+    share = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    names = (("content", "value"), ("messages", "conversations"), ("role", "from"))
+    usual = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert encoded(share, fields=names, chat_template=PLAIN) == encoded(usual, chat_template=PLAIN)
+    with pytest.raises(BadRecord, match=r"no role, only \['from', 'value'\]; data.fields maps other names of role and"):
+        encoded(share, fields=(("messages", "conversations"),), chat_template=PLAIN)
+    with pytest.raises(BadRecord, match=r"nothing to train on \(roles: user, bot\)"):
+        encoded({"messages": [usual["messages"][0], {"role": "bot", "content": "a"}]}, chat_template=PLAIN)
+
+
+def test_names_of_fields_are_those_that_records_have() -> None:
+    from orchestrator.data.records import FIELDS
+    from orchestrator.job.sections.data import FIELD_NAMES
+
+    of_shapes = {name for names in FIELDS.values() for name in names}
+    assert set(FIELD_NAMES) == of_shapes | {"tools", "text_pair", "labels", "role", "content"}
+
+
 CHAT = [
     {"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
     {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"},

@@ -23,6 +23,13 @@ Source = Annotated[
 Format = Literal["text", "jsonl", "json", "parquet", "csv", "tsv", "arrow", "npy", "bin"]
 
 
+FIELD_NAMES = (
+    "text", "prompt", "completion", "messages", "tools", "chosen", "rejected", "label", "text_pair", "anchor",
+    "positive", "input_ids", "labels", "role", "content",
+)  # fmt: skip
+"""Our names of what records have; the last two of what each message has."""
+
+
 class MixEntry(Section):
     """One of several sources; `format`, `field` and `document` are those of `data` where they are not given."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from orchestrator.job.directions import direction_of
 from orchestrator.job.fields import (
     CIRCUMSTANCES,
     NUMBERS,
@@ -16,6 +18,7 @@ from orchestrator.job.fields import (
     Section,
     Text,
 )
+from orchestrator.job.rules import OWN_WORDS
 from orchestrator.job.sections.data import Format, Source
 
 
@@ -34,6 +37,18 @@ class Best(Section):
 
     metric: Annotated[Text, NUMBERS] = "loss"
     mode: Annotated[Literal["min", "max"], NUMBERS] = "min"
+    """Filled in for metrics whose names say it; to be said of others."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _direction(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "mode" in given or not isinstance(given.get("metric"), str):
+            return given
+        mode = direction_of(given["metric"])
+        if mode is None:
+            reason = f"must say mode: min or max, as it is not known which of the metric {given['metric']} is better"
+            raise PydanticCustomError(OWN_WORDS, "{reason}", {"reason": reason})
+        return given | {"mode": mode}
 
 
 class EarlyStop(Section):
