@@ -14,6 +14,7 @@ import yaml
 from monitoring.sinks.feeder import check_sinks
 from orchestrator.checkpoint.of_run import job_of
 from orchestrator.data.of_job import with_steps
+from orchestrator.data.trying import try_data
 from orchestrator.errors import PluginError
 from orchestrator.job import Job
 from orchestrator.job.kinds import hooks_from, sink_named
@@ -82,6 +83,8 @@ def run(
         look_at_hooks(job.hooks)
     look_at_model(job)
     job = with_compared(with_content(job))
+    if not os.environ.get("RAY_ADDRESS") and not directory.has_begun:
+        try_data(job)  # What is wrong with it is told before a cluster of our own is started.
 
     from orchestrator.runtime.ray.driver import drive
 

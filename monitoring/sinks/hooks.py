@@ -7,6 +7,7 @@ takes, training does not notice.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,7 +93,11 @@ class HookSink:
         except Exception as error:
             self._failed += 1
             if self._failed <= MOST_TOLD:
-                log.warning("hooks: %s failed (the run goes on): %s: %s", method, type(error).__name__, error)
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                log.warning(
+                    "hooks: %s failed (the run goes on): %s: %s (%s:%s)", method, type(error).__name__, error,
+                    where.filename, where.lineno,
+                )  # fmt: skip
 
     def close(self, status: str) -> None:
         """See `Sink`."""

@@ -134,8 +134,8 @@ class Stream:
         self._world: dict[int, int] = {}
 
     def new(self) -> list[Item]:
-        """New items: of events, then of steps, each in their order."""
-        items: list[Item] = [*self._new_notes(), *self._new_steps()]
+        """New items: of events and of steps, each in their order, and what came first first."""
+        items: list[Item] = _by_time(list(self._new_notes()), list(self._new_steps()))
         newest = next((item for item in reversed(items) if isinstance(item, Scalars) and not item.of_evaluation), None)
         if newest is not None and (goodput := self._goodput()) is not None:
             newest.values["goodput"] = goodput
@@ -207,6 +207,20 @@ class Stream:
             return float(account["productive_seconds"] / account["wall_seconds"])
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             return None  # not known yet
+
+
+def _by_time(notes: list[Item], steps: list[Item]) -> list[Item]:
+    merged: list[Item] = []
+    waiting = iter(notes)
+    note = next(waiting, None)
+    for place, item in enumerate(steps):
+        # That steps are done again is told with the first of them.
+        at = next((each.at for each in steps[place:] if not isinstance(each, Redone)), math.inf)
+        while note is not None and not isinstance(note, Redone) and note.at < at:
+            merged.append(note)
+            note = next(waiting, None)
+        merged.append(item)
+    return [*merged, *([] if note is None else [note]), *waiting]
 
 
 def _described(event: Json) -> str | None:

@@ -38,7 +38,9 @@ def _config(weights: WeightSource, job: Job, adapter: Adapter) -> dict[str, Any]
     adapted = sorted({name.split(".lora_")[0] for name in weights.tensors() if is_of_adapter(name)})
     saved = [*adapter.modules_to_save, *(["score"] if objective_of(job).num_outputs else [])]
     made = peft_config(adapter, targets=adapted, saved=saved)
-    made.base_model_name_or_path = job.model.hf if isinstance(job.model.hf, str) else None
+    if isinstance(job.model.hf, str):
+        path = Path(job.model.hf).expanduser()
+        made.base_model_name_or_path = str(path.resolve()) if path.is_dir() else job.model.hf
     made.task_type = "SEQ_CLS" if objective_of(job).num_outputs else "CAUSAL_LM"
     made.inference_mode = True
     found: dict[str, Any] = made.to_dict()

@@ -165,12 +165,25 @@ def _write_config(skeleton: Any, job: Job, target: Path, dtype: str | None) -> N
         end = load_tokenizer(job.data.tokenizer).end_of_document
         for each in (config, *([] if generation is None else [generation])):
             each.bos_token_id, each.eos_token_id = None, end
+    if config.pad_token_id is None and (pad := _pad_of(job)) is not None:
+        config.pad_token_id = pad  # Classifiers of transformers look for the last token before it.
     config.dtype = EXPORT_TYPES[dtype or "fp32"]
     config.architectures = [type(skeleton).__name__]
     config.use_cache = True
     config.save_pretrained(target)
     if generation is not None and skeleton.can_generate():
         generation.save_pretrained(target)
+
+
+def _pad_of(job: Job) -> int | None:
+    """The tokenizer's token for padding, if it has one that is nothing else."""
+    path = Path(job.data.tokenizer).expanduser()
+    if not path.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    found: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return None if found.pad_token_id == found.eos_token_id else found.pad_token_id
 
 
 def write_tokenizer(name: str, target: Path) -> None:

@@ -28,7 +28,7 @@ def job_of(directory: RunDirectory) -> Job:
     try:
         return Job.model_validate(known)
     except ValueError as error:
-        raise RunDirectoryError(f"{directory.path / 'job.resolved.json'} is no job of this version: {error}") from error
+        raise RunDirectoryError(f"{directory.path / 'job.resolved.json'} cannot be used here: {error}") from error
 
 
 def catalog_of(directory: RunDirectory, job: Job, secret: Secret | None = None) -> Catalog:

@@ -100,8 +100,30 @@ def _reason(detail: ErrorDetails, root: type[BaseModel], path: Path) -> str:
     return f"must be {wanted}{got}" if wanted else detail["msg"] + got
 
 
+OF_OTHERS = {
+    "learning_rate": "train.optimizer.lr", "lr_scheduler_type": "train.schedule.name",
+    "lr_scheduler": "train.schedule.name", "max_grad_norm": "train.clip_norm", "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs", "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.global_batch, of all workers together, and train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch, of all workers together, and train.micro_batch",
+    "gradient_checkpointing": "train.recompute: full", "bf16": "train.precision: bf16",
+    "model_name_or_path": "model.hf", "base_model": "model.hf", "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length", "sequence_len": "data.sequence_length",
+    "sample_packing": "data.packing: pack", "dataset_text_field": "data.field",
+    "eval_steps": "evaluation.every_steps", "val_set_size": "evaluation.share", "test_size": "evaluation.share",
+    "metric_for_best_model": "evaluation.best.metric", "greater_is_better": "evaluation.best.mode",
+    "early_stopping_patience": "evaluation.early_stop.patience", "lora_r": "adapter.r", "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout", "lora_target_modules": "adapter.target_modules",
+    "load_in_4bit": "adapter.quantize_base: nf4", "load_in_8bit": "adapter.quantize_base: int8",
+    "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep", "report_to": "monitoring",
+}  # fmt: skip
+"""What Trainer, TRL and Axolotl call things (docs/migrating.md)."""
+
+
 def _unknown_field(root: type[BaseModel], path: Path) -> str:
     model, key = _model_at(root, path[:-1]), str(path[-1])
+    if key in OF_OTHERS:
+        return f"unknown field; here it is {OF_OTHERS[key]}"
     here = list(model.model_fields) if model else []
     everywhere = list(_all_fields(root))
     exact = [dotted for dotted in everywhere if dotted.split(".")[-1] == key]

@@ -22,6 +22,7 @@ from monitoring.events import (
     RunStarted,
 )
 from monitoring.skew import Window
+from orchestrator.checkpoint.manifest import CheckpointError
 from orchestrator.checkpoint.of_run import catalog_of, catalog_spec, catch_up
 from orchestrator.control.core.orders import Order
 from orchestrator.control.core.protocol import Placed, Stop
@@ -61,7 +62,7 @@ class TrainingExecutor:
         self.faults = job.faults
         self.unit = job.strategy.tensor
         self.heartbeat_timeout_s = job.elastic.heartbeat_timeout_s
-        catalog = catalog_of(self._directory, job)
+        self._catalog = catalog = catalog_of(self._directory, job)
         if not self._lease.has_ended and (found := catch_up(self._directory, catalog)):
             log.info("%d steps that only a checkpoint knew of are put on record", found)
         self._run_log = RunLog(self._directory, job)
@@ -287,11 +288,23 @@ class TrainingExecutor:
                 self._write_end(result, deadline)
         finally:
             self._context.end_workers()
+            if not loss:
+                self._tidy()
             if self._target is not None:
                 with suppress(OSError):
                     discovery.withdraw(self._target)
             self._lease.end()
             self._result = result
+
+    def _tidy(self) -> None:
+        """Removes checkpoints that need not stay: a worker may have been at it when it was ended."""
+        settings, judged = self._job.checkpoint, self.machine.judged
+        spare = {judged.best_step} if self._job.evaluation is not None and self._job.evaluation.best is not None else ()
+        try:
+            if steps := self._catalog.steps():
+                self._catalog.prune(steps[0], settings.keep, settings.keep_every, spare=spare)
+        except (OSError, CheckpointError) as error:
+            log.warning("old checkpoints could not be removed: %s", error)
 
     def _told_loss(self, loss: str) -> str:
         """What is lost with the run directory, and what is not."""

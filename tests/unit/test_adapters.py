@@ -18,7 +18,7 @@ from orchestrator.checkpoint.weights import weights_of
 from orchestrator.data.tokenizers import ByteTokenizer
 from orchestrator.job import Job, JobError
 from orchestrator.models.adapters import base_name, is_of_adapter
-from orchestrator.models.loading import build_model
+from orchestrator.models.loading import build_model, prepare_model
 from orchestrator.models.problems import ModelError
 from orchestrator.training import build
 from tests.unit.checkpoints_in_tests import catalog_in
@@ -34,6 +34,18 @@ ADAPTERS: dict[str, dict[str, Any]] = {
                          "modules_to_save": ["lm_head"]},
     "lora of embeddings": {"name": "lora", "r": 2, "alpha": 2, "target_modules": ["embed_tokens", "o_proj"]},
 }  # fmt: skip
+
+
+def test_what_an_adapter_and_groups_do_not_find_is_told_with_what_there_is(tmp_path: Path) -> None:
+    base = Job.loads(JOB.format(hf=MODELS["llama"])).model_dump(exclude_unset=True)
+    job = Job.model_validate({**base, "adapter": {"name": "lora", "target_modules": ["query"]}})
+    with pytest.raises(ModelError, match=r"adapter.target_modules: .*its linear modules are called .*k_proj, .*q_proj"):
+        prepare_model(job, ByteTokenizer.vocab_size)
+    train = {**base["train"], "optimizer": {"groups": [{"params": ["*norm*", "zzz*"], "lr": 0.1}]}}
+    with pytest.raises(
+        ModelError, match=r"groups.0.params.1: 'zzz\*' fits none of the \d+ parameters that are trained"
+    ):
+        prepare_model(Job.model_validate({**base, "train": train}), ByteTokenizer.vocab_size)
 
 
 def base_in(directory: Path) -> Path:

@@ -110,11 +110,11 @@ def test_they_are_fed_like_sinks(tmp_path: Path) -> None:
         made.append(Noted(run))
         return made[-1]
 
-    make_run(tmp_path, events=[STARTED, EVALUATED])
+    make_run(tmp_path, events=[STARTED, {**EVALUATED, "time": T0 + 13.5, "step": 3}])
     nothing = {"tensorboard": False, "mlflow": None, "wandb": None, "sinks": {}}
     with feeding(nothing, "tiny-1234", tmp_path, JOB, lambda name: None, make):  # type: ignore[arg-type, return-value]
         pass
-    assert [each[0] for each in made[0].told] == ["evaluation", *["commit"] * 5, "end"]
+    assert [each[0] for each in made[0].told] == [*["commit"] * 3, "evaluation", *["commit"] * 2, "end"]
     assert made[0].told[-1] == ("end", "interrupted")
 
 

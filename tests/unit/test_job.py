@@ -925,3 +925,23 @@ def test_the_documents_list_what_may_change_between_two_starts() -> None:
     # Of this section what decides the numbers is the exception.
     found = {name for name in found if not name.startswith("elastic.")} | {"elastic"}
     assert listed == found | {name for name in decide if name.startswith("elastic.")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.fields={promt: q}"], "promt is none of our names, which are mapped to those of records; did you mean"),
+        (["data.fields={zzz: q}"], "they are text, prompt, completion"),
+        (["evaluation={data: {source: x, fields: {lable: q}}}"], "did you mean label?"),
+        (["train.optimizer={name: sgd, state: bf16}"], "sgd without momentum keeps nothing"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused(overrides: list[str], expected: str) -> None:
+    base = ["objective.name=sft", "data.packing=pad"] if "fields" in overrides[0] else []
+    with pytest.raises(JobError, match=re.escape(expected)):
+        Job.loads(MINIMAL, overrides=[*base, *overrides])
+
+
+def test_sgd_with_momentum_keeps_something() -> None:
+    job = Job.loads(MINIMAL, overrides=["train.optimizer={name: sgd, state: bf16, momentum: 0.9}"])
+    assert job.train.optimizer.state == "bf16"

@@ -47,6 +47,7 @@ from orchestrator.control.training.run_record import RunRecord
 from orchestrator.control.training.saving import Saving
 from orchestrator.control.training.takeover import TakingOver
 from orchestrator.control.training.views import ControllerConfig, Progress, RunState, WorkerView
+from orchestrator.evaluation.judge import Judgement
 from orchestrator.training.messages import (
     CheckpointSaved,
     Finalized,
@@ -146,9 +147,14 @@ class Controller:
         return self._record.progress
 
     @property
+    def judged(self) -> Judgement:
+        """What evaluations on record have come to."""
+        return self._record.evaluations.judged
+
+    @property
     def evaluated(self) -> int:
         """Of how many steps the newest evaluation on record is; -1: there is none."""
-        return self._record.evaluations.judged.step
+        return self.judged.step
 
     @property
     def checkpoints(self) -> dict[int, str]:

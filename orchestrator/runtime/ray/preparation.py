@@ -140,7 +140,8 @@ def _prepare(
     for store in (*stores, *held_out):
         if store.records is not None and store.records.skipped:
             first = "; ".join(store.records.first_skipped)
-            on_note(f"warning: {store.records.skipped:,} bad records of {store.source} are left out: {first}")
+            count = store.records.skipped
+            on_note(f"warning: {count:,} bad record{'s' * (count > 1)} of {store.source} left out: {first}")
     # Now, and not when the workers want them.
     if job.evaluation is not None and job.evaluation.generate is not None:
         prompts_of(job, load_tokenizer(job.data.tokenizer))
@@ -150,7 +151,12 @@ def _prepare(
         load_tasks(job)
         on_note(f"evaluation by {', '.join(job.evaluation.tasks)}")
     if (samples := held_out_of(job, held_out)) is not None:
-        on_note(f"evaluation on {samples.num_samples:,} samples")
+        what = "rows" if job.data.packing != "pad" else "samples"
+        kept, out = (sum(len(store.document_lengths()) for store in some) for some in (stores, held_out))
+        note = f"evaluation on {samples.num_samples:,} {what}"
+        if job.evaluation is not None and job.evaluation.share is not None:
+            note += f", of {out:,} held out of {kept + out:,} documents or records"
+        on_note(note)
     return dataset_of(job, stores), held_out
 
 
