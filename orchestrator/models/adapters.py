@@ -118,6 +118,11 @@ class AdaptedValues:
         """See `Values`."""
         self._base.forget()
 
+    @property
+    def is_stored(self) -> bool:
+        """See `Values`: those of the base are, which alone are frozen."""
+        return self._base.is_stored
+
     def _first(self, name: str) -> torch.Tensor:
         """As peft has them (`LoraLayer.reset_lora_parameters`)."""
         import torch

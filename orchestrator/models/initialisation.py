@@ -70,6 +70,11 @@ class KeyedValues:
         """See `Values`."""
         self._last, self._built = None, {}
 
+    @property
+    def is_stored(self) -> bool:
+        """See `Values`."""
+        return False
+
     @torch.no_grad()
     def _make(self, name: str) -> torch.Tensor:
         owner, _, key = name.rpartition(".")

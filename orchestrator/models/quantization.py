@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -51,18 +52,20 @@ class QuantizedValues:
         self._base, self._kind = base, kind
         self._names = {f"{name}{part}": name for name in names for part in _PARTS}
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._lock = threading.Lock()
 
     def read(self, name: str) -> torch.Tensor:
         """See `Values`."""
         owner = self._names.get(name)
         if owner is None:
             return self._base.read(name)
-        if self._last[0] != owner:
-            from strategies.model.quantized import quantize
+        with self._lock:
+            if self._last[0] != owner:
+                from strategies.model.quantized import quantize
 
-            codes, scales = quantize(self._base.read(f"{owner}.weight"), self._kind)
-            self._last = owner, {f"{owner}.codes": codes, f"{owner}.scales": scales}
-        return self._last[1][name]
+                codes, scales = quantize(self._base.read(f"{owner}.weight"), self._kind)
+                self._last = owner, {f"{owner}.codes": codes, f"{owner}.scales": scales}
+            return self._last[1][name]
 
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See `Values`."""
@@ -76,8 +79,14 @@ class QuantizedValues:
 
     def forget(self) -> None:
         """See `Values`."""
-        self._last = ("", {})
+        with self._lock:
+            self._last = ("", {})
         self._base.forget()
+
+    @property
+    def is_stored(self) -> bool:
+        """See `Values`."""
+        return self._base.is_stored
 
 
 class DequantizedWeights:

@@ -3,6 +3,7 @@ wanted where the file has it as the model does."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class DirectoryValues:
         self._model, self._saved, self._new = model, saved, new
         self._recipes: dict[str, Recipe] = {}
         self._last: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._lock = threading.Lock()
         there = saved.tensors()
         plan = plan_reading(model, there)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -99,10 +101,11 @@ class DirectoryValues:
         recipe = self._recipes[name]
         if recipe.converter is None:
             return self._saved.read(recipe.sources[0][0])
-        if self._last is None or self._last[0] != recipe.first_target:
-            found = recipe.convert(self._model, lambda source: _as_fp32(self._saved.read(source)))
-            self._last = (recipe.first_target, found)
-        return self._last[1][name]
+        with self._lock:
+            if self._last is None or self._last[0] != recipe.first_target:
+                found = recipe.convert(self._model, lambda source: _as_fp32(self._saved.read(source)))
+                self._last = (recipe.first_target, found)
+            return self._last[1][name]
 
     def read(self, name: str) -> torch.Tensor:
         """See `Values`."""
@@ -130,8 +133,15 @@ class DirectoryValues:
 
     def forget(self) -> None:
         """See `Values`."""
-        self._last = None
+        with self._lock:
+            self._last = None
         self._new.forget()
+
+    @property
+    def is_stored(self) -> bool:
+        """See `Values`: unless there are some that the directory lacks."""
+        account = self.account
+        return not (account.missing or account.mismatched)
 
 
 def _without_memory(info: TensorInfo) -> torch.Tensor:

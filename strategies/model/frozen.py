@@ -36,7 +36,11 @@ class FrozenWeights(Mapping[str, torch.Tensor]):
     def of(cls, model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -> FrozenWeights:
         """Those of a model, whose frozen parameters may be on the meta device; then they are not afterwards."""
         _take_from_meta(model)
-        return cls({name: p for name, p in model.named_parameters() if not p.requires_grad}, values, dtype)
+        found = cls({name: p for name, p in model.named_parameters() if not p.requires_grad}, values, dtype)
+        if not values.is_stored:
+            # Now, and not in the thread that saves: there they would come out otherwise while this one trains.
+            _ = found.digest
+        return found
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._values.read(name).to(self._types[name])

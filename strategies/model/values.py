@@ -25,6 +25,11 @@ class Values(Protocol):
     def forget(self) -> None:
         """Nobody will ask soon: what is kept in memory, and can be made again, need not be."""
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether they are read from storage, which any thread may do. Others are made with the process's own random
+        numbers: while another thread draws from these, they would be other values, and so would what that draws."""
+
 
 class BuiltValues:
     """Those of a model that has been built with them. `build` builds it again; without, they are never forgotten, and
@@ -53,6 +58,11 @@ class BuiltValues:
         """See `Values`."""
         if self._build is not None:
             self._tensors = {name: self._tensors[name] for name in self._frozen}
+
+    @property
+    def is_stored(self) -> bool:
+        """See `Values`."""
+        return False
 
 
 def _values_of(model: nn.Module) -> dict[str, torch.Tensor]:
