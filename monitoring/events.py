@@ -365,6 +365,17 @@ class ShortageOver(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeachersMissing(RunEvent):
+    """These processes of `elastic.teachers` have not been heard of for `waited_seconds`; `reason` is what the cluster
+    says of room for them."""
+
+    kind = "teachers_missing"
+    teachers: Counts
+    waited_seconds: Seconds
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
 class MarketChanged(RunEvent):
     """A market met no request for `waited_seconds`: these workers are requested in the next market."""
 

@@ -37,6 +37,7 @@ from monitoring.events import (
     SkewOver,
     StartFailed,
     StopRequested,
+    TeachersMissing,
     Waiting,
     WorkerReady,
 )
@@ -169,6 +170,11 @@ def _shortage(event: dict[str, Any]) -> str:
     return f"no room for worker {workers} for {event['waited_seconds']:.0f} s: {event['reason']}"
 
 
+def _teachers_missing(event: dict[str, Any]) -> str:
+    teachers = ", ".join(map(str, event["teachers"]))
+    return f"nothing heard of teacher {teachers} for {event['waited_seconds']:.0f} s: {event['reason']}"
+
+
 def _gave_way(event: dict[str, Any]) -> str:
     return f"the {len(event['workers'])} places this run has are given to {event['to']}, which waits too"
 
@@ -219,6 +225,7 @@ _TOLD: dict[str, Callable[[dict[str, Any]], str]] = {
     Evaluated.kind: describe_evaluation,
     DrainNoticed.kind: lambda event: f"worker {event['worker']} must leave: {event['reason']}",
     Shortage.kind: _shortage,
+    TeachersMissing.kind: _teachers_missing,
     ShortageOver.kind: lambda event: "no worker waits for room any more",
     GaveWay.kind: _gave_way,
     GivesWayNoMore.kind: lambda event: "asking for room again",

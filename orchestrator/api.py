@@ -82,7 +82,8 @@ def run(
     if job.hooks is not None:
         look_at_hooks(job.hooks)
     look_at_model(job)
-    job = with_compared(with_content(job))
+    before = job_of(directory) if directory.has_begun else None
+    job = with_compared(with_content(job if before is None else _as_on_record(before, job)), before is not None)
     if not os.environ.get("RAY_ADDRESS") and not directory.has_begun:
         try_data(job)  # What is wrong with it is told before a cluster of our own is started.
 
@@ -123,7 +124,9 @@ def _previous(job: Job, directory: RunDirectory) -> dict[str, Any] | None:
 def _like(before: Job, job: Job, is_finished: bool) -> Job:
     """`job` as it compares with the job of a run that there is: by the content of what it names, unless that run did
     not record it. Of a finished run that is not needed any more."""
-    job = _like_in_objective(before, job, is_finished)
+    job = _as_on_record(before, job)
+    if not is_finished and before.objective.settings.get("content") is not None:
+        job = with_compared(job, True)
     if before.model.content is None:
         return job
     if is_finished and job.model.content is None and job.model.hf == before.model.hf:
@@ -131,7 +134,8 @@ def _like(before: Job, job: Job, is_finished: bool) -> Job:
     return job if is_finished else with_content(job)
 
 
-def _like_in_objective(before: Job, job: Job, is_finished: bool) -> Job:
+def _as_on_record(before: Job, job: Job) -> Job:
+    """With the content of the same other model that its objective named before."""
     there, here = before.objective.settings, job.objective.settings
     if there.get("content") is None or before.objective.name != job.objective.name:
         return job
@@ -141,7 +145,7 @@ def _like_in_objective(before: Job, job: Job, is_finished: bool) -> Job:
     if here.get("content") is None and was == now:
         given = job.objective.model_dump(exclude_unset=True) | {"content": there["content"], field: there[field]}
         job = job.model_copy(update={"objective": type(job.objective).model_validate(given)})
-    return job if is_finished else with_compared(job)
+    return job
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[str]:

@@ -31,6 +31,7 @@ from monitoring.events import (
     SkewOver,
     StartFailed,
     StopRequested,
+    TeachersMissing,
     Waiting,
 )
 from monitoring.follow import describe_event
@@ -51,6 +52,7 @@ _LEVELS = {
     DrainNoticed.kind: "warn",
     RolledBack.kind: "warn",
     Shortage.kind: "warn",
+    TeachersMissing.kind: "warn",
     ShortageOver.kind: "good",
     MarketChanged.kind: "info",
     GaveWay.kind: "warn",

@@ -165,7 +165,8 @@ def _write_config(skeleton: Any, job: Job, target: Path, dtype: str | None) -> N
         end = load_tokenizer(job.data.tokenizer).end_of_document
         for each in (config, *([] if generation is None else [generation])):
             each.bos_token_id, each.eos_token_id = None, end
-    if config.pad_token_id is None and (pad := _pad_of(job)) is not None:
+    # Of some types it is no field unless it is set.
+    if getattr(config, "pad_token_id", None) is None and (pad := _pad_of(job)) is not None:
         config.pad_token_id = pad  # Classifiers of transformers look for the last token before it.
     config.dtype = EXPORT_TYPES[dtype or "fp32"]
     config.architectures = [type(skeleton).__name__]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from orchestrator.checkpoint.adapters import MergedWeights, export_adapter
 from orchestrator.checkpoint.export import export
 from orchestrator.checkpoint.of_run import catalog_of, job_of, secret_of
 from orchestrator.checkpoint.weights import weights_of
+from orchestrator.models.content import content_of
 from orchestrator.models.directory import find_directory
 from orchestrator.models.problems import reason_of, refused
 from orchestrator.models.quantization import DequantizedWeights
@@ -57,10 +57,18 @@ def _chosen(directory: RunDirectory, steps: list[int], step: int | None) -> int:
 
 
 class Named(NamedTuple):
-    """A model by a `name` that means the same later on, and the directory with it."""
+    """A model by a `name` that means the same later on, and the directory with it, that was written from a run's
+    checkpoint if `is_of_run`."""
 
     name: str
     directory: Path
+    is_of_run: bool = False
+
+    @property
+    def content(self) -> str:
+        """What it is known by. Of a run its weights: other versions write another configuration and tokenizer of the
+        same model. Raises ModelError."""
+        return content_of(self.directory, only_weights=self.is_of_run)
 
 
 def find_model(name: str) -> Named:
@@ -85,11 +93,11 @@ def _of_run(run: RunDirectory, step: int | None, path: str) -> Named:
     target = default_cache() / "models-of-runs" / f"{run.uid}-{step}"
     if not (target / "config.json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{os.getpid()}")
-        try:
-            export_run(run, draft, step, merge=True)
-            if not target.is_dir():
-                draft.rename(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return Named(f"{path}@{step}", target)
+        with TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as draft:
+            export_run(run, Path(draft) / "model", step, merge=True)
+            try:
+                (Path(draft) / "model").rename(target)
+            except OSError:
+                if not (target / "config.json").is_file():  # Else another process was faster.
+                    raise
+    return Named(f"{path}@{step}", target, is_of_run=True)

@@ -57,12 +57,14 @@ def with_content(job: Job) -> Job:
     return job
 
 
-def content_of(directory: Path) -> str:
+def content_of(directory: Path, *, only_weights: bool = False) -> str:
     """`sha256:<hex>` over the names and contents of the files that decide what a model directory gives: configuration,
-    weights, tokenizer. Raises ModelError when one cannot be read."""
+    weights, tokenizer; or of its weights alone. Raises ModelError when one cannot be read."""
     digest = hashlib.sha256()
     try:
         for path in _files(directory):
+            if only_weights and not path.name.endswith(_WEIGHTS + _PICKLED):
+                continue
             digest.update(f"{path.name}\0{_digest_of(path)}\n".encode())
     except OSError as error:
         raise refused(f"{directory} cannot be read: {reason_of(error)}") from None

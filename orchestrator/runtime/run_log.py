@@ -47,6 +47,7 @@ from monitoring.events import (
     SkewFound,
     SkewOver,
     StartFailed,
+    TeachersMissing,
 )
 from monitoring.goodput import GoodputAccount
 from monitoring.metrics import RunMetrics
@@ -72,6 +73,7 @@ _EXPENDABLE = frozenset(
         SkewFound.kind,
         SkewOver.kind,
         StartFailed.kind,
+        TeachersMissing.kind,
     }
 )
 """Kinds of events that only inform: where records wait for a full disk and memory for them is short, these go. What a

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
-from orchestrator.models.content import content_of
 from orchestrator.models.problems import reason_of, refused
 
 if TYPE_CHECKING:
@@ -20,16 +19,17 @@ if TYPE_CHECKING:
     from strategies.objective.objective import Objective
 
 
-def with_compared(job: Job) -> Job:
+def with_compared(job: Job, has_begun: bool = False) -> Job:
     """The job with `objective.content` filled in, if its objective names another model; what `digest()` and
-    `numerics()` then cover is that and not where it is. A run is named with the step of its checkpoint.
+    `numerics()` then cover is that and not where it is. A run is named with the step of its checkpoint. A reference is
+    computed once: if a run `has_begun` with it, what it gave is on record, and it need not be there any more.
 
     Raises ModelError when there is no such model, or when the job says another content than it has.
     """
     objective = objective_of(job)
     field = objective.another
     name = getattr(objective.settings, field) if field else ""
-    if not name:
+    if not name or (has_begun and field == "reference" and objective.settings.content is not None):
         return job
     found, content = _verified(field, name, objective.settings.content)
     _check_vocabulary(objective, found)
@@ -43,7 +43,7 @@ def _verified(field: str, name: str, said: str | None) -> tuple[Named, str]:
     from orchestrator.checkpoint.export_run import find_model
 
     found = find_model(name)
-    content = content_of(found.directory)
+    content = found.content
     if said not in (None, content):
         raise refused(
             f"{name} holds {content}, the job says {said}: it is not the {field} that the job was made for; restore "
@@ -59,7 +59,11 @@ def _check_vocabulary(objective: Objective, found: Named) -> None:
         return
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(found.directory), local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(str(found.directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = reason_of(error)
+        raise refused(f"the teacher in {found.name} cannot be loaded: {reason}", "objective.teacher") from error
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is not None and top_k > size:
         raise refused(f"top_k = {top_k} is more than the {size} tokens that {found.name} knows", "objective.top_k")

@@ -96,16 +96,17 @@ def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
     tasks = load_tasks(job) if job.evaluation.tasks else None
     tokenizer = load_tokenizer(job.data.tokenizer)
     model = prepare_model(job, tokenizer.vocab_size).filled()
+    compares = held_out is not None and objective_of(job).needs_reference
     first = None
-    if weights is not None or reference_values(job) is not None:
+    if compares:
         first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.to(device)
     body = find_body(model.eval(), find_layers(model)[0], torch.zeros((1, 3), dtype=torch.int64, device=device))
     spec = step_spec(job)
-    if held_out is not None and objective_of(job).needs_reference:
+    if first is not None:
+        assert held_out is not None
         samples = _with_reference(job, held_out, model, body, spec, device)
-        if first is not None:
-            _put_all(model, first.__getitem__)
+        _put_all(model, first.__getitem__)
     if weights is not None:
         _put(model, weights)
 

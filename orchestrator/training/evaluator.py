@@ -58,9 +58,12 @@ class Evaluator:
             self._look_for_metric()
 
     def _look_for_metric(self) -> None:
-        """Before the first step: whether what decides will be measured, by a look at one micro-batch. Raises PeerLost,
-        and ModelError where it will not."""
+        """Before the first step: whether what decides will be measured, by a look at one micro-batch. (A metric of the
+        user's own may say nothing of so little; that is seen at the first evaluation.) Raises PeerLost, and ModelError
+        where it will not."""
         if self.rules is None or not self.rules.decides or self.rules.metric == "loss":
+            return
+        if self._job.evaluation is not None and self._job.evaluation.metrics:
             return
         task, slash, _ = self.rules.metric.partition("/")
         if slash and self._tasks is not None:
@@ -95,7 +98,8 @@ class Evaluator:
         if self._tasks is not None:
             assert self._fabric is not None
             metrics |= self._tasks.run(self._engine, self._fabric, committed)
-        self._check_metric(metrics)
+        if judged.step < 0:
+            self._check_metric(metrics)
         if self._generation is not None:
             metrics["generated"] = self._generation.run(self._engine, committed)
         seconds = time.perf_counter() - started

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import xxhash
@@ -43,11 +44,11 @@ _DIGITS = 32
 
 class References:
     """Of the samples that are trained on and of those that are evaluated on. `moves` counts what is computed of it.
-    `values` are the reference's parameters, where that is another model than the one that is trained."""
+    `values` gives the reference's parameters, where that is another model than the one that is trained."""
 
     def __init__(
         self, dataset: Dataset, held_out: HeldOut | None, spec: StepSpec, catalog: Catalog, identity: bytes,
-        values: Values | None = None,
+        values: Callable[[], Values | None],
     ) -> None:  # fmt: skip
         self._values = values
         self._dataset, self._held_out, self._identity = dataset, held_out, identity
@@ -65,7 +66,7 @@ class References:
         """None where the job's objective compares with nothing."""
         if not objective_of(job).needs_reference:
             return None
-        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset), reference_values(job))
+        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset), partial(reference_values, job))
 
     @property
     def moves(self) -> int:
@@ -123,7 +124,8 @@ class References:
                     f"{self._storages[0].locate(NAME)} does not have it for this model, data and objective: bring the "
                     "file back, or begin a new run with these weights as its model"
                 )
-            with nullcontext() if self._values is None else engine.other_weights(self._values):
+            others = self._values()  # It need not be there any more once this is known.
+            with nullcontext() if others is None else engine.other_weights(others):
                 values = [engine.evaluate(0, each)[f"{END_TO_END}reference"] for each in self._passes]
             self._table = np.array([number for each in values for number in each], dtype=np.float32)
         if fabric.rank == 0 and not self._is_kept:

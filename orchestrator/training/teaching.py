@@ -12,6 +12,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +51,8 @@ class Answer(NamedTuple):
     tokens: NDArray[np.int32]
 
 
+LOOK_S = 1.0
+
 Look = Callable[[], object]
 """Called about every second by who waits; what it raises ends the waiting."""
 
@@ -71,13 +74,18 @@ class Ask(Protocol):
 
 
 class LocalTeacher:
-    """The teacher of a job in this process, in memory from the first question on. See `Ask`."""
+    """The teacher of a job in this process, in memory from the first question on. See `Ask`.
+
+    It is read, and answers, in a thread of its own, one question after the other, so that who asks can look around.
+    `answered` counts the rows.
+    """
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.look: Look = lambda: None
+        self.answered = 0
         self._job, self._device = job, device
         self._top_k = int(objective_of(job).settings.top_k)
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "teacher")
 
     @property
     def device(self) -> str:
@@ -86,14 +94,15 @@ class LocalTeacher:
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """Raises ModelError."""
-        while not self._lock.acquire(timeout=1.0):
+        asked = self._thread.submit(self._answers, questions)
+        while not wait([asked], timeout=LOOK_S).done:
             self.look()
-        try:
-            make_deterministic(self._job, self._device)  # It is no matter which thread asks.
-            model = load_teacher(self._job, self._device)
-            return [self._answer(model, each) for each in questions]
-        finally:
-            self._lock.release()
+        return asked.result()
+
+    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+        make_deterministic(self._job, self._device)  # Some of that is a thread's own.
+        model = load_teacher(self._job, self._device)
+        return [self._answer(model, each) for each in questions]
 
     @torch.no_grad()
     def _answer(self, model: Any, question: Question) -> Answer:
@@ -105,6 +114,7 @@ class LocalTeacher:
         # Of equal ones the first, as a sort that keeps their order has it.
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
         top = self._top_k
+        self.answered += 1
         return Answer(values[:, :top].cpu().numpy(), ids[:, :top].to(torch.int32).cpu().numpy())
 
     def release(self) -> None:

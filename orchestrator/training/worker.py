@@ -168,7 +168,8 @@ class Worker:
         """Counts what it did while it waited for a teacher, or for what is read ahead."""
         self._teaching = Teaching.of(job, device, ask, self._look)
         if self._teaching is not None:
-            self._teaching.is_trying = True  # It may come later than the worker.
+            # Others may come later than the worker; its own is read now, when there is time.
+            self._teaching.is_trying = ask is not None
         self._fetch = build.make_fetch(job, dataset, delay, self._teaching)
         self._fetch.look = self._look
         self._saver = Saver(

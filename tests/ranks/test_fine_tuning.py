@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.data.of_job import prepare_held_out, prepare_stores
+from orchestrator.evaluation.judge import NOT_YET, judge
+from orchestrator.job import Job
 from orchestrator.models.loading import build_model
 from orchestrator.models.problems import ModelError
+from orchestrator.training.evaluator import Evaluator
 from strategies.layout.parallel import ParallelLayout
+from strategies.objective.metric import Metric
+from strategies.objective.objective import Sums
 from tests.ranks.laid_out import layout_of
 from tests.ranks.local_ranks import run_ranks
 from tests.ranks.tuned import LLAMA, OBJECTIVES, VIRTUAL_WORKERS, engine_of, job_of, tune
@@ -104,7 +111,18 @@ def test_another_reference_is_one_ranks_in_every_layout(tmp_path: Path) -> None:
     narrow = tmp_path / "narrow"
     build_model(job_of("dpo", tmp_path, model={"hf": LLAMA | {"intermediate_size": 32}}), 257).save_pretrained(narrow)
     with pytest.raises(ModelError, match="narrow is of another architecture than the model that is trained"):
-        engine_of(job_of("dpo", tmp_path, objective={"reference": str(narrow)}), tmp_path / "unused")
+        prepare(job_of("dpo", tmp_path, objective={"reference": str(narrow)}), tmp_path / "unused")
+
+
+def prepare(job: Job, storage: Path) -> Evaluator:
+    """As a worker is, alone, before the first step."""
+    if job.evaluation is not None:
+        prepare_held_out(job)
+    engine, evaluator = engine_of(job, storage)
+    fabric = settle(engine.state, VIRTUAL_WORKERS)
+    engine.bind(fabric, fabric.layout, 0)
+    evaluator.prepare(fabric, 0)
+    return evaluator
 
 
 def test_a_metric_that_is_not_measured_is_told_before_the_first_step(tmp_path: Path) -> None:
@@ -116,12 +134,46 @@ def test_a_metric_that_is_not_measured_is_told_before_the_first_step(tmp_path: P
         ("acc", {"tasks": tasks}, "of tasks they are called TASK/METRIC"),
     ):
         job = job_of("sft-completions", tmp_path, evaluation={**asked, "best": {"metric": metric}})
-        prepare_held_out(job)
-        engine, evaluator = engine_of(job, tmp_path / "storage")
-        fabric = settle(engine.state, VIRTUAL_WORKERS)
-        engine.bind(fabric, fabric.layout, 0)
         with pytest.raises(ModelError, match=told):
-            evaluator.prepare(fabric, 0)
+            prepare(job, tmp_path / "storage")
+
+
+class Moody(Metric):
+    """Cannot say anything of little, and later not always."""
+
+    name = "moody"
+    is_silent = False
+
+    def measure(self, logits: torch.Tensor, labels: torch.Tensor) -> Sums:
+        return {"count": (labels >= 0).sum(dtype=torch.float64)[None]}
+
+    def report(self, sums: Mapping[str, list[float]]) -> Any:
+        if sums["count"][0] < 60:
+            raise ZeroDivisionError
+        return {} if type(self).is_silent else {"count/all": sums["count"][0]}
+
+
+def test_a_metric_of_ones_own_decides_where_it_says_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not tried on one micro-batch; what it does not say once is no better value, unless it was never said."""
+    own = {
+        "share": 0.3,
+        "metrics": [f"{__name__}:Moody"],
+        "every_steps": 1,
+        "best": {"metric": "moody.count/all", "mode": "max"},
+    }
+    job = job_of("sft-completions", tmp_path, evaluation=own)
+    evaluator = prepare(job, tmp_path / "storage")
+    report = evaluator.evaluate(1, 0, NOT_YET)
+    assert report is not None
+    assert evaluator.rules is not None
+    judged = judge(NOT_YET, 1, report.metrics, evaluator.rules)
+    assert judged.is_best
+    monkeypatch.setattr(Moody, "is_silent", True)
+    silent = evaluator.evaluate(2, 0, judged)
+    assert silent is not None
+    assert not judge(judged, 2, silent.metrics, evaluator.rules).is_best
+    with pytest.raises(ModelError, match=r"nothing that is measured is called .moody\.count/all"):
+        evaluator.evaluate(2, 0, NOT_YET)
 
 
 def test_tasks_are_one_ranks_in_every_layout(tmp_path: Path) -> None:

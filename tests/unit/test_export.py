@@ -60,6 +60,15 @@ def trained(hf: str, directory: Path, secret: Secret | None = None) -> tuple[Job
     return job, model.eval(), catalog.open(2)
 
 
+def test_a_model_whose_configuration_knows_no_padding_is_exported(tmp_path: Path) -> None:
+    asked = "{model_type: codegen, n_embd: 32, n_layer: 2, n_head: 4, n_ctx: 64, n_positions: 64, rotary_dim: 4}"
+    job, model, checkpoint = trained(asked, tmp_path)
+    assert not hasattr(model.config, "pad_token_id")
+    export(weights_of(checkpoint, job), job, tmp_path / "exported")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
 def logits(model: Any) -> torch.Tensor:
     ids = torch.arange(40).reshape(2, 20) * 6
     with torch.no_grad():

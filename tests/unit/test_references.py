@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
+from orchestrator.api import _as_on_record
 from orchestrator.checkpoint.catalog import Catalog
 from orchestrator.checkpoint.manifest import UnusableCheckpoint
 from orchestrator.data.of_job import dataset_of, prepare_stores
 from orchestrator.job import Job, JobError
+from orchestrator.models.loading import build_model
+from orchestrator.models.problems import ModelError
 from orchestrator.storage import LocalStorage
+from orchestrator.training.compared import with_compared
 from orchestrator.training.references import NAME, References
 from tests.ranks.tuned import engine_of, job_of
 from tests.unit.tiny_model import settle
@@ -52,6 +56,23 @@ def test_it_is_computed_once_and_found_again(job: Job, tmp_path: Path) -> None:
         later = Worker(job, tmp_path / "storage")
         assert later.bring(committed) == table
         assert later.references.moves == 0
+
+
+def test_another_model_need_not_be_there_once_it_has_been_asked(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build_model(job_of("dpo", tmp_path), 257).save_pretrained(other)
+    job = job_of("dpo", tmp_path, objective={"reference": str(other)})
+    known = with_compared(job)
+    table = Worker(known, tmp_path / "storage").bring(0)
+    other.rename(tmp_path / "gone")
+    assert Worker(known, tmp_path / "storage").bring(4) == table
+    assert with_compared(known, has_begun=True) == known
+    assert _as_on_record(known, job) == known, "the same job file goes on with that run"
+    for asked in (known, job):
+        with pytest.raises(ModelError, match="other"):
+            with_compared(asked)
+    with pytest.raises(ModelError, match="other"):
+        Worker(known, tmp_path / "empty").bring(0)
 
 
 def test_a_fork_has_that_of_its_parent_and_keeps_it(job: Job, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sqlite3
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from orchestrator.api import _like
+from orchestrator.checkpoint.export_run import find_model
 from orchestrator.checkpoint.names import Save
 from orchestrator.checkpoint.of_run import catalog_of
 from orchestrator.checkpoint.of_run import job_of as run_job
@@ -206,6 +209,13 @@ def test_a_run_is_a_teacher(tmp_path: Path) -> None:
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
     release_teacher()
+    # Another version of transformers writes another configuration of the same weights, to another cache.
+    written = find_model(f"{run}@3").directory
+    config = json.loads((written / "config.json").read_text())
+    (written / "config.json").write_text(json.dumps(config | {"transformers_version": "99"}))
+    assert with_compared(job) == job
+    shutil.rmtree(written)
+    assert with_compared(job) == job
     add_checkpoint(run, 4)
     assert with_compared(job) == job
     other = with_compared(Job.model_validate(asked))

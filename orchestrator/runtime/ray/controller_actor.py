@@ -255,7 +255,7 @@ class ControllerActor:
         if not self._executor.begin():
             end_workers(self._directory.run_id)
         elif self._lease.is_successor:
-            self._processes.have_teachers(self._executor.worker_spec, self._job)
+            self._processes.have_teachers(self._executor.worker_spec, self._job, self._executor.record)
             found = Survivors.find(
                 self._processes, self._introductions, self._lateness, self._executor.warm,
                 self._executor.heartbeat_timeout_s, self._tell,
@@ -265,7 +265,7 @@ class ControllerActor:
             # Whatever is left of this run on the cluster had another driver's controller, and obeys nobody.
             end_workers(self._directory.run_id)
             # Before workers, which would take all the room that there is.
-            self._processes.have_teachers(self._executor.worker_spec, self._job)
+            self._processes.have_teachers(self._executor.worker_spec, self._job, self._executor.record)
             self._dispatch(Start(), self._clock.now())
 
     def _dispatch(self, event: Any, at: float) -> None:

@@ -201,7 +201,8 @@ def _same_data(directory: RunDirectory, dataset: Dataset, held_out: Sequence[Tok
     if known["store"]["digest"] != dataset.digest:
         raise RunDirectoryError(
             f"{directory.path} was begun with other data ({known['store']['tokens']:,} tokens then, "
-            f"{dataset.num_tokens:,} now, another digest): a source or the tokenizer has changed since; "
+            f"{dataset.num_tokens:,} now, another digest): a source, the tokenizer, or how this version "
+            "encodes has changed since; "
             "restore it, or choose another --run-dir"
         )
     if known.get("held_out", []) != [store.digest for store in held_out]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from monitoring.events import RunEvent
 from orchestrator.control.core.protocol import Abort, Died, KillWorker, ReleaseWorker, RequestWorker
 from orchestrator.control.core.workers import WorkerId
 from orchestrator.job import Job
@@ -124,10 +125,12 @@ class WorkerProcesses:
         shunned = self._lost_nodes | (set(action.avoid) if self._unit == 1 else set())
         return [handle.place for handle in unit if handle.place is not None and handle.node not in shunned]
 
-    def have_teachers(self, spec: Callable[[], dict[str, Any]], job: Job) -> None:
+    def have_teachers(
+        self, spec: Callable[[], dict[str, Any]], job: Job, record: Callable[[RunEvent], object]
+    ) -> None:  # fmt: skip
         """Has Ray asked for those of the job, if it wants any; they hear of the run with every `learn_nodes`."""
         if job.elastic.teachers:
-            self._teachers = TeachersLease(self._run_id, spec(), job)
+            self._teachers = TeachersLease(self._run_id, spec(), job, record)
 
     def learn_nodes(self) -> None:
         """Where the nodes of all workers are, while there is a GCS to ask."""

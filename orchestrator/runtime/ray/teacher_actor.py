@@ -10,10 +10,12 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from monitoring.events import TeachersMissing
 from orchestrator.job import Job
 from orchestrator.runtime.ray.names import NAMESPACE, teacher_name
 from orchestrator.runtime.ray.resource_request import Need, why_no_room
@@ -21,12 +23,13 @@ from orchestrator.runtime.ray.surroundings import go_to
 from orchestrator.urls import take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from orchestrator.training.teaching import Answer, Question
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
+TELL_AGAIN_S = 600.0
 ORPHANED_LEASES = 4
 """A teacher that hears of nobody for this many `elastic.lease_s` ends."""
 
@@ -38,6 +41,7 @@ class TeacherActor:
         self._spec = spec
         self._answers: Any = None
         self._heard_at = time.monotonic()
+        self._seen = 0
         self._patience_s = ORPHANED_LEASES * float(spec["job"]["elastic"]["lease_s"])
         self._me = ray.get_runtime_context().current_actor
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
@@ -45,6 +49,9 @@ class TeacherActor:
     def _watch(self) -> None:
         while time.monotonic() - self._heard_at < self._patience_s:
             time.sleep(LOOK_S)
+            answered = self._answered or 0
+            if answered != self._seen:  # Somebody has asked.
+                self._seen, self._heard_at = answered, time.monotonic()
         ray.kill(self._me, no_restart=True)
 
     @ray.method(concurrency_group="life")
@@ -52,8 +59,18 @@ class TeacherActor:
         """The run is there."""
         self._heard_at = time.monotonic()
 
+    @ray.method(concurrency_group="life")
+    def pulse(self) -> int | None:
+        """How many rows it has answered, so that one can see whether it moves; None while it has not read its model."""
+        return self._answered
+
+    @property
+    def _answered(self) -> int | None:
+        return None if self._answers is None else int(self._answers.answered)
+
     def prepare(self) -> str:
         """Reads the teacher; on what device it computes. Raises ValueError, ModelError."""
+        self._heard_at = time.monotonic()
         if self._answers is None:
             take_over(self._spec["environment"])
             go_to(self._spec["cwd"])
@@ -88,31 +105,51 @@ def have_teachers(run_id: str, spec: dict[str, Any], job: Job) -> list[Any]:
 
 
 class TeachersLease:
-    """The controller's side: they hear of it for as long as there is a run, and people hear of it if there is no room
-    for them."""
+    """The controller's side: they hear of it for as long as there is a run; that some are missing for long is told to
+    `record`."""
 
-    def __init__(self, run_id: str, spec: dict[str, Any], job: Job) -> None:
-        self._job = job
-        self._actors = have_teachers(run_id, spec, job)
-        self._heard: dict[Any, int] = {}
-        self._missing_since = time.monotonic()
-        self._told_at = 0.0
+    def __init__(
+        self, run_id: str, spec: dict[str, Any], job: Job, record: Callable[[TeachersMissing], object]
+    ) -> None:  # fmt: skip
+        self._job, self._record = job, record
+        self._have = partial(have_teachers, run_id, spec, job)
+        self._actors = self._have()
+        self._calls: dict[Any, int] = {}
+        self._heard_at = [time.monotonic()] * len(self._actors)
+        self._told_at: float | None = None
 
     def look(self) -> None:
-        """To be called about every second."""
-        ready, _ = ray.wait(list(self._heard), num_returns=len(self._heard), timeout=0) if self._heard else ([], [])
-        for call in ready:
-            del self._heard[call]
-        for number, actor in enumerate(self._actors):
-            if number not in self._heard.values():
-                self._heard[actor.hear.remote()] = number
+        """To be called about every second. Raises what Ray does where it cannot be asked."""
+        ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if self._calls else ([], [])
         now = time.monotonic()
-        if len(ready) == len(self._actors):
-            self._missing_since = now
+        is_gone = False
+        for call in ready:
+            number = self._calls.pop(call)
+            try:
+                ray.get(call)
+                self._heard_at[number] = now
+            except ray.exceptions.ActorDiedError:
+                is_gone = True  # For good.
+            except ray.exceptions.RayError as error:
+                log.debug("teacher %d does not hear: %s", number, type(error).__name__)
+        if is_gone:
+            self._actors = self._have()
+        for number, actor in enumerate(self._actors):
+            if number not in self._calls.values():
+                self._calls[actor.hear.remote()] = number
+        self._tell_of_missing(now)
+
+    def _tell_of_missing(self, now: float) -> None:
         limit_s = self._job.elastic.scaling.shortage_after_s
-        if now - self._missing_since > limit_s and now - self._told_at > limit_s:
+        missing = [number for number, heard_at in enumerate(self._heard_at) if now - heard_at > limit_s]
+        if not missing:
+            self._told_at = None
+        elif self._told_at is None or now - self._told_at > TELL_AGAIN_S:
             self._told_at = now
-            log.warning("teachers have not started for %.0f s: %s", now - self._missing_since, _reason(self._job))
+            waited_s = now - min(self._heard_at)
+            self._record(
+                TeachersMissing(teachers=missing, waited_seconds=round(waited_s, 1), reason=_reason(self._job))
+            )
 
 
 def _reason(job: Job) -> str:

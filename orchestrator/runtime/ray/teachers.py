@@ -10,22 +10,30 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 
 from orchestrator.job import Job
+from orchestrator.models.problems import refused
 from orchestrator.runtime.ray.teacher_actor import LOOK_S, have_teachers
 from orchestrator.training.teaching import Answer, Look, Question
+from strategies.comm.group_errors import first_line
 
 log = logging.getLogger(__name__)
 TELL_AGAIN_S = 60.0
 BREATH_S = 0.2
-"""Before one is asked again that was lost."""
+"""Before anything is asked again after a loss."""
 STUCK_S = 60.0
-"""One that has been asked, is alive and says nothing for this long is ended, for Ray to start another; or for ten times
-as long as answers have taken."""
+"""One that has a question, has read its model and answers no row for this long, nobody's, is ended, for Ray to start
+another. Each time twice as long: it may be slow."""
+FAILURES = 3
+"""So often for each teacher, with no answer in between, it is tried whether another process answers what one has
+failed at."""
+MOST_REST_S = 30.0
 
 
 @dataclass
@@ -35,6 +43,18 @@ class _Call:
     number: int
     places: list[int] | None
     since: float
+
+
+@dataclass
+class _Condition:
+    """How a teacher is: how many rows it had `answered`, and since when that has not moved; how often it has failed in
+    a row, until when it is let alone for that; whether people know that it is away."""
+
+    answered: int | None = None
+    moved_at: float = 0.0
+    failures: int = 0
+    rests_until: float = 0.0
+    is_told: bool = False
 
 
 class RemoteTeachers:
@@ -48,11 +68,14 @@ class RemoteTeachers:
         self._mixed = job.elastic.mixed_numerics
         self._lock = threading.Lock()
         self._device = ""
-        self._actors = have_teachers(run_id, spec, job)
+        self._have = partial(have_teachers, run_id, spec, job)
+        self._actors = self._have()
+        self._conditions = [_Condition() for _ in self._actors]
         self._ready: set[int] = set()
         self._calls: dict[Any, _Call] = {}
-        self._longest_s = 0.0
-        self._told_at = time.monotonic()
+        self._pulses: dict[Any, int] = {}
+        self._patience_s = STUCK_S
+        self._looked_at = self._told_at = time.monotonic()
 
     @property
     def device(self) -> str:
@@ -65,7 +88,7 @@ class RemoteTeachers:
         """They keep what they have: they are there for nothing else."""
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """Raises ValueError where they do not compute alike, and what a teacher raises that cannot be made."""
+        """Raises ModelError where they do not compute alike, or none can answer."""
         while not self._lock.acquire(timeout=LOOK_S):
             self.look()
         try:
@@ -91,11 +114,7 @@ class RemoteTeachers:
                     self._note(self._actors[number].answer.remote(given), number, places)
             if shares is not None and not shares and not any(asked.places for asked in self._calls.values()):
                 return [answer for answer in found if answer is not None]
-            ready, _ = ray.wait(list(self._calls), timeout=LOOK_S)
-            if not ready:
-                self.look()
-                self._end_the_stuck()
-            for call in ready:
+            for call in self._wait():
                 asked = self._calls.pop(call)
                 answers = self._taken(call, asked)
                 if asked.places is None:
@@ -112,42 +131,105 @@ class RemoteTeachers:
 
     def _prepare_others(self) -> None:
         """Has all prepare themselves that are not known to be ready."""
+        now = time.monotonic()
         under_way = {asked.number for asked in self._calls.values()}
         for number, actor in enumerate(self._actors):
-            if number not in self._ready and number not in under_way:
+            if number not in self._ready | under_way and now >= self._conditions[number].rests_until:
                 self._note(actor.prepare.remote(), number, None)
-        if not self._ready and time.monotonic() - self._told_at > TELL_AGAIN_S:
-            self._told_at = time.monotonic()
+        if not self._ready and now - self._told_at > TELL_AGAIN_S:
+            self._told_at = now
             log.warning("no teacher answers yet: they start, read the model, or wait for room")
+
+    def _wait(self) -> list[Any]:
+        """What has come back. Looks around about every second, also where something comes back all the time."""
+        if self._calls:
+            ready: list[Any] = ray.wait(list(self._calls), timeout=LOOK_S)[0]
+        else:
+            time.sleep(BREATH_S)  # All rest.
+            ready = []
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self.look()
+            self._feel_pulses(now)
+        return ready
 
     def _taken(self, call: Any, asked: _Call) -> list[Answer] | None:
         """What has been answered; None where that one is lost, or only has prepared itself."""
         try:
             given = ray.get(call)
-        except ray.exceptions.RayTaskError:
-            raise  # It is there, and cannot do it; no other could.
+        except ray.exceptions.RayTaskError as error:
+            self._has_failed(asked.number, error)
+            return None
         except ray.exceptions.RayError as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            log.warning("teacher %d is lost: %s", asked.number, lines[-1] if lines else type(error).__name__)
-            self._ready.discard(asked.number)
-            time.sleep(BREATH_S)
+            self._is_lost(asked.number, error)
             return None
         device, answers = (given, None) if asked.places is None else given
         self._device = self._device or device
         if device != self._device and not self._mixed:
-            raise ValueError(
+            raise refused(
                 f"teachers compute on different devices ({self._device}, and {device}), which may round otherwise: "
-                "name one kind (resources.accelerators), or set elastic.mixed_numerics: true"
-            )
+                "name one kind, or set elastic.mixed_numerics: true",
+                "resources.accelerators",
+            )  # fmt: skip
         self._ready.add(asked.number)
-        if asked.places is not None:
-            self._longest_s = max(self._longest_s, time.monotonic() - asked.since)
+        condition = self._conditions[asked.number]
+        condition.is_told = False
+        if answers is not None:
+            for each in self._conditions:
+                each.failures = 0
         return answers
 
-    def _end_the_stuck(self) -> None:
-        """Reading a model takes as long as it takes; answering does not."""
-        limit_s = max(STUCK_S, 10 * self._longest_s)
+    # ------------------------------------------------------------------------------------ when one does not answer
+
+    def _is_lost(self, number: int, error: Exception) -> None:
+        """Its process ended, or nobody can reach it. Ray starts another, unless it was ended for good."""
+        self._ready.discard(number)
+        if not self._conditions[number].is_told:
+            self._conditions[number].is_told = True
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            log.warning("teacher %d is lost: %s", number, lines[-1] if lines else type(error).__name__)
+        if isinstance(error, ray.exceptions.ActorDiedError):
+            try:
+                self._actors = self._have()
+            except Exception as why:
+                log.warning("teachers cannot be asked for: %s: %s", type(why).__name__, why)
+        time.sleep(BREATH_S)
+
+    def _has_failed(self, number: int, error: Any) -> None:
+        """Its device, its memory, its node's storage, or the model: another process may fare better, here or elsewhere.
+        Raises ModelError if that has been tried."""
+        self._ready.discard(number)
+        condition = self._conditions[number]
+        condition.failures += 1
+        condition.rests_until = time.monotonic() + min(MOST_REST_S, 2.0 ** (condition.failures - 1))
+        cause = getattr(error, "cause", None) or error
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        if sum(each.failures for each in self._conditions) >= FAILURES * len(self._actors):
+            raise refused(f"no teacher can answer ({reason})", "objective.teacher")
+        log.warning("teacher %d fails (%s), and is started anew", number, reason)
+        self._end(number)
+
+    def _feel_pulses(self, now: float) -> None:
+        """Ends those that are alive and do not move. (Reading a model takes as long as it takes.)"""
+        ready = ray.wait(list(self._pulses), num_returns=len(self._pulses), timeout=0)[0] if self._pulses else []
+        for call in ready:
+            condition = self._conditions[self._pulses.pop(call)]
+            with suppress(ray.exceptions.RayError):  # Its calls fail as well.
+                answered = ray.get(call)
+                if answered is None or answered != condition.answered:
+                    condition.answered, condition.moved_at = answered, now
         for asked in self._calls.values():
-            if asked.places is not None and time.monotonic() - asked.since > limit_s:
-                log.warning("teacher %d has not answered for %.0f s and is ended", asked.number, limit_s)
-                ray.kill(self._actors[asked.number], no_restart=False)
+            number, condition = asked.number, self._conditions[asked.number]
+            if number not in self._pulses.values():
+                self._pulses[self._actors[number].pulse.remote()] = number
+            has_begun = asked.places is not None or condition.moved_at > asked.since
+            if has_begun and now - max(asked.since, condition.moved_at) > self._patience_s:
+                log.warning("teacher %d does not move for %.0f s, and is started anew", number, self._patience_s)
+                self._patience_s *= 2
+                condition.moved_at = now
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self._actors[number], no_restart=False)
