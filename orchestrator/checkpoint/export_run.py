@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -99,5 +100,6 @@ def _of_run(run: RunDirectory, step: int | None, path: str) -> Named:
                 (Path(draft) / "model").rename(target)
             except OSError:
                 if not (target / "config.json").is_file():  # Else another process was faster.
-                    raise
+                    shutil.rmtree(target, ignore_errors=True)  # Somebody has deleted some of it.
+                    (Path(draft) / "model").rename(target)
     return Named(f"{path}@{step}", target, is_of_run=True)

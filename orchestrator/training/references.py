@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 
 import numpy as np
 import xxhash
@@ -24,6 +24,7 @@ from orchestrator.data import Dataset
 from orchestrator.data.held_out import HeldOut
 from orchestrator.job import Job
 from orchestrator.job.parts import objective_of
+from orchestrator.models.problems import ModelError
 from orchestrator.storage import Storage
 from orchestrator.training.compared import reference_values
 from strategies.comm.fabric import Fabric
@@ -66,7 +67,12 @@ class References:
         """None where the job's objective compares with nothing."""
         if not objective_of(job).needs_reference:
             return None
-        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset), partial(reference_values, job))
+        values = cache(partial(reference_values, job))
+        if not _is_on_record(catalog):
+            # Before training is waited for: it takes its time. What is wrong with it is told if it is needed.
+            with suppress(ModelError):
+                values()
+        return cls(dataset, held_out, spec, catalog, _identity_of(job, dataset), values)
 
     @property
     def moves(self) -> int:
@@ -167,6 +173,14 @@ def _storages_of(catalog: Catalog) -> list[Storage]:
     """That of a run, and of those that it was forked from."""
     found = [catalog.storage]
     return found if catalog.origin is None else [*found, *_storages_of(catalog.origin[1])]
+
+
+def _is_on_record(catalog: Catalog) -> bool:
+    """Whether there is something, or it cannot be known."""
+    try:
+        return any(NAME in storage.names("") for storage in _storages_of(catalog))
+    except OSError:
+        return True
 
 
 def _identity_of(job: Job, dataset: Dataset) -> bytes:

@@ -108,6 +108,10 @@ def gone(actor: Actor, name: str, given: Any) -> Any:
     raise ray.exceptions.ActorDiedError
 
 
+def never_set_up(actor: Actor, name: str, given: Any) -> Any:
+    raise ray.exceptions.RuntimeEnvSetupError("pip")
+
+
 def stopped(actor: Actor, name: str, given: Any) -> Any:
     """It was well, and then its process stands still."""
     return well(actor, name, given) if name == "prepare" else NEVER
@@ -134,12 +138,18 @@ def after(count: int, first: Behaviour, then: Behaviour = well) -> Behaviour:
 
 
 def asking(monkeypatch: pytest.MonkeyPatch, *actors: Actor, anew: list[Actor] | None = None) -> RemoteTeachers:
-    made = iter([list(actors), *([] if anew is None else [anew])])
+    made = itertools.chain([list(actors)], itertools.repeat(list(actors) if anew is None else anew))
     monkeypatch.setattr(teachers, "ray", FakeRay)
-    monkeypatch.setattr(teachers, "have_teachers", lambda *_: next(made))
-    for name, value in {"LOOK_S": SHORT_S, "STUCK_S": 4 * SHORT_S, "BREATH_S": 0.01, "MOST_REST_S": SHORT_S}.items():
+    monkeypatch.setattr(teachers, "find_teachers", lambda *_: next(made))
+    for name, value in {
+        "LOOK_S": SHORT_S,
+        "STUCK_S": 4 * SHORT_S,
+        "BREATH_S": 0.01,
+        "MOST_REST_S": SHORT_S,
+        "FIND_AGAIN_S": 0.02,
+    }.items():
         monkeypatch.setattr(teachers, name, value)
-    return RemoteTeachers("run", {}, Job.loads(JOB))
+    return RemoteTeachers("run", Job.loads(JOB.replace("teachers: 2", f"teachers: {len(actors)}")))
 
 
 QUESTIONS = [Question(np.arange(number, number + 3), None) for number in range(7)]
@@ -191,9 +201,39 @@ def test_who_waits_can_be_called_away(monkeypatch: pytest.MonkeyPatch) -> None:
         asked(QUESTIONS)
 
 
-def test_all_that_are_dead_for_good_are_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asking(monkeypatch, Actor(0, gone), anew=[Actor(0, well)])
+@pytest.mark.parametrize("end", [gone, never_set_up])
+def test_the_next_of_those_that_are_dead_for_good_is_found(monkeypatch: pytest.MonkeyPatch, end: Behaviour) -> None:
+    asked = asking(monkeypatch, Actor(0, end), anew=[Actor(0, well)])
     assert answers_rightly(asked)
+
+
+def test_those_that_there_are_not_yet_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asking(monkeypatch, Actor(0, well), Actor(1, well))
+    found = itertools.chain([[None, None]] * 3, [[None, Actor(1, well)]] * 3, itertools.repeat([Actor(0, well)] * 2))
+    monkeypatch.setattr(teachers, "find_teachers", lambda *_: next(found))
+    assert answers_rightly(asked)
+
+
+def test_a_sick_one_does_not_speak_for_one_that_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    sick = Actor(0, failing(RuntimeError("CUDA error")))
+    reads = Actor(1, lambda *call: (restarting if sick.kills < 7 else well)(*call))
+    assert answers_rightly(asking(monkeypatch, sick, reads))
+    assert sick.kills >= 7
+
+
+def test_what_happened_while_nobody_looked_is_not_held_against_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No question for long: a call of before has come back, and a pulse is old."""
+    busy = Actor(1, well)
+    asked = asking(monkeypatch, Actor(0, well), busy)
+    monkeypatch.setattr(teachers, "GAP_S", 2 * SHORT_S)
+    assert answers_rightly(asked)
+    asked._ready.discard(1)
+    asked._note(Call(busy, "prepare", ()), 1, None)
+    asked._pulses[Call(busy, "pulse", ())] = 1
+    time.sleep(8 * SHORT_S)
+    assert answers_rightly(asked)
+    assert answers_rightly(asked)
+    assert busy.kills == 0
 
 
 @pytest.mark.parametrize("sick", [stopped, standing])
@@ -283,27 +323,39 @@ def lease(monkeypatch: pytest.MonkeyPatch, *made: list[Actor]) -> tuple[Teachers
     monkeypatch.setattr(teacher_actor, "have_teachers", lambda *_: next(them))
     monkeypatch.setattr(teacher_actor, "why_no_room", lambda _: "nodes are full")
     told: list[TeachersMissing] = []
-    return TeachersLease("run", {}, Job.loads(JOB), told.append), told
+    monkeypatch.setattr(teacher_actor, "DEAF_S", 0.1)
+    job = Job.loads(JOB.replace("teachers: 2", f"teachers: {len(made[0])}"))
+    return TeachersLease("run", {}, job, told.append), told
+
+
+def hold(held: TeachersLease, seconds: float = 0.5) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        held.look()
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("away", [restarting, stopped])
 def test_teachers_that_are_not_heard_of_are_told_once(monkeypatch: pytest.MonkeyPatch, away: Behaviour) -> None:
     """A call that ends with an error is nothing heard."""
     held, told = lease(monkeypatch, [Actor(0, well), Actor(1, away)])
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        held.look()
-        time.sleep(0.02)
+    hold(held)
     (missing,) = told
     assert (missing.teachers, missing.reason) == ([1], "nodes are full")
     assert missing.waited_seconds >= 0.2
 
 
-def test_the_controller_asks_for_those_that_are_dead_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    dead, alive = Actor(0, gone), Actor(0, well)
-    held, told = lease(monkeypatch, [dead], [alive])
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        held.look()
-        time.sleep(0.02)
+@pytest.mark.parametrize("end", [gone, never_set_up])
+def test_the_controller_asks_for_those_that_are_dead_for_good(monkeypatch: pytest.MonkeyPatch, end: Behaviour) -> None:
+    held, told = lease(monkeypatch, [Actor(0, end)], [Actor(0, well)])
+    hold(held)
     assert not told
+
+
+def test_the_controller_starts_one_anew_that_does_not_hear_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never has may still wait for room."""
+    stands, waits = Actor(0, after(3, well, lambda *_: NEVER), well), Actor(1, lambda *_: NEVER)
+    held, told = lease(monkeypatch, [stands, waits])
+    hold(held)
+    assert (stands.kills, waits.kills) == (1, 0)
+    assert [each.teachers for each in told] == [[1]]

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
 TELL_AGAIN_S = 600.0
+DEAF_S = 60.0
+"""A process that answers nothing for this long, though it is not lost, stands still."""
 ORPHANED_LEASES = 4
 """A teacher that hears of nobody for this many `elastic.lease_s` ends."""
 
@@ -90,7 +93,7 @@ class TeacherActor:
 
 
 def have_teachers(run_id: str, spec: dict[str, Any], job: Job) -> list[Any]:
-    """Has Ray asked for all of a run, if there are none; to be called by who wants them, in any process."""
+    """Has Ray asked for those of a run that there are not."""
     need = Need.of(job)
     remote: Any = ray.remote
     made = remote(concurrency_groups={"life": 1})(TeacherActor)
@@ -104,40 +107,68 @@ def have_teachers(run_id: str, spec: dict[str, Any], job: Job) -> list[Any]:
     ]  # fmt: skip
 
 
+def find_teachers(run_id: str, count: int) -> list[Any]:
+    """Those of a run that there are, by number; None for one that has to be waited for. Raises what Ray does."""
+    found: list[Any] = []
+    for number in range(count):
+        try:
+            found.append(ray.get_actor(teacher_name(run_id, number), namespace=NAMESPACE))
+        except ValueError:
+            found.append(None)
+    return found
+
+
 class TeachersLease:
-    """The controller's side: they hear of it for as long as there is a run; that some are missing for long is told to
-    `record`."""
+    """The controller's side, which alone asks Ray for them: they hear of the run for as long as it is there; one that
+    does not hear any more is started anew; that some are missing for long is told to `record`."""
 
     def __init__(
         self, run_id: str, spec: dict[str, Any], job: Job, record: Callable[[TeachersMissing], object]
     ) -> None:  # fmt: skip
         self._job, self._record = job, record
         self._have = partial(have_teachers, run_id, spec, job)
-        self._actors = self._have()
-        self._calls: dict[Any, int] = {}
-        self._heard_at = [time.monotonic()] * len(self._actors)
+        self._actors: list[Any] = []
+        self._calls: dict[Any, tuple[int, float]] = {}
+        self._heard_at = [time.monotonic()] * job.elastic.teachers
+        self._were_heard: set[int] = set()
         self._told_at: float | None = None
+        try:
+            self._actors = self._have()
+        except Exception as error:
+            log.warning("teachers cannot be asked for yet: %s: %s", type(error).__name__, error)
 
     def look(self) -> None:
         """To be called about every second. Raises what Ray does where it cannot be asked."""
         ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if self._calls else ([], [])
         now = time.monotonic()
-        is_gone = False
+        is_gone = not self._actors
         for call in ready:
-            number = self._calls.pop(call)
+            number, _ = self._calls.pop(call)
             try:
                 ray.get(call)
                 self._heard_at[number] = now
-            except ray.exceptions.ActorDiedError:
-                is_gone = True  # For good.
-            except ray.exceptions.RayError as error:
+                self._were_heard.add(number)
+            except (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError) as error:
                 log.debug("teacher %d does not hear: %s", number, type(error).__name__)
+            except ray.exceptions.RayError:
+                is_gone = True  # For good.
         if is_gone:
             self._actors = self._have()
+        self._end_the_deaf(now)
+        asked = {number for number, _ in self._calls.values()}
         for number, actor in enumerate(self._actors):
-            if number not in self._calls.values():
-                self._calls[actor.hear.remote()] = number
+            if number not in asked:
+                self._calls[actor.hear.remote()] = number, now
         self._tell_of_missing(now)
+
+    def _end_the_deaf(self, now: float) -> None:
+        """One that has heard before, and neither does nor is lost: its process stands still."""
+        for call, (number, since) in list(self._calls.items()):
+            if number in self._were_heard and now - since > DEAF_S:
+                log.warning("teacher %d has not heard for %.0f s, and is started anew", number, now - since)
+                self._calls[call] = number, now
+                with suppress(ray.exceptions.RayError):
+                    ray.kill(self._actors[number], no_restart=False)
 
     def _tell_of_missing(self, now: float) -> None:
         limit_s = self._job.elastic.scaling.shortage_after_s

@@ -19,7 +19,7 @@ import ray
 
 from orchestrator.job import Job
 from orchestrator.models.problems import refused
-from orchestrator.runtime.ray.teacher_actor import LOOK_S, have_teachers
+from orchestrator.runtime.ray.teacher_actor import LOOK_S, find_teachers
 from orchestrator.training.teaching import Answer, Look, Question
 from strategies.comm.group_errors import first_line
 
@@ -30,9 +30,16 @@ BREATH_S = 0.2
 STUCK_S = 60.0
 """One that has a question, has read its model and answers no row for this long, nobody's, is ended, for Ray to start
 another. Each time twice as long: it may be slow."""
+GAP_S = 10.0
+"""What happened while nobody looked for longer than this is not known."""
+FIND_AGAIN_S = 1.0
 FAILURES = 3
-"""So often for each teacher, with no answer in between, it is tried whether another process answers what one has
-failed at."""
+"""When each teacher has failed so often, with no answer of its in between, none can answer."""
+LOST = (
+    ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError,
+    ray.exceptions.RuntimeEnvSetupError, ray.exceptions.ActorUnschedulableError, ray.exceptions.NodeDiedError,
+)  # fmt: skip
+"""Errors of a process that is not there; others it has raised itself."""
 MOST_REST_S = 30.0
 
 
@@ -63,19 +70,20 @@ class RemoteTeachers:
     Each is asked one thing at a time by this process.
     """
 
-    def __init__(self, run_id: str, spec: dict[str, Any], job: Job) -> None:
+    def __init__(self, run_id: str, job: Job) -> None:
         self.look: Look = lambda: None
         self._mixed = job.elastic.mixed_numerics
         self._lock = threading.Lock()
         self._device = ""
-        self._have = partial(have_teachers, run_id, spec, job)
-        self._actors = self._have()
-        self._conditions = [_Condition() for _ in self._actors]
+        count = job.elastic.teachers
+        self._find = partial(find_teachers, run_id, count)
+        self._actors: list[Any] = [None] * count
+        self._conditions = [_Condition() for _ in range(count)]
         self._ready: set[int] = set()
         self._calls: dict[Any, _Call] = {}
         self._pulses: dict[Any, int] = {}
         self._patience_s = STUCK_S
-        self._looked_at = self._told_at = time.monotonic()
+        self._looked_at = self._told_at = self._felt_at = time.monotonic()
 
     @property
     def device(self) -> str:
@@ -132,13 +140,29 @@ class RemoteTeachers:
     def _prepare_others(self) -> None:
         """Has all prepare themselves that are not known to be ready."""
         now = time.monotonic()
+        self._find_missing(now)
         under_way = {asked.number for asked in self._calls.values()}
         for number, actor in enumerate(self._actors):
-            if number not in self._ready | under_way and now >= self._conditions[number].rests_until:
+            is_idle = actor is not None and number not in self._ready | under_way
+            if is_idle and now >= self._conditions[number].rests_until:
                 self._note(actor.prepare.remote(), number, None)
         if not self._ready and now - self._told_at > TELL_AGAIN_S:
             self._told_at = now
             log.warning("no teacher answers yet: they start, read the model, or wait for room")
+
+    def _find_missing(self, now: float) -> None:
+        """The controller has had Ray asked for them, and does so again for those that end for good."""
+        missing = [number for number, actor in enumerate(self._actors) if actor is None]
+        if not any(now >= self._conditions[number].rests_until for number in missing):
+            return
+        try:
+            found = self._find()
+        except Exception as error:
+            log.warning("teachers cannot be looked for: %s: %s", type(error).__name__, error)
+            found = [None] * len(self._actors)
+        for number in missing:
+            self._actors[number] = found[number]
+            self._conditions[number].rests_until = now + FIND_AGAIN_S if found[number] is None else now
 
     def _wait(self) -> list[Any]:
         """What has come back. Looks around about every second, also where something comes back all the time."""
@@ -151,18 +175,18 @@ class RemoteTeachers:
         if now - self._looked_at >= LOOK_S:
             self._looked_at = now
             self.look()
-            self._feel_pulses(now)
+            self._feel_pulses(now, [asked for call, asked in self._calls.items() if call not in ready])
         return ready
 
     def _taken(self, call: Any, asked: _Call) -> list[Answer] | None:
         """What has been answered; None where that one is lost, or only has prepared itself."""
         try:
             given = ray.get(call)
-        except ray.exceptions.RayTaskError as error:
-            self._has_failed(asked.number, error)
+        except LOST as error:
+            self._is_lost(asked.number, error)
             return None
         except ray.exceptions.RayError as error:
-            self._is_lost(asked.number, error)
+            self._has_failed(asked.number, error)
             return None
         device, answers = (given, None) if asked.places is None else given
         self._device = self._device or device
@@ -176,8 +200,7 @@ class RemoteTeachers:
         condition = self._conditions[asked.number]
         condition.is_told = False
         if answers is not None:
-            for each in self._conditions:
-                each.failures = 0
+            condition.failures = 0
         return answers
 
     # ------------------------------------------------------------------------------------ when one does not answer
@@ -189,11 +212,9 @@ class RemoteTeachers:
             self._conditions[number].is_told = True
             lines = [line for line in str(error).splitlines() if line.strip()]
             log.warning("teacher %d is lost: %s", number, lines[-1] if lines else type(error).__name__)
-        if isinstance(error, ray.exceptions.ActorDiedError):
-            try:
-                self._actors = self._have()
-            except Exception as why:
-                log.warning("teachers cannot be asked for: %s: %s", type(why).__name__, why)
+        if not isinstance(error, (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError)):
+            self._actors[number] = None
+            self._conditions[number].rests_until = time.monotonic() + FIND_AGAIN_S
         time.sleep(BREATH_S)
 
     def _has_failed(self, number: int, error: Any) -> None:
@@ -205,13 +226,19 @@ class RemoteTeachers:
         condition.rests_until = time.monotonic() + min(MOST_REST_S, 2.0 ** (condition.failures - 1))
         cause = getattr(error, "cause", None) or error
         reason = f"{type(cause).__name__}: {first_line(cause)}"
-        if sum(each.failures for each in self._conditions) >= FAILURES * len(self._actors):
+        if all(each.failures >= FAILURES for each in self._conditions):
             raise refused(f"no teacher can answer ({reason})", "objective.teacher")
         log.warning("teacher %d fails (%s), and is started anew", number, reason)
         self._end(number)
 
-    def _feel_pulses(self, now: float) -> None:
-        """Ends those that are alive and do not move. (Reading a model takes as long as it takes.)"""
+    def _feel_pulses(self, now: float, waited_for: Sequence[_Call]) -> None:
+        """Ends those that are alive and do not move. (Reading a model takes as long as it takes; one that does not even
+        begin is the controller's to end.)"""
+        if now - self._felt_at > GAP_S:  # Nobody has looked meanwhile.
+            self._pulses = {}
+            for asked in waited_for:
+                asked.since = now
+        self._felt_at = now
         ready = ray.wait(list(self._pulses), num_returns=len(self._pulses), timeout=0)[0] if self._pulses else []
         for call in ready:
             condition = self._conditions[self._pulses.pop(call)]
@@ -219,8 +246,10 @@ class RemoteTeachers:
                 answered = ray.get(call)
                 if answered is None or answered != condition.answered:
                     condition.answered, condition.moved_at = answered, now
-        for asked in self._calls.values():
+        for asked in waited_for:
             number, condition = asked.number, self._conditions[asked.number]
+            if self._actors[number] is None:
+                continue
             if number not in self._pulses.values():
                 self._pulses[self._actors[number].pulse.remote()] = number
             has_begun = asked.places is not None or condition.moved_at > asked.since

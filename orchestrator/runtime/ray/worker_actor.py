@@ -124,7 +124,7 @@ class WorkerActor:
             return None
         from orchestrator.runtime.ray.teachers import RemoteTeachers
 
-        return RemoteTeachers(self._spec["run_id"], self._spec, job)
+        return RemoteTeachers(self._spec["run_id"], job)
 
     def _report(self, message: Any) -> Reply | None:
         sent = self._controller.report.remote(self._id, message, reading())
