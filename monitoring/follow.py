@@ -267,8 +267,9 @@ def summary(result: dict[str, Any], run_dir: str) -> list[str]:
         + (f", loss {loss:.4f}" if loss is not None else "")
         + f", {result.get('wall_seconds', 0.0):.1f} s, goodput {100 * result.get('goodput_ratio', 0.0):.0f} %"
     ]
-    if result["status"] != "finished" or result.get("reason", "").startswith("early"):
-        lines.append(f"{'because':<11}{result.get('reason', '')}")
+    reason = str(result.get("reason") or "")
+    if result["status"] != "finished" or reason.startswith("early"):
+        lines.append(f"{'because':<11}{reason}")
     for event in result.get("recoveries", []):
         who = "" if event["worker"] is None else f" of worker {event['worker']}"
         where = f"{who.strip() or 'by plan'} at step {event['step']}"

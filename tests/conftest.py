@@ -8,8 +8,13 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 SHOWN_LINES = 60
+
+# Timings never decide a test.
+settings.register_profile("untimed", deadline=None, print_blob=True)
+settings.load_profile("untimed")
 
 
 class ShowsFailuresAtOnce:
