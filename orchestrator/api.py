@@ -82,8 +82,9 @@ def run(
     if job.hooks is not None:
         look_at_hooks(job.hooks)
     look_at_model(job)
-    before = job_of(directory) if directory.has_begun else None
-    job = with_compared(with_content(job if before is None else _as_on_record(before, job)), before is not None)
+    if directory.has_begun:
+        job = _as_on_record(job_of(directory), job)
+    job = with_compared(with_content(job), has_begun=directory.has_begun)
     if not os.environ.get("RAY_ADDRESS") and not directory.has_begun:
         try_data(job)  # What is wrong with it is told before a cluster of our own is started.
 
@@ -126,7 +127,7 @@ def _like(before: Job, job: Job, is_finished: bool) -> Job:
     not record it. Of a finished run that is not needed any more."""
     job = _as_on_record(before, job)
     if not is_finished and before.objective.settings.get("content") is not None:
-        job = with_compared(job, True)
+        job = with_compared(job, has_begun=True)
     if before.model.content is None:
         return job
     if is_finished and job.model.content is None and job.model.hf == before.model.hf:

@@ -20,8 +20,8 @@ from orchestrator.training.compared import with_compared
 def validate(path: Path, overrides: Sequence[str], *, with_data: bool, as_json: bool, show: int = 0) -> None:
     """Loads the job file, builds its model without weights, reads the first records of its data, and prints the job.
 
-    With `show` also so many sequences of its data, as they are trained on. Raises JobError with positions in the file,
-    or DataError.
+    With `show` also that many sequences of its data, as they are trained on. Raises JobError with positions in the
+    file, or DataError.
     """
     job = Job.load(path, overrides=overrides)
     with pointing_into(path, overrides):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from strategies.objective.objective import Objective
 
 
-def with_compared(job: Job, has_begun: bool = False) -> Job:
+def with_compared(job: Job, *, has_begun: bool = False) -> Job:
     """The job with `objective.content` filled in, if its objective names another model; what `digest()` and
     `numerics()` then cover is that and not where it is. A run is named with the step of its checkpoint. A reference is
     computed once: if a run `has_begun` with it, what it gave is on record, and it need not be there any more.

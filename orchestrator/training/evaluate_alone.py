@@ -96,9 +96,8 @@ def _evaluate(job: Job, weights: WeightSource | None) -> dict[str, Any]:
     tasks = load_tasks(job) if job.evaluation.tasks else None
     tokenizer = load_tokenizer(job.data.tokenizer)
     model = prepare_model(job, tokenizer.vocab_size).filled()
-    compares = held_out is not None and objective_of(job).needs_reference
     first = None
-    if compares:
+    if held_out is not None and objective_of(job).needs_reference:
         first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.to(device)
     body = find_body(model.eval(), find_layers(model)[0], torch.zeros((1, 3), dtype=torch.int64, device=device))

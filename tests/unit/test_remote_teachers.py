@@ -359,3 +359,11 @@ def test_the_controller_starts_one_anew_that_does_not_hear_any_more(monkeypatch:
     hold(held)
     assert (stands.kills, waits.kills) == (1, 0)
     assert [each.teachers for each in told] == [[1]]
+
+
+def test_what_comes_in_place_of_one_that_died_may_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Actor(0, lambda *_: NEVER)
+    held, told = lease(monkeypatch, [Actor(0, after(3, well, gone))], [waits])
+    hold(held)
+    assert waits.kills == 0
+    assert told

@@ -228,7 +228,7 @@ def test_a_run_is_a_teacher(tmp_path: Path) -> None:
 
 
 def run_in(directory: Path, steps: Sequence[int]) -> tuple[Path, torch.nn.Module]:
-    """A run directory with checkpoints after so many updates each, and the model of the last."""
+    """A run directory with checkpoints after these numbers of updates, and the model of the last."""
     text = JOB.format(hf=UNTIED)
     RunDirectory(directory).create(text, Job.loads(text).resolved())
     for step in steps:

@@ -314,10 +314,7 @@ class ControllerActor:
 
     def _tell_shortage(self, action: TellShortage) -> None:
         """On a thread of its own, as the cluster is asked for its reasons."""
-        try:
-            reason = why_no_room(Need.of(self._job, action.market))
-        except Exception as error:
-            reason = f"the cluster cannot be asked why: {type(error).__name__}: {error}"
+        reason = why_no_room(Need.of(self._job, action.market))
         slots = [worker.slot for worker in action.workers]
         self._executor.record(Shortage(workers=slots, waited_seconds=round(action.waited_s, 1), reason=reason))
 

@@ -67,6 +67,13 @@ def has_room(need: Need, avoid: Collection[str] = ()) -> bool:
 
 def why_no_room(need: Need) -> str:
     """Why a place for it has not been found, as far as nodes and the autoscaler tell."""
+    try:
+        return _why_no_room(need)
+    except Exception as error:
+        return f"the cluster cannot be asked why: {type(error).__name__}: {error}"
+
+
+def _why_no_room(need: Need) -> str:
     nodes = _usable_nodes()
     fitting = [node for node in nodes if need.fits(node["Resources"], node.get("Labels", {}))]
     if fitting:

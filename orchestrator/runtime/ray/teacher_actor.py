@@ -148,10 +148,11 @@ class TeachersLease:
                 ray.get(call)
                 self._heard_at[number] = now
                 self._were_heard.add(number)
-            except (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError) as error:
-                log.debug("teacher %d does not hear: %s", number, type(error).__name__)
-            except ray.exceptions.RayError:
-                is_gone = True  # For good.
+            except ray.exceptions.RayError as error:
+                # Whatever comes in its place may wait for room, and has not heard yet.
+                self._were_heard.discard(number)
+                unreachable = (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError)
+                is_gone = is_gone or not isinstance(error, unreachable)  # Else it is gone for good.
         if is_gone:
             self._actors = self._have()
         self._end_the_deaf(now)
@@ -179,12 +180,7 @@ class TeachersLease:
             self._told_at = now
             waited_s = now - min(self._heard_at)
             self._record(
-                TeachersMissing(teachers=missing, waited_seconds=round(waited_s, 1), reason=_reason(self._job))
+                TeachersMissing(
+                    teachers=missing, waited_seconds=round(waited_s, 1), reason=why_no_room(Need.of(self._job))
+                )
             )
-
-
-def _reason(job: Job) -> str:
-    try:
-        return why_no_room(Need.of(job))
-    except Exception as error:
-        return f"the cluster cannot be asked why: {type(error).__name__}: {error}"
