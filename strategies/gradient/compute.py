@@ -145,16 +145,17 @@ class LocalGradients:
         self._loss = loss_of_part(part, spec)
 
     def compute(
-        self, step: int, held: Sequence[int], virtual_workers: int, *, enter: Enter, check: Callable[[], None]
+        self, step: int, held: Sequence[int], root: Subtree, *, enter: Enter, check: Callable[[], None]
     ) -> dict[Subtree, torch.Tensor]:
-        """The gradients [size] of `held`, as one sum per node of their cover; to be read, not written.
+        """The gradients [size] of `held`, as one sum per node of their cover of the tree under `root`; to be read, not
+        written.
 
         `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
         micro-batch. What they raise interrupts the work, which the next call for the same step continues.
         """
         if step != self._step or self._sums is None:
             self.discard()
-            self._step, self._sums = step, TreeSum(virtual_workers, self._pool)
+            self._step, self._sums = step, TreeSum(root, self._pool)
         self._drop_others(held)
         missing = [index for index in held if index not in self.losses]
         if not missing:

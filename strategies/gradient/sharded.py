@@ -105,11 +105,11 @@ class TreeCollector(_Buffered):
 
     computes_all = False
 
-    def __init__(self, part: ModelPart, held: Sequence[int], virtual_workers: int, micro_batches: int) -> None:
+    def __init__(self, part: ModelPart, held: Sequence[int], root: Subtree, micro_batches: int) -> None:
         super().__init__(part, micro_batches)
         self.num_rounds = len(held)
         self._held = tuple(held)
-        self._sums = TreeSum(virtual_workers, self._pool)
+        self._sums = TreeSum(root, self._pool)
 
     def start(self) -> None:
         super().start()
@@ -171,7 +171,7 @@ class ShardedCollector:
     def start(self) -> None:
         for groups in self._part.groups:
             for group in groups:
-                group.start(self._layout.virtual_workers)
+                group.start(self._layout.root)
 
     def begin(self, number: int, micro: int, module: int) -> None:
         dealt = enumerate(self._layout.assignment)

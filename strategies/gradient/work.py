@@ -158,8 +158,7 @@ class LocalWork(_Replicated):
         return self.local.hashes
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
-        virtual_workers = self.reducer.layout.virtual_workers
-        pieces = self.local.compute(step, self.held, virtual_workers, enter=enter, check=check)
+        pieces = self.local.compute(step, self.held, self.reducer.layout.root, enter=enter, check=check)
         self.reduce(step, pieces, enter, check)
 
     def discard(self) -> None:
@@ -278,7 +277,7 @@ def _replicated_work(
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()
         return LocalWork(local, part, own, reducer, tied, held, sharded=sharded)
-    collector = TreeCollector(part, held, layout.virtual_workers, spec.micro_batches)
+    collector = TreeCollector(part, held, layout.root, spec.micro_batches)
     from strategies.gradient.pipeline import PipelineGradients
 
     pipeline = PipelineGradients(part, collector, context)

@@ -32,7 +32,8 @@ class ParallelLayout:
     `assignment[k]` are the virtual workers of data-parallel replica k, ascending. `parts` cuts the model for a
     pipeline: part i has the blocks `start <= block < stop`; block 0 is the embedding, then come the layers, and the
     last is the norm and the head. Empty when there is one stage. `spares` are ranks after all others that have no part
-    in the work: they only hand over state (a worker about to leave, for example).
+    in the work: they only hand over state (a worker about to leave, for example). `first` is the first virtual worker,
+    of a layout of some of them only.
     """
 
     data: int
@@ -43,6 +44,7 @@ class ParallelLayout:
     schedule: str = "1f1b"
     parts: tuple[tuple[int, int], ...] = ()
     spares: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         degrees = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
@@ -56,7 +58,7 @@ class ParallelLayout:
         if len(self.assignment) != self.data:
             raise ValueError(f"data {self.data} replicas, but {len(self.assignment)} are dealt work")
         dealt = sorted(index for held in self.assignment for index in held)
-        if dealt != list(range(len(dealt))) or not dealt:
+        if dealt != list(range(self.first, self.first + len(dealt))) or not dealt:
             raise ValueError(f"virtual workers must be dealt exactly once each, got {self.assignment}")
         if any(a >= b for held in self.assignment for a, b in pairwise(held)):
             raise ValueError(f"a replica's virtual workers must ascend, got {self.assignment}")
@@ -115,6 +117,11 @@ class ParallelLayout:
     @property
     def virtual_workers(self) -> int:
         return sum(len(held) for held in self.assignment)
+
+    @property
+    def root(self) -> tuple[int, int]:
+        """The tree along which its virtual workers are added up (`strategies.reduction.tree`)."""
+        return self.first, self.first + self.virtual_workers
 
     @property
     def effective_shard(self) -> str:

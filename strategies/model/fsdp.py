@@ -25,6 +25,7 @@ from strategies.model.blueprint import Blueprint
 from strategies.model.frozen_parts import FrozenParts
 from strategies.model.model_part import Runs, add_up
 from strategies.model.stage import Stage
+from strategies.reduction.tree import Subtree
 from strategies.reduction.tree_sum import TreeSum
 
 
@@ -239,13 +240,13 @@ class _Group(ReduceScatter):
         """The gradients of these parameters are to be added up over the tensor-parallel ranks."""
         self._add_up, self._parts = add_up(tensor_mesh), names
 
-    def start(self, virtual_workers: int) -> None:
+    def start(self, root: Subtree) -> None:
         """A step begins."""
         self._pool += self._open.values()
         self._open = {}
         if self._sums is not None:
             self._sums.clear()
-        self._sums = TreeSum(virtual_workers, self._pool)
+        self._sums = TreeSum(root, self._pool)
 
     def expect(self, workers: list[tuple[int, int]], *, is_last: bool) -> None:
         """The next backward pass is of these (replica, virtual worker), for the last time if `is_last`; other replicas'

@@ -33,7 +33,7 @@ class HierarchicalReducer(Reducer):
         self._hierarchy = hierarchy
         nodes = hierarchy.nodes
         held = [tuple(index for rank in ranks for index in layout.assignment[rank]) for ranks in nodes]
-        self._node_covers = [cover(indices, layout.virtual_workers) for indices in held]
+        self._node_covers = [cover(indices, layout.root) for indices in held]
         bounds = [0, *accumulate(self.slices)]
         self._slice_of = [slice(start, stop) for start, stop in pairwise(bounds)]
         self._rails = list(zip(*nodes, strict=True))
@@ -50,7 +50,7 @@ class HierarchicalReducer(Reducer):
             hierarchy.inner, outgoing, [len(self.covers[rank]) * length for rank in fellows],
             [len(mine) * other for other in lengths], self._device,
         )  # fmt: skip
-        sums = TreeSum(self.layout.virtual_workers, [])
+        sums = TreeSum(self.layout.root, [])
         nodes = [node for rank in fellows for node in self.covers[rank]]
         for node, part in zip(nodes, received.split(length) if length else [received] * len(nodes), strict=True):
             sums.add(node, part)
@@ -66,7 +66,7 @@ class HierarchicalReducer(Reducer):
             return received
         all_nodes = [node for nodes in self._node_covers for node in nodes]
         arrived = dict(zip(all_nodes, received.split(own), strict=True))
-        total: torch.Tensor = fold(arrived, self.layout.virtual_workers, torch.Tensor.add_)
+        total: torch.Tensor = fold(arrived, self.layout.root, torch.Tensor.add_)
         return total
 
     def gather(self, mine: torch.Tensor, everything: torch.Tensor) -> None:

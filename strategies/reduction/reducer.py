@@ -40,7 +40,7 @@ class Reducer:
         self.size = size
         self.native = native
         self.slices = even(size, layout.data, ALIGNMENT) if slices is None else tuple(slices)
-        self.covers = tuple(cover(held, layout.virtual_workers) for held in layout.assignment)
+        self.covers = tuple(cover(held, layout.root) for held in layout.assignment)
         self._start = sum(self.slices[: groups.rank])
         self._device = device
         # Kept for the life of the generation from their first use on: fresh memory of this size costs the kernel a page
@@ -90,7 +90,7 @@ class Reducer:
             if length
             else {}
         )
-        return fold(arrived, self.layout.virtual_workers, torch.Tensor.add_) if length else self._received
+        return fold(arrived, self.layout.root, torch.Tensor.add_) if length else self._received
 
     def check_pieces(self, pieces: Mapping[Subtree, torch.Tensor]) -> None:
         """Raises ValueError unless these are what this rank has to bring."""
@@ -124,7 +124,7 @@ class RoundReducer:
         self.sizes = tuple(sizes)
         self.num_rounds = max(len(held) for held in layout.assignment)
         self._pool: list[torch.Tensor] = []
-        self._sums = TreeSum(layout.virtual_workers, self._pool)
+        self._sums = TreeSum(layout.root, self._pool)
         self._device = device
 
     def begin(self) -> None:

@@ -1,8 +1,8 @@
 """The canonical summation tree over virtual workers.
 
 Floating-point addition is not associative, so a sum is only reproducible when its order is. The order here is one
-binary tree over the virtual worker indices, fixed by their number alone: a node over ``[start, stop)`` splits after
-the largest power of two below its size (for powers of two: in half). Any set of virtual workers is covered by a unique
+binary tree over the virtual worker indices, fixed by its root alone: a node over ``[start, stop)`` splits after the
+largest power of two below its size (for powers of two: in half). Any set of virtual workers is covered by a unique
 smallest set of whole subtrees, so a rank may send partial sums instead of single gradients and the total still has
 the same bits, no matter which rank holds what.
 """
@@ -31,15 +31,15 @@ def split(node: Subtree) -> tuple[Subtree, Subtree]:
     return (start, middle), (middle, stop)
 
 
-def cover(held: Iterable[int], virtual_workers: int) -> tuple[Subtree, ...]:
-    """The largest whole subtrees inside a set of virtual workers, in index order.
+def cover(held: Iterable[int], root: Subtree) -> tuple[Subtree, ...]:
+    """The largest whole subtrees of the tree under `root` inside a set of virtual workers, in index order.
 
-    >>> cover([0, 1, 2, 5], 8)
+    >>> cover([0, 1, 2, 5], (0, 8))
     ((0, 2), (2, 3), (5, 6))
     """
     indices = frozenset(held)
-    if indices and not (min(indices) >= 0 and max(indices) < virtual_workers):
-        raise ValueError(f"virtual workers {sorted(indices)} are not all in [0, {virtual_workers})")
+    if indices and not (min(indices) >= root[0] and max(indices) < root[1]):
+        raise ValueError(f"virtual workers {sorted(indices)} are not all in [{root[0]}, {root[1]})")
     nodes: list[Subtree] = []
 
     def visit(node: Subtree) -> None:
@@ -51,13 +51,13 @@ def cover(held: Iterable[int], virtual_workers: int) -> tuple[Subtree, ...]:
             for child in split(node):
                 visit(child)
 
-    if virtual_workers > 0:
-        visit((0, virtual_workers))
+    if root[0] < root[1]:
+        visit(root)
     return tuple(nodes)
 
 
-def fold(pieces: Mapping[Subtree, T], virtual_workers: int, add: Callable[[T, T], T]) -> T:
-    """Adds pieces, one per subtree, along the tree; `add` may work in place on its first argument.
+def fold(pieces: Mapping[Subtree, T], root: Subtree, add: Callable[[T, T], T]) -> T:
+    """Adds pieces, one per subtree, along the tree under `root`; `add` may work in place on its first argument.
 
     Raises ValueError when the pieces do not cover every virtual worker exactly once.
     """
@@ -73,7 +73,7 @@ def fold(pieces: Mapping[Subtree, T], virtual_workers: int, add: Callable[[T, T]
         left, right = split(node)
         return add(total(left), total(right))
 
-    result = total((0, virtual_workers))
+    result = total(root)
     if used != len(pieces):
-        raise ValueError(f"pieces overlap over {virtual_workers} virtual workers: {sorted(pieces)}")
+        raise ValueError(f"pieces overlap over {root[1] - root[0]} virtual workers: {sorted(pieces)}")
     return result

@@ -10,11 +10,11 @@ from strategies.reduction.tree import Subtree, split
 
 
 class TreeSum:
-    """Sums tensors of one shape along the tree, as soon as siblings are there. What is added is taken over; buffers
+    """Sums tensors of one shape along the tree under `root`, as soon as siblings are there. What is added is taken over; buffers
     that are no longer needed go to `pool`."""
 
-    def __init__(self, virtual_workers: int, pool: list[torch.Tensor]) -> None:
-        self.virtual_workers = virtual_workers
+    def __init__(self, root: Subtree, pool: list[torch.Tensor]) -> None:
+        self.root = root
         self.pieces: dict[Subtree, torch.Tensor] = {}
         self._pool = pool
 
@@ -54,7 +54,7 @@ class TreeSum:
     def _above(self, node: Subtree) -> list[Subtree]:
         """The subtrees that it is in, from the whole tree down."""
         parents: list[Subtree] = []
-        at: Subtree = (0, self.virtual_workers)
+        at = self.root
         while at != node:
             parents.append(at)
             left, right = split(at)
@@ -75,7 +75,7 @@ class TreeSum:
 
     def total(self) -> torch.Tensor:
         """The sum over all virtual workers, which must all have been added."""
-        return self.pieces[0, self.virtual_workers]
+        return self.pieces[self.root]
 
     def clear(self) -> None:
         self._pool += self.pieces.values()

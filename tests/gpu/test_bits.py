@@ -126,7 +126,7 @@ def test_sums_along_the_tree_are_those_of_a_cpu(device: torch.device) -> None:
 
     def total(where: torch.device) -> torch.Tensor:
         pieces = {(index, index + 1): leaf.to(where) for index, leaf in enumerate(leaves)}
-        return fold(pieces, len(leaves), torch.Tensor.add_).cpu()
+        return fold(pieces, (0, len(leaves)), torch.Tensor.add_).cpu()
 
     assert torch.equal(total(device), total(torch.device("cpu")))
 

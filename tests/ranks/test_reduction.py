@@ -84,7 +84,7 @@ def reduce_all(
         reducer = Reducer(groups, layout, size, CPU, native=native)
         gradient = torch.full((size,), 7.0)
         for _ in range(2):  # the second time with used buffers
-            pieces = {node: partial_sum(node, size) for node in cover(assignment[rank], layout.virtual_workers)}
+            pieces = {node: partial_sum(node, size) for node in cover(assignment[rank], layout.root)}
             reduced = reducer.reduce(pieces)
             assert reduced is not None
             reducer.gather(reducer.own_slice(reduced) if native else reduced, gradient)

@@ -158,7 +158,7 @@ def test_dealing_in_turn_gives_everybody_as_much_as_dealing_runs(virtual_workers
     for held in in_turn:
         assert all(b - a == replicas for a, b in pairwise(held))
     if replicas > 1:
-        assert all(len(cover(held, virtual_workers)) == len(held) for held in in_turn), "no two are neighbours"
+        assert all(len(cover(held, (0, virtual_workers))) == len(held) for held in in_turn), "no two are neighbours"
 
 
 def test_nobody_to_deal_to_is_refused() -> None:

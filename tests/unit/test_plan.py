@@ -258,7 +258,7 @@ def test_a_replica_never_sends_more_partial_sums_than_predicted(virtual_workers:
     data = min(data, virtual_workers)
     dealt = deal(virtual_workers, [1.0] * data)
     assert max(len(held) for held in dealt) == most_held(virtual_workers, data)
-    assert max(len(cover(held, virtual_workers)) for held in dealt) <= most_pieces(virtual_workers, data)
+    assert max(len(cover(held, (0, virtual_workers))) for held in dealt) <= most_pieces(virtual_workers, data)
 
 
 # ---------------------------------------------------------------------------------------- the search

@@ -85,7 +85,7 @@ def computed(model: Any, over: Over, z: float = 0.0, recompute: str = "none") ->
         for slot, offset in part.slots:
             part.weights[offset : offset + slot.numel].copy_(part.blueprint.values.read(slot.name).reshape(-1))
     local = LocalGradients(part, spec, fetch)
-    pieces = local.compute(0, range(VIRTUAL_WORKERS), VIRTUAL_WORKERS, enter=lambda *_: None, check=lambda: None)
+    pieces = local.compute(0, range(VIRTUAL_WORKERS), (0, VIRTUAL_WORKERS), enter=lambda *_: None, check=lambda: None)
     (gradient,) = pieces.values()
     found = {slot.name: gradient[at : at + slot.numel].view(slot.shape).clone() for slot, at in part.slots}
     return float(sum(local.losses.values())), found

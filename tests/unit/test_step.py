@@ -92,7 +92,7 @@ def own_of(made: StepEngine) -> StateShard:
 
 
 def gradient_of(local: LocalGradients, step: int, index: int, virtual_workers: int = 4) -> torch.Tensor:
-    pieces = local.compute(step, [index], virtual_workers, enter=lambda phase, step: None, check=lambda: None)
+    pieces = local.compute(step, [index], (0, virtual_workers), enter=lambda phase, step: None, check=lambda: None)
     return pieces[index, index + 1].clone()
 
 
@@ -324,8 +324,8 @@ class Work:
         self.patience -= 1
 
     def share(self, held: Sequence[int], step: int = 0) -> dict[Subtree, bytes]:
-        pieces = self.local.compute(step, held, 8, enter=lambda phase, step: None, check=self.check)
-        assert set(pieces) == set(cover(held, 8))
+        pieces = self.local.compute(step, held, (0, 8), enter=lambda phase, step: None, check=self.check)
+        assert set(pieces) == set(cover(held, (0, 8)))
         assert set(self.local.losses) == set(self.local.hashes) == set(held)
         return {node: bits(piece) for node, piece in pieces.items()}
 

@@ -63,11 +63,11 @@ def test_any_partition_folds_to_the_bits_of_the_single_holder(
     expected = add_in_order(list(values), (0, virtual_workers))
     pieces: dict[Subtree, torch.Tensor] = {}
     for rank in range(ranks):
-        for node in cover([i for i in range(virtual_workers) if owner[i] == rank], virtual_workers):
+        for node in cover([i for i in range(virtual_workers) if owner[i] == rank], (0, virtual_workers)):
             pieces[node] = add_in_order(list(values), node).clone()
     order = list(pieces)
     np.random.default_rng(seed).shuffle(order)
-    folded = fold({node: pieces[node] for node in order}, virtual_workers, torch.Tensor.add_)
+    folded = fold({node: pieces[node] for node in order}, (0, virtual_workers), torch.Tensor.add_)
     assert bits(folded) == bits(expected)
 
 
@@ -76,7 +76,7 @@ def test_a_cover_is_disjoint_complete_and_of_whole_subtrees_that_no_larger_one_h
     data: st.DataObject, virtual_workers: int
 ) -> None:
     held = data.draw(st.sets(st.integers(0, virtual_workers - 1)))
-    nodes = cover(held, virtual_workers)
+    nodes = cover(held, (0, virtual_workers))
     assert sorted(index for start, stop in nodes for index in range(start, stop)) == sorted(held)
     tree: set[Subtree] = set()
 
@@ -94,7 +94,7 @@ def test_a_cover_is_disjoint_complete_and_of_whole_subtrees_that_no_larger_one_h
 
 def test_a_cover_refuses_unknown_virtual_workers() -> None:
     with pytest.raises(ValueError, match=r"\[2, 9\].*\[0, 8\)"):
-        cover([2, 9], 8)
+        cover([2, 9], (0, 8))
 
 
 def test_a_fold_refuses_gaps_and_overlaps() -> None:
@@ -102,9 +102,9 @@ def test_a_fold_refuses_gaps_and_overlaps() -> None:
         return a + b
 
     with pytest.raises(ValueError, match="no piece covers virtual worker 2"):
-        fold({(0, 2): 1, (3, 4): 1}, 4, add)
+        fold({(0, 2): 1, (3, 4): 1}, (0, 4), add)
     with pytest.raises(ValueError, match="overlap"):
-        fold({(0, 4): 1, (0, 2): 1}, 4, add)
+        fold({(0, 4): 1, (0, 2): 1}, (0, 4), add)
 
 
 # ---------------------------------------------------------------------------------------- dealing
@@ -252,7 +252,7 @@ def test_what_is_added_from_a_buffer_of_another_is_added_to_the_same_bits(order:
     """Also that a zero has no sign, as in what is accumulated into zeros."""
     generator = torch.Generator().manual_seed(len(order))
     leaves = [torch.randn(5, generator=generator) * torch.tensor([1.0, -0.0, 0.0, 1e-8, 1e8]) for _ in order]
-    taken, left = TreeSum(len(order), []), TreeSum(len(order), pool := [])
+    taken, left = TreeSum((0, len(order)), []), TreeSum((0, len(order)), pool := [])
     for worker in order:
         taken.add((worker, worker + 1), leaves[worker] + 0.0)
         how = data.draw(st.sampled_from(["taken over", "from another", "in a round"]))
@@ -271,7 +271,7 @@ def test_what_is_added_from_a_buffer_of_another_is_added_to_the_same_bits(order:
 def test_what_comes_in_rounds_is_added_to_the_same_bits_with_few_buffers(replicas: int, held: int) -> None:
     count = replicas * held
     leaves = torch.randn((count, 3), generator=torch.Generator().manual_seed(count))
-    one, rounds = TreeSum(count, []), TreeSum(count, pool := [])
+    one, rounds = TreeSum((0, count), []), TreeSum((0, count), pool := [])
     for worker in range(count):
         one.add((worker, worker + 1), leaves[worker].clone())
     for number in range(held):
