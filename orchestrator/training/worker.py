@@ -70,7 +70,6 @@ from strategies.comm.fabric import Fabric
 from strategies.comm.groups import serve_store
 from strategies.comm.rendezvous_proof import StoreAddress
 from strategies.gradient.work import import_for
-from strategies.layout.placement import trained_spans
 from strategies.layout.statemap import Spans, share_out
 from strategies.state.initial import initial_digest
 from strategies.state.training_state import state_digest
@@ -466,7 +465,7 @@ class Worker:
         layout = generation.layout
         self._saved_at = self.committed
         if self._shares is None:  # Once in a generation: training waits for this.
-            self._shares = share_out(trained_spans(layout, self.state.arrangement.shards))
+            self._shares = share_out(self.state.arrangement.held(layout))
         writers = [member.worker for member in generation.members]
         save = Save(self.committed, generation.term, generation.number)
         self._saver.save(save, self._shares, writers, rank, layout.describe())

@@ -28,6 +28,7 @@ from strategies.model.recompute import recompute
 from strategies.model.stage import Stage
 from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
+from strategies.reduction.coded import CodedSum, Rounding
 from strategies.reduction.tree import Subtree
 from strategies.reduction.tree_sum import TreeSum
 
@@ -102,6 +103,11 @@ def choose(model: Stage, rows: Rows, spec: StepSpec) -> None:
         model(rows.tokens[:, :-1], rows.positions, no_loss)
 
 
+def tree_sum(root: Subtree, pool: list[torch.Tensor], rounding: Rounding | None) -> TreeSum:
+    """A sum along the tree, rounded if it is to be."""
+    return TreeSum(root, pool) if rounding is None else CodedSum(root, pool, rounding)
+
+
 class _UnderWay(NamedTuple):
     """A virtual worker of which the first `micro_batches` are in `gradient` and `loss`."""
 
@@ -138,6 +144,8 @@ class LocalGradients:
         self.hashes: dict[int, int] = {}
         self.streams = prepare(part.blueprint, part.modules, spec)
         self.routing = routing_of(part, spec)
+        self.rounding: Rounding | None = None
+        """How gradients, and their sums, are rounded in this layout, if they are."""
         self._pool: list[torch.Tensor] = []
         self._sums: TreeSum | None = None
         self._step: int | None = None
@@ -155,7 +163,9 @@ class LocalGradients:
         """
         if step != self._step or self._sums is None:
             self.discard()
-            self._step, self._sums = step, TreeSum(root, self._pool)
+            self._step, self._sums = step, tree_sum(root, self._pool, self.rounding)
+        if isinstance(self._sums, CodedSum) and self.rounding is not None:
+            self._sums.rounding = self.rounding
         self._drop_others(held)
         missing = [index for index in held if index not in self.losses]
         if not missing:
@@ -167,6 +177,11 @@ class LocalGradients:
             gradient = self._virtual_worker(step, index, enter, check)
             self._sums.add((index, index + 1), gradient)
         return dict(self._sums.pieces)
+
+    @property
+    def codes(self) -> dict[Subtree, torch.Tensor]:
+        """Of the sums that `compute` gave, where they were rounded."""
+        return self._sums.codes if isinstance(self._sums, CodedSum) else {}
 
     def discard(self) -> None:
         """Forgets all that is kept; the buffers are used again."""

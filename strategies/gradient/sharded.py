@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from strategies.gradient.compute import Enter, choose, loss_of_part, prepare, routing_of, watching
+from strategies.gradient.compute import Enter, choose, loss_of_part, prepare, routing_of, tree_sum, watching
 from strategies.gradient.context import WorkContext
 from strategies.gradient.routing import Routing
 from strategies.gradient.tied import TiedRounds
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
 from strategies.objective.rows import Rows
+from strategies.reduction.coded import CodedSum, Rounding
 from strategies.reduction.reducer import RoundReducer
 from strategies.reduction.tree import Subtree
-from strategies.reduction.tree_sum import TreeSum
 
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
@@ -105,11 +105,13 @@ class TreeCollector(_Buffered):
 
     computes_all = False
 
-    def __init__(self, part: ModelPart, held: Sequence[int], root: Subtree, micro_batches: int) -> None:
+    def __init__(
+        self, part: ModelPart, held: Sequence[int], root: Subtree, micro_batches: int, rounding: Rounding | None = None
+    ) -> None:  # fmt: skip
         super().__init__(part, micro_batches)
         self.num_rounds = len(held)
         self._held = tuple(held)
-        self._sums = TreeSum(root, self._pool)
+        self._sums = tree_sum(root, self._pool, rounding)
 
     def start(self) -> None:
         super().start()
@@ -126,17 +128,24 @@ class TreeCollector(_Buffered):
         """The sums [size] of the largest whole subtrees; to be read, not written."""
         return dict(self._sums.pieces)
 
+    @property
+    def codes(self) -> dict[Subtree, torch.Tensor]:
+        """Of those, where they were rounded."""
+        return self._sums.codes if isinstance(self._sums, CodedSum) else {}
+
 
 class RoundCollector(_Buffered):
     """Hands every finished virtual worker's gradient to its owners (ZeRO stage 2)."""
 
     def __init__(
-        self, part: ModelPart, reducer: RoundReducer, tied: TiedRounds, micro_batches: int, *, computes_all: bool
+        self, part: ModelPart, reducer: RoundReducer, tied: TiedRounds, context: WorkContext,
+        rounding: Rounding | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(part, micro_batches)
+        super().__init__(part, context.spec.micro_batches)
+        self._held, self._rounding = context.held, rounding
         self._tied = tied
         self.num_rounds = reducer.num_rounds
-        self.computes_all = computes_all
+        self.computes_all = context.layout.pipeline > 1
         self._reducer = reducer
         self._empty = torch.empty(0, device=part.device)
 
@@ -147,7 +156,10 @@ class RoundCollector(_Buffered):
 
     def _take(self, number: int, gradient: torch.Tensor) -> None:
         if number < self.num_rounds:
-            self._reducer.add(number, gradient[: self._part.flat.size])
+            codes = None
+            if self._rounding is not None and number < len(self._held):
+                codes = self._rounding.round((self._held[number], self._held[number] + 1), gradient)
+            self._reducer.add(number, gradient[: self._part.flat.size], codes)
             self._tied.add_round(number, gradient)
         self._pool.append(gradient)
 

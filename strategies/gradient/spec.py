@@ -23,6 +23,7 @@ from strategies.objective.metric import Metric
 from strategies.objective.objective import Objective
 from strategies.objective.rows import Rows
 from strategies.optim.schedule import ScheduleSpec
+from strategies.wire.format import FP32, WireFormat
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class StepSpec:
     loss_chunk: int = CHUNK_TOKENS
     recompute: Recompute = NOTHING_AGAIN
     router_loss: RouterLossSpec | None = None
+    wire: WireFormat = FP32
+    """How sums of gradients are sent."""
     metrics: tuple[Metric, ...] = ()
     """Of evaluations, beside the objective's own."""
 

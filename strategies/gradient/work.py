@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from strategies.comm.fabric import Fabric
+from strategies.gradient.coding import Coding
 from strategies.gradient.compute import Enter, Fetch, LocalGradients, finish_queued
 from strategies.gradient.context import WorkContext
 from strategies.gradient.routing import RouterExchange
@@ -21,6 +22,7 @@ from strategies.gradient.tied import TiedGradients, TiedRounds, TiedShards
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
 from strategies.model.routers import Routers
+from strategies.reduction.coded import Rounding
 from strategies.reduction.hierarchy import HierarchicalReducer
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
@@ -91,6 +93,7 @@ class _Replicated:
         self.tied = tied
         self.sharded = sharded
         self._is_nan_next = False
+        self.rounding: Rounding | None = None
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         if self.sharded:
@@ -104,15 +107,18 @@ class _Replicated:
         self._is_nan_next = True
 
     def reduce(
-        self, step: int, pieces: dict[Subtree, torch.Tensor], enter: Enter, check: Callable[[], None]
+        self, step: int, pieces: dict[Subtree, torch.Tensor], codes: dict[Subtree, torch.Tensor], enter: Enter,
+        check: Callable[[], None],
     ) -> None:  # fmt: skip
         if self._is_nan_next:
             self._is_nan_next = False
-            for piece in pieces.values():
+            for node, piece in pieces.items():
                 piece[0] = torch.nan
+                if self.rounding is not None and (found := self.rounding.round(node, piece)) is not None:
+                    codes[node] = found
         finish_queued(self.part.device, check)
         enter("reduce", step)
-        reduced = self.reducer.reduce({node: piece[: self.part.flat.size] for node, piece in pieces.items()})
+        reduced = self.reducer.reduce({node: piece[: self.part.flat.size] for node, piece in pieces.items()}, codes)
         gradient = self.own.gradient
         if self.sharded:
             gradient.copy_(self.reducer.own_slice(reduced) if self.reducer.native else reduced)
@@ -126,7 +132,7 @@ class _Replicated:
         if self.reducer.native:
             gradient.copy_(reduced)
         else:
-            self.reducer.gather(reduced, gradient)
+            self.reducer.gather_sum(reduced, gradient)
         if is_alone:
             self.tied.add(pieces, gradient)
 
@@ -159,7 +165,7 @@ class LocalWork(_Replicated):
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         pieces = self.local.compute(step, self.held, self.reducer.layout.root, enter=enter, check=check)
-        self.reduce(step, pieces, enter, check)
+        self.reduce(step, pieces, self.local.codes, enter, check)
 
     def discard(self) -> None:
         self.local.discard()
@@ -186,7 +192,7 @@ class PipelineWork(_Replicated):
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         self._pipeline.compute(step, enter=enter, check=check)
-        self.reduce(step, self._collector.pieces, enter, check)
+        self.reduce(step, self._collector.pieces, self._collector.codes, enter, check)
 
     def discard(self) -> None:
         """Pieces belong to the collector, which starts anew with every step."""
@@ -254,34 +260,42 @@ def work_for(
             return _sharded_work(part, own, context)
         case "gradients":
             assert isinstance(part, ModelPart)
-            return _round_work(part, own, context)
+            return _round_work(part, own, context, Coding.where_asked(part, arrangement, context))
         case kind:
             assert isinstance(part, ModelPart)
-            return _replicated_work(part, own, context, kept, sharded=kind == "optimizer")
+            coding = Coding.where_asked(part, arrangement, context)
+            return _replicated_work(part, own, context, kept, coding, sharded=kind == "optimizer")
 
 
 def _replicated_work(
-    part: ModelPart, own: StateShard, context: WorkContext, kept: LocalGradients | None, *, sharded: bool
-) -> GradientWork:
+    part: ModelPart, own: StateShard, context: WorkContext, kept: LocalGradients | None, coding: Coding | None,
+    *, sharded: bool,
+) -> GradientWork:  # fmt: skip
     layout, spec, held = context.layout, context.spec, context.held
-    reducer, tied = _reducer_for(part, context), TiedGradients(part, context)
+    reducer = _reducer_for(part, context) if coding is None else coding.reducer()
+    tied, rounding = TiedGradients(part, context), None if coding is None else coding.whole
     if layout.pipeline == 1:
         if kept is not None and kept.part is part:
             local = kept
             local.prepare_again()
         else:
             local = LocalGradients(part, spec, context.fetch, context.watch)
+        local.rounding = rounding
         if local.routing is not None:
             local.routing.exchange = context.router_exchange(part.blueprint.routers)
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()
-        return LocalWork(local, part, own, reducer, tied, held, sharded=sharded)
-    collector = TreeCollector(part, held, layout.root, spec.micro_batches)
+        work = LocalWork(local, part, own, reducer, tied, held, sharded=sharded)
+        work.rounding = rounding
+        return work
+    collector = TreeCollector(part, held, layout.root, spec.micro_batches, rounding)
     from strategies.gradient.pipeline import PipelineGradients
 
     pipeline = PipelineGradients(part, collector, context)
-    return PipelineWork(pipeline, collector, part, own, reducer, tied, sharded=sharded)
+    in_stages = PipelineWork(pipeline, collector, part, own, reducer, tied, sharded=sharded)
+    in_stages.rounding = rounding
+    return in_stages
 
 
 def _reducer_for(part: ModelPart, context: WorkContext) -> Reducer:
@@ -292,12 +306,12 @@ def _reducer_for(part: ModelPart, context: WorkContext) -> Reducer:
     return HierarchicalReducer(fabric.data_group, fabric.hierarchy, layout, part.flat.size, part.device, slices)
 
 
-def _round_work(part: ModelPart, own: StateShard, context: WorkContext) -> GradientWork:
+def _round_work(part: ModelPart, own: StateShard, context: WorkContext, coding: Coding | None) -> GradientWork:
     layout, group = context.layout, context.fabric.data_group
     sizes = part.blueprint.space.slices(part.flat, layout.data)
     slices, tied = Reducer(group, layout, part.flat.size, part.device, slices=sizes), TiedRounds(part, context)
-    rounds = RoundReducer(group, layout, slices.slices, part.device)
-    collector = RoundCollector(part, rounds, tied, context.spec.micro_batches, computes_all=layout.pipeline > 1)
+    rounds = RoundReducer(group, layout, slices.slices, part.device) if coding is None else coding.round_reducer()
+    collector = RoundCollector(part, rounds, tied, context, None if coding is None else coding.whole)
 
     def gather(enter: Callable[[str], None]) -> None:
         enter("refresh")

@@ -63,15 +63,19 @@ def place_state(layout: ParallelLayout, space: Space, domains: Sequence[Domain],
         place = layout.place(shard.owner)
         assert place is not None
         if natural == 1 or place.data == 0:
-            mirrors = _mirrors(layout, shard.owner, missing, natural, domains, load)
+            holders = layout.data_group(shard.owner) if natural > 1 else (shard.owner,)
+            mirrors = choose_mirrors(layout, holders, missing, domains, load)
         placed.append(Shard(shard.owner, shard.coordinate, shard.ranges, tuple(mirrors)))
     return placed
 
 
-def _mirrors(
-    layout: ParallelLayout, owner: int, missing: int, natural: int, domains: Sequence[Domain], load: list[int]
-) -> list[int]:
-    holders = list(layout.data_group(owner)) if natural > 1 else [owner]
+def choose_mirrors(
+    layout: ParallelLayout, has: Sequence[int], missing: int, domains: Sequence[Domain], load: list[int],
+    *, near: bool = False,
+) -> list[int]:  # fmt: skip
+    """Up to `missing` ranks that are to hold what the ranks `has` have; `load` counts, by rank, what was given to each,
+    and goes on to. With `near` they are in the zone of the first, as long as another of its nodes has a rank."""
+    owner, holders = has[0], list(has)
     chosen: list[int] = []
     while len(chosen) < missing and len(holders) < layout.num_placed:
         zones = {domains[rank].zone for rank in holders}
@@ -80,6 +84,7 @@ def _mirrors(
         mirror = min(
             (rank for rank in range(layout.num_placed) if rank not in holders),
             key=lambda rank: (
+                near and (domains[rank].zone != domains[owner].zone or domains[rank] in nodes),
                 domains[rank].zone in zones, domains[rank] in nodes, rank // layout.tensor in groups, load[rank],
                 (rank - owner) % layout.num_placed,
             ),

@@ -98,6 +98,8 @@ class Space:
     aliases: tuple[Alias, ...] = ()
     keeps_whole: bool = False
     """Whether a parameter is never divided among ranks, as its optimizer updates it as one."""
+    wire_block: int = ALIGNMENT
+    """Ranks are given whole blocks of this many elements of each parameter, which are coded together on the wire."""
 
     @classmethod
     def of(
@@ -109,6 +111,7 @@ class Space:
         packs: Mapping[str, int] | None = None,
         *,
         keeps_whole: bool = False,
+        wire_block: int = ALIGNMENT,
     ) -> Space:
         """From (name, whole shape, block, split dimension) of every trained parameter, in model order; `unused` are the
         names of those that the loss does not depend on, `aliases` second uses by name: of which parameter, in which
@@ -139,7 +142,7 @@ class Space:
             raise ValueError(f"tensor {tensor} does not divide {'; '.join(uneven[:5])}")
         by_name = {slot.name: slot for slot in slots}
         second = tuple(Alias(name, by_name[of], block) for name, (of, block) in (aliases or {}).items())
-        return cls(tuple(slots), tensor, offset, boundary, second, keeps_whole)
+        return cls(tuple(slots), tensor, offset, boundary, second, keeps_whole, wire_block)
 
     def ranges_of(self, blocks: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
         """The (start, stop) of all slots in these runs of blocks (None: of all), as few as can be."""
@@ -151,14 +154,17 @@ class Space:
     def slices(self, flat: FlatRanges, parts: int) -> tuple[int, ...]:
         """How many elements of a buffer of these ranges each of `parts` ranks gets: as even as can be."""
         sizes = even(flat.size, parts, ALIGNMENT)
-        if not self.keeps_whole:
+        if not self.keeps_whole and self.wire_block == ALIGNMENT:
             return sizes
         places = [0, *(start for slot in self.slots for _, start, _ in flat.locate(slot.offset, slot.stop)), flat.size]
         places = sorted(set(places))
         bounds = [0]
         for wanted in accumulate(sizes[:-1]):
             after = bisect_right(places, wanted)
-            nearest = min(places[max(0, after - 1) : after + 1], key=lambda place: abs(place - wanted))
+            near = places[max(0, after - 1) : after + 1]
+            if not self.keeps_whole and len(near) == 2:
+                near.append(min(near[0] + (wanted - near[0]) // self.wire_block * self.wire_block, near[1]))
+            nearest = min(near, key=lambda place: abs(place - wanted))
             bounds.append(max(bounds[-1], nearest))
         bounds.append(flat.size)
         return tuple(stop - start for start, stop in pairwise(bounds))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.layout.space import Cut, Space
+from strategies.layout.space import ALIGNMENT, Cut, Space
 from strategies.model.anatomy import CannotCut, find_layers
 from strategies.model.cutting import check_cut, check_split, refuse_cut
 from strategies.model.frozen import FrozenWeights
@@ -58,7 +58,7 @@ class Blueprint:
     are those of a mixture of experts, where their choices are of interest. With a `plan` it is split by that, otherwise
     by the model's own. `order` are the numbers of its layers as a pass computes them, where that was tried. A pass
     `draws` random numbers if that is said, or the model has dropout. With `keeps_whole` no parameter is divided
-    among ranks that train the state of replicas.
+    among ranks that train the state of replicas, and otherwise in whole blocks of `wire_block` elements.
 
     Raises ValueError for models whose buffers change in training, that train nothing, that cannot be split over
     `tensor` ranks, or that cannot be cut where that is wanted (`cuts`).
@@ -84,6 +84,7 @@ class Blueprint:
         order: Sequence[int] | None = None,
         draws: bool = False,
         keeps_whole: bool = False,
+        wire_block: int = ALIGNMENT,
     ) -> None:
         _refuse_running_statistics(model)
         self.body, self.dtype, self.splits_logits, self.routers = body, dtype, splits_logits, routers
@@ -117,7 +118,7 @@ class Blueprint:
         self.space = Space.of(
             ((name, p.shape, self.block_of(name), self.dim_of(name)) for name, p in trained), tensor, self.unused,
             {alias: (name, self.block_of(alias)) for alias, name in self._aliased.items()}, self.plan.packs,
-            keeps_whole=keeps_whole,
+            keeps_whole=keeps_whole, wire_block=wire_block,
         )  # fmt: skip
         across = across_blocks(model, self.layers, {n: p for n, p in model.named_parameters() if not p.requires_grad})
         self.divisible_frozen = [name for name in self.frozen.divisible if name not in across]

@@ -39,7 +39,9 @@ class HierarchicalReducer(Reducer):
         self._rails = list(zip(*nodes, strict=True))
         """The ranks of each."""
 
-    def reduce(self, pieces: Mapping[Subtree, torch.Tensor]) -> torch.Tensor:
+    def reduce(
+        self, pieces: Mapping[Subtree, torch.Tensor], codes: Mapping[Subtree, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         self.check_pieces(pieces)
         hierarchy, mine = self._hierarchy, self.covers[self.groups.rank]
         fellows, rail = hierarchy.nodes[hierarchy.node], self._rails[hierarchy.place]

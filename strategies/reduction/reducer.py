@@ -52,8 +52,11 @@ class Reducer:
         """This rank's slice (a view) of a full gradient [size]."""
         return gradient[self._start : self._start + self.slices[self.groups.rank]]
 
-    def reduce(self, pieces: Mapping[Subtree, torch.Tensor]) -> torch.Tensor:
-        """Sums `pieces` (this rank's partial sums [size], one per node of its cover) with everyone's.
+    def reduce(
+        self, pieces: Mapping[Subtree, torch.Tensor], codes: Mapping[Subtree, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Sums `pieces` (this rank's partial sums [size], one per node of its cover) with everyone's. `codes` are those
+        of pieces that have been rounded (`strategies.reduction.coded`).
 
         Returns this rank's finished slice, or with `native` the whole sum; the pieces stay as they are, for another
         attempt should this one fail. Raises PeerLost.
@@ -98,6 +101,10 @@ class Reducer:
         if set(pieces) != set(mine):
             raise ValueError(f"replica {self.groups.rank} must bring the subtrees {mine}, got {sorted(pieces)}")
 
+    def gather_sum(self, mine: torch.Tensor, everything: torch.Tensor) -> None:
+        """Like `gather`, of what the last `reduce` has given."""
+        self.gather(mine, everything)
+
     def gather(self, mine: torch.Tensor, everything: torch.Tensor) -> None:
         """Brings every rank's slice together into `everything` [size] on every rank, in the type of that. Raises
         PeerLost."""
@@ -131,9 +138,9 @@ class RoundReducer:
         """Forgets what was added."""
         self._sums.clear()
 
-    def add(self, number: int, gradient: torch.Tensor) -> None:
-        """Round `number`: the gradient [sum(sizes)] of this replica's virtual worker of that round; of a replica that
-        has none it is not looked at. Raises PeerLost."""
+    def add(self, number: int, gradient: torch.Tensor, codes: torch.Tensor | None = None) -> None:
+        """Round `number`: the gradient [sum(sizes)] of this replica's virtual worker of that round, with its codes if
+        it was rounded; of a replica that has none it is not looked at. Raises PeerLost."""
         ranks, rank = self.layout.data, self.groups.rank
         brings = [self.sizes if number < len(held) else (0,) * ranks for held in self.layout.assignment]
         length = self.sizes[rank]

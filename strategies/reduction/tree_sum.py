@@ -10,8 +10,8 @@ from strategies.reduction.tree import Subtree, split
 
 
 class TreeSum:
-    """Sums tensors of one shape along the tree under `root`, as soon as siblings are there. What is added is taken over; buffers
-    that are no longer needed go to `pool`."""
+    """Sums tensors of one shape along the tree under `root`, as soon as siblings are there. What is added is taken
+    over; buffers that are no longer needed go to `pool`."""
 
     def __init__(self, root: Subtree, pool: list[torch.Tensor]) -> None:
         self.root = root
@@ -29,7 +29,8 @@ class TreeSum:
             left, right = split(parents[-1])
             if (other := self.pieces.pop(left if node == right else right, None)) is not None:
                 # Which of two summands comes first makes no difference.
-                self._join(parents.pop(), other.add_(tensor), parents)
+                node = parents.pop()
+                self._join(node, self._made(node, other.add_(tensor)), parents)
                 return
         own = self._pool.pop() if self._pool else torch.empty_like(tensor)
         # As if it were added to zeros: what is -0 is 0.
@@ -42,7 +43,8 @@ class TreeSum:
         for node, tensor in sorted(found, key=lambda each: each[0]):
             while joined and self._are_siblings(joined[-1][0], node):
                 left, total = joined.pop()
-                node, tensor = (left[0], node[1]), total.add_(tensor)
+                node = left[0], node[1]
+                tensor = self._made(node, total.add_(tensor))
             joined.append((node, tensor))
         for node, tensor in joined:
             self.add_from(node, tensor)
@@ -69,9 +71,14 @@ class TreeSum:
                 break
             other = self.pieces.pop(sibling)
             first, second = (other, tensor) if sibling == left else (tensor, other)
-            tensor, node = first.add_(second), parents.pop()
+            node = parents.pop()
+            tensor = self._made(node, first.add_(second))
             self._pool.append(second)
         self.pieces[node] = tensor
+
+    def _made(self, node: Subtree, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a node of which both children were there."""
+        return tensor
 
     def total(self) -> torch.Tensor:
         """The sum over all virtual workers, which must all have been added."""

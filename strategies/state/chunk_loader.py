@@ -11,9 +11,10 @@ import torch
 
 from strategies.layout.space import Space
 from strategies.layout.statemap import Span, Spans
-from strategies.state.buffers import Buffer, Spaces
+from strategies.state.buffers import Buffer
 from strategies.state.chunks import MAX_CHUNK, Box, slot_pieces
-from strategies.state.shard import StateShard, name_of
+from strategies.state.kinds_of_state import KindsOfState
+from strategies.state.reshard import Holder
 
 
 class _Target(NamedTuple):
@@ -33,14 +34,16 @@ class _Target(NamedTuple):
 
 
 class ChunkLoader:
-    """What a rank is to be given: all tensors of some spans of its state shards, and the model's persistent `buffers`.
+    """What a rank is to be given: all tensors of some spans of its shards of a state, and the model's persistent
+    `buffers`.
 
     `put` may be called by several threads at once.
     """
 
     def __init__(
-        self, spaces: Spaces, state_shards: Sequence[StateShard], spans: Spans, buffers: Mapping[str, torch.Tensor]
+        self, kinds: KindsOfState, shards: Sequence[Holder], spans: Spans, buffers: Mapping[str, torch.Tensor]
     ) -> None:
+        self._kinds = kinds
         self._targets: dict[str, list[_Target]] = {}
         self._lock = threading.Lock()
         self.missing = 0
@@ -48,12 +51,13 @@ class ChunkLoader:
         for name, tensor in buffers.items():
             self._expect(f"model.{name}", _Target(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor))
         for span in spans:
-            for state_shard in state_shards:
-                for kind, buffer in state_shard.kinds().items():
-                    if state_shard.coordinate == span.tensor:
-                        self._expect_range(spaces[kind], state_shard.coordinate, kind, buffer, span)
+            for shard in shards:
+                for kind, buffer in shard.kinds().items():
+                    if shard.coordinate == span.tensor:
+                        self._expect_range(kinds.spaces_at(span.tensor)[kind], kind, buffer, span)
 
-    def _expect_range(self, space: Space, coordinate: int, kind: str, buffer: Buffer, span: Span) -> None:
+    def _expect_range(self, space: Space, kind: str, buffer: Buffer, span: Span) -> None:
+        coordinate = self._kinds.split_coordinate(span.tensor)
         for start, offset, length in buffer.locate(span.start, span.stop):
             # What has no view is taken a piece at a time.
             most = sys.maxsize
@@ -71,7 +75,7 @@ class ChunkLoader:
                         target = _Target(piece.box, view.view(piece.box.sizes))
                     else:
                         target = _Target(piece.box, None, buffer, first)
-                    self._expect(name_of(kind, slot.name), target)
+                    self._expect(self._kinds.name_at(span.tensor, kind, slot.name), target)
 
     def _expect(self, name: str, target: _Target) -> None:
         self._targets.setdefault(name, []).append(target)

@@ -13,7 +13,11 @@ from strategies.comm.groups import Groups
 from strategies.layout.statemap import MAX_TRANSFER, Span, Transfer
 from strategies.state.buffers import Buffer, Spaces, part_of_span, whole_of_span
 from strategies.state.digests import DIGEST_ELEMENTS, digest_of
-from strategies.state.shard import WEIGHTS, StateShard
+from strategies.state.shard import StateShard
+from strategies.state.virtual_shard import VirtualShard
+
+Holder = StateShard | VirtualShard
+"""Where state is."""
 
 WINDOW = 2
 """Transfers that a rank has on their way at once; with their buffers it needs no more memory."""
@@ -31,7 +35,7 @@ class Resharded:
     buffer_bytes: int = 0
 
 
-def copy_within(sources: Sequence[StateShard], targets: Sequence[StateShard], spans: Iterable[Span]) -> None:
+def copy_within(sources: Sequence[Holder], targets: Sequence[Holder], spans: Iterable[Span]) -> None:
     """Copies what is here already from one set of state shards to another, wherever it is in them."""
     for span in spans:
         for target in targets:
@@ -44,7 +48,7 @@ def copy_within(sources: Sequence[StateShard], targets: Sequence[StateShard], sp
                         _copy_kinds(source, target, first, first + count)
 
 
-def _copy_kinds(source: StateShard, target: StateShard, start: int, stop: int) -> None:
+def _copy_kinds(source: Holder, target: Holder, start: int, stop: int) -> None:
     """Copies all that is kept of elements start..stop, which both have."""
     for kind, buffer in target.kinds().items():
         for first, offset, length in buffer.locate(start, stop):
@@ -57,13 +61,13 @@ def _copy_kinds(source: StateShard, target: StateShard, start: int, stop: int) -
 
 def execute(
     plan: Iterable[Transfer],
-    sources: Sequence[StateShard],
-    targets: Sequence[StateShard],
-    kinds: Spaces,
+    sources: Sequence[Holder],
+    targets: Sequence[Holder],
+    spaces_at: Callable[[int], Spaces],
     groups: Groups,
 ) -> Resharded:
     """Carries out the part of `plan` that concerns this rank: sends out of `sources`, receives into `targets`; each
-    span with all `kinds` of its tensors, which has the space of each.
+    span with all kinds of its tensors, of which `spaces_at` gives the spaces by coordinate.
 
     All ranks take the transfers in the order of the plan, at most WINDOW of their own at once, so none can wait for
     another in a circle while different pairs work side by side. Each is checked against its digest on arrival.
@@ -81,6 +85,7 @@ def execute(
             under_way.popleft().finish(groups)
         pair = (transfer.source, transfer.target)
         tag = pairs[pair] = pairs.get(pair, -1) + 1
+        kinds = spaces_at(transfer.span.tensor)
         move = _Move(transfer, sources if transfer.source == rank else targets, kinds, tag, groups)
         under_way.append(move)
         most = max(most, sum(4 * each.buffer.numel() for each in under_way))
@@ -95,11 +100,11 @@ class _Move:
     """One transfer on its way: all kinds of tensors of its span, then their digest."""
 
     def __init__(
-        self, transfer: Transfer, state_shards: Sequence[StateShard], kinds: Spaces, tag: int, groups: Groups
+        self, transfer: Transfer, state_shards: Sequence[Holder], kinds: Spaces, tag: int, groups: Groups
     ) -> None:
         self.transfer = transfer
         self._state_shards = state_shards
-        span, model = transfer.span, kinds[WEIGHTS]
+        span, model = transfer.span, next(iter(kinds.values()))
         self._in_message = {
             kind: whole_of_span(span) if space is model else part_of_span(space, span) for kind, space in kinds.items()
         }

@@ -9,10 +9,9 @@ import torch
 
 from strategies.layout.space import Space
 from strategies.layout.statemap import Span, Spans
-from strategies.state.buffers import Spaces
 from strategies.state.chunks import Box, pieces_of
 from strategies.state.host_copies import HostMemory, SideCopies
-from strategies.state.shard import name_of
+from strategies.state.kinds_of_state import KindsOfState
 from strategies.state.training_state import TrainingState
 
 
@@ -31,7 +30,7 @@ class Snapshot:
 
     def __init__(self, space: Space, device: torch.device) -> None:
         self.space = space
-        self._spaces: Spaces = {}
+        self._kinds: KindsOfState | None = None
         self._device = device
         self._memory = HostMemory(0, device)
         self._copies: list[tuple[str, Span, torch.Tensor]] = []
@@ -52,7 +51,7 @@ class Snapshot:
             for first, at, count in buffer.locate(start, start + length)
         ]
         size = sum(span.length for _, span, _, _ in found)
-        self._spaces = state.spaces
+        self._kinds = state.kinds
         self._copies, at = [], 0
         if size > self._memory.values.numel():
             state.reads.finish()
@@ -77,9 +76,13 @@ class Snapshot:
         if self._reads is not None:
             self._reads.finish()
         for kind, span, copy in self._copies:
-            for piece in pieces_of(self._spaces[kind], span):
+            kinds = self._kinds
+            assert kinds is not None
+            inside = span._replace(tensor=kinds.split_coordinate(span.tensor))
+            for piece in pieces_of(kinds.spaces_at(span.tensor)[kind], inside):
                 first = piece.start - span.start
-                yield Copied(name_of(kind, piece.slot.name), piece.box, copy[first : first + piece.box.numel])
+                name = kinds.name_at(span.tensor, kind, piece.slot.name)
+                yield Copied(name, piece.box, copy[first : first + piece.box.numel])
         for name, value in sorted(self._buffers.items()):
             box = Box((0,) * value.dim(), tuple(value.shape))
             yield Copied(f"model.{name}", box, value.contiguous())

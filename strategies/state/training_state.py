@@ -27,8 +27,8 @@ from strategies.layout.statemap import (
     share_out,
     subtract,
     union,
-    whole,
 )
+from strategies.layout.virtual import VirtualPart, VirtualState, VirtualStates, held_spans
 from strategies.model.blueprint import Blueprint
 from strategies.model.model_part import ModelPart
 from strategies.optim.spec import OptimizerSpec
@@ -37,8 +37,10 @@ from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import full_shape
 from strategies.state.host_copies import SideCopies
 from strategies.state.initial import fill
+from strategies.state.kinds_of_state import KindsOfState
 from strategies.state.reshard import Resharded, copy_within, execute
-from strategies.state.shard import KEPT, WEIGHTS, StateShard, name_of
+from strategies.state.shard import KEPT, WEIGHTS, StateShard
+from strategies.state.virtual_shard import VirtualShard
 
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
@@ -54,18 +56,31 @@ def _check_names(kept: Sequence[str]) -> None:
 
 @dataclass
 class Arrangement:
-    """A rank's place in a layout: the part it computes with (None for a spare), what it trains of it itself, and what
-    it mirrors of others. `shards` are everybody's."""
+    """A rank's place in a layout: the part it computes with (None for a spare), what it trains of it itself, what it
+    mirrors of others, and what it has of virtual state. `shards` are everybody's, and so are `virtual_parts`."""
 
     part: ModelPart | ShardedModelPart | None = None
     own: StateShard | None = None
     mirrors: dict[int, StateShard] = field(default_factory=dict)
     """By the owner's rank."""
     shards: Sequence[Shard] = ()
+    virtual_parts: Sequence[VirtualPart] = ()
+    virtual: dict[VirtualPart, VirtualShard] = field(default_factory=dict)
+    states: VirtualStates | None = None
 
     @property
     def state_shards(self) -> list[StateShard]:
         return [*([self.own] if self.own is not None else []), *self.mirrors.values()]
+
+    def held(self, layout: ParallelLayout) -> list[Spans]:
+        """What each rank has, by rank, once it has taken its place."""
+        return held_spans(layout, trained_spans(layout, self.shards), self.virtual_parts)
+
+    def made(self, state: VirtualState, number: int, tensor: int) -> VirtualShard:
+        """What this rank computes of what a thing has; of one thing a rank computes one part."""
+        assert self.states is not None
+        coordinate = self.states.coordinate_of(state, number, tensor)
+        return next(shard for shard in self.virtual.values() if shard.coordinate == coordinate and shard.is_made)
 
     def begin(self) -> None:
         """It counts from now on. Before, this rank might have gone back to computing with all frozen parameters."""
@@ -83,7 +98,10 @@ class TrainingState:
     update rule's.
     """
 
-    def __init__(self, blueprint: Blueprint, spec: OptimizerSpec, kept: Sequence[str] = ()) -> None:
+    def __init__(
+        self, blueprint: Blueprint, spec: OptimizerSpec, kept: Sequence[str] = (),
+        virtual: Sequence[VirtualState] = (),
+    ) -> None:  # fmt: skip
         _check_names(kept)
         self.blueprint = blueprint
         self.space = blueprint.space
@@ -96,11 +114,13 @@ class TrainingState:
         }  # fmt: skip
         """By kind of state, with the shapes that it has."""
         self.kept = tuple(kept)
+        self.kinds = KindsOfState(self.spaces, virtual)
+        self.virtual = self.kinds.virtual
         self.device = blueprint.device
         self.arrangement = Arrangement()
         self.reads = SideCopies(self.device)
         self.updates = 0
-        self.collected: list[StateShard] = []
+        self.collected: Sequence[StateShard | VirtualShard] = []
         self.is_initial = True
         """The state is that of step 0, every part of which can be made here."""
         self._held = NOTHING
@@ -110,21 +130,26 @@ class TrainingState:
     @property
     def held(self) -> Spans:
         if self.is_initial or self.collected:
-            return whole(self.space.size, self.space.tensor)
+            return self.everything
         return self._held
 
     @property
-    def state_shards(self) -> list[StateShard]:
-        """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
-        return self.collected or self.arrangement.state_shards
+    def everything(self) -> Spans:
+        """All there is of the state, wherever it is."""
+        return self.virtual.everything(self.space.size)
 
-    def find(self, span: Span) -> Iterator[tuple[int, int, int, StateShard]]:
+    @property
+    def holders(self) -> Sequence[StateShard | VirtualShard]:
+        """Where what is held is. The whole state, if there is one, may be newer than what was trained here before."""
+        return self.collected or [*self.arrangement.state_shards, *self.arrangement.virtual.values()]
+
+    def find(self, span: Span) -> Iterator[tuple[int, int, int, StateShard | VirtualShard]]:
         """Where the elements of a span are: (from, position in the buffers, length, of which state shard), each once.
 
         Raises RuntimeError when not all of it is here.
         """
         left = union((span,))
-        for state_shard in self.state_shards:
+        for state_shard in self.holders:
             for part in left:
                 for start, offset, length in state_shard.locate(part):
                     yield start, offset, length, state_shard
@@ -183,22 +208,23 @@ class TrainingState:
         """
         rank = fabric.rank
         self.reads.before_change()
-        shards = place_state(layout, self.space, domains, copies)
-        new = self._arrange(layout, fabric, shards)
-        wanted = trained_spans(layout, shards)
+        new = self._arrange(layout, fabric, domains, copies)
+        wanted = new.held(layout)
         if read is not None:
             held = _by_node(wanted, domains) if read_by_node else share_out(wanted)
         plan = plan_transfers(held, wanted)
+        targets: list[StateShard | VirtualShard] = [*new.state_shards, *new.virtual.values()]
+        sources: Sequence[StateShard | VirtualShard]
         if read is not None:
-            read(ChunkLoader(self.spaces, new.state_shards, held[rank], self.blueprint.buffers))
-            sources = new.state_shards
+            read(ChunkLoader(self.kinds, targets, held[rank], self.blueprint.buffers))
+            sources = targets
         elif self.is_initial and held[rank]:
-            fill(new.state_shards, self.blueprint)
+            self._fill(targets)
             sources = self._make_initial() if any(transfer.source == rank for transfer in plan) else []
         else:
-            sources = self.state_shards
-            copy_within(sources, new.state_shards, intersect(wanted[rank], held[rank]))
-        moved = execute(plan, sources, new.state_shards, self.spaces, fabric.world)
+            sources = self.holders
+            copy_within(sources, targets, intersect(wanted[rank], held[rank]))
+        moved = execute(plan, sources, targets, self.kinds.spaces_at, fabric.world)
         barrier()
         old = self.arrangement
         if old.part is not None and old.part is not new.part:
@@ -211,17 +237,28 @@ class TrainingState:
             state_shard.set_updates(updates)
         return moved
 
-    def _make_initial(self) -> list[StateShard]:
+    def _make_initial(self) -> list[StateShard | VirtualShard]:
         """The whole state of step 0."""
         made = self._room_for_all()
-        fill(made, self.blueprint)
+        self._fill(made)
         return made
 
-    def _arrange(self, layout: ParallelLayout, fabric: Fabric, shards: Sequence[Shard]) -> Arrangement:
+    def _fill(self, made: Sequence[StateShard | VirtualShard]) -> None:
+        fill([each for each in made if isinstance(each, StateShard)], self.blueprint)
+        for each in made:
+            if isinstance(each, VirtualShard):
+                each.zero()
+
+    def _arrange(
+        self, layout: ParallelLayout, fabric: Fabric, domains: Sequence[Domain], copies: int
+    ) -> Arrangement:  # fmt: skip
         """Room for what this rank is to have; what has the same shape as before is the same memory."""
+        shards = place_state(layout, self.space, domains, copies)
+        parts = self.virtual.place(layout, self.space, domains, copies)
         place = layout.place(fabric.rank)
         if place is None:
-            return Arrangement(shards=shards)
+            return Arrangement(shards=shards, virtual_parts=parts)
+        virtual = {part: self._virtual_room(part, fabric.rank) for part in parts if fabric.rank in part.holders}
         kind = layout.effective_shard
         shard = shards[fabric.rank]
         runs = layout.blocks_of(place.stage)
@@ -245,7 +282,18 @@ class TrainingState:
             for other in shards
             if fabric.rank in other.mirrors
         }
-        return Arrangement(part, own, mirrors, shards)
+        return Arrangement(part, own, mirrors, shards, parts, virtual, self.virtual)
+
+    def _virtual_room(self, part: VirtualPart, rank: int) -> VirtualShard:
+        """What it was computing of an interrupted step goes on to count."""
+        flat = FlatRanges.of(part.ranges, self.space.boundary)
+        is_made = rank in part.makers
+        for old in self.arrangement.virtual.values():
+            if (old.coordinate, old.flat, old.is_made) == (part.coordinate, flat, is_made):
+                return old
+        thing = self.virtual.find(part.coordinate)
+        assert thing is not None
+        return VirtualShard(part.coordinate, flat, thing.state.kinds, self.device, is_made=is_made)
 
     def _part(self, coordinate: int, runs: tuple[tuple[int, int], ...] | None, fabric: Fabric) -> ModelPart:
         old = self.arrangement.part
@@ -272,38 +320,38 @@ class TrainingState:
 
     def collect(self, held: Sequence[Spans], fabric: Fabric) -> Resharded:
         """Brings the whole state to rank 0, beside what is there. Raises PeerLost, StateCorrupt, NotCovered."""
-        everything = whole(self.space.size, self.space.tensor)
-        wanted = [everything, *[NOTHING] * (fabric.world.world_size - 1)]
-        sources = self._make_initial() if self.is_initial else self.state_shards
+        wanted = [self.everything, *[NOTHING] * (fabric.world.world_size - 1)]
+        sources = self._make_initial() if self.is_initial else self.holders
         targets = self._room_for_all() if fabric.rank == 0 else []
         copy_within(sources, targets, held[fabric.rank])
-        moved = execute(plan_transfers(held, wanted), sources, targets, self.spaces, fabric.world)
+        moved = execute(plan_transfers(held, wanted), sources, targets, self.kinds.spaces_at, fabric.world)
         if fabric.rank == 0:
             self.collected = targets
         return moved
 
-    def _room_for_all(self) -> list[StateShard]:
-        """State shards for the whole state, one per coordinate."""
+    def _room_for_all(self) -> list[StateShard | VirtualShard]:
+        """Shards for the whole state, one per coordinate."""
         flat = FlatRanges.of([(0, self.space.size)], self.space.boundary)
-        return [
+        trained: list[StateShard | VirtualShard] = [
             StateShard(coordinate, flat, self.spec, self.device, kept=self.kept, spaces=self.spaces)
             for coordinate in range(self.space.tensor)
         ]
+        things = self.virtual.things()
+        return trained + [VirtualShard(at, flat, thing.state.kinds, self.device) for at, thing in things]
 
-    def whole_state_shards(self) -> list[StateShard] | None:
-        """One state shard of the whole state per coordinate, if all of it is here."""
+    def whole_state(self) -> Sequence[StateShard | VirtualShard] | None:
+        """One shard of the whole state per coordinate, in order, if all of it is here."""
         if self.collected:
             return self.collected
         if self.is_initial:
             return self._make_initial()
-        everything = whole(self.space.size, self.space.tensor)
-        if subtract(everything, self.held):
+        if subtract(self.everything, self.held):
             return None
-        if (own := self.arrangement.own) is not None and own.spans == everything:
+        if (own := self.arrangement.own) is not None and own.spans == self.everything:
             return [own]
         # It is here in pieces: a shard of its own and those of others.
         pieced = self._room_for_all()
-        copy_within(self.state_shards, pieced, everything)
+        copy_within(self.holders, pieced, self.everything)
         return pieced
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -311,18 +359,18 @@ class TrainingState:
 
         Raises RuntimeError when not all of the state is here.
         """
-        state_shards = self.whole_state_shards()
-        if state_shards is None:
+        shards = self.whole_state()
+        if shards is None:
             raise RuntimeError("not all of the state is on this rank")
         constants = self.blueprint.constants
-        sources: dict[str, tuple[str, str | Slot]] = {f"model.{name}": ("", name) for name in constants}
-        for kind, space in self.spaces.items():
-            sources |= {name_of(kind, slot.name): (kind, slot) for slot in space.slots}
-        sources["optimizer.updates"] = ("", "")
-        for name, (kind, inner) in sorted(sources.items()):
+        sources: dict[str, tuple[str, str | Slot, int]] = {f"model.{name}": ("", name, 0) for name in constants}
+        for name, kind, slot, coordinate in self.kinds.tensors():
+            sources[name] = kind, slot, coordinate
+        sources["optimizer.updates"] = ("", "", 0)
+        for name, (kind, inner, coordinate) in sorted(sources.items()):
             if isinstance(inner, Slot):
-                views = [state_shard.kinds()[kind].of_slot(inner) for state_shard in state_shards]
-                yield name, self.space.assemble(inner, views)
+                of_it = shards[coordinate : coordinate + self.space.tensor]
+                yield name, self.space.assemble(inner, [shard.kinds()[kind].of_slot(inner) for shard in of_it])
             elif inner:
                 yield name, constants[inner]
             else:
@@ -332,9 +380,9 @@ class TrainingState:
         """What a checkpoint has of what `named` gives: dtype and full shape by name. Not frozen parameters, which have
         a source of their own."""
         found = {f"model.{name}": (tensor.dtype, tensor.shape) for name, tensor in self.blueprint.buffers.items()}
-        for kind, space in self.spaces.items():
-            for slot in space.slots:
-                found[name_of(kind, slot.name)] = torch.float32, torch.Size(full_shape(space, slot))
+        for name, kind, slot, coordinate in self.kinds.tensors():
+            shape = full_shape(self.kinds.spaces_at(coordinate)[kind], slot)
+            found[name] = torch.float32, torch.Size(shape)
         return found
 
 

@@ -324,6 +324,8 @@ class StepEngine:
             self.applying = True
             self.state.reads.before_change()
             self.rule.commit(this, norm)
+            for shard in self.state.arrangement.virtual.values():
+                shard.commit()
             self.state.updates += 1
             self.applying = False
             self._is_stale = True

@@ -37,7 +37,7 @@ class Round:
     def mirror(self) -> None:
         """Sends reduced gradients to those that mirror them. Raises PeerLost."""
         arrangement = self.state.arrangement
-        if not any(shard.mirrors for shard in arrangement.shards):
+        if not any(s.mirrors for s in arrangement.shards) and not any(p.mirrors for p in arrangement.virtual_parts):
             return
         self.enter("gather", self.number)
         rank, world = self.fabric.rank, self.fabric.world
@@ -48,5 +48,13 @@ class Round:
                 messages += [("send", own.gradient, mirror) for mirror in shard.mirrors]
             elif rank in shard.mirrors:
                 messages.append(("recv", mirrors[shard.owner].gradient, shard.owner))
+        for part in arrangement.virtual_parts:
+            sender = part.makers[0]
+            if rank == sender:
+                made = arrangement.virtual[part]
+                messages += [("send", made.prepared(kind), mirror) for kind in made.kinds() for mirror in part.mirrors]
+            elif rank in part.mirrors:
+                copy = arrangement.virtual[part]
+                messages += [("recv", copy.prepared(kind), sender) for kind in copy.kinds()]
         for work in world.start_together(messages):
             world.finish(work, "state copies")

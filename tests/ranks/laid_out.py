@@ -18,7 +18,9 @@ from strategies.layout.assignment import deal
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, place_state, trained_spans
 from strategies.layout.schedule import parts_of
-from strategies.layout.statemap import NOTHING, Spans, whole
+from strategies.layout.space import ALIGNMENT
+from strategies.layout.statemap import NOTHING, Spans
+from strategies.layout.virtual import held_spans
 from strategies.model.anatomy import find_layers
 from strategies.model.blueprint import Blueprint
 from strategies.model.head import find_body
@@ -29,12 +31,15 @@ from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.objective.objective import Objective
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
+from strategies.reduction.residuals import Residuals
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.trial.derive import tensor_plan_of
 from strategies.trial.trial import Trial, try_model
 from strategies.update.engine import StepEngine
 from strategies.update.rule import SYNCHRONOUS, UpdateRule
 from strategies.update.vote import exchange
+from strategies.wire.codecs import codec_of
+from strategies.wire.format import FP32, WireFormat
 from tests.batches import plain_batch
 from tests.ranks.local_ranks import HOST, PATIENCE_S, Endpoint
 from tests.small_models import LAYERS, VOCABULARY, Noisy, Remembering, family, own
@@ -177,6 +182,8 @@ def make_engine(
     dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama",
     rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU, cuts: bool = False,
 ) -> StepEngine:  # fmt: skip
+    wire = spec.wire
+
     def blueprint() -> Blueprint:
         made = model_of(model, dropout)
         is_tried = model == "spare" or model in UNUSUAL
@@ -187,10 +194,12 @@ def make_engine(
             made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype,
             splits_logits=spec.objective.takes_split_logits, routers=routers_in(made) if spec.router_loss else None,
             plan=tensor_plan_of(made) if tensor > 1 else None, order=trial.order, draws=trial.draws,
+            wire_block=ALIGNMENT if wire.is_exact else codec_of(wire).block,
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
-    state = TrainingState(blueprint(), kind, rule.kinds())
+    residuals = [Residuals((0, VIRTUAL_WORKERS), wire)] if wire.feedback else []
+    state = TrainingState(blueprint(), kind, rule.kinds(), residuals)
     return StepEngine(state, spec, fetch, rule=rule)
 
 
@@ -204,21 +213,21 @@ def train(
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
     objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
     transport: str = "auto", recompute: Recompute = NOTHING_AGAIN, router_loss: RouterLossSpec | None = None,
-    loss_chunk: int = SPEC.loss_chunk,
+    loss_chunk: int = SPEC.loss_chunk, wire: WireFormat = FP32,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
         dropout, stretches[0].layout.tensor,
         replace(
             SPEC, precision=precision, objective=objective, recompute=recompute, router_loss=router_loss,
-            loss_chunk=loss_chunk,
+            loss_chunk=loss_chunk, wire=wire,
         ),
         model=model, rule=rule, device=device, cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
     )  # fmt: skip
     seen = Trained()
     step = 0
     space = engine.state.space
-    everything = whole(space.size, space.tensor)
+    everything = engine.state.everything
     held_by: dict[int, Spans] = {}
     for number, stretch in enumerate(stretches):
         members = stretch.ranks or tuple(range(stretch.layout.world_size))
@@ -237,7 +246,9 @@ def train(
             finally:
                 fabric.drop()
         shards = place_state(stretch.layout, space, nodes, copies)
-        held_by = dict(zip(members, trained_spans(stretch.layout, shards), strict=True))
+        virtual = engine.state.virtual.place(stretch.layout, space, nodes, copies)
+        held = held_spans(stretch.layout, trained_spans(stretch.layout, shards), virtual)
+        held_by = dict(zip(members, held, strict=True))
         step += stretch.steps
     return seen
 
@@ -269,7 +280,7 @@ def run_stretch(
         seen.losses.append(record.loss)
         seen.norms.append(record.grad_norm)
         seen.phases.append(record.phase_seconds)
-    engine.state.collect(trained_spans(layout, engine.state.arrangement.shards), fabric)
+    engine.state.collect(engine.state.arrangement.held(layout), fabric)
     if fabric.rank == 0:
         seen.digest = state_digest(engine.state)
     barrier(fabric)

@@ -293,7 +293,7 @@ def move(rank: int, address: Endpoint, holders: tuple[int, ...], max_elements: i
     held = [whole(SIZE, 1) if other in holders else NOTHING for other in range(4)]
     plan = plan_transfers(held, [whole(SIZE, 1)] * 4, max_elements)
     groups = form(rank, 4, address, "move")
-    moved = execute(plan, [state_shard], [state_shard], dict.fromkeys(state_shard.kinds(), SPACE), groups)
+    moved = execute(plan, [state_shard], [state_shard], lambda at: dict.fromkeys(state_shard.kinds(), SPACE), groups)
     leave(groups)
     content = b"".join(buffer.values.numpy().tobytes() for buffer in state_shard.kinds().values())
     return hashlib.sha256(content).hexdigest(), moved.received_bytes, moved.buffer_bytes
@@ -321,7 +321,7 @@ def move_with_a_flipped_bit(rank: int, address: Endpoint) -> str:
     groups.send = send_another  # type: ignore[method-assign]
     try:
         transfer = Transfer(Span(0, 32, 1056), 0, 1)
-        execute([transfer], [state_shard], [state_shard], dict.fromkeys(state_shard.kinds(), SPACE), groups)
+        execute([transfer], [state_shard], [state_shard], lambda at: dict.fromkeys(state_shard.kinds(), SPACE), groups)
     except StateCorrupt as error:
         assert not any(buffer.values.any() for buffer in state_shard.kinds().values())
         return str(error)

@@ -17,6 +17,7 @@ from strategies.layout.statemap import NOTHING, Span, Spans, share_out, subtract
 from strategies.optim.spec import OptimizerSpec
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import Box, full_shape, pieces_of, slot_pieces
+from strategies.state.kinds_of_state import KindsOfState
 from strategies.state.shard import StateShard, name_of
 from tests.unit.layouts_in_tests import num_elements
 
@@ -136,7 +137,7 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
     for coordinate in range(new_tensor):
         for low, high in cuts(new.size, new_ranks):
             state_shard = state_shard_of(new, coordinate, [(low, high)])
-            loader = ChunkLoader(spaces_of(new), [state_shard], union([Span(coordinate, low, high)]), {})
+            loader = ChunkLoader(KindsOfState(spaces_of(new)), [state_shard], union([Span(coordinate, low, high)]), {})
             for name, box, values in chunks:
                 if loader.wants(name, box):
                     loader.put(name, box, values)
@@ -148,7 +149,7 @@ def test_what_was_cut_for_one_layout_is_put_together_for_any_other(
 
 def test_constants_are_taken_whole() -> None:
     table = torch.zeros(3, 2)
-    loader = ChunkLoader(spaces_of(space_of(1)), [], NOTHING, {"table": table})
+    loader = ChunkLoader(KindsOfState(spaces_of(space_of(1))), [], NOTHING, {"table": table})
     assert loader.missing == 6
     loader.put("model.table", Box((0, 0), (2, 2)), torch.ones(2, 2))
     assert loader.missing == 2
@@ -162,7 +163,7 @@ def test_a_box_outside_of_what_is_wanted_is_not() -> None:
     slot = space.slots[0]
     low, high = slot.offset, slot.offset + slot.numel // 2
     shards = [state_shard_of(space, 0, [(low, high)])]
-    loader = ChunkLoader(spaces_of(space), shards, union([Span(0, low, high)]), {})
+    loader = ChunkLoader(KindsOfState(spaces_of(space)), shards, union([Span(0, low, high)]), {})
     (piece,) = slot_pieces(space, slot, low, high, 0)
     assert loader.wants(f"model.{slot.name}", piece.box)
     assert not loader.wants(f"model.{slot.name}", Box((slot.shape[0] - 1, 0), (1, slot.shape[1])))

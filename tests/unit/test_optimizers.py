@@ -29,6 +29,7 @@ from strategies.optim.spec import OptimizerSpec
 from strategies.state.buffers import Fp8Buffer, Spaces
 from strategies.state.chunk_loader import ChunkLoader
 from strategies.state.chunks import Box
+from strategies.state.kinds_of_state import KindsOfState
 from strategies.state.shard import StateShard, name_of
 from strategies.state.training_state import TrainingState
 from strategies.update.ema import EMA, WithEma
@@ -143,7 +144,8 @@ def test_adafactor_is_torchs_to_the_bit_and_keeps_rows_and_columns() -> None:
         assert kept.keys() == theirs.keys()
         for key, value in theirs.items():
             assert torch.equal(kept[key], value), (name, key)
-    (shard,) = state.state_shards
+    (shard,) = state.holders
+    assert isinstance(shard, StateShard)
     # Of 7 x 13 numbers 20 are kept, each parameter's from a multiple of 16 on.
     assert shard.num_bytes < 1.7 * 4 * state.space.size
 
@@ -216,7 +218,7 @@ def test_what_is_read_into_a_buffer_does_not_depend_on_what_was_there() -> None:
         for buffer in shard.moments.values():
             buffer.update(0, scale * torch.rand(space.size, generator=generator), 1)
     for shard in (fresh, used):
-        loader = ChunkLoader(spaces, [shard], union([Span(0, 0, space.size)]), {})
+        loader = ChunkLoader(KindsOfState(spaces), [shard], union([Span(0, 0, space.size)]), {})
         for kind in spaces:
             whole = saved.kinds()[kind].of_slot(space.slots[0])
             for row in range(8):

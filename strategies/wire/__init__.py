@@ -1,0 +1,1 @@
+"""What ranks send each other in place of fp32, and what is rounded off by that."""
