@@ -186,7 +186,35 @@ def _adapter(get: Get) -> Iterator[Finding]:
         yield Finding(("adapter", "strategy.tensor"), reason)
 
 
-RULES_OF_DEGREES: tuple[Rule, ...] = (_adapter, _layers, _divisible, _native, _compile, _padded)
+def _wire(get: Get) -> Iterator[Finding]:
+    wire, across, shard = get("strategy.wire"), get("strategy.wire_across"), get("strategy.shard")
+    if wire == "fp32":
+        for field in ("wire_across", "wire_feedback"):
+            if get(f"strategy.{field}") not in (1, None):
+                yield Finding((f"strategy.{field}",), "says nothing about wire: fp32, of which nothing is rounded off")
+        return
+    if isinstance(wire, dict) and len([1 for value in wire.values() if value is not None]) != 1:
+        yield Finding(("strategy.wire",), "must have exactly one of top_k and power_sgd")
+        return
+    if get("strategy.reduction") == "native":
+        reason = "the backend's own collectives send fp32; use reduction: canonical, or wire: fp32"
+        yield Finding(("strategy.wire", "strategy.reduction"), reason)
+    if shard == "parameters":
+        reason = "FSDP2 exchanges gradients in fp32; use shard: gradients, optimizer or none, or wire: fp32"
+        yield Finding(("strategy.wire", "strategy.shard"), reason)
+    shares = get("elastic.virtual_workers")
+    if across > shares:
+        reason = f"is more than all {shares} virtual workers, so that nothing would be rounded"
+        yield Finding(("strategy.wire_across", "elastic.virtual_workers"), reason)
+    elif across > 1 and shard == "gradients":
+        reason = (
+            f"= {across} has single virtual workers' gradients sent as they are, and shard: gradients sends nothing "
+            "else; use wire_across: 1, or shard: optimizer or none"
+        )
+        yield Finding(("strategy.wire_across", "strategy.shard"), reason)
+
+
+RULES_OF_DEGREES: tuple[Rule, ...] = (_adapter, _layers, _divisible, _native, _compile, _padded, _wire)
 """Those about degrees, shard and schedule alone, whatever the number of workers."""
 LAYOUT_RULES: tuple[Rule, ...] = (
     _group_of_workers,

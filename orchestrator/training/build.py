@@ -16,7 +16,7 @@ from orchestrator.data import Dataset, ReadAhead
 from orchestrator.evaluation.measured import metrics_of
 from orchestrator.job import Job
 from orchestrator.job.lengths import too_long
-from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of
+from orchestrator.job.parts import objective_of, optimizer_of, update_rule_of, virtual_states_of, wire_of
 from orchestrator.job.sections.train import EveryLayers
 from orchestrator.models.costs import ModelCosts, describe_model, training_flops_per_token
 from orchestrator.models.loading import prepare_model
@@ -30,6 +30,7 @@ from strategies.comm.group_errors import Misconfigured, OutOfMemory, kind_of
 from strategies.comm.interfaces import interface_of
 from strategies.comm.nccl import settle_environment
 from strategies.gradient.spec import StepSpec
+from strategies.layout.space import ALIGNMENT
 from strategies.model.blueprint import Blueprint
 from strategies.model.recompute import Recompute
 from strategies.objective.batch import Batch
@@ -41,6 +42,7 @@ from strategies.state.training_state import TrainingState
 from strategies.trial.derive import tensor_plan_of
 from strategies.trial.document_mask import refuse_without_positions
 from strategies.trial.trial import try_model
+from strategies.wire.codecs import codec_of
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +146,7 @@ def build_blueprint(job: Job, vocab_size: int, device: torch.device) -> Blueprin
         cuts=job.strategy.pipeline > 1, dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
         values=values, splits_logits=objective_of(job).takes_split_logits, routers=routers,
         plan=tensor_plan_of(model) if job.strategy.tensor > 1 else None, order=trial.order, draws=trial.draws,
-        keeps_whole=optimizer_of(job).scope != "element",
+        keeps_whole=optimizer_of(job).scope != "element", wire_block=wire_block_of(job),
     )  # fmt: skip
     if (unknown := why_not_recomputed(job, model)) is not None:
         raise ValueError(unknown)
@@ -174,7 +176,14 @@ def _refuse_divided_blocks(blueprint: Blueprint) -> None:
 def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingState:
     """The training state of step 0; raises like `build_blueprint`."""
 
-    return TrainingState(build_blueprint(job, vocab_size, device), optimizer_spec(job), update_rule_of(job).kinds())
+    blueprint = build_blueprint(job, vocab_size, device)
+    return TrainingState(blueprint, optimizer_spec(job), update_rule_of(job).kinds(), virtual_states_of(job))
+
+
+def wire_block_of(job: Job) -> int:
+    """Elements that are coded together, and so never divided among ranks."""
+    wire = wire_of(job)
+    return ALIGNMENT if wire.is_exact or wire.name == "power_sgd" else codec_of(wire).block
 
 
 def memory_bytes(device: torch.device, job: Job) -> int:
@@ -245,6 +254,7 @@ def step_spec(job: Job) -> StepSpec:
         recompute=_recompute(train.recompute),
         router_loss=router_loss_spec(job),
         document_mask=job.data.document_mask,
+        wire=wire_of(job),
         objective=with_teacher(job, objective_of(job)),
         metrics=metrics_of(job),
     )

@@ -11,7 +11,7 @@ from orchestrator.control.core.workers import WorkerId
 from orchestrator.evaluation.judge import NOT_YET, Judgement
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.parallel import ParallelLayout
-from strategies.layout.statemap import Spans
+from strategies.layout.statemap import Spans, whole
 from strategies.update.timing import RankTimes
 
 
@@ -136,6 +136,12 @@ class Ready:
     lateness_s: float = 0.0
     probe: str = ""
     device: str = ""
+    virtual: int = 0
+    """Virtual things that have state of their own (`strategies.layout.virtual`)."""
+
+    def whole_state(self, tensor: int) -> Spans:
+        """All there is of a state whose model is split over `tensor` coordinates."""
+        return whole(self.elements, tensor * (1 + self.virtual))
 
 
 @dataclass(frozen=True)

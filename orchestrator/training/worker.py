@@ -200,6 +200,7 @@ class Worker:
             flops_per_token=build.flops_per_token(job, state.blueprint.model), peak_flops=peak_flops(job, state.device),
             loaded=loaded_of(state.blueprint.model, state.blueprint.unused),
             lateness_s=round(self._lateness.recent_s(), 3), probe=self._probe, device=fingerprint(state.device),
+            virtual=state.virtual.number,
         )  # fmt: skip
 
     def start(self) -> None:

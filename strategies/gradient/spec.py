@@ -31,7 +31,9 @@ class StepSpec:
     """What decides the numbers of a step, and what of it is computed twice; a function of the job file.
 
     With `document_mask` the model is told where documents begin, and must not attend across. `loss_chunk` is how many
-    positions the loss is computed for at a time (0: all)."""
+    positions the loss is computed for at a time (0: all).
+
+    More than 15 attributes: each decides some numbers, or how they are come by."""
 
     seed: int
     micro_batch: int

@@ -112,8 +112,7 @@ class Blueprint:
         self.frozen = FrozenWeights.of(model, self.values, dtype)
         self._order = order
         self.draws = draws or draws_random_numbers(model)
-        is_in_turn = order is not None and list(order) == list(range(self.stages.num_layers))
-        self._is_in_order = cuts or self.stages.are_stated if order is None else is_in_turn
+        self._is_in_order = self._computes_in_turn(order, cuts)
         self._first = self._first_parameters(cuts)
         self.space = Space.of(
             ((name, p.shape, self.block_of(name), self.dim_of(name)) for name, p in trained), tensor, self.unused,
@@ -141,6 +140,11 @@ class Blueprint:
     def constants(self) -> Mapping[str, torch.Tensor]:
         """What training never changes, by name."""
         return _Constants(self.buffers, self.frozen)
+
+    def _computes_in_turn(self, order: Sequence[int] | None, cuts: bool) -> bool:
+        if order is None:
+            return cuts or self.stages.are_stated
+        return list(order) == list(range(self.stages.num_layers))
 
     def block_of(self, name: str) -> int:
         """0 for the embedding, then the layers, then norm and head; all 0 where that is not known."""

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("orchestrator", "strategies", "monitoring")
 FLOORS = {
     "strategies": (
-        "compat", "layout", "comm", "reduction", "model", "optim", "state", "objective", "gradient", "trial", "update",
+        "compat", "layout", "comm", "wire", "reduction", "model", "optim", "state", "objective", "gradient", "trial",
+        "update",
     ),
     "orchestrator": (
         "errors", "plugins", "urls", "lateness", "faults", "storage", "job", "rundir", "succession", "data", "models",

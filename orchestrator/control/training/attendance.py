@@ -16,7 +16,6 @@ from orchestrator.control.training.lifecycle import Lifecycle
 from orchestrator.control.training.run import Run
 from orchestrator.control.training.views import WorkerView
 from orchestrator.training.messages import GpuTrouble, Ready
-from strategies.layout.statemap import whole
 
 _ON_ITS_WAY = (WorkerState.REQUESTED, WorkerState.STARTING)
 
@@ -42,7 +41,7 @@ class Attendance:
                 view, event.node, event.pid, now, lateness_s=event.lateness_s, facts=facts_of(event)
             )
             view.ready, view.initial = event, event.initial
-            view.held = view.whole = whole(event.elements, self._run.config.tensor)
+            view.held = view.whole = event.whole_state(self._run.config.tensor)
             self._life.warm(event, now)
 
     def died(self, event: Died, now: float) -> None:

@@ -379,8 +379,8 @@ class Lifecycle:
         """Members that raised and might have held state alone: now that all have said what they hold, those go that
         others can do without."""
         run = self._run
-        generation = run.membership.generation
-        if generation is None or generation.layout.is_replicated:
+        generation, idle = run.membership.generation, run.roster.idle()
+        if generation is None or (generation.layout.is_replicated and not any(view.has_virtual for view in idle)):
             return
         for left in lefts:
             view = run.roster.living(left.worker)

@@ -299,8 +299,9 @@ class Rebalancer:
         return found
 
     def _is_rigid(self, layout: ParallelLayout) -> bool:
-        """Whether a replica takes as long for a round in which it has no virtual worker."""
-        return layout.shard == "parameters" and not self.rules.has_short_rounds
+        """Whether a replica takes as long for a round in which it has no virtual worker, or virtual workers have state
+        of their own, which would have to move with them."""
+        return self.rules.has_own_state or (layout.shard == "parameters" and not self.rules.has_short_rounds)
 
     def _is_worth(self, saved_s: float, step_s: float, steps_left: int, cost_s: float) -> bool:
         return saved_s >= self.rules.min_gain * step_s and saved_s * steps_left >= WORTH * cost_s

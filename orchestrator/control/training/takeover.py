@@ -19,7 +19,6 @@ from orchestrator.control.training.run import Run
 from orchestrator.control.training.views import RunState, WorkerView
 from orchestrator.training.messages import Generation, Left, Status
 from orchestrator.training.orders import Interrupt
-from strategies.layout.statemap import whole
 
 
 def view_of(status: Status, tensor: int, now: float) -> WorkerView:
@@ -35,7 +34,7 @@ def view_of(status: Status, tensor: int, now: float) -> WorkerView:
         prepared=status.prepared,
         has_trained=generation is not None and (status.joined or status.committed > 0),
         held=status.held,
-        whole=whole(status.ready.elements, tensor),
+        whole=status.ready.whole_state(tensor),
         initial=status.ready.initial,
         last_heard=now,
         lateness_s=status.ready.lateness_s,

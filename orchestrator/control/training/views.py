@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from orchestrator.control.core.config import PoolConfig, ScalingRules
 from orchestrator.control.core.workers import ProcessView
 from orchestrator.evaluation.judge import EvaluationRules
+from orchestrator.job.parts import virtual_states_of
 from orchestrator.models.costs import ModelCosts
 from orchestrator.training.messages import GpuReading, GpuTrouble, Left, Ready, StepReport
 from strategies.layout.parallel import ParallelLayout
@@ -88,12 +89,16 @@ class RebalanceRules:
     has_short_rounds: bool = True
     """Whether work that is only made up, with `shard: parameters`, takes next to no time."""
 
+    has_own_state: bool = False
+    """Whether virtual workers have state of their own."""
+
     @classmethod
     def for_job(cls, job: Job) -> RebalanceRules:
         return cls(
             **job.elastic.rebalance.model_dump(),
             has_kinds=len(job.resources.kinds) > 1,
             has_short_rounds=job.model.hf is not None,
+            has_own_state=bool(virtual_states_of(job)),
         )
 
 
@@ -188,6 +193,11 @@ class WorkerView(ProcessView):
     def has_state(self) -> bool:
         """Whether it holds any of a state that training has been through, not only a model as it was built."""
         return self.has_trained and bool(self.held)
+
+    @property
+    def has_virtual(self) -> bool:
+        """Whether there is state of virtual things, of which each worker has its own."""
+        return self.ready is not None and self.ready.virtual > 0
 
     @property
     def holds_part(self) -> bool:
