@@ -156,6 +156,8 @@ class RunMetrics:
         self._one("step_duration_seconds").observe(record["seconds"])
         for phase, seconds in record.get("phase_seconds", {}).items():
             self._one("phase_duration_seconds", phase=phase).observe(seconds)
+        for kind, num_bytes in record.get("wire_bytes", {}).items():
+            self._one("wire_bytes_total", kind=kind).inc(num_bytes)
         if record["skipped"]:
             self._one("nonfinite_total").inc()
 

@@ -40,7 +40,7 @@ def _rank(value: Any) -> str | None:
 STEP = fields(
     {"step": count, "generation": whole, "loss": maybe(number), "tokens": count, "committed_at": seconds,
      "seconds": seconds, "grad_norm": maybe(number), "lr": number, "skipped": flag, "phase_seconds": by_name(seconds)},
-    samples=text, padding=count, deal=count, ranks=many(_rank),
+    samples=text, padding=count, deal=count, ranks=many(_rank), wire_bytes=by_name(count),
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- events.jsonl

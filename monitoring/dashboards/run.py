@@ -8,6 +8,7 @@ from monitoring.dashboards.query import STATES, count, lately, mean_so_far, now,
 CHOICE = Variable("run", "orchestrator_run_info", "run")
 
 NO_PEAK = "The peak of the devices is unknown."
+ONE_RANK = "One rank has nobody to send anything to."
 NO_RESIZE = "The number of workers was not changed."
 NO_INCIDENT = "Nothing went wrong."
 NO_CHECKPOINT = "No checkpoint is complete yet."
@@ -125,6 +126,11 @@ _SPEED = Row(
                 ),
             ),
             "s", width=6, stacked=True, minimum=0,
+        ),
+        Panel(
+            "Sent between ranks", "Bytes that ranks send each other in committed steps, a second, by what they are.",
+            (Target(rate(of_run("wire_bytes_total"), "kind"), "{{kind}}", may_be_empty=ONE_RANK),), "Bps", width=24,
+            stacked=True, minimum=0,
         ),
     ),
 )  # fmt: skip

@@ -202,6 +202,12 @@ def _wire(get: Get) -> Iterator[Finding]:
     if shard == "parameters":
         reason = "FSDP2 exchanges gradients in fp32; use shard: gradients, optimizer or none, or wire: fp32"
         yield Finding(("strategy.wire", "strategy.shard"), reason)
+    is_power = isinstance(wire, dict) and wire.get("power_sgd") is not None
+    if is_power and shard == "gradients":
+        reason = "power_sgd needs the whole gradients of virtual workers at once; use shard: optimizer or none"
+        yield Finding(("strategy.wire", "strategy.shard"), reason)
+    if is_power and across > 1:
+        yield Finding(("strategy.wire_across",), "says nothing about power_sgd, which sends the same of every sum")
     shares = get("elastic.virtual_workers")
     if across > shares:
         reason = f"is more than all {shares} virtual workers, so that nothing would be rounded"

@@ -6,16 +6,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrator.job.kinds import optimizer_named, update_rule_named
-from strategies.layout.virtual import VirtualState
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Optimizer
-from strategies.reduction.residuals import Residuals
 from strategies.update.ema import WithEma
 from strategies.update.rule import UpdateRule
 from strategies.wire.format import LOSES_LITTLE, WireFormat
 
 if TYPE_CHECKING:
     from orchestrator.job.schema import Job
+    from strategies.layout.virtual import VirtualState
 
 
 def optimizer_of(job: Job) -> Optimizer:
@@ -41,8 +40,10 @@ def wire_of(job: Job) -> WireFormat:
 
 def virtual_states_of(job: Job) -> list[VirtualState]:
     """What virtual things have for themselves."""
-    wire = wire_of(job)
-    return [Residuals((0, job.elastic.virtual_workers), wire)] if wire.feedback else []
+    # Whoever only plans a job needs no numpy.
+    from strategies.reduction.residuals import virtual_states
+
+    return virtual_states((0, job.elastic.virtual_workers), wire_of(job))
 
 
 def update_rule_of(job: Job) -> UpdateRule:

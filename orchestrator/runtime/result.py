@@ -84,6 +84,7 @@ def compose(
         "bit_exact": bit_exact(job),
         "state_digest": digest,
         "data_digest": data_digest,
+        "wire_bytes": dict(sorted(run_log.wire_bytes.items())),
         "generations": run_log.generations,
         "recoveries": run_log.recoveries,
         **({} if run_log.loaded is None else {"model": run_log.loaded}),

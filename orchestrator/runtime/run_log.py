@@ -117,6 +117,10 @@ class RunLog:
         """What became of the weights of the model's directory, if it has one."""
         self.started_at: float | None = None
         self.tokens = sum(int(record["tokens"]) for record in self.past_steps)
+        self.wire_bytes: Counter[str] = Counter()
+        """That ranks have sent in steps that were committed, by kind; also in those that were replayed later."""
+        for record in self.past_steps:
+            self.wire_bytes.update(record.get("wire_bytes", {}))
         for event in self.past_events:
             self._note(event)
         self.metrics = RunMetrics(directory.run_id, job.name, _version())
@@ -194,6 +198,7 @@ class RunLog:
             self._see_what_waits()
             self.committed += 1
             self.tokens += report.tokens
+            self.wire_bytes.update(report.wire_bytes)
             self.last_step = record
             self.metrics.on_step(record)
 

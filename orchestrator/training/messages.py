@@ -69,7 +69,7 @@ class StepReport:
     monotonic clock says until it is `dated`; `tokens` are targets that count, `padding` positions computed without one.
 
     `ranks` is what each rank of the generation spent on it, told by the first only; `deal` the number of the deal by
-    which they held virtual workers.
+    which they held virtual workers, `wire_bytes` what all of them have sent in it, by kind.
     """
 
     step: int
@@ -86,6 +86,7 @@ class StepReport:
     padding: int = 0
     ranks: tuple[RankTimes, ...] = ()
     deal: int = 0
+    wire_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

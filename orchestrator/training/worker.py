@@ -417,6 +417,7 @@ class Worker:
                 | ({"evaluate": round(evaluated_s, 5)} if evaluated_s else {}),
                 ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
+                wire_bytes=record.wire_bytes,
             )
         )
 

@@ -27,6 +27,7 @@ from strategies.comm.groups import Groups
 from strategies.comm.ordered_sum import OrderedGroup
 from strategies.comm.rendezvous import StoreClient
 from strategies.comm.rendezvous_proof import StoreAddress
+from strategies.comm.traffic import Traffic
 from strategies.comm.transport import Transport
 from strategies.comm.transports import HOST
 from strategies.layout.parallel import ParallelLayout
@@ -92,7 +93,10 @@ class Fabric:
         self.layout = layout
         self.device = device
         between_hosts = self._between_hosts = Gloo()
-        self.control = Groups(rank=rank, world_size=layout.world_size, device=HOST, transport=between_hosts)
+        self.traffic = Traffic()
+        self.control = Groups(
+            rank=rank, world_size=layout.world_size, device=HOST, transport=between_hosts, traffic=self.traffic
+        )  # fmt: skip
         between_devices = transports.choose(device, transport, between_hosts)
         self._transport: Callable[[], Transport] = between_devices or Gloo
         self.world = self.control if between_devices is None else self._groups(rank, layout.world_size)
@@ -157,7 +161,9 @@ class Fabric:
         )  # fmt: skip
 
     def _groups(self, rank: int, world_size: int) -> Groups:
-        return Groups(rank=rank, world_size=world_size, device=self.device, transport=self._transport())
+        return Groups(
+            rank=rank, world_size=world_size, device=self.device, transport=self._transport(), traffic=self.traffic
+        )  # fmt: skip
 
     def _part(self, ranks: list[int], prefix: str, where: dict[str, Any]) -> Groups:
         groups = self._groups(ranks.index(self.rank), len(ranks))

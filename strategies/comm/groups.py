@@ -21,6 +21,7 @@ from strategies.comm.group_errors import raise_of_group
 from strategies.comm.rendezvous import StoreClient
 from strategies.comm.rendezvous_proof import StoreAddress
 from strategies.comm.rendezvous_server import StoreServer
+from strategies.comm.traffic import Traffic
 from strategies.comm.transport import PATIENCE as PATIENCE
 from strategies.comm.transport import Transport
 
@@ -50,8 +51,12 @@ class Groups:
     `strategies.comm.group_errors` when it is this rank's device, its memory, or what was asked for.
     """
 
-    def __init__(self, *, rank: int, world_size: int, device: torch.device, transport: Transport) -> None:
+    def __init__(
+        self, *, rank: int, world_size: int, device: torch.device, transport: Transport,
+        traffic: Traffic | None = None,
+    ) -> None:  # fmt: skip
         self.rank = rank
+        self.traffic = Traffic() if traffic is None else traffic
         self.world_size = world_size
         self.device = device
         self.transport = transport
@@ -112,10 +117,12 @@ class Groups:
         Raises PeerLost when a peer is gone or the group was aborted.
         """
         self._exchange(lambda: self._launch("alltoall_base", output, input, output_sizes, input_sizes), at_once)
+        self.traffic.add((sum(input_sizes) - input_sizes[self.rank]) * input.element_size())
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, *, at_once: bool = True) -> None:
         """The `input` [n] of every rank, in order of ranks, in `output` [world_size * n]. Like `all_to_all`."""
         self._exchange(lambda: self._gather(output, input), at_once)
+        self.traffic.add((self.world_size - 1) * input.numel() * input.element_size())
 
     def _gather(self, output: torch.Tensor, input: torch.Tensor) -> Any:
         group = self._begin()
@@ -150,9 +157,12 @@ class Groups:
         """The backend's own sum, in whatever order it likes. Raises PeerLost like `all_to_all`."""
         if self.world_size > 1:
             self.finish(self._launch("allreduce", [tensor]))
+            # What any way of doing it has to send (Patarasuk and Yuan 2009).
+            self.traffic.add(2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size)
 
     def send(self, tensor: torch.Tensor, target: int, tag: int) -> Any:
         """Starts sending `tensor` to rank `target`; to be ended with `finish`."""
+        self.traffic.add(tensor.numel() * tensor.element_size())
         return self._launch("send", [tensor], target, tag)
 
     def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Any:
@@ -171,6 +181,7 @@ class Groups:
         """Starts messages that go side by side; the works to `finish`."""
         group = self._begin()
         launches = [partial(getattr(group, way), [tensor], peer, 0) for way, tensor, peer in messages]
+        self.traffic.add(sum(each.numel() * each.element_size() for way, each, _ in messages if way == "send"))
         try:
             return self.transport.together(group, launches)
         except RuntimeError as error:

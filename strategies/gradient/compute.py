@@ -28,9 +28,8 @@ from strategies.model.recompute import recompute
 from strategies.model.stage import Stage
 from strategies.objective.batch import Batch
 from strategies.objective.rows import Rows
-from strategies.reduction.coded import CodedSum, Rounding
 from strategies.reduction.tree import Subtree
-from strategies.reduction.tree_sum import TreeSum
+from strategies.reduction.tree_sum import Summing, TreeSum
 
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
@@ -103,11 +102,6 @@ def choose(model: Stage, rows: Rows, spec: StepSpec) -> None:
         model(rows.tokens[:, :-1], rows.positions, no_loss)
 
 
-def tree_sum(root: Subtree, pool: list[torch.Tensor], rounding: Rounding | None) -> TreeSum:
-    """A sum along the tree, rounded if it is to be."""
-    return TreeSum(root, pool) if rounding is None else CodedSum(root, pool, rounding)
-
-
 class _UnderWay(NamedTuple):
     """A virtual worker of which the first `micro_batches` are in `gradient` and `loss`."""
 
@@ -144,8 +138,8 @@ class LocalGradients:
         self.hashes: dict[int, int] = {}
         self.streams = prepare(part.blueprint, part.modules, spec)
         self.routing = routing_of(part, spec)
-        self.rounding: Rounding | None = None
-        """How gradients, and their sums, are rounded in this layout, if they are."""
+        self.summing = Summing()
+        """How they are summed in this layout."""
         self._pool: list[torch.Tensor] = []
         self._sums: TreeSum | None = None
         self._step: int | None = None
@@ -163,9 +157,8 @@ class LocalGradients:
         """
         if step != self._step or self._sums is None:
             self.discard()
-            self._step, self._sums = step, tree_sum(root, self._pool, self.rounding)
-        if isinstance(self._sums, CodedSum) and self.rounding is not None:
-            self._sums.rounding = self.rounding
+            self._step, self._sums = step, self.summing.start(root, self._pool)
+        self.summing.go_on(self._sums)
         self._drop_others(held)
         missing = [index for index in held if index not in self.losses]
         if not missing:
@@ -181,7 +174,7 @@ class LocalGradients:
     @property
     def codes(self) -> dict[Subtree, torch.Tensor]:
         """Of the sums that `compute` gave, where they were rounded."""
-        return self._sums.codes if isinstance(self._sums, CodedSum) else {}
+        return {} if self._sums is None else self._sums.codes
 
     def discard(self) -> None:
         """Forgets all that is kept; the buffers are used again."""

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from strategies.gradient.compute import Enter, choose, loss_of_part, prepare, routing_of, tree_sum, watching
+from strategies.gradient.compute import Enter, choose, loss_of_part, prepare, routing_of, watching
 from strategies.gradient.context import WorkContext
 from strategies.gradient.routing import Routing
 from strategies.gradient.tied import TiedRounds
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
 from strategies.objective.rows import Rows
-from strategies.reduction.coded import CodedSum, Rounding
 from strategies.reduction.reducer import RoundReducer
 from strategies.reduction.tree import Subtree
+from strategies.reduction.tree_sum import Summing
 
 if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
@@ -106,12 +106,12 @@ class TreeCollector(_Buffered):
     computes_all = False
 
     def __init__(
-        self, part: ModelPart, held: Sequence[int], root: Subtree, micro_batches: int, rounding: Rounding | None = None
+        self, part: ModelPart, held: Sequence[int], root: Subtree, micro_batches: int, summing: Summing
     ) -> None:  # fmt: skip
         super().__init__(part, micro_batches)
         self.num_rounds = len(held)
         self._held = tuple(held)
-        self._sums = tree_sum(root, self._pool, rounding)
+        self._sums = summing.start(root, self._pool)
 
     def start(self) -> None:
         super().start()
@@ -131,7 +131,7 @@ class TreeCollector(_Buffered):
     @property
     def codes(self) -> dict[Subtree, torch.Tensor]:
         """Of those, where they were rounded."""
-        return self._sums.codes if isinstance(self._sums, CodedSum) else {}
+        return self._sums.codes
 
 
 class RoundCollector(_Buffered):
@@ -139,10 +139,10 @@ class RoundCollector(_Buffered):
 
     def __init__(
         self, part: ModelPart, reducer: RoundReducer, tied: TiedRounds, context: WorkContext,
-        rounding: Rounding | None = None,
+        summing: Summing,
     ) -> None:  # fmt: skip
         super().__init__(part, context.spec.micro_batches)
-        self._held, self._rounding = context.held, rounding
+        self._held, self._summing = context.held, summing
         self._tied = tied
         self.num_rounds = reducer.num_rounds
         self.computes_all = context.layout.pipeline > 1
@@ -157,16 +157,18 @@ class RoundCollector(_Buffered):
     def _take(self, number: int, gradient: torch.Tensor) -> None:
         if number < self.num_rounds:
             codes = None
-            if self._rounding is not None and number < len(self._held):
-                codes = self._rounding.round((self._held[number], self._held[number] + 1), gradient)
-            self._reducer.add(number, gradient[: self._part.flat.size], codes)
-            self._tied.add_round(number, gradient)
+            if number < len(self._held):
+                codes = self._summing.round((self._held[number], self._held[number] + 1), gradient)
+            with self._reducer.groups.traffic.of("gradients"):
+                self._reducer.add(number, gradient[: self._part.flat.size], codes)
+                self._tied.add_round(number, gradient)
         self._pool.append(gradient)
 
     def skip(self, number: int) -> None:
         """A round that this replica has no virtual worker for."""
-        self._reducer.add(number, self._empty)
-        self._tied.add_round(number, self._empty)
+        with self._reducer.groups.traffic.of("gradients"):
+            self._reducer.add(number, self._empty)
+            self._tied.add_round(number, self._empty)
 
 
 class ShardedCollector:

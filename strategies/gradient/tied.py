@@ -152,7 +152,7 @@ class TiedGradients:
             second = None
             if (reducer := self._reducers.get(tie.alias.name)) is not None:
                 own = {node: piece[tie.second_gradients] for node, piece in pieces.items()}
-                second = reducer.reduce(own)
+                second = reducer.reduce(reducer.joined(own))
                 if reducer.native and second.numel() != tie.length:
                     second = reducer.own_slice(second)
             tie.add(second, slice_)

@@ -22,10 +22,10 @@ from strategies.gradient.tied import TiedGradients, TiedRounds, TiedShards
 from strategies.layout.parallel import ParallelLayout
 from strategies.model.model_part import ModelPart
 from strategies.model.routers import Routers
-from strategies.reduction.coded import Rounding
 from strategies.reduction.hierarchy import HierarchicalReducer
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree
+from strategies.reduction.tree_sum import Summing
 from strategies.state.shard import StateShard
 from strategies.state.training_state import Arrangement
 
@@ -93,7 +93,7 @@ class _Replicated:
         self.tied = tied
         self.sharded = sharded
         self._is_nan_next = False
-        self.rounding: Rounding | None = None
+        self.summing = Summing()
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         if self.sharded:
@@ -114,10 +114,11 @@ class _Replicated:
             self._is_nan_next = False
             for node, piece in pieces.items():
                 piece[0] = torch.nan
-                if self.rounding is not None and (found := self.rounding.round(node, piece)) is not None:
+                if (found := self.summing.round(node, piece)) is not None:
                     codes[node] = found
         finish_queued(self.part.device, check)
         enter("reduce", step)
+        self.reducer.begin(step)
         reduced = self.reducer.reduce({node: piece[: self.part.flat.size] for node, piece in pieces.items()}, codes)
         gradient = self.own.gradient
         if self.sharded:
@@ -273,28 +274,28 @@ def _replicated_work(
 ) -> GradientWork:  # fmt: skip
     layout, spec, held = context.layout, context.spec, context.held
     reducer = _reducer_for(part, context) if coding is None else coding.reducer()
-    tied, rounding = TiedGradients(part, context), None if coding is None else coding.whole
+    tied, summing = TiedGradients(part, context), Summing() if coding is None else coding.summing
     if layout.pipeline == 1:
         if kept is not None and kept.part is part:
             local = kept
             local.prepare_again()
         else:
             local = LocalGradients(part, spec, context.fetch, context.watch)
-        local.rounding = rounding
+        local.summing = summing
         if local.routing is not None:
             local.routing.exchange = context.router_exchange(part.blueprint.routers)
         if layout.tensor > 1:
             # What a tensor-parallel group has computed it must have computed together.
             local.discard()
         work = LocalWork(local, part, own, reducer, tied, held, sharded=sharded)
-        work.rounding = rounding
+        work.summing = summing
         return work
-    collector = TreeCollector(part, held, layout.root, spec.micro_batches, rounding)
+    collector = TreeCollector(part, held, layout.root, spec.micro_batches, summing)
     from strategies.gradient.pipeline import PipelineGradients
 
     pipeline = PipelineGradients(part, collector, context)
     in_stages = PipelineWork(pipeline, collector, part, own, reducer, tied, sharded=sharded)
-    in_stages.rounding = rounding
+    in_stages.summing = summing
     return in_stages
 
 
@@ -311,7 +312,7 @@ def _round_work(part: ModelPart, own: StateShard, context: WorkContext, coding: 
     sizes = part.blueprint.space.slices(part.flat, layout.data)
     slices, tied = Reducer(group, layout, part.flat.size, part.device, slices=sizes), TiedRounds(part, context)
     rounds = RoundReducer(group, layout, slices.slices, part.device) if coding is None else coding.round_reducer()
-    collector = RoundCollector(part, rounds, tied, context, None if coding is None else coding.whole)
+    collector = RoundCollector(part, rounds, tied, context, Summing() if coding is None else coding.summing)
 
     def gather(enter: Callable[[str], None]) -> None:
         enter("refresh")

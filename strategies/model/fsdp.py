@@ -213,7 +213,8 @@ class _Gather(AllGather):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
-        self._data_group.all_gather(output_tensor.view(-1), input_tensor.reshape(-1), at_once=False)
+        with self._data_group.traffic.of("weights"):
+            self._data_group.all_gather(output_tensor.view(-1), input_tensor.reshape(-1), at_once=False)
 
 
 class _Group(ReduceScatter):
@@ -268,7 +269,8 @@ class _Group(ReduceScatter):
             self.is_nan_next = False
         self._complete(input_tensor.view(ranks, length))
         received = torch.empty_like(input_tensor)
-        self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks, at_once=False)
+        with self._data_group.traffic.of("gradients"):
+            self._data_group.all_to_all(received, input_tensor, [length] * ranks, [length] * ranks, at_once=False)
         parts = received.split(length) if length else [received] * ranks
         assert self._sums is not None
         done = []

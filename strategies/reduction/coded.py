@@ -19,9 +19,9 @@ from strategies.comm.groups import Groups
 from strategies.layout.parallel import ParallelLayout
 from strategies.reduction.reducer import Reducer, RoundReducer
 from strategies.reduction.tree import Subtree, split
-from strategies.reduction.tree_sum import TreeSum
+from strategies.reduction.tree_sum import Summing, TreeSum
 from strategies.wire.blocks import Blocks, from_message, to_message
-from strategies.wire.codecs import Codec, codec_of
+from strategies.wire.codecs import WORD, Codec, codec_of
 from strategies.wire.format import WireFormat
 
 
@@ -32,7 +32,7 @@ class Residual(NamedTuple):
     next: torch.Tensor
 
 
-class Rounding:
+class Rounding(Summing):
     """Rounds sums of one buffer, cut into `blocks`. `residual_of` gives what there is of a node, of the same buffer."""
 
     def __init__(self, wire: WireFormat, blocks: Blocks, residual_of: Callable[[Subtree], Residual]) -> None:
@@ -45,8 +45,14 @@ class Rounding:
         """None where sums are sent as they are."""
         return self.codec if self.wire.rounds(node) else None
 
+    def start(self, root: Subtree, pool: list[torch.Tensor]) -> TreeSum:
+        return CodedSum(root, pool, self)
+
+    def go_on(self, sums: TreeSum) -> None:
+        assert isinstance(sums, CodedSum)
+        sums.rounding = self
+
     def round(self, node: Subtree, values: torch.Tensor) -> torch.Tensor | None:
-        """Rounds the sum of a node in place, and returns its codes; None where it is not rounded."""
         if not self.wire.rounds(node):
             return None
         found = self.blocks.take(values)
@@ -62,11 +68,10 @@ class Rounding:
 
 
 class CodedSum(TreeSum):
-    """A sum along the tree that is rounded at its nodes; `codes` are those of `pieces`, where they are rounded."""
+    """A sum along the tree that is rounded at its nodes."""
 
     def __init__(self, root: Subtree, pool: list[torch.Tensor], rounding: Rounding) -> None:
         super().__init__(root, pool)
-        self.codes: dict[Subtree, torch.Tensor] = {}
         self.rounding = rounding
 
     def add(self, node: Subtree, tensor: torch.Tensor) -> None:
@@ -85,10 +90,6 @@ class CodedSum(TreeSum):
         if (codes := self.rounding.round(node, tensor)) is not None:
             self.codes[node] = codes
         return tensor
-
-    def clear(self) -> None:
-        super().clear()
-        self.codes = {}
 
 
 class CodedReducer(Reducer):
@@ -126,6 +127,7 @@ class CodedReducer(Reducer):
         received = torch.empty(sum(map(sum, sizes)), dtype=torch.int32, device=self._device)
         sent = torch.cat(outgoing) if outgoing else received[:0]
         self.groups.all_to_all(received, sent, [sum(each) for each in sizes], [sum(each) for each in words])
+        self._tell_plain(sum(1 for node in mine if self._own.wire.rounds(node)))
         sums = CodedSum(root, [], self._own)
         nodes = [node for each in self.covers for node in each]
         for node, message in zip(nodes, received.split([s for each in sizes for s in each]), strict=True):
@@ -134,6 +136,11 @@ class CodedReducer(Reducer):
             sums.add_arrived(node, values, found)
         self._total_codes = sums.codes.get(root)
         return sums.total()
+
+    def _tell_plain(self, num_nodes: int) -> None:
+        """Of the messages about this many nodes that are coded, what is not was sent as it is."""
+        others = [blocks for rank, blocks in enumerate(self._of_rank) if rank != self.groups.rank]
+        self.groups.traffic.relabel("plain", WORD * num_nodes * sum(blocks.num_plain for blocks in others))
 
     def _message(self, peer: int, values: torch.Tensor, codes: torch.Tensor | None) -> list[torch.Tensor]:
         """What a rank is sent of a node: its slice."""
@@ -154,6 +161,9 @@ class CodedReducer(Reducer):
         sizes = [blocks.num_words(codec) for blocks in self._of_rank]
         received = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
         self.groups.all_to_all(received, message.repeat(ranks), sizes, [len(message)] * ranks)
+        if codec is not None:
+            own = self._of_rank[self.groups.rank].num_plain
+            self.groups.traffic.relabel("plain", WORD * own * (ranks - 1))
         for blocks, (start, stop), part in zip(self._of_rank, self._ranges, received.split(sizes), strict=True):
             from_message(blocks, codec, part, everything[start:stop])
 
@@ -187,6 +197,9 @@ class CodedRoundReducer(RoundReducer):
         received = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
         sent = torch.cat(outgoing) if outgoing else received[:0]
         self.groups.all_to_all(received, sent, sizes, words if brings[rank] else [0] * len(words))
+        if brings[rank] and codec is not None:
+            plain = sum(blocks.num_plain for blocks in self._of_rank) - self._of_rank[rank].num_plain
+            self.groups.traffic.relabel("plain", WORD * plain)
         found = []
         for held, message in zip(self.layout.assignment, received.split(sizes), strict=True):
             if number < len(held):

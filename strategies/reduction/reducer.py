@@ -95,6 +95,18 @@ class Reducer:
         )
         return fold(arrived, self.layout.root, torch.Tensor.add_) if length else self._received
 
+    def joined(self, pieces: Mapping[Subtree, torch.Tensor]) -> Mapping[Subtree, torch.Tensor]:
+        """Pieces of which some may still be apart, as `reduce` wants them."""
+        if set(pieces) == set(self.covers[self.groups.rank]):
+            return pieces
+        sums = TreeSum(self.layout.root, [])
+        for node, piece in sorted(pieces.items()):
+            sums.add(node, piece.clone())
+        return sums.pieces
+
+    def begin(self, step: int) -> None:
+        """A step begins, whose number may make a difference."""
+
     def check_pieces(self, pieces: Mapping[Subtree, torch.Tensor]) -> None:
         """Raises ValueError unless these are what this rank has to bring."""
         mine = self.covers[self.groups.rank]

@@ -11,12 +11,14 @@ from strategies.layout.virtual import Place, VirtualState
 from strategies.reduction.tree import Subtree, cover, split
 from strategies.wire.format import WireFormat
 
-RESIDUAL = "residual"
+RESIDUAL, FACTOR = "residual", "q"
 
 
 @cache
 def rounded_nodes(root: Subtree, wire: WireFormat) -> tuple[Subtree, ...]:
-    """Those whose sums are rounded, in a fixed order."""
+    """Those whose sums are rounded, in a fixed order; with power_sgd virtual workers, which keep something back."""
+    if wire.name == "power_sgd":
+        return tuple((index, index + 1) for index in range(*root))
     if not wire.rounds(root):
         return ()
     below = [node for child in split(root) for node in rounded_nodes(child, wire)] if root[1] - root[0] > 1 else []
@@ -59,6 +61,27 @@ class Residuals(VirtualState):
                         if ranges := tuple(flat.cut(start, start + size)):
                             yield Place(index, tensor, ranges, (layout.rank_of(replica, stage, tensor),))
                         start += size
+
+
+class Factors(VirtualState):
+    """What PowerSGD multiplies with in the next step: it is there once, wherever gradients are summed."""
+
+    name = "power"
+
+    def __init__(self) -> None:
+        super().__init__(1, (FACTOR,))
+
+    def places(self, layout: ParallelLayout, space: Space) -> Iterator[Place]:
+        for stage in range(layout.pipeline):
+            ranges = FlatRanges.of(space.ranges_of(layout.blocks_of(stage)), space.boundary).ranges
+            for tensor in range(layout.tensor):
+                yield Place(0, tensor, tuple(ranges), layout.data_group(layout.rank_of(0, stage, tensor)))
+
+
+def virtual_states(root: Subtree, wire: WireFormat) -> list[VirtualState]:
+    """What virtual things have for themselves where sums are sent so."""
+    found: list[VirtualState] = [Residuals(root, wire)] if wire.feedback else []
+    return [*found, Factors()] if wire.name == "power_sgd" else found
 
 
 def _is_in(node: Subtree, nodes: tuple[Subtree, ...]) -> bool:

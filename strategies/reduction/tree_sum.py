@@ -9,6 +9,21 @@ import torch
 from strategies.reduction.tree import Subtree, split
 
 
+class Summing:
+    """How gradients are summed along the tree: as they are, or some other way that is made of this."""
+
+    def start(self, root: Subtree, pool: list[torch.Tensor]) -> TreeSum:
+        """A sum to be made."""
+        return TreeSum(root, pool)
+
+    def go_on(self, sums: TreeSum) -> None:
+        """One that was started in an earlier layout is gone on with."""
+
+    def round(self, node: Subtree, values: torch.Tensor) -> torch.Tensor | None:
+        """Rounds the sum of a node in place, and returns its codes; None where it is not rounded."""
+        return None
+
+
 class TreeSum:
     """Sums tensors of one shape along the tree under `root`, as soon as siblings are there. What is added is taken
     over; buffers that are no longer needed go to `pool`."""
@@ -16,6 +31,8 @@ class TreeSum:
     def __init__(self, root: Subtree, pool: list[torch.Tensor]) -> None:
         self.root = root
         self.pieces: dict[Subtree, torch.Tensor] = {}
+        self.codes: dict[Subtree, torch.Tensor] = {}
+        """Of `pieces`, where they are rounded."""
         self._pool = pool
 
     def add(self, node: Subtree, tensor: torch.Tensor) -> None:
@@ -86,4 +103,4 @@ class TreeSum:
 
     def clear(self) -> None:
         self._pool += self.pieces.values()
-        self.pieces = {}
+        self.pieces, self.codes = {}, {}

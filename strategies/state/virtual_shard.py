@@ -58,6 +58,12 @@ class VirtualShard:
         self._is_prepared.add(kind)
         return self._prepared[kind]
 
+    def to_send(self, kind: str) -> torch.Tensor:
+        """What is to count from the next commit on, for a copy: that of a step that changes nothing is what it is."""
+        is_prepared = kind in self._is_prepared
+        found = self.prepared(kind)
+        return found if is_prepared else found.copy_(self.now(kind))
+
     def commit(self) -> None:
         """What was prepared counts."""
         for kind in self._is_prepared:

@@ -17,6 +17,7 @@ import torch
 
 from strategies.comm.fabric import Fabric
 from strategies.comm.group_errors import raise_of_step
+from strategies.comm.traffic import KINDS
 from strategies.gradient.compute import Fetch, LocalGradients
 from strategies.gradient.context import WorkContext
 from strategies.gradient.spec import StepSpec
@@ -61,6 +62,8 @@ class StepRecord:
     """Positions that were computed without a target that counts."""
     ranks: tuple[RankTimes, ...] = ()
     deal: int = 0
+    wire_bytes: dict[str, int] = field(default_factory=dict)
+    """That all ranks have sent, by kind (`strategies.comm.traffic`)."""
 
 
 class _Loads:
@@ -133,6 +136,7 @@ class StepEngine:
         self.deals = Deals()
         self._constancy = Constancy(())
         self._is_stale = True
+        self._sent_before = (0,) * len(KINDS)
 
     def bind(self, fabric: Fabric, layout: ParallelLayout, generation: int) -> None:
         """Takes a place in a generation, whose state has been taken: collectives go over `fabric`, the work is dealt by
@@ -193,6 +197,7 @@ class StepEngine:
         """
         started = time.perf_counter()
         self.phases.begin()
+        self._sent_before = self.fabric.traffic.told()
         if self.loads.begin(step):
             self.watch.reset()
         try:
@@ -215,6 +220,7 @@ class StepEngine:
             phase_seconds=self.phases.seconds,
             ranks=vote.ranks,
             deal=self.deals.number,
+            wire_bytes={kind: sent for kind, sent in zip(KINDS, vote.sent, strict=True) if sent},
         )
         self.phases.before = self.phases.seconds
         self.deals.agreed(vote.agreement.deal)
@@ -228,7 +234,7 @@ class StepEngine:
             context = WorkContext(
                 self.layout, self.place, self.fabric, self.spec, self.loads.source, Stopwatch(self.state.device)
             )
-        place = EvaluationPlace(self.layout, self.fabric, context, self.phases.enter, self.fabric.look)
+        place = EvaluationPlace(self.layout, self.fabric, context, self._enter, self.fabric.look)
         try:
             self._refresh(step)
             found = evaluation.run(step, self.state, place)
@@ -253,7 +259,7 @@ class StepEngine:
     def _refresh(self, step: int) -> None:
         """Brings the weights that are computed with up to date, if they are not."""
         if self._is_stale:
-            self.work.refresh(lambda phase: self.phases.enter(phase, step))
+            self.work.refresh(lambda phase: self._enter(phase, step))
             self._is_stale = False
 
     def _agree(self, step: int) -> Vote:
@@ -273,9 +279,11 @@ class StepEngine:
         return vote
 
     def _round(self, step: int) -> Round:
-        return Round(
-            step, self.state, self.spec, self.fabric, self.work, self.phases.enter, self._constancy.check
-        )  # fmt: skip
+        return Round(step, self.state, self.spec, self.fabric, self.work, self._enter, self._constancy.check)
+
+    def _enter(self, phase: str, step: int) -> None:
+        self.fabric.traffic.enter(phase)
+        self.phases.enter(phase, step)
 
     def prepare(self, step: int) -> None:
         """Computes this rank's share of the step and reduces; the reduced gradient of everything that is trained here
@@ -290,7 +298,7 @@ class StepEngine:
 
     def vote(self, step: int) -> Vote:
         """Tells everyone that this rank holds the reduced gradient, and learns that all others do."""
-        self.phases.enter("vote", step)
+        self._enter("vote", step)
         mine = self.polls.told[self.fabric.rank]
         times = self.rank_times()
         ballot = Ballot(
@@ -300,6 +308,7 @@ class StepEngine:
             losses=torch.stack([self.work.losses[index] for index in mine]).tolist() if mine else [],
             hashes=[self.work.hashes[index] for index in mine],
             times=times,
+            sent=[now - before for now, before in zip(self.fabric.traffic.told(), self._sent_before, strict=True)],
         )
         return self.polls.hold(self.fabric.control, ballot)
 

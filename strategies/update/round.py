@@ -52,9 +52,10 @@ class Round:
             sender = part.makers[0]
             if rank == sender:
                 made = arrangement.virtual[part]
-                messages += [("send", made.prepared(kind), mirror) for kind in made.kinds() for mirror in part.mirrors]
+                messages += [("send", made.to_send(kind), mirror) for kind in made.kinds() for mirror in part.mirrors]
             elif rank in part.mirrors:
                 copy = arrangement.virtual[part]
                 messages += [("recv", copy.prepared(kind), sender) for kind in copy.kinds()]
-        for work in world.start_together(messages):
-            world.finish(work, "state copies")
+        with self.fabric.traffic.of("copies"):
+            for work in world.start_together(messages):
+                world.finish(work, "state copies")

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 
 from strategies.comm.groups import Groups
+from strategies.comm.traffic import KINDS
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.schedule import parts_of
 from strategies.reduction.norm import WORDS, from_words, norm_of, to_words
 from strategies.update.timing import HEADER, RankTimes, from_row, to_row
 
 PAUSE, SAVE, SAVING = 1, 2, 4
+_HEAD = 2 + WORDS + len(KINDS)
+"""Whole numbers of a row before the hashes."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,15 @@ class Agreement:
 @dataclass(frozen=True)
 class Vote:
     """What all ranks agreed on at the end of a step: the gradient's norm (NaN when it is not finite), the losses and
-    hashes of all virtual workers, what happens after this step, and what each rank has spent on it."""
+    hashes of all virtual workers, what happens after this step, what each rank has spent on it, and the bytes that all
+    have sent in it, by kind (`strategies.comm.traffic.KINDS`)."""
 
     norm: float
     losses: list[float]
     hashes: tuple[int, ...]
     agreement: Agreement
     ranks: tuple[RankTimes, ...]
+    sent: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Ballot:
     losses: Sequence[float]
     hashes: Sequence[int]
     times: RankTimes
+    sent: Sequence[int] = (0,) * len(KINDS)
 
 
 class Polls:
@@ -67,13 +73,14 @@ class Polls:
         self.held = [_held_by(layout, rank) for rank in ranks]
         self._virtual_workers = layout.virtual_workers
         self._sizes = [
-            2 + WORDS + 2 * len(told) + HEADER + len(held) for told, held in zip(self.told, self.held, strict=True)
+            _HEAD + 2 * len(told) + HEADER + len(held) for told, held in zip(self.told, self.held, strict=True)
         ]
 
     def hold(self, control: Groups, ballot: Ballot) -> Vote:
         """Tells everyone, and learns what all others say. Raises PeerLost."""
         floats = np.array([*ballot.losses, *to_row(ballot.times)], dtype=np.float64)
-        whole = np.array([ballot.flags, ballot.deal, *to_words(ballot.square_sum), *ballot.hashes], dtype=np.int64)
+        head = [ballot.flags, ballot.deal, *to_words(ballot.square_sum), *ballot.sent]
+        whole = np.array([*head, *ballot.hashes], dtype=np.int64)
         row = np.concatenate([whole, floats.view(np.int64)])
         return self._count(exchange(control, row, self._sizes))
 
@@ -81,20 +88,21 @@ class Polls:
         sums: list[int | None] = []
         loss_of: dict[int, float] = {}
         hash_of: dict[int, int] = {}
-        flags, deals, ranks = 0, set(), []
+        flags, deals, ranks, sent = 0, set(), [], [0] * len(KINDS)
         for told, part in zip(self.told, np.split(everyone, np.cumsum(self._sizes)[:-1]), strict=True):
-            ints, values = np.split(part, [2 + WORDS + len(told)])
+            ints, values = np.split(part, [_HEAD + len(told)])
             flag, deal, *rest = ints.tolist()
             flags |= flag
             deals.add(deal)
             sums.append(from_words(rest[:WORDS]))
-            hash_of |= dict(zip(told, rest[WORDS:], strict=True))
+            sent = [total + more for total, more in zip(sent, rest[WORDS : WORDS + len(KINDS)], strict=True)]
+            hash_of |= dict(zip(told, rest[WORDS + len(KINDS) :], strict=True))
             numbers = values.view(np.float64).tolist()
             loss_of |= dict(zip(told, numbers, strict=False))
             ranks.append(from_row(numbers[len(told) :]))
         order = range(self._virtual_workers)
         losses, hashes = [loss_of[i] for i in order], tuple(hash_of[i] for i in order)
-        return Vote(norm_of(sums), losses, hashes, Agreement.of(flags, deals), tuple(ranks))
+        return Vote(norm_of(sums), losses, hashes, Agreement.of(flags, deals), tuple(ranks), tuple(sent))
 
 
 def told_by(layout: ParallelLayout, rank: int) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from strategies.objective.causal_lm import CAUSAL_LM
 from strategies.objective.objective import Objective
 from strategies.optim.schedule import ScheduleSpec
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
-from strategies.reduction.residuals import Residuals
+from strategies.reduction.residuals import virtual_states
 from strategies.state.training_state import TrainingState, state_digest
 from strategies.trial.derive import tensor_plan_of
 from strategies.trial.trial import Trial, try_model
@@ -61,6 +61,8 @@ def model_of(name: str, dropout: float = 0.0) -> torch.nn.Module:
         return UNUSUAL[name]().train()
     if name == "llama of two layers":
         return family("llama", attention_dropout=dropout, num_hidden_layers=2)
+    if name == "wide":
+        return family("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
     if name == "tied":
         return family("llama", attention_dropout=dropout, tie_word_embeddings=True)
     if name == "spare":
@@ -194,12 +196,11 @@ def make_engine(
             made.train(), tensor=tensor, device=device, unused=trial.unused, body=body, cuts=cuts, dtype=dtype,
             splits_logits=spec.objective.takes_split_logits, routers=routers_in(made) if spec.router_loss else None,
             plan=tensor_plan_of(made) if tensor > 1 else None, order=trial.order, draws=trial.draws,
-            wire_block=ALIGNMENT if wire.is_exact else codec_of(wire).block,
+            wire_block=ALIGNMENT if wire.name in ("fp32", "power_sgd") else codec_of(wire).block,
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
-    residuals = [Residuals((0, VIRTUAL_WORKERS), wire)] if wire.feedback else []
-    state = TrainingState(blueprint(), kind, rule.kinds(), residuals)
+    state = TrainingState(blueprint(), kind, rule.kinds(), virtual_states((0, VIRTUAL_WORKERS), wire))
     return StepEngine(state, spec, fetch, rule=rule)
 
 

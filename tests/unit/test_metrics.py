@@ -266,7 +266,8 @@ def everything(ranks: int) -> RunMetrics:
     metrics.on_event({"time": 11.0, "kind": "generation", "generation": 3,
                       "workers": [{"worker": 1, "incarnation": 0}]})  # fmt: skip
     metrics.on_window(Window(4, 0.4, 0.01, {}, 1.2, 1.1, 0.05))
-    metrics.on_step(step(0, phase_seconds=dict.fromkeys(phases, 0.1)))
+    wire = ("gradients", "plain", "outer", "weights", "copies")
+    metrics.on_step(step(0, phase_seconds=dict.fromkeys(phases, 0.1), wire_bytes=dict.fromkeys(wire, 1)))
     kinds = ("kill", "hang", "stall", "crash", "node", "network", "restart", "controller", "storage")
     for kind in (*kinds, "grow", "shrink", "drain", "evict", "rebalance"):
         metrics.on_event(incident(10.0, kind))

@@ -10,8 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strategies.comm.gloo import Gloo
+from strategies.comm.groups import Groups
+from strategies.layout.parallel import ParallelLayout
 from strategies.layout.space import FlatRanges, Space
 from strategies.reduction.coded import CodedSum, Residual, Rounding
+from strategies.reduction.power import PowerReducer, matrices_of
 from strategies.reduction.residuals import Residuals, rounded_nodes
 from strategies.reduction.tree import Subtree
 from strategies.wire.blocks import Blocks, from_message, to_message
@@ -176,6 +180,50 @@ def test_what_is_sent_and_what_is_left_are_together_what_was_computed(wire: Wire
         error = (applied + kept - computed).abs().max()
         assert error < 1e-5 * (1 + step), f"step {step}: {error}"
         assert kept.abs().max() > 1e-3, "something is rounded off"
+
+
+def test_what_power_sgd_sends_and_keeps_is_together_what_was_computed() -> None:
+    shapes = [("a", (40, 24)), ("norm", (24,)), ("b", (16, 100))]
+    space = Space.of(((name, shape, 0, None) for name, shape in shapes), 1)
+    flat = FlatRanges.of([(0, space.size)], space.boundary)
+    layout = ParallelLayout(1, (tuple(range(5)),))
+    matrices = matrices_of(space, flat, 2, lambda name: len(name))
+    kept = {(v, v + 1): [torch.zeros(flat.size), torch.zeros(flat.size)] for v in range(5)}
+    factor = [torch.zeros(flat.size), torch.zeros(flat.size)]
+    groups = Groups(rank=0, world_size=1, device=torch.device("cpu"), transport=Gloo())
+    reducer = PowerReducer(
+        groups, layout, flat, matrices, 2, torch.device("cpu"), [flat.size], lambda: Residual(*factor),
+        lambda node: Residual(*kept[node]), 1,
+    )  # fmt: skip
+    applied, computed = torch.zeros(flat.size), torch.zeros(flat.size)
+    generator = torch.Generator().manual_seed(1)
+    errors = []
+    for step in range(6):
+        # Low rank, and noise: what is sent gets better with every step.
+        base = torch.randn(flat.size, generator=torch.Generator().manual_seed(9))
+        pieces = {}
+        for node in kept:
+            gradient = base + 0.3 * torch.randn(flat.size, generator=generator)
+            for slot in space.slots:
+                gradient[slot.offset + slot.numel : slot.stop] = 0
+            computed += gradient
+            pieces[node] = gradient
+        reducer.begin(step)
+        found = torch.empty(flat.size)
+        reducer.gather_sum(reducer.reduce(pieces), found)
+        applied += found
+        if step:
+            factor.reverse()
+            for pair in kept.values():
+                pair.reverse()
+        left = torch.stack([now for now, _ in kept.values()]).sum(dim=0)
+        assert (applied + left - computed).abs().max() < 1e-4, f"step {step}"
+        errors.append(float((applied - computed).norm() / computed.norm()))
+    assert errors[0] < 1e-6, "the first step is sent as it is"
+    assert errors[1] > 0.05, "and later ones are not"
+    vectors = next(slot for slot in space.slots if slot.name == "norm")
+    inside = slice(vectors.offset, vectors.stop)
+    assert (applied[inside] - computed[inside]).abs().max() < 1e-4
 
 
 def test_the_nodes_that_round_are_fixed_by_the_job() -> None:

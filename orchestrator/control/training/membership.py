@@ -33,6 +33,9 @@ class Membership:
         self.spares: frozenset[WorkerId] = frozenset()
         if generation is not None:
             self.spares = frozenset(member.worker for member in generation.members[generation.layout.num_placed :])
+        # Of virtual things, each member has its own.
+        has_more = any(view.has_virtual for view in self.members.values())
+        self._is_replicated = generation is not None and generation.layout.is_replicated and not has_more
         self.interrupted_at: float | None = None
         self.moved_at = now
         self.stalled_since: float | None = None
@@ -55,12 +58,6 @@ class Membership:
         view = self.members.get(worker)
         return view if view is not None and view.alive else None
 
-    @property
-    def is_replicated(self) -> bool:
-        """Whether every member that computes holds the whole state."""
-        has_more = any(view.has_virtual for view in self.members.values())
-        return self.generation is not None and self.generation.layout.is_replicated and not has_more
-
     def present(self) -> list[WorkerView]:
         """Those still in it, in the order of their names."""
         return [self.members[worker] for worker in sorted(self.inside)]
@@ -77,7 +74,7 @@ class Membership:
             view.joined_at = now
         view.has_trained = True
         if not generation.collect:
-            holds_all = self.is_replicated and view.worker not in self.spares
+            holds_all = self._is_replicated and view.worker not in self.spares
             view.held = view.whole if holds_all else NOTHING
         if generation.committed == 0:
             view.initial = initial_of(generation)
