@@ -118,7 +118,7 @@ def ours(start: Start, job: Job, layout: ParallelLayout, copies: int) -> Any:
     engine.bind(fabric, layout, 0)
 
     def step(number: int) -> Done:
-        record, _ = engine.run(number)
+        (record,), _ = engine.run(number)
         return Done(record.loss if start.rank == 0 else 0.0, record.phase_seconds)
 
     return step

@@ -384,7 +384,7 @@ def ours_alone(start: Start, text: str) -> Callable[[int], Done]:
         # Turns come in pairs: measured and not, then not and measured.
         turn = number // TURN
         toggle((turn % 2 == 0) == (turn // 2 % 2 == 0))
-        record, _ = engine.run(number)
+        (record,), _ = engine.run(number)
         return Done(record.loss / start.world_size, record.phase_seconds)
 
     return step

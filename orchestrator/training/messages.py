@@ -221,11 +221,11 @@ LeftCause = Literal[
 class Left:
     """The worker is out of its generation and waits.
 
-    `held` is what it has of the state after `committed` steps; `prepared` says that it also holds the reduced gradient
-    of step `committed` for all of that. Causes: a pause all agreed to; all steps done; a peer lost; its own exception;
-    a checkpoint that is not what was saved; a storage that cannot be read; a checkpoint that cannot be used with this
-    job or key; a mistake in the job, which no repetition mends; a device that fails, and all that is on it with it;
-    too little memory.
+    `held` is what it has of the state after `committed` steps; it also holds the reduced gradient, for all of that, of
+    a round of `prepared` steps after those (0: of none). Causes: a pause all agreed to; all steps done; a peer lost;
+    its own exception; a checkpoint that is not what was saved; a storage that cannot be read; a checkpoint that cannot
+    be used with this job or key; a mistake in the job, which no repetition mends; a device that fails, and all that is
+    on it with it; too little memory.
     """
 
     worker: WorkerId
@@ -233,7 +233,7 @@ class Left:
     cause: LeftCause
     committed: int
     held: Spans
-    prepared: bool = False
+    prepared: int = 0
     detail: str = ""
     reports: tuple[StepReport, ...] = ()
     at: float = 0.0
@@ -314,7 +314,7 @@ class Status:
     left: Left | None
     committed: int
     held: Spans
-    prepared: bool
+    prepared: int
     joined: bool
     term: int
     reports: tuple[StepReport, ...] = ()

@@ -40,15 +40,16 @@ class StateKeeper:
     def holds(self) -> Holds:
         """What this worker has."""
         if self._is_lost:
-            return Holds(0, NOTHING, prepared=False)
-        return Holds(self.committed, self._state.held, prepared=self._engine.prepared_step == self.committed)
+            return Holds(0, NOTHING, prepared=0)
+        return Holds(self.committed, self._state.held, prepared=self._engine.prepared_after(self.committed))
 
     def roll_forward(self, generation: Generation, rank: int) -> None:
-        """Applies the step that this rank only missed the news of."""
-        if rank in generation.roll_forward and self.committed == generation.committed - 1:
+        """Applies the round that this rank only missed the news of."""
+        steps = self._engine.prepared_after(self.committed)
+        if rank in generation.roll_forward and steps and self.committed == generation.committed - steps:
             assert generation.norm is not None
             self._engine.commit(self.committed, generation.norm)
-            self.committed += 1
+            self.committed += steps
 
     def bring(self, generation: Generation, rank: int, fabric: Fabric, on_restore: Callable[[], None]) -> Resharded:
         """After this, every member has its part of the state of `generation.committed` steps. `on_restore` is called
@@ -98,7 +99,7 @@ class StateKeeper:
     def invalidate(self) -> None:
         """From here until another state is in place, nothing of this one counts: a worker that is interrupted now is
         back at step 0, which it can make again by itself."""
-        self.committed, self._engine.prepared_step = 0, None
+        self.committed, self._engine.prepared = 0, None
         self._state.invalidate()
         self._engine.discard()
 

@@ -368,11 +368,13 @@ class Worker:
             self._evaluate_if_due(generation, rank)
             if self.protocol.judged.stops or self.committed >= self.job.train.steps:
                 return "complete"
-            record, agreement = self.engine.run(self.committed)
-            self._keeper.committed += 1
-            self._note(record, rank)
+            began_at = self.committed
+            records, agreement = self.engine.run(began_at)
+            self._keeper.committed += len(records)
+            for record in records:
+                self._note(record, rank)
             started = time.perf_counter()
-            self._save_if_due(generation, rank, agreement)
+            self._save_if_due(generation, rank, agreement, began_at)
             self._held_up_s = time.perf_counter() - started
             if agreement.pause:
                 return "pause"
@@ -451,10 +453,10 @@ class Worker:
 
     # ------------------------------------------------------------------------------------ checkpoints and the end
 
-    def _save_if_due(self, generation: Generation, rank: int, agreement: Agreement) -> None:
-        """Saves at this step boundary if it is time to, which all ranks find alike."""
+    def _save_if_due(self, generation: Generation, rank: int, agreement: Agreement, began_at: int) -> None:
+        """Saves at the end of a round that began after `began_at` steps, if it is time to: all ranks find it alike."""
         every, is_last = self.job.checkpoint.every_steps, self.committed == self.job.train.steps
-        is_due = is_last or agreement.save or (every is not None and self.committed % every == 0)
+        is_due = is_last or agreement.save or (every is not None and self.committed // every > began_at // every)
         saves, tells = self.protocol.saves(is_due=is_due, is_busy=agreement.saving, is_last=is_last)
         self.engine.save_requested = self.protocol.save_requested
         if tells and rank == 0:

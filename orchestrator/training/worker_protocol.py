@@ -32,12 +32,12 @@ MAX_REPORTS = 100_000
 
 @dataclass(frozen=True)
 class Holds:
-    """What a worker has: `held` of the state after `committed` steps, and if it is `prepared` the reduced gradient of
-    the next for all of that."""
+    """What a worker has: `held` of the state after `committed` steps, and the reduced gradient of the next round for
+    all of that, which has `prepared` steps (0: it has none)."""
 
     committed: int
     held: Spans
-    prepared: bool
+    prepared: int
 
 
 class WorkerProtocol:

@@ -31,6 +31,7 @@ from strategies.comm.traffic import Traffic
 from strategies.comm.transport import Transport
 from strategies.comm.transports import HOST
 from strategies.layout.parallel import ParallelLayout
+from strategies.layout.replicas import island_of
 
 BACKEND = "elastic"
 AXES = ("data", "pipeline", "tensor")
@@ -51,6 +52,16 @@ class Hierarchy:
     place: int
     inner: Groups
     rail: Groups
+
+
+@dataclass(frozen=True)
+class Island:
+    """The ranks that compute the same virtual replicas as this one (`strategies.layout.replicas`): all of them, in
+    order, and in `inner` those with the same part of the model. `control` has all of them, from host to host."""
+
+    ranks: tuple[int, ...]
+    control: Groups
+    inner: Groups
 
 
 def by_node(names: Sequence[str]) -> tuple[tuple[int, ...], ...] | None:
@@ -90,6 +101,7 @@ class Fabric:
         self.rank = rank
         self.nodes = tuple(nodes)
         self.hierarchy: Hierarchy | None = None
+        self.island: Island | None = None
         self.layout = layout
         self.device = device
         between_hosts = self._between_hosts = Gloo()
@@ -142,6 +154,21 @@ class Fabric:
         elif self.layout.spares:
             self.data_group = self._part(list(range(self.layout.num_placed)), f"{prefix}/data", where)
         self._form_hierarchy(f"{prefix}/hierarchy", where)
+        self._form_island(f"{prefix}/island", where)
+
+    def _form_island(self, prefix: str, where: dict[str, Any]) -> None:
+        """The groups of those who share virtual replicas, where there are such."""
+        layout, place = self.layout, self.layout.place(self.rank)
+        if not layout.virtual_replicas or place is None:
+            return
+        island = island_of(layout, place.data)
+        size = layout.pipeline * layout.tensor
+        ranks = [rank for data in island for rank in range(data * size, (data + 1) * size)]
+        inner = [layout.rank_of(data, place.stage, place.tensor) for data in island]
+        self.island = Island(
+            tuple(ranks), self._part(ranks, f"{prefix}/{ranks[0]}/control", where, on_hosts=True),
+            self._part(inner, f"{prefix}/{inner[0]}/inner", where),
+        )  # fmt: skip
 
     def _form_hierarchy(self, prefix: str, where: dict[str, Any]) -> None:
         """The parts of the data-parallel group by node, where there are such."""
@@ -165,8 +192,15 @@ class Fabric:
             rank=rank, world_size=world_size, device=self.device, transport=self._transport(), traffic=self.traffic
         )  # fmt: skip
 
-    def _part(self, ranks: list[int], prefix: str, where: dict[str, Any]) -> Groups:
-        groups = self._groups(ranks.index(self.rank), len(ranks))
+    def _part(
+        self, ranks: list[int], prefix: str, where: dict[str, Any], *, on_hosts: bool = False
+    ) -> Groups:  # fmt: skip
+        if on_hosts:
+            groups = Groups(
+                rank=ranks.index(self.rank), world_size=len(ranks), device=HOST, transport=Gloo(), traffic=self.traffic
+            )  # fmt: skip
+        else:
+            groups = self._groups(ranks.index(self.rank), len(ranks))
         self._adopt(groups)
         groups.form(prefix=prefix, **where)
         return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,29 +16,35 @@ _OF_PHASES = {"refresh": "weights", "reduce": "gradients", "gather": "gradients"
 
 
 class Traffic:
-    """Counts for all groups of a rank: what leaves it, not what it keeps. Of what torch's own parts exchange in groups
-    that c10d made (activations) nothing is known here."""
+    """Counts for all groups of a rank: what leaves it, not what it keeps. In each thread one kind is sent at a time. Of
+    what torch's own parts exchange in groups that c10d made (activations) nothing is known here."""
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
-        self._kind = "other"
+        self._lock = threading.Lock()
+        self._at = threading.local()
+
+    @property
+    def _kind(self) -> str:
+        return getattr(self._at, "kind", "other")
 
     def enter(self, phase: str) -> None:
         """A phase of a step begins."""
-        self._kind = _OF_PHASES.get(phase, "other")
+        self._at.kind = _OF_PHASES.get(phase, "other")
 
     @contextmanager
     def of(self, kind: str) -> Iterator[None]:
         """What is sent in the block is of this kind."""
-        before, self._kind = self._kind, kind
+        before, self._at.kind = self._kind, kind
         try:
             yield
         finally:
-            self._kind = before
+            self._at.kind = before
 
     def add(self, num_bytes: int) -> None:
         """Of the kind that is being sent."""
-        self.sent[self._kind] += num_bytes
+        with self._lock:
+            self.sent[self._kind] += num_bytes
 
     def told(self) -> tuple[int, ...]:
         """By KINDS."""
@@ -45,5 +52,6 @@ class Traffic:
 
     def relabel(self, kind: str, num_bytes: int) -> None:
         """Of the bytes that were sent last, this many were of another kind."""
-        self.sent[self._kind] -= num_bytes
-        self.sent[kind] += num_bytes
+        with self._lock:
+            self.sent[self._kind] -= num_bytes
+            self.sent[kind] += num_bytes

@@ -85,6 +85,13 @@ class PipelineGradients:
         self._waits = layout.schedule in LOSS_WAITS
         self._schedule = kind(stages, self.num_micro_batches, loss_fn=self._loss, scale_grads=False)
 
+    def prepare_again(self) -> None:
+        """To be called when other work may have computed with the part since."""
+        self.streams = prepare(self.part.blueprint, self.part.modules, self.spec)
+        if self.routing is not None:
+            for module in self.part.modules:
+                self.routing.install(module.module)
+
     def compute(self, step: int, *, enter: Enter, check: Callable[[], None]) -> None:
         """Runs the schedule once. Raises PeerLost, or what torch's collectives raise when a peer is gone."""
         enter("data", step)

@@ -51,6 +51,8 @@ class StepSpec:
     router_loss: RouterLossSpec | None = None
     wire: WireFormat = FP32
     """How sums of gradients are sent."""
+    total_steps: int = 0
+    """Of the job; 0: it has no end that is known."""
     metrics: tuple[Metric, ...] = ()
     """Of evaluations, beside the objective's own."""
 

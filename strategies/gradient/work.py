@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -34,22 +34,35 @@ if TYPE_CHECKING:
     from strategies.model.fsdp import ShardedModelPart
 
 
+class Computed(NamedTuple):
+    """What a rank has computed of a step: `losses` are virtual workers' shares of the mean loss, known where the model
+    ends, `hashes` those of their sample ids. `norms` are of the gradients of virtual replicas that train by themselves
+    (NaN: not finite), by their numbers."""
+
+    losses: dict[int, torch.Tensor]
+    hashes: dict[int, int]
+    norms: dict[int, float] = {}  # noqa: RUF012
+
+
 class GradientWork(Protocol):
-    """One rank's part of every step in a layout."""
+    """One rank's part of every round in a layout."""
 
     @property
-    def losses(self) -> dict[int, torch.Tensor]:
-        """Its share of the mean loss, by virtual worker; known where the model ends."""
+    def local(self) -> LocalGradients | None:
+        """What computes here, if one stage has the whole model and keeps what an interrupted step has come to."""
 
-    @property
-    def hashes(self) -> dict[int, int]:
-        """Of the sample ids, by virtual worker."""
+    def of_step(self, step: int) -> Computed:
+        """What it has computed of a step of the round."""
+
+    def prepare_again(self) -> None:
+        """To be called when other work may have computed with the model since."""
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         """Brings the weights that the model computes with up to date."""
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
-        """Computes, reduces, and leaves the reduced gradient of what this rank trains in `own.gradient`."""
+        """Computes the round that begins with this step, reduces, and leaves the reduced gradient of what this rank
+        trains in `own.gradient`."""
 
     def inject_nan(self) -> None:
         """The next gradient is to be not finite (fault injection)."""
@@ -63,8 +76,13 @@ class IdleWork:
 
     def __init__(self, router_exchange: RouterExchange | None = None) -> None:
         self._router_exchange = router_exchange
-        self.losses: dict[int, torch.Tensor] = {}
-        self.hashes: dict[int, int] = {}
+        self.local = None
+
+    def prepare_again(self) -> None:
+        """Nothing computes here."""
+
+    def of_step(self, step: int) -> Computed:
+        return Computed({}, {})
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         """Nothing computes here."""
@@ -153,16 +171,14 @@ class LocalWork(_Replicated):
         sharded: bool,
     ) -> None:
         super().__init__(part, own, reducer, tied, sharded=sharded)
-        self.local = local
+        self.local: LocalGradients = local
         self.held = held
 
-    @property
-    def losses(self) -> dict[int, torch.Tensor]:
-        return self.local.losses
+    def of_step(self, step: int) -> Computed:
+        return Computed(self.local.losses, self.local.hashes)
 
-    @property
-    def hashes(self) -> dict[int, int]:
-        return self.local.hashes
+    def prepare_again(self) -> None:
+        self.local.prepare_again()
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         pieces = self.local.compute(step, self.held, self.reducer.layout.root, enter=enter, check=check)
@@ -183,13 +199,13 @@ class PipelineWork(_Replicated):
         self._pipeline = pipeline
         self._collector = collector
 
-    @property
-    def losses(self) -> dict[int, torch.Tensor]:
-        return self._pipeline.losses
+    local = None
 
-    @property
-    def hashes(self) -> dict[int, int]:
-        return self._pipeline.hashes
+    def of_step(self, step: int) -> Computed:
+        return Computed(self._pipeline.losses, self._pipeline.hashes)
+
+    def prepare_again(self) -> None:
+        self._pipeline.prepare_again()
 
     def run(self, step: int, enter: Enter, check: Callable[[], None]) -> None:
         self._pipeline.compute(step, enter=enter, check=check)
@@ -216,13 +232,13 @@ class RoundWork:
         self._gather = gather
         self._take = take
 
-    @property
-    def losses(self) -> dict[int, torch.Tensor]:
-        return self._gradients.losses
+    local = None
 
-    @property
-    def hashes(self) -> dict[int, int]:
-        return self._gradients.hashes
+    def of_step(self, step: int) -> Computed:
+        return Computed(self._gradients.losses, self._gradients.hashes)
+
+    def prepare_again(self) -> None:
+        """No rule computes with shards otherwise."""
 
     def refresh(self, enter: Callable[[str], None]) -> None:
         self._gather(enter)

@@ -33,7 +33,8 @@ class ParallelLayout:
     pipeline: part i has the blocks `start <= block < stop`; block 0 is the embedding, then come the layers, and the
     last is the norm and the head. Empty when there is one stage. `spares` are ranks after all others that have no part
     in the work: they only hand over state (a worker about to leave, for example). `first` is the first virtual worker,
-    of a layout of some of them only.
+    of a layout of some of them only. With `virtual_replicas`, which train by themselves
+    (`strategies.layout.replicas`), a data-parallel replica has whole ones, or a part of one.
     """
 
     data: int
@@ -45,6 +46,7 @@ class ParallelLayout:
     parts: tuple[tuple[int, int], ...] = ()
     spares: int = 0
     first: int = 0
+    virtual_replicas: int = 0
 
     def __post_init__(self) -> None:
         degrees = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
@@ -62,8 +64,21 @@ class ParallelLayout:
             raise ValueError(f"virtual workers must be dealt exactly once each, got {self.assignment}")
         if any(a >= b for held in self.assignment for a, b in pairwise(held)):
             raise ValueError(f"a replica's virtual workers must ascend, got {self.assignment}")
+        if self.virtual_replicas > 1:
+            self._check_virtual_replicas()
         if self.pipeline > 1:
             self._check_parts()
+
+    def _check_virtual_replicas(self) -> None:
+        size, rest = divmod(self.virtual_workers, self.virtual_replicas)
+        if rest or size < 1:
+            raise ValueError(f"{self.virtual_workers} virtual workers are no {self.virtual_replicas} equal replicas")
+        for held in self.assignment:
+            if len({index // size for index in held}) > 1 and len(held) % size:
+                raise ValueError(f"data-parallel replicas must have whole virtual replicas, or a part of one: {held}")
+        parts = [{index // size for index in held} for held in self.assignment if held]
+        if any(a & b and len(a | b) > 1 for number, a in enumerate(parts) for b in parts[:number]):
+            raise ValueError(f"who shares a virtual replica must have nothing else: {self.assignment}")
 
     def _check_parts(self) -> None:
         if not self.parts or len(self.parts) % self.pipeline:

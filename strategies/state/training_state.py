@@ -94,13 +94,13 @@ class TrainingState:
     `reads` is what is being copied of it.
 
     `blueprint` describes the model, and has the values of step 0. `kept` are the kinds of state of the update rule
-    (`strategies.update.rule.UpdateRule.kinds`). All state is fp32. Raises ValueError for kinds whose names are not an
-    update rule's.
+    (`strategies.update.rule.UpdateRule`), which may have what is computed with kept apart. All state is fp32. Raises
+    ValueError for kinds whose names are not an update rule's.
     """
 
     def __init__(
         self, blueprint: Blueprint, spec: OptimizerSpec, kept: Sequence[str] = (),
-        virtual: Sequence[VirtualState] = (),
+        virtual: Sequence[VirtualState] = (), *, computes_apart: bool = False,
     ) -> None:  # fmt: skip
         _check_names(kept)
         self.blueprint = blueprint
@@ -114,6 +114,7 @@ class TrainingState:
         }  # fmt: skip
         """By kind of state, with the shapes that it has."""
         self.kept = tuple(kept)
+        self.computes_apart = computes_apart
         self.kinds = KindsOfState(self.spaces, virtual)
         self.virtual = self.kinds.virtual
         self.device = blueprint.device
@@ -270,7 +271,7 @@ class TrainingState:
             own = self._room(shard, FlatRanges.pieces(shard.ranges, self.space.boundary))
         else:
             part = self._part(place.tensor, runs, fabric)
-            if kind == "none" and part.weights.dtype == torch.float32:
+            if kind == "none" and part.weights.dtype == torch.float32 and not self.computes_apart:
                 own = self._room(shard, part.flat, part.state_weights)
             elif kind == "none":
                 own = self._room(shard, part.flat)

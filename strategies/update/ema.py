@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from strategies.update.rule import UpdateRule
 
 if TYPE_CHECKING:
+    from strategies.gradient.work import GradientWork
+    from strategies.layout.virtual import VirtualState
     from strategies.update.round import Round
+    from strategies.update.setting import Setting
 
 EMA = "update.ema"
 """The kind of state that it is."""
@@ -21,10 +25,32 @@ class WithEma(UpdateRule):
     def __init__(self, inner: UpdateRule, decay: float) -> None:
         self._inner, self._decay = inner, decay
         self.progress, self.result = inner.progress, inner.result  # type: ignore[misc]
+        self.virtual_replicas, self.computes_apart = inner.virtual_replicas, inner.computes_apart
+        self.wire = inner.wire
 
     def kinds(self) -> tuple[str, ...]:
         """See `UpdateRule`."""
         return (*self._inner.kinds(), EMA)
+
+    def virtual_states(self) -> Sequence[VirtualState]:
+        """See `UpdateRule`."""
+        return self._inner.virtual_states()
+
+    def end_of(self, first: int, total: int) -> int:
+        """See `UpdateRule`."""
+        return self._inner.end_of(first, total)
+
+    def is_apart(self, first: int) -> bool:
+        """See `UpdateRule`."""
+        return self._inner.is_apart(first)
+
+    def updates_of(self, first: int, total: int) -> int:
+        """See `UpdateRule`."""
+        return self._inner.updates_of(first, total)
+
+    def work(self, setting: Setting) -> GradientWork:
+        """See `UpdateRule`."""
+        return self._inner.work(setting)
 
     def prepare(self, step: Round) -> None:
         """See `UpdateRule`."""

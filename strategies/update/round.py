@@ -23,6 +23,8 @@ class Round:
     work: GradientWork
     enter: Callable[[str, int], None]
     check: Callable[[], None]
+    is_nan: Callable[[int], bool] = lambda step: False
+    """Whether the gradient of a step is to be not finite (fault injection); asked once."""
 
     @property
     def lr(self) -> float:
@@ -30,7 +32,9 @@ class Round:
         return self.spec.base_lr * self.spec.schedule.factor(self.number)
 
     def compute(self) -> None:
-        """Computes this rank's share of the step and reduces, along the fixed tree. Raises PeerLost, ModelChanged."""
+        """Computes this rank's share of the round and reduces, along the fixed tree. Raises PeerLost, ModelChanged."""
+        if self.is_nan(self.number):
+            self.work.inject_nan()
         self.work.run(self.number, self.enter, self.fabric.look)
         self.check()
 

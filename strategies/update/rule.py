@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from strategies.wire.format import FP32, WireFormat
+
 if TYPE_CHECKING:
+    from strategies.gradient.work import GradientWork
+    from strategies.layout.virtual import VirtualState
     from strategies.state.shard import StateShard
     from strategies.update.round import Round
+    from strategies.update.setting import Setting
 
 
 class UpdateRule(ABC):
@@ -28,9 +34,38 @@ class UpdateRule(ABC):
         digested with the state, and found in `StateShard.kept`."""
         return ()
 
+    virtual_replicas: int = 0
+    """Groups of virtual workers that train by themselves, and that layouts must keep together
+    (`strategies.layout.replicas`)."""
+    wire: WireFormat = FP32
+    """How what it exchanges beside gradients is sent."""
+    computes_apart: bool = False
+    """Whether what is computed with is never the memory of the weights that are trained."""
+
+    def virtual_states(self) -> Sequence[VirtualState]:
+        """What virtual things have for themselves: kept like `kinds`, but not by all who train a part of the model."""
+        return ()
+
+    def end_of(self, first: int, total: int) -> int:
+        """The step after the last of the round that begins with step `first`, of `total` steps in all. A round is
+        committed as a whole."""
+        return first + 1
+
+    def is_apart(self, first: int) -> bool:
+        """Whether virtual replicas train by themselves in the round that begins with step `first`."""
+        return False
+
+    def updates_of(self, first: int, total: int) -> int:
+        """How many updates of an optimizer the round that begins with step `first` counts as."""
+        return 1
+
+    def work(self, setting: Setting) -> GradientWork:
+        """What this rank does in a round."""
+        return setting.plain()
+
     @abstractmethod
     def prepare(self, step: Round) -> None:
-        """Computes this rank's share of a step and reduces: the gradient of everything that is trained here is then in
+        """Computes this rank's share of a round and reduces: the gradient of everything that is trained here is then in
         place (`StateShard.gradient`), also where it is mirrored. Collective; nothing that counts is changed.
 
         Raises PeerLost, and ModelChanged when the model has changed what it keeps.
@@ -38,8 +73,8 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def commit(self, step: Round, norm: float) -> None:
-        """Makes the prepared step count, after all have voted for it. `norm` is the global norm of the gradient; where
-        it is not finite, the step is skipped and this is not called. Local: it cannot fail for want of a peer, and
+        """Makes the prepared round count, after all have voted for it. `norm` is the global norm of the gradient; where
+        it is not finite, the round is skipped and this is not called. Local: it cannot fail for want of a peer, and
         gives the same bits wherever an element is trained or mirrored."""
 
 

@@ -163,7 +163,7 @@ def test_how_long_a_step_takes(device: torch.device, figures: Figures, precision
     """Where its time goes, and the rate of floating-point operations; also of a snapshot."""
     is_gpu = device.type == "cuda"
     engine, tokens = gpt(device, is_gpu, precision)
-    records = [engine.run(step)[0] for step in range(12 if is_gpu else 3)]
+    records = [engine.run(step)[0][0] for step in range(12 if is_gpu else 3)]
     assert all(record.loss > 0 for record in records)
     seconds = float(np.median([record.seconds for record in records[2:]]))
     phases = {name: round(value, 5) for name, value in records[-1].phase_seconds.items()}

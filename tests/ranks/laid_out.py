@@ -14,9 +14,9 @@ from orchestrator.models.transformers_internals import router_places
 from strategies.comm.fabric import Fabric
 from strategies.gradient.router_loss import RouterLossSpec
 from strategies.gradient.spec import StepSpec
-from strategies.layout.assignment import deal
 from strategies.layout.parallel import ParallelLayout
 from strategies.layout.placement import Domain, place_state, trained_spans
+from strategies.layout.replicas import share_out
 from strategies.layout.schedule import parts_of
 from strategies.layout.space import ALIGNMENT
 from strategies.layout.statemap import NOTHING, Spans
@@ -134,7 +134,7 @@ def even_parts(number: int) -> tuple[tuple[int, int], ...]:
 
 def layout_of(
     data: int = 1, pipeline: int = 1, tensor: int = 1, shard: str = "none", schedule: str = "1f1b", spares: int = 0,
-    parts: tuple[tuple[int, int], ...] | None = None, virtual_workers: int = VIRTUAL_WORKERS,
+    parts: tuple[tuple[int, int], ...] | None = None, virtual_workers: int = VIRTUAL_WORKERS, replicas: int = 0,
 ) -> ParallelLayout:  # fmt: skip
     """Parts are even unless given; two for each stage of a schedule that wants two."""
     chunks = 2 if schedule in ("interleaved-1f1b", "zero-bubble") else 1
@@ -142,8 +142,10 @@ def layout_of(
         parts = ()
     elif parts is None:
         parts = even_parts(pipeline * chunks)
-    dealt = deal(virtual_workers, [1.0] * data)
-    return ParallelLayout(data, dealt, tensor, pipeline, shard, schedule, parts, spares)
+    dealt = share_out(virtual_workers, data, replicas)
+    return ParallelLayout(
+        data, dealt, tensor, pipeline, shard, schedule, parts, spares, virtual_replicas=replicas
+    )  # fmt: skip
 
 
 def fetch(step: int, virtual_worker: int) -> Batch:
@@ -184,7 +186,7 @@ def make_engine(
     dropout: float = 0.0, tensor: int = 1, spec: StepSpec = SPEC, optimizer: str = "adamw", model: str = "llama",
     rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU, cuts: bool = False,
 ) -> StepEngine:  # fmt: skip
-    wire = spec.wire
+    wire = rule.wire if spec.wire.is_exact else spec.wire
 
     def blueprint() -> Blueprint:
         made = model_of(model, dropout)
@@ -200,7 +202,8 @@ def make_engine(
         )  # fmt: skip
 
     kind = OptimizerSpec(kind=OPTIMIZERS[optimizer])
-    state = TrainingState(blueprint(), kind, rule.kinds(), virtual_states((0, VIRTUAL_WORKERS), wire))
+    virtual = [*virtual_states((0, VIRTUAL_WORKERS), spec.wire), *rule.virtual_states()]
+    state = TrainingState(blueprint(), kind, rule.kinds(), virtual, computes_apart=rule.computes_apart)
     return StepEngine(state, spec, fetch, rule=rule)
 
 
@@ -214,16 +217,18 @@ def train(
     precision: str = "fp32", domains: Sequence[str] | None = None, model: str = "llama", prefix: str = "",
     objective: Objective = CAUSAL_LM, rule: UpdateRule = SYNCHRONOUS, device: torch.device = CPU,
     transport: str = "auto", recompute: Recompute = NOTHING_AGAIN, router_loss: RouterLossSpec | None = None,
-    loss_chunk: int = SPEC.loss_chunk, wire: WireFormat = FP32,
+    loss_chunk: int = SPEC.loss_chunk, wire: WireFormat = FP32, optimizer: str = "adamw", total_steps: int = 0,
+    clip_norm: float | None = SPEC.clip_norm,
 ) -> Trained:  # fmt: skip
     """Goes through all stretches, and collects the state on the first process of the last."""
     engine = make_engine(
         dropout, stretches[0].layout.tensor,
         replace(
             SPEC, precision=precision, objective=objective, recompute=recompute, router_loss=router_loss,
-            loss_chunk=loss_chunk, wire=wire,
+            loss_chunk=loss_chunk, wire=wire, total_steps=total_steps, clip_norm=clip_norm,
         ),
-        model=model, rule=rule, device=device, cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
+        model=model, rule=rule, device=device, optimizer=optimizer,
+        cuts=any(stretch.layout.pipeline > 1 for stretch in stretches),
     )  # fmt: skip
     seen = Trained()
     step = 0
@@ -274,13 +279,17 @@ def run_stretch(
     seen.received.append(moved.received_bytes)
     seen.buffers.append(moved.buffer_bytes)
     engine.bind(fabric, layout, 0)
-    for number in range(step, step + stretch.steps):
-        record, _ = engine.run(number)
-        assert record.hashes == tuple(1000 * number + index for index in range(VIRTUAL_WORKERS))
-        assert (record.tokens, record.padding) == (VIRTUAL_WORKERS * MICRO_BATCHES * LENGTH, 0)
-        seen.losses.append(record.loss)
-        seen.norms.append(record.grad_norm)
-        seen.phases.append(record.phase_seconds)
+    number = step
+    while number < step + stretch.steps:
+        records, _ = engine.run(number)
+        for record in records:
+            assert record.step == number
+            assert record.hashes == tuple(1000 * number + index for index in range(VIRTUAL_WORKERS))
+            assert (record.tokens, record.padding) == (VIRTUAL_WORKERS * MICRO_BATCHES * LENGTH, 0)
+            seen.losses.append(record.loss)
+            seen.norms.append(record.grad_norm)
+            seen.phases.append(record.phase_seconds)
+            number += 1
     engine.state.collect(engine.state.arrangement.held(layout), fabric)
     if fabric.rank == 0:
         seen.digest = state_digest(engine.state)

@@ -417,7 +417,7 @@ def spoilt_step(rank: int, address: Endpoint, layout: ParallelLayout) -> tuple[i
 
     engine.work.run = counted  # type: ignore[method-assign]
     engine.nan_step = 0
-    record, _ = engine.run(0)
+    (record,), _ = engine.run(0)
     fabric.drop()
     return len(computed), [record.loss]
 

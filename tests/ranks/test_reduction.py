@@ -218,7 +218,7 @@ def train(rank: int, address: Endpoint, layouts: list[Assignment], native: bool)
         try:
             engine.state.adopt_layout(layout, fabric, [engine.state.held] * layout.data, nodes, 1, 0, lambda: None)
             engine.bind(fabric, layout, index)
-            records = [engine.run(step)[0] for step in range(3)]
+            records = [engine.run(step)[0][0] for step in range(3)]
         finally:
             fabric.drop()
         numbers = [(r.loss, r.grad_norm, r.lr, r.hashes, r.skipped) for r in records]

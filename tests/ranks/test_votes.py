@@ -29,7 +29,7 @@ def wishes(rank: int, address: Endpoint) -> list[Agreement]:
             engine.save_requested = (step, rank) == (2, 2)
             if step == 4 or (step, rank) == (3, 0):
                 engine.offer(1, DEAL)
-            record, agreement = engine.run(step)
+            (record,), agreement = engine.run(step)
             assert record.deal == (1 if step == 5 else 0), "a deal is taken up in the step after that in which all knew"
             found.append(agreement)
     finally:

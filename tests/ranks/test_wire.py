@@ -120,7 +120,7 @@ def sent_in_steps(rank: int, address: Endpoint, wire: WireFormat, shard: str) ->
         barrier(fabric)
         before, told = acknowledged(fabric), Counter[str]()
         for step in (1, 2):
-            record, _ = engine.run(step)
+            (record,), _ = engine.run(step)
             told.update(record.wire_bytes)
         barrier(fabric)
         return acknowledged(fabric) - before, dict(told)

@@ -107,7 +107,7 @@ def tune(
             evaluator.prepare(fabric, 0)
             for step in range(steps):
                 metrics += _evaluated(evaluator, step)
-                record, _ = engine.run(step)
+                (record,), _ = engine.run(step)
                 seen.losses.append(record.loss)
                 seen.norms.append(record.grad_norm)
             metrics += _evaluated(evaluator, steps)

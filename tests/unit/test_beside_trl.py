@@ -47,7 +47,7 @@ def our_step(job: Job, directory: Path) -> tuple[dict[str, torch.Tensor], float,
     engine.bind(fabric, fabric.layout, 0)
     evaluator.prepare(fabric, 0)
     before = weights_of(engine.state)
-    record, _ = engine.run(0)
+    (record,), _ = engine.run(0)
     after = weights_of(engine.state)
     return before, record.loss, {name: before[name] - after[name] for name in before}
 

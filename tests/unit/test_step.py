@@ -118,7 +118,7 @@ def test_a_prepared_step_changes_nothing_until_its_commit() -> None:
     ours = engine()
     before = state_digest(ours.state)
     ours.prepare(0)
-    assert ours.prepared_step == 0
+    assert ours.prepared == (0, 1)
     vote = ours.vote(0)
     assert state_digest(ours.state) == before
     ours.commit(0, vote.norm)
@@ -130,7 +130,7 @@ def test_a_prepared_step_changes_nothing_until_its_commit() -> None:
 @pytest.mark.parametrize("clip_norm", [None, 1e-3])
 def test_rolling_forward_with_another_ranks_vote_gives_the_same_bits(clip_norm: float | None) -> None:
     usual, forward = engine(clip_norm=clip_norm), engine(clip_norm=clip_norm)
-    record, _ = usual.run(0)
+    (record,), _ = usual.run(0)
     forward.prepare(0)
     forward.commit(0, record.grad_norm)
     assert state_digest(forward.state) == state_digest(usual.state)
@@ -177,7 +177,7 @@ def test_a_gradient_spoilt_by_accident_is_computed_again() -> None:
     usual, spoilt = engine(), engine()
     spoilt.nan_step = 1
     for step in range(3):
-        assert numbers(usual.run(step)[0]) == numbers(spoilt.run(step)[0])
+        assert numbers(usual.run(step)[0][0]) == numbers(spoilt.run(step)[0][0])
     assert spoilt.nan_step is None
     assert state_digest(usual.state) == state_digest(spoilt.state)
 
@@ -195,13 +195,13 @@ def test_a_gradient_that_is_never_finite_skips_the_update_and_says_so() -> None:
     local = local_of(ours)
     usual = local._loss
     local._loss = lambda *given: usual(*given) * math.nan
-    record, _ = ours.run(1)
+    (record,), _ = ours.run(1)
     assert record.skipped
     assert math.isnan(record.grad_norm)
     assert computed == [0, 1, 1], "it is computed twice before it is believed"
     assert state_digest(ours.state) == before
     local._loss = usual
-    record, _ = ours.run(2)
+    (record,), _ = ours.run(2)
     assert not record.skipped
     assert math.isfinite(record.loss)
 
@@ -215,8 +215,8 @@ def test_clipping_is_that_of_torch(clip_norm: float) -> None:
     for slot, parameter in zip(slots, parameters, strict=True):
         parameter.grad = own.gradient[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    clipped.prepared_step = None
-    record, _ = clipped.run(0)
+    clipped.prepared = None
+    (record,), _ = clipped.run(0)
     assert record.grad_norm == pytest.approx(float(norm), rel=1e-5)
     for slot, parameter in zip(slots, parameters, strict=True):
         assert parameter.grad is not None
@@ -228,7 +228,7 @@ def test_clipping_is_that_of_torch(clip_norm: float) -> None:
 def test_the_phases_come_in_order_and_their_times_add_up_to_the_step() -> None:
     seen: list[str] = []
     ours = engine(on_phase=lambda phase, step: seen.append(phase))
-    record, _ = ours.run(0)
+    (record,), _ = ours.run(0)
     assert seen == ["data", "compute"] * 4 + ["reduce", "gather", "vote", "commit"]
     assert tuple(record.phase_seconds) == PHASES
     assert sum(record.phase_seconds.values()) <= record.seconds + 1e-3
@@ -256,7 +256,7 @@ def test_warming_up_changes_no_bit(keep: bool) -> None:
     begin(ours)
     assert (ours.local is kept) == keep, "what the warm-up has allocated is what the first step computes with"
     for step in range(2):
-        assert numbers(ours.run(step)[0]) == numbers(usual.run(step)[0])
+        assert numbers(ours.run(step)[0][0]) == numbers(usual.run(step)[0][0])
     assert state_digest(ours.state) == state_digest(usual.state)
 
 
@@ -268,7 +268,7 @@ def test_every_optimizer_makes_an_update_before_there_is_a_layout(kind: Optimize
     warm_up(ours, keep=True)
     for each in (ours, usual):
         begin(each)
-    assert [numbers(ours.run(step)[0]) for step in range(2)] == [numbers(usual.run(step)[0]) for step in range(2)]
+    assert [numbers(ours.run(step)[0][0]) for step in range(2)] == [numbers(usual.run(step)[0][0]) for step in range(2)]
     assert state_digest(ours.state) == state_digest(usual.state)
 
 
@@ -288,7 +288,7 @@ def test_a_model_that_changes_its_buffers_is_refused_when_it_is_warmed_up() -> N
 
 def test_native_reduction_on_one_rank_is_close() -> None:
     ours, usual = engine(native=True), engine()
-    a, b = ours.run(0)[0], usual.run(0)[0]
+    a, b = ours.run(0)[0][0], usual.run(0)[0][0]
     assert a.loss == pytest.approx(b.loss, rel=1e-6)
     assert torch.allclose(own_of(ours).weights, own_of(usual).weights, atol=1e-6)
 
@@ -296,8 +296,8 @@ def test_native_reduction_on_one_rank_is_close() -> None:
 @pytest.mark.parametrize("virtual_workers", [1, 3, 5, 7])
 def test_numbers_of_virtual_workers_that_are_no_power_of_two_work(virtual_workers: int) -> None:
     first, second = engine(virtual_workers=virtual_workers), engine(virtual_workers=virtual_workers)
-    assert numbers(first.run(0)[0]) == numbers(second.run(0)[0])
-    assert len(first.run(1)[0].hashes) == virtual_workers
+    assert numbers(first.run(0)[0][0]) == numbers(second.run(0)[0][0])
+    assert len(first.run(1)[0][0].hashes) == virtual_workers
 
 
 # ---------------------------------------------------------------------------------------- interruptions
@@ -417,7 +417,7 @@ def test_a_step_repeated_after_a_lost_vote_computes_nothing_again() -> None:
     with pytest.raises(PeerLost):
         ours.run(0)
     lost.append(False)
-    ours.prepared_step = None
-    assert numbers(ours.run(0)[0]) == numbers(usual.run(0)[0])
+    ours.prepared = None
+    assert numbers(ours.run(0)[0][0]) == numbers(usual.run(0)[0][0])
     assert len(computed) == 8
     assert state_digest(ours.state) == state_digest(usual.state)

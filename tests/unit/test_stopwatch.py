@@ -77,7 +77,7 @@ def test_an_account_survives_its_row() -> None:
 
 def test_a_step_says_what_it_was_spent_on() -> None:
     """One rank with all four virtual workers; its batch has 2 samples of 4 tokens for each."""
-    record, _ = engine().run(0)
+    (record,), _ = engine().run(0)
     (account,) = record.ranks
     assert len(account.busy) == 4
     assert min(account.busy) > 0
@@ -92,12 +92,12 @@ def test_a_deal_is_in_force_from_the_step_after_the_vote_that_knows_it() -> None
     """With one rank there is nothing to deal, but an offer is numbered all the same."""
     ours = engine()
     everything = (tuple(range(4)),)
-    assert ours.run(0)[0].deal == 0
+    assert ours.run(0)[0][0].deal == 0
     ours.offer(7, everything)
-    record, agreement = ours.run(1)
+    (record,), agreement = ours.run(1)
     assert (record.deal, agreement.deal) == (0, 7)
     ours.offer(3, everything)
-    record, agreement = ours.run(2)
+    (record,), agreement = ours.run(2)
     assert (record.deal, agreement.deal) == (7, 7), "an older offer is none"
     assert ours.newest_assignment == everything
 
@@ -105,4 +105,4 @@ def test_a_deal_is_in_force_from_the_step_after_the_vote_that_knows_it() -> None
 def test_calibration_takes_time_and_changes_nothing() -> None:
     ours, other = engine(), engine()
     assert calibrate(ours) > 0
-    assert ours.run(0)[0].loss == other.run(0)[0].loss
+    assert ours.run(0)[0][0].loss == other.run(0)[0][0].loss

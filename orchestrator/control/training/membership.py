@@ -47,7 +47,7 @@ class Membership:
         members = list(views)
         for view, held in zip(members, generation.held, strict=True):
             view.state, view.left, view.joined, view.last_heard = WorkerState.MEMBER, None, False, now
-            view.position, view.phase, view.prepared = (generation.committed, -1), "form", False
+            view.position, view.phase, view.prepared = (generation.committed, -1), "form", 0
             view.held, view.moved_at = held, now
         return cls(generation, members, now)
 

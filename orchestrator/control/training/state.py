@@ -1,8 +1,8 @@
 """What state there is, and where: at which workers, of how many steps, or in storage.
 
-A worker says what it holds (`WorkerView.held`) of the state after `committed` steps, and whether it can roll
-forward by one (`prepared`). What that makes together is decided here. Between two generations every worker is at the
-same step or one behind, and older states are those of workers that have been idle since.
+A worker says what it holds (`WorkerView.held`) of the state after `committed` steps, and by how many it can roll
+forward (`prepared`). What that makes together is decided here. Between two generations every worker is at the same step
+or one round behind, and older states are those of workers that have been idle since.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def newest_state(idle: Sequence[WorkerView], progress: Progress, checkpoints: Ma
 
 def state_at_hand(idle: Sequence[WorkerView], progress: Progress) -> Origin | None:
     """The newest state that these workers have all parts of; at worst that of step 0, which they can make again."""
-    steps = {view.committed + rolls for view in idle if view.held for rolls in {0, int(view.prepared)}}
+    steps = {view.committed + rolls for view in idle if view.held for rolls in {0, view.prepared}}
     for committed in sorted(steps - {0}, reverse=True):
         if (origin := _state_after(committed, idle, progress)) is not None:
             return origin
@@ -65,8 +65,8 @@ def state_at_hand(idle: Sequence[WorkerView], progress: Progress) -> Origin | No
 def _state_after(committed: int, idle: Iterable[WorkerView], progress: Progress) -> Origin | None:
     """The state after this many steps, if these workers have all parts of it.
 
-    Who prepared a step that is on record can roll forward over it: after the vote the gradient it holds is the one that
-    was applied. (What is not on record is simply run again.)
+    Who prepared a round that is on record can roll forward over it: after the vote the gradient it holds is the one
+    that was applied. (What is not on record is simply run again.)
     """
     held: dict[WorkerId, Spans] = {}
     rolling: set[WorkerId] = set()
@@ -76,7 +76,7 @@ def _state_after(committed: int, idle: Iterable[WorkerView], progress: Progress)
         whole = view.whole or whole
         if view.held and view.committed == committed:
             held[view.worker] = view.held
-        elif view.held and view.prepared and may_roll and view.committed == committed - 1:
+        elif view.held and view.prepared and may_roll and view.committed == committed - view.prepared:
             held[view.worker] = view.held
             rolling.add(view.worker)
     if not held or subtract(whole, all_of(held.values())):
@@ -184,6 +184,6 @@ def refuse_unrecorded(idle: Iterable[WorkerView], recorded: int) -> list[StateRe
     records = []
     for view in idle:
         if view.committed > recorded and view.held:
-            view.held, view.prepared = NOTHING, False
+            view.held, view.prepared = NOTHING, 0
             records.append(StateRefused(*view.worker, committed=view.committed, recorded=recorded))
     return records

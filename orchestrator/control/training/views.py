@@ -174,7 +174,7 @@ class WorkerView(ProcessView):
 
     ready: Ready | None = None
     committed: int = 0
-    prepared: bool = False
+    prepared: int = 0
     has_trained: bool = False
     held: Spans = NOTHING
     whole: Spans = NOTHING
