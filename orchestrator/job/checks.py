@@ -26,6 +26,7 @@ from orchestrator.job.kinds import (
 from orchestrator.job.layout_checks import LAYOUT_RULES
 from orchestrator.job.rules import Finding, Get, Rule, Unknown
 from orchestrator.job.sections.data import FIELD_NAMES, Data
+from orchestrator.job.update_checks import UPDATE_RULES
 from orchestrator.urls import VARIABLE
 from strategies.objective.objective import Objective
 from strategies.optim.optimizer import Settings
@@ -548,6 +549,8 @@ def _optimizer(get: Get) -> Iterator[Finding]:
 
 
 def _update_rule(get: Get) -> Iterator[Finding]:
+    if isinstance(get("strategy.update"), dict):
+        return
     try:
         if update_rule_named(get("strategy.update")).progress != "lockstep":
             reason = "has each replica count its own steps, and there is no controller that follows that yet"
@@ -587,4 +590,5 @@ _RULES: tuple[Rule, ...] = (
     _encryption,
     _variables,
     *LAYOUT_RULES,
+    *UPDATE_RULES,
 )

@@ -99,6 +99,8 @@ def listed(value: Any) -> Any:
 
 def _kind(value: Any) -> str | None:
     """The branch of a union that a value means; without it pydantic reports the mistakes of every branch."""
+    if isinstance(value, BaseModel):
+        return "dict"  # What a mapping has become.
     return next((kind.__name__ for kind in (str, list, dict) if isinstance(value, kind)), None)
 
 

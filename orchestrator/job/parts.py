@@ -6,14 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrator.job.kinds import optimizer_named, update_rule_named
+from orchestrator.job.update_checks import warmup_steps_of
 from strategies.objective.objective import Objective
-from strategies.optim.optimizer import Optimizer
+from strategies.optim.optimizer import Optimizer, Settings
 from strategies.update.ema import WithEma
 from strategies.update.rule import UpdateRule
 from strategies.wire.format import LOSES_LITTLE, WireFormat
 
 if TYPE_CHECKING:
     from orchestrator.job.schema import Job
+    from orchestrator.job.sections.strategy import LocalUpdate
     from strategies.layout.virtual import VirtualState
 
 
@@ -43,9 +45,32 @@ def virtual_states_of(job: Job) -> list[VirtualState]:
     # Whoever only plans a job needs no numpy.
     from strategies.reduction.residuals import virtual_states
 
-    return virtual_states((0, job.elastic.virtual_workers), wire_of(job))
+    own = update_rule_of(job).virtual_states()
+    return [*virtual_states((0, job.elastic.virtual_workers), wire_of(job)), *own]
+
+
+def _local_rule(job: Job, update: LocalUpdate) -> UpdateRule:
+    # Whoever only plans a job needs no numpy.
+    from strategies.update.local import LocalRule
+    from strategies.update.outer import LocalSettings
+
+    mix = update.mix
+    settings = LocalSettings(
+        replicas=update.replicas,
+        inner_steps=update.inner_steps,
+        warmup_steps=warmup_steps_of(job.train.steps, update.warmup_steps),
+        lr=update.outer.lr,
+        momentum=update.outer.momentum,
+        nesterov=update.outer.nesterov,
+        fragments=update.fragments,
+        overlap_steps=update.overlap_steps,
+        mix=(0.5 if update.overlap_steps else 0.0) if mix is None else mix,
+        wire=WireFormat(update.wire),
+    )
+    return LocalRule(settings, optimizer_of(job).moments(Settings(momentum=job.train.optimizer.momentum)))
 
 
 def update_rule_of(job: Job) -> UpdateRule:
-    rule = update_rule_named(job.strategy.update)
+    update = job.strategy.update
+    rule = update_rule_named(update) if isinstance(update, str) else _local_rule(job, update)
     return rule if job.train.ema is None else WithEma(rule, job.train.ema.decay)

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import PlanError
+from orchestrator.job.parts import update_rule_of
 from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.assume import CPU_CORE, HardwareOptions, hardware_for
 from orchestrator.planning.hardware import Hardware
@@ -21,8 +22,9 @@ from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.stages import stages_of
 from orchestrator.planning.units import show_bytes
 from orchestrator.planning.work import Degrees, StepSettings, Work, step_settings
-from strategies.layout.assignment import deal, deal_in_turn
+from strategies.layout.assignment import deal_in_turn
 from strategies.layout.parallel import ParallelLayout
+from strategies.layout.replicas import share_out
 from strategies.layout.schedule import NO_PIPELINE, PipelineSchedule, chunks_of
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class LayoutChooser:
     schedule: str
     max_workers: int
     step: StepSettings
+    virtual_replicas: int = 0
+    """That train by themselves, and are kept together."""
     hardware: Hardware = CPU_CORE
     """What ranks and links are assumed to do; only what it says relative to itself matters."""
 
@@ -68,6 +72,7 @@ class LayoutChooser:
             schedule=strategy.schedule,
             max_workers=job.elastic.workers.max,
             step=step_settings(job),
+            virtual_replicas=update_rule_of(job).virtual_replicas,
             hardware=hardware_for(job, HardwareOptions())[0],
         )
 
@@ -182,11 +187,12 @@ class LayoutChooser:
         dealt = (
             deal_in_turn(self.step.virtual_workers, degrees.data)
             if in_turn
-            else deal(self.step.virtual_workers, [1.0] * degrees.data)
+            else share_out(self.step.virtual_workers, degrees.data, self.virtual_replicas)
         )
         parts = blocks_of(layers) if degrees.pipeline > 1 else ()
         return ParallelLayout(
-            degrees.data, dealt, self.tensor, degrees.pipeline, self.shard, self.schedule, parts
+            degrees.data, dealt, self.tensor, degrees.pipeline, self.shard, self.schedule, parts,
+            virtual_replicas=self.virtual_replicas,
         )  # fmt: skip
 
 

@@ -176,13 +176,15 @@ def _refuse_divided_blocks(blueprint: Blueprint) -> None:
 def build_state(job: Job, vocab_size: int, device: torch.device) -> TrainingState:
     """The training state of step 0; raises like `build_blueprint`."""
 
-    blueprint = build_blueprint(job, vocab_size, device)
-    return TrainingState(blueprint, optimizer_spec(job), update_rule_of(job).kinds(), virtual_states_of(job))
+    blueprint, rule = build_blueprint(job, vocab_size, device), update_rule_of(job)
+    return TrainingState(
+        blueprint, optimizer_spec(job), rule.kinds(), virtual_states_of(job), computes_apart=rule.computes_apart
+    )  # fmt: skip
 
 
 def wire_block_of(job: Job) -> int:
     """Elements that are coded together, and so never divided among ranks."""
-    wire = wire_of(job)
+    wire = update_rule_of(job).wire if wire_of(job).is_exact else wire_of(job)
     return ALIGNMENT if wire.is_exact or wire.name == "power_sgd" else codec_of(wire).block
 
 
@@ -255,6 +257,7 @@ def step_spec(job: Job) -> StepSpec:
         router_loss=router_loss_spec(job),
         document_mask=job.data.document_mask,
         wire=wire_of(job),
+        total_steps=train.steps,
         objective=with_teacher(job, objective_of(job)),
         metrics=metrics_of(job),
     )

@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 class VirtualState(ABC):
     """What each of `number` things has: an fp32 tensor of every kind for each trained parameter, of its shape. At step
-    0 they are zero. `name` is what the names of the tensors begin with."""
+    0 they are zero. `name` is what the names of the tensors begin with; a job has one of a name."""
 
     name: ClassVar[str]
 
@@ -90,7 +90,8 @@ class VirtualStates:
 
     def coordinate_of(self, state: VirtualState, index: int, coordinate: int) -> int:
         """That of its own which a thing has at a tensor-parallel coordinate."""
-        before = sum(other.number for other in self.states[: self.states.index(state)])
+        names = [other.name for other in self.states]
+        before = sum(other.number for other in self.states[: names.index(state.name)])
         return self._tensor * (1 + before + index) + coordinate
 
     def find(self, coordinate: int) -> Thing | None:

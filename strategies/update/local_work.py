@@ -34,7 +34,7 @@ from strategies.state.shard import StateShard
 from strategies.state.training_state import Arrangement
 from strategies.state.virtual_shard import VirtualShard
 from strategies.update.counting import counted, square_sum_of
-from strategies.update.local import MOMENTUM, OWN_WEIGHTS, LocalRule, outer_step
+from strategies.update.outer import MOMENTUM, OWN_WEIGHTS, LocalSettings, Replicas, outer_step
 from strategies.update.setting import Setting
 from strategies.update.vote import exchange
 from strategies.wire.blocks import Blocks
@@ -73,8 +73,10 @@ class _Progress:
 class LocalStepsWork:
     """See the module. More than 15 attributes: what is exchanged, by whom, and what trains here."""
 
-    def __init__(self, rule: LocalRule, setting: Setting, plain: GradientWork) -> None:
-        self._rule, self._settings, self._setting, self._plain = rule, rule.settings, setting, plain
+    def __init__(
+        self, settings: LocalSettings, replicas: Replicas, setting: Setting, plain: GradientWork
+    ) -> None:  # fmt: skip
+        self._settings, self._replicas, self._setting, self._plain = settings, replicas, setting, plain
         arrangement, layout, fabric = setting.state.arrangement, setting.layout, setting.fabric
         place = layout.place(fabric.rank)
         assert place is not None
@@ -90,10 +92,10 @@ class LocalStepsWork:
         self._exchanges: dict[int, _Exchange] = {}
 
     @classmethod
-    def where_placed(cls, rule: LocalRule, setting: Setting) -> GradientWork:
+    def where_placed(cls, settings: LocalSettings, replicas: Replicas, setting: Setting) -> GradientWork:
         """A rank without a part of the model has nothing to do."""
         plain = setting.plain()
-        return plain if setting.layout.place(setting.fabric.rank) is None else cls(rule, setting, plain)
+        return plain if setting.layout.place(setting.fabric.rank) is None else cls(settings, replicas, setting, plain)
 
     def _take_up(self, setting: Setting) -> _Progress:
         """What is kept of an interrupted round, if this rank has the same part of the model."""
@@ -170,7 +172,7 @@ class LocalStepsWork:
     # ------------------------------------------------------------------------------------ a replica
 
     def _virtual(self, number: int) -> VirtualShard:
-        return self._setting.state.arrangement.made(self._rule.replicas, number, self._place.tensor)
+        return self._setting.state.arrangement.made(self._replicas, number, self._place.tensor)
 
     def _began_with(self, number: int, first: int) -> torch.Tensor:
         """A replica's weights when the round began."""
@@ -231,7 +233,7 @@ class LocalStepsWork:
         if ahead is not None and end <= first + self._settings.overlap_steps:
             self._mix(inner.weights, ahead)
         replica.weights = inner.weights.clone()
-        if self._rule.virtual_states():
+        if self._replicas.kinds:
             for kind, buffer in inner.moments.items():
                 self._virtual(number).prepared(kind).copy_(buffer.values)
 
@@ -288,7 +290,7 @@ class LocalStepsWork:
     def _exchange_for(self, fragment: int) -> _Exchange:
         if fragment not in self._exchanges:
             self._exchanges[fragment] = _Exchange(
-                self._rule, self._setting, self._across, self._place.data, self._part, fragment
+                self._settings, self._setting, self._across, self._place.data, self._part, fragment
             )  # fmt: skip
         return self._exchanges[fragment]
 
@@ -324,13 +326,14 @@ class _Exchange:
     """What is exchanged of a fragment of the model: the part of it that this rank computes with, end to end."""
 
     def __init__(
-        self, rule: LocalRule, setting: Setting, layout: ParallelLayout, data: int, part: ModelPart, fragment: int
+        self, settings: LocalSettings, setting: Setting, layout: ParallelLayout, data: int, part: ModelPart,
+        fragment: int,
     ) -> None:  # fmt: skip
-        self._settings, self._setting, self._layout = rule.settings, setting, layout
+        self._settings, self._setting, self._layout = settings, setting, layout
         self._led = layout.assignment[data]
         self._part_flat = part.flat
         space = setting.state.space
-        wanted = rule.settings.ranges_of(space, fragment)
+        wanted = settings.ranges_of(space, fragment)
         ranges = [(start, start + n) for low, high in wanted for start, _, n in part.flat.locate(low, high)]
         self.flat = FlatRanges.of(ranges, space.boundary)
         self._reducer, self._summing = self._make(data, part.device)

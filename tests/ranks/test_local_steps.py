@@ -11,7 +11,8 @@ import torch
 
 from strategies.layout.parallel import ParallelLayout
 from strategies.optim.spec import OPTIMIZERS, OptimizerSpec
-from strategies.update.local import LocalRule, LocalSettings
+from strategies.update.local import LocalRule
+from strategies.update.outer import LocalSettings
 from strategies.wire.codecs import codec_of
 from strategies.wire.format import WireFormat
 from tests.ranks.laid_out import Stretch, Trained, layout_of, train

@@ -104,9 +104,9 @@ def test_the_same_step_twice_gives_the_same_bits() -> None:
     first, second = engine(), engine()
     torch.manual_seed(1234)  # whatever state the generators are in
     for step in range(3):
-        a, _ = first.run(step)
+        (a,), _ = first.run(step)
         torch.rand(7)
-        b, _ = second.run(step)
+        (b,), _ = second.run(step)
         assert numbers(a) == numbers(b)
         assert a.hashes == tuple(1000 * step + index for index in range(4))
         assert not a.skipped

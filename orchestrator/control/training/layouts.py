@@ -13,8 +13,8 @@ from orchestrator.models.costs import ModelCosts
 from orchestrator.planning.balance import best_parts
 from orchestrator.planning.choose import NoLayoutFits
 from orchestrator.training.messages import Generation
-from strategies.layout.assignment import deal
 from strategies.layout.parallel import ParallelLayout
+from strategies.layout.replicas import share_out
 
 
 class _Answer(NamedTuple):
@@ -137,7 +137,7 @@ class Layouts:
 
 def _plain(layout: ParallelLayout) -> ParallelLayout:
     """The layout without what says nothing about who has which part of the state."""
-    return replace(layout, spares=0, assignment=deal(layout.virtual_workers, [1.0] * layout.data))
+    return replace(layout, spares=0, assignment=share_out(layout.virtual_workers, layout.data, layout.virtual_replicas))
 
 
 def _shape(layout: ParallelLayout) -> tuple[object, ...]:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import BeforeValidator, Field, Tag
+from pydantic_core import PydanticCustomError
 
-from orchestrator.job.fields import CIRCUMSTANCES, NUMBERS, NUMBERS_LATER, PositiveInt, Section, named, one_of
+from orchestrator.job.fields import (
+    CIRCUMSTANCES,
+    NUMBERS,
+    NUMBERS_LATER,
+    CountInt,
+    Decay,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    named,
+    one_of,
+)
+from orchestrator.job.rules import OWN_WORDS
 from strategies.update.rule import RULES
 
 
@@ -17,6 +30,41 @@ class CompressedWire(Section):
     """The share of elements that is sent: the largest."""
     power_sgd: Annotated[PositiveInt | None, NUMBERS] = None
     """The rank of the two matrices that are sent in place of one."""
+
+
+class OuterOptimizer(Section):
+    """What takes what replicas have come to: SGD."""
+
+    lr: Annotated[PositiveFloat, NUMBERS] = 0.7
+    momentum: Annotated[Decay, NUMBERS] = 0.9
+    nesterov: Annotated[bool, NUMBERS] = True
+
+
+class LocalUpdate(Section):
+    """Virtual replicas train by themselves, and exchange what they have come to after `inner_steps` steps."""
+
+    rule: Annotated[Literal["local"], NUMBERS]
+    replicas: Annotated[PositiveInt, NUMBERS]
+    """Of the virtual workers each has an equal number, that follow one another."""
+    inner_steps: Annotated[PositiveInt, NUMBERS]
+    warmup_steps: Annotated[CountInt | None, NUMBERS] = None
+    """The first steps, which are synchronous. None: half of all."""
+    outer: Annotated[OuterOptimizer, NUMBERS] = Field(default_factory=OuterOptimizer)
+    fragments: Annotated[PositiveInt, NUMBERS] = 1
+    """In how many parts the model is exchanged, one after the other."""
+    overlap_steps: Annotated[CountInt, NUMBERS] = 0
+    """The steps beside which an exchange goes on."""
+    mix: Annotated[float | None, Field(ge=0, lt=1), NUMBERS] = None
+    """How much of its own weights a replica keeps in an exchange. None: nothing, or with an overlap half."""
+    wire: Annotated[Literal["fp32", "bf16", "int8", "int4"], NUMBERS] = "fp32"
+    """How it is sent."""
+
+
+def _needs_settings(value: str) -> str:
+    if value == "local":
+        reason = "needs its settings, as in {rule: local, replicas: 4, inner_steps: 20}"
+        raise PydanticCustomError(OWN_WORDS, "{reason}", {"reason": reason})
+    return value
 
 
 class Strategy(Section):
@@ -32,7 +80,12 @@ class Strategy(Section):
     transport: Annotated[Literal["auto", "nccl", "gloo"], CIRCUMSTANCES] = "auto"
     """What carries tensors between GPUs. auto: NCCL. gloo: over the memory of the hosts, by which workers may share a
     GPU. Between CPUs it is gloo in any case. The bits are the same."""
-    update: Annotated[str, named("update_rules", RULES), NUMBERS] = "synchronous"
+    update: Annotated[
+        Annotated[str, named("update_rules", RULES), BeforeValidator(_needs_settings), Tag("str")]
+        | Annotated[LocalUpdate, Tag("dict")],
+        one_of("str", "dict", reason="must be the name of an update rule, or a mapping with rule: local"),
+        NUMBERS,
+    ] = "synchronous"
     """When gradients become weights. Other packages may bring more (docs/contributing.md)."""
 
     wire: Annotated[
