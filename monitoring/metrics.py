@@ -50,7 +50,7 @@ _BUCKETS = {
     "orchestrator_step_duration_seconds": (
         0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
     ),
-    "orchestrator_detection_seconds": (0.1, 0.5, 1.0, 5.0, 15.0, 60.0),
+    "orchestrator_detection_seconds": (0.1, 1.0, 5.0, 15.0, 60.0),
     "orchestrator_recovery_seconds": (0.25, 1.0, 3.0, 10.0, 60.0, 300.0),
     "orchestrator_resize_duration_seconds": (0.1, 0.5, 1.0, 5.0, 30.0),
     "orchestrator_checkpoint_duration_seconds": (0.01, 0.1, 1.0, 10.0, 60.0),
@@ -156,6 +156,8 @@ class RunMetrics:
         self._one("step_duration_seconds").observe(record["seconds"])
         for phase, seconds in record.get("phase_seconds", {}).items():
             self._one("phase_duration_seconds", phase=phase).observe(seconds)
+        if record.get("round_steps", 1):
+            self._one("rounds_total").inc()
         for kind, num_bytes in record.get("wire_bytes", {}).items():
             self._one("wire_bytes_total", kind=kind).inc(num_bytes)
         if record["skipped"]:

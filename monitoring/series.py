@@ -96,6 +96,7 @@ RUN_SERIES: tuple[Series, ...] = (
     _gauge("loss", "nats", "Loss per token of the newest committed step; NaN when it was not finite."),
     _gauge("grad_norm", "", "Gradient norm of the newest committed step before clipping; NaN when it was not finite."),
     _gauge("learning_rate", "", "Learning rate of the newest committed step."),
+    _counter("rounds", "rounds", "Rounds of steps committed together; of synchronous training each step is one."),
     _counter("wire_bytes", "bytes", "Sent by ranks to each other in committed steps, by what it was.", "kind"),
     _counter("nonfinite", "steps", "Steps whose update was skipped because the gradient was not finite."),
     # What evaluations gave.

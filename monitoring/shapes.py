@@ -41,6 +41,7 @@ STEP = fields(
     {"step": count, "generation": whole, "loss": maybe(number), "tokens": count, "committed_at": seconds,
      "seconds": seconds, "grad_norm": maybe(number), "lr": number, "skipped": flag, "phase_seconds": by_name(seconds)},
     samples=text, padding=count, deal=count, ranks=many(_rank), wire_bytes=by_name(count),
+    round_steps=count,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- events.jsonl

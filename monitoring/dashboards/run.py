@@ -129,9 +129,11 @@ _SPEED = Row(
         ),
         Panel(
             "Sent between ranks", "Bytes that ranks send each other in committed steps, a second, by what they are.",
-            (Target(rate(of_run("wire_bytes_total"), "kind"), "{{kind}}", may_be_empty=ONE_RANK),), "Bps", width=24,
+            (Target(rate(of_run("wire_bytes_total"), "kind"), "{{kind}}", may_be_empty=ONE_RANK),), "Bps", width=18,
             stacked=True, minimum=0,
         ),
+        Panel("Rounds", "Rounds of steps that are committed together, a minute.",
+              (Target(f"60 * {rate(of_run('rounds_total'))}", "rounds"),), "short", width=6, minimum=0),
     ),
 )  # fmt: skip
 

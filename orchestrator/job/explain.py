@@ -120,24 +120,31 @@ OF_OTHERS = {
 """What Trainer, TRL and Axolotl call things (docs/migrating.md)."""
 
 
+_INSTEAD = "~"
+"""Stands for a point before fields of a mapping that may be given in place of a name."""
+
+
 def _unknown_field(root: type[BaseModel], path: Path) -> str:
     model, key = _model_at(root, path[:-1]), str(path[-1])
     if key in OF_OTHERS:
         return f"unknown field; here it is {OF_OTHERS[key]}"
     here = list(model.model_fields) if model else []
+    # Of several places the nearest to the top, and none in entries of lists where there is another, nor in a mapping
+    # that may stand in place of a name.
     everywhere = list(_all_fields(root))
     exact = [dotted for dotted in everywhere if dotted.split(".")[-1] == key]
-    # Of several places the nearest to the top, and none in entries of lists where there is another.
-    exact = [dotted for dotted in exact if ".0." not in dotted] or exact
+    usual = [dotted for dotted in everywhere if _INSTEAD not in dotted]
+    exact = [dotted for dotted in exact if ".0." not in dotted and dotted in usual] or exact
     # A clear typo first, then a field in the wrong section, then whatever is closest.
     for names in (
         close(key, here, 0.75),
         exact,
         close(key, here, 0.6),
+        [dotted for dotted in usual if close(key, [dotted.split(".")[-1]], 0.85)],
         [dotted for dotted in everywhere if close(key, [dotted.split(".")[-1]], 0.85)],
     ):
         if names:
-            return "unknown field" + did_you_mean(names)
+            return "unknown field" + did_you_mean(name.replace(_INSTEAD, ".") for name in names)
     return f"unknown field; allowed here: {', '.join(here)}"
 
 
@@ -157,8 +164,10 @@ def _all_fields(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         inner = _model_in(field.annotation)
         if inner:
-            item = ".0" if typing.get_origin(field.annotation) is list else ""
-            yield from _all_fields(inner, f"{prefix}{name}{item}.")
+            item = ".0." if typing.get_origin(field.annotation) is list else "."
+            if any(str in (kind, *typing.get_args(kind)) for kind in typing.get_args(field.annotation)):
+                item = _INSTEAD
+            yield from _all_fields(inner, f"{prefix}{name}{item}")
 
 
 def _annotation(root: type[BaseModel], path: Path) -> Any:

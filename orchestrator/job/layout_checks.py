@@ -220,7 +220,15 @@ def _wire(get: Get) -> Iterator[Finding]:
         yield Finding(("strategy.wire_across", "strategy.shard"), reason)
 
 
-RULES_OF_DEGREES: tuple[Rule, ...] = (_adapter, _layers, _divisible, _native, _compile, _padded, _wire)
+def _by_themselves(get: Get) -> Iterator[Finding]:
+    if isinstance(get("strategy.update"), dict) and get("strategy.shard") != "none":
+        reason = (
+            f"replicas have weights of their own, which shard: {get('strategy.shard')} would divide: use shard: none"
+        )
+        yield Finding(("strategy.shard", "strategy.update"), reason)
+
+
+RULES_OF_DEGREES: tuple[Rule, ...] = (_adapter, _layers, _divisible, _native, _compile, _padded, _wire, _by_themselves)
 """Those about degrees, shard and schedule alone, whatever the number of workers."""
 LAYOUT_RULES: tuple[Rule, ...] = (
     _group_of_workers,

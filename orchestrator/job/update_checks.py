@@ -49,7 +49,6 @@ def _together(get: Get) -> Iterator[Finding]:
     if _local(get) is None:
         return
     refused = {
-        "strategy.shard": (get("strategy.shard") != "none", "replicas have weights of their own: use shard: none"),
         "strategy.wire": (
             get("strategy.wire") != "fp32",
             "is about sums of gradients; what replicas exchange is strategy.update.wire, and the warm-up sends fp32",

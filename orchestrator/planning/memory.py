@@ -68,10 +68,13 @@ def _of_rank(work: Work, stages: Stages, place: int, degrees: Degrees, held: int
     # A copy has weights of its own, also where all replicas compute with all of them.
     copied = 0.0 if work.offloads else work.state.optimizer + work.state.weights
     kept, sent = _buffers(work, rank, degrees)
+    # As it is, and as it will be; also of what is kept for others.
+    holders = 1 + max(0, min(work.state_copies, degrees.ranks) - 1)
+    virtual = 2 * 4.0 * work.exchange.kept * rank.parameters / data * holders + work.exchange.apart * rank.parameters
     return Memory(
         weights=_weights(work, rank, degrees, is_borrowed=stages.borrowed > 0),
         gradients=(state.gradients + second) * sums + updated,
-        optimizer=0.0 if work.offloads else state.optimizer,
+        optimizer=(0.0 if work.offloads else state.optimizer) + virtual,
         activations=activations,
         copies=copied * missing_copies(shard, data, degrees.ranks, work.state_copies) * rank.parameters / data,
         # What is sent comes when activations are gone.

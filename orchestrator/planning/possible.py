@@ -57,4 +57,5 @@ def _value(job: Job, path: str) -> Any:
     value: Any = job
     for name in path.split("."):
         value = getattr(value, name)
-    return value
+    # As rules are given it of a file.
+    return value.model_dump() if hasattr(value, "model_dump") else value

@@ -60,6 +60,9 @@ def predict_step(work: Work, hardware: Hardware, stages: Stages, degrees: Degree
     micro_batches = degrees.schedule.padded(held * work.micro_batches)
     compute, bubble = compute_and_bubble(work, hardware, stages, degrees)
     data, shard = _reduction(work, hardware, stages, degrees, held)
+    # What goes on beside steps of local training is waited for as far as it takes longer.
+    hidden_s = compute * work.exchange.hidden_steps / work.exchange.every_steps
+    data = max(0.0, data - hidden_s)
     if hides_messages(hardware, degrees):
         # All but what the first block waits for goes on beside arithmetic, gathers first.
         first = (data + shard) / max(1, stages.most_blocks * held * work.micro_batches)
@@ -114,7 +117,10 @@ def _reduction(
     if data == 1:
         return 0.0, 0.0
     link = hardware.link(degrees.ranks)
-    gradient, weights = stages.most_parameters * work.state.gradients, stages.most_parameters * work.computed_bytes
+    exchange = work.exchange
+    share = exchange.share_of(work.model.hidden_size) / exchange.every_steps
+    gradient = stages.most_parameters * work.state.gradients * share
+    weights = stages.most_parameters * work.computed_bytes
     if degrees.shard in ("none", "optimizer"):
         # Once a step. In canonical order a rank sends each of its partial sums by itself.
         sent = most_pieces(work.virtual_workers, data) if work.canonical else 1
@@ -136,8 +142,25 @@ def _reduction(
 
 def _copies_s(work: Work, hardware: Hardware, stages: Stages, degrees: Degrees) -> float:
     """The reduced gradient of what is copied goes to each of its other holders."""
-    missing = missing_copies(degrees.shard, degrees.data, degrees.ranks, work.state_copies)
-    if not missing:
+    link, found = hardware.link(degrees.ranks), 0.0
+    if missing := missing_copies(degrees.shard, degrees.data, degrees.ranks, work.state_copies):
+        share = stages.most_parameters * work.state.gradients / degrees.data
+        found = missing * send_s(share, link)
+    # What virtual things keep changes as often as there is an exchange, and has one holder by itself.
+    if work.exchange.kept and (missing := min(work.state_copies, degrees.ranks) - 1) > 0:
+        kept = 4.0 * work.exchange.kept * stages.most_parameters / degrees.data / work.exchange.every_steps
+        found += missing * send_s(kept, link)
+    return found
+
+
+def sent_bytes(work: Work, degrees: Degrees) -> float:
+    """What a rank sends in a step of sums of gradients, and of copies of what virtual things keep; on average."""
+    if degrees.data == 1:
         return 0.0
-    share = stages.most_parameters * work.state.gradients / degrees.data
-    return missing * send_s(share, hardware.link(degrees.ranks))
+    exchange, parameters = work.exchange, work.model.parameters / degrees.tensor / degrees.pipeline
+    share = exchange.share_of(work.model.hidden_size)
+    held = most_held(work.virtual_workers, degrees.data)
+    times = {"none": 2.0, "optimizer": 1.0}.get(degrees.effective_shard, float(held))
+    sums = times * share * (degrees.data - 1) / degrees.data
+    copies = max(0, min(work.state_copies, degrees.ranks) - 1) * exchange.kept / degrees.data
+    return 4.0 * parameters * (sums + copies) / exchange.every_steps

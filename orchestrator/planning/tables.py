@@ -9,8 +9,9 @@ from typing import Any
 
 from orchestrator.planning.refusals import Refusal
 from orchestrator.planning.search import Plan
+from orchestrator.planning.step_time import sent_bytes
 from orchestrator.planning.units import show_bytes, show_runs, show_seconds
-from orchestrator.planning.work import Work
+from orchestrator.planning.work import Exchange, Work
 
 _WIDTH = 132
 _SHOWN_REFUSALS = 12
@@ -67,6 +68,7 @@ def _plan_json(plan: Plan, work: Work) -> dict[str, Any]:
         "virtual_workers": [len(held) for held in plan.assignment(work.virtual_workers)],
         "step_seconds": plan.time.total,
         "step_parts_seconds": asdict(plan.time),
+        "sent_bytes": round(sent_bytes(work, degrees)),
         "memory_bytes": plan.memory.total,
         "memory_parts_bytes": asdict(plan.memory),
     }
@@ -87,7 +89,7 @@ def print_answers(
     _print_table(answers)
     for answer in answers:
         if answer.plans and (len(answers) <= 3 or everything):
-            _print_parts(answer)
+            _print_parts(answer, work)
     _print_refusals(answers, everything)
 
 
@@ -140,12 +142,15 @@ def _cuts(layers: Sequence[int]) -> str:
     return " ".join(f"{count}x{times}" if times > 1 else str(count) for count, times in runs)
 
 
-def _print_parts(answer: Answer) -> None:
+def _print_parts(answer: Answer, work: Work) -> None:
     best = answer.plans[0]
     seconds = _parts(best.time, show_seconds)
     sizes = _parts(best.memory, show_bytes)
     print(f"\nbest on {answer.workers}: step {show_seconds(best.time.total)} = {seconds}")
-    print(f"{'':<{len(f'best on {answer.workers}')}}  memory {show_bytes(best.memory.total)} = {sizes}")
+    indent = " " * len(f"best on {answer.workers}")
+    print(f"{indent}  memory {show_bytes(best.memory.total)} = {sizes}")
+    if work.exchange != Exchange() and (sent := sent_bytes(work, best.degrees)):
+        print(f"{indent}  sent by a rank in a step, on average: {show_bytes(sent)}")
 
 
 def _parts(values: Any, show: Any) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from orchestrator.job.parts import optimizer_of, update_rule_of
+from orchestrator.job.parts import optimizer_of, update_rule_of, virtual_states_of, wire_of
 from orchestrator.models.costs import ModelCosts
 from strategies.layout.schedule import PipelineSchedule
 from strategies.optim.spec import OptimizerSpec
+from strategies.wire.format import WireFormat
 
 if TYPE_CHECKING:
     from orchestrator.job import Job
@@ -33,6 +34,39 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.53125}
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What ranks send each other of a step's sums. `share` is what is sent of fp32 (None: as of two matrices of `rank`
+    columns), once in `every_steps` steps, beside the computation of `hidden_steps` of these. Virtual things keep
+    `kept` values for each parameter, all together, and ranks that train replicas by themselves `apart` bytes."""
+
+    share: float | None = 1.0
+    rank: int = 0
+    every_steps: int = 1
+    hidden_steps: int = 0
+    kept: float = 0.0
+    apart: float = 0.0
+
+    @classmethod
+    def of(cls, job: Job) -> Exchange:
+        """The job's; of local steps as it is after the warm-up."""
+        wire, update = wire_of(job), job.strategy.update
+        kept = sum(state.number * len(state.kinds) for state in virtual_states_of(job))
+        if isinstance(update, str):
+            return cls(share=wire.share, rank=wire.rank, kept=kept)
+        # Weights, moments and a gradient, to train a replica with.
+        apart = 8.0 + OptimizerSpec(kind=optimizer_of(job), momentum=job.train.optimizer.momentum).state_bytes
+        share = WireFormat(update.wire).share
+        return cls(
+            share=share, every_steps=update.inner_steps, hidden_steps=update.overlap_steps * update.fragments,
+            kept=kept, apart=apart,
+        )  # fmt: skip
+
+    def share_of(self, hidden_size: int) -> float:
+        """What is sent, of matrices of about that size."""
+        return min(1.0, 2 * self.rank / max(1, hidden_size)) if self.share is None else self.share
+
+
+@dataclass(frozen=True)
 class StepSettings:
     """What a job says of a step, whatever its model is. `micro_batches` is per virtual worker, `tokens` per
     micro-batch."""
@@ -47,6 +81,7 @@ class StepSettings:
     """Whether what only updates need is kept in host memory."""
     frozen_bytes: float | None = None
     """Of a frozen weight of a linear module. None: as of one that is computed with."""
+    exchange: Exchange = field(default_factory=Exchange)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +122,7 @@ def step_settings(job: Job) -> StepSettings:
         canonical=job.strategy.reduction == "canonical",
         offloads=job.train.offload == "optimizer",
         frozen_bytes=None if job.adapter is None else QUANTIZED_BYTES.get(job.adapter.quantize_base),
+        exchange=Exchange.of(job),
     )
 
 

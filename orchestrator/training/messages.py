@@ -69,7 +69,10 @@ class StepReport:
     monotonic clock says until it is `dated`; `tokens` are targets that count, `padding` positions computed without one.
 
     `ranks` is what each rank of the generation spent on it, told by the first only; `deal` the number of the deal by
-    which they held virtual workers, `wire_bytes` what all of them have sent in it, by kind.
+    which they held virtual workers, `wire_bytes` what all of them have sent in it, by kind, `round_steps` how
+    many steps were committed together with it as the last (0: others followed).
+
+    More than 15 attributes: it is the record of a step.
     """
 
     step: int
@@ -87,6 +90,7 @@ class StepReport:
     ranks: tuple[RankTimes, ...] = ()
     deal: int = 0
     wire_bytes: dict[str, int] = field(default_factory=dict)
+    round_steps: int = 1
 
 
 @dataclass(frozen=True)

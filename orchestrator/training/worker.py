@@ -420,6 +420,7 @@ class Worker:
                 ranks=tuple(map(rounded, record.ranks)) if rank == 0 else (),
                 deal=record.deal,
                 wire_bytes=record.wire_bytes,
+                round_steps=record.round_steps,
             )
         )
 

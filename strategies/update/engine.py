@@ -46,7 +46,9 @@ from strategies.update.vote import PAUSE, SAVE, SAVING, Agreement, Ballot, Polls
 class StepRecord:
     """What a committed step was; identical on every rank but for `seconds` and `phase_seconds`. `loss` is in the unit
     of the objective, `ranks` what each rank spent on it, `deal` the number of the deal by which virtual workers were
-    held (0: that of the generation)."""
+    held (0: that of the generation).
+
+    More than 15 attributes: it is all that is told of a step."""
 
     step: int
     loss: float
@@ -66,6 +68,8 @@ class StepRecord:
     deal: int = 0
     wire_bytes: dict[str, int] = field(default_factory=dict)
     """That all ranks have sent, by kind (`strategies.comm.traffic`)."""
+    round_steps: int = 1
+    """Steps of the round that it ends; 0 where it does not."""
 
 
 class _Loads:
@@ -269,6 +273,7 @@ class StepEngine:
                 ranks=vote.ranks if is_last else (),
                 deal=self.deals.number,
                 wire_bytes={kind: n for kind, n in zip(KINDS, vote.sent, strict=True) if n} if is_last else {},
+                round_steps=steps if is_last else 0,
             )
             records.append(record)
         return records

@@ -26,6 +26,15 @@ class WireFormat:
     feedback: bool = False
 
     @property
+    def share(self) -> float | None:
+        """What is sent of a matrix, as a share of fp32 (`strategies.wire.codecs`); None where that depends on its
+        shape."""
+        if self.name == "top_k":
+            kept = max(1, round(self.fraction * 4096))
+            return (kept + -(-kept // 2)) / 4096
+        return {"fp32": 1.0, "bf16": 0.5, "int8": 65 / 256, "int4": 17 / 128}.get(self.name)
+
+    @property
     def is_exact(self) -> bool:
         """Whether sums are sent as they are."""
         return self.name == "fp32"

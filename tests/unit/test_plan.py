@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.models.costs import Block, ModelCosts
+from orchestrator.job import Job
+from orchestrator.models.costs import Block, ModelCosts, describe_model
 from orchestrator.planning import search
 from orchestrator.planning.hardware import Hardware, Link, ring_all_reduce_s, scatter_s
 from orchestrator.planning.memory import predict_memory, zero_state
@@ -23,7 +24,8 @@ from orchestrator.planning.partition import bottleneck, cut
 from orchestrator.planning.refusals import nothing_fits, refusals
 from orchestrator.planning.search import Limits, Plan, Planner
 from orchestrator.planning.stages import stages_of
-from orchestrator.planning.work import Degrees, StateBytes, Work, most_held, most_pieces
+from orchestrator.planning.step_time import sent_bytes
+from orchestrator.planning.work import Degrees, StateBytes, Work, most_held, most_pieces, work_of
 from strategies.layout.assignment import deal
 from strategies.layout.parallel import SHARDS, ParallelLayout
 from strategies.layout.schedule import SCHEDULES, PipelineSchedule, chunks_of, schedules
@@ -424,3 +426,28 @@ def test_the_planner_itself_needs_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "least", "most"),
+    [
+        ("strategy.wire=int8", 0.25, 0.26),
+        ("strategy.wire={power_sgd: 4}", 0.05, 0.07),
+        ("strategy.update={rule: local, replicas: 4, inner_steps: 10, warmup_steps: 0}", 0.1, 0.1),
+    ],
+)
+def test_what_is_compressed_or_sent_less_often_takes_less(override: str, least: float, most: float) -> None:
+    """On a thin link, of one copy of everything."""
+    texts = ("strategy.wire=fp32", override)
+    alone = ["elastic.state_copies=1"]
+    usual, other = (Job.load(ROOT / "examples/quickstart.yaml", overrides=[each, *alone]) for each in texts)
+    thin = replace(hardware(), inside=Link(1e6, 0.0), between=Link(1e6, 0.0))
+    seconds, sent = [], []
+    for job in (usual, other):
+        work_ = work_of(job, describe_model(job))
+        degrees = Degrees(4, 1, PipelineSchedule("none", 1), "none")
+        plan = Planner(work_, thin, Limits(tensor=(1,), pipeline=(1,), shards=("none",))).predict(degrees, 4)
+        seconds.append(plan.time.data)
+        sent.append(sent_bytes(work_, plan.degrees))
+    assert least <= seconds[1] / seconds[0] <= most
+    assert seconds[1] / seconds[0] == pytest.approx(sent[1] / sent[0], rel=0.01)

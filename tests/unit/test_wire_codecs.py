@@ -245,3 +245,8 @@ def test_codes_are_kept_of_the_sums_that_are_sent_only() -> None:
 
 def _no_residual(node: Subtree) -> Residual:
     raise AssertionError(f"nobody asked for feedback at {node}")
+
+
+@pytest.mark.parametrize("wire", FORMATS, ids=ids)
+def test_the_planner_knows_what_is_sent(wire: WireFormat) -> None:
+    assert wire.share == codec_of(wire).ratio
