@@ -1,8 +1,10 @@
 """A thin link between two groups of ranks on one machine: a proxy that lets so many bytes a second through, each way.
 
 Every connection between a rank of one group and a rank of the other goes through it: whoever looks up where a peer
-listens is told a port of the proxy's, if the peer is of the other group. Tokens of a bucket are bytes; they come in at
-the rate of the link, and a tenth of a second's worth can be saved up (a shallow buffer of a router).
+listens is told another address of this host, where the proxy listens, if the peer is of the other group. (Gloo's two
+ends compare addresses to agree on which of them connects: those of the groups, and of the proxy for them, are such that
+both come to the same.) Tokens of a bucket are bytes; they come in
+at the rate of the link, and a tenth of a second's worth can be saved up (a shallow buffer of a router).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import threading
 import time
 from typing import Any
 
-HOST = "127.0.0.1"
+HOSTS, BEYOND = ("127.0.0.1", "127.0.0.3"), ("127.0.0.2", "127.0.0.4")
+"""Where ranks of each group listen, and where the proxy does for them."""
+DOOR = "127.0.0.1"
 SAVED_S = 0.1
 CHUNK = 1 << 16
 
@@ -57,7 +61,7 @@ def _relay(listener: socket.socket, port: int, group: int, buckets: list[Bucket]
     """Connects whoever comes to `port`, where a rank of `group` listens."""
     while True:
         ours, _ = listener.accept()
-        theirs = socket.create_connection((HOST, port))
+        theirs = socket.create_connection((HOSTS[group], port))
         for each in (ours, theirs):
             each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for source, target, bucket in ((ours, theirs, buckets[group]), (theirs, ours, buckets[1 - group])):
@@ -66,9 +70,9 @@ def _relay(listener: socket.socket, port: int, group: int, buckets: list[Bucket]
 
 def _main(pipe: Any, bytes_per_s: float) -> None:
     buckets = [Bucket(bytes_per_s), Bucket(bytes_per_s)]
-    door = socket.create_server((HOST, 0))
+    door = socket.create_server((DOOR, 0))
     pipe.send(door.getsockname()[1])
-    opened: dict[int, int] = {}
+    opened: set[int] = set()
     while True:
         connection, _ = door.accept()
         with connection, connection.makefile("rw") as file:
@@ -78,10 +82,10 @@ def _main(pipe: Any, bytes_per_s: float) -> None:
                 continue
             port, group = asked
             if port not in opened:
-                listener = socket.create_server((HOST, 0), backlog=256)
-                opened[port] = listener.getsockname()[1]
+                opened.add(port)
+                listener = socket.create_server((BEYOND[group], port), backlog=256)
                 threading.Thread(target=_relay, args=(listener, port, group, buckets), daemon=True).start()
-            file.write(json.dumps(opened[port]) + "\n")
+            file.write(json.dumps(port) + "\n")
 
 
 class ThinLink:
@@ -104,8 +108,8 @@ class ThinLink:
 
 
 def ask(door: int, what: Any) -> Any:
-    """Of the proxy: the port by which one of a group is reached; or what has passed."""
-    with socket.create_connection((HOST, door)) as connection, connection.makefile("rw") as file:
+    """Of the proxy: that a port of one of a group can be reached through it; or what has passed."""
+    with socket.create_connection((DOOR, door)) as connection, connection.makefile("rw") as file:
         file.write(json.dumps(what) + "\n")
         file.flush()
         return json.loads(file.readline())
@@ -122,11 +126,12 @@ def go_through(door: int, group: int) -> None:
         raw = value.encode() if isinstance(value, str) else bytes(value)
         ports = _ports_in(raw)
         if ports:
-            usual_set(self, f"{key}/group", str(group))
             by_proxy = raw
             for port in ports:
-                by_proxy = by_proxy.replace(_address(port), _address(ask(door, [port, group])))
+                ask(door, [port, group])
+                by_proxy = by_proxy.replace(_address(HOSTS[group], port), _address(BEYOND[group], port))
             usual_set(self, f"{key}/proxied", by_proxy)
+            usual_set(self, f"{key}/group", str(group))
         usual_set(self, key, raw)
 
     def get(self: Any, key: str) -> bytes:
@@ -138,16 +143,16 @@ def go_through(door: int, group: int) -> None:
     StoreClient.set, StoreClient.get = set_, get  # type: ignore[method-assign]
 
 
-def _address(port: int) -> bytes:
-    """The beginning of a sockaddr_in of this host."""
-    return struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + socket.inet_aton(HOST)
+def _address(host: str, port: int) -> bytes:
+    """The beginning of a sockaddr_in."""
+    return struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + socket.inet_aton(host)
 
 
 def _ports_in(raw: bytes) -> set[int]:
     """The ports of this host's addresses in what gloo tells its peers."""
-    start, end = struct.pack("=H", socket.AF_INET), socket.inet_aton(HOST)
+    start, ends = struct.pack("=H", socket.AF_INET), [socket.inet_aton(host) for host in HOSTS]
     return {
         struct.unpack("!H", raw[at + 2 : at + 4])[0]
         for at in range(len(raw) - 7)
-        if raw[at : at + 2] == start and raw[at + 4 : at + 8] == end
+        if raw[at : at + 2] == start and raw[at + 4 : at + 8] in ends
     }

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from paired import HOST, Done, Side, Start
-from thin_link import ThinLink, go_through
+from thin_link import HOSTS, ThinLink, go_through
 
-SECRET = b"benchmark"
+SECRET = b"benchmark of update rules"
 JOB = Path(__file__).parents[1] / "examples/quickstart.yaml"
 LOCAL = "strategy.update={{rule: local, replicas: 4, inner_steps: {h}, warmup_steps: {w}{more}}}"
 
@@ -159,8 +159,11 @@ def rank_of(start: Start, overrides: list[str], door: int | None) -> Any:
     from strategies.update.engine import StepEngine
     from strategies.update.vote import exchange
 
+    host = HOST
     if door is not None:
-        go_through(door, group=2 * start.rank // start.world_size)
+        group = 2 * start.rank // start.world_size
+        go_through(door, group)
+        host = HOSTS[group]
     job = Job.load(
         JOB, overrides=[MODEL, *SMALL_STEP, "train.steps=1000000", "checkpoint.every_steps=null", *overrides]
     )
@@ -173,7 +176,7 @@ def rank_of(start: Start, overrides: list[str], door: int | None) -> Any:
     layout = LayoutChooser.for_job(job).choose(ranks, None, 0, None)
     assert layout is not None
     fabric = Fabric(rank=start.rank, layout=layout, device=device)
-    fabric.form(store_address=StoreAddress(HOST, start.port, SECRET), prefix="speed", host=HOST, timeout_s=120.0)
+    fabric.form(store_address=StoreAddress(HOST, start.port, SECRET), prefix="speed", host=host, timeout_s=120.0)
     domains = [Domain("", str(rank)) for rank in range(ranks)]
 
     def barrier() -> None:

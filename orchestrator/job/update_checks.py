@@ -54,6 +54,7 @@ def _together(get: Get) -> Iterator[Finding]:
             "is about sums of gradients; what replicas exchange is strategy.update.wire, and the warm-up sends fp32",
         ),
         "strategy.reduction": (get("strategy.reduction") == "native", "must be canonical with rule: local"),
+        "train.offload": (get("train.offload") != "none", "moves what replicas are trained with: use offload: none"),
         "train.ema": (get("train.ema") is not None, "is a mean over steps, and rule: local updates once a round"),
         "train.optimizer.state": (
             get("train.optimizer.state") != "fp32", "replicas keep what the optimizer has as fp32: use state: fp32",

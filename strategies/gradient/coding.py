@@ -52,7 +52,8 @@ class Coding:
     def _residual(self, node: Subtree) -> Residual:
         residuals = self._state(Residuals)
         shard = self._arrangement.made(residuals, residuals.index(node), self._context.place.tensor)
-        return Residual(shard.now(RESIDUAL), shard.prepared(RESIDUAL))
+        is_put = shard.has_prepared((RESIDUAL,))
+        return Residual(shard.now(RESIDUAL), shard.prepared(RESIDUAL), is_put)
 
     def _factor(self) -> Residual:
         shard = self._arrangement.made(self._state(Factors), 0, self._context.place.tensor)

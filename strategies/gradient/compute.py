@@ -155,11 +155,11 @@ class LocalGradients:
         `enter` is called at the start of the phases "data" and "compute" of every virtual worker, `check` before every
         micro-batch. What they raise interrupts the work, which the next call for the same step continues.
         """
-        if step != self._step or self._sums is None:
+        if self._sums is not None and step == self._step:
+            self._drop_others(held)
+        if step != self._step or self._sums is None or not self.summing.go_on(self._sums):
             self.discard()
             self._step, self._sums = step, self.summing.start(root, self._pool)
-        self.summing.go_on(self._sums)
-        self._drop_others(held)
         missing = [index for index in held if index not in self.losses]
         if not missing:
             enter("data", step)

@@ -18,6 +18,7 @@ import torch
 from strategies.comm.groups import Groups
 from strategies.layout.parallel import ParallelLayout
 from strategies.reduction.reducer import Reducer, RoundReducer
+from strategies.reduction.residuals import rounded_nodes
 from strategies.reduction.tree import Subtree, split
 from strategies.reduction.tree_sum import Summing, TreeSum
 from strategies.wire.blocks import Blocks, from_message, to_message
@@ -26,10 +27,11 @@ from strategies.wire.format import WireFormat
 
 
 class Residual(NamedTuple):
-    """What a node has rounded off before, and where that of this step is put."""
+    """What a node has rounded off before, and where that of this step is put; whether it `is_put` there already."""
 
     now: torch.Tensor
     next: torch.Tensor
+    is_put: bool = True
 
 
 class Rounding(Summing):
@@ -48,9 +50,15 @@ class Rounding(Summing):
     def start(self, root: Subtree, pool: list[torch.Tensor]) -> TreeSum:
         return CodedSum(root, pool, self)
 
-    def go_on(self, sums: TreeSum) -> None:
+    def go_on(self, sums: TreeSum) -> bool:
+        """What its nodes have rounded off in this step must still be here: the rank may have given it away meanwhile,
+        and got it back as it was before."""
         assert isinstance(sums, CodedSum)
         sums.rounding = self
+        if not self.wire.feedback:
+            return True
+        made = [node for piece in sums.pieces for node in rounded_nodes(piece, self.wire)]
+        return all(self._residual_of(node).is_put for node in made)
 
     def round(self, node: Subtree, values: torch.Tensor) -> torch.Tensor | None:
         if not self.wire.rounds(node):

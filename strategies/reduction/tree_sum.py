@@ -16,8 +16,9 @@ class Summing:
         """A sum to be made."""
         return TreeSum(root, pool)
 
-    def go_on(self, sums: TreeSum) -> None:
-        """One that was started in an earlier layout is gone on with."""
+    def go_on(self, sums: TreeSum) -> bool:
+        """One that was started in an earlier layout is gone on with; whether that can be."""
+        return True
 
     def round(self, node: Subtree, values: torch.Tensor) -> torch.Tensor | None:
         """Rounds the sum of a node in place, and returns its codes; None where it is not rounded."""

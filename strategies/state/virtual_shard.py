@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -57,6 +57,10 @@ class VirtualShard:
             self._prepared[kind] = torch.zeros_like(self._kinds[kind].values)
         self._is_prepared.add(kind)
         return self._prepared[kind]
+
+    def has_prepared(self, kinds: Iterable[str]) -> bool:
+        """Whether what is to count from the next commit on is there, of all these."""
+        return self._is_prepared.issuperset(kinds)
 
     def to_send(self, kind: str) -> torch.Tensor:
         """What is to count from the next commit on, for a copy: that of a step that changes nothing is what it is."""

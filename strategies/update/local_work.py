@@ -186,10 +186,9 @@ class LocalStepsWork:
         work, fabric, layout = self._work_of(number)
         sharers = layout.num_placed
         replica = progress.replicas.get(number)
-        is_kept = replica is not None and replica.sharers == sharers and (
-            replica.weights is not None or progress.at == number
-        )  # fmt: skip
-        done = len(replica.computed) if replica is not None and is_kept else 0
+        done = 0
+        if replica is not None and replica.sharers == sharers and self._is_here(number, replica):
+            done = len(replica.computed)
         if sharers > 1:
             # Who has lost it, or came later, has done nothing of it: then all begin anew.
             row = np.array([done])
@@ -207,6 +206,13 @@ class LocalStepsWork:
             buffer.values.copy_(source)
         inner.set_updates(self._setting.state.updates)
         return replica
+
+    def _is_here(self, number: int, replica: _Replica) -> bool:
+        """Whether what a replica has come to is still here. What was prepared of its moments is not if this rank had
+        given it away meanwhile."""
+        if replica.weights is None:
+            return self._progress.at == number
+        return not self._replicas.kinds or self._virtual(number).has_prepared(self._progress.inner.moments)
 
     def _train(
         self, number: int, first: int, enter: Enter, check: Callable[[], None], ahead: _Ahead | None

@@ -18,6 +18,7 @@ from strategies.reduction.coded import CodedSum, Residual, Rounding
 from strategies.reduction.power import PowerReducer, matrices_of
 from strategies.reduction.residuals import Residuals, rounded_nodes
 from strategies.reduction.tree import Subtree
+from strategies.state.virtual_shard import VirtualShard
 from strategies.wire.blocks import Blocks, from_message, to_message
 from strategies.wire.codecs import Codec, Int8, TopK, codec_of
 from strategies.wire.format import WireFormat
@@ -241,6 +242,49 @@ def test_codes_are_kept_of_the_sums_that_are_sent_only() -> None:
     for leaf in (0, 1, 3):
         total.add((leaf, leaf + 1), torch.randn(256))
     assert total.codes.keys() == total.pieces.keys() == {(0, 2), (3, 4)}
+
+
+def test_a_sum_is_not_gone_on_with_when_what_it_rounded_off_is_gone() -> None:
+    """A rank may give virtual workers away and get them back before it computes again: then they are as they were."""
+    wire = WireFormat("int8", feedback=True)
+    blocks = Blocks([(0, 256)], Int8.block, 256)
+    shards = {node: shard_of_256() for node in rounded_nodes((0, 4), wire)}
+
+    def residual(node: Subtree) -> Residual:
+        is_put = shards[node].has_prepared(("residual",))
+        return Residual(shards[node].now("residual"), shards[node].prepared("residual"), is_put)
+
+    rounding = Rounding(wire, blocks, residual)
+    sums = rounding.start((0, 4), [])
+    for leaf in (0, 1, 2):
+        sums.add((leaf, leaf + 1), torch.randn(256))
+    assert rounding.go_on(sums)
+    for lost in ((0, 2), (1, 2), (2, 3)):
+        before, shards[lost] = shards[lost], shard_of_256()
+        assert not rounding.go_on(sums), f"of {lost}"
+        shards[lost] = before
+    shards[3, 4] = shard_of_256()
+    assert rounding.go_on(sums), "what was not rounded yet makes no difference"
+    assert Rounding(WireFormat("int8"), blocks, _no_residual).go_on(sums)
+
+
+def shard_of_256() -> VirtualShard:
+    return VirtualShard(1, FlatRanges.of([(0, 256)], 256), ("residual",), torch.device("cpu"), is_made=True)
+
+
+def test_what_is_prepared_counts_from_the_commit_on_and_not_if_that_never_comes() -> None:
+    shard = shard_of_256()
+    shard.prepared("residual").fill_(1.0)
+    assert not shard.now("residual").any()
+    shard.discard()
+    shard.commit()
+    assert not shard.now("residual").any(), "the step was skipped"
+    shard.prepared("residual").fill_(2.0)
+    shard.commit()
+    assert bool((shard.now("residual") == 2).all())
+    assert torch.equal(shard.to_send("residual"), shard.now("residual")), "a step that changes nothing"
+    shard.commit()
+    assert bool((shard.now("residual") == 2).all())
 
 
 def _no_residual(node: Subtree) -> Residual:
