@@ -25,7 +25,7 @@ from thin_link import HOSTS, ThinLink, go_through
 
 SECRET = b"benchmark of update rules"
 JOB = Path(__file__).parents[1] / "examples/quickstart.yaml"
-LOCAL = "strategy.update={{rule: local, replicas: 4, inner_steps: {h}, warmup_steps: {w}{more}}}"
+LOCAL = "strategy.update={{rule: local, replicas: {n}, inner_steps: {h}, warmup_steps: {w}{more}}}"
 
 
 def ways(steps: int) -> dict[str, list[str]]:
@@ -33,15 +33,14 @@ def ways(steps: int) -> dict[str, list[str]]:
     half, first = steps // 2, 0
     return {
         "synchronous": [],
-        "wire bf16": ["strategy.wire=bf16"],
         "wire int8": ["strategy.wire=int8"],
         "wire int4": ["strategy.wire=int4"],
         "wire top 1 %": ["strategy.wire={top_k: 0.01}"],
         "wire power_sgd 4": ["strategy.wire={power_sgd: 4}"],
-        "local 10, half-way": [LOCAL.format(h=10, w=half, more="")],
-        "local 10, half-way, int4": [LOCAL.format(h=10, w=half, more=", wire: int4")],
-        "local 10, half-way, streaming": [LOCAL.format(h=10, w=half, more=", fragments: 2, overlap_steps: 1")],
-        "local 10, from scratch": [LOCAL.format(h=10, w=first, more="")],
+        "local 10, half-way": [LOCAL.format(n=4, h=10, w=half, more="")],
+        "local 10, half-way, int4": [LOCAL.format(n=4, h=10, w=half, more=", wire: int4")],
+        "local 10, half-way, streaming": [LOCAL.format(n=4, h=10, w=half, more=", fragments: 2, overlap_steps: 1")],
+        "local 10, from scratch": [LOCAL.format(n=4, h=10, w=first, more="")],
     }
 
 
@@ -121,17 +120,26 @@ MODEL = (
     "tie_word_embeddings: false}}"
 )
 SMALL_STEP = ["data.sequence_length=64", "train.global_batch=4", "elastic.virtual_workers=4"]
-EACH = 20
-"""Steps that are timed together: a round of the longest."""
+
+
+def timed_steps(name: str) -> int:
+    """Steps that are timed together: a round, or a few of those that are all alike."""
+    return 20 if name.startswith("local") else 4
+
+
+ONE_COPY = "elastic.state_copies=1"
+"""What is kept for itself would have its copy on the other side of the link, as there is no other rank."""
 SPEEDS = {
     "synchronous": [],
     "wire int8": ["strategy.wire=int8"],
-    "wire int4": ["strategy.wire=int4", "elastic.state_copies=1"],
-    "wire top 1 %": ["strategy.wire={top_k: 0.01}", "elastic.state_copies=1"],
-    "wire power_sgd 4": ["strategy.wire={power_sgd: 4}", "train.schedule.warmup_steps=0", "elastic.state_copies=1"],
-    "local 20": [LOCAL.format(h=20, w=0, more="").replace("replicas: 4", "replicas: 2")],
-    "local 20, int4": [LOCAL.format(h=20, w=0, more=", wire: int4").replace("replicas: 4", "replicas: 2")],
-    "local 20, overlap 10": [LOCAL.format(h=20, w=0, more=", overlap_steps: 10").replace("replicas: 4", "replicas: 2")],
+    "wire int4": ["strategy.wire=int4", ONE_COPY],
+    "wire top 1 %": ["strategy.wire={top_k: 0.01}", ONE_COPY],
+    "wire power_sgd 4": ["strategy.wire={power_sgd: 4}", "train.schedule.warmup_steps=0", ONE_COPY],
+    "local 20": [LOCAL.format(n=2, h=20, w=0, more=""), ONE_COPY],
+    "local 20, two copies": [LOCAL.format(n=2, h=20, w=0, more="")],
+    "local 20, int4": [LOCAL.format(n=2, h=20, w=0, more=", wire: int4"), ONE_COPY],
+    "local 20, overlap 10": [LOCAL.format(n=2, h=20, w=0, more=", overlap_steps: 10"), ONE_COPY],
+    "local 20, int4, overlap 10": [LOCAL.format(n=2, h=20, w=0, more=", wire: int4, overlap_steps: 10"), ONE_COPY],
 }
 
 
@@ -142,8 +150,9 @@ def serve() -> tuple[int, Any]:
     return address.port, store
 
 
-def rank_of(start: Start, overrides: list[str], door: int | None) -> Any:
-    """One rank; a step of the benchmark is EACH steps of training. Its phases are seconds that it waited, and bytes."""
+def rank_of(start: Start, overrides: list[str], each: int, door: int | None) -> Any:
+    """One rank; a step of the benchmark is `each` steps of training. Its phases are seconds that it waited, and bytes
+    that all have sent."""
     import numpy as np
     import torch
 
@@ -187,40 +196,42 @@ def rank_of(start: Start, overrides: list[str], door: int | None) -> Any:
     engine.bind(fabric, layout, 0)
 
     def some_steps(number: int) -> Done:
-        step, loss = number * EACH, 0.0
-        waited, sent = fabric.waited_s, 0
-        while step < (number + 1) * EACH:
+        step, loss = number * each, 0.0
+        waited, sent = 0.0, 0
+        while step < (number + 1) * each:
             records, _ = engine.run(step)
             step += len(records)
             loss = records[-1].loss
             sent += sum(records[-1].wire_bytes.values())
-        waits = {"waited": fabric.waited_s - waited, "bytes": float(sent)}
+            waited += records[-1].ranks[start.rank].wait
+        waits = {"waited": waited, "bytes": float(sent)}
         return Done(loss if start.rank == 0 else 0.0, waits)
 
     return some_steps
 
 
-def speeds(mbit: float, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Of each way: tokens a second, and bytes that all ranks told of for a step."""
-    tokens = EACH * 4 * 64
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"tokens_per_s": [], "bytes": [], "waited": []} for name in SPEEDS
-    }
+def speeds(mbit: float, rounds: int, only: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Of each way: tokens a second, bytes that all ranks told of for a step, and the share of time that they waited."""
+    ways_ = {name: how for name, how in SPEEDS.items() if not only or name in ("synchronous", *only)}
+    tokens = 4 * 64
+    found: dict[str, dict[str, list[float]]] = {name: {"tokens_per_s": [], "bytes": [], "waited": []} for name in ways_}
     link = ThinLink(mbit * 1e6) if mbit else None
     sides: dict[str, Side] = {}
     try:
-        for name, overrides in SPEEDS.items():
-            sides[name] = Side(name, 2, serve, rank_of, overrides, None if link is None else link.door)
-        at = dict.fromkeys(SPEEDS, 0)
+        for name, overrides in ways_.items():
+            door = None if link is None else link.door
+            sides[name] = Side(name, 2, serve, rank_of, overrides, timed_steps(name), door)
+        at = dict.fromkeys(ways_, 0)
         for number in range(rounds):
-            order = list(SPEEDS) if number % 2 == 0 else list(reversed(SPEEDS))
+            order = list(ways_) if number % 2 == 0 else list(reversed(ways_))
             for name in order:
                 turn = sides[name].turn(at[name], 1)
                 at[name] += 2
-                found[name]["tokens_per_s"].append(tokens / turn.seconds)
-                found[name]["bytes"].append(turn.phases[0]["bytes"] / EACH)
+                each = timed_steps(name)
+                found[name]["tokens_per_s"].append(each * tokens / turn.seconds)
+                found[name]["bytes"].append(turn.phases[0]["bytes"] / each)
                 found[name]["waited"].append(statistics.fmean(each["waited"] for each in turn.phases) / turn.seconds)
-                print(f"  {name}: {tokens / turn.seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+                print(f"  {name}: {each * tokens / turn.seconds:.0f} tokens/s", file=sys.stderr, flush=True)
     finally:
         for side in sides.values():
             side.close()
@@ -251,6 +262,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--mbit", type=float, default=100.0, help="of the link, in million bits a second; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", default=[], help="of the ways whose speed is measured; repeatable")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -259,7 +271,7 @@ def main() -> None:
         found = losses(options.seeds, options.steps)
         show_losses(found)
     else:
-        found = speeds(options.mbit, options.rounds)
+        found = speeds(options.mbit, options.rounds, options.only)
         show_speeds(found)
     print(f"({time.perf_counter() - started:.0f} s)")
     if options.json:

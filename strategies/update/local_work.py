@@ -230,6 +230,7 @@ class LocalStepsWork:
                 self._mix(inner.weights, ahead)
             found = self._compute(number, work, step, enter, check)
             norm = found.norms[number]
+            enter("update", step)
             if math.isfinite(norm):
                 if spec.clip_norm is not None and norm > spec.clip_norm:
                     inner.gradient.mul_(spec.clip_norm / norm)

@@ -29,6 +29,7 @@ PHASES = (
     "compute",
     "reduce",
     "gather",
+    "update",
     "vote",
     "commit",
 )
