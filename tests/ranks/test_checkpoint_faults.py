@@ -128,8 +128,8 @@ def test_a_worker_killed_in_any_phase_of_a_save(
     """For a part it is worker 1 that dies, for what one worker does for all the first that comes to it."""
     slot = 1 if ends_with == ".safetensors" else None
     hook: Hook = partial(make_deadly, slot, operation, ends_with, when)
-    holds = {3: ONE_BY_ONE[3]}
-    outcome = run(overrides=["elastic.workers.max=3", EVERY_2, "checkpoint.keep=9"], hooks=[hook], holds=holds)
+    overrides = ["elastic.workers.max=3", EVERY_2, "checkpoint.keep=9"]
+    outcome = run(overrides=overrides, hooks=[hook], holds=ONE_BY_ONE)
     assert_good(outcome, undisturbed, tmp_path)
     assert len(outcome.of("incident")) >= 1
     died = outcome.of("checkpoint_failed")
